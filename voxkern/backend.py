@@ -1,0 +1,85 @@
+"""Which implementation of the ops runs on which kind of device.
+
+`native` (the compiled extension), then `triton`, then `reference` (plain torch): the first that
+is present serves a device, resolved once. The environment variable `VOXKERN_BACKEND` forces one
+for all devices; forcing one that is missing raises.
+"""
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+BACKENDS = ("native", "triton", "reference")
+OPS: list[str] = []
+"""Names of all ops, in the order in which `voxkern.ops` declares them."""
+
+_LIBRARY = Path(__file__).parent / "_C.so"
+
+
+@functools.cache
+def why_missing(backend: str, device_type: str) -> str | None:
+    """None if `backend` can run on `device_type` ("cpu" or "cuda"), else the reason in a sentence."""
+    if backend == "native":
+        if not _LIBRARY.exists():
+            return "the extension is not built (pip install -e .)"
+        key = device_type.upper()
+        if not torch._C._dispatch_has_kernel_for_dispatch_key("voxkern::rms_norm", key):
+            return f"the extension was built without {key} kernels"
+    elif backend == "triton":
+        if importlib.util.find_spec("voxkern.triton") is None:
+            return "this version has no Triton kernels"
+        if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "Triton runs CPU tensors only under TRITON_INTERPRET=1"
+    elif backend != "reference":
+        return f"there is no such backend: choose one of {', '.join(BACKENDS)}"
+    return None
+
+
+@functools.cache
+def backend_for(device_type: str) -> str:
+    """The backend that serves `device_type`.
+
+    Raises:
+        RuntimeError: `VOXKERN_BACKEND` names one that is missing here.
+    """
+    forced = os.environ.get("VOXKERN_BACKEND")
+    if forced:
+        if reason := why_missing(forced, device_type):
+            raise RuntimeError(f"VOXKERN_BACKEND={forced}: {reason}")
+        return forced
+    return next(name for name in BACKENDS if why_missing(name, device_type) is None)
+
+
+@functools.cache
+def implementation(name: str, backend: str) -> Callable:
+    """The function that runs op `name` on `backend`."""
+    if backend == "native":
+        return getattr(torch.ops.voxkern, name).default
+    return getattr(importlib.import_module(f"voxkern.{backend}.{name}"), name)
+
+
+def op(fake: Callable) -> Callable:
+    """Declare an op: register the decorated fake kernel, and return the dispatching function."""
+    name = fake.__name__
+    OPS.append(name)
+    if _LIBRARY.exists():
+        torch.library.register_fake(f"voxkern::{name}", fake)
+
+    parameters = list(inspect.signature(fake).parameters)
+
+    @functools.wraps(fake)
+    def call(*args, **kwargs):
+        first = args[0] if args else kwargs[parameters[0]]
+        return implementation(name, backend_for(first.device.type))(*args, **kwargs)
+
+    return call
+
+
+if _LIBRARY.exists():
+    torch.ops.load_library(str(_LIBRARY))
