@@ -24,7 +24,7 @@ _LIBRARY = Path(__file__).parent / "_C.so"
 
 @functools.cache
 def why_missing(backend: str, device_type: str) -> str | None:
-    """None if `backend` can run on `device_type` ("cpu" or "cuda"), else the reason in a sentence."""
+    """None if `backend` can run on `device_type` ("cpu" or "cuda"), else the reason."""
     if backend == "native":
         if not _LIBRARY.exists():
             return "the extension is not built (pip install -e .)"

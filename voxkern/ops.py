@@ -216,9 +216,9 @@ def sample_tokens(
       ties stay, and the most likely always does. 1 keeps all.
     - Min-p keeps a code at least `min_p` times as likely as the most likely. 0 keeps all.
     - The draw is an exponential race: `argmax(logit / temperature - log(-log(u)))` over the kept
-      codes, the lowest code among equals. `u = (x >> 9) * 2**-23 + 2**-24` for code i comes from word `i % 4` of Philox 4x32-10
-      (Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405) with key
-      `(seed low, seed high)` and counter `(i // 4, codebook, frame low, frame high)`.
+      codes, the lowest code among equals. For code i, `u = (x >> 9) * 2**-23 + 2**-24`, x being
+      word `i % 4` of Philox 4x32-10 (Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405)
+      with key `(seed low, seed high)` and counter `(i // 4, codebook, frame low, frame high)`.
 
     A NaN logit is treated as minus infinity.
 

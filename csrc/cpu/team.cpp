@@ -1,0 +1,177 @@
+#include "team.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <fstream>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../check.h"
+
+namespace voxkern {
+namespace {
+
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Waits until `word` differs from `old`: about 20 us of spinning, for the next job or the slowest
+// thread is usually that near, then a sleep that the writer's notify ends.
+void wait_change(const std::atomic<uint32_t>& word, uint32_t old) {
+  for (int i = 0; i < 2000; ++i) {
+    if (word.load(std::memory_order_acquire) != old) return;
+    relax();
+  }
+  word.wait(old, std::memory_order_acquire);
+}
+
+struct Workers {
+  std::vector<std::thread> threads;
+  std::atomic<uint32_t> round{0};    // counts runs; workers wait for its next value
+  std::atomic<uint32_t> arrived{0};  // threads at the current barrier
+  std::atomic<uint32_t> phase{0};    // counts barriers passed
+  std::atomic<bool> stop{false};
+  Team::Job job = nullptr;
+  void* context = nullptr;
+  int size = 1;
+
+  explicit Workers(int n) : size(n) {
+    for (int rank = 1; rank < n; ++rank) threads.emplace_back([this, rank] { serve(rank); });
+  }
+
+  ~Workers() {
+    stop = true;
+    next_round();
+    for (auto& thread : threads) thread.join();
+  }
+
+  void next_round() {
+    round.fetch_add(1, std::memory_order_release);
+    round.notify_all();
+  }
+
+  void meet() {
+    const uint32_t before = phase.load(std::memory_order_acquire);
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(size)) {
+      arrived.store(0, std::memory_order_relaxed);
+      phase.fetch_add(1, std::memory_order_release);
+      phase.notify_all();
+    } else {
+      wait_change(phase, before);
+    }
+  }
+
+  void serve(int rank);
+};
+
+std::mutex mutex;            // held by the run() that uses the workers, and by resize()
+Workers* workers = nullptr;  // guarded by mutex; leaked at exit: threads may outlive statics
+std::atomic<int> team_size{0};
+thread_local Workers* joined = nullptr;  // the workers whose run() this thread is part of
+
+void Workers::serve(int rank) {
+  joined = this;
+  for (uint32_t seen = 0;; ++seen) {
+    wait_change(round, seen);
+    if (stop) return;
+    job(rank, size, context);
+    meet();
+  }
+}
+
+// Processors that this process may use: affinity, a cgroup's quota, OMP_NUM_THREADS.
+int default_size() {
+  for (const char* name : {"VOXKERN_NUM_THREADS", "OMP_NUM_THREADS"})
+    if (const char* value = std::getenv(name))
+      if (const int n = std::atoi(value); n > 0) return n < 1024 ? n : 1024;
+  int n = static_cast<int>(std::thread::hardware_concurrency());
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) n = CPU_COUNT(&set);
+  std::ifstream cpu_max("/sys/fs/cgroup/cpu.max");
+  std::string quota;
+  double period = 0;
+  if (cpu_max >> quota >> period && quota != "max" && period > 0) {
+    const int limit = static_cast<int>(std::atof(quota.c_str()) / period + 0.5);
+    if (limit < n) n = limit;
+  }
+#endif
+  return n > 1 ? n : 1;
+}
+
+// A forked child has none of its parent's threads: it starts a team of its own when it needs one.
+void after_fork() {
+  new (&mutex) std::mutex;
+  workers = nullptr;
+  joined = nullptr;
+}
+
+int64_t num_threads() { return Team::size(); }
+
+void set_num_threads(int64_t n) {
+  check(n >= 1 && n <= 1024, "n: expected 1 to 1024 threads, got ", n);
+  Team::resize(static_cast<int>(n));
+}
+
+}  // namespace
+
+int Team::size() {
+  int n = team_size.load();
+  if (n == 0) {
+    n = default_size();
+    int unset = 0;
+    if (!team_size.compare_exchange_strong(unset, n)) n = unset;
+  }
+  return n;
+}
+
+void Team::resize(int n) {
+  std::lock_guard<std::mutex> lock(mutex);
+  delete workers;
+  workers = nullptr;
+  team_size = n;
+}
+
+void Team::run(Job job, void* context) {
+  const int n = size();
+  if (n == 1 || joined || !mutex.try_lock()) {
+    Workers* const outer = joined;
+    joined = nullptr;
+    job(0, 1, context);
+    joined = outer;
+    return;
+  }
+  std::lock_guard<std::mutex> lock(mutex, std::adopt_lock);
+  if (!workers) {
+    static const int registered = pthread_atfork(nullptr, nullptr, after_fork);
+    (void)registered;
+    workers = new Workers(team_size.load());
+  }
+  workers->job = job;
+  workers->context = context;
+  joined = workers;
+  workers->next_round();
+  job(0, workers->size, context);
+  workers->meet();
+  joined = nullptr;
+}
+
+void Team::barrier() {
+  if (joined) joined->meet();
+}
+
+}  // namespace voxkern
+
+STABLE_TORCH_LIBRARY_IMPL(voxkern, CompositeExplicitAutograd, m) {
+  m.impl("num_threads", TORCH_BOX(&voxkern::num_threads));
+  m.impl("set_num_threads", TORCH_BOX(&voxkern::set_num_threads));
+}

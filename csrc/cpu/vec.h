@@ -1,0 +1,160 @@
+// The SIMD vocabulary of the CPU kernels: one vector of floats as wide as the pass's instruction
+// set has them, in GCC's vector extensions, with intrinsics only where those fall short. Included
+// by ISA passes alone; all of it has internal linkage (see isa.h).
+#pragma once
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <cstdint>
+#include <cstring>
+
+#include "../dtype.h"
+
+namespace voxkern {
+namespace {
+
+using bf16 = uint16_t;  // bits of a bfloat16
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float vfloat __attribute__((vector_size(4 * kWidth)));
+typedef int32_t vint __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t vuint __attribute__((vector_size(4 * kWidth)));
+typedef uint16_t vhalf __attribute__((vector_size(2 * kWidth)));
+
+#define VOX_INLINE inline __attribute__((always_inline))
+
+VOX_INLINE vfloat splat(float a) { return a - vfloat{}; }
+VOX_INLINE vint splat_int(int32_t a) { return a - vint{}; }
+
+VOX_INLINE vfloat as_float(vuint a) {
+  vfloat r;
+  __builtin_memcpy(&r, &a, sizeof r);
+  return r;
+}
+VOX_INLINE vuint as_uint(vfloat a) {
+  vuint r;
+  __builtin_memcpy(&r, &a, sizeof r);
+  return r;
+}
+
+VOX_INLINE float to_float(float a) { return a; }
+VOX_INLINE float to_float(bf16 a) {
+  const uint32_t bits = static_cast<uint32_t>(a) << 16;
+  float r;
+  __builtin_memcpy(&r, &bits, sizeof r);
+  return r;
+}
+
+// To nearest, ties to even; NaN stays NaN.
+VOX_INLINE bf16 to_bf16(float a) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &a, sizeof bits);
+  if (a != a) return static_cast<bf16>((bits >> 16) | 0x40);
+  return static_cast<bf16>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+VOX_INLINE vfloat load(const float* p) {
+  vfloat r;
+  __builtin_memcpy(&r, p, sizeof r);
+  return r;
+}
+VOX_INLINE vfloat load(const bf16* p) {
+  vhalf h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return as_float(__builtin_convertvector(h, vuint) << 16);
+}
+
+VOX_INLINE void store(float* p, vfloat a) { __builtin_memcpy(p, &a, sizeof a); }
+VOX_INLINE void store(bf16* p, vfloat a) {
+#if defined(__AVX512BF16__)
+  const __m256bh h = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(a));
+  __builtin_memcpy(p, &h, sizeof h);
+#else
+  const vuint bits = as_uint(a);
+  const vuint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const vuint quiet = (bits >> 16) | 0x40;
+  const vint nan = a != a;
+  const vuint mask = reinterpret_cast<vuint>(nan);
+  const vhalf h = __builtin_convertvector((rounded & ~mask) | (quiet & mask), vhalf);
+  __builtin_memcpy(p, &h, sizeof h);
+#endif
+}
+
+// The first n < kWidth elements; the others are zero and not read.
+template <typename T>
+VOX_INLINE vfloat load_n(const T* p, int64_t n) {
+  T buffer[kWidth] = {};
+  __builtin_memcpy(buffer, p, n * sizeof(T));
+  return load(buffer);
+}
+template <typename T>
+VOX_INLINE void store_n(T* p, vfloat a, int64_t n) {
+  T buffer[kWidth];
+  store(buffer, a);
+  __builtin_memcpy(p, buffer, n * sizeof(T));
+}
+
+VOX_INLINE float round_to(const float*, float a) { return a; }
+VOX_INLINE float round_to(const bf16*, float a) { return to_float(to_bf16(a)); }
+VOX_INLINE void store_one(float* p, float a) { *p = a; }
+VOX_INLINE void store_one(bf16* p, float a) { *p = to_bf16(a); }
+
+// a * b + c; fused where the instruction set has it (-ffp-contract).
+VOX_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) { return a * b + c; }
+
+VOX_INLINE vfloat select(vint condition, vfloat yes, vfloat no) {
+  const vuint mask = reinterpret_cast<vuint>(condition);
+  return as_float((as_uint(yes) & mask) | (as_uint(no) & ~mask));
+}
+VOX_INLINE vfloat max(vfloat a, vfloat b) { return select(a > b, a, b); }
+
+// Sums pairs at halving distance: the order is part of every op's result.
+VOX_INLINE float reduce_add(vfloat a) {
+  float lanes[kWidth];
+  store(lanes, a);
+  for (int half = kWidth / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+VOX_INLINE float reduce_max(vfloat a) {
+  float lanes[kWidth];
+  store(lanes, a);
+  for (int half = kWidth / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i)
+      lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+  return lanes[0];
+}
+
+// e^a within 2 ulp for a in [-87, 88]; smaller inputs (minus infinity too) give 0, larger ones
+// e^88. Cody and Waite's reduction, Taylor to the 7th power.
+VOX_INLINE vfloat exp(vfloat a) {
+  const vint tiny = a < splat(-87.0f);
+  a = select(a > splat(88.0f), splat(88.0f), select(tiny, splat(-87.0f), a));
+  const vfloat magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const vfloat shifted = a * splat(1.44269504f) + magic;
+  const vfloat n = shifted - magic;
+  vfloat r = fma(n, splat(-0.693359375f), a);
+  r = fma(n, splat(2.12194440e-4f), r);
+  vfloat p = splat(1.0f / 5040);
+  p = fma(p, r, splat(1.0f / 720));
+  p = fma(p, r, splat(1.0f / 120));
+  p = fma(p, r, splat(1.0f / 24));
+  p = fma(p, r, splat(1.0f / 6));
+  p = fma(p, r, splat(0.5f));
+  p = fma(p, r, splat(1.0f));
+  p = fma(p, r, splat(1.0f));
+  const vuint exponent = (as_uint(shifted) - as_uint(magic)) << 23;
+  return select(tiny, vfloat{}, as_float(as_uint(p) + exponent));
+}
+
+}  // namespace
+}  // namespace voxkern

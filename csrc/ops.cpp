@@ -1,0 +1,35 @@
+// Every op's schema, in one list. Implementations are registered at the foot of their own files.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(voxkern, m) {
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("add_rms_norm(Tensor x, Tensor(a!) residual, Tensor weight, float eps) -> Tensor");
+  m.def(
+      "append_kv(Tensor(a!) q, Tensor k, Tensor v, Tensor rope_table, Tensor positions, "
+      "Tensor slots, Tensor(b!) k_pages, Tensor(c!) v_pages) -> ()");
+  m.def(
+      "prefill_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, "
+      "Tensor cu_seqlens, Tensor seq_lens, float scale) -> Tensor");
+  m.def(
+      "decode_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, "
+      "Tensor seq_lens, float scale) -> Tensor");
+  m.def("silu_mul(Tensor gate_up) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight) -> Tensor");
+  m.def(
+      "embed_frames(Tensor frames, Tensor mask, Tensor audio_table, Tensor text_table) -> Tensor");
+  m.def(
+      "sample_tokens(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, "
+      "Tensor repetition_penalty, Tensor history, Tensor seeds, Tensor frames, int codebook) "
+      "-> Tensor");
+  m.def(
+      "decode_depth(Tensor hidden, Tensor code0, Tensor audio_table, Tensor projection, "
+      "Tensor attn_norm, Tensor qkv, Tensor o, Tensor mlp_norm, Tensor gate_up, Tensor down, "
+      "Tensor norm, Tensor heads, Tensor rope_table, int num_heads, int num_kv_heads, float eps, "
+      "Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, Tensor frames) "
+      "-> Tensor");
+
+  // About the build and the machine; no tensors.
+  m.def("cpu_isa() -> str");
+  m.def("num_threads() -> int");
+  m.def("set_num_threads(int n) -> ()");
+}

@@ -1,0 +1,1 @@
+"""The specification: every op in plain torch, the obvious way, accumulating in float32."""
