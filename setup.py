@@ -23,7 +23,7 @@ class BuildWithCMake(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
         build_dir = ROOT / "build" / "cmake"
-        # It remembers the cmake and the torch that made it, and those of an isolated build are gone.
+        # It remembers the cmake and torch that made it; those of an isolated build are gone.
         shutil.rmtree(build_dir, ignore_errors=True)
         cmake = shutil.which("cmake") or "cmake"
         configure = [
