@@ -1,0 +1,116 @@
+import torch
+from torch import Tensor
+
+# Philox 4x32-10's multipliers and Weyl constants (Salmon et al. 2011, table 2 and section 4).
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_LOW = 0xFFFFFFFF
+
+
+def sample_tokens(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    repetition_penalty: Tensor,
+    history: Tensor,
+    seeds: Tensor,
+    frames: Tensor,
+    codebook: int,
+) -> Tensor:
+    """Each filter is a lowest logit that stays; the last is the largest of them.
+
+    Sums of probabilities and the draw's scores are in float64, so that backends which sum in
+    another order agree code for code.
+    """
+    logits = penalise(
+        logits.float().nan_to_num(float("-inf"), float("inf"), float("-inf")),
+        repetition_penalty,
+        history,
+    )
+    greedy = ~(temperature > 0)
+    scaled = logits / torch.where(greedy, 1.0, temperature)[:, None]
+    # Infinite scores tell nothing apart: all logits minus infinity, or a temperature near 0.
+    greedy |= scaled.amax(-1).isinf()
+    keep = kept(scaled, top_k, top_p, min_p)
+    scores = relative(scaled) - (-uniform(seeds, frames, codebook, logits.shape[1]).log()).log()
+    scores.masked_fill_(~keep, float("-inf"))
+    return first_largest(torch.where(greedy[:, None], logits.double(), scores))
+
+
+def penalise(logits: Tensor, penalty: Tensor, history: Tensor) -> Tensor:
+    vocab_size = logits.shape[1]
+    inside = (history >= 0) & (history < vocab_size)
+    # One column more for the empty places, cut off again.
+    seen = logits.new_zeros(logits.shape[0], vocab_size + 1, dtype=torch.bool)
+    seen.scatter_(1, torch.where(inside, history, vocab_size), True)
+    penalty = penalty[:, None]
+    penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen[:, :vocab_size], penalised, logits)
+
+
+def relative(scaled: Tensor) -> Tensor:
+    """Logits less the row's largest, float64; 0 there even if it is infinite."""
+    scaled = scaled.double()
+    largest = scaled.amax(-1, keepdim=True)
+    return torch.where(scaled == largest, 0.0, scaled - largest)
+
+
+def kept(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """`[B, V]` bool: the codes that top-k, top-p and min-p leave."""
+    vocab_size = scaled.shape[1]
+    ordered = relative(scaled).sort(-1, descending=True).values
+    k = torch.where((top_k <= 0) | (top_k > vocab_size), vocab_size, top_k).long()
+    lowest = ordered.gather(1, k[:, None] - 1)
+
+    odds = ordered.exp().masked_fill(ordered < lowest, 0.0)
+    sums = odds.cumsum(-1)
+    more_likely = torch.cat((torch.zeros_like(sums[:, :1]), sums[:, :-1]), -1)
+    # Among equals the first one's sum counts: it decides whether their value is in.
+    nucleus = more_likely < top_p.double()[:, None] * sums[:, -1:]
+    nucleus |= (top_p >= 1)[:, None]
+    nucleus[:, 0] = True
+    lowest = lowest.maximum(ordered.where(nucleus, float("inf")).amin(-1, keepdim=True))
+    lowest = lowest.maximum(min_p.double().log()[:, None].clamp(max=0.0))
+    return relative(scaled) >= lowest
+
+
+def uniform(seeds: Tensor, frames: Tensor, codebook: int, vocab_size: int) -> Tensor:
+    """`[B, V]` float64 in (0, 1): the draw's random numbers."""
+    blocks = torch.arange(-(-vocab_size // 4), device=seeds.device)
+    counter = torch.broadcast_tensors(
+        blocks,
+        torch.full_like(blocks, codebook),
+        (frames & _LOW)[:, None],
+        (frames >> 32 & _LOW)[:, None],
+    )
+    words = philox(counter, ((seeds & _LOW)[:, None], (seeds >> 32 & _LOW)[:, None]))
+    words = torch.stack(words, -1).flatten(1)[:, :vocab_size]
+    return (words >> 9).double() * 2.0**-23 + 2.0**-24
+
+
+def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Philox 4x32-10: four words of counter and two of key to four random words.
+
+    Words are int64 tensors in 0..2^32-1; int64 products wrap, which leaves all 64 bits right.
+    """
+    a, b, c, d = counter
+    key0, key1 = key
+    for _ in range(10):
+        product0 = a * _MULTIPLIERS[0]
+        product1 = c * _MULTIPLIERS[1]
+        a = (product1 >> 32 & _LOW) ^ b ^ key0
+        c = (product0 >> 32 & _LOW) ^ d ^ key1
+        b = product1 & _LOW
+        d = product0 & _LOW
+        key0 = key0 + _WEYL[0] & _LOW
+        key1 = key1 + _WEYL[1] & _LOW
+    return a, b, c, d
+
+
+def first_largest(scores: Tensor) -> Tensor:
+    """Index of each row's largest score, the lowest among equals; `argmax` promises none."""
+    index = torch.arange(scores.shape[1], device=scores.device)
+    is_largest = scores == scores.amax(-1, keepdim=True)
+    return index.where(is_largest, scores.shape[1]).amin(-1)
