@@ -19,7 +19,7 @@ BACKENDS = ("native", "triton", "reference")
 OPS: list[str] = []
 """Names of all ops, in the order in which `voxkern.ops` declares them."""
 
-_LIBRARY = Path(__file__).parent / "_C.so"
+_LIBRARY = Path(os.environ.get("VOXKERN_LIBRARY") or Path(__file__).parent / "_C.so").absolute()
 
 
 @functools.cache

@@ -1,0 +1,75 @@
+# make serve and make test need Python 3.11-3.13, a C++20 compiler and the package registries.
+SHELL := bash
+
+PYTHON ?= python3
+PORT ?= 8000
+NOISE := build/noise-model
+MODEL ?= $(NOISE)
+
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := $(BIN)/python
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+OP_TESTS := $(wildcard $(patsubst voxkern/reference/%.py,tests/test_%.py,$(wildcard voxkern/reference/*.py)))
+
+.PHONY: build serve test lint format bench sanitize clean
+
+build: $(VENV)/built
+
+# With torch in place first, the extension is built against it: no second copy in an isolated build.
+$(VENV)/torch: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v <= (3, 13) and f"Python 3.11-3.13 is needed, not {v}: make PYTHON=python3.12")'
+	$(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' > $(VENV)/build-requires.txt
+	$(BIN)/pip install --quiet -r $(VENV)/build-requires.txt
+	touch $@
+
+$(VENV)/built: $(VENV)/torch setup.py CMakeLists.txt $(CPP)
+	$(BIN)/pip install --quiet --no-build-isolation -e .
+	touch $@
+
+# moshi is an oracle for the codec; it pins an older torch than it needs, so it comes without its pins.
+$(VENV)/test: $(VENV)/built
+	$(BIN)/pip install --quiet --no-build-isolation -e '.[test]'
+	$(BIN)/pip install --quiet --no-deps moshi einops sentencepiece || echo 'moshi is not to be had: its tests will be skipped'
+	touch $@
+
+$(VENV)/lint: $(VENV)/torch
+	$(BIN)/pip install --quiet -r <($(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["lint"], sep="\n")')
+	touch $@
+
+serve: $(VENV)/built $(if $(filter $(NOISE),$(MODEL)),$(NOISE)/config.json)
+	$(RUN) -m vox_serve.launch --model $(MODEL) --port $(PORT)
+
+$(NOISE)/config.json: | $(VENV)/built
+	$(RUN) tools/make_tiny_checkpoint.py $(NOISE)
+
+# The op tests once more for each instruction set that the processor has besides its best.
+test: $(VENV)/test
+	$(RUN) -m pytest -q tests
+	VOXKERN_ISA=baseline $(RUN) -m pytest -q $(OP_TESTS)
+	! grep -qw avx2 /proc/cpuinfo || VOXKERN_ISA=avx2 $(RUN) -m pytest -q $(OP_TESTS)
+
+lint: $(VENV)/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: $(VENV)/lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+bench: $(VENV)/test
+	$(RUN) bench/run.py all
+
+# The CPU kernels under the address and undefined-behaviour sanitizers. Python itself leaks by design.
+sanitize: $(VENV)/test
+	$(RUN) -c 'import torch; print(torch.__path__[0])' > $(VENV)/torch-path
+	PATH=$(CURDIR)/$(BIN):$$PATH cmake -S . -B build/sanitize -G Ninja -DVOXKERN_SANITIZE=ON -DVOXKERN_TORCH=$$(cat $(VENV)/torch-path)
+	PATH=$(CURDIR)/$(BIN):$$PATH cmake --build build/sanitize
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	UBSAN_OPTIONS=print_stacktrace=1 VOXKERN_LIBRARY=build/sanitize/_C.so $(RUN) -m pytest -q $(OP_TESTS)
+
+clean:
+	rm -rf $(VENV) build voxkern/_C.so

@@ -1,0 +1,279 @@
+"""Continuous batching over frames: `add` requests, `step` one frame of each, `abort` any.
+
+Requests join and leave between frames. The ops compute a row in the same order whatever else is in
+the batch, and draws depend on seed, frame and codebook alone; so a request gets the same codes
+alone, in a batch, and however its prompt was cut into chunks.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vox_serve.kv_cache import CacheBatch, CacheSequence, KvCache
+from vox_serve.mimi import Mimi, MimiState
+from vox_serve.model import CsmModel
+from vox_serve.prompt import PromptBuilder, Segment
+from vox_serve.sampling import SamplingParams, SamplingRows
+
+DEFAULT_MAX_FRAMES = 1125
+"""90 s, Sesame's own limit."""
+
+PREFILL_CHUNK_TOKENS = 512
+"""Prompt tokens in one step, so that a long prompt does not keep live requests waiting."""
+
+FinishReason = Literal["stop", "length", "context"]
+
+_request_ids = itertools.count()
+
+
+class PromptTooLongError(ValueError):
+    """The prompt leaves no room for a frame in the model's context."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to say, and how.
+
+    Attributes:
+        text: spoken as it is; special tokens in it are text.
+        speaker: 0 or more; the default voices are 0 and 1.
+        context: earlier segments, oldest first; None for the engine's default context.
+        sampling: how codes are drawn.
+        max_frames: stop after so many, 80 ms each; None for 90 s.
+        id: unique among the live requests.
+    """
+
+    text: str
+    speaker: int = 0
+    context: Sequence[Segment] | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    max_frames: int | None = None
+    id: str = field(default_factory=lambda: f"request-{next(_request_ids)}")
+
+
+class FrameOutput(NamedTuple):
+    """One frame of one request, or its end.
+
+    Attributes:
+        request_id: whose.
+        codes: `[K]` int64 on the CPU; None where the frame ends the utterance and is not spoken.
+        audio: float32 `[1920]`, in -1 to 1 or slightly beyond; None like `codes`.
+        finish_reason: None while more will come; "stop" by the model's own word, "length" at
+            `max_frames`, "context" where the model's context is full.
+    """
+
+    request_id: str
+    codes: Tensor | None
+    audio: np.ndarray | None
+    finish_reason: FinishReason | None
+
+
+@dataclass
+class _Live:
+    """A request that holds cache pages."""
+
+    request: Request
+    frames: Tensor  # the prompt's part that is not yet in the cache, [T, K + 1]
+    mask: Tensor
+    cache: CacheSequence
+    mimi: MimiState
+    seed: int
+    max_frames: int
+    num_frames: int = 0
+    history: list[int] = field(default_factory=list)  # codebook 0 of every frame so far
+    codes: Tensor | None = None  # the last frame, [K]; None until the prompt is in the cache
+
+
+class Engine:
+    """Runs requests to speech. Not thread-safe: one thread calls all of it.
+
+    Args:
+        model: the two transformers.
+        mimi: the codec, on the CPU or the model's device.
+        prompts: text and context to the model's input.
+        default_context: segments before every request that brings none of its own; their keys
+            and values are computed once and shared.
+        max_batch_size: requests that share a step; more wait in line.
+    """
+
+    def __init__(
+        self,
+        model: CsmModel,
+        mimi: Mimi,
+        prompts: PromptBuilder,
+        default_context: Sequence[Segment] = (),
+        max_batch_size: int = 8,
+    ):
+        self.model = model
+        self.mimi = mimi
+        self.prompts = prompts
+        self.max_batch_size = max_batch_size
+        # One sequence more than live requests can fill, for the shared prefix.
+        self._cache = KvCache(
+            model.config.backbone, max_batch_size + 1, model.dtype, model.device
+        )
+        self._default_context = tuple(default_context)
+        self._prefix = CacheSequence()
+        self._waiting: deque[_Live] = deque()
+        self._live: dict[str, _Live] = {}
+        if self._default_context:
+            self._fill_prefix()
+
+    @property
+    def num_codebooks(self) -> int:
+        return self.model.config.num_codebooks
+
+    @property
+    def sample_rate_hz(self) -> int:
+        return self.mimi.config.sample_rate_hz
+
+    @property
+    def num_live(self) -> int:
+        return len(self._live)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._live or self._waiting)
+
+    def add(self, request: Request) -> None:
+        """Put a request in line.
+
+        Raises:
+            PromptTooLongError: the prompt leaves no room for a frame.
+            ValueError: a live request has this id, or a field is out of its range.
+        """
+        if request.id in self._live or any(w.request.id == request.id for w in self._waiting):
+            raise ValueError(f"id {request.id!r} is in use by a live request")
+        if request.max_frames is not None and request.max_frames < 1:
+            raise ValueError(f"max_frames must be 1 or more, got {request.max_frames}")
+        context = request.context or ()
+        spoken = Segment(request.speaker, request.text)
+        frames, mask = self.prompts.build([*context, spoken])
+        shared = self._prefix.length if request.context is None else 0
+        limit = self.model.config.backbone.max_positions
+        if (length := shared + len(frames)) >= limit:
+            raise PromptTooLongError(
+                f"the prompt takes {length} positions and must leave room for speech in the "
+                f"model's context of {limit}"
+            )
+        wanted = request.max_frames or DEFAULT_MAX_FRAMES
+        self._waiting.append(
+            _Live(
+                request,
+                frames,
+                mask,
+                CacheSequence(),
+                self.mimi.init_state(),
+                request.sampling.resolved_seed(),
+                max_frames=min(wanted, limit - length),
+            )
+        )
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request, waiting or live, and free its pages; unknown ids are ignored."""
+        if live := self._live.pop(request_id, None):
+            self._cache.release(live.cache)
+        self._waiting = deque(w for w in self._waiting if w.request.id != request_id)
+
+    @torch.inference_mode()
+    def step(self) -> list[FrameOutput]:
+        """Prefill some prompt tokens, and make one frame for every request whose prompt is in.
+
+        Returns:
+            One output for each request that got a frame or ended.
+        """
+        self._admit()
+        decoding = [live for live in self._live.values() if live.codes is not None]
+        drawing, hidden = self._prefill()
+        if decoding:
+            hidden.append(self._decode(decoding))
+            drawing += decoding
+        if not drawing:
+            return []
+        rows = SamplingRows.of(
+            [live.request.sampling for live in drawing],
+            [live.seed for live in drawing],
+            [live.num_frames for live in drawing],
+            [live.history for live in drawing],
+            self.model.device,
+        )
+        codes = self.model.draw_frames(torch.cat(hidden), rows).cpu()
+        return [self._finish_frame(live, frame) for live, frame in zip(drawing, codes, strict=True)]
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._live) < self.max_batch_size:
+            live = self._waiting.popleft()
+            if live.request.context is None:
+                live.cache = self._cache.fork(self._prefix)
+            self._live[live.request.id] = live
+
+    def _prefill(self) -> tuple[list[_Live], list[Tensor]]:
+        """Feed the backbone the next prompt tokens; the requests whose prompt is now all in."""
+        budget = PREFILL_CHUNK_TOKENS
+        chosen, counts = [], []
+        for live in self._live.values():
+            if live.codes is None and len(live.frames) and budget:
+                chosen.append(live)
+                counts.append(min(budget, len(live.frames)))
+                budget -= counts[-1]
+        if not chosen:
+            return [], []
+        frames = torch.cat([live.frames[:n] for live, n in zip(chosen, counts, strict=True)])
+        mask = torch.cat([live.mask[:n] for live, n in zip(chosen, counts, strict=True)])
+        batch = CacheBatch.prefill(self._cache, [live.cache for live in chosen], counts)
+        device = self.model.device
+        hidden = self.model.backbone_step(frames.to(device), mask.to(device), batch, self._cache)
+        ready, rows = [], []
+        for row, (live, count) in enumerate(zip(chosen, counts, strict=True)):
+            live.frames, live.mask = live.frames[count:], live.mask[count:]
+            if len(live.frames) == 0:
+                ready.append(live)
+                rows.append(row)
+        return ready, [hidden[rows]] if ready else []
+
+    def _decode(self, decoding: list[_Live]) -> Tensor:
+        codes = torch.stack([live.codes for live in decoding]).to(self.model.device)
+        frames, mask = self.model.next_inputs(codes)
+        batch = CacheBatch.decode(self._cache, [live.cache for live in decoding])
+        return self.model.backbone_step(frames, mask, batch, self._cache)
+
+    def _finish_frame(self, live: _Live, codes: Tensor) -> FrameOutput:
+        """Keep a drawn frame `[K]` on the CPU, decode it, and see whether it is the last."""
+        if not codes.any():  # Sesame's stop rule; the frame is not spoken
+            self.abort(live.request.id)
+            return FrameOutput(live.request.id, None, None, "stop")
+        live.codes = codes
+        live.history.append(int(codes[0]))
+        live.num_frames += 1
+        audio, live.mimi = self.mimi.decode_step(codes[None, None], live.mimi)
+        reason = None
+        if live.num_frames == live.max_frames:
+            wanted = live.request.max_frames or DEFAULT_MAX_FRAMES
+            reason = "length" if live.num_frames == wanted else "context"
+            self.abort(live.request.id)
+        return FrameOutput(live.request.id, codes, audio[0].numpy(), reason)
+
+    @torch.inference_mode()
+    def _fill_prefix(self) -> None:
+        frames, mask = self.prompts.build(self._default_context)
+        if len(frames) >= self._cache.max_positions:
+            raise PromptTooLongError(
+                f"the default context takes {len(frames)} positions of {self._cache.max_positions}"
+            )
+        device = self.model.device
+        for start in range(0, len(frames), PREFILL_CHUNK_TOKENS):
+            part = slice(start, start + PREFILL_CHUNK_TOKENS)
+            batch = CacheBatch.prefill(self._cache, [self._prefix], [len(frames[part])])
+            self.model.backbone_step(
+                frames[part].to(device), mask[part].to(device), batch, self._cache
+            )

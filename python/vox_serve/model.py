@@ -1,0 +1,143 @@
+"""CSM's two transformers as calls of voxkern's ops. Owns weights and no state."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from voxkern import ops
+
+from vox_serve.kv_cache import CacheBatch, KvCache
+from vox_serve.model_config import CsmConfig
+from vox_serve.sampling import SamplingRows
+from vox_serve.weights import CsmWeights
+
+
+class _Layer(NamedTuple):
+    """One backbone layer's weights: views of the stacked tensors."""
+
+    qkv: Tensor
+    o: Tensor
+    mlp_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+    next_norm: Tensor  # the following layer's attn_norm, or the last norm
+
+
+class CsmModel:
+    """The backbone, and the depth decoder over a frame's codebooks.
+
+    Args:
+        config: the sizes.
+        weights: on the device that is to run the model, in the dtype of its activations.
+    """
+
+    def __init__(self, config: CsmConfig, weights: CsmWeights):
+        self.config = config
+        self.weights = weights
+        self.device = weights.text_table.device
+        self.dtype = weights.text_table.dtype
+        backbone = weights.backbone
+        next_norms = [*backbone.attn_norm[1:], backbone.norm]
+        self._layers = [
+            _Layer(*tensors)
+            for tensors in zip(
+                backbone.qkv,
+                backbone.o,
+                backbone.mlp_norm,
+                backbone.gate_up,
+                backbone.down,
+                next_norms,
+                strict=True,
+            )
+        ]
+        self._backbone_rope = config.backbone.rope_table().to(self.device)
+        self._depth_rope = config.depth.rope_table().to(self.device)
+
+    def backbone_step(
+        self, frames: Tensor, mask: Tensor, batch: CacheBatch, cache: KvCache
+    ) -> Tensor:
+        """Run the backbone over new tokens, writing their keys and values to the cache.
+
+        Args:
+            frames: `[T, K + 1]` int64, the sequences' tokens one after the other.
+            mask: `[T, K + 1]` bool, as in `voxkern.ops.embed_frames`.
+            batch: where the tokens lie in the cache.
+            cache: keys and values; written.
+
+        Returns:
+            `[B, C]`: each sequence's last hidden state, after the last norm.
+        """
+        c = self.config.backbone
+        scale = c.head_dim**-0.5
+        residual = ops.embed_frames(frames, mask, self.weights.audio_table, self.weights.text_table)
+        x = ops.rms_norm(residual, self.weights.backbone.attn_norm[0], c.norm_eps)
+        for layer, k_pages, v_pages in zip(self._layers, cache.k_pages, cache.v_pages, strict=True):
+            qkv = ops.linear(x, layer.qkv).unflatten(1, (-1, c.head_dim))
+            q, k, v = qkv.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
+            ops.append_kv(
+                q, k, v, self._backbone_rope, batch.positions, batch.slots, k_pages, v_pages
+            )
+            if batch.cu_seqlens is None:
+                x = ops.decode_attention(
+                    q, k_pages, v_pages, batch.page_table, batch.seq_lens, scale
+                )
+            else:
+                x = ops.prefill_attention(
+                    q, k_pages, v_pages, batch.page_table, batch.cu_seqlens, batch.seq_lens, scale
+                )
+            x = ops.linear(x.flatten(1), layer.o)
+            x = ops.add_rms_norm(x, residual, layer.mlp_norm, c.norm_eps)
+            x = ops.linear(ops.silu_mul(ops.linear(x, layer.gate_up)), layer.down)
+            x = ops.add_rms_norm(x, residual, layer.next_norm, c.norm_eps)
+        return x if batch.cu_seqlens is None else x[batch.last_tokens]
+
+    def draw_frames(self, hidden: Tensor, rows: SamplingRows) -> Tensor:
+        """Draw the next frame of every sequence.
+
+        Args:
+            hidden: `[B, C]`, from `backbone_step`.
+            rows: sampling parameters of the B sequences.
+
+        Returns:
+            `[B, K]` int64.
+        """
+        w, c = self.weights, self.config.depth
+        code0 = ops.sample_tokens(ops.linear(hidden, w.code0_head), *rows, codebook=0)
+        return ops.decode_depth(
+            hidden,
+            code0,
+            w.depth_audio_table,
+            w.projection,
+            w.depth.attn_norm,
+            w.depth.qkv,
+            w.depth.o,
+            w.depth.mlp_norm,
+            w.depth.gate_up,
+            w.depth.down,
+            w.depth.norm,
+            w.code_heads,
+            self._depth_rope,
+            c.num_heads,
+            c.num_kv_heads,
+            c.norm_eps,
+            rows.temperature,
+            rows.top_k,
+            rows.top_p,
+            rows.min_p,
+            rows.seeds,
+            rows.frames,
+        )
+
+    def next_inputs(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """The backbone's input for frames of codes.
+
+        Args:
+            codes: `[T, K]` int64.
+
+        Returns:
+            Frames `[T, K + 1]` int64 and mask `[T, K + 1]` bool.
+        """
+        frames = torch.nn.functional.pad(codes, (0, 1))
+        mask = torch.ones_like(frames, dtype=torch.bool)
+        mask[:, -1] = False
+        return frames, mask
