@@ -116,6 +116,18 @@ VOX_INLINE vfloat select(vint condition, vfloat yes, vfloat no) {
   return as_float((as_uint(yes) & mask) | (as_uint(no) & ~mask));
 }
 VOX_INLINE vfloat max(vfloat a, vfloat b) { return select(a > b, a, b); }
+VOX_INLINE bool any(vint condition) {
+#if defined(__AVX512F__)
+  const __m512i lanes = reinterpret_cast<__m512i>(condition);
+  return _mm512_test_epi32_mask(lanes, lanes) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8(reinterpret_cast<__m256i>(condition)) != 0;
+#else
+  int32_t found = 0;
+  for (int i = 0; i < kWidth; ++i) found |= condition[i];
+  return found != 0;
+#endif
+}
 
 // Sums pairs at halving distance: the order is part of every op's result.
 VOX_INLINE float reduce_add(vfloat a) {
@@ -154,6 +166,26 @@ VOX_INLINE vfloat exp(vfloat a) {
   p = fma(p, r, splat(1.0f));
   const vuint exponent = (as_uint(shifted) - as_uint(magic)) << 23;
   return select(tiny, vfloat{}, as_float(as_uint(p) + exponent));
+}
+
+// log a within 3 ulp for positive normal a, by the series of atanh.
+VOX_INLINE vfloat log(vfloat a) {
+  // a = 2^exponent * fraction, fraction in [sqrt(1/2), sqrt(2))
+  const vuint offset = as_uint(a) - 0x3f3504f3u;
+  const vint exponent = reinterpret_cast<vint>(offset) >> 23;
+  const vuint scaled = as_uint(a) - (reinterpret_cast<vuint>(exponent) << 23);
+  const vfloat f = as_float(scaled) - splat(1.0f);
+  const vfloat s = f / (splat(2.0f) + f);
+  const vfloat s2 = s * s;
+  vfloat p = splat(2.0f / 11);
+  p = fma(p, s2, splat(2.0f / 9));
+  p = fma(p, s2, splat(2.0f / 7));
+  p = fma(p, s2, splat(2.0f / 5));
+  p = fma(p, s2, splat(2.0f / 3));
+  // log(1 + f) = 2 s + s^3 p(s^2), and 2 s = f - f s: the large term f is exact.
+  const vfloat small = s * (s2 * p - f);
+  const vfloat n = __builtin_convertvector(exponent, vfloat);
+  return fma(n, splat(0.693359375f), fma(n, splat(-2.12194440e-4f), small) + f);
 }
 
 }  // namespace
