@@ -1,0 +1,15 @@
+"""Mimi, the neural audio codec that CSM speaks through, in plain torch."""
+
+from vox_serve.mimi.checkpoint import find_codec_file, load_mimi, mimi_from_checkpoint
+from vox_serve.mimi.codec import Mimi
+from vox_serve.mimi.config import MimiConfig
+from vox_serve.mimi.state import StreamState as MimiState
+
+__all__ = [
+    "Mimi",
+    "MimiConfig",
+    "MimiState",
+    "find_codec_file",
+    "load_mimi",
+    "mimi_from_checkpoint",
+]

@@ -1,0 +1,179 @@
+"""The Mimi codec: codes to 24 kHz samples and back, whole or as a stream.
+
+Whole decoding is a stream too, taken in larger chunks, so the two cannot drift apart.
+
+Source: Defossez et al. 2024, https://arxiv.org/abs/2410.00037
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from vox_serve.mimi.config import MimiConfig
+from vox_serve.mimi.decoder import Decoder
+from vox_serve.mimi.encoder import Encoder
+from vox_serve.mimi.quantizer import Quantizer
+from vox_serve.mimi.state import StreamState
+from vox_serve.mimi.tensors import TensorReader
+
+# Enough frames to spread the reading of the weights, few enough for activations to stay in cache.
+WHOLE_CHUNK_FRAMES = 8
+
+
+class Mimi:
+    """The codec's weights, float32. It holds no state: streams pass theirs in and out.
+
+    Args:
+        config: sizes.
+        tensors: by transformers' names (`decoder.layers.0.conv.weight`, ...), any float dtype; the
+            codec computes on their device.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape; the message names it.
+    """
+
+    def __init__(self, config: MimiConfig, tensors: Mapping[str, Tensor]) -> None:
+        reader = TensorReader(tensors)
+        self.config = config
+        with torch.inference_mode():
+            self.quantizer = Quantizer(config, reader)
+            self.decoder = Decoder(config, reader)
+            self.encoder = Encoder(config, reader) if config.has_encoder else None
+        reader.refuse_leftover_layers()
+        self.device = self.quantizer.device
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Decode whole utterances.
+
+        Args:
+            codes: `[B, N, K]` integers, K from 1 to the number of codebooks. Codes above
+                `codebook_size - 1` are clamped to it (CSM's vocabulary is larger), below 0 to 0.
+
+        Returns:
+            `[B, N * frame_samples]` float32 at `sample_rate_hz`.
+
+        Raises:
+            ValueError: a wrong shape.
+        """
+        return self._in_chunks(codes, 1, self.decode_step, self.init_state)
+
+    def init_state(self, batch_size: int = 1) -> StreamState:
+        """The state of decoding streams that have not begun."""
+        return self._init_state(self.decoder, batch_size)
+
+    @torch.inference_mode()
+    def decode_step(self, codes: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
+        """Decode the next frames of B streams.
+
+        Args:
+            codes: `[B, n, K]` integers, as for `decode`; n may be 0 and differ from call to call.
+            state: from `init_state` or the step before. Not changed.
+
+        Returns:
+            `[B, n * frame_samples]` float32, and the state after it. However a stream is cut into
+            steps, its samples are those of `decode`, within rounding.
+
+        Raises:
+            ValueError: a wrong shape.
+        """
+        limit = self.config.num_codebooks
+        if codes.dim() != 3 or not 1 <= codes.shape[2] <= limit:
+            raise ValueError(f"codes must be [B, n, 1 to {limit}], got {list(codes.shape)}")
+        self._check_rows("codes", codes, state)
+        batch, frames, _ = codes.shape
+        if codes.numel() == 0:
+            return self._zeros(batch, frames * self.config.frame_samples), state
+        codes = codes.to(self.device, torch.int64).transpose(0, 1)
+        audio, state = self.decoder(self.quantizer.decode(codes), state)
+        return audio.t().contiguous(), state
+
+    def encode(self, audio: Tensor, num_codebooks: int | None = None) -> Tensor:
+        """Encode whole recordings, padded with silence to whole frames (as moshi and CSM do).
+
+        Args:
+            audio: `[B, S]` at `sample_rate_hz`, in -1..1.
+            num_codebooks: K, 1 to the number of codebooks; None for all.
+
+        Returns:
+            `[B, ceil(S / frame_samples), K]` int64.
+
+        Raises:
+            ValueError: a wrong shape or K, or the checkpoint has no encoder.
+        """
+        if audio.dim() != 2:
+            raise ValueError(f"audio must be [B, S], got {list(audio.shape)}")
+        frame_samples = self.config.frame_samples
+        audio = torch.nn.functional.pad(audio, (0, -audio.shape[1] % frame_samples))
+
+        def step(chunk: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
+            return self.encode_step(chunk, state, num_codebooks)
+
+        return self._in_chunks(audio, frame_samples, step, self.init_encoder_state)
+
+    def init_encoder_state(self, batch_size: int = 1) -> StreamState:
+        """The state of encoding streams that have not begun.
+
+        Raises:
+            ValueError: the checkpoint has no encoder.
+        """
+        if self.encoder is None:
+            raise ValueError("this Mimi checkpoint has no encoder")
+        return self._init_state(self.encoder, batch_size)
+
+    @torch.inference_mode()
+    def encode_step(
+        self, audio: Tensor, state: StreamState, num_codebooks: int | None = None
+    ) -> tuple[Tensor, StreamState]:
+        """Encode the next frames of B streams.
+
+        Args:
+            audio: `[B, n * frame_samples]`, n may be 0.
+            state: from `init_encoder_state` or the step before. Not changed.
+            num_codebooks: as for `encode`.
+
+        Returns:
+            `[B, n, K]` int64, and the state after it.
+
+        Raises:
+            ValueError: a wrong shape or K, or the checkpoint has no encoder.
+        """
+        if self.encoder is None:
+            raise ValueError("this Mimi checkpoint has no encoder")
+        limit, frame_samples = self.config.num_codebooks, self.config.frame_samples
+        width = limit if num_codebooks is None else num_codebooks
+        if not 1 <= width <= limit:
+            raise ValueError(f"num_codebooks must be 1 to {limit}, got {width}")
+        if audio.dim() != 2 or audio.shape[1] % frame_samples:
+            raise ValueError(
+                f"audio must be [B, n * {frame_samples}] samples, got {list(audio.shape)}"
+            )
+        self._check_rows("audio", audio, state)
+        if audio.numel() == 0:
+            shape = audio.shape[0], audio.shape[1] // frame_samples, width
+            return self._zeros(*shape).to(torch.int64), state
+        latent, state = self.encoder(audio.to(self.device, torch.float32).t(), state)
+        return self.quantizer.encode(latent, width).transpose(0, 1).contiguous(), state
+
+    def _in_chunks(self, whole: Tensor, unit: int, step, init_state) -> Tensor:
+        state, parts = init_state(whole.shape[0]), []
+        for chunk in whole.split(WHOLE_CHUNK_FRAMES * unit, dim=1):
+            part, state = step(chunk, state)
+            parts.append(part)
+        return torch.cat(parts, dim=1)
+
+    def _init_state(self, half: Decoder | Encoder, batch_size: int) -> StreamState:
+        heads, past_keys, dim = half.transformer.kv_shape
+        num_caches = 2 * len(half.transformer.layers)
+        return StreamState(
+            torch.zeros(batch_size, dtype=torch.int64, device=self.device),
+            tuple(self._zeros(batch_size, heads, past_keys, dim) for _ in range(num_caches)),
+            tuple(self._zeros(batch_size, *context) for context in half.contexts()),
+        )
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, device=self.device)
+
+    def _check_rows(self, name: str, rows: Tensor, state: StreamState) -> None:
+        if rows.shape[0] != state.batch_size:
+            raise ValueError(f"{name} has {rows.shape[0]} rows, its state {state.batch_size}")
