@@ -1,0 +1,64 @@
+#include "../linear.h"
+
+#include "isa.h"
+
+#ifdef VOX_ISA
+#include "gemm.h"
+#include "team.h"
+
+// Each thread takes a contiguous part of W's rows, so every weight is read once and by one thread;
+// where W is too small for that, a part of x's rows.
+namespace voxkern {
+namespace {
+
+// At least four tiles each keep all threads busy; below that, the longer side has more to share.
+bool split_weight_rows(int64_t M, int64_t N, int threads) {
+  return N >= M || N >= 4 * kTileN * static_cast<int64_t>(threads);
+}
+
+template <typename T>
+void run(const LinearParams& p) {
+  const auto* x = static_cast<const T*>(p.x);
+  const auto* weight = static_cast<const T*>(p.weight);
+  auto* out = static_cast<T*>(p.out);
+  const int64_t work = p.M * p.N * p.C;
+  if (split_weight_rows(p.M, p.N, Team::size())) {
+    parallel_for(p.N, kTileN, work, [&](int64_t begin, int64_t end) {
+      multiply(x, weight, out, p.M, p.C, p.N, begin, end);
+    });
+  } else {
+    parallel_for(p.M, kTileM, work, [&](int64_t begin, int64_t end) {
+      multiply(x + begin * p.C, weight, out + begin * p.N, end - begin, p.C, p.N, 0, p.N);
+    });
+  }
+}
+
+}  // namespace
+
+namespace VOX_ISA {
+void linear(const LinearParams& p) { p.dtype == Dtype::f32 ? run<float>(p) : run<bf16>(p); }
+}  // namespace VOX_ISA
+
+}  // namespace voxkern
+
+#else
+
+namespace voxkern {
+
+VOX_KERNEL(linear, LinearParams)
+
+namespace {
+
+Tensor linear_cpu(Tensor x, Tensor weight) {
+  x = torch::stable::contiguous(x);
+  Tensor out = linear_out(x, weight);
+  linear(linear_params(x, weight, out));
+  return out;
+}
+
+}  // namespace
+}  // namespace voxkern
+
+STABLE_TORCH_LIBRARY_IMPL(voxkern, CPU, m) { m.impl("linear", TORCH_BOX(&voxkern::linear_cpu)); }
+
+#endif
