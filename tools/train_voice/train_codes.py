@@ -1,0 +1,150 @@
+"""Step 2 (codec stage 1): learn the codes on log-mel spectrograms.
+
+    python train_codes.py RUN [--minutes 8] [--codebooks 8] [--device cpu]
+
+Trains everything of Mimi that runs at 25 Hz or 12.5 Hz: encoder transformer, quantizer, decoder
+transformer. A mel front-end and a mel head stand in for the two convolution stacks, which makes it
+about ten times cheaper than end-to-end training. Codebook 0 alone must tell the phone of every
+20 ms, so that it becomes what the language model finds easiest: phonetic.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from codec import (
+    Stage1,
+    decoder_states,
+    init_codebooks,
+    log_mel,
+    make_config,
+    train_quantize,
+)
+from common import FRAME_SAMPLES, Speech, Training, autocast, phone_labels
+
+BATCH = 12
+WINDOW_FRAMES = 40
+LABEL_SAMPLES = 480
+WARM_STEPS = 120  # continuous latents before the codebooks start
+PHONE_WEIGHT = 0.3
+COMMITMENT_WEIGHT = 0.1
+SLOPE_WEIGHT = 0.5
+
+
+class Windows:
+    """Random windows of the recorded stream, with a phone label every 20 ms."""
+
+    def __init__(self, speech: Speech, phone_ids: dict[str, int], rng):
+        self.rng = rng
+        rows = speech.rows
+        self.starts = [i for i in speech.train if speech.num_frames(i) > 4]
+        self.speech, self.phone_ids, self.rows = speech, phone_ids, rows
+
+    def window(self):
+        """Utterances end to end, cut at a random frame: float32 [S], int64 [S / 480]."""
+        audio, labels, length = [], [], 0
+        while length < 2 * WINDOW_FRAMES * FRAME_SAMPLES:
+            index = self.starts[self.rng.integers(len(self.starts))]
+            samples = self.speech.samples(index)
+            count = len(samples) // LABEL_SAMPLES
+            audio.append(samples)
+            labels.append(phone_labels(self.rows[index], LABEL_SAMPLES, count, self.phone_ids))
+            length += len(samples)
+        cut = self.rng.integers(WINDOW_FRAMES + 1) if self.rng.random() < 0.7 else 0
+        audio = np.concatenate(audio)[cut * FRAME_SAMPLES :][: WINDOW_FRAMES * FRAME_SAMPLES]
+        labels = np.concatenate(labels)[cut * 4 :][: WINDOW_FRAMES * 4]
+        return audio, labels
+
+    def batch(self):
+        audio, labels = zip(*(self.window() for _ in range(BATCH)), strict=True)
+        return torch.from_numpy(np.stack(audio)), torch.from_numpy(np.stack(labels))
+
+
+def losses(model: Stage1, audio, labels, *, quantize: bool, update=False, kept=None):
+    device = audio.device.type
+    mel = log_mel(audio)
+    with autocast(device):
+        latents = model.latents(mel)
+    latents = latents.float()
+    commitment = torch.zeros((), device=audio.device)
+    if quantize:
+        quantized, semantic, commitment, _ = train_quantize(model.codec, latents, update, kept)
+    else:
+        semantic, acoustic = (
+            rvq.output_proj(rvq.input_proj(latents))
+            for rvq in (
+                model.codec.quantizer.semantic_residual_vector_quantizer,
+                model.codec.quantizer.acoustic_residual_vector_quantizer,
+            )
+        )
+        quantized = semantic + acoustic
+    with autocast(device):
+        predicted = model.head(decoder_states(model.codec, quantized))
+        phone_logits = model.phones(semantic.transpose(1, 2))
+    predicted = predicted.float()
+    num_phones = phone_logits.shape[-1] // 4
+    return {
+        "mel": (predicted - mel).abs().mean(),
+        "slope": (predicted.diff(dim=2) - mel.diff(dim=2)).abs().mean(),
+        "commitment": commitment,
+        "phone": F.cross_entropy(phone_logits.float().reshape(-1, num_phones), labels.reshape(-1)),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--codebooks", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    speech = Speech(args.run)
+    phones = speech.phones()
+    phone_ids = {phone: i for i, phone in enumerate(phones)}
+    model = Stage1(make_config(args.codebooks), len(phones)).to(args.device)
+    trained = [p for n, p in model.named_parameters() if "seanet" not in n]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    training = Training(args.run, "codes", args.minutes, {"model": model, "optimizer": optimizer})
+    windows = Windows(speech, phone_ids, np.random.default_rng(training.step))
+    held_out = Windows(speech, phone_ids, np.random.default_rng(12345))
+    held_out.starts = speech.validation
+    validation = [tuple(t.to(args.device) for t in held_out.batch()) for _ in range(4)]
+
+    for step in training.steps():
+        if step == WARM_STEPS:
+            with torch.no_grad():
+                batches = [windows.batch()[0].to(args.device) for _ in range(30)]
+                init_codebooks(model.codec, torch.cat([model.latents(log_mel(b)) for b in batches]))
+        audio, labels = (t.to(args.device) for t in windows.batch())
+        kept = None
+        if torch.rand(()) < 0.5:
+            kept = torch.randint(2, args.codebooks + 1, (BATCH,), device=args.device)
+        quantize = step >= WARM_STEPS
+        loss = losses(model, audio, labels, quantize=quantize, update=quantize, kept=kept)
+        total = (
+            loss["mel"]
+            + SLOPE_WEIGHT * loss["slope"]
+            + COMMITMENT_WEIGHT * loss["commitment"]
+            + PHONE_WEIGHT * loss["phone"]
+        )
+        optimizer.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        training.log(**loss)
+
+    with torch.no_grad():
+        for count in sorted({4, 6, args.codebooks}):
+            kept = torch.full((BATCH,), count, device=args.device)
+            rows = [losses(model, a, p, quantize=True, kept=kept) for a, p in validation]
+            means = {f"val{count}_{k}": torch.stack([r[k] for r in rows]).mean() for k in rows[0]}
+            training.record(**means)
+    (args.run / "phones.txt").write_text("\n".join(phones))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""Steps 5 and 6 (codec stage 2): train the SEANet decoder as a vocoder of the codes.
+
+    python train_vocoder.py RUN [--minutes 10]                        plain spectral losses
+    python train_vocoder.py RUN --adversarial [--minutes 20]          then a discriminator
+
+The quantizer, the upsampling and the decoder transformer of RUN/codec are frozen; their states are
+whitened per channel (without that the decoder learns nothing: some channels vary a hundred times
+more than others) and the whitening is folded into the first convolution when RUN/codec is written.
+The discriminator is a small multi-scale STFT one with feature matching (EnCodec, section 3.4).
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from codec import decoder_states, mel_filters
+from common import FRAME_SAMPLES, Speech, Training, autocast
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
+from transformers import MimiModel
+
+BATCH = 12
+CROP_FRAMES = 10
+CONTEXT_FRAMES = 4  # real history before the crop: heard by the decoder, not by the losses
+HISTORY_FRAMES = 50
+STATE_SAMPLES = FRAME_SAMPLES // 2
+SCALES = ((2048, 128), (1024, 80), (512, 60), (256, 30), (128, 15))  # n_fft, mel bins
+ADVERSARIAL_WEIGHT = 0.2
+FEATURE_WEIGHT = 1.0
+
+
+class Vocoder(nn.Module):
+    """Whitening and the SEANet decoder, weight-normed."""
+
+    def __init__(self, seanet, dim: int):
+        super().__init__()
+        self.seanet = seanet
+        self.mean, self.std = nn.Buffer(torch.zeros(dim)), nn.Buffer(torch.ones(dim))
+        for layer in self.convs():
+            weight_norm(layer)
+
+    def convs(self):
+        kinds = (nn.Conv1d, nn.ConvTranspose1d)
+        return [layer for layer in self.seanet.modules() if isinstance(layer, kinds)]
+
+    def forward(self, states):
+        """[B, T, C] -> [B, 1, 960 T]"""
+        return self.seanet(((states - self.mean) / self.std).transpose(1, 2))
+
+    @torch.no_grad()
+    def folded(self):
+        """The SEANet decoder that reads raw states; self is of no more use for training."""
+        for layer in self.convs():
+            parametrize.remove_parametrizations(layer, "weight")
+        first = self.convs()[0]
+        scaled = first.weight / self.std[None, :, None]
+        first.bias -= (scaled * self.mean[None, :, None]).sum((1, 2))
+        first.weight.copy_(scaled)
+        return self.seanet
+
+
+class SpectralLoss(nn.Module):
+    """L1 between log-mel and log-linear magnitudes at several resolutions."""
+
+    def __init__(self):
+        super().__init__()
+        for n_fft, bins in SCALES:
+            self.register_buffer(f"window{n_fft}", torch.hann_window(n_fft))
+            self.register_buffer(f"mel{n_fft}", mel_filters(n_fft, bins))
+
+    def forward(self, made, real):
+        total = 0.0
+        for n_fft, _ in SCALES:
+            window, mel = getattr(self, f"window{n_fft}"), getattr(self, f"mel{n_fft}")
+            both = torch.cat([made, real]).squeeze(1)
+            spectrum = torch.stft(both, n_fft, n_fft // 4, window=window, return_complex=True)
+            # White noise of RMS s has magnitude s, so the floors below are levels.
+            spectrum = torch.view_as_real(spectrum / window.square().sum().sqrt())
+            a, b = spectrum.square().sum(-1).add(1e-8).sqrt().chunk(2)
+            log_mels = [torch.log(mel @ x + 1e-3) for x in (a, b)]
+            total = total + F.l1_loss(*log_mels)
+            total = total + 0.3 * F.l1_loss(a, b) / (b.mean() + 1e-4)
+            total = total + 0.3 * F.l1_loss(torch.log(a + 3e-3), torch.log(b + 3e-3))
+        return total / len(SCALES)
+
+
+class ScaleDiscriminator(nn.Module):
+    def __init__(self, n_fft: int, channels: int = 16):
+        super().__init__()
+        self.n_fft = n_fft
+        self.window = nn.Buffer(torch.hann_window(n_fft))
+        sizes = [2, channels, channels, channels, channels]
+        self.convs = nn.ModuleList(
+            weight_norm(nn.Conv2d(i, o, (3, 9), stride=(1, 1 + (n > 0)), padding=(1, 4)))
+            for n, (i, o) in enumerate(zip(sizes[:-1], sizes[1:], strict=True))
+        )
+        self.convs.append(weight_norm(nn.Conv2d(channels, channels, 3, padding=1)))
+        self.output = weight_norm(nn.Conv2d(channels, 1, 3, padding=1))
+
+    def forward(self, audio):
+        """[B, 1, S] -> (logits, [features])"""
+        hop = self.n_fft // 4
+        spectrum = torch.stft(
+            audio.squeeze(1), self.n_fft, hop, window=self.window, return_complex=True
+        )
+        x = torch.view_as_real(spectrum * 4 / self.n_fft**0.5).permute(0, 3, 2, 1)
+        features = []
+        for conv in self.convs:
+            x = F.leaky_relu(conv(x), 0.2)
+            features.append(x)
+        return self.output(x).float(), features
+
+
+class Crops:
+    """Random crops of utterances as (codes with their history, samples)."""
+
+    def __init__(self, run: Path, speech: Speech, rng):
+        saved = np.load(run / "codes.npz")
+        self.codes, self.ends = saved["codes"], saved["ends"]
+        self.speech, self.rng = speech, rng
+        lengths = np.diff(self.ends, prepend=0)
+        long = [i for i in speech.train if i < len(lengths) and lengths[i] >= CROP_FRAMES]
+        self.indices, self.lengths = long, lengths
+
+    def batch(self):
+        """codes [B, HISTORY, K] right-aligned, valid [B] frames of them, samples [B, 1, S]."""
+        codes = np.zeros((BATCH, HISTORY_FRAMES, self.codes.shape[1]), np.int64)
+        audio = np.zeros((BATCH, 1, CROP_FRAMES * FRAME_SAMPLES), np.float32)
+        valid = np.zeros(BATCH, np.int64)
+        for row in range(BATCH):
+            index = self.indices[self.rng.integers(len(self.indices))]
+            length = self.lengths[index]
+            end = self.rng.integers(CROP_FRAMES, length + 1)
+            start = max(0, end - HISTORY_FRAMES)
+            first = self.ends[index] - length
+            valid[row] = end - start
+            codes[row, : end - start] = self.codes[first + start : first + end]
+            samples = self.speech.samples(index)
+            audio[row, 0] = samples[(end - CROP_FRAMES) * FRAME_SAMPLES : end * FRAME_SAMPLES]
+        return torch.from_numpy(codes), torch.from_numpy(valid), torch.from_numpy(audio)
+
+
+@torch.no_grad()
+def crop_states(codec: MimiModel, codes, valid):
+    """Decoder states of each crop after CONTEXT_FRAMES of history; zeros before the utterance."""
+    with autocast(codes.device.type):
+        states = decoder_states(codec, codec.quantizer.decode(codes.transpose(1, 2)))
+    states = F.pad(states.float(), (0, 0, 2 * CONTEXT_FRAMES, 0))
+    count = 2 * (CONTEXT_FRAMES + CROP_FRAMES)
+    starts = 2 * (valid - CROP_FRAMES)
+    rows = starts[:, None] + torch.arange(count, device=codes.device)
+    return states.gather(1, rows[..., None].expand(-1, -1, states.shape[2]))
+
+
+def set_trainable(module, value: bool):
+    for parameter in module.parameters():
+        parameter.requires_grad_(value)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--adversarial", action="store_true")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    codec = MimiModel.from_pretrained(args.run / "codec").to(args.device).eval()
+    vocoder = Vocoder(MimiModel(codec.config).decoder.decoder_seanet, codec.config.hidden_size).to(
+        args.device
+    )
+    generator = torch.optim.AdamW(vocoder.parameters(), lr=args.lr, betas=(0.8, 0.99))
+    states = {"vocoder": vocoder, "generator": generator}
+    if args.adversarial:
+        judges = nn.ModuleList(ScaleDiscriminator(n) for n in (1024, 512, 256)).to(args.device)
+        judge_optimizer = torch.optim.AdamW(judges.parameters(), lr=5e-4, betas=(0.8, 0.99))
+        states |= {"judges": judges, "judge_optimizer": judge_optimizer}
+        start = torch.load(args.run / "vocoder.pt", map_location="cpu", weights_only=True)
+        vocoder.load_state_dict(start["vocoder"])
+    name = "vocoder_adversarial" if args.adversarial else "vocoder"
+    training = Training(args.run, name, args.minutes, states)
+    crops = Crops(args.run, Speech(args.run), np.random.default_rng(training.step))
+    spectral = SpectralLoss().to(args.device)
+    if training.step == 0 and not args.adversarial:
+        batches = [crop_states(codec, *crops.batch()[:2]) for _ in range(20)]
+        sample = torch.cat(batches).flatten(0, 1)
+        vocoder.mean.copy_(sample.mean(0))
+        vocoder.std.copy_(sample.std(0).clamp(min=1e-3))
+
+    for _ in training.steps():
+        codes, valid, real = (t.to(args.device) for t in crops.batch())
+        inputs = crop_states(codec, codes, valid)
+        with autocast(args.device):
+            made = vocoder(inputs)
+        made = made.float()[..., CONTEXT_FRAMES * FRAME_SAMPLES :]
+        loss = {"spectral": spectral(made, real)}
+        total = loss["spectral"]
+        if args.adversarial:
+            with autocast(args.device):
+                for_real = [judge(real) for judge in judges]
+                for_made = [judge(made.detach()) for judge in judges]
+            loss["judge"] = sum(
+                (1 - r[0]).square().mean() + m[0].square().mean()
+                for r, m in zip(for_real, for_made, strict=True)
+            ) / len(judges)
+            judge_optimizer.zero_grad()
+            loss["judge"].backward()
+            judge_optimizer.step()
+            set_trainable(judges, False)
+            with autocast(args.device):
+                for_made = [judge(made) for judge in judges]
+            set_trainable(judges, True)
+            loss["fool"] = sum((1 - m[0]).square().mean() for m in for_made) / len(judges)
+            pairs = [
+                F.l1_loss(m.float(), r.detach().float()) / (r.detach().float().abs().mean() + 1e-4)
+                for real_out, made_out in zip(for_real, for_made, strict=True)
+                for r, m in zip(real_out[1], made_out[1], strict=True)
+            ]
+            loss["feature"] = sum(pairs) / len(pairs)
+            total = total + ADVERSARIAL_WEIGHT * loss["fool"] + FEATURE_WEIGHT * loss["feature"]
+        generator.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(vocoder.parameters(), 10.0)
+        generator.step()
+        training.log(**{key: value.detach() for key, value in loss.items()})
+
+    codec.decoder.decoder_seanet.load_state_dict(vocoder.cpu().folded().state_dict())
+    codec.save_pretrained(args.run / "codec")
+
+
+if __name__ == "__main__":
+    main()
