@@ -1,0 +1,134 @@
+"""What the two commands share: flags that come from `Config`, errors in one line."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any, NoReturn
+
+from vox_serve.config import (
+    GROUPS,
+    Config,
+    ConfigError,
+    base_type,
+    parse_value,
+    setting_of,
+    shown_default,
+)
+
+
+class CommandError(Exception):
+    """A command cannot go on; the message is one line for its user."""
+
+
+class _OneSpelling(argparse.HelpFormatter):
+    """Shows `--top_k K` where argparse would show `--top_k K, --top-k K`."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=30, width=100)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        spellings = [flag for flag in action.option_strings if "-" not in flag.removeprefix("--")]
+        short = [flag for flag in action.option_strings if not flag.startswith("--")]
+        names = ", ".join(dict.fromkeys([*short, *spellings]))
+        if action.nargs == 0:
+            return names
+        return (
+            f"{names} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
+        )
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser with `Config`'s flags; a wrong one is reported in one line, exit code 2.
+
+    Args:
+        prog: the command's name in messages.
+        description: what it does.
+        usage: the first line of `--help`.
+        epilog: what follows the flags in `--help`.
+    """
+
+    def __init__(self, prog: str, description: str, usage: str, epilog: str | None = None):
+        super().__init__(
+            prog=prog,
+            description=description,
+            usage=usage,
+            epilog=epilog,
+            formatter_class=_OneSpelling,
+            allow_abbrev=False,
+        )
+
+    def add_flag(self, name: str, **options: Any) -> None:
+        """Add flag `--name`, with underscores and with dashes."""
+        add_flag(self, name, **options)
+
+    def add_settings(self, groups: Sequence[str]) -> None:
+        """Add a flag for every setting in `groups`; one not given is absent from the namespace."""
+        for group in groups:
+            section = self.add_argument_group(GROUPS[group])
+            for item in fields(Config):
+                if setting_of(item).group == group:
+                    add_flag(section, item.name, **_flag_options(item))
+
+    def parse(self, argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
+        """The command's own flags, and the config of the others and of the environment."""
+        args = self.parse_args(argv)
+        names = {item.name for item in fields(Config)}
+        given = {name: value for name, value in vars(args).items() if name in names}
+        try:
+            return args, Config.resolve(given, os.environ)
+        except ConfigError as error:
+            self.error(str(error))
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {one_line(message)} (--help lists the flags)\n")
+
+
+def add_flag(parser: argparse._ActionsContainer, name: str, **options: Any) -> None:
+    parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), **options)
+
+
+def _flag_options(item: Any) -> dict[str, Any]:
+    about = setting_of(item)
+    limits = "" if about.choices else about.limits
+    notes = [note for note in (limits, f"default {shown_default(item)}") if note]
+    options = {"dest": item.name, "default": argparse.SUPPRESS}
+    if base_type(item) is bool:
+        return {**options, "action": argparse.BooleanOptionalAction, "help": about.help}
+
+    def convert(text: str) -> Any:
+        try:
+            return parse_value(item, text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    help_text = f"{about.help} [{'; '.join(notes)}]"
+    metavar = "|".join(about.choices) or item.name.rpartition("_")[2].upper()
+    return {**options, "type": convert, "metavar": metavar, "help": help_text.replace("%", "%%")}
+
+
+def one_line(message: object) -> str:
+    """The message without line breaks, printable whatever it holds."""
+    text = " ".join(str(message).split())
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def run_command(prog: str, command: Callable[[], int]) -> int:
+    """Run a command's body, and turn whatever goes wrong into one line and exit code 1.
+
+    `VOX_SERVE_TRACEBACK=1` shows the traceback too.
+    """
+    try:
+        return command()
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if os.environ.get("VOX_SERVE_TRACEBACK"):
+            raise
+        known = isinstance(error, CommandError | OSError | ValueError) and str(error)
+        message = error if known else f"{type(error).__name__}: {error}"
+        print(f"{prog}: error: {one_line(message)}", file=sys.stderr)
+        return 1
