@@ -2,8 +2,8 @@
 // decode_depth call it.
 //
 // All filters come down to one number, the lowest logit that stays. It is found by bisection over
-// the floats in their order, each step one pass over the row, which lies in the first-level cache:
-// no sort, and ties need no care. Logits, their division by the temperature and single
+// the floats in their order, each step one pass over logits in the first-level cache: no sort, and
+// ties need no care. Logits, their division by the temperature and single
 // exponentials are float32, sums of exponentials float64. The draw ranks the codes that stay by
 // float32 scores, then those near the best again in float64, so another order of summation, or
 // another logarithm, gives the same code.
@@ -31,7 +31,7 @@ struct SamplerRow {
 VOX_INLINE int64_t sampler_padded(int64_t V) { return (V + kWidth - 1) / kWidth * kWidth; }
 
 // What sample_row wants as its scratch.
-VOX_INLINE int64_t sampler_scratch_bytes(int64_t V) { return 3 * 4 * sampler_padded(V); }
+VOX_INLINE int64_t sampler_scratch_bytes(int64_t V) { return 5 * 4 * sampler_padded(V); }
 
 // A float's place in the order of all floats, as a signed integer, and back.
 VOX_INLINE int32_t float_order(float a) {
@@ -110,17 +110,56 @@ inline double odds_above(const float* z, const float* odds, int64_t n, float bou
   return sum;
 }
 
-// The lowest value that top-p keeps of z[0..n), all of which top-k kept.
-inline float top_p_bound(const float* z, int64_t n, float top_p, float largest, float* odds) {
+// The lowest value that top-p keeps of z[0..n), all of which top-k kept: first sums over buckets
+// of near values, then bisection within the bucket where the limit falls. `odds`, `near_z` and
+// `near_odds` have room for n, padded.
+inline float top_p_bound(const float* z, int64_t n, float top_p, float largest, float* odds,
+                         float* near_z, float* near_odds) {
   for (int64_t i = 0; i < n; i += kWidth) store(odds + i, exp(load(z + i) - splat(largest)));
-  const float infinite = __builtin_inff();
-  const double limit = top_p * odds_above(z, odds, n, -infinite);
+  const double limit = top_p * odds_above(z, odds, n, -__builtin_inff());
   if (!(limit > 0)) return largest;
+
+  // Below e^-16 of the best all goes to the last bucket.
+  constexpr int kBuckets = 256;
+  float spread = 1e-6f;
+  for (int64_t i = 0; i < n; ++i) spread = largest - z[i] > spread ? largest - z[i] : spread;
+  const float scale = kBuckets / (spread < 16 ? spread : 16);
+  const auto bucket_of = [&](vfloat a) {
+    const vfloat place = (splat(largest) - a) * splat(scale);
+    const vfloat last = splat(kBuckets - 1);
+    return __builtin_convertvector(select(place < last, place, last), vint);
+  };
+  double sums[kBuckets] = {};
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const vint buckets = bucket_of(load(z + i));
+    for (int lane = 0; lane < kWidth; ++lane) sums[buckets[lane]] += odds[i + lane];
+  }
+  int bucket = 0;
+  double above = 0;
+  while (bucket < kBuckets - 1 && above + sums[bucket] < limit) above += sums[bucket++];
+
+  int64_t near = 0;
+  float first = -__builtin_inff(), last = largest;
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const vint here = bucket_of(load(z + i)) == splat_int(bucket);
+    if (!any(here)) continue;
+    for (int lane = 0; lane < kWidth; ++lane) {
+      if (!here[lane] || i + lane >= n) continue;
+      const float a = z[i + lane];
+      first = near == 0 || a > first ? a : first;
+      last = near == 0 || a < last ? a : last;
+      near_z[near] = a;
+      near_odds[near++] = odds[i + lane];
+    }
+  }
+  for (int64_t j = near; j < sampler_padded(near); ++j) near_z[j] = -__builtin_inff();
+
   // Invariant: a code at `high` stays, one at `low` does not.
-  int64_t low = float_order(-infinite), high = float_order(largest);
+  int64_t low = float_order(last) - 1, high = float_order(first);
   while (high - low > 1) {
     const int64_t middle = low + (high - low) / 2;
-    (odds_above(z, odds, n, float_at(middle)) < limit ? high : low) = middle;
+    const double sum = above + odds_above(near_z, near_odds, near, float_at(middle));
+    (sum < limit ? high : low) = middle;
   }
   return float_at(high);
 }
@@ -191,7 +230,8 @@ template <typename T>
 inline int64_t sample_row(const T* logits, int64_t V, const SamplerRow& row, void* scratch) {
   float* const z = static_cast<float*>(scratch);
   float* const odds = z + sampler_padded(V);
-  int32_t* const codes = reinterpret_cast<int32_t*>(odds + sampler_padded(V));
+  float* const near = odds + sampler_padded(V);
+  int32_t* const codes = reinterpret_cast<int32_t*>(near + 2 * sampler_padded(V));
 
   const float largest_logit = read_logits(logits, V, row, z);
   const float largest = largest_logit / row.temperature;
@@ -204,7 +244,8 @@ inline int64_t sample_row(const T* logits, int64_t V, const SamplerRow& row, voi
   int64_t n =
       compact(z, V, some ? top_k_bound(z, V, row.top_k, largest) : everything, nullptr, codes);
   float bound = everything;
-  if (row.top_p < 1) bound = top_p_bound(z, n, row.top_p, largest, odds);
+  if (row.top_p < 1)
+    bound = top_p_bound(z, n, row.top_p, largest, odds, near, near + sampler_padded(V));
   if (row.min_p > 0) {
     const float other = min_p_bound(row.min_p, largest);
     bound = other > bound ? other : bound;
