@@ -1,0 +1,172 @@
+"""The HTTP interface: its routes, its request model and its errors."""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import fields
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from vox_serve import engine
+from vox_serve.config import Config, setting_of
+from vox_serve.http_io import AsciiJSONResponse, SpeechResponse, read_fields
+from vox_serve.runner import EngineFailure, QueueFull, RequestRefused, Runner
+from vox_serve.sampling import SamplingParams
+
+_SETTINGS = {item.name: setting_of(item) for item in fields(Config)}
+
+
+def _override(name: str) -> Any:
+    """A field that overrides a setting for one request, with the setting's bounds."""
+    about = _SETTINGS[name]
+    return Field(default=None, description=about.help, ge=about.low, gt=about.above, le=about.high)
+
+
+class GenerateRequest(BaseModel):
+    """What to say. A field that is not given has the server's default."""
+
+    # A misspelt field would be ignored in silence otherwise.
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    text: str = Field(description="what to say", min_length=1)
+    speaker: int = Field(default=0, description="whose voice", ge=0, le=1)
+    streaming: bool = Field(default=False, description="send the audio as it is made")
+    temperature: float | None = _override("temperature")
+    top_k: int | None = _override("top_k")
+    top_p: float | None = _override("top_p")
+    min_p: float | None = _override("min_p")
+    repetition_penalty: float | None = _override("repetition_penalty")
+    repetition_window: int | None = _override("repetition_window")
+    seed: int | None = _override("seed")
+    max_frames: int | None = _override("max_frames")
+
+    @field_validator("text")
+    @classmethod
+    def _not_blank(cls, text: str) -> str:
+        if not text.strip():
+            raise ValueError("must not be blank")
+        return text
+
+    def to_engine(self, config: Config) -> engine.Request:
+        """The engine's request, with `config`'s defaults."""
+        given = self.model_dump(exclude_none=True)
+        sampling = {name: given.get(name, value) for name, value in config.sampling.items()}
+        return engine.Request(
+            text=self.text,
+            speaker=self.speaker,
+            sampling=SamplingParams(**sampling),
+            max_frames=given.get("max_frames", config.max_frames),
+        )
+
+
+_BODY_SCHEMA = GenerateRequest.model_json_schema()
+_GENERATE_DOCS = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            kind: {"schema": _BODY_SCHEMA}
+            for kind in (
+                "application/json",
+                "application/x-www-form-urlencoded",
+                "multipart/form-data",
+            )
+        },
+    }
+}
+_GENERATE_ANSWERS = {
+    200: {"description": "24 kHz mono 16-bit WAV", "content": {"audio/wav": {}}},
+    400: {"description": "the body cannot be read"},
+    413: {"description": "the body is too long"},
+    415: {"description": "the body is neither JSON nor a form"},
+    422: {"description": "a field is wrong, or the text too long for the model's context"},
+    503: {"description": "the queue is full, or the engine stopped"},
+}
+
+
+def create_app(runner: Runner, config: Config, about: Mapping[str, Any]) -> FastAPI:
+    """The application. It starts the runner and, at its end, stops it.
+
+    Args:
+        runner: not started yet.
+        config: the defaults of requests, and limits.
+        about: what /health says of the engine: model, device, dtype, ...
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        runner.start()
+        yield
+        await runner.stop()
+
+    app = FastAPI(title="VoxKern", description="Text to speech with CSM.", lifespan=lifespan)
+
+    @app.post(
+        "/generate",
+        response_class=Response,
+        responses=_GENERATE_ANSWERS,
+        openapi_extra=_GENERATE_DOCS,
+    )
+    async def generate(request: Request) -> Response:
+        """Speak a text. Send JSON, or a form with the same fields."""
+        given, is_form = await read_fields(request, config.max_body_bytes)
+        validate = (
+            GenerateRequest.model_validate_strings if is_form else GenerateRequest.model_validate
+        )
+        try:
+            wanted = validate(given)
+        except ValidationError as error:
+            raise RequestValidationError(error.errors()) from None
+        return SpeechResponse(runner.submit(wanted.to_engine(config)), wanted.streaming)
+
+    @app.get("/health", responses={503: {"description": "the engine cannot serve"}})
+    async def health() -> Response:
+        """200 when the engine can serve, 503 with the reason when it cannot."""
+        live, waiting = runner.count_jobs()
+        state = {
+            "status": "failed" if runner.failure else "ok",
+            **({"reason": runner.failure} if runner.failure else {}),
+            **about,
+            "live_requests": live,
+            "waiting_requests": waiting,
+            "max_batch_size": config.max_batch_size,
+            "max_queue_size": config.max_queue_size,
+        }
+        return AsciiJSONResponse(state, 503 if runner.failure else 200)
+
+    _add_error_answers(app)
+    return app
+
+
+def _add_error_answers(app: FastAPI) -> None:
+    """Every error is answered as `{"detail": ...}`."""
+
+    @app.exception_handler(RequestValidationError)
+    async def wrong_field(_: Request, error: RequestValidationError) -> Response:
+        # Without pydantic's `input` and `ctx`: they may hold what JSON cannot, or megabytes.
+        detail = [
+            {
+                "loc": ["body", *(str(part)[:100] for part in item["loc"])],
+                "msg": item["msg"],
+                "type": item["type"],
+            }
+            for item in error.errors()
+        ]
+        return AsciiJSONResponse({"detail": detail}, 422)
+
+    @app.exception_handler(RequestRefused)
+    async def refused(_: Request, error: RequestRefused) -> Response:
+        return AsciiJSONResponse({"detail": str(error)}, 422)
+
+    @app.exception_handler(QueueFull)
+    async def queue_full(_: Request, error: QueueFull) -> Response:
+        return AsciiJSONResponse({"detail": str(error)}, 503, headers={"Retry-After": "1"})
+
+    @app.exception_handler(EngineFailure)
+    async def engine_failed(_: Request, error: EngineFailure) -> Response:
+        return AsciiJSONResponse({"detail": str(error)}, 503)
+
+    @app.exception_handler(Exception)
+    async def unexpected(_: Request, error: Exception) -> Response:
+        return AsciiJSONResponse({"detail": f"internal error: {type(error).__name__}"}, 500)

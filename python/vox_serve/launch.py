@@ -1,0 +1,119 @@
+"""Serve speech over HTTP.
+
+python -m vox_serve.launch --model sesame/csm-1b --port 8000
+"""
+
+import socket
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vox_serve.cli import CommandError, CommandParser, run_command
+from vox_serve.config import ENV_PREFIX, MODEL, SAMPLING, SERVER, Config
+
+if TYPE_CHECKING:
+    import uvicorn
+    from fastapi import FastAPI
+
+    from vox_serve.runner import Runner
+
+PROG = "vox-serve"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; its exit code."""
+    parser = CommandParser(
+        PROG,
+        description="Serve text-to-speech over HTTP: POST /generate, GET /health, GET /docs.",
+        usage="vox-serve [--model MODEL] [--port PORT] [flags]",
+        epilog="Flags are accepted with dashes too (--top-k). Each has an environment variable, "
+        f"{ENV_PREFIX} and its name in capitals ({ENV_PREFIX}TOP_K), which the flag overrides.",
+    )
+    parser.add_settings([MODEL, SAMPLING, SERVER])
+    _, config = parser.parse(argv)
+    return run_command(PROG, lambda: serve(config))
+
+
+def serve(config: Config) -> int:
+    """Load the model and serve until interrupted; the exit code.
+
+    Raises:
+        CommandError: the address cannot be listened on.
+    """
+    # Before the model is loaded: a port in use is known at once, and nobody takes it meanwhile.
+    listener = reserve_address(config.host, config.port)
+
+    from vox_serve.api import create_app
+    from vox_serve.loading import load_engine
+    from vox_serve.runner import Runner
+
+    engine = load_engine(config)
+    runner = Runner(engine, max_jobs=config.max_batch_size + config.max_queue_size)
+    server = make_server(create_app(runner, config, engine.about), runner, config, listener)
+    try:
+        server.run(sockets=[listener])
+    except KeyboardInterrupt:  # how a server is meant to be ended
+        return 0
+    return 0 if server.started else 1
+
+
+def reserve_address(host: str, port: int) -> socket.socket:
+    """A socket bound to the address, not yet listening.
+
+    Raises:
+        CommandError: it is in use, not ours, or not an address.
+    """
+    try:
+        found = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except OSError as error:
+        raise CommandError(f"--host {host}: {error.strerror}") from None
+    family, kind, protocol, _, address = found[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise CommandError(f"cannot listen on {host} port {port}: {error.strerror}") from None
+    return listener
+
+
+def make_server(
+    app: "FastAPI", runner: "Runner", config: Config, listener: socket.socket
+) -> "uvicorn.Server":
+    """A server of `app` that says when it is ready, and at its end cuts live streams at once."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if not self.should_exit:
+                print(_greeting(url_of(listener)), flush=True)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            # Uvicorn waits for open responses before it ends the app: end them first.
+            runner.request_stop()
+            await super().shutdown(sockets)
+
+    return Server(uvicorn.Config(app, log_level=config.log_level))
+
+
+def url_of(listener: socket.socket) -> str:
+    """The URL at which a client on this machine reaches the socket."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _greeting(url: str) -> str:
+    return (
+        f"\nVoxKern is ready at {url} (ctrl-C ends it). Try:\n\n"
+        f"  curl {url}/generate -H 'Content-Type: application/json'"
+        """ -d '{"text": "Hello from VoxKern."}' -o hello.wav\n"""
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

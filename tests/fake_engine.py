@@ -1,0 +1,93 @@
+"""An engine without a model: audio derived from text, seed and frame, and modes that misbehave."""
+
+import threading
+import time
+import zlib
+
+import numpy as np
+import torch
+
+from vox_serve.engine import FrameOutput, PromptTooLongError, Request
+
+NUM_CODEBOOKS = 4
+FRAME_SAMPLES = 1920
+MAX_TEXT_CHARS = 2000
+
+
+def fake_audio(text: str, seed: int | None, frame: int) -> np.ndarray:
+    """`[1920]` float32 in -1 to 1."""
+    key = zlib.crc32(f"{text}|{seed}|{frame}".encode())
+    return np.random.default_rng(key).uniform(-1, 1, FRAME_SAMPLES).astype(np.float32)
+
+
+def fake_codes(text: str, frame: int) -> torch.Tensor:
+    """`[K]` int64, never all zero."""
+    return torch.arange(NUM_CODEBOOKS) + frame + len(text)
+
+
+class FakeEngine:
+    """`vox_serve.engine.Engine`'s interface; one frame per request and step.
+
+    Args:
+        num_frames: frames of every utterance, unless `max_frames` ends it first.
+        max_batch_size: requests that share a step.
+        step_s: how long a step takes.
+        fail_at_step: the step that raises RuntimeError.
+    """
+
+    sample_rate_hz = 24_000
+    num_codebooks = NUM_CODEBOOKS
+
+    def __init__(
+        self,
+        num_frames: int = 3,
+        max_batch_size: int = 2,
+        step_s: float = 0.0,
+        fail_at_step: int | None = None,
+    ):
+        self.num_frames = num_frames
+        self.max_batch_size = max_batch_size
+        self.step_s = step_s
+        self.fail_at_step = fail_at_step
+        self.requests: list[Request] = []
+        self.aborted: list[str] = []
+        self.saw_abort = threading.Event()
+        self.num_steps = 0
+        self._open: dict[str, tuple[Request, int]] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._open)
+
+    def add(self, request: Request) -> None:
+        if request.text == "crash":
+            raise KeyError("a bug in add")
+        if len(request.text) > MAX_TEXT_CHARS:
+            raise PromptTooLongError(f"the prompt takes {len(request.text)} of {MAX_TEXT_CHARS}")
+        self.requests.append(request)
+        self._open[request.id] = (request, 0)
+
+    def abort(self, request_id: str) -> None:
+        if self._open.pop(request_id, None):
+            self.aborted.append(request_id)
+            self.saw_abort.set()
+
+    def step(self) -> list[FrameOutput]:
+        time.sleep(self.step_s)
+        self.num_steps += 1
+        if self.num_steps == self.fail_at_step:
+            raise RuntimeError("the fake engine broke")
+        live = list(self._open.values())[: self.max_batch_size]
+        return [self._next(request, frame) for request, frame in live]
+
+    def _next(self, request: Request, frame: int) -> FrameOutput:
+        if frame == self.num_frames:
+            del self._open[request.id]
+            return FrameOutput(request.id, None, None, "stop")
+        self._open[request.id] = (request, frame + 1)
+        reason = None
+        if frame + 1 == request.max_frames:
+            del self._open[request.id]
+            reason = "length"
+        audio = fake_audio(request.text, request.sampling.seed, frame)
+        return FrameOutput(request.id, fake_codes(request.text, frame), audio, reason)

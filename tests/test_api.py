@@ -1,0 +1,355 @@
+import io
+import json
+import wave
+from dataclasses import fields
+from urllib.parse import urlencode
+
+import pytest
+import soundfile
+from fastapi.testclient import TestClient
+
+from fake_engine import FakeEngine
+from test_runner import expected_pcm
+from vox_serve.api import GenerateRequest, create_app
+from vox_serve.audio import wav_file, wav_header
+from vox_serve.config import Config
+from vox_serve.runner import Runner
+from vox_serve.sampling import SamplingParams
+
+ABOUT = {"model": "fake", "device": "cpu", "dtype": "float32", "backend": "none"}
+
+
+def serve(engine: FakeEngine, **settings) -> TestClient:
+    config = Config(**settings)
+    runner = Runner(engine, config.max_batch_size + config.max_queue_size)
+    return TestClient(create_app(runner, config, ABOUT), raise_server_exceptions=False)
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+def client(engine):
+    with serve(engine) as client:
+        yield client
+
+
+def as_json(client, values):
+    return client.post("/generate", json=values)
+
+
+def as_urlencoded(client, values):
+    return client.post("/generate", data=values)
+
+
+def as_multipart(client, values):
+    return client.post("/generate", files={name: (None, str(v)) for name, v in values.items()})
+
+
+SENDERS = pytest.mark.parametrize("send", [as_json, as_urlencoded, as_multipart])
+
+
+@SENDERS
+def test_a_whole_answer(send, client):
+    answer = send(client, {"text": "hello"})
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "audio/wav"
+    assert answer.headers["content-length"] == str(len(answer.content))
+    assert answer.content == wav_file(expected_pcm("hello", 3))
+    with wave.open(io.BytesIO(answer.content)) as reader:
+        assert reader.getparams()[:4] == (1, 2, 24_000, 3 * 1920)
+
+
+@SENDERS
+def test_a_streamed_answer_has_the_same_samples(send, client):
+    answer = send(client, {"text": "hello", "streaming": True})
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "audio/wav"
+    assert "content-length" not in answer.headers
+    assert answer.content == wav_header(None) + expected_pcm("hello", 3)
+    samples, rate_hz = soundfile.read(io.BytesIO(answer.content), dtype="int16")
+    assert (samples.tobytes(), rate_hz) == (expected_pcm("hello", 3), 24_000)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_empty_utterance_is_a_wav_without_samples(streaming):
+    with serve(FakeEngine(num_frames=0)) as client:
+        answer = client.post("/generate", json={"text": "hello", "streaming": streaming})
+    assert answer.status_code == 200
+    assert answer.content == wav_file(b"")
+
+
+OVERRIDES = {
+    "temperature": 0.5,
+    "top_k": 7,
+    "top_p": 0.25,
+    "min_p": 0.125,
+    "repetition_penalty": 1.5,
+    "repetition_window": 3,
+    "seed": 2**63 - 1,
+}
+
+
+@SENDERS
+def test_a_request_overrides_the_servers_defaults(send, engine):
+    defaults = {"temperature": 0.75, "top_k": 3, "seed": 5, "max_frames": 2}
+    with serve(engine, **defaults) as client:
+        assert send(client, {"text": "a"}).content == wav_file(expected_pcm("a", 2, seed=5))
+        values = {"text": "b", "speaker": 1, "max_frames": 1, **OVERRIDES}
+        assert send(client, values).content == wav_file(
+            expected_pcm("b", 1, seed=OVERRIDES["seed"])
+        )
+        for name, value in OVERRIDES.items():
+            assert send(client, {"text": "c", name: value}).status_code == 200
+    plain, changed, *single = engine.requests
+    assert plain.sampling == SamplingParams(temperature=0.75, top_k=3, seed=5)
+    assert (plain.speaker, plain.max_frames, plain.context) == (0, 2, None)
+    assert changed.sampling == SamplingParams(**OVERRIDES)
+    assert (changed.speaker, changed.max_frames) == (1, 1)
+    before = {"temperature": 0.75, "top_k": 3, "seed": 5}
+    for request, (name, value) in zip(single, OVERRIDES.items(), strict=True):
+        assert request.sampling == SamplingParams(**(before | {name: value}))
+
+
+def test_every_sampling_parameter_can_be_overridden():
+    assert {item.name for item in fields(SamplingParams)} <= set(GenerateRequest.model_fields)
+
+
+def test_null_and_an_empty_form_field_mean_the_default(client, engine):
+    names = ["speaker", "streaming", "max_frames", *OVERRIDES]
+    assert client.post("/generate", json={"text": "a"} | dict.fromkeys(names)).status_code == 200
+    form = {"text": "a"} | dict.fromkeys(names, "")
+    assert client.post("/generate", data=form).status_code == 200
+    assert [request.sampling for request in engine.requests] == [SamplingParams()] * 2
+
+
+SPOKEN = [
+    "a|b | c",
+    "<|begin_of_text|><|AUDIO|>[1]hi<|end_of_text|>",
+    "nul \0 bell \a escape \x1b[31m",
+    "\0",
+    "Grüße, 你好, שלום, 👩‍👩‍👧",
+    "  spaces kept\t\n",
+    "\u202e\u200b.\ufeff",
+    "a&b=c%20+d",
+]
+
+
+@SENDERS
+@pytest.mark.parametrize("text", SPOKEN)
+def test_any_text_is_spoken_as_it_is(send, text, client, engine):
+    assert send(client, {"text": text}).status_code == 200
+    assert engine.requests[-1].text == text
+
+
+def test_a_form_in_plain_utf8_as_curl_sends_it(client, engine):
+    headers = {"content-type": "application/x-www-form-urlencoded"}
+    client.post("/generate", content="text=Grüße+dir&speaker=1".encode(), headers=headers)
+    assert (engine.requests[-1].text, engine.requests[-1].speaker) == ("Grüße dir", 1)
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [None, "application/json; charset=utf-8", "application/vnd.api+json", "text/plain",
+     "application/x-www-form-urlencoded"],
+)  # fmt: skip
+def test_json_is_known_by_its_type_or_its_brace(content_type, client, engine):
+    headers = {"content-type": content_type} if content_type else {}
+    answer = client.post("/generate", content=b' {"text": "hello"}', headers=headers)
+    assert answer.status_code == 200
+    assert engine.requests[-1].text == "hello"
+
+
+WRONG = {
+    "text": ["", " ", "\n\t \u3000", 5, True, ["a"], {"a": 1}, "\ud800", "ok \udfff"],
+    "speaker": [2, -1, 1.5, 1.0, True, "0", "one", 10**30, [0], {}],
+    "streaming": ["yes", 1, 0, "true", [], 2.5],
+    "temperature": [-0.1, 101, "hot", "0.5", True, 10**400, [0.5], {}],
+    "top_k": [-1, 1.5, 2**31, 10**30, "5", True, [5]],
+    "top_p": [0, -0.5, 1.01, 2, "1", [1]],
+    "min_p": [-0.01, 1.01, "0", None.__class__.__name__],
+    "repetition_penalty": [0, -1, 1e9, "1", {}],
+    "repetition_window": [0, -1, 2049, 1.5, "4"],
+    "seed": [2**63, -(2**63) - 1, 1.5, "7", True, 10**5000],
+    "max_frames": [0, -1, 2049, 10**30, 2.5, "3"],
+    "temprature": [0.5],
+    "x" * 1000: [1],
+}
+
+
+def assert_refused(answer, status_code: int, says: str = "") -> None:
+    assert answer.status_code == status_code, answer.text
+    assert answer.headers["content-type"] == "application/json"
+
+    def no_constant(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    detail = json.loads(answer.content, parse_constant=no_constant)["detail"]
+    assert detail
+    assert says in json.dumps(detail)
+    assert len(answer.content) < 2000
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name, values in WRONG.items() for value in values],
+    ids=lambda item: ascii(item)[:20] if not isinstance(item, int) or item < 10**20 else "huge",
+)
+def test_a_wrong_value_is_422_and_named(name, value, client):
+    if value == 10**5000:  # longer than Python's own limit on digits
+        body = b'{"text": "a", "seed": 1' + b"0" * 5000 + b"}"
+        assert_refused(client.post("/generate", content=body), 400, "digits")
+    else:
+        body = json.dumps({"text": "a", name: value})
+        assert_refused(client.post("/generate", content=body), 422, name[:100])
+    assert client.post("/generate", json={"text": "next"}).status_code == 200
+
+
+def test_a_name_that_is_no_text_is_422(client):
+    assert_refused(client.post("/generate", content=rb'{"text": "a", "\ud800": 1}'), 422)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "seed", "speaker", "text"])
+def test_numbers_that_are_none_are_422_and_named(name, value, client):
+    body = f'{{"text": "a", "{name}": {value}}}'
+    assert_refused(client.post("/generate", content=body), 422, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", "nan"), ("temperature", "inf"), ("temperature", "-1"), ("top_k", "1.5"),
+     ("top_p", "half"), ("speaker", "2"), ("speaker", "true"), ("speaker", "1.5"),
+     ("seed", str(2**63)), ("max_frames", "0"), ("streaming", "maybe"), ("unknown", "1"),
+     ("text", " ")],
+)  # fmt: skip
+@pytest.mark.parametrize("send", [as_urlencoded, as_multipart])
+def test_a_wrong_form_value_is_422_and_named(send, name, value, client):
+    assert_refused(send(client, {"text": "a", name: value}), 422, name)
+
+
+@pytest.mark.parametrize("body", [{}, {"text": None}, {"speaker": 0}])
+def test_missing_text_is_422(body, client):
+    assert_refused(client.post("/generate", json=body), 422, "text")
+    assert_refused(as_multipart(client, {"speaker": 0}), 422, "text")
+    assert_refused(as_urlencoded(client, {"speaker": 0}), 422, "text")
+
+
+@pytest.mark.parametrize(
+    ("content", "status_code"),
+    [(b"", 400), (b"{", 400), (b'{"text": "a"', 400), (b"nonsense", 400), (b"\xff\xfe{", 400),
+     (b'{"text": "\xff"}', 400), (b"[" * 100_000, 400), (b'{"text": ' * 10_000, 400),
+     (b"[]", 422), (b'"text"', 422), (b"5", 422), (b"null", 422), (b"NaN", 422),
+     (b'[{"text": "a"}]', 422)],
+    ids=lambda item: repr(item)[:24],
+)  # fmt: skip
+def test_broken_json_is_refused(content, status_code, client):
+    headers = {"content-type": "application/json"}
+    assert_refused(client.post("/generate", content=content, headers=headers), status_code)
+    assert client.post("/generate", json={"text": "next"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("content_type", "content", "status_code"),
+    [
+        ("text/plain", b"hello", 415),
+        ("audio/wav", b"RIFF", 415),
+        ("application/x-www-form-urlencoded", b"text=%ff", 400),
+        ("application/x-www-form-urlencoded", b"text=\xff", 400),
+        ("application/x-www-form-urlencoded", b"text=a&text=b", 422),
+        ("application/x-www-form-urlencoded", b"&".join([b"a=1"] * 100), 400),
+        ("application/x-www-form-urlencoded", b"", 422),
+        ("multipart/form-data", b"no boundary", 400),
+        ("multipart/form-data; boundary=x", b"no boundary", 400),
+        ("multipart/form-data; boundary=x", b"--x\r\n\r\nno name\r\n--x--\r\n", 400),
+        (
+            "multipart/form-data; boundary=x",
+            b'--x\r\nContent-Disposition: form-data; name="text"; filename="a.txt"\r\n\r\n'
+            b"hello\r\n--x--\r\n",
+            400,
+        ),
+    ],
+)
+def test_a_broken_form_is_refused(content_type, content, status_code, client):
+    headers = {"content-type": content_type}
+    assert_refused(client.post("/generate", content=content, headers=headers), status_code)
+    assert client.post("/generate", json={"text": "next"}).status_code == 200
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("text", ["x" * 2_000_000, "\u00e9" * 1_000_000])
+def test_two_megabytes_are_413(text, chunked, client):
+    bodies = [
+        ("application/json", json.dumps({"text": text}).encode()),
+        ("application/x-www-form-urlencoded", urlencode({"text": text}).encode()),
+    ]
+    for content_type, body in bodies:
+        pieces = (body[i : i + 65_536] for i in range(0, len(body), 65_536))
+        headers = {"content-type": content_type}
+        answer = client.post("/generate", content=pieces if chunked else body, headers=headers)
+        assert_refused(answer, 413, "262144")
+    assert client.post("/generate", json={"text": "next"}).status_code == 200
+
+
+def test_a_text_beyond_the_context_is_422_with_the_numbers(client):
+    for streaming in (False, True):
+        answer = client.post("/generate", json={"text": "x" * 5000, "streaming": streaming})
+        assert_refused(answer, 422, "takes 5000 of 2000")
+    assert client.post("/generate", json={"text": "next"}).status_code == 200
+
+
+def test_other_routes_and_methods_are_json_errors(client):
+    assert_refused(client.get("/generate"), 405)
+    assert_refused(client.get("/nothing"), 404)
+    assert_refused(client.post("/health"), 405)
+
+
+def test_a_bug_in_the_engine_is_a_json_error_and_no_more(client):
+    assert_refused(client.post("/generate", json={"text": "crash"}), 503, "a bug in add")
+    assert client.get("/health").status_code == 200
+    assert client.post("/generate", json={"text": "next"}).status_code == 200
+
+
+def test_health_says_what_is_true(client):
+    answer = client.get("/health")
+    assert answer.status_code == 200
+    assert answer.json() == {
+        "status": "ok",
+        **ABOUT,
+        "live_requests": 0,
+        "waiting_requests": 0,
+        "max_batch_size": 8,
+        "max_queue_size": 64,
+    }
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_broken_engine_is_503_from_then_on(streaming):
+    with serve(FakeEngine(fail_at_step=1)) as client:
+        assert client.get("/health").status_code == 200
+        body = {"text": "a", "streaming": streaming}
+        for _ in range(2):
+            assert_refused(client.post("/generate", json=body), 503, "the fake engine broke")
+        health = client.get("/health")
+        assert health.status_code == 503
+        assert health.json()["status"] == "failed"
+        assert "the fake engine broke" in health.json()["reason"]
+
+
+def test_openapi_describes_the_request(client):
+    operation = client.get("/openapi.json").json()["paths"]["/generate"]["post"]
+    content = operation["requestBody"]["content"]
+    assert set(content) == {
+        "application/json",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data",
+    }
+    properties = content["application/json"]["schema"]["properties"]
+    assert set(properties) == {"text", "speaker", "streaming", "max_frames", *OVERRIDES}
+    assert properties["top_p"]["anyOf"][0] == {
+        "type": "number", "exclusiveMinimum": 0, "maximum": 1,
+    }  # fmt: skip
+    assert "audio/wav" in operation["responses"]["200"]["content"]
+    assert client.get("/docs").status_code == 200

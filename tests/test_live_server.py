@@ -1,0 +1,159 @@
+"""What needs real sockets: chunks as they are made, clients that leave, a server that ends."""
+
+import http.client
+import json
+import socket
+import threading
+import time
+
+import pytest
+
+from fake_engine import FakeEngine
+from test_runner import ENDLESS, TIMEOUT_S, expected_pcm
+from vox_serve.api import create_app
+from vox_serve.audio import wav_file, wav_header
+from vox_serve.config import Config
+from vox_serve.launch import make_server, reserve_address
+from vox_serve.runner import Runner
+
+
+class LiveServer:
+    """A server on a thread, on a free port."""
+
+    def __init__(self, engine: FakeEngine, **settings):
+        config = Config(log_level="warning", **settings)
+        listener = reserve_address("127.0.0.1", 0)
+        self.port = listener.getsockname()[1]
+        self.runner = Runner(engine, config.max_batch_size + config.max_queue_size)
+        app = create_app(self.runner, config, {})
+        self.server = make_server(app, self.runner, config, listener)
+        self.thread = threading.Thread(target=self.server.run, args=([listener],))
+
+    def __enter__(self) -> "LiveServer":
+        self.thread.start()
+        wait_until(lambda: self.server.started)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(TIMEOUT_S)
+        assert not self.thread.is_alive()
+
+    def post(self, **body) -> http.client.HTTPResponse:
+        answer = http.client.HTTPResponse(self.post_raw(**body))
+        answer.begin()
+        return answer
+
+    def post_raw(self, **body) -> socket.socket:
+        """A socket to which the request was written, and no answer read. It holds little."""
+        content = json.dumps(body).encode()
+        raw = socket.socket()
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+        raw.settimeout(TIMEOUT_S)
+        raw.connect(("127.0.0.1", self.port))
+        head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+        raw.sendall(head.encode() + content)
+        return raw
+
+
+def wait_until(holds) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_the_first_chunk_is_the_header_and_the_first_frame():
+    engine = FakeEngine(num_frames=ENDLESS, step_s=0.002)
+    with LiveServer(engine) as server:
+        answer = server.post(text="hello", streaming=True)
+        assert answer.getheader("transfer-encoding") == "chunked"
+        # The utterance never ends: what is read here was sent while it was made.
+        assert answer.read1(1 << 20) == wav_header(None) + expected_pcm("hello", 1)
+        answer.close()
+        assert engine.saw_abort.wait(TIMEOUT_S)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_gone_client_stops_its_computation(streaming):
+    engine = FakeEngine(num_frames=ENDLESS, step_s=0.002)
+    with LiveServer(engine) as server:
+        raw = server.post_raw(text="hello", streaming=streaming)
+        wait_until(lambda: server.runner.count_jobs() == (1, 0))
+        raw.close()
+        assert engine.saw_abort.wait(TIMEOUT_S)
+        assert not engine.has_work
+        assert server.runner.count_jobs() == (0, 0)
+        assert server.post(text="next", max_frames=1).read() == wav_file(expected_pcm("next", 1))
+
+
+def test_a_client_that_left_the_line_is_never_spoken_to():
+    engine = FakeEngine(num_frames=ENDLESS, max_batch_size=1, step_s=0.002)
+    with LiveServer(engine, max_batch_size=1, max_queue_size=1) as server:
+        first = server.post_raw(text="first")
+        wait_until(lambda: server.runner.count_jobs() == (1, 0))
+        second = server.post_raw(text="second")
+        wait_until(lambda: server.runner.count_jobs() == (1, 1))
+
+        full = server.post(text="third")
+        assert full.status == 503
+        assert full.getheader("retry-after") == "1"
+        assert "2 requests" in json.loads(full.read())["detail"]
+
+        second.close()
+        assert engine.saw_abort.wait(TIMEOUT_S)
+        assert engine.aborted == [engine.requests[1].id]
+        first.close()
+        wait_until(lambda: not engine.has_work)
+
+
+def test_a_slow_reader_stalls_no_other():
+    engine = FakeEngine(num_frames=ENDLESS)
+    with LiveServer(engine, max_frames=2048) as server:
+        slow = server.post(text="slow", streaming=True)  # 7.9 MB, more than the sockets hold
+        others = [server.post(text=f"{i}", max_frames=2).read() for i in range(5)]
+        assert others == [wav_file(expected_pcm(f"{i}", 2)) for i in range(5)]
+        assert slow.read() == wav_header(None) + expected_pcm("slow", 2048)
+
+
+def test_an_engine_that_breaks_cuts_the_stream():
+    with LiveServer(FakeEngine(num_frames=ENDLESS, fail_at_step=4)) as server:
+        answer = server.post(text="hello", streaming=True)
+        assert answer.status == 200
+        with pytest.raises(http.client.IncompleteRead) as cut:
+            answer.read()
+        assert (wav_header(None) + expected_pcm("hello", 3)).startswith(cut.value.partial)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_stopping_the_server_ends_live_requests(streaming):
+    with LiveServer(FakeEngine(num_frames=ENDLESS, step_s=0.002)) as server:
+        raw = server.post_raw(text="hello", streaming=streaming)
+        wait_until(lambda: server.runner.count_jobs() == (1, 0))
+        server.stop()
+        answer = b"".join(iter(lambda: raw.recv(65536), b""))
+        if streaming:
+            assert answer.startswith(b"HTTP/1.1 200")
+            assert not answer.endswith(b"0\r\n\r\n")
+        else:
+            assert answer.startswith(b"HTTP/1.1 503")
+            assert b"shutting down" in answer
+        raw.close()
+
+
+def test_a_body_is_refused_before_it_is_read_to_its_end():
+    with LiveServer(FakeEngine()) as server:
+        raw = socket.create_connection(("127.0.0.1", server.port), timeout=TIMEOUT_S)
+        raw.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 2000000\r\n\r\n{")
+        assert raw.recv(65536).startswith(b"HTTP/1.1 413")
+        raw.close()
+
+        raw = socket.create_connection(("127.0.0.1", server.port), timeout=TIMEOUT_S)
+        raw.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(5):
+            raw.sendall(b"10000\r\n" + b"x" * 65536 + b"\r\n")
+        assert raw.recv(65536).startswith(b"HTTP/1.1 413")
+        raw.close()

@@ -1,0 +1,188 @@
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+
+from fake_engine import FakeEngine, fake_audio
+from vox_serve.audio import pcm16
+from vox_serve.engine import Request
+from vox_serve.runner import EngineFailure, QueueFull, RequestRefused, Runner
+from vox_serve.sampling import SamplingParams
+
+ENDLESS = 10**9
+TIMEOUT_S = 30
+
+
+def expected_pcm(text: str, num_frames: int, seed: int | None = None) -> bytes:
+    return b"".join(pcm16(fake_audio(text, seed, i)).tobytes() for i in range(num_frames))
+
+
+def run_with(engine: FakeEngine, scenario, max_jobs: int = 8):
+    """Run `scenario(runner)` on an event loop, with a time limit."""
+
+    async def main():
+        runner = Runner(engine, max_jobs)
+        runner.start()
+        try:
+            return await asyncio.wait_for(scenario(runner), TIMEOUT_S)
+        finally:
+            await runner.stop()
+
+    return asyncio.run(main())
+
+
+async def read(runner: Runner, request: Request) -> bytes:
+    with runner.submit(request) as job:
+        return b"".join([chunk async for chunk in job])
+
+
+async def until_aborted(engine: FakeEngine) -> None:
+    assert await asyncio.to_thread(engine.saw_abort.wait, TIMEOUT_S)
+
+
+@pytest.mark.parametrize("num_frames", [0, 1, 5])
+def test_a_job_yields_its_frames(num_frames):
+    async def scenario(runner):
+        with runner.submit(Request("hello")) as job:
+            chunks = [chunk async for chunk in job]
+            assert [chunk async for chunk in job] == []  # ended stays ended
+        return chunks
+
+    chunks = run_with(FakeEngine(num_frames), scenario)
+    assert [len(chunk) for chunk in chunks] == [3840] * num_frames
+    assert b"".join(chunks) == expected_pcm("hello", num_frames)
+
+
+def test_the_last_frame_and_the_end_may_come_together():
+    request = Request("hello", max_frames=2)
+    pcm = run_with(FakeEngine(num_frames=9), lambda runner: read(runner, request))
+    assert pcm == expected_pcm("hello", 2)
+
+
+def test_jobs_do_not_mix():
+    requests = [Request(f"text {i}", sampling=SamplingParams(seed=i)) for i in range(7)]
+
+    async def scenario(runner):
+        return await asyncio.gather(*(read(runner, request) for request in requests))
+
+    answers = run_with(FakeEngine(num_frames=4, max_batch_size=3), scenario)
+    assert answers == [expected_pcm(f"text {i}", 4, seed=i) for i in range(7)]
+
+
+def test_leaving_a_job_aborts_it_and_frees_its_place():
+    engine = FakeEngine(num_frames=ENDLESS, step_s=0.001)
+
+    async def scenario(runner):
+        with runner.submit(Request("one", id="one")) as job:
+            await anext(job)
+            assert runner.count_jobs() == (1, 0)
+            with pytest.raises(QueueFull, match="1 requests"):
+                runner.submit(Request("two"))
+        assert runner.count_jobs() == (0, 0)
+        await until_aborted(engine)
+        return await read(runner, Request("three", max_frames=1))
+
+    assert run_with(engine, scenario, max_jobs=1) == expected_pcm("three", 1)
+    assert engine.aborted == ["one"]
+
+
+def test_a_cancelled_reader_aborts():
+    engine = FakeEngine(num_frames=ENDLESS, step_s=0.001)
+
+    async def scenario(runner):
+        reader = asyncio.create_task(read(runner, Request("one", id="one")))
+        while runner.count_jobs() != (1, 0):
+            await asyncio.sleep(0)
+        reader.cancel()
+        await until_aborted(engine)
+
+    run_with(engine, scenario)
+    assert engine.aborted == ["one"]
+
+
+def test_a_job_left_before_the_engine_saw_it_is_never_added():
+    engine = FakeEngine()
+
+    async def scenario(runner):
+        with runner.submit(Request("left")):
+            pass
+        await read(runner, Request("read"))
+
+    async def main():
+        runner = Runner(engine, 8)
+        with runner.submit(Request("left")):  # the thread does not run yet
+            pass
+        runner.start()
+        assert await read(runner, Request("read")) == expected_pcm("read", 3)
+        await runner.stop()
+
+    asyncio.run(main())
+    assert [request.text for request in engine.requests] == ["read"]
+
+
+def test_a_finished_job_is_not_aborted():
+    engine = FakeEngine()
+    run_with(engine, lambda runner: read(runner, Request("hello")))
+    assert engine.aborted == []
+
+
+def test_a_refused_request_harms_no_other():
+    async def scenario(runner):
+        with pytest.raises(RequestRefused, match="takes 5000 of 2000"):
+            await read(runner, Request("x" * 5000))
+        with pytest.raises(EngineFailure, match="a bug in add"):
+            await read(runner, Request("crash"))
+        assert runner.failure is None
+        assert runner.count_jobs() == (0, 0)
+        return await read(runner, Request("fine"))
+
+    assert run_with(FakeEngine(), scenario) == expected_pcm("fine", 3)
+
+
+def test_an_engine_that_breaks_fails_every_job_and_takes_no_more():
+    engine = FakeEngine(num_frames=ENDLESS, fail_at_step=3)
+
+    async def scenario(runner):
+        results = await asyncio.gather(
+            *(read(runner, Request(text)) for text in "abcd"), return_exceptions=True
+        )
+        assert [type(result) for result in results] == [EngineFailure] * 4
+        assert "RuntimeError: the fake engine broke" in str(results[0])
+        with pytest.raises(EngineFailure, match="the fake engine broke"):
+            runner.submit(Request("later"))
+        return runner.failure
+
+    assert "the fake engine broke" in run_with(engine, scenario)
+
+
+def test_stopping_ends_live_jobs():
+    async def scenario(runner):
+        reader = asyncio.create_task(read(runner, Request("one")))
+        while runner.count_jobs() != (1, 0):
+            await asyncio.sleep(0)
+        await runner.stop()
+        with pytest.raises(EngineFailure, match="shutting down"):
+            await reader
+
+    before = threading.active_count()
+    run_with(FakeEngine(num_frames=ENDLESS, step_s=0.001), scenario)
+    assert threading.active_count() == before
+
+
+def test_an_unread_job_stalls_no_other():
+    async def scenario(runner):
+        with runner.submit(Request("unread", max_frames=50)) as unread:
+            answers = [await read(runner, Request(f"{i}", max_frames=2)) for i in range(30)]
+            kept = b"".join([chunk async for chunk in unread])
+        return answers, kept
+
+    answers, kept = run_with(FakeEngine(num_frames=ENDLESS), scenario)
+    assert answers == [expected_pcm(f"{i}", 2) for i in range(30)]
+    assert kept == expected_pcm("unread", 50)
+
+
+def test_chunks_are_little_endian_pcm():
+    pcm = run_with(FakeEngine(1), lambda runner: read(runner, Request("hello")))
+    samples = np.frombuffer(pcm, "<i2") / 32768
+    np.testing.assert_allclose(samples, fake_audio("hello", None, 0), atol=2**-15)
