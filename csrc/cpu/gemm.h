@@ -92,18 +92,17 @@ inline int64_t block_rows(int64_t C) {
   return rows < kTileM ? kTileM : rows;
 }
 
-// Rows n .. n + kTileN of W times M rows of x, to out[m * N + n]. Rows of W past the last are
-// computed as copies of it, and not stored. kFetch: W comes from memory, so fetch what is used
+// The first `rows` <= kTileN rows of W times M rows of x, to out[m * N + r]. Past `rows`, the last
+// one is computed again, and not stored. kFetch: W comes from memory, so fetch what is used
 // later into the level-2 cache (the level-1 cache would lose it again).
 template <int M, bool kFetch, typename T>
 VOX_INLINE void multiply_tile(const T* x, const T* weight, T* out, int64_t C, int64_t N,
-                              int64_t n) {
+                              int64_t rows) {
   using D = Dot<T>;
   constexpr int kGroups = (M * kTileN + kWidth - 1) / kWidth;
-  const int64_t rows = N - n < kTileN ? N - n : kTileN;
   const int64_t ahead = fetch_distance<T>(C);
   const T* w[kTileN];
-  for (int r = 0; r < kTileN; ++r) w[r] = weight + (n + (r < rows ? r : rows - 1)) * C;
+  for (int r = 0; r < kTileN; ++r) w[r] = weight + (r < rows ? r : rows - 1) * C;
 
   vfloat chains[kGroups * kWidth] = {};  // of row m of x and row r of W at m * kTileN + r
   const auto step = [&](int64_t i, auto read) {
@@ -127,21 +126,21 @@ VOX_INLINE void multiply_tile(const T* x, const T* weight, T* out, int64_t C, in
   T sums[kGroups * kWidth];
   for (int g = 0; g < kGroups; ++g) store(sums + g * kWidth, reduce_each(chains + g * kWidth));
   for (int m = 0; m < M; ++m)
-    for (int64_t r = 0; r < rows; ++r) out[m * N + n + r] = sums[m * kTileN + r];
+    for (int64_t r = 0; r < rows; ++r) out[m * N + r] = sums[m * kTileN + r];
 }
 
 // The same for up to kTileM rows of x.
 template <bool kFetch, typename T>
 void multiply_rows(const T* x, const T* weight, T* out, int64_t M, int64_t C, int64_t N,
-                   int64_t n) {
+                   int64_t rows) {
   switch (M) {
-    case 1: return multiply_tile<1, kFetch>(x, weight, out, C, N, n);
-    case 2: return multiply_tile<2, kFetch>(x, weight, out, C, N, n);
-    case 3: return multiply_tile<3, kFetch>(x, weight, out, C, N, n);
-    case 4: return multiply_tile<4, kFetch>(x, weight, out, C, N, n);
+    case 1: return multiply_tile<1, kFetch>(x, weight, out, C, N, rows);
+    case 2: return multiply_tile<2, kFetch>(x, weight, out, C, N, rows);
+    case 3: return multiply_tile<3, kFetch>(x, weight, out, C, N, rows);
+    case 4: return multiply_tile<4, kFetch>(x, weight, out, C, N, rows);
     // Never reached where a tile is smaller.
-    case 5: return multiply_tile < kTileM<5 ? 1 : 5, kFetch>(x, weight, out, C, N, n);
-    case 6: return multiply_tile < kTileM<6 ? 1 : 6, kFetch>(x, weight, out, C, N, n);
+    case 5: return multiply_tile < kTileM<5 ? 1 : 5, kFetch>(x, weight, out, C, N, rows);
+    case 6: return multiply_tile < kTileM<6 ? 1 : 6, kFetch>(x, weight, out, C, N, rows);
   }
 }
 
@@ -153,12 +152,14 @@ void multiply(const T* x, const T* weight, T* out, int64_t M, int64_t C, int64_t
   for (int64_t first = 0; first < M; first += block) {
     const int64_t last = M - first < block ? M : first + block;
     for (int64_t n = begin; n < end; n += kTileN) {
+      const int64_t wide = end - n < kTileN ? end - n : kTileN;
+      const T* const w = weight + n * C;
       // The first tile brings these rows of W near, the others find them there.
       int64_t m = first + kTileM < last ? first + kTileM : last;
-      multiply_rows<true>(x + first * C, weight, out + first * N, m - first, C, N, n);
+      multiply_rows<true>(x + first * C, w, out + first * N + n, m - first, C, N, wide);
       for (; m < last; m += kTileM)
-        multiply_rows<false>(x + m * C, weight, out + m * N, last - m < kTileM ? last - m : kTileM,
-                             C, N, n);
+        multiply_rows<false>(x + m * C, w, out + m * N + n, last - m < kTileM ? last - m : kTileM,
+                             C, N, wide);
     }
   }
 }
