@@ -1,0 +1,210 @@
+"""From a model's name to a folder on this machine, downloading it if need be."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from vox_serve.checkpoint import CODEC_FILE_PATTERNS, CheckpointError, read_json, shard_names
+
+DEFAULT_CODEC = "kyutai/mimi"
+BUILT_IN_VOICES = Path(__file__).parent / "builtin"
+"""A folder for every voice that comes with the package."""
+
+REACH_TIMEOUT_S = 5.0
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_SETTINGS_PATTERNS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "prompts/conversational_*.wav",
+)
+
+
+class ModelNotFoundError(FileNotFoundError):
+    """A model or codec is not to be had; the message is one line that says what to do."""
+
+
+class FileMissingError(ModelNotFoundError):
+    """The repository is there, but lacks a file."""
+
+
+def resolve_model(name: str) -> Path:
+    """The folder of a model, downloaded from the Hugging Face hub unless it is here.
+
+    Of a repository that holds the model in two formats, only transformers' is downloaded. With
+    `HF_HUB_OFFLINE=1`, or without a network, only the local cache is asked.
+
+    Args:
+        name: a built-in voice, a local folder, or a hub id such as `sesame/csm-1b`.
+
+    Raises:
+        ModelNotFoundError: it is none of these, or cannot be downloaded.
+    """
+    built_in = BUILT_IN_VOICES / name
+    if re.fullmatch(r"[\w-]+", name) and built_in.is_dir():
+        return built_in
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise ModelNotFoundError(f"{name} is a file: give the folder that it lies in")
+    if not _HUB_ID.fullmatch(name):
+        raise ModelNotFoundError(
+            f"no model {name!r}: it is no folder, no built-in voice "
+            f"({', '.join(built_in_voices()) or 'this installation has none'}) and no hub id such "
+            "as sesame/csm-1b"
+        )
+    hub = _Hub(name, "a local folder")
+    return hub.snapshot([*_SETTINGS_PATTERNS, *_weight_patterns(hub), *CODEC_FILE_PATTERNS])
+
+
+def resolve_codec(name: str | None = None) -> Path:
+    """The file or folder of a Mimi codec, downloaded from the Hugging Face hub unless it is here.
+
+    Args:
+        name: a local file or folder, or a hub id; None for `kyutai/mimi`.
+
+    Raises:
+        ModelNotFoundError: it is none of these, or cannot be downloaded.
+    """
+    name = name or DEFAULT_CODEC
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if not _HUB_ID.fullmatch(name):
+        raise ModelNotFoundError(
+            f"no codec {name!r}: it is no file, no folder and no hub id such as {DEFAULT_CODEC}"
+        )
+    hub = _Hub(name, "--codec with a local folder or file", needs_settings=False)
+    # Beside moshi's codec lies moshi's language model, under the name that a Mimi's weights have.
+    is_mimi = hub.settings.get("model_type") == "mimi"
+    weights = ["model.safetensors"] if is_mimi else CODEC_FILE_PATTERNS
+    return hub.snapshot(["config.json", *weights])
+
+
+def built_in_voices() -> list[str]:
+    """Names of the voices that come with the package."""
+    if not BUILT_IN_VOICES.is_dir():
+        return []
+    return sorted(path.name for path in BUILT_IN_VOICES.iterdir() if path.is_dir())
+
+
+def _weight_patterns(hub: "_Hub") -> list[str]:
+    """What to download as weights: what config.json names, else all safetensors files."""
+    entry = hub.settings.get("transformers_weights")
+    if not isinstance(entry, str):
+        return ["*.safetensors", "*.safetensors.index.json"]
+    if not entry.endswith(".json"):
+        return [entry]
+    try:
+        index = read_json(hub.file(entry))
+        folder = entry.rpartition("/")[0]
+        return [entry, *(f"{folder}/{n}" if folder else n for n in shard_names(index, entry))]
+    except CheckpointError as error:
+        raise ModelNotFoundError(f"{hub.repo}: {error}") from None
+
+
+class _Hub:
+    """One repository on the hub, or what the local cache has of it.
+
+    Args:
+        repo: its id.
+        instead: what to give instead of a hub id, for messages.
+        needs_settings: a repository without a config.json is an error.
+    """
+
+    def __init__(self, repo: str, instead: str, needs_settings: bool = True):
+        from huggingface_hub import constants
+
+        self.repo = repo
+        self.instead = instead
+        self.endpoint = constants.ENDPOINT
+        self.is_forbidden = bool(constants.HF_HUB_OFFLINE)
+        # The hub's client would try for half a minute.
+        self.is_offline = self.is_forbidden or not _is_reachable(self.endpoint)
+        try:
+            self.settings = read_json(self.file("config.json"))
+        except FileMissingError:
+            if needs_settings:
+                raise
+            self.settings = {}
+
+    def file(self, name: str) -> Path:
+        """One file of the repository."""
+        from huggingface_hub import hf_hub_download
+
+        with _Explained(self):
+            return Path(hf_hub_download(self.repo, name, local_files_only=self.is_offline))
+
+    def snapshot(self, patterns: Sequence[str]) -> Path:
+        """A folder with the repository's files of these patterns."""
+        from huggingface_hub import snapshot_download
+
+        with _Explained(self):
+            return Path(
+                snapshot_download(
+                    self.repo, allow_patterns=list(patterns), local_files_only=self.is_offline
+                )
+            )
+
+
+class _Explained:
+    """Turns what the hub's client raises into a `ModelNotFoundError`."""
+
+    def __init__(self, hub: _Hub):
+        self.hub = hub
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if isinstance(error, Exception):
+            raise _explained(self.hub, error) from None
+
+
+def _explained(hub: _Hub, error: Exception) -> ModelNotFoundError:
+    from huggingface_hub import errors
+
+    repo, page = hub.repo, f"{hub.endpoint}/{hub.repo}"
+    if isinstance(error, errors.GatedRepoError):
+        return ModelNotFoundError(
+            f"{repo} is gated: accept its terms at {page}, then log in with `hf auth login` or set "
+            "HF_TOKEN"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return ModelNotFoundError(
+            f"there is no folder {repo} here and no repository {page}; if it is private, log in "
+            "with `hf auth login` or set HF_TOKEN"
+        )
+    if isinstance(error, OSError) and error.errno is not None:
+        return ModelNotFoundError(f"{repo} cannot be stored: {error}")
+    if hub.is_offline:
+        why = "HF_HUB_OFFLINE is set" if hub.is_forbidden else f"{hub.endpoint} cannot be reached"
+        return ModelNotFoundError(
+            f"{repo} is no folder here, is not (wholly) in the local cache, and {why}: connect "
+            f"once to download it, or give {hub.instead}"
+        )
+    if isinstance(error, errors.LocalEntryNotFoundError):  # of a request that failed
+        error = error.__cause__ or error
+    elif isinstance(error, errors.EntryNotFoundError):
+        return FileMissingError(f"{page} lacks a file that it needs: {_first_line(error)}")
+    return ModelNotFoundError(f"{repo} cannot be downloaded: {_first_line(error)}")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).split("\n")
+    return next((line.strip() for line in lines if line.strip()), type(error).__name__)
+
+
+def _is_reachable(endpoint: str) -> bool:
+    """Whether anything answers at the endpoint; proxies of the environment are used."""
+    from huggingface_hub import get_session
+
+    try:
+        get_session().head(endpoint, timeout=REACH_TIMEOUT_S)
+    except Exception:  # the client's HTTP library, and so its errors, differ by version
+        return False
+    return True

@@ -1,0 +1,290 @@
+"""The sizes of a CSM, read from a checkpoint's config.json."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretching of the low rotary frequencies.
+
+    Source: Dubey et al. 2024, https://arxiv.org/abs/2407.21783, and the model code beside it.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """One Llama-style transformer: pre-norm, rotary grouped-query attention, SwiGLU.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
+
+    num_layers: int
+    dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    norm_eps: float
+    max_positions: int
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads must divide num_heads = {self.num_heads}, got {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even, got {self.head_dim}")
+
+    @property
+    def qkv_rows(self) -> int:
+        """Rows of the fused q, k and v projection."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    def rope_table(self) -> Tensor:
+        """Cosines and sines of every position.
+
+        In float32 throughout and in transformers' order of operations: another rounding would
+        now and then turn a greedy code.
+
+        Returns:
+            `[max_positions, head_dim]` float32, cosines in the first half of a row.
+        """
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim
+        frequencies = 1.0 / (self.rope_theta**exponents)
+        if scaling := self.rope_scaling:
+            frequencies = _scaled_frequencies(frequencies, scaling)
+        positions = torch.arange(self.max_positions, dtype=torch.float32)
+        angles = positions[:, None] * frequencies
+        return torch.cat((angles.cos(), angles.sin()), dim=1)
+
+
+def _scaled_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Divide long wavelengths by the factor, keep short ones, blend between."""
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    wavelengths = 2 * math.pi / frequencies
+    blend = (scaling.original_max_positions / wavelengths - low) / (high - low)
+    blended = (1 - blend) * frequencies / scaling.factor + blend * frequencies
+    is_long = wavelengths > scaling.original_max_positions / low
+    is_short = wavelengths < scaling.original_max_positions / high
+    kept = torch.where(is_short, frequencies, blended)
+    return torch.where(is_long, frequencies / scaling.factor, kept)
+
+
+@dataclass(frozen=True)
+class CsmConfig:
+    """The sizes of CSM's two transformers and its vocabularies.
+
+    `num_codebooks` is K and `audio_vocab_size` V: a code of codebook k is row `k * V + code` of an
+    audio table.
+    """
+
+    backbone: TransformerConfig
+    depth: TransformerConfig
+    num_codebooks: int
+    audio_vocab_size: int
+    text_vocab_size: int
+
+    @classmethod
+    def from_json(cls, settings: Mapping[str, Any]) -> "CsmConfig":
+        """Read config.json, in transformers' keys or in the original's.
+
+        Args:
+            settings: the parsed JSON. Where a key of transformers is missing, the original's
+                counts (`backbone_flavor`, `decoder_flavor`, `audio_num_codebooks`,
+                `audio_vocab_size`, `text_vocab_size`), then transformers' own default. RoPE is
+                the published model's if no key of transformers is there at all.
+
+        Raises:
+            ValueError: a value that is missing, wrong or not supported; the message names the key.
+        """
+        num_codebooks = _whole(settings, "num_codebooks", "audio_num_codebooks", default=32)
+        audio_vocab_size = _whole(settings, "vocab_size", "audio_vocab_size", default=2051)
+        if num_codebooks < 2:
+            raise ValueError(f"config.json: num_codebooks must be 2 or more, got {num_codebooks}")
+        original = not any(key in settings for key in _HF_KEYS)
+        depth_settings = settings.get("depth_decoder_config") or {}
+        if not isinstance(depth_settings, Mapping):
+            raise ValueError("config.json: depth_decoder_config must be an object")
+        backbone = _transformer(
+            settings, "", _flavor(settings, "backbone_flavor", "llama-1B"), 2048, original
+        )
+        depth = _transformer(
+            depth_settings,
+            "depth_decoder_config.",
+            _flavor(settings, "decoder_flavor", "llama-100M"),
+            # The depth decoder needs a position per codebook, whatever its config says.
+            max(33, num_codebooks),
+            original,
+            min_positions=num_codebooks,
+        )
+        for key, expected in (
+            ("num_codebooks", num_codebooks),
+            ("vocab_size", audio_vocab_size),
+            ("backbone_hidden_size", backbone.dim),
+        ):
+            if (value := depth_settings.get(key, expected)) != expected:
+                raise ValueError(
+                    f"config.json: depth_decoder_config.{key} is {value}, but the model around it "
+                    f"has {expected}"
+                )
+        return cls(
+            backbone,
+            depth,
+            num_codebooks,
+            audio_vocab_size,
+            _whole(settings, "text_vocab_size", default=128256),
+        )
+
+
+_HF_KEYS = (
+    "architectures",
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "depth_decoder_config",
+    "rope_scaling",
+    "rope_theta",
+    "rope_parameters",
+)
+
+# The original's names for the sizes of its two transformers.
+_FLAVORS = {
+    "llama-1B": {
+        "num_hidden_layers": 16,
+        "hidden_size": 2048,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 8192,
+    },
+    "llama-100M": {
+        "num_hidden_layers": 4,
+        "hidden_size": 1024,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "intermediate_size": 8192,
+    },
+}
+
+# The original's code fixes these, for both of its transformers: Llama 3.2's.
+_ROPE_THETA = 500_000.0
+_ROPE_SCALING = RopeScaling(32.0, 1.0, 4.0, 8192)
+
+_SUPPORTED = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+}
+
+
+def _flavor(settings: Mapping[str, Any], key: str, default: str) -> dict[str, int]:
+    name = settings.get(key, default)
+    if name not in _FLAVORS:
+        known = " or ".join(_FLAVORS)
+        raise ValueError(f"config.json: {key} must be {known}, got {name!r}")
+    return _FLAVORS[name]
+
+
+def _transformer(
+    settings: Mapping[str, Any],
+    where: str,
+    flavor: dict[str, int],
+    default_positions: int,
+    original: bool,
+    min_positions: int = 1,
+) -> TransformerConfig:
+    for key, supported in _SUPPORTED.items():
+        if (value := settings.get(key, supported[0])) not in supported:
+            raise ValueError(f"config.json: {where}{key} = {value!r} is not supported")
+    sizes = {key: _whole(settings, key, where=where, default=flavor[key]) for key in flavor}
+    heads = sizes["num_attention_heads"]
+    if settings.get("num_key_value_heads", heads) is None:
+        sizes["num_key_value_heads"] = heads
+    positions = _whole(settings, "max_position_embeddings", where=where, default=default_positions)
+    if original:
+        theta, scaling = _ROPE_THETA, _ROPE_SCALING
+    else:
+        theta, scaling = _rope(settings, where, positions)
+    try:
+        return TransformerConfig(
+            num_layers=sizes["num_hidden_layers"],
+            dim=sizes["hidden_size"],
+            num_heads=heads,
+            num_kv_heads=sizes["num_key_value_heads"],
+            head_dim=_whole(
+                settings, "head_dim", where=where, default=sizes["hidden_size"] // heads
+            ),
+            ffn_dim=sizes["intermediate_size"],
+            norm_eps=_number(settings, "rms_norm_eps", where, 1e-5),
+            max_positions=max(positions, min_positions),
+            rope_theta=theta,
+            rope_scaling=scaling,
+        )
+    except ValueError as error:
+        raise ValueError(f"{error} (config.json, {where or 'the backbone'})") from None
+
+
+def _rope(
+    settings: Mapping[str, Any], where: str, positions: int
+) -> tuple[float, RopeScaling | None]:
+    """RoPE in either spelling: `rope_parameters`, or `rope_scaling` beside `rope_theta`."""
+    key = "rope_scaling" if settings.get("rope_scaling") else "rope_parameters"
+    rope = settings.get(key) or {}
+    where = f"{where}{key}."
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"config.json: {where[:-1]} must be an object")
+    theta = _number({**settings, **rope}, "rope_theta", where, _ROPE_THETA)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise ValueError(f"config.json: {where}partial_rotary_factor is not supported")
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise ValueError(f"config.json: {where}rope_type = {kind!r} is not supported")
+    return theta, RopeScaling(
+        factor=_number(rope, "factor", where),
+        low_freq_factor=_number(rope, "low_freq_factor", where),
+        high_freq_factor=_number(rope, "high_freq_factor", where),
+        original_max_positions=_whole(
+            rope, "original_max_position_embeddings", where=where, default=positions
+        ),
+    )
+
+
+def _whole(settings: Mapping[str, Any], *keys: str, where: str = "", default: int) -> int:
+    """The first key that is there and not null, a whole number of at least 1."""
+    for key in keys:
+        value = settings.get(key)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"config.json: {where}{key} must be a positive integer, got {value!r}")
+        return value
+    return default
+
+
+def _number(
+    settings: Mapping[str, Any], key: str, where: str, default: float | None = None
+) -> float:
+    value = settings.get(key)
+    if value is None and default is not None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise ValueError(f"config.json: {where}{key} must be a positive number, got {value!r}")
+    return float(value)

@@ -1,0 +1,173 @@
+"""Text and earlier speech to the backbone's input: frames of K audio codes and one text token."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from vox_serve.checkpoint import CheckpointError, read_json
+from vox_serve.model_config import CsmConfig
+
+BOS = "<|begin_of_text|>"
+EOS = "<|end_of_text|>"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One speaker's turn.
+
+    Attributes:
+        speaker: 0 or more.
+        text: passed to the model as it is.
+        codes: `[N, K]` int64, how it was spoken; None for the segment that is to be spoken.
+    """
+
+    speaker: int
+    text: str
+    codes: Tensor | None = None
+
+
+class PromptBuilder:
+    """Builds the backbone's input.
+
+    Args:
+        tokenizer: of the text. It is set to take the names of special tokens in a text as text.
+        config: the model's sizes.
+        settings: config.json and what else names `bos_token_id` and `eos_token_id`; only asked
+            where the tokenizer has no Llama 3 tokens.
+
+    Raises:
+        CheckpointError: the tokenizer has no BOS or EOS, or one outside the model's vocabulary.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, config: CsmConfig, settings: Mapping[str, Any] | None = None
+    ):
+        self.config = config
+        self._tokenizer = tokenizer
+        # Otherwise "<|end_of_text|>" in a user's text would end it.
+        tokenizer.encode_special_tokens = True
+        self._bos = _special_id(tokenizer, BOS, settings or {}, "bos_token")
+        self._eos = _special_id(tokenizer, EOS, settings or {}, "eos_token")
+        for name, token in ((BOS, self._bos), (EOS, self._eos)):
+            if not 0 <= token < config.text_vocab_size:
+                raise CheckpointError(
+                    f"{name} is token {token}, but the model has {config.text_vocab_size} tokens"
+                )
+
+    @classmethod
+    def from_folder(cls, folder: Path | str, config: CsmConfig) -> "PromptBuilder":
+        """Read tokenizer.json of a checkpoint folder.
+
+        Raises:
+            CheckpointError: it is missing or does not fit the model.
+        """
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(
+                f"{folder} has no tokenizer.json (CSM uses the tokenizer of Llama 3.2)"
+            )
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exceptions
+            raise CheckpointError(f"{path} cannot be read as a tokenizer: {error}") from None
+        settings: dict[str, Any] = {}
+        for name in ("generation_config.json", "config.json", "tokenizer_config.json"):
+            if (folder / name).is_file():
+                found = read_json(folder / name)
+                settings |= {key: value for key, value in found.items() if value is not None}
+        return cls(tokenizer, config, settings)
+
+    def tokens(self, segment: Segment) -> list[int]:
+        """Token ids of a segment's text: BOS, `[speaker]text`, EOS.
+
+        Raises:
+            ValueError: the text is empty or blank, is no valid Unicode, or has a token that the
+                model does not know; or the speaker is negative.
+        """
+        if segment.speaker < 0:
+            raise ValueError(f"speaker must be 0 or more, got {segment.speaker}")
+        if not segment.text.strip():
+            raise ValueError("text must not be empty")
+        try:
+            segment.text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("text must be valid Unicode, but has a lone surrogate") from None
+        text = f"[{segment.speaker}]{segment.text}"
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if ids and max(ids) >= self.config.text_vocab_size:
+            raise ValueError(
+                f"text has token {max(ids)}, but the model has {self.config.text_vocab_size}"
+            )
+        return [self._bos, *ids, self._eos]
+
+    def build(self, segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
+        """The backbone's input for segments, oldest first.
+
+        A segment is its text tokens, then, if it was spoken, its frames and one frame of zeros.
+
+        Args:
+            segments: at least one.
+
+        Returns:
+            Frames `[T, K + 1]` int64, audio codes in columns 0..K-1 and a token in column K, and
+            mask `[T, K + 1]` bool, True where a column is used.
+
+        Raises:
+            ValueError: see `tokens`; or codes of a wrong shape or outside the vocabulary.
+        """
+        if not segments:
+            raise ValueError("there must be at least one segment")
+        parts = [part for segment in segments for part in self._segment(segment)]
+        frames, masks = zip(*parts, strict=True)
+        return torch.cat(frames), torch.cat(masks)
+
+    def _segment(self, segment: Segment) -> list[tuple[Tensor, Tensor]]:
+        k = self.config.num_codebooks
+        tokens = torch.tensor(self.tokens(segment))
+        frames = torch.zeros(len(tokens), k + 1, dtype=torch.int64)
+        frames[:, k] = tokens
+        mask = torch.zeros(len(tokens), k + 1, dtype=torch.bool)
+        mask[:, k] = True
+        if segment.codes is None:
+            return [(frames, mask)]
+        check_codes(segment.codes, self.config)
+        spoken = torch.zeros(len(segment.codes) + 1, k + 1, dtype=torch.int64)
+        spoken[:-1, :k] = segment.codes
+        spoken_mask = torch.ones(spoken.shape, dtype=torch.bool)
+        spoken_mask[:, k] = False
+        return [(frames, mask), (spoken, spoken_mask)]
+
+
+def check_codes(codes: Tensor, config: CsmConfig) -> None:
+    """Raise a ValueError unless codes are `[N, K]` int64 within the audio vocabulary."""
+    k, v = config.num_codebooks, config.audio_vocab_size
+    if codes.dtype != torch.int64 or codes.ndim != 2 or codes.shape[1] != k:
+        got = f"{codes.dtype} {list(codes.shape)}".removeprefix("torch.")
+        raise ValueError(f"codes must be int64 [N, {k}], got {got}")
+    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < v:
+        raise ValueError(
+            f"codes must be 0 to {v - 1}, got {int(codes.min())} to {int(codes.max())}"
+        )
+
+
+def _special_id(tokenizer: Tokenizer, name: str, settings: Mapping[str, Any], key: str) -> int:
+    """A special token's id: by Llama 3's name, else the id in the settings, else by their name."""
+    if (token := tokenizer.token_to_id(name)) is not None:
+        return token
+    token = settings.get(f"{key}_id")
+    if isinstance(token, list) and token:
+        token = token[0]
+    if isinstance(token, int):
+        return token
+    named = settings.get(key)
+    if isinstance(named, Mapping):
+        named = named.get("content")
+    if isinstance(named, str) and (token := tokenizer.token_to_id(named)) is not None:
+        return token
+    raise CheckpointError(f"the tokenizer has no {name}, and no setting gives {key}_id")

@@ -1,0 +1,85 @@
+"""The two formats of CSM checkpoints: transformers' names and the original's (torchtune's)."""
+
+from collections.abc import Container
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TensorNames:
+    """What one format calls CSM's tensors.
+
+    Attributes:
+        backbone, depth: prefixes of the two transformers.
+        layer: names within a layer.
+        interleaved_rope: rows of q and k lie as rotary pairs side by side, not in two halves.
+        The others are names of tensors; `norm` comes after a transformer's prefix.
+    """
+
+    backbone: str
+    depth: str
+    layer: dict[str, str]
+    norm: str
+    text_table: str
+    audio_table: str
+    depth_audio_table: str
+    code0_head: str
+    projection: str
+    code_heads: str  # [K - 1, Cd, V] in both formats
+    interleaved_rope: bool
+
+
+HF = TensorNames(
+    backbone="backbone_model.",
+    depth="depth_decoder.model.",
+    layer={
+        "attn_norm": "input_layernorm.weight",
+        "q": "self_attn.q_proj.weight",
+        "k": "self_attn.k_proj.weight",
+        "v": "self_attn.v_proj.weight",
+        "o": "self_attn.o_proj.weight",
+        "mlp_norm": "post_attention_layernorm.weight",
+        "gate": "mlp.gate_proj.weight",
+        "up": "mlp.up_proj.weight",
+        "down": "mlp.down_proj.weight",
+    },
+    norm="norm.weight",
+    text_table="embed_text_tokens.weight",
+    audio_table="backbone_model.embed_tokens.embed_audio_tokens.weight",
+    depth_audio_table="depth_decoder.model.embed_tokens.weight",
+    code0_head="lm_head.weight",
+    projection="depth_decoder.model.inputs_embeds_projector.weight",
+    code_heads="depth_decoder.codebooks_head.weight",
+    interleaved_rope=False,
+)
+
+ORIGINAL = TensorNames(
+    backbone="backbone.",
+    depth="decoder.",
+    layer={
+        "attn_norm": "sa_norm.scale",
+        "q": "attn.q_proj.weight",
+        "k": "attn.k_proj.weight",
+        "v": "attn.v_proj.weight",
+        "o": "attn.output_proj.weight",
+        "mlp_norm": "mlp_norm.scale",
+        "gate": "mlp.w1.weight",
+        "up": "mlp.w3.weight",
+        "down": "mlp.w2.weight",
+    },
+    norm="norm.scale",
+    text_table="text_embeddings.weight",
+    audio_table="audio_embeddings.weight",
+    depth_audio_table="audio_embeddings.weight",
+    code0_head="codebook0_head.weight",
+    projection="projection.weight",
+    code_heads="audio_head",
+    interleaved_rope=True,
+)
+
+
+def names_in(tensors: Container[str]) -> TensorNames | None:
+    """The format that a set of tensor names is in, or None if it is no CSM."""
+    for names in (HF, ORIGINAL):
+        if names.code0_head in tensors or f"{names.backbone}{names.norm}" in tensors:
+            return names
+    return None

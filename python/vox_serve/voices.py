@@ -1,0 +1,138 @@
+"""Earlier speech as context: the model folder's own speakers, or a context.json."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vox_serve.audio import read_audio
+from vox_serve.mimi import Mimi
+from vox_serve.model_config import CsmConfig
+from vox_serve.prompt import Segment, check_codes
+
+# What is said in the two recordings that sesame/csm-1b brings as its speakers 0 and 1.
+DEFAULT_PROMPTS = (
+    (
+        "prompts/conversational_a.wav",
+        "like revising for an exam I'd have to try and like keep up the momentum because I'd "
+        "start really early I'd be like okay I'm gonna start revising now and then like you're "
+        "revising for ages and then I just like start losing steam I didn't do that for the exam "
+        "we had recently to be fair that was a more of a last minute scenario but like yeah I'm "
+        "trying to like yeah I noticed this yesterday that like Mondays I sort of start the day "
+        "with this not like a panic but like a",
+    ),
+    (
+        "prompts/conversational_b.wav",
+        "like a super Mario level. Like it's very like high detail. And like, once you get into "
+        "the park, it just like, everything looks like a computer game and they have all these, "
+        "like, you know, if, if there's like a, you know, like in a Mario game, they will have "
+        "like a question block. And if you like, you know, punch it, a coin will come out. So "
+        "like everyone, when they come into the park, they get like this little bracelet and then "
+        "you can go punching question blocks around.",
+    ),
+)
+
+
+class ContextError(ValueError):
+    """A context that cannot be used; the message names the file, entry and field."""
+
+
+def default_context(folder: Path | str, mimi: Mimi, config: CsmConfig) -> list[Segment]:
+    """The model folder's own two speakers, encoded; [] unless both recordings are there.
+
+    Args:
+        folder: of the model.
+        mimi: encodes the recordings.
+        config: the model's sizes.
+
+    Raises:
+        ContextError: a recording cannot be read.
+    """
+    paths = [Path(folder) / name for name, _ in DEFAULT_PROMPTS]
+    if not all(path.is_file() for path in paths):
+        return []
+    return [
+        Segment(speaker, text, _encode(path, mimi, config))
+        for speaker, (path, (_, text)) in enumerate(zip(paths, DEFAULT_PROMPTS, strict=True))
+    ]
+
+
+def load_context(path: Path | str, mimi: Mimi, config: CsmConfig) -> list[Segment]:
+    """Read a context.json.
+
+    It is a list of `{"speaker": 0, "text": "...", "audio": "a.wav"}`, or with `"codes": "a.npy"`
+    (int64 `[N, K]`) in place of the audio. Paths are relative to the file.
+
+    Args:
+        path: the file.
+        mimi: encodes the audio.
+        config: the model's sizes.
+
+    Returns:
+        The segments in the file's order, codes `[N, K]` int64 each.
+
+    Raises:
+        ContextError: the file or an entry is wrong.
+    """
+    path = Path(path)
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ContextError(f"{path}: there is no such file") from None
+    except (OSError, ValueError) as error:
+        raise ContextError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(entries, list):
+        raise ContextError(f"{path}: must be a list of segments")
+    return [
+        _segment(entry, f"{path}, entry {i}", path.parent, mimi, config)
+        for i, entry in enumerate(entries)
+    ]
+
+
+def _segment(entry: Any, where: str, folder: Path, mimi: Mimi, config: CsmConfig) -> Segment:
+    if not isinstance(entry, Mapping):
+        raise ContextError(f"{where}: must be an object with speaker, text, and audio or codes")
+    if unknown := sorted(set(entry) - {"speaker", "text", "audio", "codes"}):
+        raise ContextError(f"{where}: {unknown[0]} is no field of a segment")
+    speaker, text = entry.get("speaker"), entry.get("text")
+    if isinstance(speaker, bool) or not isinstance(speaker, int) or speaker < 0:
+        raise ContextError(f"{where}: speaker must be a whole number from 0, got {speaker!r}")
+    if not isinstance(text, str) or not text.strip():
+        raise ContextError(f"{where}: text must be a string that is not blank, got {text!r}")
+    if ("audio" in entry) == ("codes" in entry):
+        raise ContextError(f"{where}: give either audio or codes")
+    field = "audio" if "audio" in entry else "codes"
+    if not isinstance(entry[field], str) or not entry[field]:
+        raise ContextError(f"{where}: {field} must be the path of a file, got {entry[field]!r}")
+    file = folder / entry[field]
+    try:
+        codes = _read_codes(file, config) if field == "codes" else _encode(file, mimi, config)
+    except ContextError as error:
+        raise ContextError(f"{where}: {field}: {error}") from None
+    return Segment(speaker, text, codes)
+
+
+def _encode(path: Path, mimi: Mimi, config: CsmConfig) -> Tensor:
+    try:
+        audio = torch.from_numpy(read_audio(path, mimi.config.sample_rate_hz))
+        return mimi.encode(audio[None].to(mimi.device), config.num_codebooks)[0].cpu()
+    except (OSError, ValueError) as error:
+        raise ContextError(str(error)) from None
+
+
+def _read_codes(path: Path, config: CsmConfig) -> Tensor:
+    try:
+        codes = np.load(path, allow_pickle=False)
+        if not isinstance(codes, np.ndarray):
+            raise ContextError(f"{path} holds several arrays")
+        tensor = torch.from_numpy(np.ascontiguousarray(codes))
+        check_codes(tensor, config)
+    except FileNotFoundError:
+        raise ContextError(f"{path}: there is no such file") from None
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise ContextError(f"{path}: {error}") from None
+    return tensor

@@ -1,0 +1,203 @@
+"""From a checkpoint folder, in either format, to one set of stacked tensors, and to the codec."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vox_serve.checkpoint import (
+    CODEC_PREFIX,
+    CheckpointError,
+    TensorFiles,
+    find_codec,
+    find_weights,
+    read_json,
+)
+from vox_serve.csm_weights import CsmWeights, TransformerWeights
+from vox_serve.hub import resolve_codec
+from vox_serve.mimi import Mimi, load_mimi, mimi_from_checkpoint
+from vox_serve.model_config import CsmConfig, TransformerConfig
+from vox_serve.tensor_names import HF, TensorNames, names_in
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint folder holds.
+
+    Attributes:
+        folder: where it lies.
+        settings: config.json as it is.
+        config: the sizes.
+        weights: of the two transformers.
+        codec_tensors: the codec's tensors by transformers' Mimi names, float32 on the CPU; None
+            if the checkpoint has none inside.
+        codec_config: transformers' settings of the codec, if config.json has them.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    config: CsmConfig
+    weights: CsmWeights
+    codec_tensors: dict[str, Tensor] | None
+    codec_config: dict[str, Any] | None
+
+
+def load_checkpoint(
+    path: Path | str,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    allow_pickle: bool = False,
+) -> Checkpoint:
+    """Load a checkpoint folder in transformers' format or the original's.
+
+    The format is told by the names of the tensors. Tensors are read one by one into their places,
+    so hardly more memory is used than the weights take.
+
+    Args:
+        path: the folder.
+        dtype: of the weights in memory, whatever it is in the files.
+        device: of the weights.
+        allow_pickle: read ckpt.pt (plain tensors only) where there is no safetensors file.
+
+    Raises:
+        CheckpointError: a file or tensor is missing or wrong; the message names it.
+        ValueError: config.json asks for what is not supported; the message names the key.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder")
+    settings = read_json(folder / "config.json")
+    config = CsmConfig.from_json(settings)
+    codec_config = settings.get("codec_config")
+    with TensorFiles(find_weights(folder, settings, allow_pickle)) as files:
+        weights = _read_weights(files, config, dtype, device)
+        codec = {
+            name.removeprefix(CODEC_PREFIX): files.read(name).to(torch.float32, copy=True)
+            for name in sorted(files.names)
+            if name.startswith(CODEC_PREFIX)
+        }
+    return Checkpoint(folder, settings, config, weights, codec or None, codec_config)
+
+
+def load_codec(checkpoint: Checkpoint, codec: str | None = None) -> Mimi:
+    """The codec: inside the checkpoint, else a file of its own in the folder, else `codec`.
+
+    Args:
+        checkpoint: from `load_checkpoint`.
+        codec: a folder, file or hub id; None for `kyutai/mimi`.
+
+    Raises:
+        ModelNotFoundError: there is none in the folder, and `codec` cannot be had.
+        ValueError: it is no Mimi, or has fewer codebooks than the model.
+    """
+    if checkpoint.codec_tensors is not None:
+        mimi = mimi_from_checkpoint(checkpoint.codec_tensors, checkpoint.codec_config)
+        where = checkpoint.folder
+    else:
+        where = find_codec(checkpoint.folder) or resolve_codec(codec)
+        mimi = load_mimi(where)
+    if mimi.config.num_codebooks < checkpoint.config.num_codebooks:
+        raise CheckpointError(
+            f"the codec in {where} has {mimi.config.num_codebooks} codebooks, the model "
+            f"{checkpoint.config.num_codebooks}"
+        )
+    return mimi
+
+
+def _read_weights(
+    files: TensorFiles, config: CsmConfig, dtype: torch.dtype, device: torch.device | str
+) -> CsmWeights:
+    names = names_in(files)
+    if names is None:
+        raise CheckpointError(f"{files.paths[0]} holds no CSM: it has no tensor {HF.code0_head}")
+    _refuse_unknown(files, names, config)
+    weights = CsmWeights.empty(config, dtype, device)
+    for prefix, sizes, part in (
+        (names.backbone, config.backbone, weights.backbone),
+        (names.depth, config.depth, weights.depth),
+    ):
+        for i in range(sizes.num_layers):
+            _read_layer(files, names, f"{prefix}layers.{i}.", sizes, part, i)
+        _copy(files, f"{prefix}{names.norm}", part.norm)
+    _copy(files, names.text_table, weights.text_table)
+    _copy(files, names.code0_head, weights.code0_head)
+    _copy(files, names.projection, weights.projection)
+    _copy(files, names.code_heads, weights.code_heads.transpose(1, 2))
+    return _read_audio_tables(files, names, weights)
+
+
+def _read_layer(
+    files: TensorFiles,
+    names: TensorNames,
+    prefix: str,
+    sizes: TransformerConfig,
+    part: TransformerWeights,
+    i: int,
+) -> None:
+    heads, kv_heads, head_dim = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
+    q, k, v = part.qkv[i].split((heads * head_dim, kv_heads * head_dim, kv_heads * head_dim), dim=0)
+    gate, up = part.gate_up[i].chunk(2)
+    rotary_pairs = head_dim if names.interleaved_rope else None
+    for key, out, pairs in (
+        ("attn_norm", part.attn_norm[i], None),
+        ("q", q, rotary_pairs),
+        ("k", k, rotary_pairs),
+        ("v", v, None),
+        ("o", part.o[i], None),
+        ("mlp_norm", part.mlp_norm[i], None),
+        ("gate", gate, None),
+        ("up", up, None),
+        ("down", part.down[i], None),
+    ):
+        _copy(files, f"{prefix}{names.layer[key]}", out, pairs)
+
+
+def _copy(files: TensorFiles, name: str, out: Tensor, rotary_pairs: int | None = None) -> None:
+    """Read a tensor into its place.
+
+    Args:
+        files: where it is read from.
+        name: of the tensor.
+        out: its place, of its shape.
+        rotary_pairs: the head width if rows 2i and 2i + 1 of each head are a rotary pair; they
+            become rows i and i + D/2.
+    """
+    tensor = files.read(name, tuple(out.shape))
+    if rotary_pairs:
+        heads = (out.shape[0] // rotary_pairs, rotary_pairs // 2, 2, out.shape[1])
+        halves = (heads[0], 2, rotary_pairs // 2, out.shape[1])
+        out.view(halves).copy_(tensor.view(heads).transpose(1, 2))
+    else:
+        out.copy_(tensor)
+
+
+def _read_audio_tables(files: TensorFiles, names: TensorNames, weights: CsmWeights) -> CsmWeights:
+    """One table or two in the file, one tensor in memory unless they differ."""
+    tables = {names.audio_table, names.depth_audio_table}
+    there = [name for name in (names.audio_table, names.depth_audio_table) if name in files]
+    if not there:
+        raise CheckpointError(
+            f"tensor {' or '.join(sorted(tables))} is missing in {files.paths[0]}"
+        )
+    _copy(files, there[0], weights.audio_table)
+    if len(there) == 1 or there[0] == there[1]:
+        return weights
+    depth_table = torch.empty_like(weights.audio_table)
+    _copy(files, there[1], depth_table)
+    if torch.equal(depth_table, weights.audio_table):
+        return weights
+    return replace(weights, depth_audio_table=depth_table)
+
+
+def _refuse_unknown(files: TensorFiles, names: TensorNames, config: CsmConfig) -> None:
+    """A bias, or a layer more than config.json says, would be left out and the speech be wrong."""
+    for prefix, sizes in ((names.backbone, config.backbone), (names.depth, config.depth)):
+        known = {f"{i}.{name}" for i in range(sizes.num_layers) for name in names.layer.values()}
+        layers = f"{prefix}layers."
+        for name in sorted(files.names):
+            if not name.startswith(layers) or name.endswith("rotary_emb.inv_freq"):
+                continue
+            if name.removeprefix(layers) not in known:
+                raise CheckpointError(f"tensor {name} does not fit config.json ({files.paths[0]})")

@@ -1,0 +1,289 @@
+"""Checkpoint folders in every layout, compared with the transformers model they were written of."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from make_tiny_checkpoint import write_tiny_checkpoint
+from safetensors.torch import load_file, save_file
+
+from checkpoints import TinyShape, build_tiny, original_tensors
+from vox_serve.checkpoint import CheckpointError, weights_entry
+from vox_serve.csm_weights import CsmWeights
+from vox_serve.model_config import CsmConfig
+from vox_serve.weights import load_checkpoint, load_codec
+
+SHAPES = {
+    "default": TinyShape(),
+    "wide heads": TinyShape(num_codebooks=8, heads=4, kv_heads=4, head_dim=32, depth_kv_heads=2),
+    "32 codebooks": TinyShape(num_codebooks=32, layers=3, depth_layers=1, kv_heads=1),
+}
+
+
+def transformers_weights(tiny) -> dict[str, torch.Tensor]:
+    """What the stacked tensors must be, taken from the transformers modules."""
+    model = tiny.model
+    out = {
+        "text_table": model.embed_text_tokens.weight,
+        "audio_table": model.backbone_model.embed_tokens.embed_audio_tokens.weight,
+        "depth_audio_table": model.depth_decoder.model.embed_tokens.weight,
+        "code0_head": model.lm_head.weight,
+        "projection": model.depth_decoder.model.inputs_embeds_projector.weight,
+        "code_heads": model.depth_decoder.codebooks_head.weight.transpose(1, 2),
+    }
+    for name, part in (("backbone", model.backbone_model), ("depth", model.depth_decoder.model)):
+        layers = part.layers
+        attention, mlp = [x.self_attn for x in layers], [x.mlp for x in layers]
+        stacked = {
+            "attn_norm": [x.input_layernorm.weight for x in layers],
+            "qkv": [
+                torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]) for a in attention
+            ],
+            "o": [a.o_proj.weight for a in attention],
+            "mlp_norm": [x.post_attention_layernorm.weight for x in layers],
+            "gate_up": [torch.cat([m.gate_proj.weight, m.up_proj.weight]) for m in mlp],
+            "down": [m.down_proj.weight for m in mlp],
+        }
+        out |= {f"{name}.{key}": torch.stack(tensors) for key, tensors in stacked.items()}
+        out[f"{name}.norm"] = part.norm.weight
+    return out
+
+
+def assert_weights(weights: CsmWeights, expected: dict[str, torch.Tensor]) -> None:
+    for name, tensor in expected.items():
+        got = weights
+        for attribute in name.split("."):
+            got = getattr(got, attribute)
+        torch.testing.assert_close(
+            got, tensor.to(got.dtype), rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("rope_spelling", ["parameters", "scaling"])
+@pytest.mark.parametrize("layout", ["hf", "sharded", "original", "pickle"])
+def test_every_layout_gives_the_models_tensors(tmp_path, shape, layout, rope_spelling):
+    tiny = build_tiny(shape)
+    tiny.write(tmp_path, layout, rope_spelling)
+    loaded = load_checkpoint(tmp_path, torch.float32, allow_pickle=layout == "pickle")
+    assert_weights(loaded.weights, transformers_weights(tiny))
+    assert loaded.weights.audio_table is loaded.weights.depth_audio_table
+    assert loaded.config.num_codebooks == shape.num_codebooks
+    assert loaded.config.audio_vocab_size == shape.audio_vocab_size
+    assert loaded.config.text_vocab_size == tiny.tokenizer.get_vocab_size()
+    assert loaded.config == CsmConfig.from_json(tiny.config)
+    assert loaded.config.backbone.norm_eps == shape.norm_eps
+    assert loaded.config.depth.norm_eps == shape.depth_norm_eps
+    assert loaded.config.backbone.max_positions == shape.max_positions
+
+
+def test_save_pretrained_folder(tmp_path):
+    tiny = build_tiny()
+    tiny.model.save_pretrained(tmp_path / "whole")
+    tiny.model.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    assert (tmp_path / "sharded" / "model.safetensors.index.json").is_file()
+    for folder in ("whole", "sharded"):
+        loaded = load_checkpoint(tmp_path / folder, torch.float32)
+        assert_weights(loaded.weights, transformers_weights(tiny))
+        assert set(loaded.codec_tensors) == codec_names(tiny)
+
+
+def codec_names(tiny) -> set[str]:
+    prefix = "codec_model."
+    return {name.removeprefix(prefix) for name in tiny.tensors if name.startswith(prefix)}
+
+
+@pytest.mark.parametrize("audio_tables", ["both", "backbone", "depth"])
+def test_one_audio_table_serves_both(tmp_path, audio_tables):
+    tiny = build_tiny()
+    loaded = load_checkpoint(tiny.write(tmp_path, audio_tables=audio_tables), torch.float32)
+    assert_weights(loaded.weights, transformers_weights(tiny))
+    assert loaded.weights.audio_table is loaded.weights.depth_audio_table
+
+
+def test_two_audio_tables_stay_two(tmp_path):
+    tiny = build_tiny(tied=False)
+    weights = load_checkpoint(tiny.write(tmp_path), torch.float32).weights
+    assert_weights(weights, transformers_weights(tiny))
+    assert not torch.equal(weights.audio_table, weights.depth_audio_table)
+
+
+@pytest.mark.parametrize("layout", ["hf", "original"])
+@pytest.mark.parametrize("in_file", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("in_memory", [torch.float32, torch.bfloat16], ids=str)
+def test_dtypes(tmp_path, layout, in_file, in_memory):
+    tiny = build_tiny()
+    loaded = load_checkpoint(tiny.write(tmp_path, layout, dtype=in_file), in_memory)
+    expected = {name: t.to(in_file) for name, t in transformers_weights(tiny).items()}
+    assert_weights(loaded.weights, expected)
+    assert loaded.weights.backbone.qkv.dtype == in_memory
+
+
+def test_which_file_is_chosen():
+    shards = ["transformers-00001-of-00002.safetensors", "transformers-00002-of-00002.safetensors"]
+    index, other = "transformers.safetensors.index.json", "model.safetensors.index.json"
+    everything = [*shards, index, other, "model.safetensors", "ckpt.pt", "mimi.safetensors"]
+    assert weights_entry({"transformers_weights": "x.safetensors"}, ["x.safetensors"]) is not None
+    assert weights_entry({"transformers_weights": other}, everything) == other
+    assert weights_entry({"transformers_weights": "gone.json"}, everything) == index
+    assert weights_entry({}, everything) == index
+    assert weights_entry({}, [other, "model.safetensors"]) == other
+    assert weights_entry({}, ["model.safetensors", "x.safetensors"]) == "model.safetensors"
+    lone = ["x.safetensors", "mimi.safetensors", "tokenizer-e351c8d8-checkpoint125.safetensors"]
+    assert weights_entry({}, lone) == "x.safetensors"
+    assert weights_entry({}, shards) is None
+    assert weights_entry({}, lone[1:]) is None
+
+
+def edit(path, change) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("layout", ["hf", "original"])
+def test_each_missing_tensor_is_named(tmp_path, layout):
+    tiny = build_tiny(TinyShape(layers=1, depth_layers=1))
+    path = tiny.write(tmp_path, layout, audio_tables="depth", codec=None) / "model.safetensors"
+    tensors = load_file(path)
+    for name in tensors:
+        save_file({n: t for n, t in tensors.items() if n != name}, path)
+        with pytest.raises(CheckpointError, match=f"tensor .*{name.replace('.', '[.]')}.* missing"):
+            load_checkpoint(tmp_path, torch.float32)
+
+
+def test_wrong_tensors_are_named(tmp_path):
+    path = build_tiny().write(tmp_path) / "model.safetensors"
+    q = "backbone_model.layers.1.self_attn.q_proj.weight"
+
+    def fails(change, match):
+        original = path.read_bytes()
+        edit(path, change)
+        with pytest.raises(CheckpointError, match=match) as error:
+            load_checkpoint(tmp_path, torch.float32)
+        assert "\n" not in str(error.value)
+        path.write_bytes(original)
+
+    fails(lambda t: t.update({q: t[q][:-1].clone()}), rf"{q} must be \[96, 64\].*\[95, 64\]")
+    fails(lambda t: t.update({q: t[q].to(torch.int8)}), f"{q}.*int8")
+    fails(lambda t: t.update({q.replace(".1.", ".2."): t[q].clone()}), "layers.2.*config.json")
+    fails(lambda t: t.update({q.replace("weight", "bias"): t[q][:, 0].clone()}), "q_proj.bias")
+    fails(lambda t: (t.clear(), t.update({"a": torch.ones(1)})), "holds no CSM")
+
+
+def test_broken_folders_give_one_line(tmp_path):
+    tiny = build_tiny()
+
+    def fails(folder, match, **kwargs):
+        with pytest.raises(CheckpointError, match=match) as error:
+            load_checkpoint(folder, torch.float32, **kwargs)
+        assert "\n" not in str(error.value)
+
+    fails(tmp_path / "nowhere", "is not a folder")
+    fails(tmp_path, "no config.json")
+    (tmp_path / "config.json").write_text("{")
+    fails(tmp_path, "config.json cannot be read as JSON")
+    (tmp_path / "config.json").write_text(json.dumps(tiny.config))
+    fails(tmp_path, "has no weights")
+    (tmp_path / "model.safetensors").write_bytes(b"not safetensors")
+    fails(tmp_path, "cannot be read as safetensors")
+    sharded = tiny.write(tmp_path / "sharded", "sharded")
+    (sharded / "transformers-00002-of-00002.safetensors").unlink()
+    fails(sharded, "transformers-00002-of-00002.safetensors, which is not there")
+    index = sharded / "transformers.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
+    fails(sharded, "outside of its folder")
+
+
+class Payload:
+    """Unpickled, it would write a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_pickle_only_when_allowed_and_never_its_code(tmp_path):
+    tiny = build_tiny()
+    folder = tiny.write(tmp_path, "pickle")
+    with pytest.raises(CheckpointError, match=r"only ckpt.pt, a pickle"):
+        load_checkpoint(folder, torch.float32)
+    torch.save({"a": Payload(str(tmp_path / "ran"))}, folder / "ckpt.pt")
+    with pytest.raises(CheckpointError, match="cannot be read as plain tensors"):
+        load_checkpoint(folder, torch.float32, allow_pickle=True)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_codec_inside_beside_or_elsewhere(tmp_path):
+    """Each place gives the same codec, and the first of them wins."""
+    tiny = build_tiny()
+    codes = torch.randint(0, 64, (1, 6, 4))
+    expected = tiny.model.codec_model.decode(codes.transpose(1, 2)).audio_values[:, 0]
+
+    def check(folder, codec=None):
+        got = load_codec(load_checkpoint(folder, torch.float32), codec).decode(codes)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+    inside = tiny.write(tmp_path / "inside")
+    save_file({"broken": torch.ones(1)}, inside / "mimi.safetensors")
+    check(inside, codec="/nowhere")
+    beside = tiny.write(tmp_path / "beside", "original", codec="mimi")
+    check(beside, codec="/nowhere")
+    bare = tiny.write(tmp_path / "bare", "original", codec=None)
+    check(bare, codec=str(beside))
+    check(bare, codec=str(beside / "mimi.safetensors"))
+    few = build_tiny(TinyShape(num_codebooks=8)).write(tmp_path / "few", codec=None)
+    with pytest.raises(ValueError, match="4 codebooks, the model 8"):
+        load_codec(load_checkpoint(few, torch.float32), str(beside))
+
+
+def test_random_weights_keep_activations_in_scale():
+    config = CsmConfig.from_json(build_tiny().config)
+    weights = CsmWeights.random(config, torch.bfloat16, seed=1)
+    again = CsmWeights.random(config, torch.bfloat16, seed=1)
+    other = CsmWeights.random(config, torch.bfloat16, seed=2)
+    assert torch.equal(weights.depth.gate_up, again.depth.gate_up)
+    assert not torch.equal(weights.depth.gate_up, other.depth.gate_up)
+    for matrix in (weights.backbone.qkv, weights.depth.down, weights.code_heads):
+        assert float(matrix.float().std()) * matrix.shape[-1] ** 0.5 == pytest.approx(1, rel=0.05)
+    assert torch.linalg.matrix_rank(weights.backbone.qkv[0].float()) == config.backbone.dim
+
+
+def test_tiny_checkpoint_tool(tmp_path):
+    """What `make serve` starts with loads here and in transformers, and speaks to its end."""
+    from transformers import CsmForConditionalGeneration
+
+    tool = os.path.join(os.path.dirname(__file__), "..", "tools", "make_tiny_checkpoint.py")
+    subprocess.run(
+        [sys.executable, tool, str(tmp_path / "tiny"), "--frames", "3"], check=True, timeout=60
+    )
+    model, report = CsmForConditionalGeneration.from_pretrained(
+        tmp_path / "tiny", output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    loaded = load_checkpoint(tmp_path / "tiny", torch.float32)
+    assert torch.equal(loaded.weights.code0_head, model.lm_head.weight)
+    mimi = load_codec(loaded)
+    assert mimi.config.sample_rate_hz == 24000
+    assert mimi.config.frame_samples == 1920
+    codes = torch.randint(0, 128, (1, 25, 8))
+    audio = mimi.decode(codes)
+    theirs = model.codec_model.decode(codes.transpose(1, 2)).audio_values[:, 0]
+    torch.testing.assert_close(audio, theirs, rtol=1e-4, atol=1e-5)
+    assert 0.02 < float(audio.std()) < 0.5
+    again = load_checkpoint(write_tiny_checkpoint(tmp_path / "again", frames=3), torch.float32)
+    assert torch.equal(again.weights.backbone.qkv, loaded.weights.backbone.qkv)
+
+
+def test_original_names_round_trip_is_not_the_identity():
+    """The rows of q and k really lie otherwise in the original format."""
+    tiny = build_tiny()
+    original = original_tensors(tiny.tensors, tiny.shape)
+    name = "backbone_model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(original["backbone.layers.0.attn.q_proj.weight"], tiny.tensors[name])
