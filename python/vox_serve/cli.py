@@ -1,11 +1,11 @@
-"""What the two commands share: flags that come from `Config`, errors in one line."""
+"""What the two commands share: flags from `Config`, errors in one line, the engine."""
 
 import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from vox_serve.config import (
     GROUPS,
@@ -16,6 +16,9 @@ from vox_serve.config import (
     setting_of,
     shown_default,
 )
+
+if TYPE_CHECKING:
+    from vox_serve.engine import Engine
 
 
 class CommandError(Exception):
@@ -132,3 +135,34 @@ def run_command(prog: str, command: Callable[[], int]) -> int:
         message = error if known else f"{type(error).__name__}: {error}"
         print(f"{prog}: error: {one_line(message)}", file=sys.stderr)
         return 1
+
+
+def engine_of(config: Config) -> "Engine":
+    """The engine that the settings describe; sets the number of CPU threads too.
+
+    Raises:
+        ValueError, OSError: the model, its codec or the context cannot be had; one line says why.
+    """
+    import torch
+
+    import voxkern
+    from vox_serve.loading import load_engine
+    from voxkern.backend import why_missing
+
+    num_threads = config.num_threads
+    if not why_missing("native", "cpu"):
+        if num_threads is not None:
+            voxkern.set_num_threads(num_threads)
+        num_threads = voxkern.num_threads()
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    return load_engine(
+        config.model,
+        device=config.device,
+        dtype=config.dtype,
+        quantize=config.quantize,
+        codec=config.codec,
+        context=config.context,
+        max_batch_size=config.max_batch_size,
+        allow_pickle=config.allow_pickle,
+    )

@@ -8,13 +8,14 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vox_serve.cli import CommandError, CommandParser, run_command
+from vox_serve.cli import CommandError, CommandParser, engine_of, run_command
 from vox_serve.config import ENV_PREFIX, MODEL, SAMPLING, SERVER, Config
 
 if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
 
+    from vox_serve.engine import Engine
     from vox_serve.runner import Runner
 
 PROG = "vox-serve"
@@ -44,17 +45,32 @@ def serve(config: Config) -> int:
     listener = reserve_address(config.host, config.port)
 
     from vox_serve.api import create_app
-    from vox_serve.loading import load_engine
     from vox_serve.runner import Runner
 
-    engine = load_engine(config)
+    engine = engine_of(config)
     runner = Runner(engine, max_jobs=config.max_batch_size + config.max_queue_size)
-    server = make_server(create_app(runner, config, engine.about), runner, config, listener)
+    server = make_server(
+        create_app(runner, config, about(engine, config)), runner, config, listener
+    )
     try:
         server.run(sockets=[listener])
     except KeyboardInterrupt:  # how a server is meant to be ended
         return 0
     return 0 if server.started else 1
+
+
+def about(engine: "Engine", config: Config) -> dict[str, str]:
+    """What /health says of the engine."""
+    from voxkern.backend import backend_for
+
+    device = engine.model.device
+    return {
+        "model": config.model,
+        "device": str(device),
+        "dtype": str(engine.model.dtype).removeprefix("torch."),
+        "quantize": config.quantize,
+        "backend": backend_for(device.type),
+    }
 
 
 def reserve_address(host: str, port: int) -> socket.socket:

@@ -1,0 +1,141 @@
+"""Say a text into a WAV file, without a server.
+
+python -m vox_serve.say "Hello." -o hello.wav
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vox_serve.cli import CommandError, CommandParser, engine_of, run_command
+from vox_serve.config import MODEL, SAMPLING, Config
+
+if TYPE_CHECKING:
+    from vox_serve.engine import Engine, Request
+
+PROG = "say"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; its exit code."""
+    parser = CommandParser(
+        PROG,
+        description="Say a text into a 24 kHz mono WAV file.",
+        usage='python -m vox_serve.say ["text"] -o out.wav [flags]',
+    )
+    parser.add_argument("text", nargs="?", help="what to say; read from stdin if it is not given")
+    parser.add_argument("-o", "--output", metavar="WAV", help="the file to write; - is stdout")
+    parser.add_flag("codes", metavar="NPY", help="write the frames too, int64 [N, K]")
+    parser.add_flag("speaker", type=int, choices=(0, 1), default=0, help="whose voice [default 0]")
+    parser.add_flag("greedy", action="store_true", help="temperature 0")
+    parser.add_settings([MODEL, SAMPLING])
+    args, config = parser.parse(argv)
+    if args.output is None and args.codes is None:
+        parser.error("give -o out.wav")
+    if args.greedy and config.temperature and "temperature" in args:
+        parser.error("--greedy is --temperature 0: give one of the two")
+    if args.greedy:
+        config = replace(config, temperature=0.0)
+    text = args.text if args.text is not None else _read_stdin()
+    if problem := _wrong_with(text):
+        parser.error(problem)
+    return run_command(PROG, lambda: _say(text, args.speaker, args.output, args.codes, config))
+
+
+def _read_stdin() -> str:
+    if sys.stdin.isatty():
+        print("type what to say, then ctrl-D:", file=sys.stderr)
+    text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _wrong_with(text: str) -> str | None:
+    if not text.strip():
+        return "there is no text to say"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "the text is not UTF-8"
+    return None
+
+
+def _say(
+    text: str, speaker: int, output: str | None, codes_path: str | None, config: Config
+) -> int:
+    for path in (output, codes_path):  # before the long work, not after it
+        if path is not None and path != "-":
+            _check_writable(Path(path))
+
+    from vox_serve.audio import pcm16, wav_file
+    from vox_serve.engine import Request
+    from vox_serve.sampling import SamplingParams
+
+    engine = engine_of(replace(config, max_batch_size=1))
+    request = Request(
+        text=text,
+        speaker=speaker,
+        sampling=SamplingParams(**config.sampling),
+        max_frames=config.max_frames,
+    )
+    from tqdm import tqdm
+
+    with tqdm(
+        total=config.max_frames, unit="frame", disable=not sys.stderr.isatty(), leave=False
+    ) as bar:
+        audio, codes = speak(engine, request, bar.update)
+    if codes_path is not None:
+        with open(codes_path, "wb") as file:
+            np.save(file, codes)
+    if output is not None:
+        wav = wav_file(pcm16(audio).tobytes(), engine.sample_rate_hz)
+        if output == "-":
+            sys.stdout.buffer.write(wav)
+            sys.stdout.buffer.flush()
+        else:
+            Path(output).write_bytes(wav)
+    return 0
+
+
+def _check_writable(path: Path) -> None:
+    if path.is_dir():
+        raise CommandError(f"cannot write {path}: it is a folder")
+    if not path.parent.is_dir():
+        raise CommandError(f"cannot write {path}: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise CommandError(f"cannot write {path}: permission denied")
+
+
+def speak(
+    engine: "Engine", request: "Request", on_frame: Callable[[], object] = lambda: None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Run one request to its end on an idle engine.
+
+    Args:
+        engine: without other requests.
+        request: what to say.
+        on_frame: called after every frame.
+
+    Returns:
+        Samples `[S]` float32, and frames `[N, K]` int64; S and N may be 0.
+
+    Raises:
+        ValueError: the engine does not take the request.
+    """
+    engine.add(request)
+    audio, codes = [np.zeros(0, np.float32)], [np.zeros((0, engine.num_codebooks), np.int64)]
+    while engine.has_work:
+        for output in engine.step():
+            if output.codes is not None:
+                audio.append(output.audio)
+                codes.append(output.codes.numpy()[None])
+                on_frame()
+    return np.concatenate(audio), np.concatenate(codes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

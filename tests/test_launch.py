@@ -1,0 +1,153 @@
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from checkpoints import build_tiny
+from vox_serve import launch
+from vox_serve.cli import CommandError
+from vox_serve.launch import reserve_address, url_of
+
+TIMEOUT_S = 120
+
+
+@pytest.fixture
+def no_loading(monkeypatch):
+    def fail(config):
+        raise AssertionError("loaded a model for a command that cannot succeed")
+
+    monkeypatch.setattr(launch, "engine_of", fail)
+
+
+def test_an_address_is_reserved_but_not_yet_answered():
+    with reserve_address("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+        assert url_of(listener) == f"http://127.0.0.1:{port}"
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+@pytest.mark.parametrize(
+    ("address", "url"),
+    [(("0.0.0.0", 80), "http://127.0.0.1:80"), (("::", 80, 0, 0), "http://[::1]:80"),
+     (("10.1.2.3", 8000), "http://10.1.2.3:8000")],
+)  # fmt: skip
+def test_the_url_is_one_that_a_client_here_can_use(address, url):
+    class Bound:
+        def getsockname(self):
+            return address
+
+    assert url_of(Bound()) == url
+
+
+def test_a_port_in_use_is_one_line_before_any_work(no_loading, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert launch.main(["--port", str(port)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        line == f"vox-serve: error: cannot listen on 127.0.0.1 port {port}: Address already in use"
+    )
+
+
+def test_a_host_that_is_not_ours_is_one_line(no_loading):
+    with pytest.raises(CommandError, match=r"cannot listen on 192\.0\.2\.1 port 0"):
+        reserve_address("192.0.2.1", 0)
+    with pytest.raises(CommandError, match=r"--host no\.such\.host\.invalid"):
+        reserve_address("no.such.host.invalid", 0)
+
+
+def test_an_unknown_model_is_one_line(capsys):
+    assert launch.main(["--port", "0", "--model", "./nowhere"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("vox-serve: error: ")
+    assert "nowhere" in line
+
+
+def test_help_needs_no_model_and_no_torch():
+    code = "import sys; from vox_serve import launch, say, config\n"
+    code += "assert not {'torch', 'fastapi', 'uvicorn', 'soundfile'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, env=_environment())
+    done = subprocess.run(
+        [sys.executable, "-m", "vox_serve.launch", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=_environment(),
+    )
+    assert "--max_batch_size SIZE" in done.stdout
+
+
+def _environment() -> dict[str, str]:
+    """This process's, with its import path: the package may be installed or not."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+@pytest.fixture(scope="module")
+def documented_server(tmp_path_factory):
+    """The documented command line on a tiny checkpoint: its process, and its port."""
+    folder = build_tiny(stop_frame=3).write(tmp_path_factory.mktemp("checkpoint"))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    line = f"-m vox_serve.launch --model {folder} --port {port} --temperature 0.7 --top_p 0.9 "
+    line += "--repetition_penalty 1.1"
+    log = Path(tmp_path_factory.mktemp("log")) / "stderr"
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, *line.split()],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=_environment(),
+        )
+    said = []
+    for text in process.stdout:
+        said.append(text)
+        if "curl" in text:
+            break
+    assert process.poll() is None, log.read_text()
+    yield process, port, "".join(said), log
+    process.kill()
+    process.wait(TIMEOUT_S)
+    process.stdout.close()
+
+
+def _post(port: int, body: dict) -> bytes:
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/generate",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+        assert answer.headers["content-type"] == "audio/wav"
+        return answer.read()
+
+
+def test_the_documented_line_serves(documented_server):
+    _, port, said, _ = documented_server
+    assert f"http://127.0.0.1:{port}" in said
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=TIMEOUT_S) as answer:
+        health = json.load(answer)
+    assert health["status"] == "ok"
+    assert (health["device"], health["max_batch_size"]) == ("cpu", 8)
+    whole = _post(port, {"text": "Hello.", "seed": 1})
+    streamed = _post(port, {"text": "Hello.", "seed": 1, "streaming": True})
+    assert len(whole) == 44 + 3 * 3840
+    assert streamed[44:] == whole[44:]
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        _post(port, {"text": "word " * 500})
+    assert refused.value.code == 422
+    assert "256" in json.load(refused.value)["detail"]
+
+
+def test_an_interrupt_ends_the_server(documented_server):
+    process, _, _, log = documented_server
+    process.send_signal(signal.SIGINT)
+    assert process.wait(TIMEOUT_S) == 0
+    assert "Traceback" not in log.read_text()

@@ -1,0 +1,267 @@
+import io
+import os
+import sys
+import wave
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from checkpoints import TinyShape, build_tiny
+from csm_reference import reference_generate
+from fake_engine import FakeEngine, fake_audio, fake_codes
+from test_runner import expected_pcm
+from vox_serve import say
+from vox_serve.audio import wav_file
+from vox_serve.config import Config
+from vox_serve.prompt import Segment
+from vox_serve.sampling import SamplingParams
+
+
+class Loads:
+    """Stands in for loading: keeps the config, gives a fake engine."""
+
+    def __init__(self):
+        self.engine = FakeEngine()
+        self.config: Config | None = None
+
+    def __call__(self, config: Config) -> FakeEngine:
+        self.config = config
+        return self.engine
+
+
+@pytest.fixture
+def loads(monkeypatch) -> Loads:
+    loads = Loads()
+    monkeypatch.setattr(say, "engine_of", loads)
+    return loads
+
+
+@pytest.fixture
+def no_loading(monkeypatch):
+    def fail(config):
+        raise AssertionError("loaded a model for a command that cannot succeed")
+
+    monkeypatch.setattr(say, "engine_of", fail)
+
+
+@pytest.fixture
+def stdin(monkeypatch):
+    def set_stdin(content: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+    return set_stdin
+
+
+def test_writes_the_audio_and_the_frames(loads, tmp_path, capsys):
+    wav, codes = tmp_path / "out.wav", tmp_path / "codes.npy"
+    assert say.main(["hello", "-o", str(wav), "--codes", str(codes)]) == 0
+    assert wav.read_bytes() == wav_file(expected_pcm("hello", 3))
+    frames = np.load(codes)
+    assert frames.dtype == np.int64
+    assert frames.tolist() == [fake_codes("hello", i).tolist() for i in range(3)]
+    assert capsys.readouterr() == ("", "")  # no progress bar but on a terminal
+
+
+def test_an_empty_utterance(loads, tmp_path):
+    loads.engine = FakeEngine(num_frames=0)
+    wav, codes = tmp_path / "out.wav", tmp_path / "codes.npy"
+    assert say.main(["hello", "-o", str(wav), "--codes", str(codes)]) == 0
+    assert wav.read_bytes() == wav_file(b"")
+    assert (np.load(codes).shape, np.load(codes).dtype) == ((0, 4), np.int64)
+
+
+def test_flags_reach_the_engine(loads, tmp_path):
+    line = "--model M --speaker 1 --seed 7 --max_frames 2 --context c.json --dtype float32 "
+    line += "--temperature 0.5 --top-k 3 --top_p 0.5 --min-p 0.25 --repetition_penalty 2 "
+    line += "--repetition-window 4"
+    assert say.main(["hello", "-o", str(tmp_path / "out.wav"), *line.split()]) == 0
+    sampling = SamplingParams(0.5, 3, 0.5, 0.25, 2.0, 4, 7)
+    assert loads.config == Config(
+        model="M",
+        context="c.json",
+        dtype="float32",
+        max_frames=2,
+        max_batch_size=1,
+        **vars(sampling),
+    )
+    (request,) = loads.engine.requests
+    assert (request.text, request.speaker, request.max_frames) == ("hello", 1, 2)
+    assert request.sampling == sampling
+    assert (tmp_path / "out.wav").read_bytes() == wav_file(expected_pcm("hello", 2, seed=7))
+
+
+def test_greedy_is_temperature_zero(loads, tmp_path):
+    assert say.main(["hello", "-o", str(tmp_path / "out.wav"), "--greedy"]) == 0
+    assert loads.engine.requests[0].sampling == SamplingParams(temperature=0)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"hello\n", "hello"),
+        (b"hello\r\n", "hello"),
+        (b" two\nlines \n\n", " two\nlines \n"),
+        ("Grüße".encode(), "Grüße"),
+    ],
+)
+def test_without_text_stdin_is_read(content, text, loads, stdin, tmp_path):
+    stdin(content)
+    assert say.main(["-o", str(tmp_path / "out.wav")]) == 0
+    assert loads.engine.requests[0].text == text
+
+
+def test_a_text_may_begin_with_a_dash(loads, tmp_path):
+    for argv in (["-5 degrees"], ["--", "--hello"]):
+        assert say.main(["-o", str(tmp_path / "out.wav"), *argv]) == 0
+    assert [request.text for request in loads.engine.requests] == ["-5 degrees", "--hello"]
+
+
+def test_output_to_stdout(loads, capfdbinary):
+    assert say.main(["hello", "-o", "-"]) == 0
+    assert capfdbinary.readouterr().out == wav_file(expected_pcm("hello", 3))
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["hello"], "give -o out.wav"),
+        (["", "-o", "x.wav"], "there is no text"),
+        ([" \n", "-o", "x.wav"], "there is no text"),
+        (["bad \udcff byte", "-o", "x.wav"], "the text is not UTF-8"),
+        (["hello", "-o", "x.wav", "--speaker", "2"], "--speaker: invalid choice"),
+        (["hello", "-o", "x.wav", "--temperature", "-1"], "--temperature: must be from 0 to 100"),
+        (["hello", "-o", "x.wav", "--max_frames", "0"], "--max-frames: must be from 1 to 2048"),
+        (["hello", "-o", "x.wav", "--greedy", "--temperature", "0.5"], "--greedy"),
+        (["hello", "there", "-o", "x.wav"], "unrecognized arguments: there"),
+        (["hello", "-o", "x.wav", "--port", "1"], "unrecognized arguments: --port"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_code_2(argv, said, no_loading, capsys):
+    with pytest.raises(SystemExit) as stop:
+        say.main(argv)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("say: error: ")
+    assert said in line
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"\xff"])
+def test_stdin_without_text_is_wrong_usage(content, no_loading, stdin, capsys):
+    stdin(content)
+    with pytest.raises(SystemExit) as stop:
+        say.main(["-o", "x.wav"])
+    assert stop.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_what_cannot_be_written_is_known_before_the_work(no_loading, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "missing" / "out.wav", tmp_path / "file" / "out.wav"):
+        for argv in (["-o", str(path)], ["-o", "-", "--codes", str(path)]):
+            assert say.main(["hello", *argv]) == 1
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith(f"say: error: cannot write {path}: ")
+
+
+def test_what_the_engine_says_is_one_line(loads, tmp_path, capsys):
+    out = tmp_path / "out.wav"
+    assert say.main(["x" * 5000, "-o", str(out)]) == 1
+    assert capsys.readouterr().err == "say: error: the prompt takes 5000 of 2000\n"
+    loads.engine = FakeEngine(fail_at_step=2)
+    assert say.main(["hello", "-o", str(out)]) == 1
+    assert capsys.readouterr().err == "say: error: RuntimeError: the fake engine broke\n"
+    assert not out.exists()
+
+
+def test_a_terminal_gets_a_progress_bar(loads, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert say.main(["hello", "-o", str(tmp_path / "out.wav"), "--max_frames", "9"]) == 0
+    assert "/9 [" in terminal.getvalue()
+
+
+def test_speak_collects_codes_and_audio():
+    from vox_serve.engine import Request
+
+    frames = []
+    audio, codes = say.speak(FakeEngine(2), Request("hello"), lambda: frames.append(1))
+    assert len(frames) == 2
+    np.testing.assert_array_equal(
+        audio, np.concatenate([fake_audio("hello", None, i) for i in (0, 1)])
+    )
+    assert codes.tolist() == [fake_codes("hello", i).tolist() for i in (0, 1)]
+
+
+SHAPE = TinyShape(num_codebooks=5)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return build_tiny(SHAPE, seed=4)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory):
+    return tiny.write(tmp_path_factory.mktemp("checkpoint"))
+
+
+def test_a_checkpoint_gives_transformers_codes_and_audio(tiny, folder, tmp_path):
+    wav, codes_path = tmp_path / "out.wav", tmp_path / "codes.npy"
+    argv = ["--model", str(folder), "--greedy", "--dtype", "float32", "--max_frames", "6"]
+    argv += ["--speaker", "1", "-o", str(wav), "--codes", str(codes_path)]
+    assert say.main(["Hello there.", *argv]) == 0
+    codes = torch.from_numpy(np.load(codes_path))
+    assert torch.equal(codes, reference_generate(tiny, [Segment(1, "Hello there.")], 6))
+    with wave.open(str(wav)) as reader:
+        pcm = np.frombuffer(reader.readframes(reader.getnframes()), "<i2")
+    valid = codes.clamp(max=SHAPE.audio_vocab_size - 4)
+    audio = tiny.model.codec_model.decode(valid.T[None]).audio_values[0, 0].numpy()
+    np.testing.assert_allclose(pcm / 32768, audio.clip(-1, 1 - 2**-15), atol=1e-4)
+
+
+def test_a_context_file_comes_first(tiny, folder, tmp_path):
+    context_codes = torch.randint(0, SHAPE.audio_vocab_size - 3, (4, SHAPE.num_codebooks))
+    np.save(tmp_path / "a.npy", context_codes.numpy())
+    context = tmp_path / "context.json"
+    context.write_text('[{"speaker": 0, "text": "Who is it?", "codes": "a.npy"}]')
+    argv = ["--model", str(folder), "--greedy", "--dtype=float32", "--max_frames=5"]
+    argv += ["--context", str(context), "--codes", str(tmp_path / "codes.npy")]
+    assert say.main(["Me.", *argv]) == 0
+    segments = [Segment(0, "Who is it?", context_codes), Segment(0, "Me.")]
+    expected = reference_generate(tiny, segments, 5)
+    assert np.load(tmp_path / "codes.npy").tolist() == expected.tolist()
+
+
+def test_the_same_seed_says_the_same(folder, tmp_path):
+    def codes(*argv: str) -> list:
+        path = str(tmp_path / "codes.npy")
+        line = ["--model", str(folder), "--max_frames", "5", "--codes", path]
+        assert say.main(["Hello.", *line, *argv]) == 0
+        return np.load(path).tolist()
+
+    assert codes("--seed", "1") == codes("--seed", "1") != codes("--seed", "2")
+
+
+def test_an_unknown_model_is_one_line(tmp_path, capsys):
+    assert say.main(["hello", "-o", str(tmp_path / "out.wav"), "--model", "./nowhere"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("say: error: ")
+    assert "nowhere" in line
+
+
+def test_a_prompt_beyond_the_context_is_one_line(folder, tmp_path, capsys):
+    argv = ["--model", str(folder), "-o", str(tmp_path / "out.wav")]
+    assert say.main(["word " * 500, *argv]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(SHAPE.max_positions) in line
+    assert os.listdir(tmp_path) == []
+
+
+def test_sampling_flags_are_the_servers():
+    assert Config().sampling == vars(replace(SamplingParams()))
