@@ -14,7 +14,7 @@ from vox_serve.mimi.config import MimiConfig
 from vox_serve.mimi.decoder import Decoder
 from vox_serve.mimi.encoder import Encoder
 from vox_serve.mimi.quantizer import Quantizer
-from vox_serve.mimi.state import StreamState
+from vox_serve.mimi.state import KeyWindow, StreamState
 from vox_serve.mimi.tensors import TensorReader
 
 # Enough frames to spread the reading of the weights, few enough for activations to stay in cache.
@@ -68,7 +68,7 @@ class Mimi:
 
         Args:
             codes: `[B, n, K]` integers, as for `decode`; n may be 0 and differ from call to call.
-            state: from `init_state` or the step before. Not changed.
+            state: from `init_state` or the step before. It stays good, to go on from it again.
 
         Returns:
             `[B, n * frame_samples]` float32, and the state after it. However a stream is cut into
@@ -129,7 +129,7 @@ class Mimi:
 
         Args:
             audio: `[B, n * frame_samples]`, n may be 0.
-            state: from `init_encoder_state` or the step before. Not changed.
+            state: from `init_encoder_state` or the step before; it stays good.
             num_codebooks: as for `encode`.
 
         Returns:
@@ -167,7 +167,10 @@ class Mimi:
         num_caches = 2 * len(half.transformer.layers)
         return StreamState(
             torch.zeros(batch_size, dtype=torch.int64, device=self.device),
-            tuple(self._zeros(batch_size, heads, past_keys, dim) for _ in range(num_caches)),
+            KeyWindow(
+                [self._zeros(batch_size, heads, past_keys, dim) for _ in range(num_caches)],
+                past_keys,
+            ),
             tuple(self._zeros(batch_size, *context) for context in half.contexts()),
         )
 

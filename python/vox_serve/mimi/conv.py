@@ -117,8 +117,8 @@ class CausalConv:
         c_in, c_out = channels
         weight = tensors(f"{name}.weight", c_in, c_out // groups, 2 * stride)
         if groups > 1:
-            blocks = weight.unflatten(0, (groups, -1)).flatten(2)
-            weight = torch.stack([torch.block_diag(*taps) for taps in blocks.unbind(1)], 1)
+            blocks = weight.unflatten(0, (groups, -1)).unbind(3)
+            weight = torch.stack([torch.block_diag(*tap) for tap in blocks], dim=2)
         taps = weight.unflatten(2, (2, stride)).flip(2).permute(3, 1, 2, 0).flatten(0, 1)
         offset = tensors(f"{name}.bias", c_out).repeat(stride) if bias else None
         return cls(taps, offset, block_out=stride, **how)

@@ -64,7 +64,7 @@ class Decoder:
         past = Past(state.lefts, state.positions == 0)
         x = latent if self.upsample is None else self.upsample(latent, past)
         steps = x.shape[0]
-        x, caches = self.transformer(x, state.positions, state.caches)
+        x, window = self.transformer(x, state.positions, state.window)
         for layer in self.layers:
             x = layer(x, past)
-        return x.squeeze(2), StreamState(state.positions + steps, caches, past.collected())
+        return x.squeeze(2), StreamState(state.positions + steps, window, past.collected())

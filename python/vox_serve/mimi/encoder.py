@@ -71,7 +71,7 @@ class Encoder:
         for layer in self.layers:
             x = layer(x, past)
         steps = x.shape[0]
-        x, caches = self.transformer(x, state.positions, state.caches)
+        x, window = self.transformer(x, state.positions, state.window)
         if self.downsample is not None:
             x = self.downsample(x, past)
-        return x, StreamState(state.positions + steps, caches, past.collected())
+        return x, StreamState(state.positions + steps, window, past.collected())

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vox_serve.mimi.config import MimiConfig
 from vox_serve.mimi.conv import Linear
+from vox_serve.mimi.state import KeyWindow
 from vox_serve.mimi.tensors import TensorReader
 
 Activation = Callable[[Tensor], Tensor]
@@ -42,19 +43,16 @@ class Transformer:
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         self.frequencies = 1.0 / config.rope_theta**exponents
 
-    def __call__(
-        self, x: Tensor, positions: Tensor, caches: tuple[Tensor, ...]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def __call__(self, x: Tensor, positions: Tensor, window: KeyWindow) -> tuple[Tensor, KeyWindow]:
         """Run a chunk.
 
         Args:
             x: `[T, B, C]`.
             positions: `[B]` int64, of each row's first step.
-            caches: keys and values of every layer in turn, each `[B, Hkv, window - 1, D]`, the
-                newest last; only the last `positions[b]` of row b count. Not changed.
+            window: the keys and values before them; only the last `positions[b]` of row b count.
 
         Returns:
-            `[T, B, C]`, and the new caches (views of slightly larger tensors).
+            `[T, B, C]`, and the window after them.
         """
         steps = x.shape[0]
         offsets = torch.arange(steps, device=x.device)
@@ -69,11 +67,10 @@ class Transformer:
         mask = torch.zeros(len(positions), 1, steps, len(slots), device=x.device)
         mask.masked_fill_(~(seen & written[:, None, None]), -torch.inf)
 
-        new_caches = []
+        window = window.extended(steps)
         for i, layer in enumerate(self.layers):
-            x, kv = layer(x, rotation, mask, caches[2 * i : 2 * i + 2])
-            new_caches += kv
-        return x, tuple(new_caches)
+            x = layer(x, rotation, mask, window, 2 * i)
+        return x, window
 
 
 class _Layer:
@@ -120,8 +117,8 @@ class _Layer:
         self.down = Linear(tensors(f"{name}.mlp.fc2.weight", width, hidden) * scale[:, None])
 
     def __call__(
-        self, x: Tensor, rotation: Tensor, mask: Tensor, cache: tuple[Tensor, ...]
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        self, x: Tensor, rotation: Tensor, mask: Tensor, window: KeyWindow, place: int
+    ) -> Tensor:
         steps, batch, width = x.shape
         x = x.reshape(steps * batch, width)
         qkv = self.qkv(self._norm(x, 0)).view(steps, batch, -1, self.dim)
@@ -129,15 +126,17 @@ class _Layer:
         qk = qkv[:, :, :rotated].unflatten(-1, (-1, 2))
         qk = torch.view_as_real(torch.view_as_complex(qk) * rotation).flatten(-2)
         qk = qk.permute(1, 2, 0, 3)  # [B, H, T, D]
-        new = qk[:, self.heads :], qkv[:, :, rotated:].permute(1, 2, 0, 3)
-        keys, values = (torch.cat(pair, dim=2) for pair in zip(cache, new, strict=True))
         seen = F.scaled_dot_product_attention(
-            qk[:, : self.heads], keys, values, mask, enable_gqa=self.heads != self.kv_heads
+            qk[:, : self.heads],
+            window.write(place, qk[:, self.heads :]),
+            window.write(place + 1, qkv[:, :, rotated:].permute(1, 2, 0, 3)),
+            mask,
+            enable_gqa=self.heads != self.kv_heads,
         )
         seen = seen.permute(2, 0, 1, 3).reshape(steps * batch, -1)
         x = self.out(seen, add=x)
         x = self.down(self.activation(self.up(self._norm(x, 1))), add=x)
-        return x.view(steps, batch, width), (keys[:, :, steps:], values[:, :, steps:])
+        return x.view(steps, batch, width)
 
     def _norm(self, x: Tensor, which: int) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], *self.norms[which], self.norm_eps)

@@ -1,0 +1,273 @@
+"""The codec against transformers' and moshi's whole decoding and encoding."""
+
+import pytest
+import torch
+
+from mimi_oracles import (
+    TINY,
+    assert_same_audio,
+    hf_decode,
+    hf_encode,
+    moshi_file_tensors,
+    random_codes,
+    random_moshi_mimi,
+    save_hf_mimi,
+)
+from vox_serve.mimi import MimiState, load_mimi, mimi_from_checkpoint
+
+SHAPES = {
+    "tiny": {},
+    "grouped_heads": {
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "attention_bias": True,
+        "norm_eps": 1e-3,
+        "num_semantic_quantizers": 3,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 50.0},
+        "hidden_act": "silu",
+    },
+    "deep_units": {
+        "num_residual_layers": 3,
+        "dilation_growth_rate": 3,
+        "residual_kernel_size": 5,
+        "kernel_size": 3,
+        "last_kernel_size": 1,
+        "compress": 4,
+        "use_conv_shortcut": True,
+        "upsampling_ratios": [3, 1, 2],
+        "upsample_groups": 8,
+    },
+    "four_steps_a_frame": {
+        "frame_rate": 20.0,
+        "upsampling_ratios": [5, 2],
+        "pad_mode": "replicate",
+        "upsample_groups": 1,
+        "sliding_window": 1,
+        "codebook_dim": 32,
+        "vector_quantization_hidden_dimension": 32,
+    },
+}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def pair(request, tmp_path_factory):
+    """A random model of transformers, and ours from its file."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return save_hf_mimi(folder, **SHAPES[request.param]), load_mimi(folder)
+
+
+@pytest.fixture(scope="module")
+def real_window(tmp_path_factory):
+    """A small model whose window is the real one: 250 steps, 125 frames."""
+    folder = tmp_path_factory.mktemp("window")
+    return save_hf_mimi(folder, sliding_window=250), load_mimi(folder)
+
+
+@pytest.fixture(scope="module")
+def moshi_pair():
+    pytest.importorskip("moshi", reason="moshi, the second oracle, is not installed")
+    moshi = random_moshi_mimi()
+    return moshi, mimi_from_checkpoint(moshi_file_tensors(moshi), TINY)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def stream(mimi, codes, chunks, state=None):
+    """Decode in chunks of the given sizes, the last one repeated."""
+    state = mimi.init_state(codes.shape[0]) if state is None else state
+    chunks, parts = list(chunks), []
+    while codes.shape[1]:
+        size = chunks.pop(0) if len(chunks) > 1 else chunks[0]
+        audio, state = mimi.decode_step(codes[:, :size], state)
+        parts.append(audio)
+        codes = codes[:, size:]
+    return torch.cat(parts, dim=1), state
+
+
+def state_bytes(state: MimiState) -> int:
+    tensors = [state.positions, *state.window.tensors(), *state.lefts]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("codebooks", [1, 4, 8])
+def test_whole_decode_equals_transformers(pair, codebooks):
+    hf, mimi = pair
+    codes = random_codes(2, 21, codebooks)
+    assert_same_audio(mimi.decode(codes), hf_decode(hf, codes))
+
+
+@pytest.mark.parametrize("chunks", [[1], [3], [1, 7, 0, 2, 11]])
+def test_stream_equals_transformers(pair, chunks):
+    hf, mimi = pair
+    codes = random_codes(2, 23)
+    assert_same_audio(stream(mimi, codes, chunks)[0], hf_decode(hf, codes))
+
+
+@pytest.mark.parametrize("chunks", [[1], [3], [7], [64, 1, 2, 33, 5]])
+def test_stream_far_past_the_window(real_window, chunks):
+    hf, mimi = real_window
+    codes = random_codes(1, 170)
+    expected = hf_decode(hf, codes)
+    assert_same_audio(stream(mimi, codes, chunks)[0], expected)
+    assert_same_audio(mimi.decode(codes), expected)
+
+
+def test_moshi_decodes_the_same(moshi_pair):
+    moshi, mimi = moshi_pair
+    codes = random_codes(2, 30)
+    with torch.no_grad():
+        expected = moshi.decode(codes.transpose(1, 2))[:, 0]
+    assert_same_audio(mimi.decode(codes), expected)
+    assert_same_audio(stream(mimi, codes, [1])[0], expected)
+
+
+@pytest.mark.parametrize("samples", [1, 15, 16, 17, 16 * 30 - 1])
+def test_moshi_encodes_the_same_at_any_length(moshi_pair, samples):
+    moshi, mimi = moshi_pair
+    audio = torch.randn(2, samples) * 0.3
+    with torch.no_grad():
+        expected = moshi.encode(audio[:, None]).transpose(1, 2)
+    assert torch.equal(mimi.encode(audio), expected)
+
+
+def test_encode_equals_transformers_at_whole_frames(pair):
+    hf, mimi = pair
+    audio = torch.randn(2, 25 * mimi.config.frame_samples) * 0.3
+    assert torch.equal(mimi.encode(audio), hf_encode(hf, audio))
+    assert torch.equal(mimi.encode(audio, 5), hf_encode(hf, audio, 5))
+
+
+@pytest.mark.parametrize("chunks", [[1], [2, 5, 1]])
+def test_encoder_stream_equals_whole(pair, chunks):
+    _, mimi = pair
+    audio = torch.randn(2, 20 * mimi.config.frame_samples) * 0.3
+    state, rest, parts, chunks = mimi.init_encoder_state(2), audio, [], list(chunks)
+    while rest.shape[1]:
+        size = chunks.pop(0) if len(chunks) > 1 else chunks[0]
+        size *= mimi.config.frame_samples
+        codes, state = mimi.encode_step(rest[:, :size], state)
+        parts.append(codes)
+        rest = rest[:, size:]
+    assert torch.equal(torch.cat(parts, dim=1), mimi.encode(audio))
+
+
+def test_full_size(tmp_path):
+    from transformers import MimiConfig
+
+    defaults = MimiConfig().to_dict()
+    hf = save_hf_mimi(tmp_path, **{name: defaults[name] for name in TINY})
+    mimi = load_mimi(tmp_path)
+    codes = random_codes(1, 4, 32, 2048)
+    expected = hf_decode(hf, codes)
+    assert mimi.config.frame_samples == 1920
+    assert_same_audio(mimi.decode(codes), expected)
+    assert_same_audio(stream(mimi, codes, [1])[0], expected)
+    audio = torch.randn(1, 3 * 1920) * 0.3
+    assert torch.equal(mimi.encode(audio), hf_encode(hf, audio))
+
+
+def test_codes_outside_a_codebook_are_clamped(pair):
+    hf, mimi = pair
+    codes = random_codes(1, 6)
+    codes[0, 1] = torch.tensor([64, 65, 66, 70, 1 << 40, 63, -1, -(1 << 40)])
+    assert_same_audio(mimi.decode(codes), hf_decode(hf, codes.clamp(0, 63)))
+
+
+def test_later_codes_do_not_reach_back(pair):
+    _, mimi = pair
+    codes = random_codes(1, 18)
+    changed = codes.clone()
+    changed[0, 11] = (codes[0, 11] + 1) % 64
+    before, after = mimi.decode(codes), mimi.decode(changed)
+    split = 11 * mimi.config.frame_samples
+    assert torch.equal(before[:, :split], after[:, :split])
+    assert not torch.equal(before[:, split:], after[:, split:])
+
+
+def test_rows_at_different_positions(real_window):
+    hf, mimi = real_window
+    codes, starts, order = random_codes(3, 150), (0, 140, 37), [2, 0, 1]
+    expected = hf_decode(hf, codes)
+    states = [mimi.init_state()]
+    for i in (1, 2):
+        states.append(stream(mimi, codes[i : i + 1, : starts[i]], [8])[1])
+    now = torch.stack([codes[i, starts[i] : starts[i] + 10] for i in order])
+    audio, state = stream(mimi, now, [1, 4], MimiState.join(states).rows(order))
+    assert state.positions.tolist() == [2 * (starts[i] + 10) for i in order]
+    for row, i in enumerate(order):
+        assert_same_audio(audio[row], expected[i, starts[i] * 16 : (starts[i] + 10) * 16])
+
+
+def test_rows_do_not_see_each_other(pair):
+    _, mimi = pair
+    codes = random_codes(2, 12)
+    other = torch.stack([codes[0], (codes[1] + 7) % 64])
+    assert torch.equal(stream(mimi, codes, [1])[0][0], stream(mimi, other, [1])[0][0])
+
+
+def test_interleaved_streams_are_bit_identical(pair):
+    _, mimi = pair
+    codes = random_codes(2, 40)
+    alone = [stream(mimi, row[None], [1])[0] for row in codes]
+    states = [mimi.init_state(), mimi.init_state()]
+    parts = [[], []]
+    for t in range(40):
+        for i in (0, 1):
+            audio, states[i] = mimi.decode_step(codes[i : i + 1, t : t + 1], states[i])
+            parts[i].append(audio)
+    for i in (0, 1):
+        assert torch.equal(torch.cat(parts[i], dim=1), alone[i])
+
+
+def test_a_state_can_be_gone_on_from_twice(pair):
+    _, mimi = pair
+    codes, other = random_codes(1, 30), random_codes(1, 30)
+    _, state = stream(mimi, codes[:, :10], [1])
+    first, _ = stream(mimi, codes[:, 10:], [1], state)
+    stream(mimi, other, [1], state)
+    again, _ = stream(mimi, codes[:, 10:], [1], state)
+    assert torch.equal(first, again)
+    assert_same_audio(first, mimi.decode(codes)[:, 10 * mimi.config.frame_samples :])
+
+
+def test_state_does_not_grow(real_window):
+    _, mimi = real_window
+    codes = random_codes(1, 300)
+    _, state = stream(mimi, codes[:, :40], [1])
+    sizes = []
+    for t in range(40, 300):
+        _, state = mimi.decode_step(codes[:, t : t + 1], state)
+        sizes.append(state_bytes(state))
+    assert max(sizes) == sizes[0]
+    assert state.positions.tolist() == [600]
+    kept = 2 * TINY["num_hidden_layers"] * TINY["hidden_size"] * (249 + 64) * 4
+    assert max(sizes) < kept + 20_000
+
+
+def test_nothing_to_do(pair):
+    _, mimi = pair
+    assert mimi.decode(random_codes(2, 0)).shape == (2, 0)
+    assert mimi.decode(random_codes(0, 3)).shape == (0, 3 * mimi.config.frame_samples)
+    codes = mimi.encode(torch.zeros(2, 0), 4)
+    assert codes.shape == (2, 0, 4)
+    assert codes.dtype == torch.int64
+
+
+def test_wrong_shapes_are_named(pair):
+    _, mimi = pair
+    with pytest.raises(ValueError, match="codes must be"):
+        mimi.decode(random_codes(1, 2, 9))
+    with pytest.raises(ValueError, match="codes must be"):
+        mimi.decode(random_codes(1, 2)[0])
+    with pytest.raises(ValueError, match="codes has 2 rows, its state 1"):
+        mimi.decode_step(random_codes(2, 1), mimi.init_state())
+    with pytest.raises(ValueError, match="audio must be"):
+        mimi.encode(torch.zeros(1, 1, 16))
+    with pytest.raises(ValueError, match="num_codebooks"):
+        mimi.encode(torch.zeros(1, 16), 9)
+    with pytest.raises(ValueError, match="audio must be"):
+        mimi.encode_step(torch.zeros(1, 3), mimi.init_encoder_state())
