@@ -177,5 +177,7 @@ def test_run_command_reports_one_line(capsys, monkeypatch):
         run_command("prog", fails(ZeroDivisionError("why")))
 
 
-def test_one_line_is_printable():
+def test_one_line_is_printable_and_short():
     assert one_line("a\n\t b\ud800") == "a b\\ud800"
+    assert one_line("x " * 1000).endswith("x ...")
+    assert len(one_line("x " * 1000)) <= 500

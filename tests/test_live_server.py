@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import logging
 import socket
 import threading
 import time
@@ -59,6 +60,29 @@ class LiveServer:
         return raw
 
 
+class Kept(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self):
+        super().__init__(logging.ERROR)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@pytest.fixture
+def errors():
+    """What the server logs as an error."""
+    kept = Kept()
+    loggers = [logging.getLogger(name) for name in ("uvicorn.error", "vox_serve")]
+    for logger in loggers:
+        logger.addHandler(kept)
+    yield kept.messages
+    for logger in loggers:
+        logger.removeHandler(kept)
+
+
 def wait_until(holds) -> None:
     deadline = time.monotonic() + TIMEOUT_S
     while not holds():
@@ -78,7 +102,7 @@ def test_the_first_chunk_is_the_header_and_the_first_frame():
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_gone_client_stops_its_computation(streaming):
+def test_a_gone_client_stops_its_computation(streaming, errors):
     engine = FakeEngine(num_frames=ENDLESS, step_s=0.002)
     with LiveServer(engine) as server:
         raw = server.post_raw(text="hello", streaming=streaming)
@@ -88,6 +112,17 @@ def test_a_gone_client_stops_its_computation(streaming):
         assert not engine.has_work
         assert server.runner.count_jobs() == (0, 0)
         assert server.post(text="next", max_frames=1).read() == wav_file(expected_pcm("next", 1))
+    assert errors == []
+
+
+def test_a_client_may_leave_in_the_middle_of_its_body(errors):
+    engine = FakeEngine()
+    with LiveServer(engine) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=TIMEOUT_S) as raw:
+            raw.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+        assert server.post(text="next").read() == wav_file(expected_pcm("next", 3))
+    assert errors == []
+    assert [request.text for request in engine.requests] == ["next"]
 
 
 def test_a_client_that_left_the_line_is_never_spoken_to():
@@ -119,13 +154,14 @@ def test_a_slow_reader_stalls_no_other():
         assert slow.read() == wav_header(None) + expected_pcm("slow", 2048)
 
 
-def test_an_engine_that_breaks_cuts_the_stream():
+def test_an_engine_that_breaks_cuts_the_stream(errors):
     with LiveServer(FakeEngine(num_frames=ENDLESS, fail_at_step=4)) as server:
         answer = server.post(text="hello", streaming=True)
         assert answer.status == 200
         with pytest.raises(http.client.IncompleteRead) as cut:
             answer.read()
         assert (wav_header(None) + expected_pcm("hello", 3)).startswith(cut.value.partial)
+    assert any("was cut: the engine failed" in message for message in errors)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -19,6 +20,9 @@ from vox_serve.config import (
 
 if TYPE_CHECKING:
     from vox_serve.engine import Engine
+
+
+MAX_MESSAGE_CHARS = 500
 
 
 class CommandError(Exception):
@@ -114,8 +118,8 @@ def _flag_options(item: Any) -> dict[str, Any]:
 
 
 def one_line(message: object) -> str:
-    """The message without line breaks, printable whatever it holds."""
-    text = " ".join(str(message).split())
+    """The message without line breaks, printable whatever it holds, and not without end."""
+    text = textwrap.shorten(str(message), MAX_MESSAGE_CHARS, placeholder=" ...")
     return text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -104,12 +104,17 @@ class Config:
     dtype: str = setting(
         "auto",
         MODEL,
-        "of weights and KV cache; auto is the model's fastest on the device",
+        "of weights and KV cache; auto is bfloat16, but float32 for a tiny model on a CPU",
         choices=("auto", "float32", "bfloat16"),
     )
     quantize: str = setting("none", MODEL, "packed weights", choices=("none",))
     num_threads: int | None = setting(
-        None, MODEL, "CPU threads of the kernels", low=1, high=1024, shown_default="one per core"
+        None,
+        MODEL,
+        "CPU threads of the kernels",
+        low=1,
+        high=1024,
+        shown_default="all that this process may use",
     )
     allow_pickle: bool = setting(
         False, MODEL, "read .pt checkpoints too (tensors only, never code)"

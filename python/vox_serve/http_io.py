@@ -9,6 +9,7 @@ from urllib.parse import parse_qsl
 
 from fastapi import HTTPException, Request, Response
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 
 from vox_serve.audio import wav_file, wav_header
 from vox_serve.runner import EngineFailure, Job
@@ -64,10 +65,13 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
     if declared.isdecimal() and int(declared[:20]) > max_bytes:
         raise refused
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > max_bytes:
-            raise refused
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > max_bytes:
+                raise refused
+    except ClientDisconnect:  # nobody will read this answer
+        raise HTTPException(400, "the body is cut short") from None
     return bytes(body)
 
 

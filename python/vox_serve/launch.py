@@ -47,6 +47,7 @@ def serve(config: Config) -> int:
     from vox_serve.api import create_app
     from vox_serve.runner import Runner
 
+    print(f"Loading {config.model} ...", flush=True)
     engine = engine_of(config)
     runner = Runner(engine, max_jobs=config.max_batch_size + config.max_queue_size)
     server = make_server(

@@ -179,6 +179,8 @@ class Runner:
         except Exception as error:
             logger.exception("the engine failed")
             self._fail(f"the engine failed: {type(error).__name__}: {error}")
+        finally:
+            self._fail("the engine's thread has ended")
 
     def _run_commands(self) -> bool:
         """Run what waits, and wait if there is nothing else to do; False at the end."""
