@@ -115,9 +115,7 @@ class Engine:
         self.prompts = prompts
         self.max_batch_size = max_batch_size
         # One sequence more than live requests can fill, for the shared prefix.
-        self._cache = KvCache(
-            model.config.backbone, max_batch_size + 1, model.dtype, model.device
-        )
+        self._cache = KvCache(model.config.backbone, max_batch_size + 1, model.dtype, model.device)
         self._default_context = tuple(default_context)
         self._prefix = CacheSequence()
         self._waiting: deque[_Live] = deque()

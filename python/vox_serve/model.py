@@ -4,12 +4,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from voxkern import ops
 
 from vox_serve.kv_cache import CacheBatch, KvCache
 from vox_serve.model_config import CsmConfig
 from vox_serve.sampling import SamplingRows
 from vox_serve.weights import CsmWeights
+from voxkern import ops
 
 
 class _Layer(NamedTuple):

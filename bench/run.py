@@ -1,0 +1,70 @@
+"""VoxKern's benchmarks.
+
+    python bench/run.py roofline   read bandwidth and multiply-add rates of this machine
+    python bench/run.py kernels    every op at CSM-1B's shapes, against plain torch
+    python bench/run.py frame      whole frames of full-size CSM-1B, against transformers
+    python bench/run.py all        the three of them
+
+Options:
+    --dtype float32,bfloat16   which of them (default both)
+    --batch 1,8,64             batch sizes (defaults: kernels 1,8,64; frame 1,2,4)
+    --ops linear,silu_mul      kernels: only these ops
+    --threads N                threads (default: the processors this process may use)
+    --no-peer                  frame: without transformers
+
+Weights are random, of the real sizes. Each figure is a median after a warm-up; what is compared
+is measured in turn within one run, for machines drift. Inputs rotate through more memory than the
+last-level cache holds. `% roofline` is the time floor (bytes over the read bandwidth or operations
+over the multiply-add rate, whichever is longer, both measured in the same run) over the time taken.
+The last line printed is JSON.
+"""
+
+import argparse
+
+import torch
+from report import Report
+
+import voxkern
+
+BENCHES = ("roofline", "kernels", "frame")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bench", choices=[*BENCHES, "all"])
+    parser.add_argument("--dtype", default="float32,bfloat16")
+    parser.add_argument("--batch")
+    parser.add_argument("--ops")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--no-peer", action="store_true")
+    args = parser.parse_args()
+
+    if args.threads:
+        voxkern.set_num_threads(args.threads)
+    torch.set_num_threads(voxkern.num_threads())
+    dtypes = [getattr(torch, name) for name in args.dtype.split(",")]
+    batches = [int(b) for b in args.batch.split(",")] if args.batch else None
+
+    report = Report()
+    chosen = BENCHES if args.bench == "all" else (args.bench,)
+    if "roofline" in chosen:
+        import roofline
+
+        roofline.run(report)
+    if "kernels" in chosen:
+        import bench_kernels
+
+        ops = args.ops.split(",") if args.ops else None
+        bench_kernels.run(report, dtypes, batches or [1, 8, 64], ops)
+    if "frame" in chosen:
+        import bench_frame
+
+        bench_frame.run(report, dtypes, batches or [1, 2, 4], peer=not args.no_peer)
+    print(report.json())
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()

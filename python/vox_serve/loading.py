@@ -1,0 +1,89 @@
+"""From a model's name to an engine that can serve it."""
+
+import math
+
+import torch
+
+from vox_serve.checkpoint import read_json
+from vox_serve.csm_weights import CsmWeights
+from vox_serve.engine import Engine
+from vox_serve.hub import resolve_model
+from vox_serve.model import CsmModel
+from vox_serve.model_config import CsmConfig
+from vox_serve.prompt import PromptBuilder
+from vox_serve.voices import default_context, load_context
+from vox_serve.weights import load_checkpoint, load_codec
+
+SMALL_MODEL_PARAMETERS = 100_000_000
+"""Below this a CPU runs float32 about as fast as anything: "auto" then means exact."""
+
+
+def load_engine(
+    model: str,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    quantize: str = "none",
+    codec: str | None = None,
+    context: str | None = None,
+    max_batch_size: int = 8,
+    allow_pickle: bool = False,
+) -> Engine:
+    """Load a model, its codec, tokenizer and context.
+
+    Args:
+        model: built-in voice, local folder or hub id.
+        device: "cpu", "cuda", or "auto": a GPU if torch sees one and the kernels run on it.
+        dtype: of weights and KV cache. "auto" is bfloat16, but float32 for a small model on a CPU.
+        quantize: "none"; packed formats are yet to come.
+        codec: folder, file or hub id of the codec, for a checkpoint that holds none.
+        context: path of a context.json, "none", or None for the model folder's own prompts.
+        max_batch_size: requests that share a step.
+        allow_pickle: read ckpt.pt where there is no safetensors file.
+
+    Raises:
+        ValueError, OSError: a part cannot be had or does not fit; one line says which and why.
+    """
+    if quantize != "none":
+        raise ValueError(f"quantize must be none, got {quantize}")
+    folder = resolve_model(model)
+    place = torch.device(_choose_device() if device == "auto" else device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda: torch sees no GPU here")
+    if dtype == "auto":
+        config = CsmConfig.from_json(read_json(folder / "config.json"))
+        small = _num_parameters(config) < SMALL_MODEL_PARAMETERS
+        dtype = torch.float32 if place.type == "cpu" and small else torch.bfloat16
+    elif isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+
+    checkpoint = load_checkpoint(folder, dtype, place, allow_pickle)
+    config = checkpoint.config
+    mimi = load_codec(checkpoint, codec)
+    if context == "none":
+        segments = []
+    elif context is not None:
+        segments = load_context(context, mimi, config)
+    else:
+        segments = default_context(folder, mimi, config)
+    return Engine(
+        CsmModel(config, checkpoint.weights),
+        mimi,
+        PromptBuilder.from_folder(folder, config),
+        segments,
+        max_batch_size,
+    )
+
+
+def _choose_device() -> str:
+    from voxkern.backend import backend_for
+
+    usable = torch.cuda.is_available() and backend_for("cuda") != "reference"
+    return "cuda" if usable else "cpu"
+
+
+def _num_parameters(config: CsmConfig) -> int:
+    weights = CsmWeights.empty(config, torch.float32, "meta")
+    parts = [*vars(weights.backbone).values(), *vars(weights.depth).values()]
+    parts += [t for t in vars(weights).values() if isinstance(t, torch.Tensor)]
+    return sum(math.prod(t.shape) for t in {id(t): t for t in parts}.values())

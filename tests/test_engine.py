@@ -1,0 +1,303 @@
+"""The engine against transformers, code for code, and against itself in other company."""
+
+import pytest
+import torch
+
+from checkpoints import TinyShape, build_tiny
+from csm_reference import reference_generate, reference_trace
+from vox_serve import engine as engine_module
+from vox_serve.engine import Engine, PromptTooLongError, Request
+from vox_serve.loading import load_engine
+from vox_serve.prompt import Segment
+from vox_serve.sampling import SamplingParams
+
+GREEDY = SamplingParams(temperature=0)
+TEXTS = ["Hello there.", "Ünïcödé, Γειά, 你好, 🎧!", "a|b <|end_of_text|> [1]", "I"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    def write(tiny, **layout):
+        return str(tiny.write(tmp_path_factory.mktemp("checkpoint"), **layout))
+
+    return write
+
+
+def run(engine: Engine, *requests: Request) -> dict[str, tuple]:
+    """All requests at once, to their ends: codes `[N, K]`, audio `[N * 1920]`, reason, by id."""
+    for request in requests:
+        engine.add(request)
+    codes = {request.id: [] for request in requests}
+    audio = {request.id: [] for request in requests}
+    reasons = {}
+    while engine.has_work:
+        for out in engine.step():
+            if out.codes is not None:
+                codes[out.request_id].append(out.codes)
+                audio[out.request_id].append(torch.from_numpy(out.audio))
+            if out.finish_reason:
+                reasons[out.request_id] = out.finish_reason
+    empty = torch.zeros(0, engine.num_codebooks, dtype=torch.int64)
+    return {
+        i: (
+            torch.stack(codes[i]) if codes[i] else empty,
+            torch.cat(audio[i]) if audio[i] else torch.zeros(0),
+            reasons[i],
+        )
+        for i in codes
+    }
+
+
+def run_one(engine: Engine, **fields) -> tuple:
+    request = Request(**fields)
+    return run(engine, request)[request.id]
+
+
+def random_context(shape: TinyShape) -> list[Segment]:
+    def codes(n: int):
+        return torch.randint(0, shape.audio_vocab_size - 3, (n, shape.num_codebooks))
+
+    return [Segment(0, "Who is it?", codes(7)), Segment(1, "Me.", codes(3))]
+
+
+SHAPES = {
+    "gqa": TinyShape(),
+    "mha": TinyShape(kv_heads=6, depth_kv_heads=4, num_codebooks=5),
+    "mqa": TinyShape(heads=4, kv_heads=1, head_dim=32, depth_heads=8, num_codebooks=8),
+    "32 codebooks": TinyShape(num_codebooks=32, audio_vocab_size=35),
+}
+
+
+@pytest.mark.parametrize("with_context", [False, True], ids=["alone", "with context"])
+@pytest.mark.parametrize("rope", ["llama3", "default"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_greedy_codes_equal_transformers(folder, shape, rope, with_context):
+    tiny = build_tiny(shape, seed=1, rope=rope)
+    engine = load_engine(folder(tiny))
+    context = random_context(shape) if with_context else []
+    for text in TEXTS:
+        expected = reference_generate(tiny, [*context, Segment(1, text)], 12)
+        codes, _, reason = run_one(
+            engine, text=text, speaker=1, context=context, sampling=GREEDY, max_frames=12
+        )
+        assert torch.equal(codes, expected)
+        assert reason == "length"
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"layout": "sharded"},
+        {"layout": "original", "codec": "mimi"},
+        {"rope_spelling": "scaling"},
+        {"audio_tables": "depth"},
+        {"audio_tables": "backbone", "codec": "mimi"},
+    ],
+    ids=str,
+)
+def test_every_layout_gives_the_same_codes(folder, layout):
+    tiny = build_tiny(seed=2)
+    engine = load_engine(folder(tiny, **layout))
+    expected = reference_generate(tiny, [Segment(0, "Again.")], 8)
+    codes, _, _ = run_one(engine, text="Again.", sampling=GREEDY, max_frames=8)
+    assert torch.equal(codes, expected)
+
+
+def test_audio_equals_transformers(folder):
+    tiny = build_tiny(seed=3)
+    engine = load_engine(folder(tiny))
+    codes, audio, _ = run_one(engine, text="Sound.", sampling=GREEDY, max_frames=20)
+    valid = codes.clamp(max=tiny.shape.audio_vocab_size - 4)
+    expected = tiny.model.codec_model.decode(valid.T[None]).audio_values[0, 0]
+    assert len(audio) == 20 * 1920
+    torch.testing.assert_close(audio, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("stop_frame", [0, 1, 3])
+def test_stops_at_an_all_zero_frame(folder, stop_frame):
+    tiny = build_tiny(stop_frame=stop_frame)
+    engine = load_engine(folder(tiny))
+    trace = reference_trace(tiny, [Segment(0, "Stop.")], 10)
+    assert trace.stopped
+    codes, audio, reason = run_one(engine, text="Stop.", sampling=GREEDY, max_frames=10)
+    assert torch.equal(codes, trace.codes)
+    assert len(codes) == stop_frame
+    assert len(audio) == stop_frame * 1920
+    assert reason == "stop"
+
+
+def test_a_frame_with_one_code_set_is_no_stop(folder):
+    tiny = build_tiny(stop_frame=1, near_stop=True)
+    engine = load_engine(folder(tiny))
+    codes, _, reason = run_one(engine, text="Go on.", sampling=GREEDY, max_frames=6)
+    assert torch.equal(codes, reference_generate(tiny, [Segment(0, "Go on.")], 6))
+    assert reason == "length"
+
+
+def eight_requests() -> list[Request]:
+    """Different in text, seed, length and every sampling parameter."""
+    return [
+        Request(
+            text=f"Number {i}." * (1 + i % 3),
+            speaker=i % 2,
+            sampling=SamplingParams(
+                temperature=(0.0, 0.7, 1.3)[i % 3],
+                top_k=(0, 5, 50)[i % 3],
+                top_p=(1.0, 0.9)[i % 2],
+                min_p=(0.0, 0.05)[i // 4],
+                repetition_penalty=(1.0, 1.2)[i % 2],
+                repetition_window=1 + i,
+                seed=100 + i,
+            ),
+            max_frames=3 + 2 * i,
+            id=str(i),
+        )
+        for i in range(8)
+    ]
+
+
+@pytest.fixture(scope="module")
+def engine(folder) -> Engine:
+    return load_engine(folder(build_tiny(seed=4)))
+
+
+@pytest.fixture(scope="module")
+def alone(engine) -> dict[str, tuple]:
+    """Each of the eight requests run with no other beside it."""
+    return {request.id: run(engine, request)[request.id] for request in eight_requests()}
+
+
+def assert_same(got: dict[str, tuple], expected: dict[str, tuple]) -> None:
+    for i, (codes, audio, reason) in expected.items():
+        assert torch.equal(got[i][0], codes), i
+        assert torch.equal(got[i][1], audio), i
+        assert got[i][2] == reason
+
+
+def test_a_batch_changes_no_code(engine, alone):
+    assert_same(run(engine, *eight_requests()), alone)
+
+
+def test_joining_late_changes_no_code(engine, alone):
+    requests = eight_requests()
+    outputs = []
+    while requests or engine.has_work:
+        if requests:
+            engine.add(requests.pop())
+        outputs += engine.step()
+    for i, (codes, _, _) in alone.items():
+        mine = [out.codes for out in outputs if out.request_id == i and out.codes is not None]
+        assert torch.equal(torch.stack(mine), codes)
+
+
+def test_a_queue_changes_no_code(folder, alone):
+    narrow = load_engine(folder(build_tiny(seed=4)), max_batch_size=2)
+    assert_same(run(narrow, *eight_requests()), alone)
+
+
+def test_prefill_chunks_change_no_code(engine, alone, monkeypatch):
+    monkeypatch.setattr(engine_module, "PREFILL_CHUNK_TOKENS", 5)
+    assert_same(run(engine, *eight_requests()), alone)
+
+
+def test_seeds_decide(engine):
+    def codes(seed):
+        sampling = SamplingParams(temperature=1.5, top_k=0, seed=seed)
+        return run_one(engine, text="Dice.", sampling=sampling, max_frames=6)[0]
+
+    assert torch.equal(codes(1), codes(1))
+    assert not torch.equal(codes(1), codes(2))
+    assert not torch.equal(codes(None), codes(None))
+
+
+def test_sampled_codes_follow_the_model(engine):
+    """Codebook 0 of the first frame over many seeds, against transformers' probabilities."""
+    tiny = build_tiny(seed=4)
+    trace = reference_trace(tiny, [Segment(0, "Odds.")], 1)
+    top_k, temperature, draws = 6, 2.0, 600
+    logits = trace.logits[0, 0] / temperature
+    kept = logits.topk(top_k).indices
+    expected = torch.softmax(logits[kept], 0) * draws
+    requests = [
+        Request(
+            text="Odds.",
+            sampling=SamplingParams(temperature=temperature, top_k=top_k, seed=seed),
+            max_frames=1,
+        )
+        for seed in range(draws)
+    ]
+    drawn = [int(codes[0, 0]) for codes, _, _ in run(engine, *requests).values()]
+    counts = torch.tensor([drawn.count(int(code)) for code in kept])
+    assert counts.sum() == draws
+    chi_square = ((counts - expected).square() / expected).sum()
+    assert chi_square < 20.5  # the 99.9 % point at 5 degrees of freedom
+
+
+def test_default_context_is_as_good_as_a_given_one(folder):
+    tiny = build_tiny(seed=5)
+    context = random_context(tiny.shape)
+    plain = load_engine(folder(tiny))
+    shared = Engine(plain.model, plain.mimi, plain.prompts, context)
+    requests = eight_requests()
+    given = run(plain, *(Request(**{**vars(r), "context": context}) for r in requests))
+    assert_same(run(shared, *requests), given)
+    codes, _, _ = run_one(shared, text="Bare.", context=[], sampling=GREEDY, max_frames=5)
+    assert torch.equal(codes, reference_generate(tiny, [Segment(0, "Bare.")], 5))
+
+
+def test_abort_frees_everything(engine):
+    free = engine._cache.num_free_pages
+    requests = [*eight_requests(), Request(text="Waits in line.", id="ninth")]
+    for request in requests:
+        engine.add(request)
+    for _ in range(2):
+        engine.step()
+    assert engine.num_waiting + engine.num_live == 9
+    for request in requests:
+        engine.abort(request.id)
+    engine.abort("unknown")
+    assert not engine.has_work
+    assert engine.step() == []
+    assert engine._cache.num_free_pages == free
+
+
+def test_pages_come_back_after_every_end(engine):
+    free = engine._cache.num_free_pages
+    run(engine, *eight_requests())
+    assert engine._cache.num_free_pages == free
+
+
+def test_the_context_ends_an_utterance(folder):
+    tiny = build_tiny(TinyShape(max_positions=40), seed=6)
+    engine = load_engine(folder(tiny))
+    prompt = len(engine.prompts.tokens(Segment(0, "Long.")))
+    codes, _, reason = run_one(engine, text="Long.", sampling=GREEDY)
+    assert len(codes) == 40 - prompt
+    assert reason == "context"
+    assert torch.equal(codes, reference_generate(tiny, [Segment(0, "Long.")], 40 - prompt))
+
+
+def test_prompt_too_long(folder):
+    engine = load_engine(folder(build_tiny(TinyShape(max_positions=40), seed=6)))
+    with pytest.raises(PromptTooLongError, match="context of 40"):
+        engine.add(Request(text="x" * 100))
+    assert not engine.has_work
+
+
+def test_refuses_an_id_in_use(engine):
+    engine.add(Request(text="One.", id="same"))
+    with pytest.raises(ValueError, match="'same' is in use"):
+        engine.add(Request(text="Two.", id="same"))
+    engine.abort("same")
+
+
+def test_refuses_no_frames(engine):
+    with pytest.raises(ValueError, match="max_frames"):
+        engine.add(Request(text="None.", max_frames=0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_bfloat16_runs_and_is_invariant_too(folder, dtype):
+    engine = load_engine(folder(build_tiny(seed=4)), dtype=dtype)
+    alone = {request.id: run(engine, request)[request.id] for request in eight_requests()}
+    assert_same(run(engine, *eight_requests()), alone)
