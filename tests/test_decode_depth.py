@@ -1,0 +1,189 @@
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from ops_testing import DTYPES, opcheck, reference
+from voxkern import ops
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A depth decoder, in the letters of `voxkern.ops`."""
+
+    K: int
+    V: int
+    L: int
+    Cb: int
+    C: int
+    F: int
+    Hq: int
+    Hkv: int
+    D: int
+
+
+SIZES = [
+    Sizes(K=32, V=35, L=2, Cb=48, C=40, F=72, Hq=4, Hkv=2, D=16),
+    Sizes(K=5, V=2051, L=1, Cb=33, C=64, F=50, Hq=2, Hkv=1, D=6),
+    Sizes(K=2, V=7, L=3, Cb=16, C=9, F=11, Hq=3, Hkv=3, D=34),
+    Sizes(K=4, V=1, L=0, Cb=8, C=8, F=4, Hq=1, Hkv=1, D=2),
+]
+WEIGHTS = (
+    *("audio_table", "projection", "attn_norm", "qkv", "o", "mlp_norm", "gate_up", "down"),
+    *("norm", "heads"),
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_torch_thread():
+    """The reference is thousands of tiny torch ops, each with a wait for threads that it wakes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make(sizes: Sizes, dtype: torch.dtype, rows: int = 3) -> dict:
+    """decode_depth's arguments. Logits have a deviation of some 5, so choices are clear-cut."""
+    s = sizes
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape) / shape[-1] ** 0.5
+
+    arguments = {
+        "hidden": torch.randn(rows, s.Cb),
+        "code0": torch.randint(s.V, (rows,)),
+        "audio_table": torch.randn(s.K * s.V, s.Cb),
+        "projection": normal(s.C, s.Cb),
+        "attn_norm": 1 + 0.1 * torch.randn(s.L, s.C),
+        "qkv": 2 * normal(s.L, (s.Hq + 2 * s.Hkv) * s.D, s.C),
+        "o": normal(s.L, s.C, s.Hq * s.D),
+        "mlp_norm": 1 + 0.1 * torch.randn(s.L, s.C),
+        "gate_up": normal(s.L, 2 * s.F, s.C),
+        "down": normal(s.L, s.C, s.F),
+        "norm": 1 + 0.1 * torch.randn(s.C),
+        "heads": 5 * normal(s.K - 1, s.V, s.C),
+    }
+    for name in ("hidden", *WEIGHTS):
+        arguments[name] = arguments[name].to(dtype)
+    angles = torch.arange(s.K + 1)[:, None] / 100 ** (torch.arange(s.D // 2) / (s.D // 2))
+    return arguments | {
+        "rope_table": torch.cat((angles.cos(), angles.sin()), -1),
+        "num_heads": s.Hq,
+        "num_kv_heads": s.Hkv,
+        "eps": 1e-5,
+        "temperature": torch.tensor([0.0, 0.9, 2.0]).repeat(rows)[:rows],
+        "top_k": torch.tensor([0, 50, 0, 2], dtype=torch.int32).repeat(rows)[:rows],
+        "top_p": torch.tensor([1.0, 1.0, 0.8, 1.0, 0.9]).repeat(rows)[:rows],
+        "min_p": torch.tensor([0.0, 0.0, 0.01]).repeat(rows)[:rows],
+        "seeds": torch.randint(-(2**62), 2**62, (rows,)),
+        "frames": torch.randint(2**40, (rows,)),
+    }
+
+
+def of_rows(arguments: dict, rows: slice) -> dict:
+    """The call for some rows only."""
+    mine = ("hidden", "code0", "temperature", "top_k", "top_p", "min_p", "seeds", "frames")
+    return arguments | {name: arguments[name][rows] for name in mine}
+
+
+def run(target, arguments: dict) -> Tensor:
+    return target.run("decode_depth", *arguments.values())
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_codes_are_the_references(target, sizes, rows):
+    for _ in range(3):
+        arguments = make(sizes, torch.float32, rows)
+        got = run(target, arguments)
+        assert torch.equal(got, reference("decode_depth", *arguments.values()))
+        assert torch.equal(got[:, 0], arguments["code0"])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_bfloat16_codes_are_nearly_always_the_references(target, temperature):
+    """One code that falls to the other side of a rounding changes all that follow in its frame.
+
+    So only the code after the common beginning counts; chance would have 1 in 35 agree.
+    """
+    same = total = 0
+    for _ in range(4):
+        arguments = make(SIZES[0], torch.bfloat16, 8)
+        arguments["temperature"].fill_(temperature)
+        got = run(target, arguments)
+        expected = reference("decode_depth", *arguments.values())
+        agreed = (got == expected).long().cumprod(1).sum(1)
+        same += int((agreed - 1).sum())
+        total += int((agreed - 1).sum() + (agreed < got.shape[1]).sum())
+    assert same / total > 0.97
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_does_not_depend_on_the_others(target, dtype):
+    arguments = make(SIZES[0], dtype, 8)
+    batch = run(target, arguments)
+    for b in range(8):
+        alone = run(target, of_rows(arguments, slice(b, b + 1)))
+        assert torch.equal(alone[0], batch[b])
+    assert torch.equal(run(target, of_rows(arguments, slice(2, 7))), batch[2:7])
+
+
+def test_seed_and_frame_decide_the_draw(target):
+    arguments = make(SIZES[0], torch.float32, 1)
+    arguments["temperature"].fill_(1.0)
+    first = run(target, arguments)
+    assert torch.equal(run(target, arguments), first)
+    for name in ("seeds", "frames"):
+        assert not torch.equal(run(target, arguments | {name: arguments[name] + 1}), first)
+
+
+def test_no_rows(target):
+    arguments = make(SIZES[0], torch.float32, 3)
+    assert run(target, of_rows(arguments, slice(0, 0))).shape == (0, SIZES[0].K)
+
+
+def test_any_number_of_threads(target):
+    if target.device != "cpu" or target.backend != "native":
+        pytest.skip("only native CPU ops have a team of threads")
+    arguments = make(SIZES[0], torch.float32, 5)
+    before = torch.ops.voxkern.num_threads()
+    try:
+        codes = []
+        for n in (1, 2, 3, 7):
+            torch.ops.voxkern.set_num_threads(n)
+            codes.append(run(target, arguments))
+    finally:
+        torch.ops.voxkern.set_num_threads(before)
+    assert all(torch.equal(c, codes[0]) for c in codes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"code0": torch.tensor([0, 35, 1])}, "code0: expected codes of 0 to 34, got 35 in row 1"),
+        ({"code0": torch.tensor([0, 1, -1])}, "code0: expected codes of 0 to 34, got -1 in row 2"),
+        ({"code0": torch.zeros(2).long()}, r"code0: expected shape \[B\] = \[3\], got \[2\]"),
+        ({"norm": torch.ones(39)}, r"norm: expected shape \[C\] = \[40\], got \[39\]"),
+        (
+            {"norm": torch.ones(40, dtype=torch.bfloat16)},
+            "norm: expected float32, got bfloat16",
+        ),
+        ({"rope_table": torch.ones(31, 16)}, "rope_table: expected .* K = 32, got"),
+        ({"num_heads": 3}, "num_heads: expected a multiple of num_kv_heads, got 3 and 2"),
+        ({"num_heads": 6}, r"qkv: expected shape \[L, \(Hq \+ 2 Hkv\) D, C\] = \[2, 160, 40\]"),
+        ({"seeds": torch.zeros(3)}, "seeds: expected int64, got float32"),
+        ({"heads": torch.ones(0, 35, 40)}, r"heads: expected \[K - 1, V, C\] with K >= 2"),
+        ({"audio_table": torch.ones(7, 48)}, r"audio_table: expected shape .* = \[1120, 48\]"),
+    ],
+)
+def test_errors_name_the_tensor(change, message):
+    arguments = make(SIZES[0], torch.float32) | change
+    with pytest.raises(RuntimeError, match=message):
+        ops.decode_depth(**arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(dtype):
+    opcheck("decode_depth", *make(SIZES[2], dtype).values())

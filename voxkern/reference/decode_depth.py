@@ -1,0 +1,94 @@
+import torch
+from torch import Tensor
+
+from voxkern.reference.add_rms_norm import add_rms_norm
+from voxkern.reference.append_kv import append_kv
+from voxkern.reference.decode_attention import decode_attention
+from voxkern.reference.linear import linear
+from voxkern.reference.rms_norm import rms_norm
+from voxkern.reference.sample_tokens import sample_tokens
+from voxkern.reference.silu_mul import silu_mul
+
+
+def decode_depth(
+    hidden: Tensor,
+    code0: Tensor,
+    audio_table: Tensor,
+    projection: Tensor,
+    attn_norm: Tensor,
+    qkv: Tensor,
+    o: Tensor,
+    mlp_norm: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    norm: Tensor,
+    heads: Tensor,
+    rope_table: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    eps: float,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seeds: Tensor,
+    frames: Tensor,
+) -> Tensor:
+    """The composition of the other ops, one position at a time.
+
+    Each layer's cache has one page per row, as long as a frame.
+    """
+    batch_size = hidden.shape[0]
+    num_codebooks, vocab_size = heads.shape[0] + 1, heads.shape[1]
+    head_dim = rope_table.shape[1]
+    if bool(((code0 < 0) | (code0 >= vocab_size)).any()):
+        raise RuntimeError(f"code0: expected codes of 0 to {vocab_size - 1}")
+
+    k_pages, v_pages = hidden.new_zeros(
+        2, len(qkv), batch_size, num_kv_heads, num_codebooks, head_dim
+    )
+    rows = torch.arange(batch_size, device=hidden.device)
+    page_table = rows[:, None].int()
+    no_penalty = torch.ones_like(temperature)
+    no_history = code0.new_empty(batch_size, 0)
+
+    codes = code0.new_empty(batch_size, num_codebooks)
+    codes[:, 0] = code0
+    for position in range(num_codebooks):
+        if position == 0:
+            embedded = hidden
+        else:
+            embedded = audio_table[(position - 1) * vocab_size + codes[:, position - 1]]
+        residual = linear(embedded, projection)
+        positions = torch.full_like(code0, position)
+        branch = torch.zeros_like(residual)
+        for i in range(len(qkv)):
+            x = add_rms_norm(branch, residual, attn_norm[i], eps)
+            q, k, v = (
+                linear(x, qkv[i])
+                .unflatten(-1, (-1, head_dim))
+                .split((num_heads, num_kv_heads, num_kv_heads), 1)
+            )
+            slots = rows * num_codebooks + position
+            append_kv(q, k, v, rope_table, positions, slots, k_pages[i], v_pages[i])
+            attended = decode_attention(
+                q, k_pages[i], v_pages[i], page_table, positions.int() + 1, head_dim**-0.5
+            )
+            branch = linear(attended.flatten(1), o[i])
+            x = add_rms_norm(branch, residual, mlp_norm[i], eps)
+            branch = linear(silu_mul(linear(x, gate_up[i])), down[i])
+        residual += branch
+        if position > 0:
+            codes[:, position] = sample_tokens(
+                linear(rms_norm(residual, norm, eps), heads[position - 1]),
+                temperature,
+                top_k,
+                top_p,
+                min_p,
+                no_penalty,
+                no_history,
+                seeds,
+                frames,
+                position,
+            )
+    return codes
