@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from make_tiny_checkpoint import write_tiny_checkpoint
 from safetensors.torch import load_file, save_file
 
 from checkpoints import TinyShape, build_tiny, original_tensors
@@ -277,8 +276,6 @@ def test_tiny_checkpoint_tool(tmp_path):
     theirs = model.codec_model.decode(codes.transpose(1, 2)).audio_values[:, 0]
     torch.testing.assert_close(audio, theirs, rtol=1e-4, atol=1e-5)
     assert 0.02 < float(audio.std()) < 0.5
-    again = load_checkpoint(write_tiny_checkpoint(tmp_path / "again", frames=3), torch.float32)
-    assert torch.equal(again.weights.backbone.qkv, loaded.weights.backbone.qkv)
 
 
 def test_original_names_round_trip_is_not_the_identity():

@@ -43,13 +43,11 @@ def resolve_model(name: str) -> Path:
     Raises:
         ModelNotFoundError: it is none of these, or cannot be downloaded.
     """
-    built_in = BUILT_IN_VOICES / name
-    if re.fullmatch(r"[\w-]+", name) and built_in.is_dir():
-        return built_in
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_file():
+    if name in built_in_voices():
+        return BUILT_IN_VOICES / name
+    if path := _local(name):
+        if path.is_dir():
+            return path
         raise ModelNotFoundError(f"{name} is a file: give the folder that it lies in")
     if not _HUB_ID.fullmatch(name):
         raise ModelNotFoundError(
@@ -70,9 +68,8 @@ def resolve_codec(name: str | None = None) -> Path:
     Raises:
         ModelNotFoundError: it is none of these, or cannot be downloaded.
     """
-    name = name or DEFAULT_CODEC
-    path = Path(name).expanduser()
-    if path.exists():
+    name = DEFAULT_CODEC if name is None else name
+    if path := _local(name):
         return path
     if not _HUB_ID.fullmatch(name):
         raise ModelNotFoundError(
@@ -90,6 +87,15 @@ def built_in_voices() -> list[str]:
     if not BUILT_IN_VOICES.is_dir():
         return []
     return sorted(path.name for path in BUILT_IN_VOICES.iterdir() if path.is_dir())
+
+
+def _local(name: str) -> Path | None:
+    """The file or folder of this name, if there is one."""
+    try:
+        path = Path(name).expanduser()
+        return path if name.strip() and path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long, nobody's home, a zero byte
+        return None
 
 
 def _weight_patterns(hub: "_Hub") -> list[str]:
