@@ -15,8 +15,8 @@ CODEBOOK_SIZE = 512
 MEL_BINS = 80
 MEL_HOP_SAMPLES = 240
 MEL_FLOOR = 1e-3  # -60 dB: a lower floor makes the loss chase inaudible noise
-EMA_DECAY = 0.99
-DEAD_SHARE = 0.05  # of the mean usage: below it a code is moved onto a random vector
+EMA_DECAY = 0.95
+DEAD_SHARE = 0.01  # of the mean usage: below it a code is moved onto a random vector
 
 
 def make_config(num_codebooks: int) -> MimiConfig:
@@ -40,7 +40,7 @@ def make_config(num_codebooks: int) -> MimiConfig:
 
 
 def mel_filters(n_fft: int, bins: int, device="cpu") -> torch.Tensor:
-    """Triangular filters of unit sum on HTK's mel scale, 20 Hz to 12 kHz: [bins, n_fft // 2 + 1]."""
+    """Triangular filters of unit sum, HTK's mel scale, 20 Hz to 12 kHz: [bins, n_fft // 2 + 1]."""
     low, high = (2595 * math.log10(1 + f / 700) for f in (20, 12000))
     edges = 700 * (10 ** (torch.linspace(low, high, bins + 2) / 2595) - 1)
     freqs = torch.linspace(0, 12000, n_fft // 2 + 1)
@@ -162,7 +162,7 @@ def decoder_states(codec: MimiModel, quantized):
 
 
 class MelFront(nn.Module):
-    """Stands in for the SEANet encoder in stage 1: mel at 100 Hz -> [B, C, T / 4] at 25 Hz, causal."""
+    """Stands in for the SEANet encoder in stage 1: mel at 100 Hz -> [B, C, T / 4], causal."""
 
     def __init__(self, dim: int):
         super().__init__()

@@ -85,7 +85,7 @@ class Training:
         self.warmup = warmup
         self.step = 0
         self.elapsed_s = 0.0
-        self.sums: dict[str, float] = {}
+        self.recent: dict[str, list[float]] = {}
         if self.path.exists():
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
             self.step, self.elapsed_s = saved.pop("step"), saved.pop("elapsed_s")
@@ -135,13 +135,10 @@ class Training:
     def log(self, **losses):
         """Print and record the mean of every LOG_STEPS steps."""
         for key, value in losses.items():
-            self.sums[key] = (
-                self.sums.get(key, 0.0)
-                + float(value.detach() if hasattr(value, "detach") else value) / LOG_STEPS
-            )
+            self.recent.setdefault(key, []).append(float(torch.as_tensor(value).detach()))
         if (self.step + 1) % LOG_STEPS == 0:
-            self.record(**self.sums)
-            self.sums = {}
+            self.record(**{key: np.mean(values) for key, values in self.recent.items()})
+            self.recent = {}
 
     def record(self, **values):
         row = {"step": self.step + 1, "s": round(self.elapsed_s)}

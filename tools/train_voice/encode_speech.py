@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from codec import CODEBOOK_SIZE, Stage1, log_mel, make_config, reserve_stop_code
 from common import Speech, autocast
-from transformers import MimiModel
 
 BATCH = 32
 

@@ -1,3 +1,4 @@
+# ruff: noqa: SIM905, RUF001 - word lists read better as text
 """Independent judges of speech: Whisper tiny.en (word error rate), DNSMOS (quality), pitch.
 
 They are used in training and tests only; nothing at run time depends on them.

@@ -1,3 +1,4 @@
+# ruff: noqa: SIM905, RUF001 - word lists read better as text
 """Step 3: an ordinary tokenizer.json that spells English in phones.
 
     python make_tokenizer.py RUN [--words 16000]
@@ -15,7 +16,7 @@ import re
 from pathlib import Path
 
 from teacher import STRESS, join_stress
-from texts import WORDNET_FOLDER, WORDS, TEMPLATES, corpus
+from texts import TEMPLATES, WORDNET_FOLDER, WORDS, corpus
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, processors
 from tokenizers.models import BPE
 
@@ -75,7 +76,7 @@ def word_counts(lexicon) -> collections.Counter:
     for word, lemma in list(inflections(counts)):
         if word in counts or lexicon.golds.get(word) or lexicon.silvers.get(word):
             counts[word] += counts[lemma] // 3
-    for word in EVERYDAY + [*ONES, *TEENS, *TENS[2:], "hundred", "percent", "dollars"]:
+    for word in [*EVERYDAY, *ONES, *TEENS, *TENS[2:], "hundred", "percent", "dollars"]:
         counts[word] += 1000
     return counts
 

@@ -1,3 +1,4 @@
+# ruff: noqa: SIM905 - word lists read better as text
 """What the built-in voice reads in training, and the sentences it is tested on.
 
 Training text is Debian's `wordnet-base` (example sentences of WordNet 3.0, whose licence allows any

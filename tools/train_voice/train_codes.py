@@ -24,12 +24,12 @@ from codec import (
 )
 from common import FRAME_SAMPLES, Speech, Training, autocast, phone_labels
 
-BATCH = 12
+BATCH = 16
 WINDOW_FRAMES = 40
 LABEL_SAMPLES = 480
 WARM_STEPS = 120  # continuous latents before the codebooks start
 PHONE_WEIGHT = 0.3
-COMMITMENT_WEIGHT = 0.1
+COMMITMENT_WEIGHT = 0.5
 SLOPE_WEIGHT = 0.5
 
 
@@ -98,7 +98,7 @@ def main():
     parser.add_argument("run", type=Path)
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--codebooks", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ The discriminator is a small multi-scale STFT one with feature matching (EnCodec
 """
 
 import argparse
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +96,7 @@ class ScaleDiscriminator(nn.Module):
         sizes = [2, channels, channels, channels, channels]
         self.convs = nn.ModuleList(
             weight_norm(nn.Conv2d(i, o, (3, 9), stride=(1, 1 + (n > 0)), padding=(1, 4)))
-            for n, (i, o) in enumerate(zip(sizes[:-1], sizes[1:], strict=True))
+            for n, (i, o) in enumerate(itertools.pairwise(sizes))
         )
         self.convs.append(weight_norm(nn.Conv2d(channels, channels, 3, padding=1)))
         self.output = weight_norm(nn.Conv2d(channels, 1, 3, padding=1))

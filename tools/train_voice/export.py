@@ -1,0 +1,73 @@
+"""Step 10: write the checkpoint that ships.
+
+    python export.py RUN OUT [--name lm] [--temperature 0.6]
+
+OUT gets config.json, model.safetensors (bf16 or fp16, with `codec_model.*`), tokenizer.json,
+generation_config.json and MODEL_CARD.md, loadable by CsmForConditionalGeneration.from_pretrained.
+
+The server samples at temperature 0.9 unless told otherwise, CSM-1B's setting. A model this small
+wants less, so both heads are scaled: at 0.9 the exported model draws what the trained one draws at
+--temperature.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from evaluate import load_lm
+from safetensors.torch import load_file, save_file
+from transformers import CsmForConditionalGeneration
+
+SERVED_TEMPERATURE = 0.9
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--name", default="lm")
+    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
+    args = parser.parse_args()
+    model, _, _ = load_lm(args.run, args.name)
+    scale = SERVED_TEMPERATURE / args.temperature
+    with torch.no_grad():
+        model.lm_head.weight.mul_(scale)
+        model.depth_decoder.codebooks_head.weight.mul_(scale)
+    args.out.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(args.out)
+    file = args.out / "model.safetensors"
+    tensors = load_file(file)
+    # transformers saves a tied tensor once; other readers want both names.
+    table = "backbone_model.embed_tokens.embed_audio_tokens.weight"
+    twin = "depth_decoder.model.embed_tokens.weight"
+    shared = tensors[table if table in tensors else twin]
+    tensors[table], tensors[twin] = shared, shared.clone()
+    kind = getattr(torch, args.dtype)
+    # Mimi divides embed_sum by cluster_usage: store the quotient, so that fp16 keeps it exactly.
+    for name in [n for n in tensors if n.endswith("codebook.embed_sum")]:
+        usage = name.replace("embed_sum", "cluster_usage")
+        tensors[name] = (tensors[name] / tensors[usage].clamp(min=1e-5)[:, None]).clamp(-3e4, 3e4)
+        tensors[usage] = torch.ones_like(tensors[usage])
+    tensors = {n: t.to(kind) if t.is_floating_point() else t for n, t in tensors.items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((args.out / "config.json").read_text())
+    config["dtype"] = args.dtype
+    (args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    generation = dict(do_sample=True, temperature=SERVED_TEMPERATURE, top_k=50)
+    (args.out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    shutil.copy(args.run / "tokenizer.json", args.out / "tokenizer.json")
+    card = Path(__file__).parent / "MODEL_CARD.md"
+    if card.exists():
+        shutil.copy(card, args.out)
+    CsmForConditionalGeneration.from_pretrained(args.out)
+    for path in sorted(args.out.iterdir()):
+        print(f"{path.stat().st_size / 1e6:8.2f} MB  {path.name}")
+    for name, tensor in tensors.items():
+        assert torch.isfinite(tensor.float()).all(), name
+
+
+if __name__ == "__main__":
+    main()

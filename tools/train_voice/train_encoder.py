@@ -1,0 +1,90 @@
+"""Step 9: train the SEANet encoder, so that recorded audio can be a context.
+
+    python train_encoder.py RUN [--minutes 10] [--device cpu]
+
+The codes were learnt behind a mel front-end. The SEANet encoder, the encoder transformer and the
+downsampling now learn to give the same latents from the waveform: a regression of the quantizer's
+two projections (what decides the codes), weighted by how far each codebook's input varies.
+RUN/codec is rewritten with the trained encoder.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from codec import log_mel, rvqs
+from common import FRAME_SAMPLES, Speech, Training, autocast
+from encode_speech import load_stage1
+from torch import nn
+from transformers import MimiModel
+
+BATCH = 8
+WINDOW_FRAMES = 24
+
+
+def waveform_latents(codec: MimiModel, audio):
+    """[B, S] -> [B, C, S / 1920], as MimiModel.encode makes them."""
+    encoder = codec.encoder
+    hidden = encoder.encoder_seanet(audio[:, None])
+    hidden = encoder.encoder_transformer(hidden.transpose(1, 2)).last_hidden_state
+    return encoder.downsample(hidden.transpose(1, 2)).float()
+
+
+def projections(codec: MimiModel, latents):
+    return torch.cat([rvq.input_proj(latents) for rvq in rvqs(codec)], 1)
+
+
+def window(speech: Speech, rng):
+    """The start of an utterance or a piece from a random frame on, zero-padded at its end."""
+    samples = speech.samples(speech.train[rng.integers(len(speech.train))])
+    frames = len(samples) // FRAME_SAMPLES
+    start = rng.integers(max(1, frames - WINDOW_FRAMES + 1)) if rng.random() < 0.7 else 0
+    piece = samples[start * FRAME_SAMPLES :][: WINDOW_FRAMES * FRAME_SAMPLES]
+    return np.pad(piece, (0, WINDOW_FRAMES * FRAME_SAMPLES - len(piece)))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    codec = MimiModel.from_pretrained(args.run / "codec").to(args.device)
+    stage1 = load_stage1(args.run, codec.config.num_quantizers).to(args.device)
+    # The 25 Hz layers start from what they learnt behind the mel front-end.
+    codec.encoder.encoder_transformer.load_state_dict(
+        stage1.codec.encoder.encoder_transformer.state_dict()
+    )
+    trained = list(codec.encoder.parameters())
+    encoder = nn.ModuleList([codec.encoder])
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.99))
+    states = {"encoder": encoder, "optimizer": optimizer}
+    training = Training(args.run, "encoder", args.minutes, states)
+    speech = Speech(args.run)
+    rng = np.random.default_rng(training.step)
+    for _ in training.steps():
+        audio = torch.from_numpy(np.stack([window(speech, rng) for _ in range(BATCH)]))
+        audio = audio.to(args.device)
+        with torch.no_grad():
+            wanted = projections(codec, stage1.latents(log_mel(audio)))
+            codes = codec.quantizer.encode(stage1.latents(log_mel(audio)))
+        with autocast(args.device):
+            latents = waveform_latents(codec, audio)
+        made = projections(codec, latents)
+        loss = F.mse_loss(made, wanted) / wanted.var()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            same = (codec.quantizer.encode(latents)[:2] == codes[:2]).float().mean((1, 2))
+        training.log(regression=loss, same_code0=same[0], same_code1=same[1])
+    codec.save_pretrained(args.run / "codec")
+
+
+if __name__ == "__main__":
+    main()

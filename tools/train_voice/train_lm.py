@@ -1,0 +1,189 @@
+"""Step 7: train the language model, text to codes.
+
+    python train_lm.py RUN [--name lm] [--minutes 60] [--device cpu]
+
+What makes a model of 7 M parameters read the text instead of babbling on from the audio before it:
+- Alignment. The teacher's phone durations say which token each frame belongs to. One attention
+  head of the watched layer is trained to look at the token of the frame to be made, another at the token
+  of the frame after that (cross entropy on the attention itself).
+- A corrupted history. In most utterances a share of the acoustic codes of past frames, some codes of
+  codebook 0 and some whole frames are replaced by those of other frames. Targets stay clean.
+- The phones of the frame to be made are predicted from the last hidden state as well.
+The depth decoder sees a random share of the frames. RUN/NAME.pt is the checkpoint.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from common import Speech, Training, autocast
+from lm import depth_logits, embed_frames, make_config, make_model, rope_table, run_stack
+from lm_data import LABELS_PER_FRAME, batches, collate, describe, load_examples
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import MimiConfig
+
+WATCHED_LAYER = 2
+CURRENT_HEAD, NEXT_HEAD = 0, 3  # in different key groups
+ALIGNMENT_WEIGHT = 0.5
+PHONE_WEIGHT = 0.3
+DEPTH_WEIGHT = 2.0
+DEPTH_SHARE = 0.25
+CLEAN_SHARE = 0.15  # of the utterances keep their history
+MAX_ACOUSTIC_NOISE = 0.7
+CODE0_NOISE = 0.35  # relative to the acoustic noise of the same utterance
+FRAME_NOISE = 0.2
+
+
+def corrupt(codes, is_frame):
+    """Replace a random share of the history by codes of random frames of the batch."""
+    batch, length, count = codes.shape
+    device = codes.device
+    noise = torch.rand(batch, 1, 1, device=device) * MAX_ACOUSTIC_NOISE
+    noise *= torch.rand(batch, 1, 1, device=device) > CLEAN_SHARE
+    share = noise.expand(-1, -1, count).clone()
+    share[..., 0] *= CODE0_NOISE
+    pool = codes[is_frame]
+    # Every codebook from its own random frame; a whole frame from one.
+    mixed = pool[torch.randint(len(pool), codes.shape, device=device), torch.arange(count)]
+    whole = pool[torch.randint(len(pool), (batch, length), device=device)]
+    replaced = torch.where(torch.rand(codes.shape, device=device) < share, mixed, codes)
+    drop = torch.rand(batch, length, 1, device=device) < noise * FRAME_NOISE
+    return torch.where(drop, whole, replaced)
+
+
+def alignment_loss(queries, keys, spoken, head):
+    """Cross entropy between one head's attention and the tokens being spoken.
+
+    queries, keys [B, H, S, D]; spoken [B, S, N]: rows of zeros are ignored.
+    """
+    length, count = queries.shape[2], spoken.shape[2]
+    scores = queries[:, head] @ keys[:, head].transpose(1, 2) * queries.shape[-1] ** -0.5
+    future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
+    logs = scores.float().masked_fill(future, -torch.inf).log_softmax(-1)[..., :count]
+    # 0 * -inf for tokens a text position cannot see yet.
+    return -torch.where(spoken > 0, spoken * logs, 0.0).sum() / spoken.sum()
+
+
+def losses(model, phone_head, batch, train: bool):
+    codes, targets, spoken = batch["codes"], batch["targets"], batch["spoken"]
+    is_frame = (targets[..., 0] > 0) | (targets[..., 0] == 0)
+    is_frame = ~batch["is_text"] & (F.pad(is_frame, (1, 0))[:, :-1])
+    history = corrupt(codes, is_frame) if train else codes
+    x = torch.where(
+        batch["is_text"][..., None],
+        model.embed_text_tokens(batch["tokens"]),
+        embed_frames(model, history),
+    )
+    positions = torch.arange(x.shape[1], device=x.device)[None]
+    backbone = model.backbone_model
+    hidden, watched = run_stack(
+        backbone, x, rope_table(backbone, positions), watch=(WATCHED_LAYER,)
+    )
+    queries, keys = watched[WATCHED_LAYER]
+    following = F.pad(spoken, (0, 0, 0, 1))[:, 1:]
+    alignment = alignment_loss(queries, keys, spoken, CURRENT_HEAD)
+    alignment = alignment + alignment_loss(queries, keys, following, NEXT_HEAD)
+
+    has_target = targets[..., 0] >= 0
+    hidden_of = hidden[has_target]
+    wanted = targets[has_target]
+    logits = model.lm_head(hidden_of).float()
+    phone_logits = phone_head(hidden_of).float().view(-1, LABELS_PER_FRAME, phone_head.phones)
+    some = torch.rand(len(wanted), device=x.device) < (DEPTH_SHARE if train else 1.1)
+    some |= wanted[:, 0] == 0
+    acoustic = depth_logits(model, hidden_of[some], wanted[some]).float()
+    return {
+        "code0": F.cross_entropy(logits, wanted[:, 0]),
+        "depth": F.cross_entropy(acoustic.flatten(0, 1), wanted[some][:, 1:].flatten()),
+        "align": alignment / 2,
+        "phone": F.cross_entropy(
+            phone_logits.flatten(0, 1), batch["labels"][has_target].flatten(), ignore_index=-100
+        ),
+    }
+
+
+def split_parameters(model, phone_head):
+    """Matrices inside the layers for Muon, everything else for AdamW."""
+    matrices, rest = [], list(phone_head.parameters())
+    seen = set()
+    for name, parameter in model.named_parameters():
+        if name.startswith("codec_model") or parameter in seen:
+            continue
+        seen.add(parameter)
+        (matrices if ".layers." in name and parameter.ndim == 2 else rest).append(parameter)
+    return matrices, rest
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--name", default="lm")
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--positions", type=int, default=4096)
+    parser.add_argument("--lr", type=float, default=0.02, help="of Muon")
+    parser.add_argument("--adam-lr", type=float, default=2e-3)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.from_file(str(args.run / "tokenizer.json"))
+    codec_config = MimiConfig.from_pretrained(args.run / "codec")
+    model = make_model(make_config(codec_config, tokenizer)).to(args.device)
+    num_phones = len((args.run / "phones.txt").read_text().split("\n"))
+    phone_head = nn.Linear(model.config.hidden_size, LABELS_PER_FRAME * num_phones)
+    phone_head = phone_head.to(args.device)
+    phone_head.phones = num_phones
+    matrices, rest = split_parameters(model, phone_head)
+    language = nn.ModuleDict({"model": model, "phone_head": phone_head})
+    model.codec_model = None  # trained elsewhere; not in this checkpoint
+    print(f"{sum(p.numel() for p in language.parameters()) / 1e6:.2f} M parameters")
+    states = {
+        "language": language,
+        "muon": torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.01),
+        "adam": torch.optim.AdamW(rest, lr=args.adam_lr, betas=(0.9, 0.98), weight_decay=0.01),
+    }
+    examples = load_examples(args.run)
+    print(describe(examples))
+    training = Training(args.run, args.name, args.minutes, states, warmup=100)
+    torch.manual_seed(training.step)
+    rng = np.random.default_rng(training.step)
+    train_indices = [i for i in range(len(examples)) if i % Speech.HOLD_OUT]
+    held_out = [e for i, e in enumerate(examples) if i % Speech.HOLD_OUT == 0][:120]
+    held_out.sort(key=lambda e: len(e["codes"]))
+    stream = batches(examples, train_indices, rng, args.positions)
+
+    def on_device(items):
+        batch = collate(items, model.config.num_codebooks)
+        return {key: tensor.to(args.device) for key, tensor in batch.items()}
+
+    for step in training.steps():
+        batch = on_device([examples[i] for i in next(stream)])
+        with autocast(args.device):
+            loss = losses(model, phone_head, batch, train=True)
+        total = (
+            loss["code0"]
+            + DEPTH_WEIGHT * loss["depth"]
+            + ALIGNMENT_WEIGHT * loss["align"]
+            + PHONE_WEIGHT * loss["phone"]
+        )
+        for optimizer in (states["muon"], states["adam"]):
+            optimizer.zero_grad()
+        total.backward()
+        nn.utils.clip_grad_norm_(matrices + rest, 1.0)
+        states["muon"].step()
+        states["adam"].step()
+        training.log(**loss)
+        if (step + 1) % 250 == 0:
+            with torch.no_grad(), autocast(args.device):
+                rows = [
+                    losses(model, phone_head, on_device(held_out[i : i + 30]), train=False)
+                    for i in range(0, len(held_out), 30)
+                ]
+            means = {f"val_{k}": torch.stack([r[k] for r in rows]).mean() for k in rows[0]}
+            training.record(**means)
+
+
+if __name__ == "__main__":
+    main()
