@@ -26,4 +26,32 @@ inline void check_pages(const Tensor& k_pages, const Tensor& v_pages, const Tens
         shape_string(k_pages), ", got ", shape_string(v_pages));
 }
 
+// Hq is a multiple of Hkv.
+inline void check_groups(const Tensor& q, const Tensor& k_pages) {
+  check(q.size(1) >= 1 && q.size(1) % k_pages.size(1) == 0, "q: expected a multiple of k_pages' ",
+        k_pages.size(1), " heads, got shape ", shape_string(q));
+  check(q.size(2) >= 1, "q: expected a head width, got shape ", shape_string(q));
+}
+
+inline void check_page_table(const Tensor& page_table, const Tensor& seq_lens, const Tensor& q) {
+  check_operand(page_table, "page_table", q, ScalarType::Int);
+  check_dim(page_table, "page_table", 2);
+  check_operand(seq_lens, "seq_lens", q, ScalarType::Int);
+  check_shape(seq_lens, "seq_lens", "[B]", {page_table.size(0)});
+}
+
+// What seq_lens and page_table say, where the host can read it: every page that is used exists.
+inline void check_page_table_values(const int32_t* page_table, const int32_t* seq_lens, int64_t B,
+                                    int64_t M, int64_t S, int64_t P) {
+  for (int64_t b = 0; b < B; ++b) {
+    check(seq_lens[b] >= 0 && seq_lens[b] <= M * S, "seq_lens: expected 0 to ", M * S,
+          ", the slots of a row of page_table, got ", seq_lens[b], " at index ", b);
+    for (int64_t m = 0; m * S < seq_lens[b]; ++m) {
+      const int32_t page = page_table[b * M + m];
+      check(page >= 0 && page < P, "page_table: expected 0 to ", P - 1,
+            ", the pages of k_pages, got ", page, " at index [", b, ", ", m, "]");
+    }
+  }
+}
+
 }  // namespace voxkern
