@@ -13,11 +13,11 @@ import torch
 from report import Report
 from torch import Tensor
 
+from vox_serve.csm_weights import CsmWeights, TransformerWeights
 from vox_serve.kv_cache import CacheBatch, CacheSequence, KvCache
 from vox_serve.model import CsmModel
 from vox_serve.model_config import CsmConfig
 from vox_serve.sampling import SamplingParams, SamplingRows
-from vox_serve.weights import CsmWeights
 
 CACHED = 128
 FRAME_MS = 80.0
@@ -32,18 +32,22 @@ CSM_1B = {
 
 def frame_bytes(weights: CsmWeights) -> int:
     """Weight bytes read for one frame at batch 1: the backbone once, the depth decoder K times."""
-    w, steps = weights, len(weights.code_heads) + 1
-    per_step = [w.projection, *_layers(w.depth)]
-    once = [*_layers(w.backbone), w.code0_head, w.code_heads]
-    return steps * _num_bytes(per_step) + _num_bytes(once)
+    num_steps = len(weights.code_heads) + 1
+    once = [*_layers(weights.backbone), weights.code0_head, weights.code_heads]
+    return num_steps * depth_step_bytes(weights) + num_tensor_bytes(once)
 
 
-def _layers(t) -> list[Tensor]:
-    return [t.attn_norm, t.qkv, t.o, t.mlp_norm, t.gate_up, t.down, t.norm]
+def depth_step_bytes(weights: CsmWeights) -> int:
+    """Weight bytes read in one step of the depth decoder, its head left out."""
+    return num_tensor_bytes([weights.projection, *_layers(weights.depth)])
 
 
-def _num_bytes(tensors: list[Tensor]) -> int:
+def num_tensor_bytes(tensors: list[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _layers(t: TransformerWeights) -> list[Tensor]:
+    return [t.attn_norm, t.qkv, t.o, t.mlp_norm, t.gate_up, t.down, t.norm]
 
 
 class OurFrames:
@@ -162,9 +166,8 @@ def hf_model(model: CsmModel):
     missing = hf.load_state_dict(tensors, strict=False, assign=True).missing_keys
     assert all(name.startswith("codec_model.") for name in missing), missing
     hf.codec_model = None
-    for part, c in ((hf.backbone_model, config.backbone), (hf.depth_decoder.model, config.depth)):
+    for part in (hf.backbone_model, hf.depth_decoder.model):
         part.rotary_emb = type(part.rotary_emb)(config=part.config)  # its buffers were meta
-        del c
     offsets = torch.arange(config.num_codebooks) * config.audio_vocab_size
     hf.backbone_model.embed_tokens.audio_tokens_offsets = offsets
     return hf

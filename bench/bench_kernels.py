@@ -8,15 +8,21 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import roofline
 import torch
 import torch.nn.functional as F
+from bench_frame import CSM_1B, depth_step_bytes, num_tensor_bytes
 from report import Report
 from torch import Tensor
 
+from vox_serve.csm_weights import CsmWeights
+from vox_serve.model import CsmModel
+from vox_serve.model_config import CsmConfig
+from vox_serve.sampling import SamplingParams, SamplingRows
 from voxkern import ops
+from voxkern.backend import implementation
 
 C, HEADS, KV_HEADS, D, FFN, V, K = 2048, 32, 8, 64, 8192, 2051, 32
 TEXT_VOCAB = 128256
@@ -245,18 +251,23 @@ def _sample_tokens(b: int, label: str, top_k: int = 0, top_p: float = 1.0) -> Ca
     )
 
 
-def depth_inputs(dtype: torch.dtype, b: int) -> tuple:
-    """Arguments of `decode_depth` at CSM-1B's sizes, from hidden to eps."""
-    from vox_serve.model_config import CsmConfig
-    from vox_serve.weights import CsmWeights
-
-    config = CsmConfig.csm_1b()
-    w = CsmWeights.random_depth(config, dtype)
-    return (
-        *(torch.randn(b, C).to(dtype), torch.randint(0, V, (b,))),
-        *(w.audio_table, w.projection, w.attn_norm, w.qkv, w.o, w.mlp_norm, w.gate_up, w.down),
-        *(w.norm, w.heads, config.depth.rope_table()),
-        *(config.depth.num_heads, config.depth.num_kv_heads, config.depth.norm_eps),
+def _decode_depth(dtype: torch.dtype, b: int) -> Case:
+    config = CsmConfig.from_json(CSM_1B)
+    one_layer = replace(config.backbone, num_layers=1)
+    config = replace(config, backbone=one_layer, text_vocab_size=1)
+    model = CsmModel(config, CsmWeights.random(config, dtype))
+    params = [SamplingParams(temperature=0.9, top_k=50)] * b
+    rows = SamplingRows.of(params, range(b), [0] * b, [[]] * b, model.device)
+    arguments = model.depth_arguments(torch.randn(b, C).to(dtype), torch.arange(b), rows)
+    num_bytes = K * depth_step_bytes(model.weights) + num_tensor_bytes([model.weights.code_heads])
+    return Case(
+        "decode_depth",
+        f"{b} frames",
+        lambda: arguments,
+        ops.decode_depth,
+        implementation("decode_depth", "reference"),
+        num_bytes,
+        2.0 * b * num_bytes / dtype.itemsize,
     )
 
 

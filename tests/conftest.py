@@ -15,6 +15,10 @@ def target(request) -> Target:
     return request.param
 
 
+# The tensors are tiny: torch's threads would only wait for each other.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -101,9 +101,14 @@ class CsmModel:
         Returns:
             `[B, K]` int64.
         """
+        logits = ops.linear(hidden, self.weights.code0_head)
+        code0 = ops.sample_tokens(logits, *rows, codebook=0)
+        return ops.decode_depth(*self.depth_arguments(hidden, code0, rows))
+
+    def depth_arguments(self, hidden: Tensor, code0: Tensor, rows: SamplingRows) -> tuple:
+        """The arguments of `voxkern.ops.decode_depth`, in its order."""
         w, c = self.weights, self.config.depth
-        code0 = ops.sample_tokens(ops.linear(hidden, w.code0_head), *rows, codebook=0)
-        return ops.decode_depth(
+        return (
             hidden,
             code0,
             w.depth_audio_table,
