@@ -3,11 +3,10 @@
 Nothing is unpickled unless the caller says so, and then only plain tensors.
 """
 
-import contextlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Self
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -122,7 +121,7 @@ def find_codec(folder: Path) -> Path | None:
     return next(found, None)
 
 
-class TensorFiles(contextlib.AbstractContextManager):
+class TensorFiles:
     """The tensors of one or more files by name, each read when it is asked for.
 
     Args:
@@ -135,22 +134,10 @@ class TensorFiles(contextlib.AbstractContextManager):
 
     def __init__(self, paths: Iterable[Path]):
         self.paths = list(paths)
-        self._stack = contextlib.ExitStack()
-        self._source = {}
-        try:
-            for path in self.paths:
-                source = _Pickled(path) if path.suffix == ".pt" else _open_safetensors(path)
-                self._stack.enter_context(source)
-                self._source |= dict.fromkeys(source.keys(), source)
-        except BaseException:
-            self._stack.close()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info) -> None:
-        self._stack.close()
+        self._source: dict[str, _Safetensors | _Pickled] = {}
+        for path in self.paths:
+            source = _Pickled(path) if path.suffix == ".pt" else _Safetensors(path)
+            self._source |= dict.fromkeys(source.names, source)
 
     def __contains__(self, name: str) -> bool:
         return name in self._source
@@ -172,7 +159,7 @@ class TensorFiles(contextlib.AbstractContextManager):
         where = ", ".join(str(path) for path in self.paths)
         if name not in self._source:
             raise CheckpointError(f"tensor {name} is missing in {where}")
-        tensor = self._source[name].get_tensor(name)
+        tensor = self._source[name].read(name)
         if shape is not None and tuple(tensor.shape) != tuple(shape):
             raise CheckpointError(
                 f"tensor {name} must be {list(shape)} by config.json, but is "
@@ -183,30 +170,38 @@ class TensorFiles(contextlib.AbstractContextManager):
         return tensor
 
 
-def _open_safetensors(path: Path):
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from None
+class _Safetensors:
+    """A safetensors file that is mapped for as long as one of its tensors is in use.
+
+    Kept mapped, it would in the end lie in memory beside the weights read from it.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        try:
+            with safe_open(path, framework="pt") as file:
+                self.names = list(file.keys())
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from None
+
+    def read(self, name: str) -> Tensor:
+        with safe_open(self._path, framework="pt") as file:
+            return file.get_tensor(name)
 
 
-class _Pickled(contextlib.AbstractContextManager):
-    """A pickled state dict with the methods of an open safetensors file."""
+class _Pickled:
+    """A pickled state dict."""
 
     def __init__(self, path: Path):
         try:
-            self._tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch.load raises whatever the bytes make it raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(f"{path} cannot be read as plain tensors: {reason}") from None
-        if not isinstance(self._tensors, dict):
+        if not isinstance(tensors, dict):
             raise CheckpointError(f"{path} holds no dict of tensors")
+        self._tensors = tensors
+        self.names = [name for name, value in tensors.items() if isinstance(value, Tensor)]
 
-    def __exit__(self, *exc_info) -> None:
-        self._tensors = {}
-
-    def keys(self) -> list[str]:
-        return [name for name, value in self._tensors.items() if isinstance(value, Tensor)]
-
-    def get_tensor(self, name: str) -> Tensor:
+    def read(self, name: str) -> Tensor:
         return self._tensors[name]

@@ -71,13 +71,13 @@ def load_checkpoint(
     settings = read_json(folder / "config.json")
     config = CsmConfig.from_json(settings)
     codec_config = settings.get("codec_config")
-    with TensorFiles(find_weights(folder, settings, allow_pickle)) as files:
-        weights = _read_weights(files, config, dtype, device)
-        codec = {
-            name.removeprefix(CODEC_PREFIX): files.read(name).to(torch.float32, copy=True)
-            for name in sorted(files.names)
-            if name.startswith(CODEC_PREFIX)
-        }
+    files = TensorFiles(find_weights(folder, settings, allow_pickle))
+    weights = _read_weights(files, config, dtype, device)
+    codec = {
+        name.removeprefix(CODEC_PREFIX): files.read(name).to(torch.float32, copy=True)
+        for name in sorted(files.names)
+        if name.startswith(CODEC_PREFIX)
+    }
     return Checkpoint(folder, settings, config, weights, codec or None, codec_config)
 
 
