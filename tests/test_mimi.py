@@ -37,6 +37,7 @@ SHAPES = {
         "upsampling_ratios": [3, 1, 2],
         "upsample_groups": 8,
     },
+    "one_step_a_frame": {"frame_rate": 70.0, "upsample_groups": 16},
     "four_steps_a_frame": {
         "frame_rate": 20.0,
         "upsampling_ratios": [5, 2],
@@ -175,6 +176,17 @@ def test_codes_outside_a_codebook_are_clamped(pair):
     codes = random_codes(1, 6)
     codes[0, 1] = torch.tensor([64, 65, 66, 70, 1 << 40, 63, -1, -(1 << 40)])
     assert_same_audio(mimi.decode(codes), hf_decode(hf, codes.clamp(0, 63)))
+
+
+def test_without_packed_weights(tmp_path, monkeypatch):
+    hf = save_hf_mimi(tmp_path)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    mimi = load_mimi(tmp_path)
+    assert not mimi.decoder.layers[0].linear.packed
+    codes = random_codes(2, 9)
+    assert_same_audio(stream(mimi, codes, [2])[0], hf_decode(hf, codes))
+    audio = torch.randn(2, 9 * 16) * 0.3
+    assert torch.equal(mimi.encode(audio), hf_encode(hf, audio))
 
 
 def test_later_codes_do_not_reach_back(pair):

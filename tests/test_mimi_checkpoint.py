@@ -117,14 +117,23 @@ def test_bfloat16_files_compute_in_float32(tensors):
     assert torch.equal(*decoded)
 
 
-def test_sizes_from_the_tensors(tmp_path):
-    hf = save_hf_mimi(tmp_path, **EIGHT_HEADS, num_residual_layers=2, use_conv_shortcut=True)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_residual_layers": 2, "use_conv_shortcut": True, "kernel_size": 5},
+        {"frame_rate": 20.0, "upsampling_ratios": [5, 2], "last_kernel_size": 1},
+        {"codebook_dim": 32, "vector_quantization_hidden_dimension": 32, "upsample_groups": 4},
+    ],
+    ids=["units", "four_steps_a_frame", "no_projections"],
+)
+def test_sizes_from_the_tensors(tmp_path, settings):
+    hf = save_hf_mimi(tmp_path, **EIGHT_HEADS, **settings)
     expected = load_mimi(tmp_path).config
     (tmp_path / "config.json").unlink()
     (tmp_path / "model.safetensors").rename(tmp_path / "mimi.safetensors")
     mimi = load_mimi(tmp_path)
-    # The sample rate cannot be seen; frames of 16 samples can.
-    assert mimi.config.frame_samples == expected.frame_samples == 16
+    # Rates cannot be seen in a tensor; samples per frame can.
+    assert mimi.config.frame_samples == expected.frame_samples
     codes = random_codes(1, 9)
     assert_same_audio(mimi.decode(codes), hf_decode(hf, codes))
 

@@ -199,14 +199,13 @@ def _config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> MimiConfig:
         "num_semantic_quantizers": semantic,
         "num_quantizers": semantic + acoustic,
     }
-    hop_rate_hz = math.ceil(MimiConfig.sample_rate_hz / math.prod(sizes["upsampling_ratios"]))
+    steps_hz = math.ceil(MimiConfig.sample_rate_hz / math.prod(sizes["upsampling_ratios"]))
     upsample = shapes.get("upsample.conv.weight")
     if upsample is None:
-        sizes |= {"frame_rate_hz": float(hop_rate_hz)}
+        sizes["frame_rate_hz"] = float(steps_hz)
     else:
-        stride = upsample[2] // 2
-        sizes |= {
-            "frame_rate_hz": hop_rate_hz / stride,
-            "upsample_groups": first[1] // upsample[1],
-        }
+        sizes["upsample_groups"] = first[1] // upsample[1]
+        if (stride := upsample[2] // 2) != 2:
+            # Rounded down, so that the division in `latent_stride` does not fall short of it.
+            sizes["frame_rate_hz"] = math.nextafter(steps_hz / stride, 0.0)
     return MimiConfig(**sizes)

@@ -167,7 +167,7 @@ class Mimi:
         num_caches = 2 * len(half.transformer.layers)
         return StreamState(
             torch.zeros(batch_size, dtype=torch.int64, device=self.device),
-            KeyWindow(
+            KeyWindow.of(
                 [self._zeros(batch_size, heads, past_keys, dim) for _ in range(num_caches)],
                 past_keys,
             ),

@@ -20,7 +20,7 @@ class MimiConfig:
     """
 
     sample_rate_hz: int = 24_000
-    frame_rate_hz: float | None = None  # None: one frame is two blocks of the convolutions
+    frame_rate_hz: float | None = None  # None: two steps of the transformers a frame
     hidden_size: int = 512
     num_filters: int = 64
     num_residual_layers: int = 1
@@ -83,7 +83,7 @@ class MimiConfig:
             self.hidden_act in ACTIVATIONS, "hidden_act", self.hidden_act, f"one of {ACTIVATIONS}"
         )
         _require(self.latent_stride >= 1, "frame_rate", self.frame_rate_hz, "a codec frame rate")
-        if self.latent_stride > 1:
+        if self.resamples:
             _require(
                 self.hidden_size % self.upsample_groups == 0,
                 "upsample_groups",
@@ -93,18 +93,25 @@ class MimiConfig:
 
     @property
     def hop_samples(self) -> int:
-        """Samples per position of the transformers."""
+        """Samples per step of the transformers."""
         return math.prod(self.upsampling_ratios)
 
     @property
+    def _rates_hz(self) -> tuple[int, float]:
+        steps_hz = math.ceil(self.sample_rate_hz / self.hop_samples)
+        return steps_hz, self.frame_rate_hz or self.sample_rate_hz / (2 * self.hop_samples)
+
+    @property
     def latent_stride(self) -> int:
-        """Positions of the transformers per frame."""
-        if self.frame_rate_hz is None:
-            return 2
-        hop_rate_hz = math.ceil(self.sample_rate_hz / self.hop_samples)
-        if hop_rate_hz == self.frame_rate_hz:
-            return 1
-        return int(hop_rate_hz / self.frame_rate_hz)
+        """Steps of the transformers per frame."""
+        steps_hz, frames_hz = self._rates_hz
+        return int(steps_hz / frames_hz)
+
+    @property
+    def resamples(self) -> bool:
+        """Whether frames and steps differ in rate (if so, there is a convolution between them)."""
+        steps_hz, frames_hz = self._rates_hz
+        return steps_hz != frames_hz
 
     @property
     def frame_samples(self) -> int:

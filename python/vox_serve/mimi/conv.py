@@ -29,7 +29,6 @@ class Linear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.bias = None if bias is None else bias.contiguous()
-        self.out_features, self.in_features = weight.shape
         self.packed = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
         if self.packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 2)
@@ -93,8 +92,7 @@ class CausalConv:
         stride=1,
         **how,
     ) -> "CausalConv":
-        """From the weight of a Conv1d, `shape` = `[Cout, Cin, kernel]`, kernel a multiple of
-        stride."""
+        """From the weight of a Conv1d, `shape` = `[Cout, Cin, kernel]`, stride | kernel."""
         weight = tensors(f"{name}.weight", *shape)
         taps = weight.unflatten(2, (-1, stride)).permute(0, 2, 3, 1).flatten(2)
         return cls(
@@ -154,7 +152,7 @@ class CausalConv:
         x = x.reshape(steps * batch, self.num_taps * self.width)
         y = self.linear(x, None if add is None else add.view(steps * batch, -1))
         y = y.view(steps, batch, self.block_out, -1).transpose(1, 2)
-        return y.reshape(steps * self.block_out, batch, -1)
+        return y.reshape(steps * self.block_out, batch, -1).contiguous()
 
 
 class DepthwiseUpsample:

@@ -20,11 +20,10 @@ class Decoder:
     def __init__(self, config: MimiConfig, tensors: TensorReader) -> None:
         width, stride = config.hidden_size, config.latent_stride
         replicate = config.pad_mode == "replicate"
-        self.stride = stride
         self.upsample = None
-        if stride > 1 and config.upsample_groups == width:
+        if config.resamples and config.upsample_groups == width:
             self.upsample = DepthwiseUpsample(tensors("upsample.conv.weight", width, 1, 2 * stride))
-        elif stride > 1:
+        elif config.resamples:
             self.upsample = CausalConv.transposed(
                 tensors,
                 "upsample.conv",

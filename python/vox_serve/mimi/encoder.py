@@ -49,7 +49,7 @@ class Encoder:
 
         self.transformer = Transformer(config, tensors, "encoder_transformer")
         self.downsample = None
-        if stride > 1:
+        if config.resamples:
             self.downsample = CausalConv.strided(
                 tensors,
                 "downsample.conv",

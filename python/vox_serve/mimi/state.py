@@ -14,7 +14,7 @@ LOG_ROOM = 64
 @dataclass
 class _Log:
     tensors: list[Tensor]  # keys and values of every layer in turn, [B, Hkv, capacity, D]
-    end: int
+    end: int  # steps written, those of the newest window included
 
 
 class KeyWindow:
@@ -24,14 +24,15 @@ class KeyWindow:
     there, in place, where no other window looks; extending an older one (a stream taken up again
     from an earlier state) copies first. A log never outgrows its window and `LOG_ROOM` steps or
     one chunk.
-
-    Args:
-        tensors: keys and values of every layer in turn, `[B, Hkv, length, D]`.
-        length: steps to remember, at least 0.
     """
 
-    def __init__(self, tensors: list[Tensor], length: int) -> None:
-        self._log, self._end, self.length = _Log(tensors, length), length, length
+    def __init__(self, log: _Log, end: int, length: int) -> None:
+        self._log, self._end, self.length = log, end, length
+
+    @classmethod
+    def of(cls, tensors: list[Tensor], length: int) -> "KeyWindow":
+        """A window that holds what `tensors()` returns, each `[B, Hkv, length, D]`."""
+        return cls(_Log(tensors, length), length, length)
 
     def tensors(self) -> list[Tensor]:
         """Keys and values of every layer in turn, `[B, Hkv, length, D]`, the newest last: views."""
@@ -39,19 +40,16 @@ class KeyWindow:
 
     def extended(self, steps: int) -> "KeyWindow":
         """The window after so many more steps, whose keys and values `write` must now provide."""
-        window = KeyWindow(self._log.tensors, self.length)
-        window._log, window._end = self._log, self._end + steps
-        capacity = self._log.tensors[0].shape[2] if self._log.tensors else window._end
-        if self._log.end != self._end or window._end > capacity:
+        log, end = self._log, self._end + steps
+        if log.end != self._end or any(end > x.shape[2] for x in log.tensors):
             room = max(steps, LOG_ROOM)
-            copies = []
+            log, end = _Log([], 0), self.length + steps
             for kept in self.tensors():
                 batch, heads, _, dim = kept.shape
-                copies.append(kept.new_empty(batch, heads, self.length + room, dim))
-                copies[-1][:, :, : self.length] = kept
-            window._log, window._end = _Log(copies, 0), self.length + steps
-        window._log.end = window._end
-        return window
+                log.tensors.append(kept.new_empty(batch, heads, self.length + room, dim))
+                log.tensors[-1][:, :, : self.length] = kept
+        log.end = end
+        return KeyWindow(log, end, self.length)
 
     def write(self, which: int, new: Tensor) -> Tensor:
         """Store the newest steps of one tensor.
@@ -94,7 +92,7 @@ class StreamState(NamedTuple):
         index = torch.as_tensor(index, dtype=torch.int64, device=self.positions.device)
         return StreamState(
             self.positions[index],
-            KeyWindow([part[index] for part in self.window.tensors()], self.window.length),
+            KeyWindow.of([part[index] for part in self.window.tensors()], self.window.length),
             tuple(part[index] for part in self.lefts),
         )
 
@@ -104,6 +102,6 @@ class StreamState(NamedTuple):
         windows = zip(*(state.window.tensors() for state in states), strict=True)
         return StreamState(
             torch.cat([state.positions for state in states]),
-            KeyWindow([torch.cat(parts) for parts in windows], states[0].window.length),
+            KeyWindow.of([torch.cat(parts) for parts in windows], states[0].window.length),
             tuple(torch.cat(parts) for parts in zip(*(s.lefts for s in states), strict=True)),
         )

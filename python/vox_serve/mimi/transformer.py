@@ -74,13 +74,12 @@ class Transformer:
 
 
 class _Layer:
+    """Attention, then MLP, each normed before and scaled after."""
+
     def __init__(self, config: MimiConfig, tensors: TensorReader, name: str) -> None:
         width, dim = config.hidden_size, config.head_dim
-        self.heads, self.kv_heads, self.dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            dim,
-        )
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.dim = dim
         self.norm_eps = config.norm_eps
         self.activation = _ACTIVATIONS[config.hidden_act]
         self.norms = [
@@ -119,6 +118,7 @@ class _Layer:
     def __call__(
         self, x: Tensor, rotation: Tensor, mask: Tensor, window: KeyWindow, place: int
     ) -> Tensor:
+        """Args: x `[T, B, C]`; place, of this layer's keys in the window. Returns `[T, B, C]`."""
         steps, batch, width = x.shape
         x = x.reshape(steps * batch, width)
         qkv = self.qkv(self._norm(x, 0)).view(steps, batch, -1, self.dim)
