@@ -22,11 +22,19 @@ constexpr int64_t kScoreRow = kKeyBlock + kDots;  // a tile may run past the blo
 
 int64_t splits(int64_t keys) { return (keys + kSplit - 1) / kSplit; }
 
-// Rows of keys or values of one block, the last one repeated past `count`.
+// Where the keys and values of one block are, the last key repeated behind.
 template <typename T>
-struct Rows {
-  const T* at[kScoreRow];
+struct Block {
+  const T* keys[kScoreRow];
+  const T* values[kKeyBlock];
 };
+
+// Into the cache, for the next block: a page is too short for the processor's own prefetch.
+template <typename T>
+VOX_INLINE void fetch(const T* row, int64_t D) {
+  const int64_t line = 64 / static_cast<int64_t>(sizeof(T));
+  for (int64_t i = 0; i < D; i += line) __builtin_prefetch(row + i, 0, 2);
+}
 
 template <bool kPart, typename T>
 VOX_INLINE vfloat read(const T* p, int64_t n) {
@@ -53,15 +61,15 @@ VOX_INLINE void score_columns(const float* q, int64_t width, const T* const* key
 
 // scores[g * kScoreRow + j] = q[g] . keys[j] for Q queries, `width` apart and padded with zeros.
 template <int Q, typename T>
-void score(const float* q, int64_t width, const Rows<T>& keys, int64_t count, int64_t D,
+void score(const float* q, int64_t width, const T* const* keys, int64_t count, int64_t D,
            float* scores) {
   constexpr int kKeys = kDots / Q;
   for (int64_t j = 0; j < count; j += kKeys) {
     vfloat dots[kDots] = {};
     int64_t i = 0;
     for (; i + kWidth <= D; i += kWidth)
-      score_columns<Q, false>(q, width, keys.at + j, i, kWidth, dots);
-    if (i < D) score_columns<Q, true>(q, width, keys.at + j, i, D - i, dots);
+      score_columns<Q, false>(q, width, keys + j, i, kWidth, dots);
+    if (i < D) score_columns<Q, true>(q, width, keys + j, i, D - i, dots);
     float results[kDots];
     for (int r = 0; r < kDots; r += kWidth) store(results + r, reduce_each(dots + r));
     for (int g = 0; g < Q; ++g)
@@ -72,7 +80,7 @@ void score(const float* q, int64_t width, const Rows<T>& keys, int64_t count, in
 // N vectors of columns of `accumulate`, the last one of n columns if kPart.
 template <int Q, int N, bool kPart, typename T>
 VOX_INLINE void accumulate_columns(const float* weights, const float* factors,
-                                   const Rows<T>& values, int64_t count, int64_t i, int64_t n,
+                                   const T* const* values, int64_t count, int64_t i, int64_t n,
                                    float* sums, int64_t width) {
   vfloat acc[Q][N];
   for (int g = 0; g < Q; ++g)
@@ -80,7 +88,7 @@ VOX_INLINE void accumulate_columns(const float* weights, const float* factors,
       acc[g][c] = load(sums + g * width + i + c * kWidth) * splat(factors[g]);
   for (int64_t j = 0; j < count; ++j) {
     vfloat v[N];
-    for (int c = 0; c < N; ++c) v[c] = read<kPart>(values.at[j] + i + c * kWidth, n);
+    for (int c = 0; c < N; ++c) v[c] = read<kPart>(values[j] + i + c * kWidth, n);
     for (int g = 0; g < Q; ++g)
       for (int c = 0; c < N; ++c)
         acc[g][c] = fma(splat(weights[g * kScoreRow + j]), v[c], acc[g][c]);
@@ -91,7 +99,7 @@ VOX_INLINE void accumulate_columns(const float* weights, const float* factors,
 
 // sums[g] = sums[g] * factors[g] + the values weighted by weights[g], for Q queries.
 template <int Q, typename T>
-void accumulate(const float* weights, const float* factors, const Rows<T>& values, int64_t count,
+void accumulate(const float* weights, const float* factors, const T* const* values, int64_t count,
                 int64_t D, float* sums, int64_t width) {
   constexpr int N = kDots / 4;
   int64_t i = 0;
@@ -103,12 +111,12 @@ void accumulate(const float* weights, const float* factors, const Rows<T>& value
 }
 
 template <int Q, typename T>
-void attend_block(const float* q, int64_t width, const Rows<T>& keys, const Rows<T>& values,
-                  int64_t count, int64_t D, SoftmaxState* states, float* sums) {
+void attend_block(const float* q, int64_t width, const Block<T>& block, int64_t count, int64_t D,
+                  SoftmaxState* states, float* sums) {
   float scores[Q * kScoreRow], factors[Q];
-  score<Q>(q, width, keys, count, D, scores);
+  score<Q>(q, width, block.keys, count, D, scores);
   for (int g = 0; g < Q; ++g) factors[g] = softmax_step(scores + g * kScoreRow, count, states[g]);
-  accumulate<Q>(scores, factors, values, count, D, sums, width);
+  accumulate<Q>(scores, factors, block.values, count, D, sums, width);
 }
 
 template <typename T>
@@ -120,6 +128,23 @@ struct Decoder {
   SoftmaxState* states;  // [splits * Hkv, group]
   float* sums;           // [splits * Hkv, group, width]
 
+  // Fills `block` with the keys from `begin` on; returns how many there are before `end`.
+  int64_t find_block(int64_t b, int64_t h, int64_t begin, int64_t end, Block<T>& block) const {
+    if (begin >= end) return 0;
+    const int64_t count = end - begin < kKeyBlock ? end - begin : kKeyBlock;
+    const T* k = static_cast<const T*>(p.k_pages);
+    const T* v = static_cast<const T*>(p.v_pages);
+    for_each_run(p.page_table + b * p.M, p.Hkv, p.S, p.D, h, begin, count,
+                 [&](int64_t j, int64_t place, int64_t n) {
+                   for (int64_t r = 0; r < n; ++r) {
+                     block.keys[j + r] = k + place + r * p.D;
+                     block.values[j + r] = v + place + r * p.D;
+                   }
+                 });
+    for (int64_t j = count; j < count + kDots; ++j) block.keys[j] = block.keys[count - 1];
+    return count;
+  }
+
   // `scratch`: group * width floats.
   void attend(int64_t b, int64_t h, int64_t split, float* scratch) const {
     const T* q = static_cast<const T*>(p.q) + b * p.q_stride + h * group * p.D;
@@ -130,24 +155,23 @@ struct Decoder {
     for (int64_t g = 0; g < group; ++g) states[at + g] = {};
     __builtin_memset(sums + at * width, 0, group * width * sizeof(float));
 
-    const T* k = static_cast<const T*>(p.k_pages);
-    const T* v = static_cast<const T*>(p.v_pages);
     const int64_t length = p.seq_lens[b];
-    const int64_t end = length < (split + 1) * kSplit ? length : (split + 1) * kSplit;
-    for (int64_t begin = split * kSplit; begin < end; begin += kKeyBlock) {
-      const int64_t count = end - begin < kKeyBlock ? end - begin : kKeyBlock;
-      Rows<T> keys, values;
-      for_each_run(p.page_table + b * p.M, p.Hkv, p.S, p.D, h, begin, count,
-                   [&](int64_t j, int64_t place, int64_t n) {
-                     for (int64_t r = 0; r < n; ++r) {
-                       keys.at[j + r] = k + place + r * p.D;
-                       values.at[j + r] = v + place + r * p.D;
-                     }
-                   });
-      for (int64_t j = count; j < count + kDots; ++j) keys.at[j] = keys.at[count - 1];
+    const int64_t first = split * kSplit;
+    const int64_t end = length < first + kSplit ? length : first + kSplit;
+    Block<T> blocks[2];
+    int64_t next_count = find_block(b, h, first, end, blocks[0]);
+    for (int64_t begin = first; begin < end; begin += kKeyBlock) {
+      const int64_t count = next_count;
+      const Block<T>& block = blocks[(begin - first) / kKeyBlock % 2];
+      Block<T>& next = blocks[((begin - first) / kKeyBlock + 1) % 2];
+      next_count = find_block(b, h, begin + kKeyBlock, end, next);
+      for (int64_t j = 0; j < next_count; ++j) {
+        fetch(next.keys[j], p.D);
+        fetch(next.values[j], p.D);
+      }
       for (int64_t g = 0; g < group;) {
         const auto part = [&](auto attend_queries) {
-          attend_queries(scratch + g * width, width, keys, values, count, p.D, states + at + g,
+          attend_queries(scratch + g * width, width, block, count, p.D, states + at + g,
                          sums + (at + g) * width);
         };
         if (group - g >= 4) {
