@@ -21,6 +21,7 @@ DEAD_SHARE = 0.01  # of the mean usage: below it a code is moved onto a random v
 
 def make_config(num_codebooks: int) -> MimiConfig:
     return MimiConfig(
+        attn_implementation="eager",  # its backward pass is the faster one at these lengths
         hidden_size=256,
         num_filters=24,
         num_hidden_layers=3,

@@ -21,7 +21,7 @@ def make_config(codec: MimiConfig, tokenizer: Tokenizer) -> CsmConfig:
         text_vocab_size=tokenizer.get_vocab_size(),
         hidden_size=256,
         intermediate_size=768,
-        num_hidden_layers=6,
+        num_hidden_layers=5,
         num_attention_heads=6,
         num_key_value_heads=2,
         head_dim=64,

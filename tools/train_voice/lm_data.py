@@ -30,8 +30,11 @@ def align(symbols: list[str], phones: list) -> np.ndarray:
     starts = [0] + [end for _, end in phones]
     ends = np.zeros(len(symbols))
     matcher = difflib.SequenceMatcher(None, symbols, names, autojunk=False)
-    for _, i1, i2, j1, j2 in matcher.get_opcodes():
-        ends[i1:i2] = np.linspace(starts[j1], starts[j2], i2 - i1 + 1)[1:]
+    for kind, i1, i2, j1, j2 in matcher.get_opcodes():
+        if kind == "equal":
+            ends[i1:i2] = starts[j1 + 1 : j2 + 1]
+        else:
+            ends[i1:i2] = np.linspace(starts[j1], starts[j2], i2 - i1 + 1)[1:]
     return ends
 
 

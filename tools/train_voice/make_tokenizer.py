@@ -23,6 +23,7 @@ from tokenizers.models import BPE
 FIRST_PHONE = 0xE000
 FIRST_SPELT_DIGIT = 0xF8F0
 SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|AUDIO|>", "<|audio_eos|>", "<unk>"]
+FORM_TEXTS = 8000
 LETTERS = "abcdefghijklmnopqrstuvwxyz'"
 PUNCTUATION = " ,.?!"
 ONES = "zero one two three four five six seven eight nine".split()
@@ -32,7 +33,7 @@ ORDINALS = {"1st": "first", "2nd": "second", "3rd": "third", "5th": "fifth", "12
 ORDINALS |= {f"{i}th": f"{ONES[i]}th".replace("tth", "th") for i in (4, 6, 7, 8)}
 ORDINALS |= {"9th": "ninth", "10th": "tenth", "11th": "eleventh", "20th": "twentieth"}
 # What people say that a dictionary's examples seldom do.
-EVERYDAY = """hello hi hey bye goodbye okay ok yes no yeah please thanks thank sorry welcome excuse
+EVERYDAY = """oh hello hi hey bye goodbye okay ok yes no yeah please thanks thank sorry welcome excuse
 pardon maybe sure really great fine nice good morning afternoon evening night today tomorrow
 yesterday tonight monday tuesday wednesday thursday friday saturday sunday january february march
 april may june july august september october november december don't can't won't isn't aren't
@@ -95,9 +96,19 @@ def inflections(counts):
         yield from ((stem + ending, lemma) for ending in endings)
 
 
-def phones_of(word: str, frontend) -> list[str] | None:
-    """The teacher's phones of one word said alone, without pauses."""
-    phonemes = "".join(frontend.phonemize(word)).strip()
+def spoken_forms(frontend, texts) -> dict[str, str]:
+    """How the teacher says each word most often within sentences ("am", "the", "to")."""
+    forms = collections.defaultdict(collections.Counter)
+    for text in texts:
+        for token in frontend.g2p.phonemize_tokens(frontend.g2p.tokenize(text)):
+            if token.phonemes:
+                forms[token.text.lower()][token.phonemes] += 1
+    return {word: counts.most_common(1)[0][0] for word, counts in forms.items()}
+
+
+def phones_of(word: str, frontend, forms: dict[str, str]) -> list[str] | None:
+    """The teacher's phones of one word, as in sentences if seen there, else said alone."""
+    phonemes = forms.get(word) or "".join(frontend.phonemize(word)).strip()
     symbols = [c for c in phonemes if c in frontend.vocab and c not in ' ,.?!;:—“”"']
     return [phone for phone, _ in join_stress(symbols, range(len(symbols)))] or None
 
@@ -163,11 +174,12 @@ def main():
 
     frontend = Hibari()
     counts = word_counts(frontend.g2p.lexicon)
+    forms = spoken_forms(frontend, corpus(60000)[:FORM_TEXTS])
     words = {}
     for word, _ in counts.most_common():
         if len(words) == args.words:
             break
-        if (len(word) > 1 or word in "ai") and (phones := phones_of(word, frontend)):
+        if (len(word) > 1 or word in "ai") and (phones := phones_of(word, frontend, forms)):
             words[word] = phones
     phones = sorted({phone for spelling in words.values() for phone in spelling})
     tokenizer = build(words, phones)

@@ -4,8 +4,10 @@
 
 Trains everything of Mimi that runs at 25 Hz or 12.5 Hz: encoder transformer, quantizer, decoder
 transformer. A mel front-end and a mel head stand in for the two convolution stacks, which makes it
-about ten times cheaper than end-to-end training. Codebook 0 alone must tell the phone of every
-20 ms, so that it becomes what the language model finds easiest: phonetic.
+about ten times cheaper than end-to-end training. Codebook 0 is trained for nothing but to tell the
+phone of every 20 ms, so that it becomes what the language model finds easiest: phonetic. The
+codebooks start from k-means on latents learnt without them; from then on the encoder moves slowly,
+or they could not follow.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from codec import (
     init_codebooks,
     log_mel,
     make_config,
+    rvqs,
     train_quantize,
 )
 from common import FRAME_SAMPLES, Speech, Training, autocast, phone_labels
@@ -27,8 +30,9 @@ from common import FRAME_SAMPLES, Speech, Training, autocast, phone_labels
 BATCH = 16
 WINDOW_FRAMES = 40
 LABEL_SAMPLES = 480
-WARM_STEPS = 120  # continuous latents before the codebooks start
-PHONE_WEIGHT = 0.3
+WARM_STEPS = 300  # continuous latents before the codebooks start
+ENCODER_SLOWDOWN = 0.2
+PHONE_WEIGHT = 1.0
 COMMITMENT_WEIGHT = 0.5
 SLOPE_WEIGHT = 0.5
 
@@ -72,14 +76,10 @@ def losses(model: Stage1, audio, labels, *, quantize: bool, update=False, kept=N
     if quantize:
         quantized, semantic, commitment, _ = train_quantize(model.codec, latents, update, kept)
     else:
-        semantic, acoustic = (
-            rvq.output_proj(rvq.input_proj(latents))
-            for rvq in (
-                model.codec.quantizer.semantic_residual_vector_quantizer,
-                model.codec.quantizer.acoustic_residual_vector_quantizer,
-            )
-        )
+        semantic, acoustic = (rvq.output_proj(rvq.input_proj(latents)) for rvq in rvqs(model.codec))
         quantized = semantic + acoustic
+    # The mel loss must not pull codebook 0 away from phones.
+    quantized = quantized - semantic + semantic.detach()
     with autocast(device):
         predicted = model.head(decoder_states(model.codec, quantized))
         phone_logits = model.phones(semantic.transpose(1, 2))
@@ -107,7 +107,12 @@ def main():
     phone_ids = {phone: i for i, phone in enumerate(phones)}
     model = Stage1(make_config(args.codebooks), len(phones)).to(args.device)
     trained = [p for n, p in model.named_parameters() if "seanet" not in n]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    before_codes = [*model.front.parameters(), *model.codec.encoder.parameters()]
+    before_codes += [rvq.input_proj.weight for rvq in rvqs(model.codec)]
+    slow = {id(parameter) for parameter in before_codes}
+    groups = [{"params": [p for p in trained if id(p) not in slow]}]
+    groups += [{"params": [p for p in trained if id(p) in slow]}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
     training = Training(args.run, "codes", args.minutes, {"model": model, "optimizer": optimizer})
     windows = Windows(speech, phone_ids, np.random.default_rng(training.step))
     held_out = Windows(speech, phone_ids, np.random.default_rng(12345))
@@ -119,6 +124,8 @@ def main():
             with torch.no_grad():
                 batches = [windows.batch()[0].to(args.device) for _ in range(30)]
                 init_codebooks(model.codec, torch.cat([model.latents(log_mel(b)) for b in batches]))
+        if step > WARM_STEPS:
+            optimizer.param_groups[1]["lr"] *= ENCODER_SLOWDOWN
         audio, labels = (t.to(args.device) for t in windows.batch())
         kept = None
         if torch.rand(()) < 0.5:

@@ -2,12 +2,12 @@
 
     python train_lm.py RUN [--name lm] [--minutes 60] [--device cpu]
 
-What makes a model of 7 M parameters read the text instead of babbling on from the audio before it:
+What makes a model of 6 M parameters read the text instead of babbling on from the audio before it:
 - Alignment. The teacher's phone durations say which token each frame belongs to. One attention
-  head of the watched layer is trained to look at the token of the frame to be made, another at the token
-  of the frame after that (cross entropy on the attention itself).
-- A corrupted history. In most utterances a share of the acoustic codes of past frames, some codes of
-  codebook 0 and some whole frames are replaced by those of other frames. Targets stay clean.
+  head of the watched layer is trained to look at the token of the frame to be made, another at the
+  token of the frame after that (cross entropy on the attention itself).
+- A corrupted history. In most utterances a share of the acoustic codes of past frames, some codes
+  of codebook 0 and some whole frames are replaced by others'. Targets stay clean.
 - The phones of the frame to be made are predicted from the last hidden state as well.
 The depth decoder sees a random share of the frames. RUN/NAME.pt is the checkpoint.
 """
