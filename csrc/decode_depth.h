@@ -62,6 +62,8 @@ inline DecodeDepthParams decode_depth_params(
         "num_heads: expected a multiple of num_kv_heads, got ", num_heads, " and ", num_kv_heads);
   check(K >= 2, "heads: expected [K - 1, V, C] with K >= 2, got ", shape_string(heads));
   check(V >= 1 && V < (1 << 30), "heads: expected 1 <= V < 2^30, got ", shape_string(heads));
+  check(C >= 1 && Cb >= 1, "projection: expected C >= 1 and Cb >= 1, got ",
+        shape_string(projection));
   check(F >= 1, "down: expected F >= 1, got shape ", shape_string(down));
   check(D >= 2 && D % 2 == 0 && rope_table.size(0) >= K,
         "rope_table: expected [at least K, D] with D even and K = ", K, ", got ",

@@ -12,6 +12,7 @@ SHAPES = [
     ((16,), 1, 1),
     ((70,), 130, 19),
     ((300,), 40, 2),
+    ((75,), 4133, 23),
     ((0,), 16, 8),
     ((3,), 16, 0),
     ((3,), 0, 4),
@@ -40,7 +41,7 @@ def test_every_feature_count_up_to_a_few_vectors(target, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("features", "rows"), [(264, 37), (2048, 130), (3, 5)])
+@pytest.mark.parametrize(("features", "rows"), [(264, 37), (2048, 130), (8200, 21), (3, 5)])
 def test_a_row_does_not_depend_on_the_others(target, features, rows, dtype):
     x, weight = make((67,), features, rows, dtype)
     alone = torch.cat([target.run("linear", row, weight) for row in x.split(1)])

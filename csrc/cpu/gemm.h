@@ -43,10 +43,16 @@ struct Dot<bf16> {
 };
 #endif
 
-// Rows of W in a tile, and the most rows of x: one register per chain, and as many operands of W.
-// AVX-512 has 32 registers, the others 16.
+// Rows of W and rows of x in a tile: one register per chain, as many for W's operands, one for
+// x's. AVX-512 has 32 registers, the others 16. More rows of x would cost fewer loads, but rows
+// whose length is a multiple of 4 KB fall on the same places of a level-1 cache, which holds 8.
 constexpr int kTileN = kWidth == 16 ? 4 : 3;
-constexpr int kTileM = kWidth == 16 ? 6 : 4;
+constexpr int kTileM = 4;
+
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
 
 template <int... i>
 struct Lanes {
@@ -75,41 +81,64 @@ VOX_INLINE vfloat reduce_each(const vfloat* chains) {
   }
 }
 
-// How far ahead of its use to fetch a row of W, in elements: the same place of the next tile that
-// is at least 16 KB away. Nearer ones arrive late, and the processor's own prefetch stops at every
-// page, so at every row or two.
+// How the product is cut up. Nothing in it changes a result.
+struct Blocks {
+  int64_t rows;   // of x, worked on while W passes once
+  int64_t depth;  // elements of a row, worked on by all those rows before the next ones
+  int64_t tiles;  // of W, that share a pass over those rows at one depth
+};
+
+constexpr int64_t kDepthBytes = 8 << 10;
+constexpr int64_t kSharedTiles = 4;
+constexpr int64_t kCacheBytes = 512 << 10;
+
+// Up to one tile of x, W passes once, whole rows at a time. Past that, a part of W is used again,
+// so it should be in the level-1 cache then: 8 KB of each row. The rows of x stay in the level-2
+// cache, in half a megabyte of it, while W passes; where it only holds them at one depth, several
+// tiles of W share what was brought in.
 template <typename T>
-inline int64_t fetch_distance(int64_t C) {
-  const int64_t tile_bytes = kTileN * C * static_cast<int64_t>(sizeof(T)) + 1;
-  return ((16 << 10) + tile_bytes - 1) / tile_bytes * kTileN * C;
+inline Blocks choose_blocks(int64_t M, int64_t C) {
+  if (M <= kTileM) return {.rows = kTileM, .depth = C, .tiles = 1};
+  constexpr int64_t bytes = sizeof(T), depth = kDepthBytes / bytes;
+  if (C > depth) return {.rows = kCacheBytes / kDepthBytes, .depth = depth, .tiles = kSharedTiles};
+  return {.rows = kCacheBytes / (C * bytes) / kTileM * kTileM, .depth = C, .tiles = 1};
 }
 
-// Rows of x that are worked on at once: half of a megabyte, so that they stay in the level-2 cache
-// while W passes.
+// Elements from a tile's part of W to what is to be fetched meanwhile: the part that is used
+// 16 KB later. Nearer ones arrive late, and the processor's own prefetch stops at every page, so
+// at every row or two.
 template <typename T>
-inline int64_t block_rows(int64_t C) {
-  const int64_t rows = (512 << 10) / (C * static_cast<int64_t>(sizeof(T)) + 1) / kTileM * kTileM;
-  return rows < kTileM ? kTileM : rows;
+inline int64_t fetch_distance(const Blocks& blocks, int64_t C, int64_t tile, int64_t begin) {
+  const int64_t part_bytes = kTileN * blocks.depth * static_cast<int64_t>(sizeof(T));
+  const int64_t later = tile + ((16 << 10) + part_bytes - 1) / part_bytes;
+  const int64_t parts = (C + blocks.depth - 1) / blocks.depth;
+  const int64_t part = begin / blocks.depth + later / blocks.tiles;
+  const int64_t tiles = part / parts * blocks.tiles + later % blocks.tiles - tile;
+  return tiles * kTileN * C + part % parts * blocks.depth - begin;
 }
 
-// The first `rows` <= kTileN rows of W times M rows of x, to out[m * N + r]. Past `rows`, the last
-// one is computed again, and not stored. kFetch: W comes from memory, so fetch what is used
-// later into the level-2 cache (the level-1 cache would lose it again).
-template <int M, bool kFetch, typename T>
+// Adds elements begin .. end, of C, to the chains of M rows of x and the first `rows` <= kTileN
+// rows of W. The chains are zero before the first and go to out[m * N + r] after the last; between
+// they lie in `waiting`. Past `rows`, the last row is computed again, and not stored. Meanwhile
+// the same elements of the first kFetch rows of `ahead` are fetched into the level-2 cache (the
+// level-1 cache would lose them again).
+template <int M, int kFetch, typename T>
 VOX_INLINE void multiply_tile(const T* x, const T* weight, T* out, int64_t C, int64_t N,
-                              int64_t rows) {
+                              int64_t rows, int64_t begin, int64_t end, const T* ahead,
+                              vfloat* waiting) {
   using D = Dot<T>;
-  constexpr int kGroups = (M * kTileN + kWidth - 1) / kWidth;
-  const int64_t ahead = fetch_distance<T>(C);
+  constexpr int kChains = M * kTileN, kGroups = (kChains + kWidth - 1) / kWidth;
   const T* w[kTileN];
   for (int r = 0; r < kTileN; ++r) w[r] = weight + (r < rows ? r : rows - 1) * C;
 
   vfloat chains[kGroups * kWidth] = {};  // of row m of x and row r of W at m * kTileN + r
+  if (begin > 0)
+    for (int i = 0; i < kChains; ++i) chains[i] = waiting[i];
   const auto step = [&](int64_t i, auto read) {
     typename D::Operand operands[kTileN];
     for (int r = 0; r < kTileN; ++r) {
       operands[r] = read(w[r] + i);
-      if constexpr (kFetch) __builtin_prefetch(w[r] + i + ahead, 0, 2);
+      if (r < kFetch) __builtin_prefetch(ahead + r * C + i, 0, 2);
     }
     for (int m = 0; m < M; ++m) {
       const auto value = read(x + m * C + i);
@@ -119,8 +148,12 @@ VOX_INLINE void multiply_tile(const T* x, const T* weight, T* out, int64_t C, in
       }
     }
   };
-  int64_t i = 0;
-  for (; i + D::kStep <= C; i += D::kStep) step(i, [](const T* p) { return D::read(p); });
+  int64_t i = begin;
+  for (; i + D::kStep <= end; i += D::kStep) step(i, [](const T* p) { return D::read(p); });
+  if (end < C) {
+    for (int j = 0; j < kChains; ++j) waiting[j] = chains[j];
+    return;
+  }
   if (i < C) step(i, [&](const T* p) { return D::read_n(p, C - i); });
 
   T sums[kGroups * kWidth];
@@ -130,36 +163,56 @@ VOX_INLINE void multiply_tile(const T* x, const T* weight, T* out, int64_t C, in
 }
 
 // The same for up to kTileM rows of x.
-template <bool kFetch, typename T>
-void multiply_rows(const T* x, const T* weight, T* out, int64_t M, int64_t C, int64_t N,
-                   int64_t rows) {
+template <int kFetch, typename T>
+void multiply_rows(int64_t M, const T* x, const T* weight, T* out, int64_t C, int64_t N,
+                   int64_t rows, int64_t begin, int64_t end, const T* ahead, vfloat* waiting) {
+  const auto tile = [&](auto count) {
+    multiply_tile<count.value, kFetch>(x, weight, out, C, N, rows, begin, end, ahead, waiting);
+  };
   switch (M) {
-    case 1: return multiply_tile<1, kFetch>(x, weight, out, C, N, rows);
-    case 2: return multiply_tile<2, kFetch>(x, weight, out, C, N, rows);
-    case 3: return multiply_tile<3, kFetch>(x, weight, out, C, N, rows);
-    case 4: return multiply_tile<4, kFetch>(x, weight, out, C, N, rows);
-    // Never reached where a tile is smaller.
-    case 5: return multiply_tile < kTileM<5 ? 1 : 5, kFetch>(x, weight, out, C, N, rows);
-    case 6: return multiply_tile < kTileM<6 ? 1 : 6, kFetch>(x, weight, out, C, N, rows);
+    case 1: return tile(Count<1>{});
+    case 2: return tile(Count<2>{});
+    case 3: return tile(Count<3>{});
+    case 4: return tile(Count<4>{});
   }
 }
 
-// Columns begin .. end of out [M, N] = x [M, C] times the transpose of weight [N, C].
+// multiply_rows for the turn-th of `turns` tiles of x, which share the fetching of kTileN rows.
+template <typename T>
+inline auto* choose_rows(int64_t turn, int64_t turns) {
+  if (turns == 1) return multiply_rows<kTileN, T>;
+  if (turns < kTileN) return turn < 2 ? multiply_rows<2, T> : multiply_rows<0, T>;
+  return turn < kTileN ? multiply_rows<1, T> : multiply_rows<0, T>;
+}
+
+// Columns begin .. end of out [M, N] = x [M, C] times the transpose of weight [N, C]; C >= 1.
 template <typename T>
 void multiply(const T* x, const T* weight, T* out, int64_t M, int64_t C, int64_t N, int64_t begin,
               int64_t end) {
-  const int64_t block = block_rows<T>(C);
-  for (int64_t first = 0; first < M; first += block) {
-    const int64_t last = M - first < block ? M : first + block;
-    for (int64_t n = begin; n < end; n += kTileN) {
-      const int64_t wide = end - n < kTileN ? end - n : kTileN;
-      const T* const w = weight + n * C;
-      // The first tile brings these rows of W near, the others find them there.
-      int64_t m = first + kTileM < last ? first + kTileM : last;
-      multiply_rows<true>(x + first * C, w, out + first * N + n, m - first, C, N, wide);
-      for (; m < last; m += kTileM)
-        multiply_rows<false>(x + m * C, w, out + m * N + n, last - m < kTileM ? last - m : kTileM,
-                             C, N, wide);
+  const Blocks blocks = choose_blocks<T>(M, C);
+  // Only depths short of C leave chains unfinished.
+  constexpr int64_t kWaitingRows = kCacheBytes / kDepthBytes;
+  vfloat waiting[kSharedTiles * kWaitingRows * kTileN];
+  for (int64_t first = 0; first < M; first += blocks.rows) {
+    const int64_t rows = M - first < blocks.rows ? M - first : blocks.rows;
+    // Tiles of one height: a low one has too few chains to keep the multipliers busy.
+    const int64_t turns = (rows + kTileM - 1) / kTileM, height = (rows + turns - 1) / turns;
+    for (int64_t group = begin; group < end; group += blocks.tiles * kTileN) {
+      for (int64_t k = 0; k < C; k += blocks.depth) {
+        const int64_t k_end = C - k < blocks.depth ? C : k + blocks.depth;
+        for (int64_t tile = 0; tile < blocks.tiles && group + tile * kTileN < end; ++tile) {
+          const int64_t n = group + tile * kTileN, width = end - n < kTileN ? end - n : kTileN;
+          const T* const w = weight + n * C;
+          const T* ahead = w + fetch_distance<T>(blocks, C, tile, k);
+          for (int64_t turn = 0, m = 0; m < rows; ++turn, m += height) {
+            choose_rows<T>(turn, turns)(
+                rows - m < height ? rows - m : height, x + (first + m) * C, w,
+                out + (first + m) * N + n, C, N, width, k, k_end, ahead,
+                blocks.depth < C ? waiting + (tile * kWaitingRows + m) * kTileN : nullptr);
+            ahead += (turns < kTileN ? 2 : 1) * C;
+          }
+        }
+      }
     }
   }
 }

@@ -52,7 +52,9 @@ namespace {
 Tensor linear_cpu(Tensor x, Tensor weight) {
   x = torch::stable::contiguous(x);
   Tensor out = linear_out(x, weight);
-  linear(linear_params(x, weight, out));
+  const LinearParams p = linear_params(x, weight, out);
+  if (p.C == 0) return torch::stable::fill_(out, 0.0);
+  linear(p);
   return out;
 }
 
