@@ -66,6 +66,17 @@ def test_special_strings_in_a_text_are_text(text):
     assert tiny.tokenizer.decode(tokens[1:-1]) == f"[0]{text}"
 
 
+def test_a_tokenizer_that_cuts_and_pads_does_neither():
+    tiny = build_tiny()
+    tokenizer = Tokenizer.from_str(tiny.tokenizer.to_str())
+    tokenizer.enable_truncation(max_length=4)
+    tokenizer.enable_padding(length=64)
+    builder = PromptBuilder(tokenizer, CsmConfig.from_json(tiny.config))
+    for text in ("Hi", "Hello there, how are you?"):
+        expected = reference_tokens(tiny.tokenizer, 0, text)
+        assert builder.tokens(Segment(0, text)) == expected
+
+
 @pytest.mark.parametrize("num_codebooks", [4, 32])
 def test_build_embeds_as_transformers_does(num_codebooks):
     tiny = build_tiny(TinyShape(num_codebooks=num_codebooks))

@@ -35,7 +35,8 @@ class PromptBuilder:
     """Builds the backbone's input.
 
     Args:
-        tokenizer: of the text. It is set to take the names of special tokens in a text as text.
+        tokenizer: of the text. It is set to take the names of special tokens in a text as text,
+            and to neither cut nor pad, whatever its file says.
         config: the model's sizes.
         settings: config.json and what else names `bos_token_id` and `eos_token_id`; only asked
             where the tokenizer has no Llama 3 tokens.
@@ -51,6 +52,8 @@ class PromptBuilder:
         self._tokenizer = tokenizer
         # Otherwise "<|end_of_text|>" in a user's text would end it.
         tokenizer.encode_special_tokens = True
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         self._bos = _special_id(tokenizer, BOS, settings or {}, "bos_token")
         self._eos = _special_id(tokenizer, EOS, settings or {}, "eos_token")
         for name, token in ((BOS, self._bos), (EOS, self._eos)):
@@ -99,7 +102,8 @@ class PromptBuilder:
         except UnicodeEncodeError:
             raise ValueError("text must be valid Unicode, but has a lone surrogate") from None
         text = f"[{segment.speaker}]{segment.text}"
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        # The fast variant keeps no offsets, and unlike `encode` it lets other threads run.
+        ids = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         if ids and max(ids) >= self.config.text_vocab_size:
             raise ValueError(
                 f"text has token {max(ids)}, but the model has {self.config.text_vocab_size}"
