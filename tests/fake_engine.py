@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import torch
 
-from vox_serve.engine import FrameOutput, PromptTooLongError, Request
+from vox_serve.engine import FrameOutput, Prompt, PromptTooLongError, Request
 
 NUM_CODEBOOKS = 4
 FRAME_SAMPLES = 1920
@@ -32,6 +32,7 @@ class FakeEngine:
         num_frames: frames of every utterance, unless `max_frames` ends it first.
         max_batch_size: requests that share a step.
         step_s: how long a step takes.
+        prepare_s: how long `prepare` takes.
         fail_at_step: the step that raises RuntimeError.
     """
 
@@ -43,11 +44,13 @@ class FakeEngine:
         num_frames: int = 3,
         max_batch_size: int = 2,
         step_s: float = 0.0,
+        prepare_s: float = 0.0,
         fail_at_step: int | None = None,
     ):
         self.num_frames = num_frames
         self.max_batch_size = max_batch_size
         self.step_s = step_s
+        self.prepare_s = prepare_s
         self.fail_at_step = fail_at_step
         self.requests: list[Request] = []
         self.aborted: list[str] = []
@@ -59,11 +62,17 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self._open)
 
-    def add(self, request: Request) -> None:
-        if request.text == "crash":
-            raise KeyError("a bug in add")
+    def prepare(self, request: Request) -> Prompt:
+        time.sleep(self.prepare_s)
         if len(request.text) > MAX_TEXT_CHARS:
             raise PromptTooLongError(f"the prompt takes {len(request.text)} of {MAX_TEXT_CHARS}")
+        return Prompt(torch.tensor([ord(c) for c in request.text]), torch.ones(len(request.text)))
+
+    def add(self, request: Request, prompt: Prompt | None = None) -> None:
+        prompt = prompt or self.prepare(request)
+        assert prompt.frames.tolist() == [ord(c) for c in request.text]
+        if request.text == "crash":
+            raise KeyError("a bug in add")
         self.requests.append(request)
         self._open[request.id] = (request, 0)
 

@@ -1,12 +1,17 @@
 """The engine against transformers, code for code, and against itself in other company."""
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from checkpoints import TinyShape, build_tiny
 from csm_reference import reference_generate, reference_trace
 from vox_serve import engine as engine_module
-from vox_serve.engine import Engine, PromptTooLongError, Request
+from vox_serve.engine import Engine, Prompt, PromptTooLongError, Request
 from vox_serve.loading import load_engine
 from vox_serve.prompt import Segment
 from vox_serve.sampling import SamplingParams
@@ -23,10 +28,10 @@ def folder(tmp_path_factory):
     return write
 
 
-def run(engine: Engine, *requests: Request) -> dict[str, tuple]:
+def run(engine: Engine, *requests: Request, prompts: Sequence[Prompt] = ()) -> dict[str, tuple]:
     """All requests at once, to their ends: codes `[N, K]`, audio `[N * 1920]`, reason, by id."""
-    for request in requests:
-        engine.add(request)
+    for request, prompt in zip_longest(requests, prompts):
+        engine.add(request, prompt)
     codes = {request.id: [] for request in requests}
     audio = {request.id: [] for request in requests}
     reasons = {}
@@ -282,6 +287,24 @@ def test_prompt_too_long(folder):
     with pytest.raises(PromptTooLongError, match="context of 40"):
         engine.add(Request(text="x" * 100))
     assert not engine.has_work
+
+
+def test_prompts_may_be_prepared_elsewhere(engine, alone):
+    requests = eight_requests()
+    with ThreadPoolExecutor(2) as pool:
+        prompts = list(pool.map(engine.prepare, requests))
+    assert not engine.has_work
+    assert_same(run(engine, *requests, prompts=prompts), alone)
+
+
+def test_a_request_in_line_has_no_codec_state(folder):
+    """A queue of hundreds would take gigabytes."""
+    narrow = load_engine(folder(build_tiny(seed=4)), max_batch_size=1)
+    made = []
+    narrow.mimi = SimpleNamespace(init_state=lambda: made.append(1))
+    for request in eight_requests():
+        narrow.add(request)
+    assert made == []
 
 
 def test_refuses_an_id_in_use(engine):

@@ -182,6 +182,23 @@ def test_an_unread_job_stalls_no_other():
     assert kept == expected_pcm("unread", 50)
 
 
+def test_a_text_that_is_being_tokenized_stalls_no_live_request():
+    """A frame every millisecond goes on while texts of half a second each wait in line."""
+    engine = FakeEngine(num_frames=ENDLESS, step_s=0.001)
+
+    async def scenario(runner):
+        with runner.submit(Request("live")) as live:
+            await anext(live)
+            engine.prepare_s = 0.5
+            jobs = [runner.submit(Request(f"{i}", max_frames=1)) for i in range(2)]
+            await anext(jobs[1])
+            for job in jobs:
+                job.close()
+            return live.num_frames
+
+    assert run_with(engine, scenario) > 50
+
+
 def test_chunks_are_little_endian_pcm():
     pcm = run_with(FakeEngine(1), lambda runner: read(runner, Request("hello")))
     samples = np.frombuffer(pcm, "<i2") / 32768

@@ -57,6 +57,18 @@ class Request:
     id: str = field(default_factory=lambda: f"request-{next(_request_ids)}")
 
 
+class Prompt(NamedTuple):
+    """A request's input to the backbone, without the engine's shared default context.
+
+    Attributes:
+        frames: `[T, K + 1]` int64, as `PromptBuilder.build` gives them.
+        mask: `[T, K + 1]` bool.
+    """
+
+    frames: Tensor
+    mask: Tensor
+
+
 class FrameOutput(NamedTuple):
     """One frame of one request, or its end.
 
@@ -82,16 +94,16 @@ class _Live:
     frames: Tensor  # the prompt's part that is not yet in the cache, [T, K + 1]
     mask: Tensor
     cache: CacheSequence
-    mimi: MimiState
     seed: int
     max_frames: int
+    mimi: MimiState | None = None  # megabytes: None while it waits
     num_frames: int = 0
     history: list[int] = field(default_factory=list)  # codebook 0 of every frame so far
     codes: Tensor | None = None  # the last frame, [K]; None until the prompt is in the cache
 
 
 class Engine:
-    """Runs requests to speech. Not thread-safe: one thread calls all of it.
+    """Runs requests to speech. Not thread-safe: one thread calls all of it but `prepare`.
 
     Args:
         model: the two transformers.
@@ -143,37 +155,48 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._live or self._waiting)
 
-    def add(self, request: Request) -> None:
-        """Put a request in line.
+    def prepare(self, request: Request) -> Prompt:
+        """Tokenize a request and check that it can be spoken. Any thread may call it.
+
+        A long text takes a fraction of a second, which live requests need not wait for.
 
         Raises:
             PromptTooLongError: the prompt leaves no room for a frame.
-            ValueError: a live request has this id, or a field is out of its range.
+            ValueError: a field is out of its range.
         """
-        if request.id in self._live or any(w.request.id == request.id for w in self._waiting):
-            raise ValueError(f"id {request.id!r} is in use by a live request")
         if request.max_frames is not None and request.max_frames < 1:
             raise ValueError(f"max_frames must be 1 or more, got {request.max_frames}")
-        context = request.context or ()
         spoken = Segment(request.speaker, request.text)
-        frames, mask = self.prompts.build([*context, spoken])
-        shared = self._prefix.length if request.context is None else 0
-        limit = self.model.config.backbone.max_positions
-        if (length := shared + len(frames)) >= limit:
+        prompt = Prompt(*self.prompts.build([*(request.context or ()), spoken]))
+        length, limit = self._num_positions(request, prompt), self._cache.max_positions
+        if length >= limit:
             raise PromptTooLongError(
                 f"the prompt takes {length} positions and must leave room for speech in the "
                 f"model's context of {limit}"
             )
-        wanted = request.max_frames or DEFAULT_MAX_FRAMES
+        return prompt
+
+    def add(self, request: Request, prompt: Prompt | None = None) -> None:
+        """Put a request in line.
+
+        Args:
+            request: what to say.
+            prompt: what `prepare` gave for it; None to prepare it here.
+
+        Raises:
+            ValueError: a live request has this id; or see `prepare`.
+        """
+        if request.id in self._live or any(w.request.id == request.id for w in self._waiting):
+            raise ValueError(f"id {request.id!r} is in use by a live request")
+        prompt = prompt or self.prepare(request)
+        room = self._cache.max_positions - self._num_positions(request, prompt)
         self._waiting.append(
             _Live(
                 request,
-                frames,
-                mask,
+                *prompt,
                 CacheSequence(),
-                self.mimi.init_state(),
                 request.sampling.resolved_seed(),
-                max_frames=min(wanted, limit - length),
+                max_frames=min(request.max_frames or DEFAULT_MAX_FRAMES, room),
             )
         )
 
@@ -208,9 +231,15 @@ class Engine:
         codes = self.model.draw_frames(torch.cat(hidden), rows).cpu()
         return [self._finish_frame(live, frame) for live, frame in zip(drawing, codes, strict=True)]
 
+    def _num_positions(self, request: Request, prompt: Prompt) -> int:
+        """Positions of the context that the prompt takes, with what it shares."""
+        shared = self._prefix.length if request.context is None else 0
+        return shared + len(prompt.frames)
+
     def _admit(self) -> None:
         while self._waiting and len(self._live) < self.max_batch_size:
             live = self._waiting.popleft()
+            live.mimi = self.mimi.init_state()
             if live.request.context is None:
                 live.cache = self._cache.fork(self._prefix)
             self._live[live.request.id] = live

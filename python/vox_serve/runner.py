@@ -1,9 +1,10 @@
 """The engine on a thread of its own, its requests as async streams of PCM chunks.
 
 One thread calls the engine; the event loop never waits for it. Commands go to the thread through
-one queue and run between two frames, audio comes back through one queue per job. A job's queue
-holds at most its utterance, 3,840 bytes a frame: 4.3 MB at 90 s, however slow its reader is. An
-unread job counts against the limit on jobs, so memory is bounded as a whole.
+one queue and run between two frames, audio comes back through one queue per job. Another thread
+tokenizes, so that a long text keeps no live request waiting. A job's queue holds at most its
+utterance, 3,840 bytes a frame: 4.3 MB at 90 s, however slow its reader is. An unread job counts
+against the limit on jobs, so memory is bounded as a whole.
 """
 
 import asyncio
@@ -11,13 +12,16 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from vox_serve.audio import pcm16
 
 if TYPE_CHECKING:
-    from vox_serve.engine import FrameOutput, Request
+    from vox_serve.engine import FrameOutput, Prompt, Request
+
+T = TypeVar("T")
 
 logger = logging.getLogger("vox_serve")
 
@@ -27,7 +31,8 @@ class AnyEngine(Protocol):
 
     @property
     def has_work(self) -> bool: ...
-    def add(self, request: "Request") -> None: ...
+    def prepare(self, request: "Request") -> "Prompt": ...
+    def add(self, request: "Request", prompt: "Prompt") -> None: ...
     def step(self) -> "Sequence[FrameOutput]": ...
     def abort(self, request_id: str) -> None: ...
 
@@ -102,7 +107,7 @@ class Job:
 
 
 class Runner:
-    """Runs an engine on a thread.
+    """Runs an engine on a thread, and its `prepare` on another.
 
     Args:
         engine: no one else may call it while the runner runs.
@@ -117,6 +122,7 @@ class Runner:
         self._lock = threading.Lock()  # over `_jobs` and `failure`
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._tokenizing = ThreadPoolExecutor(1, "tokenizing")
 
     def start(self) -> None:
         self._thread.start()
@@ -125,10 +131,12 @@ class Runner:
         """End all jobs at once with `EngineFailure`, and the thread after its current step."""
         self._fail("the server is shutting down")
         self._commands.put(None)
+        self._tokenizing.shutdown(wait=False, cancel_futures=True)
 
     async def stop(self) -> None:
-        """`request_stop`, and wait for the thread."""
+        """`request_stop`, and wait for the threads."""
         self.request_stop()
+        await asyncio.to_thread(self._tokenizing.shutdown)
         if self._thread.ident is not None:
             await asyncio.to_thread(self._thread.join)
 
@@ -146,7 +154,7 @@ class Runner:
             if len(self._jobs) >= self.max_jobs:
                 raise QueueFull(f"{self.max_jobs} requests are waiting or being spoken: try later")
             self._jobs[request.id] = job
-        self._commands.put(partial(self._add, job))
+            self._tokenizing.submit(self._prepare, job)
         return job
 
     def count_jobs(self) -> tuple[int, int]:
@@ -169,6 +177,27 @@ class Runner:
         for job in jobs:
             job.post(EngineFailure(self.failure))
 
+    def _prepare(self, job: Job) -> None:
+        """On the tokenizing thread."""
+        prompt = self._attempt(job, self.engine.prepare, job.request)
+        if prompt is not None:
+            self._commands.put(partial(self._attempt, job, self.engine.add, job.request, prompt))
+
+    def _attempt(self, job: Job, call: Callable[..., T], *args: object) -> T | None:
+        """What the call returns; None if the job was given up, or ends here with an error."""
+        with self._lock:
+            given_up = self._jobs.get(job.request.id) is not job
+        if given_up:
+            return None
+        try:
+            return call(*args)
+        except ValueError as error:
+            job.post(RequestRefused(str(error)))
+        except Exception as error:
+            logger.exception("request %s failed", job.request.id)
+            job.post(EngineFailure(f"the request failed: {type(error).__name__}: {error}"))
+        return None
+
     # Below: on the engine's thread only.
 
     def _run(self) -> None:
@@ -190,19 +219,6 @@ class Runner:
                 return False
             command()
         return True
-
-    def _add(self, job: Job) -> None:
-        with self._lock:
-            given_up = self._jobs.get(job.request.id) is not job
-        if given_up:
-            return
-        try:
-            self.engine.add(job.request)
-        except ValueError as error:
-            job.post(RequestRefused(str(error)))
-        except Exception as error:
-            logger.exception("request %s failed", job.request.id)
-            job.post(EngineFailure(f"the request failed: {type(error).__name__}: {error}"))
 
     def _deliver(self, outputs: "Sequence[FrameOutput]") -> None:
         for output in outputs:
