@@ -121,8 +121,12 @@ inline float top_p_bound(const float* z, int64_t n, float top_p, float largest, 
 
   // Below e^-16 of the best all goes to the last bucket.
   constexpr int kBuckets = 256;
-  float spread = 1e-6f;
-  for (int64_t i = 0; i < n; ++i) spread = largest - z[i] > spread ? largest - z[i] : spread;
+  vfloat spreads = splat(1e-6f);
+  int64_t whole = 0;
+  for (; whole + kWidth <= n; whole += kWidth)
+    spreads = max(splat(largest) - load(z + whole), spreads);
+  float spread = reduce_max(spreads);
+  for (int64_t i = whole; i < n; ++i) spread = largest - z[i] > spread ? largest - z[i] : spread;
   const float scale = kBuckets / (spread < 16 ? spread : 16);
   const auto bucket_of = [&](vfloat a) {
     const vfloat place = (splat(largest) - a) * splat(scale);
@@ -131,7 +135,9 @@ inline float top_p_bound(const float* z, int64_t n, float top_p, float largest, 
   };
   double sums[kBuckets] = {};
   for (int64_t i = 0; i < n; i += kWidth) {
-    const vint buckets = bucket_of(load(z + i));
+    int32_t buckets[kWidth];
+    const vint places = bucket_of(load(z + i));
+    __builtin_memcpy(buckets, &places, sizeof buckets);
     for (int lane = 0; lane < kWidth; ++lane) sums[buckets[lane]] += odds[i + lane];
   }
   int bucket = 0;
@@ -181,10 +187,11 @@ inline int64_t compact(float* z, int64_t n, float bound, const int32_t* codes, i
   for (int64_t i = 0; i < n; i += kWidth) {
     if (!any(load(z + i) >= splat(bound))) continue;
     const int64_t end = n < i + kWidth ? n : i + kWidth;
-    for (int64_t j = i; j < end; ++j) {
-      if (!(z[j] >= bound)) continue;
+    for (int64_t j = i; j < end; ++j) {  // without a branch that nobody could foretell
+      const float a = z[j];
       kept[count] = codes ? codes[j] : static_cast<int32_t>(j);
-      z[count++] = z[j];
+      z[count] = a;
+      count += a >= bound;
     }
   }
   for (int64_t j = count; j < sampler_padded(count); ++j) z[j] = -__builtin_inff();
