@@ -126,7 +126,7 @@ class Worker {
   // This thread's part of out [rows, N] = x [rows, C] times the transpose of weight [N, C].
   void project(const T* x, const void* weight, int64_t at, T* out, int64_t rows, int64_t C,
                int64_t N) {
-    const Range part = split(N, kTileN, rank_, size_);
+    const Range part = split(N, kGrain, rank_, size_);
     multiply(x, static_cast<const T*>(weight) + at * N * C, out, rows, C, N, part.begin, part.end);
   }
 
@@ -163,7 +163,7 @@ class Worker {
   // A thread's gate rows and the up rows that they are multiplied with are both its own.
   void gate_and_up(int64_t layer, int64_t rows) {
     const int64_t F = p_.F;
-    const Range part = split(F, kTileN, rank_, size_);
+    const Range part = split(F, kGrain, rank_, size_);
     const T* const weight = static_cast<const T*>(p_.gate_up) + layer * 2 * F * p_.C;
     for (int64_t first = 0; first <= F; first += F)
       multiply(own_.normed, weight, all_.gate_up, rows, p_.C, 2 * F, first + part.begin,

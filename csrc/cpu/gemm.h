@@ -43,11 +43,19 @@ struct Dot<bf16> {
 };
 #endif
 
-// Rows of W and rows of x in a tile: one register per chain, as many for W's operands, one for
-// x's. AVX-512 has 32 registers, the others 16. More rows of x would cost fewer loads, but rows
-// whose length is a multiple of 4 KB fall on the same places of a level-1 cache, which holds 8.
-constexpr int kTileN = kWidth == 16 ? 4 : 3;
+// A tile is up to kTileM rows of x and some rows of W, one register per chain, with one operand
+// per row of x and one of W beside them. AVX-512 has 32 registers, the others 16. With few rows of
+// x, W comes from memory: many of its rows at once keep more reads under way, and share what a
+// tile costs to begin and end. More rows of x than kTileM would cost fewer loads, but rows whose
+// length is a multiple of 4 KB fall on the same places of a level-1 cache, and it holds 8.
 constexpr int kTileM = 4;
+constexpr int tile_rows(int M) {
+  if (kWidth == 16) return M == 1 ? 16 : M < 4 ? 8 : 4;
+  return M == 1 ? 8 : M < 4 ? 4 : 3;
+}
+
+// Threads split W's rows at multiples of this.
+constexpr int kGrain = tile_rows(1);
 
 template <int n>
 struct Count {
@@ -107,44 +115,42 @@ inline Blocks choose_blocks(int64_t M, int64_t C) {
 // Elements from a tile's part of W to what is to be fetched meanwhile: the part that is used
 // 16 KB later. Nearer ones arrive late, and the processor's own prefetch stops at every page, so
 // at every row or two.
-template <typename T>
+template <int kRows, typename T>
 inline int64_t fetch_distance(const Blocks& blocks, int64_t C, int64_t tile, int64_t begin) {
-  const int64_t part_bytes = kTileN * blocks.depth * static_cast<int64_t>(sizeof(T));
+  const int64_t part_bytes = kRows * blocks.depth * static_cast<int64_t>(sizeof(T));
   const int64_t later = tile + ((16 << 10) + part_bytes - 1) / part_bytes;
   const int64_t parts = (C + blocks.depth - 1) / blocks.depth;
   const int64_t part = begin / blocks.depth + later / blocks.tiles;
   const int64_t tiles = part / parts * blocks.tiles + later % blocks.tiles - tile;
-  return tiles * kTileN * C + part % parts * blocks.depth - begin;
+  return tiles * kRows * C + part % parts * blocks.depth - begin;
 }
 
-// Adds elements begin .. end, of C, to the chains of M rows of x and the first `rows` <= kTileN
+// Adds elements begin .. end, of C, to the chains of M rows of x and the first `rows` <= kRows
 // rows of W. The chains are zero before the first and go to out[m * N + r] after the last; between
 // they lie in `waiting`. Past `rows`, the last row is computed again, and not stored. Meanwhile
 // the same elements of the first kFetch rows of `ahead` are fetched into the level-2 cache (the
 // level-1 cache would lose them again).
-template <int M, int kFetch, typename T>
+template <int M, int kRows, int kFetch, typename T>
 VOX_INLINE void multiply_tile(const T* x, const T* weight, T* out, int64_t C, int64_t N,
                               int64_t rows, int64_t begin, int64_t end, const T* ahead,
                               vfloat* waiting) {
   using D = Dot<T>;
-  constexpr int kChains = M * kTileN, kGroups = (kChains + kWidth - 1) / kWidth;
-  const T* w[kTileN];
-  for (int r = 0; r < kTileN; ++r) w[r] = weight + (r < rows ? r : rows - 1) * C;
+  constexpr int kChains = M * kRows, kGroups = (kChains + kWidth - 1) / kWidth;
+  const T* w[kRows];
+  for (int r = 0; r < kRows; ++r) w[r] = weight + (r < rows ? r : rows - 1) * C;
 
-  vfloat chains[kGroups * kWidth] = {};  // of row m of x and row r of W at m * kTileN + r
+  vfloat chains[kGroups * kWidth] = {};  // of row m of x and row r of W at m * kRows + r
   if (begin > 0)
     for (int i = 0; i < kChains; ++i) chains[i] = waiting[i];
   const auto step = [&](int64_t i, auto read) {
-    typename D::Operand operands[kTileN];
-    for (int r = 0; r < kTileN; ++r) {
-      operands[r] = read(w[r] + i);
+    typename D::Operand values[M];
+    for (int m = 0; m < M; ++m) values[m] = read(x + m * C + i);
+    for (int r = 0; r < kRows; ++r) {
+      const auto operand = read(w[r] + i);
       if (r < kFetch) __builtin_prefetch(ahead + r * C + i, 0, 2);
-    }
-    for (int m = 0; m < M; ++m) {
-      const auto value = read(x + m * C + i);
-      for (int r = 0; r < kTileN; ++r) {
-        vfloat& chain = chains[m * kTileN + r];
-        chain = D::add(operands[r], value, chain);
+      for (int m = 0; m < M; ++m) {
+        vfloat& chain = chains[m * kRows + r];
+        chain = D::add(operand, values[m], chain);
       }
     }
   };
@@ -159,15 +165,15 @@ VOX_INLINE void multiply_tile(const T* x, const T* weight, T* out, int64_t C, in
   T sums[kGroups * kWidth];
   for (int g = 0; g < kGroups; ++g) store(sums + g * kWidth, reduce_each(chains + g * kWidth));
   for (int m = 0; m < M; ++m)
-    for (int64_t r = 0; r < rows; ++r) out[m * N + r] = sums[m * kTileN + r];
+    for (int64_t r = 0; r < rows; ++r) out[m * N + r] = sums[m * kRows + r];
 }
 
-// The same for up to kTileM rows of x.
-template <int kFetch, typename T>
+// The same for M <= kTileM rows of x.
+template <int kRows, int kFetch, typename T>
 void multiply_rows(int64_t M, const T* x, const T* weight, T* out, int64_t C, int64_t N,
                    int64_t rows, int64_t begin, int64_t end, const T* ahead, vfloat* waiting) {
-  const auto tile = [&](auto count) {
-    multiply_tile<count.value, kFetch>(x, weight, out, C, N, rows, begin, end, ahead, waiting);
+  const auto tile = [&](auto m) {
+    multiply_tile<m.value, kRows, kFetch>(x, weight, out, C, N, rows, begin, end, ahead, waiting);
   };
   switch (M) {
     case 1: return tile(Count<1>{});
@@ -177,43 +183,70 @@ void multiply_rows(int64_t M, const T* x, const T* weight, T* out, int64_t C, in
   }
 }
 
-// multiply_rows for the turn-th of `turns` tiles of x, which share the fetching of kTileN rows.
-template <typename T>
+// Columns begin .. end of out [M, N] for one tile of x, so with W straight from memory.
+template <int M, typename T>
+void multiply_few(const T* x, const T* weight, T* out, int64_t C, int64_t N, int64_t begin,
+                  int64_t end) {
+  constexpr int kRows = tile_rows(M);
+  const int64_t distance = fetch_distance<kRows, T>(choose_blocks<T>(M, C), C, 0, 0);
+  for (int64_t n = begin; n < end; n += kRows) {
+    const T* const w = weight + n * C;
+    multiply_tile<M, kRows, kRows>(x, w, out + n, C, N, end - n < kRows ? end - n : kRows, 0, C,
+                                   w + distance, nullptr);
+  }
+}
+
+// multiply_rows for the turn-th of `turns` tiles of x, which share the fetching of kRows rows.
+template <int kRows, typename T>
 inline auto* choose_rows(int64_t turn, int64_t turns) {
-  if (turns == 1) return multiply_rows<kTileN, T>;
-  if (turns < kTileN) return turn < 2 ? multiply_rows<2, T> : multiply_rows<0, T>;
-  return turn < kTileN ? multiply_rows<1, T> : multiply_rows<0, T>;
+  if (turns < kRows) return turn < 2 ? multiply_rows<kRows, 2, T> : multiply_rows<kRows, 0, T>;
+  return turn < kRows ? multiply_rows<kRows, 1, T> : multiply_rows<kRows, 0, T>;
+}
+
+// The same for several tiles of x, which use a part of W in turn.
+template <typename T>
+void multiply_many(const T* x, const T* weight, T* out, int64_t M, int64_t C, int64_t N,
+                   int64_t begin, int64_t end) {
+  constexpr int kRows = tile_rows(kTileM);
+  const Blocks blocks = choose_blocks<T>(M, C);
+  // Only depths short of C leave chains unfinished.
+  constexpr int64_t kWaitingRows = kCacheBytes / kDepthBytes;
+  vfloat waiting[kSharedTiles * kWaitingRows * kRows];
+  for (int64_t first = 0; first < M; first += blocks.rows) {
+    const int64_t rows = M - first < blocks.rows ? M - first : blocks.rows;
+    // Tiles of one height: a low one has too few chains to keep the multipliers busy.
+    const int64_t turns = (rows + kTileM - 1) / kTileM, height = (rows + turns - 1) / turns;
+    for (int64_t group = begin; group < end; group += blocks.tiles * kRows) {
+      for (int64_t k = 0; k < C; k += blocks.depth) {
+        const int64_t k_end = C - k < blocks.depth ? C : k + blocks.depth;
+        for (int64_t tile = 0; tile < blocks.tiles && group + tile * kRows < end; ++tile) {
+          const int64_t n = group + tile * kRows, width = end - n < kRows ? end - n : kRows;
+          const T* const w = weight + n * C;
+          const T* ahead = w + fetch_distance<kRows, T>(blocks, C, tile, k);
+          for (int64_t turn = 0, m = 0; m < rows; ++turn, m += height) {
+            choose_rows<kRows, T>(turn, turns)(
+                rows - m < height ? rows - m : height, x + (first + m) * C, w,
+                out + (first + m) * N + n, C, N, width, k, k_end, ahead,
+                blocks.depth < C ? waiting + (tile * kWaitingRows + m) * kRows : nullptr);
+            ahead += (turns < kRows ? 2 : 1) * C;
+          }
+        }
+      }
+    }
+  }
 }
 
 // Columns begin .. end of out [M, N] = x [M, C] times the transpose of weight [N, C]; C >= 1.
 template <typename T>
 void multiply(const T* x, const T* weight, T* out, int64_t M, int64_t C, int64_t N, int64_t begin,
               int64_t end) {
-  const Blocks blocks = choose_blocks<T>(M, C);
-  // Only depths short of C leave chains unfinished.
-  constexpr int64_t kWaitingRows = kCacheBytes / kDepthBytes;
-  vfloat waiting[kSharedTiles * kWaitingRows * kTileN];
-  for (int64_t first = 0; first < M; first += blocks.rows) {
-    const int64_t rows = M - first < blocks.rows ? M - first : blocks.rows;
-    // Tiles of one height: a low one has too few chains to keep the multipliers busy.
-    const int64_t turns = (rows + kTileM - 1) / kTileM, height = (rows + turns - 1) / turns;
-    for (int64_t group = begin; group < end; group += blocks.tiles * kTileN) {
-      for (int64_t k = 0; k < C; k += blocks.depth) {
-        const int64_t k_end = C - k < blocks.depth ? C : k + blocks.depth;
-        for (int64_t tile = 0; tile < blocks.tiles && group + tile * kTileN < end; ++tile) {
-          const int64_t n = group + tile * kTileN, width = end - n < kTileN ? end - n : kTileN;
-          const T* const w = weight + n * C;
-          const T* ahead = w + fetch_distance<T>(blocks, C, tile, k);
-          for (int64_t turn = 0, m = 0; m < rows; ++turn, m += height) {
-            choose_rows<T>(turn, turns)(
-                rows - m < height ? rows - m : height, x + (first + m) * C, w,
-                out + (first + m) * N + n, C, N, width, k, k_end, ahead,
-                blocks.depth < C ? waiting + (tile * kWaitingRows + m) * kTileN : nullptr);
-            ahead += (turns < kTileN ? 2 : 1) * C;
-          }
-        }
-      }
-    }
+  switch (M) {
+    case 0: return;
+    case 1: return multiply_few<1>(x, weight, out, C, N, begin, end);
+    case 2: return multiply_few<2>(x, weight, out, C, N, begin, end);
+    case 3: return multiply_few<3>(x, weight, out, C, N, begin, end);
+    case 4: return multiply_few<4>(x, weight, out, C, N, begin, end);
+    default: return multiply_many(x, weight, out, M, C, N, begin, end);
   }
 }
 

@@ -11,9 +11,9 @@
 namespace voxkern {
 namespace {
 
-// At least four tiles each keep all threads busy; below that, the longer side has more to share.
+// With a grain for every thread, W's rows do; below that, the longer side has more to share.
 bool split_weight_rows(int64_t M, int64_t N, int threads) {
-  return N >= M || N >= 4 * kTileN * static_cast<int64_t>(threads);
+  return N >= M || N >= kGrain * static_cast<int64_t>(threads);
 }
 
 template <typename T>
@@ -23,7 +23,7 @@ void run(const LinearParams& p) {
   auto* out = static_cast<T*>(p.out);
   const int64_t work = p.M * p.N * p.C;
   if (split_weight_rows(p.M, p.N, Team::size())) {
-    parallel_for(p.N, kTileN, work, [&](int64_t begin, int64_t end) {
+    parallel_for(p.N, kGrain, work, [&](int64_t begin, int64_t end) {
       multiply(x, weight, out, p.M, p.C, p.N, begin, end);
     });
   } else {
