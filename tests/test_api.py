@@ -230,6 +230,11 @@ def test_a_wrong_form_value_is_422_and_named(send, name, value, client):
     assert_refused(send(client, {"text": "a", name: value}), 422, name)
 
 
+def test_thousands_of_wrong_fields_get_a_short_answer(client):
+    answer = client.post("/generate", json=dict.fromkeys(map(str, range(10_000)), 1))
+    assert_refused(answer, 422, "Extra inputs")
+
+
 @pytest.mark.parametrize("body", [{}, {"text": None}, {"speaker": 0}])
 def test_missing_text_is_422(body, client):
     assert_refused(client.post("/generate", json=body), 422, "text")
@@ -269,6 +274,14 @@ def test_broken_json_is_refused(content, status_code, client):
             b'--x\r\nContent-Disposition: form-data; name="text"; filename="a.txt"\r\n\r\n'
             b"hello\r\n--x--\r\n",
             400,
+        ),
+        *(
+            (
+                f"multipart/form-data; boundary=x; charset={charset}",
+                b'--x\r\nContent-Disposition: form-data; name="text"\r\n\r\nxn--\xff-\r\n--x--\r\n',
+                400,
+            )
+            for charset in ("undefined", "punycode")
         ),
     ],
 )

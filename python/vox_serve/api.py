@@ -15,6 +15,8 @@ from vox_serve.http_io import AsciiJSONResponse, SpeechResponse, read_fields
 from vox_serve.runner import EngineFailure, QueueFull, RequestRefused, Runner
 from vox_serve.sampling import SamplingParams
 
+MAX_SHOWN_ERRORS = 20
+
 _SETTINGS = {item.name: setting_of(item) for item in fields(Config)}
 
 
@@ -151,7 +153,7 @@ def _add_error_answers(app: FastAPI) -> None:
                 "msg": item["msg"],
                 "type": item["type"],
             }
-            for item in error.errors()
+            for item in error.errors()[:MAX_SHOWN_ERRORS]
         ]
         return AsciiJSONResponse({"detail": detail}, 422)
 

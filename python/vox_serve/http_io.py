@@ -80,10 +80,13 @@ async def _multipart_items(request: Request, body: bytes) -> list[tuple[str, Any
         return {"type": "http.request", "body": body, "more_body": False}
 
     copy = Request(request.scope, replay)
-    async with copy.form(
-        max_files=0, max_fields=MAX_FORM_FIELDS, max_part_size=len(body) + 1
-    ) as form:
-        return form.multi_items()
+    try:
+        async with copy.form(
+            max_files=0, max_fields=MAX_FORM_FIELDS, max_part_size=len(body) + 1
+        ) as form:
+            return form.multi_items()
+    except UnicodeError as error:  # the charset is one of Python's odd codecs
+        raise HTTPException(400, f"the form cannot be read: {error}") from None
 
 
 def _form_fields(items: list[tuple[str, Any]]) -> dict[str, Any]:
