@@ -11,6 +11,7 @@ import pytest
 
 from fake_engine import FakeEngine
 from test_runner import ENDLESS, TIMEOUT_S, expected_pcm
+from vox_serve import launch
 from vox_serve.api import create_app
 from vox_serve.audio import wav_file, wav_header
 from vox_serve.config import Config
@@ -193,3 +194,22 @@ def test_a_body_is_refused_before_it_is_read_to_its_end():
             raw.sendall(b"10000\r\n" + b"x" * 65536 + b"\r\n")
         assert raw.recv(65536).startswith(b"HTTP/1.1 413")
         raw.close()
+
+
+@pytest.mark.parametrize("stalled_in", ["the body", "the answer"])
+def test_a_stalled_client_does_not_keep_the_server(stalled_in, monkeypatch, errors):
+    monkeypatch.setattr(launch, "SHUTDOWN_GRACE_S", 0.2)
+    with LiveServer(FakeEngine(num_frames=ENDLESS), max_frames=2048) as server:
+        if stalled_in == "the body":
+            raw = socket.create_connection(("127.0.0.1", server.port), timeout=TIMEOUT_S)
+            raw.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+        else:
+            raw = server.post_raw(text="hello", streaming=True)
+            # All made, not all sent.
+            wait_until(lambda: [job.ended for job in server.runner._jobs.values()] == [True])
+        wait_until(lambda: server.server.server_state.tasks)
+        start = time.monotonic()
+        server.stop()
+        assert time.monotonic() - start < TIMEOUT_S / 3
+        raw.close()
+    assert errors == []

@@ -3,6 +3,7 @@
 python -m vox_serve.launch --model sesame/csm-1b --port 8000
 """
 
+import asyncio
 import socket
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from vox_serve.runner import Runner
 
 PROG = "vox-serve"
+
+SHUTDOWN_GRACE_S = 5.0
+"""How long a server that ends waits for clients to take their answers."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,7 +116,15 @@ def make_server(
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             # Uvicorn waits for open responses before it ends the app: end them first.
             runner.request_stop()
+            # What is still open then waits for a client that neither sends nor reads.
+            loop = asyncio.get_running_loop()
+            timer = loop.call_later(SHUTDOWN_GRACE_S, self.hang_up)
             await super().shutdown(sockets)
+            timer.cancel()
+
+        def hang_up(self) -> None:
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
 
     return Server(uvicorn.Config(app, log_level=config.log_level))
 
