@@ -85,3 +85,12 @@ def test_read_audio_says_what_is_wrong(tmp_path):
     (tmp_path / "empty.wav").write_bytes(wav_file(b""))
     with pytest.raises(AudioError, match=r"empty\.wav holds no samples"):
         read_audio(tmp_path / "empty.wav")
+    (tmp_path / "headerless.raw").write_bytes(bytes(100))
+    with pytest.raises(AudioError, match=r"cannot read audio from .*headerless\.raw"):
+        read_audio(tmp_path / "headerless.raw")
+    samples = np.zeros(100, np.float32)
+    for value in (np.nan, np.inf):
+        samples[50] = value
+        soundfile.write(tmp_path / "nan.wav", samples, 24_000, subtype="FLOAT")
+        with pytest.raises(AudioError, match=r"nan\.wav holds samples that are no numbers"):
+            read_audio(tmp_path / "nan.wav")

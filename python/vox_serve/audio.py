@@ -88,10 +88,13 @@ def read_audio(path: str | Path, sample_rate_hz: int = SAMPLE_RATE_HZ) -> np.nda
         raise FileNotFoundError(f"no such audio file: {path}")
     try:
         channels, file_rate_hz = soundfile.read(path, dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError as error:
-        raise AudioError(f"cannot read audio from {path}: {error.error_string}") from None
+    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: headerless by its name
+        reason = getattr(error, "error_string", error)
+        raise AudioError(f"cannot read audio from {path}: {reason}") from None
     if not len(channels):
         raise AudioError(f"{path} holds no samples")
+    if not np.isfinite(channels).all():
+        raise AudioError(f"{path} holds samples that are no numbers")
     mono = channels.mean(axis=1)
     if file_rate_hz != sample_rate_hz:
         mono = soxr.resample(mono, file_rate_hz, sample_rate_hz)
