@@ -24,15 +24,27 @@ inline void relax() {
 #endif
 }
 
-// Waits until `word` differs from `old`: about 20 us of spinning, for the next job or the slowest
-// thread is usually that near, then a sleep that the writer's notify ends.
-void wait_change(const std::atomic<uint32_t>& word, uint32_t old) {
-  for (int i = 0; i < 2000; ++i) {
+// Waits until `word` differs from `old`: spins for about 20 us if `spin`, for the next job or the
+// slowest thread is usually that near, then sleeps until the writer's notify.
+void wait_change(const std::atomic<uint32_t>& word, uint32_t old, bool spin) {
+  for (int i = 0; spin && i < 2000; ++i) {
     if (word.load(std::memory_order_acquire) != old) return;
     relax();
   }
   word.wait(old, std::memory_order_acquire);
 }
+
+int current_cpu() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+struct alignas(64) Seat {
+  std::atomic<int> cpu{-1};  // where the thread was when it last came to a barrier or began a job
+};
 
 struct Workers {
   std::vector<std::thread> threads;
@@ -43,8 +55,9 @@ struct Workers {
   Team::Job job = nullptr;
   void* context = nullptr;
   int size = 1;
+  std::vector<Seat> seats;  // by rank
 
-  explicit Workers(int n) : size(n) {
+  explicit Workers(int n) : size(n), seats(n) {
     for (int rank = 1; rank < n; ++rank) threads.emplace_back([this, rank] { serve(rank); });
   }
 
@@ -59,14 +72,31 @@ struct Workers {
     round.notify_all();
   }
 
-  void meet() {
+  void sit(int rank) {
+    const int cpu = current_cpu();
+    if (seats[rank].cpu.load(std::memory_order_relaxed) != cpu)
+      seats[rank].cpu.store(cpu, std::memory_order_relaxed);
+  }
+
+  // Next to busy processes the scheduler may keep two threads of the team on one processor. Then
+  // spinning holds up the very thread that is waited for.
+  bool alone_on_cpu(int rank) const {
+    const int cpu = seats[rank].cpu.load(std::memory_order_relaxed);
+    for (int other = 0; other < size; ++other)
+      if (other != rank && cpu >= 0 && seats[other].cpu.load(std::memory_order_relaxed) == cpu)
+        return false;
+    return true;
+  }
+
+  void meet(int rank) {
+    sit(rank);
     const uint32_t before = phase.load(std::memory_order_acquire);
     if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(size)) {
       arrived.store(0, std::memory_order_relaxed);
       phase.fetch_add(1, std::memory_order_release);
       phase.notify_all();
     } else {
-      wait_change(phase, before);
+      wait_change(phase, before, alone_on_cpu(rank));
     }
   }
 
@@ -77,14 +107,17 @@ std::mutex mutex;            // held by the run() that uses the workers, and by 
 Workers* workers = nullptr;  // guarded by mutex; leaked at exit: threads may outlive statics
 std::atomic<int> team_size{0};
 thread_local Workers* joined = nullptr;  // the workers whose run() this thread is part of
+thread_local int joined_rank = 0;        // as which of them
 
 void Workers::serve(int rank) {
   joined = this;
+  joined_rank = rank;
   for (uint32_t seen = 0;; ++seen) {
-    wait_change(round, seen);
+    wait_change(round, seen, alone_on_cpu(rank));
     if (stop) return;
+    sit(rank);
     job(rank, size, context);
-    meet();
+    meet(rank);
   }
 }
 
@@ -159,14 +192,16 @@ void Team::run(Job job, void* context) {
   workers->job = job;
   workers->context = context;
   joined = workers;
+  joined_rank = 0;
+  workers->sit(0);
   workers->next_round();
   job(0, workers->size, context);
-  workers->meet();
+  workers->meet(0);
   joined = nullptr;
 }
 
 void Team::barrier() {
-  if (joined) joined->meet();
+  if (joined) joined->meet(joined_rank);
 }
 
 }  // namespace voxkern
