@@ -23,7 +23,7 @@ def make_config(num_codebooks: int) -> MimiConfig:
     return MimiConfig(
         attn_implementation="eager",  # its backward pass is the faster one at these lengths
         hidden_size=256,
-        num_filters=24,
+        num_filters=32,
         num_hidden_layers=3,
         intermediate_size=768,
         num_attention_heads=4,

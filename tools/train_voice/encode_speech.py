@@ -22,13 +22,10 @@ def load_stage1(run: Path, codebooks: int | None = None) -> Stage1:
     """The trained stage 1, with only its first `codebooks` codebooks."""
     state = torch.load(run / "codes.pt", map_location="cpu", weights_only=True)["model"]
     trained = sum(key.endswith("embed_sum") for key in state)
-    num_phones = state["phones.bias"].numel() // 4
-    model = Stage1(make_config(trained), num_phones)
-    model.load_state_dict(state)
-    if codebooks is not None and codebooks < trained:
-        smaller = Stage1(make_config(codebooks), num_phones)
-        smaller.load_state_dict({k: v for k, v in state.items() if k in smaller.state_dict()})
-        model = smaller
+    model = Stage1(make_config(codebooks or trained), state["phones.bias"].numel() // 4)
+    known = {k: v for k, v in state.items() if k in model.state_dict() and "seanet" not in k}
+    lost = model.load_state_dict(known, strict=False).missing_keys
+    assert all("seanet" in key for key in lost), lost
     reserve_stop_code(model.codec)
     return model.eval()
 
@@ -48,12 +45,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--codebooks", type=int, default=6)
+    parser.add_argument("--parts", type=int, help="only so many parts of the speech")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     model = load_stage1(args.run, args.codebooks).to(args.device)
     if not (args.run / "codec").exists():
         model.codec.save_pretrained(args.run / "codec")
-    speech = Speech(args.run)
+    speech = Speech(args.run, args.parts)
     order = sorted(range(len(speech.rows)), key=speech.num_frames)
     codes = [None] * len(order)
     for start in range(0, len(order), BATCH):

@@ -33,7 +33,8 @@ ORDINALS = {"1st": "first", "2nd": "second", "3rd": "third", "5th": "fifth", "12
 ORDINALS |= {f"{i}th": f"{ONES[i]}th".replace("tth", "th") for i in (4, 6, 7, 8)}
 ORDINALS |= {"9th": "ninth", "10th": "tenth", "11th": "eleventh", "20th": "twentieth"}
 # What people say that a dictionary's examples seldom do.
-EVERYDAY = """oh hello hi hey bye goodbye okay ok yes no yeah please thanks thank sorry welcome excuse
+EVERYDAY = """oh hello hi
+hey bye goodbye okay ok yes no yeah please thanks thank sorry welcome excuse
 pardon maybe sure really great fine nice good morning afternoon evening night today tomorrow
 yesterday tonight monday tuesday wednesday thursday friday saturday sunday january february march
 april may june july august september october november december don't can't won't isn't aren't

@@ -23,12 +23,12 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 from transformers import MimiModel
 
-BATCH = 12
-CROP_FRAMES = 10
+BATCH = 5
+CROP_FRAMES = 12
 CONTEXT_FRAMES = 4  # real history before the crop: heard by the decoder, not by the losses
 HISTORY_FRAMES = 50
 STATE_SAMPLES = FRAME_SAMPLES // 2
-SCALES = ((2048, 128), (1024, 80), (512, 60), (256, 30), (128, 15))  # n_fft, mel bins
+SCALES = ((2048, 128), (512, 60), (128, 15))  # n_fft, mel bins
 ADVERSARIAL_WEIGHT = 0.2
 FEATURE_WEIGHT = 1.0
 
@@ -165,7 +165,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--adversarial", action="store_true")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
