@@ -2,11 +2,13 @@
 
 Random weights of the real sizes, greedy, 128 cached positions, from a frame's codes to the next
 frame's. The peer is transformers' `CsmForConditionalGeneration.generate` on the very same weights:
-milliseconds per frame as the difference between a longer and a shorter generation.
+milliseconds from one backbone step to the next, the prompt's left out.
 """
 
+import math
 import statistics
 import time
+from itertools import pairwise
 
 import roofline
 import torch
@@ -82,21 +84,20 @@ class TransformersFrames:
         self.model = hf_model(model)
         ids = torch.randint(0, 1000, (batch, CACHED))
         self.inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-    def _generate_ms(self, frames: int) -> float:
-        start = time.perf_counter()
-        self.model.generate(
-            **self.inputs,
-            do_sample=False,
-            depth_decoder_do_sample=False,
-            min_new_tokens=frames,
-            max_new_tokens=frames,
+        self.starts: list[float] = []
+        self.model.backbone_model.register_forward_pre_hook(
+            lambda *_: self.starts.append(time.perf_counter())
         )
-        return (time.perf_counter() - start) * 1e3
 
-    def frame_ms(self) -> float:
-        short = self._generate_ms(1)
-        return (self._generate_ms(3) - short) / 2
+    def frame_ms(self, frames: int = 4) -> list[float]:
+        """From one backbone step to the next, for each frame whose prompt is already cached."""
+        self.starts.clear()
+        greedy = {"do_sample": False, "depth_decoder_do_sample": False}
+        self.model.generate(
+            **self.inputs, **greedy, min_new_tokens=frames + 2, max_new_tokens=frames + 2
+        )
+        assert len(self.starts) == frames + 2, "an utterance ended early"
+        return [(b - a) * 1e3 for a, b in pairwise(self.starts[1:])]
 
 
 def hf_model(model: CsmModel):
@@ -189,18 +190,16 @@ def run(report: Report, dtypes: list[torch.dtype], batches: list[int], peer: boo
             ours = OurFrames(model, batch)
             theirs = TransformersFrames(model, batch) if peer else None
             times: dict[str, list[float]] = {"ours": [], "theirs": [], "bandwidth": []}
-            for i in range(6):
-                ms = [ours.frame_ms() for _ in range(3)]
-                their_ms = theirs.frame_ms() if theirs and i % 2 == 0 else None
-                if i == 0:
-                    continue  # the warm-up
-                times["ours"] += ms
-                times["bandwidth"].append(roofline.read_bandwidth())
-                if their_ms:
-                    times["theirs"].append(their_ms)
+            for warm in (False, True, True, True):
+                ms = [ours.frame_ms() for _ in range(4)]
+                their_ms = theirs.frame_ms() if theirs else [math.nan]
+                if warm:
+                    times["ours"] += ms
+                    times["theirs"] += their_ms
+                    times["bandwidth"] += [roofline.read_bandwidth() for _ in range(3)]
             ms = statistics.median(times["ours"])
             floor_ms = num_bytes / statistics.median(times["bandwidth"]) * 1e3
-            their_ms = statistics.median(times["theirs"]) if peer else float("nan")
+            their_ms = statistics.median(times["theirs"])
             table.add(
                 *(str(dtype).removeprefix("torch."), batch, ms, num_bytes / 1e9),
                 *(100 * floor_ms / ms, ms / FRAME_MS, 1e3 * batch / ms, their_ms, their_ms / ms),
