@@ -98,9 +98,25 @@ def test_bounds_hold_for_flags_variables_and_code(name, parse, monkeypatch, caps
         assert f"VOX_SERVE_{name.upper()}" in variable_error
 
 
+def test_the_documented_defaults():
+    assert (
+        vars(SamplingParams())
+        == Config().sampling
+        == {
+            "temperature": 0.9,
+            "top_k": 50,
+            "top_p": 1.0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "repetition_window": 16,
+            "seed": None,
+        }
+    )
+    assert Config().max_frames == 1125
+
+
 @pytest.mark.parametrize("name", sorted(set(Config().sampling)))
 def test_sampling_settings_are_the_engines(name):
-    assert FIELDS[name].default == getattr(SamplingParams(), name)
     about, kind = setting_of(FIELDS[name]), base_type(FIELDS[name])
     step = 1 if kind is int else 0.001
     for value in (about.low, about.high):
@@ -109,6 +125,12 @@ def test_sampling_settings_are_the_engines(name):
     for value in (about.above if about.low is None else about.low - step, about.high + step):
         with pytest.raises(ValueError, match=name):
             SamplingParams(**{name: kind(value)})
+    if kind is float:
+        with pytest.raises(ValueError, match=name):
+            SamplingParams(**{name: float("nan")})
+    if name != "seed":
+        with pytest.raises(TypeError):
+            SamplingParams(**{name: None})
 
 
 def test_sampling_names_every_sampling_parameter():

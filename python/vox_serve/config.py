@@ -150,6 +150,7 @@ class Config:
         shown_limits="a signed 64-bit integer",
         shown_default="a new one for every request",
     )
+    # 90 s, Sesame's own limit.
     max_frames: int = setting(
         1125, SAMPLING, "longest utterance, in frames of 80 ms", low=1, high=2048
     )

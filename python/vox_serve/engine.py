@@ -15,14 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vox_serve.config import Config
 from vox_serve.kv_cache import CacheBatch, CacheSequence, KvCache
 from vox_serve.mimi import Mimi, MimiState
 from vox_serve.model import CsmModel
 from vox_serve.prompt import PromptBuilder, Segment
 from vox_serve.sampling import SamplingParams, SamplingRows
-
-DEFAULT_MAX_FRAMES = 1125
-"""90 s, Sesame's own limit."""
 
 PREFILL_CHUNK_TOKENS = 512
 """Prompt tokens in one step, so that a long prompt does not keep live requests waiting."""
@@ -45,7 +43,7 @@ class Request:
         speaker: 0 or more; the default voices are 0 and 1.
         context: earlier segments, oldest first; None for the engine's default context.
         sampling: how codes are drawn.
-        max_frames: stop after so many, 80 ms each; None for 90 s.
+        max_frames: stop after so many, 80 ms each; None for `Config`'s default.
         id: unique among the live requests.
     """
 
@@ -196,7 +194,7 @@ class Engine:
                 *prompt,
                 CacheSequence(),
                 request.sampling.resolved_seed(),
-                max_frames=min(request.max_frames or DEFAULT_MAX_FRAMES, room),
+                max_frames=min(request.max_frames or Config.max_frames, room),
             )
         )
 
@@ -285,7 +283,7 @@ class Engine:
         audio, live.mimi = self.mimi.decode_step(codes[None, None], live.mimi)
         reason = None
         if live.num_frames == live.max_frames:
-            wanted = live.request.max_frames or DEFAULT_MAX_FRAMES
+            wanted = live.request.max_frames or Config.max_frames
             reason = "length" if live.num_frames == wanted else "context"
             self.abort(live.request.id)
         return FrameOutput(live.request.id, codes, audio[0].numpy(), reason)

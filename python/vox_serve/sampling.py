@@ -1,59 +1,52 @@
 """How codes are drawn: one request's parameters, and the rows of tensors that the ops take."""
 
-import math
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-MAX_REPETITION_WINDOW = 2048
-"""Frames; no context is longer."""
+from vox_serve.config import Config, is_optional, setting_of
+
+_SETTINGS = {item.name: setting_of(item) for item in fields(Config)}
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """One request's sampling parameters; `voxkern.ops.sample_tokens` says what each does.
 
+    Defaults and bounds are `Config`'s.
+
     Attributes:
-        temperature: 0 is greedy, at most 100.
+        temperature: 0 is greedy.
         top_k: codes kept, 0 for all.
-        top_p: probability mass kept, in (0, 1].
-        min_p: share of the most likely code's probability that a code must have, in [0, 1].
-        repetition_penalty: on codebook 0 alone, in [0.01, 100]; 1 is none.
-        repetition_window: frames back that the penalty looks, 1 to 2048.
+        top_p: probability mass kept.
+        min_p: share of the most likely code's probability that a code must have.
+        repetition_penalty: on codebook 0 alone; 1 is none.
+        repetition_window: frames back that the penalty looks.
         seed: any signed 64-bit integer, or None for a new one each time.
 
     Raises:
         ValueError: a value is out of its range; the message names the field.
     """
 
-    temperature: float = 0.9
-    top_k: int = 50
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    repetition_window: int = 16
-    seed: int | None = None
+    temperature: float = Config.temperature
+    top_k: int = Config.top_k
+    top_p: float = Config.top_p
+    min_p: float = Config.min_p
+    repetition_penalty: float = Config.repetition_penalty
+    repetition_window: int = Config.repetition_window
+    seed: int | None = Config.seed
 
     def __post_init__(self):
-        self._require("temperature", 0 <= self.temperature <= 100, "from 0 to 100")
-        self._require("top_k", 0 <= self.top_k < 2**31, "0 or more")
-        self._require("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
-        self._require("min_p", 0 <= self.min_p <= 1, "from 0 to 1")
-        penalty_fits = 0.01 <= self.repetition_penalty <= 100
-        self._require("repetition_penalty", penalty_fits, "from 0.01 to 100")
-        window_fits = 1 <= self.repetition_window <= MAX_REPETITION_WINDOW
-        self._require("repetition_window", window_fits, f"from 1 to {MAX_REPETITION_WINDOW}")
-        seed_fits = self.seed is None or -(2**63) <= self.seed < 2**63
-        self._require("seed", seed_fits, "a signed 64-bit integer")
-
-    def _require(self, field: str, fits: bool, expected: str) -> None:
-        value = getattr(self, field)
-        if not fits or (isinstance(value, float) and not math.isfinite(value)):
-            raise ValueError(f"{field} must be {expected}, got {value}")
+        for item in fields(self):
+            value, about = getattr(self, item.name), _SETTINGS[item.name]
+            if value is None and is_optional(item):
+                continue
+            if not about.admits(value):
+                raise ValueError(f"{item.name} must be {about.limits}, got {value}")
 
     def resolved_seed(self) -> int:
         """The seed, or a fresh random one."""
