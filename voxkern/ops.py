@@ -112,6 +112,10 @@ def prefill_attention(
 
     Returns:
         `[T, Hq, D]`, contiguous.
+
+    Raises:
+        RuntimeError: a shape or dtype does not fit; on the CPU also a page or length outside its
+            table.
     """
     return q.new_empty(q.shape)
 
@@ -137,6 +141,10 @@ def decode_attention(
 
     Returns:
         `[B, Hq, D]`, contiguous.
+
+    Raises:
+        RuntimeError: a shape or dtype does not fit; on the CPU also a page or length outside its
+            table.
     """
     return q.new_empty(q.shape)
 
@@ -220,7 +228,8 @@ def sample_tokens(
       word `i % 4` of Philox 4x32-10 (Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405)
       with key `(seed low, seed high)` and counter `(i // 4, codebook, frame low, frame high)`.
 
-    A NaN logit is treated as minus infinity.
+    A NaN logit is treated as minus infinity. A row whose largest scaled logit is infinite (a
+    temperature near 0, or no finite logit) is greedy.
 
     Args:
         logits: `[B, V]`.

@@ -1,4 +1,4 @@
-"""The paged KV cache: a pool of pages, each sequence's page table, prefixes that sequences share."""
+"""The paged KV cache: a pool of pages, page tables, prefixes that sequences share."""
 
 from dataclasses import dataclass, field, replace
 
@@ -79,7 +79,7 @@ class KvCache:
         return range(start, end)
 
     def fork(self, prefix: CacheSequence) -> CacheSequence:
-        """A sequence that continues `prefix`: full pages are shared, a last partial one is copied."""
+        """A sequence that continues `prefix`: full pages are shared, a partial one is copied."""
         num_full = prefix.length // PAGE_SIZE
         fork = CacheSequence(prefix.length, prefix.pages[:num_full])
         for page in fork.pages:
@@ -109,7 +109,7 @@ class CacheBatch:
         slots: `[T]` int64, in the page pool.
         page_table: `[B, M]` int32.
         seq_lens: `[B]` int32, the new tokens included.
-        cu_seqlens: `[B + 1]` int32, the first token of each sequence; None to decode, one token each.
+        cu_seqlens: `[B + 1]` int32, each sequence's first token; None to decode one token each.
         last_tokens: `[B]` int64, index of each sequence's last token.
     """
 
