@@ -132,7 +132,8 @@ def test_a_client_that_left_the_line_is_never_spoken_to():
         first = server.post_raw(text="first")
         wait_until(lambda: server.runner.count_jobs() == (1, 0))
         second = server.post_raw(text="second")
-        wait_until(lambda: server.runner.count_jobs() == (1, 1))
+        wait_until(lambda: len(engine.requests) == 2)
+        assert server.runner.count_jobs() == (1, 1)
 
         full = server.post(text="third")
         assert full.status == 503
