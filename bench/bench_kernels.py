@@ -29,6 +29,8 @@ TEXT_VOCAB = 128256
 CACHED, PROMPT, PAGE = 512, 256, 16
 ROTATE_BYTES = 256 << 20
 """Inputs rotate through so much memory, several times a last-level cache."""
+OPENMP_SPIN_S = 0.01
+"""After a parallel op of torch's, its threads spin for some milliseconds and hold their cores."""
 
 
 @dataclass
@@ -288,6 +290,7 @@ def measure(case: Case, rounds: int = 7) -> tuple[float, float]:
     calls = [max(1, min(200, int(20 / _time_ms(f, inputs, 2)))) for f in (case.ours, case.torch)]
     for _ in range(rounds):
         for f, n, seen in zip((case.ours, case.torch), calls, times, strict=True):
+            time.sleep(OPENMP_SPIN_S)
             seen.append(_time_ms(f, inputs, n))
     return statistics.median(times[0]), statistics.median(times[1])
 

@@ -2,6 +2,7 @@
 
 import json
 import platform
+from typing import ClassVar
 
 import torch
 
@@ -10,6 +11,8 @@ import voxkern
 
 class Table:
     """Rows under named columns; numbers are shown with three significant digits."""
+
+    WIDTHS: ClassVar = {"what": 24, "op": 17, "shape": 32}
 
     def __init__(self, name: str, columns: list[str]):
         self.name = name
@@ -21,13 +24,13 @@ class Table:
         assert len(values) == len(self.columns)
         if not self.rows:
             print(f"\n{self.name}")
-            print("  ".join(f"{c:>{self._width(i)}}" for i, c in enumerate(self.columns)))
+            self._show(self.columns)
         self.rows.append(values)
-        cells = (v if isinstance(v, str) else f"{v:.3g}" for v in values)
-        print("  ".join(f"{c:>{self._width(i)}}" for i, c in enumerate(cells)), flush=True)
+        self._show([v if isinstance(v, str) else f"{v:.3g}" for v in values])
 
-    def _width(self, column: int) -> int:
-        return max(28 if column == 0 else 11, len(self.columns[column]))
+    def _show(self, cells: list[str]) -> None:
+        widths = (max(self.WIDTHS.get(c, 9), len(c)) for c in self.columns)
+        print("  ".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True)), flush=True)
 
 
 class Report:
