@@ -201,7 +201,7 @@ def test_a_queue_changes_no_code(folder, alone):
 
 
 def test_prefill_chunks_change_no_code(engine, alone, monkeypatch):
-    monkeypatch.setattr(engine_module, "PREFILL_CHUNK_TOKENS", 5)
+    monkeypatch.setitem(engine_module.PREFILL_CHUNK_TOKENS, "cpu", 5)
     assert_same(run(engine, *eight_requests()), alone)
 
 

@@ -330,7 +330,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--frames", type=int, default=25, help="length of every utterance")
     args = parser.parse_args()
-    write_tiny_checkpoint(args.folder, args.seed, args.frames)
+    try:
+        write_tiny_checkpoint(args.folder, args.seed, args.frames)
+    except ValueError as error:
+        parser.error(str(error))
     print(f"{args.folder}: random weights; they make noise, not speech")
 
 

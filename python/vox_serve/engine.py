@@ -22,8 +22,9 @@ from vox_serve.model import CsmModel
 from vox_serve.prompt import PromptBuilder, Segment
 from vox_serve.sampling import SamplingParams, SamplingRows
 
-PREFILL_CHUNK_TOKENS = 512
-"""Prompt tokens in one step, so that a long prompt does not keep live requests waiting."""
+PREFILL_CHUNK_TOKENS = {"cpu": 64, "cuda": 512}
+"""Prompt tokens in one step, by device: a few frames' time, so that a long prompt does not keep live
+requests waiting, and enough tokens for each weight that is read."""
 
 FinishReason = Literal["stop", "length", "context"]
 
@@ -244,7 +245,7 @@ class Engine:
 
     def _prefill(self) -> tuple[list[_Live], list[Tensor]]:
         """Feed the backbone the next prompt tokens; the requests whose prompt is now all in."""
-        budget = PREFILL_CHUNK_TOKENS
+        budget = PREFILL_CHUNK_TOKENS[self.model.device.type]
         chosen, counts = [], []
         for live in self._live.values():
             if live.codes is None and len(live.frames) and budget:
@@ -296,8 +297,9 @@ class Engine:
                 f"the default context takes {len(frames)} positions of {self._cache.max_positions}"
             )
         device = self.model.device
-        for start in range(0, len(frames), PREFILL_CHUNK_TOKENS):
-            part = slice(start, start + PREFILL_CHUNK_TOKENS)
+        chunk = PREFILL_CHUNK_TOKENS[device.type]
+        for start in range(0, len(frames), chunk):
+            part = slice(start, start + chunk)
             batch = CacheBatch.prefill(self._cache, [self._prefix], [len(frames[part])])
             self.model.backbone_step(
                 frames[part].to(device), mask[part].to(device), batch, self._cache

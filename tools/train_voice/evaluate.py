@@ -64,7 +64,7 @@ def evaluate_codec(args, judge):
         for what, sounds in (("teacher", references), ("codec", audios)):
             if what == "teacher" and args.own_encoder:
                 continue
-            scores = judge.score(texts, sounds)
+            scores = judge.score(texts, sounds, quality=not args.quick)
             heard = scores.pop("heard")
             what = "own encoder" if args.own_encoder else what
             report(args.run, dict(what=what, speaker=speaker, **scores), texts, heard, args.show)
