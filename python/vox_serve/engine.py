@@ -23,8 +23,8 @@ from vox_serve.prompt import PromptBuilder, Segment
 from vox_serve.sampling import SamplingParams, SamplingRows
 
 PREFILL_CHUNK_TOKENS = {"cpu": 64, "cuda": 512}
-"""Prompt tokens in one step, by device: a few frames' time, so that a long prompt does not keep live
-requests waiting, and enough tokens for each weight that is read."""
+"""Prompt tokens in one step, by device: so few that a long prompt keeps no live request waiting for
+long, enough to make use of each weight that is read."""
 
 FinishReason = Literal["stop", "length", "context"]
 
