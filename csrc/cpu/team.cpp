@@ -8,6 +8,7 @@
 #include <fstream>
 #include <mutex>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -15,6 +16,8 @@
 
 namespace voxkern {
 namespace {
+
+constexpr int kMaxSize = 1024;
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -58,10 +61,17 @@ struct Workers {
   std::vector<Seat> seats;  // by rank
 
   explicit Workers(int n) : size(n), seats(n) {
-    for (int rank = 1; rank < n; ++rank) threads.emplace_back([this, rank] { serve(rank); });
+    try {
+      for (int rank = 1; rank < n; ++rank) threads.emplace_back([this, rank] { serve(rank); });
+    } catch (const std::system_error& error) {
+      end();
+      check(false, "could not start thread ", threads.size() + 2, " of ", n, ": ", error.what());
+    }
   }
 
-  ~Workers() {
+  ~Workers() { end(); }
+
+  void end() {
     stop = true;
     next_round();
     for (auto& thread : threads) thread.join();
@@ -123,9 +133,16 @@ void Workers::serve(int rank) {
 
 // Processors that this process may use: affinity, a cgroup's quota, OMP_NUM_THREADS.
 int default_size() {
-  for (const char* name : {"VOXKERN_NUM_THREADS", "OMP_NUM_THREADS"})
-    if (const char* value = std::getenv(name))
-      if (const int n = std::atoi(value); n > 0) return n < 1024 ? n : 1024;
+  if (const char* value = std::getenv("VOXKERN_NUM_THREADS"); value && *value) {
+    char* end;
+    const long n = std::strtol(value, &end, 10);
+    check(*end == 0 && n >= 1 && n <= kMaxSize, "VOXKERN_NUM_THREADS=", value, ": expected 1 to ",
+          kMaxSize);
+    return static_cast<int>(n);
+  }
+  // May hold more than a number, for nested levels, and is not ours to refuse.
+  if (const char* value = std::getenv("OMP_NUM_THREADS"))
+    if (const int n = std::atoi(value); n > 0) return n < kMaxSize ? n : kMaxSize;
   int n = static_cast<int>(std::thread::hardware_concurrency());
 #if defined(__linux__)
   cpu_set_t set;
@@ -148,10 +165,12 @@ void after_fork() {
   joined = nullptr;
 }
 
+[[maybe_unused]] const int fork_handled = pthread_atfork(nullptr, nullptr, after_fork);
+
 int64_t num_threads() { return Team::size(); }
 
 void set_num_threads(int64_t n) {
-  check(n >= 1 && n <= 1024, "n: expected 1 to 1024 threads, got ", n);
+  check(n >= 1 && n <= kMaxSize, "n: expected 1 to ", kMaxSize, " threads, got ", n);
   Team::resize(static_cast<int>(n));
 }
 
@@ -184,11 +203,7 @@ void Team::run(Job job, void* context) {
     return;
   }
   std::lock_guard<std::mutex> lock(mutex, std::adopt_lock);
-  if (!workers) {
-    static const int registered = pthread_atfork(nullptr, nullptr, after_fork);
-    (void)registered;
-    workers = new Workers(team_size.load());
-  }
+  if (!workers) workers = new Workers(team_size.load());
   workers->job = job;
   workers->context = context;
   joined = workers;

@@ -1,0 +1,130 @@
+"""The team of threads behind the native CPU ops, and the environment variables that shape them."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import voxkern
+from ops_testing import Target
+from voxkern import ops
+
+pytestmark = pytest.mark.skipif(
+    Target("native", "cpu").why_missing() is not None, reason="the extension is not built"
+)
+
+
+@pytest.fixture(autouse=True)
+def _same_threads_after():
+    before = voxkern.num_threads()
+    yield
+    voxkern.set_num_threads(before)
+
+
+def attention() -> torch.Tensor:
+    """An op with a barrier inside, large enough for a team; it gives the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(3, 8, 64, generator=generator)
+    k_pages, v_pages = torch.randn(2, 60, 2, 16, 64, generator=generator)
+    page_table = torch.arange(60, dtype=torch.int32).view(3, 20)
+    seq_lens = torch.tensor([320, 300, 17], dtype=torch.int32)
+    return ops.decode_attention(q, k_pages, v_pages, page_table, seq_lens, 0.125)
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    # numpy's BLAS would start threads of its own under the limits that tests set.
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"} | environment
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_resizing_under_callers_of_several_threads():
+    expected = attention()
+    wrong = []
+
+    def call():
+        for _ in range(200):
+            if not torch.equal(attention(), expected):
+                wrong.append(1)
+
+    callers = [threading.Thread(target=call, daemon=True) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    for n in (1, 2, 3, 7) * 10:
+        voxkern.set_num_threads(n)
+        assert torch.equal(attention(), expected)
+    for caller in callers:
+        caller.join(60)
+        assert not caller.is_alive()
+    assert not wrong
+
+
+def test_a_forked_child_starts_a_team_of_its_own():
+    voxkern.set_num_threads(3)
+    expected = attention()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # ends a child that waits for threads that it does not have
+        same = torch.equal(attention(), expected)
+        voxkern.set_num_threads(2)
+        os._exit(0 if same and torch.equal(attention(), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert torch.equal(attention(), expected)
+
+
+@pytest.mark.parametrize("n", [0, -1, 1025])
+def test_absurd_numbers_of_threads_are_refused(n):
+    with pytest.raises(RuntimeError, match=f"n: expected 1 to 1024 threads, got {n}"):
+        voxkern.set_num_threads(n)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's")
+def test_threads_that_cannot_start_are_an_error():
+    result = run_python(
+        "import resource, torch, voxkern\n"
+        "from voxkern import ops\n"
+        "x, weight = torch.randn(64, 512), torch.randn(512, 512)\n"
+        "expected = ops.linear(x, weight)\n"
+        "pages = int(open('/proc/self/statm').read().split()[0])\n"
+        "limit = pages * resource.getpagesize() + (256 << 20)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
+        "voxkern.set_num_threads(1000)\n"
+        "try:\n"
+        "    ops.linear(x, weight)\n"
+        "except RuntimeError as error:\n"
+        "    print(error)\n"
+        "voxkern.set_num_threads(2)\n"
+        "print(torch.equal(ops.linear(x, weight), expected))\n"
+    )
+    assert result.returncode == 0, result.stderr
+    error, after = result.stdout.splitlines()
+    assert error.startswith("could not start thread ")
+    assert " of 1000: " in error
+    assert after == "True"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("VOXKERN_NUM_THREADS", "two", "VOXKERN_NUM_THREADS=two: expected 1 to 1024"),
+        ("VOXKERN_NUM_THREADS", "0", "VOXKERN_NUM_THREADS=0: expected 1 to 1024"),
+        ("VOXKERN_ISA", "sse9", "VOXKERN_ISA=sse9: expected baseline, avx2 or avx512"),
+        ("VOXKERN_LIBRARY", "/no/such.so", "VOXKERN_LIBRARY=/no/such.so: there is no such file"),
+    ],
+)
+def test_a_wrong_environment_variable_is_named(variable, value, message):
+    code = "import torch, voxkern; voxkern.num_threads(); torch.ops.voxkern.cpu_isa()"
+    result = run_python(code, **{variable: value})
+    assert result.returncode == 1
+    assert message in result.stderr
+
+
+def test_the_environment_is_heeded():
+    code = "import torch, voxkern; print(voxkern.num_threads(), torch.ops.voxkern.cpu_isa())"
+    result = run_python(code, VOXKERN_NUM_THREADS="5", OMP_NUM_THREADS="2", VOXKERN_ISA="baseline")
+    assert result.stdout.split() == ["5", "baseline"], result.stderr
