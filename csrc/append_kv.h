@@ -35,6 +35,7 @@ inline AppendKvParams append_kv_params(const Tensor& q, const Tensor& k, const T
   const Dtype dtype = float_dtype(q, "q");
   check_heads(q, "q", q);
   const int64_t T = q.size(0), D = q.size(2);
+  check(T <= 1 || q.stride(0) >= q.size(1) * D, "q: expected tokens that do not overlap");
   check(D % 2 == 0, "q: expected an even head width D, got shape ", shape_string(q));
   check_pages(k_pages, v_pages, q);
   const int64_t Hkv = k_pages.size(1);

@@ -81,6 +81,7 @@ inline void check_contiguous(const Tensor& t, const char* name) {
 }
 
 inline void check_device(const Tensor& t, const char* name, const Tensor& like) {
+  check(t.defined(), name, ": expected a tensor, got None");
   check(t.is_cpu() == like.is_cpu() && t.get_device_index() == like.get_device_index(), name,
         ": on another device than the op's first tensor");
 }

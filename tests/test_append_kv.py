@@ -117,6 +117,7 @@ def test_a_place_outside_is_named(index, change, message):
         (0, lambda q: q[:, :, :15], "q: expected the last two dimensions to be contiguous"),
         (0, lambda q: q[:, :, :15].contiguous(), "q: expected an even head width"),
         (0, lambda q: q.double(), "q: expected float32 or bfloat16, got float64"),
+        (0, lambda q: q[:1].expand(9, -1, -1), "q: expected tokens that do not overlap"),
         (
             1,
             lambda k: k[:, :1],

@@ -45,11 +45,20 @@ def test_add_rms_norm(target, shape, dtype):
     [
         (torch.ones(7), r"weight: expected shape \[C\] = \[8\], got \[7\]"),
         (torch.ones(8, dtype=torch.bfloat16), "weight: expected float32, got bfloat16"),
+        (torch.ones(16)[::2], "weight: expected a contiguous tensor"),
+        (torch.ones(8, device="meta"), "weight: on meta, the op's first tensor on cpu"),
+        (None, "weight: expected a tensor, got None"),
     ],
 )
 def test_errors_name_the_tensor(weight, message):
     with pytest.raises(RuntimeError, match=message):
         ops.rms_norm(torch.ones(2, 8), weight, 1e-5)
+
+
+def test_meta_tensors_have_shapes():
+    got = ops.rms_norm(torch.ones(2, 8, device="meta"), torch.ones(8, device="meta"), 1e-5)
+    assert got.shape == (2, 8)
+    assert got.device.type == "meta"
 
 
 def test_opcheck():

@@ -20,15 +20,17 @@ OPS: list[str] = []
 """Names of all ops, in the order in which `voxkern.ops` declares them."""
 
 _LIBRARY = Path(os.environ.get("VOXKERN_LIBRARY") or Path(__file__).parent / "_C.so").absolute()
+if os.environ.get("VOXKERN_LIBRARY") and not _LIBRARY.exists():
+    raise ImportError(f"VOXKERN_LIBRARY={os.environ['VOXKERN_LIBRARY']}: there is no such file")
 
 
 @functools.cache
 def why_missing(backend: str, device_type: str) -> str | None:
-    """None if `backend` can run on `device_type` ("cpu" or "cuda"), else the reason."""
+    """None if `backend` can run on `device_type` ("cpu", "cuda", "meta"), else the reason."""
     if backend == "native":
         if not _LIBRARY.exists():
             return "the extension is not built (pip install -e .)"
-        key = device_type.upper()
+        key = "Meta" if device_type == "meta" else device_type.upper()
         if not torch._C._dispatch_has_kernel_for_dispatch_key("voxkern::rms_norm", key):
             return f"the extension was built without {key} kernels"
     elif backend == "triton":
@@ -64,12 +66,30 @@ def implementation(name: str, backend: str) -> Callable:
     return getattr(importlib.import_module(f"voxkern.{backend}.{name}"), name)
 
 
+def on_one_device(fake: Callable) -> Callable:
+    """`fake`, but refusing a real tensor beside a meta one: torch sends such a call here, and the
+    result would be real memory that nobody filled."""
+    parameters = list(inspect.signature(fake).parameters)
+
+    @functools.wraps(fake)
+    def check(*args, **kwargs):
+        named = {**dict(zip(parameters, args, strict=False)), **kwargs}
+        devices = {name: a.device for name, a in named.items() if isinstance(a, torch.Tensor)}
+        first = next(iter(devices.values()))
+        for name, device in devices.items():
+            if device != first:
+                raise RuntimeError(f"{name}: on {device}, the op's first tensor on {first}")
+        return fake(*args, **kwargs)
+
+    return check
+
+
 def op(fake: Callable) -> Callable:
     """Declare an op: register the decorated fake kernel, and return the dispatching function."""
     name = fake.__name__
     OPS.append(name)
     if _LIBRARY.exists():
-        torch.library.register_fake(f"voxkern::{name}", fake)
+        torch.library.register_fake(f"voxkern::{name}", on_one_device(fake))
 
     parameters = list(inspect.signature(fake).parameters)
 
