@@ -4,7 +4,6 @@
 
 #ifdef VOX_ISA
 #include "attention.h"
-#include "gemm.h"
 #include "team.h"
 
 // A work item is a split of kSplit keys of one sequence for one key/value head and all query heads

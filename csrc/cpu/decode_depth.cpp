@@ -59,6 +59,7 @@ struct Shared {
 #include "depth_attention.h"
 #include "gemm.h"
 #include "norm.h"
+#include "rotary.h"
 #include "sampler.h"
 #include "silu.h"
 #include "team.h"
@@ -187,10 +188,10 @@ class Worker {
         const int64_t row = (t - position) * p_.B + b;
         const T* const q = all_.qkv + row * heads * D;
         const float* const table = p_.rope_table + t * D;
-        rotate_row(q + (p_.Hq + kv_head) * D, table, D, k + t * D);
+        rotate(q + (p_.Hq + kv_head) * D, table, D, k + t * D);
         copy(q + (p_.Hq + p_.Hkv + kv_head) * D, v + t * D, D);
         for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-          rotate_row(q + head * D, table, D, own_.query);
+          rotate(q + head * D, table, D, own_.query);
           attend_row(own_.query, k, v, t + 1, D, scale, own_.scores,
                      all_.attended + (row * p_.Hq + head) * D);
         }

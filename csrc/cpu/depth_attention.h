@@ -1,24 +1,10 @@
-// Rotary embedding and attention of one head over the few positions of the depth decoder.
-// Included by ISA passes alone.
+// Attention of one head over the few positions of the depth decoder; included by ISA passes alone.
 #pragma once
 
 #include "vec.h"
 
 namespace voxkern {
 namespace {
-
-// out = x [D] rotated by a row of the rope table: D/2 cosines, then D/2 sines. Rounded when stored.
-template <typename T>
-inline void rotate_row(const T* x, const float* table, int64_t D, T* out) {
-  const int64_t half = D / 2;
-  for (int64_t i = 0; i < half; i += kWidth) {
-    const int64_t n = half - i < kWidth ? half - i : kWidth;
-    const vfloat low = load_n(x + i, n), high = load_n(x + half + i, n);
-    const vfloat cosine = load_n(table + i, n), sine = load_n(table + half + i, n);
-    store_n(out + i, low * cosine - high * sine, n);
-    store_n(out + half + i, high * cosine + low * sine, n);
-  }
-}
 
 // Floats that attend_row wants for its scores.
 VOX_INLINE int64_t attend_scratch(int64_t positions) { return positions + kWidth; }

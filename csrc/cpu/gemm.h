@@ -62,33 +62,6 @@ struct Count {
   static constexpr int value = n;
 };
 
-template <int... i>
-struct Lanes {
-  // One level of the lanes' sum: blocks of 2 * half lanes, a's then b's, become blocks of half.
-  template <int half>
-  static VOX_INLINE vfloat add_halves(vfloat a, vfloat b) {
-    return __builtin_shufflevector(a, b, (i / half * 2 * half + i % half)...) +
-           __builtin_shufflevector(a, b, (i / half * 2 * half + i % half + half)...);
-  }
-};
-template <int n, int... i>
-struct LanesUpTo : LanesUpTo<n - 1, n - 1, i...> {};
-template <int... i>
-struct LanesUpTo<0, i...> : Lanes<i...> {};
-
-// Lane i of the result is reduce_add(chains[i]), for fewer instructions than that many calls.
-template <int half = kWidth / 2>
-VOX_INLINE vfloat reduce_each(const vfloat* chains) {
-  vfloat next[half];
-  for (int i = 0; i < half; ++i)
-    next[i] = LanesUpTo<kWidth>::add_halves<half>(chains[2 * i], chains[2 * i + 1]);
-  if constexpr (half == 1) {
-    return next[0];
-  } else {
-    return reduce_each<half / 2>(next);
-  }
-}
-
 // How the product is cut up. Nothing in it changes a result.
 struct Blocks {
   int64_t rows;   // of x, worked on while W passes once

@@ -146,6 +146,33 @@ VOX_INLINE float reduce_max(vfloat a) {
   return lanes[0];
 }
 
+template <int... i>
+struct Lanes {
+  // One level of the lanes' sum: blocks of 2 * half lanes, a's then b's, become blocks of half.
+  template <int half>
+  static VOX_INLINE vfloat add_halves(vfloat a, vfloat b) {
+    return __builtin_shufflevector(a, b, (i / half * 2 * half + i % half)...) +
+           __builtin_shufflevector(a, b, (i / half * 2 * half + i % half + half)...);
+  }
+};
+template <int n, int... i>
+struct LanesUpTo : LanesUpTo<n - 1, n - 1, i...> {};
+template <int... i>
+struct LanesUpTo<0, i...> : Lanes<i...> {};
+
+// Lane i of the result is reduce_add(chains[i]), for fewer instructions than that many calls.
+template <int half = kWidth / 2>
+VOX_INLINE vfloat reduce_each(const vfloat* chains) {
+  vfloat next[half];
+  for (int i = 0; i < half; ++i)
+    next[i] = LanesUpTo<kWidth>::add_halves<half>(chains[2 * i], chains[2 * i + 1]);
+  if constexpr (half == 1) {
+    return next[0];
+  } else {
+    return reduce_each<half / 2>(next);
+  }
+}
+
 // e^a within 2 ulp for a in [-87, 88]; smaller inputs (minus infinity too) give 0, larger ones
 // e^88. Cody and Waite's reduction, Taylor to the 7th power.
 VOX_INLINE vfloat exp(vfloat a) {
