@@ -244,7 +244,7 @@ Tensor prefill_attention_cpu(Tensor q, Tensor k_pages, Tensor v_pages, Tensor pa
   check(p.cu_seqlens[0] == 0 && p.cu_seqlens[p.B] == p.T, "cu_seqlens: expected 0 to T = ", p.T,
         ", got ", p.cu_seqlens[0], " to ", p.cu_seqlens[p.B]);
   for (int64_t b = 0; b < p.B; ++b) {
-    const int64_t new_tokens = p.cu_seqlens[b + 1] - p.cu_seqlens[b];
+    const int64_t new_tokens = int64_t{p.cu_seqlens[b + 1]} - p.cu_seqlens[b];
     check(new_tokens >= 0 && new_tokens <= p.seq_lens[b], "cu_seqlens: expected 0 to ",
           p.seq_lens[b], " new tokens of sequence ", b, ", as seq_lens says, got ", new_tokens);
   }
