@@ -147,6 +147,10 @@ def engine_of(config: Config) -> "Engine":
     Raises:
         ValueError, OSError: the model, its codec or the context cannot be had; one line says why.
     """
+    # Otherwise torch's threads spin after each of the codec's ops and take the kernels' cores. Read
+    # when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
     import torch
 
     import voxkern
