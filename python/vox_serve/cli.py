@@ -128,6 +128,9 @@ def run_command(prog: str, command: Callable[[], int]) -> int:
 
     `VOX_SERVE_TRACEBACK=1` shows the traceback too.
     """
+    # Otherwise torch's threads spin after each of the codec's ops and take the kernels' cores. It
+    # is read when torch is loaded, which is the command's part.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return command()
     except KeyboardInterrupt:
@@ -147,10 +150,6 @@ def engine_of(config: Config) -> "Engine":
     Raises:
         ValueError, OSError: the model, its codec or the context cannot be had; one line says why.
     """
-    # Otherwise torch's threads spin after each of the codec's ops and take the kernels' cores. Read
-    # when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
     import torch
 
     import voxkern
