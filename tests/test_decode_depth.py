@@ -102,6 +102,16 @@ def test_codes_are_the_references(target, sizes, rows):
         assert torch.equal(got[:, 0], arguments["code0"])
 
 
+def test_every_position_is_attended_to(target):
+    """Many codes to choose from and a strong attention, so that each key's weight shows."""
+    sizes = Sizes(K=32, V=601, L=1, Cb=40, C=40, F=8, Hq=4, Hkv=2, D=16)
+    arguments = make(sizes, torch.float32, 24)
+    arguments["temperature"].zero_()
+    arguments["o"] *= 6
+    got = run(target, arguments)
+    assert torch.equal(got, reference("decode_depth", *arguments.values()))
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_bfloat16_codes_are_nearly_always_the_references(target, temperature):
     """One code that falls to the other side of a rounding changes all that follow in its frame.

@@ -242,6 +242,20 @@ def test_ties_stay_and_are_drawn_evenly(target):
     assert set(draw(target, equal, top_k=2, top_p=0.1, min_p=1.0).tolist()) == set(range(8))
 
 
+def test_near_ties_are_settled_in_float64(target):
+    """Two codes whose scores differ by less than float32 arithmetic can tell."""
+    rows, vocab_size = 2000, 40
+    seeds, frames = torch.arange(rows), torch.zeros(rows, dtype=torch.int64)
+    luck = -(-specification.uniform(seeds, frames, 0, vocab_size).log()).log()
+    logits = torch.full((rows, vocab_size), -50.0)
+    logits[:, 7] = 0.0
+    logits[:, 22] = (luck[:, 7] - luck[:, 22]).float()
+    args = arguments(logits, seeds=seeds, frames=frames)
+    expected = reference("sample_tokens", *args)
+    assert set(expected.tolist()) == {7, 22}
+    assert torch.equal(target.run("sample_tokens", *args), expected)
+
+
 @pytest.mark.parametrize("limits", [{"top_k": 1}, {"top_p": 1e-6}, {"top_p": 0.0}, {"min_p": 1.0}])
 def test_tightest_limits_leave_the_most_likely(target, limits):
     logits = torch.randn(64, VOCAB_SIZE)
