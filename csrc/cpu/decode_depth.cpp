@@ -1,29 +1,10 @@
 #include "../decode_depth.h"
 
+#include "arena.h"
 #include "isa.h"
 
 namespace voxkern {
 namespace {
-
-// Hands out parts of a block of memory, each on cache lines of its own. With no block it only
-// counts.
-class Arena {
- public:
-  explicit Arena(void* block) : block_(static_cast<char*>(block)) {}
-
-  template <typename T>
-  T* take(int64_t n) {
-    char* const part = block_ ? block_ + used_ : nullptr;
-    used_ += (n * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    return reinterpret_cast<T*>(part);
-  }
-
-  int64_t used() const { return used_; }
-
- private:
-  char* block_;
-  int64_t used_ = 0;
-};
 
 // What the threads share. A pass has B rows, the first one R = 2B.
 template <typename T>
@@ -237,7 +218,7 @@ void run(const DecodeDepthParams& p) {
     Arena count(nullptr);
     Private<T>(count, p);
     // Taken by the thread that uses it, so it lies in that processor's memory.
-    void* const block = __builtin_malloc(count.used());
+    void* const block = __builtin_malloc(count.bytes());
     Arena arena(block);
     Worker<T>(p, all, Private<T>(arena, p), rank, size).frame();
     __builtin_free(block);
@@ -266,7 +247,7 @@ namespace {
 int64_t workspace_bytes(const DecodeDepthParams& p) {
   Arena count(nullptr);
   p.dtype == Dtype::f32 ? (void)Shared<float>(count, p) : (void)Shared<uint16_t>(count, p);
-  return count.used();
+  return count.bytes();
 }
 
 Tensor decode_depth_cpu(Tensor hidden, Tensor code0, Tensor audio_table, Tensor projection,

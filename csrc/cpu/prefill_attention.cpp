@@ -3,6 +3,7 @@
 #include "isa.h"
 
 #ifdef VOX_ISA
+#include "arena.h"
 #include "attention.h"
 #include "team.h"
 
@@ -82,14 +83,24 @@ void transpose_keys(const T* const* keys, int64_t D, int64_t j, float* out) {
   }
 }
 
-// A thread's buffers, float32.
+// A thread's buffers, float32, for `rows` rows of queries.
 struct Buffers {
-  float* q;       // [kRows at least, D], scaled
-  float* sums;    // [kRows at least, width]
   float* keys;    // [D, kKeyBlock]
-  float* values;  // [kKeyBlock, width]
   float* scores;  // [kTileRows, kKeyBlock]
+  float* values;  // [kKeyBlock, width]
+  float* q;       // [rows, width], scaled
+  float* sums;    // [rows, width]
   SoftmaxState* states;
+
+  Buffers(Arena& arena, int64_t rows, int64_t D) {
+    const int64_t width = padded(D);
+    keys = arena.take<float>(D * kKeyBlock);
+    scores = arena.take<float>(kTileRows * kKeyBlock);
+    values = arena.take<float>(kKeyBlock * width);
+    q = arena.take<float>(rows * width);
+    sums = arena.take<float>(rows * width);
+    states = arena.take<SoftmaxState>(rows);
+  }
 };
 
 template <typename T>
@@ -177,20 +188,12 @@ struct Prefill {
 
   // Items of each sequence from its last queries back, for they see the most keys.
   void run(int64_t* next_item, int64_t items) const {
-    const int64_t rows = run_queries * group + kTileRows;
-    const int64_t floats = 2 * rows * width + kKeyBlock * (p.D + width + kTileRows);
-    // Vectors that lie across two cache lines are slow to load.
-    void* const memory =
-        __builtin_malloc(floats * sizeof(float) + rows * sizeof(SoftmaxState) + 64);
-    float* const start =
-        reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 63) & ~uintptr_t{63});
-    Buffers buffers;
-    buffers.keys = start;
-    buffers.scores = buffers.keys + kKeyBlock * p.D;
-    buffers.values = buffers.scores + kKeyBlock * kTileRows;
-    buffers.q = buffers.values + kKeyBlock * width;
-    buffers.sums = buffers.q + rows * width;
-    buffers.states = reinterpret_cast<SoftmaxState*>(buffers.sums + rows * width);
+    const int64_t rows = (run_queries * group + kTileRows - 1) / kTileRows * kTileRows;
+    Arena count(nullptr);
+    Buffers(count, rows, p.D);
+    void* const memory = __builtin_malloc(count.bytes());
+    Arena arena(memory);
+    const Buffers buffers(arena, rows, p.D);
     int64_t b = 0, before = 0;  // items of the sequences before b
     for (;;) {
       const int64_t item = __atomic_fetch_add(next_item, 1, __ATOMIC_RELAXED);
