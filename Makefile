@@ -63,13 +63,14 @@ format: $(VENV)/lint
 bench: $(VENV)/test
 	$(RUN) bench/run.py all
 
-# The CPU kernels under the address and undefined-behaviour sanitizers. Python itself leaks by design.
+# The CPU kernels under the address and undefined-behaviour sanitizers. Python itself leaks by design;
+# pytest must leave file descriptor 2 alone, or their last words are lost.
 sanitize: $(VENV)/test
 	$(RUN) -c 'import torch; print(torch.__path__[0])' > $(VENV)/torch-path
 	PATH=$(CURDIR)/$(BIN):$$PATH cmake -S . -B build/sanitize -G Ninja -DVOXKERN_SANITIZE=ON -DVOXKERN_TORCH=$$(cat $(VENV)/torch-path)
 	PATH=$(CURDIR)/$(BIN):$$PATH cmake --build build/sanitize
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	UBSAN_OPTIONS=print_stacktrace=1 VOXKERN_LIBRARY=build/sanitize/_C.so $(RUN) -m pytest -q $(OP_TESTS)
+	UBSAN_OPTIONS=print_stacktrace=1 VOXKERN_LIBRARY=build/sanitize/_C.so $(RUN) -m pytest -q --capture=sys $(OP_TESTS)
 
 clean:
 	rm -rf $(VENV) build voxkern/_C.so
