@@ -133,11 +133,12 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--training-texts", action="store_true")
     parser.add_argument("--own-encoder", action="store_true", help="codec: SEANet, not mel")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="no DNSMOS")
     parser.add_argument("--show", type=int, default=5, help="transcripts to print")
     args = parser.parse_args()
-    torch.set_num_threads(2)
-    judge = Judge()
+    torch.set_num_threads(args.threads)
+    judge = Judge(args.threads)
     (evaluate_codec if args.what == "codec" else evaluate_lm)(args, judge)
 
 

@@ -55,6 +55,7 @@ def main():
     save_file(tensors, file, metadata={"format": "pt"})
     config = json.loads((args.out / "config.json").read_text())
     config["dtype"] = args.dtype
+    config["codec_config"].pop("_name_or_path", None)
     (args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     generation = dict(do_sample=True, temperature=SERVED_TEMPERATURE, top_k=50)
     (args.out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
