@@ -46,8 +46,9 @@ def corrupt(codes, is_frame):
     share = noise.expand(-1, -1, count).clone()
     share[..., 0] *= CODE0_NOISE
     pool = codes[is_frame]
+    each = torch.arange(count, device=device)
     # Every codebook from its own random frame; a whole frame from one.
-    mixed = pool[torch.randint(len(pool), codes.shape, device=device), torch.arange(count)]
+    mixed = pool[torch.randint(len(pool), codes.shape, device=device), each]
     whole = pool[torch.randint(len(pool), (batch, length), device=device)]
     replaced = torch.where(torch.rand(codes.shape, device=device) < share, mixed, codes)
     drop = torch.rand(batch, length, 1, device=device) < noise * FRAME_NOISE

@@ -187,8 +187,8 @@ def main():
     crops = Crops(args.run, Speech(args.run), np.random.default_rng(training.step))
     spectral = SpectralLoss().to(args.device)
     if training.step == 0 and not args.adversarial:
-        batches = [crop_states(codec, *crops.batch()[:2]) for _ in range(20)]
-        sample = torch.cat(batches).flatten(0, 1)
+        drawn = [[t.to(args.device) for t in crops.batch()[:2]] for _ in range(20)]
+        sample = torch.cat([crop_states(codec, *batch) for batch in drawn]).flatten(0, 1)
         vocoder.mean.copy_(sample.mean(0))
         vocoder.std.copy_(sample.std(0).clamp(min=1e-3))
 
