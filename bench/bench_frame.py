@@ -33,10 +33,12 @@ CSM_1B = {
 
 
 def frame_bytes(weights: CsmWeights) -> int:
-    """Weight bytes read for one frame at batch 1: the backbone once, the depth decoder K times."""
-    num_steps = len(weights.code_heads) + 1
+    """Weight bytes read for one frame at batch 1: the backbone once, the depth decoder K - 1 times.
+
+    Its first two positions have their inputs at once, and go through together.
+    """
     once = [*_layers(weights.backbone), weights.code0_head, weights.code_heads]
-    return num_steps * depth_step_bytes(weights) + num_tensor_bytes(once)
+    return len(weights.code_heads) * depth_step_bytes(weights) + num_tensor_bytes(once)
 
 
 def depth_step_bytes(weights: CsmWeights) -> int:

@@ -261,7 +261,8 @@ def _decode_depth(dtype: torch.dtype, b: int) -> Case:
     params = [SamplingParams(temperature=0.9, top_k=50)] * b
     rows = SamplingRows.of(params, range(b), [0] * b, [[]] * b, model.device)
     arguments = model.depth_arguments(torch.randn(b, C).to(dtype), torch.arange(b), rows)
-    num_bytes = K * depth_step_bytes(model.weights) + num_tensor_bytes([model.weights.code_heads])
+    heads = num_tensor_bytes([model.weights.code_heads])
+    num_bytes = (K - 1) * depth_step_bytes(model.weights) + heads
     return Case(
         "decode_depth",
         f"{b} frames",
