@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vox_serve.checkpoint import CODEC_FILE_PATTERNS, CheckpointError, read_json, shard_names
+from vox_serve.config import Config
 
-DEFAULT_CODEC = "kyutai/mimi"
+DEFAULT_CODEC = Config.codec
 BUILT_IN_VOICES = Path(__file__).parent / "builtin"
 """A folder for every voice that comes with the package."""
 
