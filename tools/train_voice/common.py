@@ -59,9 +59,10 @@ class Speech:
 
 
 def phone_labels(row, step_samples: int, count: int, ids: dict[str, int]) -> np.ndarray:
-    """The phone sounding in the middle of each step, int64 [count]."""
+    """The phone sounding in the middle of each step, int64 [count]; -100, which no loss counts, for
+    a phone that is not in `ids`."""
     ends = np.array([end for _, end in row["phones"]])
-    labels = np.array([ids[phone] for phone, _ in row["phones"]])
+    labels = np.array([ids.get(phone, -100) for phone, _ in row["phones"]])
     middles = np.arange(count) * step_samples + step_samples // 2
     return labels[np.minimum(np.searchsorted(ends, middles, side="right"), len(labels) - 1)]
 

@@ -1,7 +1,7 @@
 # ruff: noqa: SIM905, RUF001 - word lists read better as text
 """Step 3: an ordinary tokenizer.json that spells English in phones.
 
-    python make_tokenizer.py RUN [--words 16000]
+    python make_tokenizer.py RUN [--words 17000]
 
 A language model this small cannot learn English spelling from a few hours of speech, and need not:
 the tokenizer's normalizer (a list of `Replace` rules) writes common words as phones, one character
@@ -13,6 +13,7 @@ About 10 ms a sentence.
 import argparse
 import collections
 import re
+import string
 from pathlib import Path
 
 from teacher import STRESS, join_stress
@@ -56,7 +57,55 @@ weird crazy favorite colour color centre center football basketball baseball soc
 piano concert concerts movie movies theater jazz english french spanish german chinese american
 someone somebody something anyone anybody anything everyone everybody everything nobody none nothing
 somewhere anywhere everywhere nowhere myself yourself himself herself itself ourselves themselves
-london paris america england europe canada robot speech voice streaming text""".split()
+london paris america england europe canada robot speech voice streaming text
+mr mrs ms dr vs tv uk usa shall unless whenever whoever wherever whereas whilst whether till upon
+gonna wanna gotta kinda ain't it'd that'll would've should've could've might've anytime anyways
+someday sometime nowadays meantime basically hopefully fortunately genuinely apparently super wow
+huh hmm oops alright congratulations cheers hooray media global google facebook twitter youtube
+video videos blog podcast website websites playlist channel app apps tech info data login logout
+email emails inbox spam desktop smartphone android tablets wireless bluetooth charger usb upload
+uploaded updates updated upgrade backup delete deleted click browser server servers robots drone
+update option options format default highlight highlights update budget budgets deadline schedule
+schedules scheduled recipe recipes curry noodles banana bananas peanut peanuts avocado yogurt cereal
+cupcake muffin smoothie barbecue vegan puppy puppies kitten kittens bunny pets zoo aquarium dinosaur
+rainbow sunset sunrise sunny rainy cloudy snowy windy stormy foggy weekend weekends halloween
+thanksgiving easter fireworks cinema concert stadium arena tournament championship medal trophy
+rugby cricket hockey volleyball marathon workout yoga fitness skateboard motorcycle bike bikes
+helicopter ferry airline airlines runway terminal suitcase backpack souvenir hostel hotels cottage
+mansion basement garage driveway backyard neighborhood neighbourhood downtown avenue highway
+roundabout crosswalk ambulance pharmacy prescription vaccine vitamin dentist clinic therapist
+allergy flu headache toothache healthcare insurance mortgage rental lawyer accountant engineer
+engineers scientist scientists chef librarian receptionist electrician plumber mechanic babysitter
+entrepreneur freelancer teammate teammates roommate roommates classmate classmates buddy mate mates
+daddy mommy mum mama grandson granddaughter sibling siblings toddler teenager teenagers teens
+adorable awkward annoying boring exciting frustrating hilarious gorgeous handsome incredible
+incredibly fabulous fantastic horrible terrifying stunning scary spooky tricky cute cozy crispy
+creamy spicy yummy fluffy sparkly shiny organic electric digital virtual automatic optional
+affordable accessible sustainable environment climate pollution recycling solar renewable galaxy
+planet planets asteroid telescope astronaut algorithm database keyboard podcast documentary cartoon
+animation comedy thriller sequel soundtrack guitarist drummer choir orchestra melody lyrics anna
+peter mary john sarah david emma michael laura james linda robert alice thomas susan daniel helen
+paul julia mark george nancy oliver grace henry sophie lucas karen brian ruth tom chris mike joe
+frank martin lee harry scott steve ben max sam alex jim dan kim nick ryan jackson andrew kevin matt
+simon adam eric jason donald alan jeff luke dave jimmy kelly jane arthur anthony dean francis gary
+roger ross allen clark jay gordon matthew patrick phil wayne jean walter ann johnny kate maria bruce
+robin anne justin rick sean jon jonathan lawrence oscar lisa larry philip murray jerry ted danny roy
+albert carl marshall mitchell aaron jacob leo margaret mario charlotte christopher evan ron douglas
+fred jose ken amy barbara jennifer samuel stanley jake jamie jessica keith kent victor antonio
+benjamin neil harvey jeremy collin rachel emily kyle mason norman vincent eddie nathan stuart brad
+juan pete catherine dennis ralph rebecca carlos colin julie marcus ellen dylan hannah logan zoe mia
+olivia sophia isabella ava chloe lily ella noah liam ethan caroline bradley derek victoria amanda
+nicole lauren martha claire natalie smith johnson williams brown jones miller wilson taylor
+thompson washington boston chicago texas florida california seattle houston dallas denver atlanta
+philadelphia phoenix vegas hollywood manhattan brooklyn toronto vancouver montreal sydney melbourne
+dublin edinburgh glasgow manchester liverpool oxford cambridge berlin munich vienna rome milan
+venice madrid barcelona lisbon amsterdam brussels zurich geneva prague athens istanbul moscow dubai
+delhi mumbai bangkok singapore shanghai beijing tokyo seoul africa asia australia brazil mexico
+argentina egypt kenya nigeria india pakistan china japan korea russia ukraine germany france italy
+spain portugal greece turkey poland sweden norway finland denmark iceland ireland scotland wales
+britain netherlands belgium switzerland austria italian russian japanese korean arabic dutch
+swedish portuguese australian canadian mexican brazilian african european asian british irish
+scottish""".split()
 
 
 def word_counts(lexicon) -> collections.Counter:
@@ -144,11 +193,15 @@ def number_rules() -> list[tuple[str, str]]:
 
 def build(words: dict[str, list[str]], phones: list[str]) -> Tokenizer:
     char = {phone: chr(FIRST_PHONE + i) for i, phone in enumerate(phones)}
-    rules = [("[‘’]", "'"), ('["“”()*_~]', ""), *number_rules()]
+    rules = [("[‘’]", "'"), ('["“”()*_~]', ""), (r"(?<=\b(?:mr|ms|dr|vs|st))\.|(?<=\bmrs)\.", "")]
+    rules += [(r"\ba\.m\b", "ay m"), (r"(?<=\b[a-z])\.(?=[a-z]\b)", " ")]
+    rules += [(r"(?<=\b(?:p|ay) m)\.(?= [a-z])", ""), *number_rules()]
     rules += [("[-–—/]+", " "), ("[;:…]+", ","), (r"\.\.+", ",")]
     # Longest first: "don't" before "don". A rule's output holds no letters, so none applies twice.
+    # A lone letter after an apostrophe is an ending.
     for word in sorted(words, key=len, reverse=True):
-        rules.append((rf"\b{word}\b", "".join(char[phone] for phone in words[word])))
+        before = "" if len(word) > 1 else "(?<!')"
+        rules.append((rf"{before}\b{word}\b", "".join(char[phone] for phone in words[word])))
     rules += [("'s\\b", char["z"]), (r"'(?![a-z])|(?<![a-z])'", ""), (r"\s+", " ")]
     rules += [(r" (?=[,.?!])", ""), (r"(?<=\]) ", ""), (r"(?<=[,.?!])[,.?!]+", ""), (r" $", "")]
     alphabet = list("[]0123456789" + PUNCTUATION + LETTERS) + list(char.values())
@@ -169,7 +222,7 @@ def build(words: dict[str, list[str]], phones: list[str]) -> Tokenizer:
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--words", type=int, default=16000)
+    parser.add_argument("--words", type=int, default=17000)
     args = parser.parse_args()
     from hibari import Hibari
 
@@ -182,6 +235,9 @@ def main():
             break
         if (len(word) > 1 or word in "ai") and (phones := phones_of(word, frontend, forms)):
             words[word] = phones
+    for letter in set(string.ascii_uppercase) - {"A", "I"}:
+        words[letter.lower()] = phones_of(letter, frontend, {})
+    words["ay"] = ["ˈA"]  # "A" alone is the article to the teacher
     phones = sorted({phone for spelling in words.values() for phone in spelling})
     tokenizer = build(words, phones)
     args.run.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,9 @@
 The quantizer, the upsampling and the decoder transformer of RUN/codec are frozen; their states are
 whitened per channel (without that the decoder learns nothing: some channels vary a hundred times
 more than others) and the whitening is folded into the first convolution when RUN/codec is written.
-The discriminator is a small multi-scale STFT one with feature matching (EnCodec, section 3.4).
+The adversarial run thaws the upsampling and the transformer too. It has a small multi-scale STFT
+discriminator (EnCodec, section 3.4), which judges texture, and a small multi-period one (HiFi-GAN,
+section 2.3), which judges pitch, both with feature matching.
 """
 
 import argparse
@@ -31,6 +33,9 @@ STATE_SAMPLES = FRAME_SAMPLES // 2
 SCALES = ((2048, 128), (512, 60), (128, 15))  # n_fft, mel bins
 ADVERSARIAL_WEIGHT = 0.2
 FEATURE_WEIGHT = 1.0
+CONTEXT_LR = 0.3  # of the thawed transformer, relative to the SEANet decoder's
+WINDOWS = (1024, 512)
+PERIODS = (2, 3, 5, 7, 11)
 
 
 class Vocoder(nn.Module):
@@ -95,8 +100,8 @@ class ScaleDiscriminator(nn.Module):
         self.window = nn.Buffer(torch.hann_window(n_fft))
         sizes = [2, channels, channels, channels, channels]
         self.convs = nn.ModuleList(
-            weight_norm(nn.Conv2d(i, o, (3, 9), stride=(1, 1 + (n > 0)), padding=(1, 4)))
-            for n, (i, o) in enumerate(itertools.pairwise(sizes))
+            weight_norm(nn.Conv2d(i, o, (3, 9), stride=(1, 2), padding=(1, 4)))
+            for i, o in itertools.pairwise(sizes)
         )
         self.convs.append(weight_norm(nn.Conv2d(channels, channels, 3, padding=1)))
         self.output = weight_norm(nn.Conv2d(channels, 1, 3, padding=1))
@@ -108,6 +113,30 @@ class ScaleDiscriminator(nn.Module):
             audio.squeeze(1), self.n_fft, hop, window=self.window, return_complex=True
         )
         x = torch.view_as_real(spectrum * 4 / self.n_fft**0.5).permute(0, 3, 2, 1)
+        features = []
+        for conv in self.convs:
+            x = F.leaky_relu(conv(x), 0.2)
+            features.append(x)
+        return self.output(x).float(), features
+
+
+class PeriodDiscriminator(nn.Module):
+    """Sees the samples folded into rows of one period, and convolves down the columns."""
+
+    def __init__(self, period: int):
+        super().__init__()
+        self.period = period
+        sizes = [1, 16, 32, 64, 64]
+        self.convs = nn.ModuleList(
+            weight_norm(nn.Conv2d(i, o, (5, 1), stride=(3, 1), padding=(2, 0)))
+            for i, o in itertools.pairwise(sizes)
+        )
+        self.output = weight_norm(nn.Conv2d(sizes[-1], 1, (3, 1), padding=(1, 0)))
+
+    def forward(self, audio):
+        """[B, 1, S] -> (logits, [features])"""
+        x = F.pad(audio, (0, -audio.shape[-1] % self.period))
+        x = x.unflatten(-1, (-1, self.period)) * 4
         features = []
         for conv in self.convs:
             x = F.leaky_relu(conv(x), 0.2)
@@ -144,11 +173,12 @@ class Crops:
         return torch.from_numpy(codes), torch.from_numpy(valid), torch.from_numpy(audio)
 
 
-@torch.no_grad()
 def crop_states(codec: MimiModel, codes, valid):
     """Decoder states of each crop after CONTEXT_FRAMES of history; zeros before the utterance."""
+    with torch.no_grad():
+        quantized = codec.quantizer.decode(codes.transpose(1, 2))
     with autocast(codes.device.type):
-        states = decoder_states(codec, codec.quantizer.decode(codes.transpose(1, 2)))
+        states = decoder_states(codec, quantized)
     states = F.pad(states.float(), (0, 0, 2 * CONTEXT_FRAMES, 0))
     count = 2 * (CONTEXT_FRAMES + CROP_FRAMES)
     starts = 2 * (valid - CROP_FRAMES)
@@ -165,21 +195,28 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--lr", type=float, help="1.5e-3, or 6e-4 adversarial, unless given")
     parser.add_argument("--adversarial", action="store_true")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    args.lr = args.lr or (6e-4 if args.adversarial else 1.5e-3)
     torch.manual_seed(0)
     codec = MimiModel.from_pretrained(args.run / "codec").to(args.device).eval()
+    set_trainable(codec, False)
     vocoder = Vocoder(MimiModel(codec.config).decoder.decoder_seanet, codec.config.hidden_size).to(
         args.device
     )
     generator = torch.optim.AdamW(vocoder.parameters(), lr=args.lr, betas=(0.8, 0.99))
     states = {"vocoder": vocoder, "generator": generator}
     if args.adversarial:
-        judges = nn.ModuleList(ScaleDiscriminator(n) for n in (1024, 512, 256)).to(args.device)
+        context = nn.ModuleList([codec.decoder.upsample, codec.decoder.decoder_transformer])
+        set_trainable(context, True)
+        generator.add_param_group(dict(params=context.parameters(), lr=args.lr * CONTEXT_LR))
+        judges = nn.ModuleList(
+            [ScaleDiscriminator(n) for n in WINDOWS] + [PeriodDiscriminator(n) for n in PERIODS]
+        ).to(args.device)
         judge_optimizer = torch.optim.AdamW(judges.parameters(), lr=5e-4, betas=(0.8, 0.99))
-        states |= {"judges": judges, "judge_optimizer": judge_optimizer}
+        states |= {"context": context, "judges": judges, "judge_optimizer": judge_optimizer}
         start = torch.load(args.run / "vocoder.pt", map_location="cpu", weights_only=True)
         vocoder.load_state_dict(start["vocoder"])
     name = "vocoder_adversarial" if args.adversarial else "vocoder"
@@ -192,6 +229,7 @@ def main():
         vocoder.mean.copy_(sample.mean(0))
         vocoder.std.copy_(sample.std(0).clamp(min=1e-3))
 
+    trained = [p for group in generator.param_groups for p in group["params"]]
     for _ in training.steps():
         codes, valid, real = (t.to(args.device) for t in crops.batch())
         inputs = crop_states(codec, codes, valid)
@@ -225,7 +263,7 @@ def main():
             total = total + ADVERSARIAL_WEIGHT * loss["fool"] + FEATURE_WEIGHT * loss["feature"]
         generator.zero_grad()
         total.backward()
-        torch.nn.utils.clip_grad_norm_(vocoder.parameters(), 10.0)
+        torch.nn.utils.clip_grad_norm_(trained, 10.0)
         generator.step()
         training.log(**{key: value.detach() for key, value in loss.items()})
 
