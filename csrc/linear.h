@@ -1,24 +1,22 @@
 // linear: out = x W^T.
 #pragma once
 
-#include "dtype.h"
+#include "weight.h"
 
 namespace voxkern {
 
 struct LinearParams {
   Dtype dtype;
-  int64_t M, N, C;
-  const void* x;       // [M, C]
-  const void* weight;  // [N, C]
-  void* out;           // [M, N]
+  int64_t M;
+  const void* x;  // [M, C]
+  Weight weight;  // [N, C]
+  void* out;      // [M, N]
 };
 
 }  // namespace voxkern
 
 #ifndef VOX_ISA
 #include <vector>
-
-#include "check.h"
 
 namespace voxkern {
 
@@ -38,15 +36,11 @@ inline LinearParams linear_params(const Tensor& x, const Tensor& weight, const T
   int64_t M = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) M *= x.size(i);
   const Dtype dtype = float_dtype(x, "x");
-  check_operand(weight, "weight", x, x.scalar_type());
-  check_shape(weight, "weight", "[N, C]", {kAny, C});
   return {
       .dtype = dtype,
       .M = M,
-      .N = weight.size(0),
-      .C = C,
       .x = x.const_data_ptr(),
-      .weight = weight.const_data_ptr(),
+      .weight = weight_of(weight, "weight", x, "[N, C]", {kAny, C}),
       .out = out.mutable_data_ptr(),
   };
 }

@@ -1,5 +1,4 @@
-// out = x W^T on one thread: the product inside linear and decode_depth. Included by ISA passes
-// alone.
+// out = x W^T on one thread: the product inside project(). Included by ISA passes alone.
 //
 // Every output is one chain: a vector accumulator runs over the row in steps of Dot<T>::kStep
 // elements, the last step padded with zeros, and its lanes are summed at halving distance. The

@@ -3,8 +3,7 @@
 #include "isa.h"
 
 #ifdef VOX_ISA
-#include "gemm.h"
-#include "team.h"
+#include "project.h"
 
 // Each thread takes a contiguous part of W's rows, so every weight is read once and by one thread;
 // where W is too small for that, a part of x's rows.
@@ -19,16 +18,15 @@ bool split_weight_rows(int64_t M, int64_t N, int threads) {
 template <typename T>
 void run(const LinearParams& p) {
   const auto* x = static_cast<const T*>(p.x);
-  const auto* weight = static_cast<const T*>(p.weight);
   auto* out = static_cast<T*>(p.out);
-  const int64_t work = p.M * p.N * p.C;
-  if (split_weight_rows(p.M, p.N, Team::size())) {
-    parallel_for(p.N, kGrain, work, [&](int64_t begin, int64_t end) {
-      multiply(x, weight, out, p.M, p.C, p.N, begin, end);
+  const int64_t N = p.weight.N, C = p.weight.C, work = p.M * N * C;
+  if (split_weight_rows(p.M, N, Team::size())) {
+    parallel_for(N, kGrain, work, [&](int64_t begin, int64_t end) {
+      project(x, p.M, p.weight, 0, {Range{begin, end}}, out);
     });
   } else {
     parallel_for(p.M, kTileM, work, [&](int64_t begin, int64_t end) {
-      multiply(x + begin * p.C, weight, out + begin * p.N, end - begin, p.C, p.N, 0, p.N);
+      project(x + begin * C, end - begin, p.weight, 0, {Range{0, N}}, out + begin * N);
     });
   }
 }
@@ -53,7 +51,7 @@ Tensor linear_cpu(Tensor x, Tensor weight) {
   x = torch::stable::contiguous(x);
   Tensor out = linear_out(x, weight);
   const LinearParams p = linear_params(x, weight, out);
-  if (p.C == 0) return torch::stable::fill_(out, 0.0);
+  if (p.weight.C == 0) return torch::stable::fill_(out, 0.0);
   linear(p);
   return out;
 }

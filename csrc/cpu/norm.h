@@ -1,4 +1,4 @@
-// One row of rms_norm and add_rms_norm; decode_depth calls it too. Included by ISA passes alone.
+// One row of rms_norm and add_rms_norm; layers.h calls it too. Included by ISA passes alone.
 #pragma once
 
 #include "vec.h"

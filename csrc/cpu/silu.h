@@ -1,4 +1,4 @@
-// SwiGLU's product; silu_mul and decode_depth call it. Included by ISA passes alone.
+// SwiGLU's product; silu_mul.cpp and layers.h call it. Included by ISA passes alone.
 #pragma once
 
 #include "vec.h"

@@ -1,0 +1,122 @@
+// One thread's part of a stack of layers, inside a run() of the team: what decode_backbone and
+// decode_depth share. Included by ISA passes too, which alone see Layers.
+//
+// A thread takes the same contiguous part of every matrix's rows each time. The norms are a few
+// microseconds' work on data that every thread needs next: each does them all, on residuals of its
+// own. All threads meet after each matrix and after attention.
+//
+// Results are rounded to the dtype where the composed ops would store them, so in float32 the
+// layers give what a composition of these ops gives, and no row depends on another.
+#pragma once
+
+#include "../layers.h"
+#include "arena.h"
+
+namespace voxkern {
+namespace {
+
+// What the threads share, for up to R rows.
+template <typename T>
+struct LayerBuffers {
+  T* branch;    // [R, C], what is added to the residual
+  T* qkv;       // [R, (Hq + 2 Hkv) D]
+  T* attended;  // [R, Hq D]
+  T* gate_up;   // [R, 2F]
+  T* product;   // [R, F]
+
+  LayerBuffers(Arena& arena, const LayersParams& p, int64_t R) {
+    branch = arena.take<T>(R * p.C);
+    qkv = arena.take<T>(R * (p.Hq + 2 * p.Hkv) * p.D);
+    attended = arena.take<T>(R * p.Hq * p.D);
+    gate_up = arena.take<T>(R * 2 * p.F);
+    product = arena.take<T>(R * p.F);
+  }
+};
+
+}  // namespace
+}  // namespace voxkern
+
+#ifdef VOX_ISA
+#include "norm.h"
+#include "project.h"
+#include "silu.h"
+
+namespace voxkern {
+namespace {
+
+// What a thread has for itself, for up to R rows.
+template <typename T>
+struct LayerRows {
+  T* residual;  // [R, C]
+  T* normed;    // [R, C]
+
+  LayerRows(Arena& arena, const LayersParams& p, int64_t R) {
+    residual = arena.take<T>(R * p.C);
+    normed = arena.take<T>(R * p.C);
+  }
+};
+
+template <typename T>
+class Layers {
+ public:
+  Layers(const LayersParams& params, const LayerBuffers<T>& shared, const LayerRows<T>& own,
+         int rank, int size)
+      : p_(params), all_(shared), own_(own), rank_(rank), size_(size) {}
+
+  // This thread's part of out [rows, N] = x [rows, C] times the transpose of matrix `at`.
+  void project_part(const T* x, int64_t rows, const Weight& weight, int64_t at, T* out) const {
+    project(x, rows, weight, at, {part_of(weight.N)}, out);
+  }
+
+  // From `rows` rows of own.residual to own.normed. attend(layer) does this thread's part of the
+  // attention, from all.qkv to all.attended.
+  template <typename Attend>
+  void run(int64_t rows, const Attend& attend) const {
+    for (int64_t layer = 0; layer < p_.L; ++layer) {
+      normalise(layer ? all_.branch : own_.residual, layer, p_.attn_norm, layer, rows);
+      project_part(own_.normed, rows, p_.qkv, layer, all_.qkv);
+      Team::barrier();
+      attend(layer);
+      Team::barrier();
+      project_part(all_.attended, rows, p_.o, layer, all_.branch);
+      Team::barrier();
+      normalise(all_.branch, true, p_.mlp_norm, layer, rows);
+      gate_and_up(layer, rows);
+      Team::barrier();
+      project_part(all_.product, rows, p_.down, layer, all_.branch);
+      Team::barrier();
+    }
+    normalise(p_.L ? all_.branch : own_.residual, p_.L, p_.norm, 0, rows);
+  }
+
+ private:
+  Range part_of(int64_t n) const { return split(n, kGrain, rank_, size_); }
+
+  void normalise(const T* x, bool add, const void* weight, int64_t at, int64_t rows) const {
+    for (int64_t i = 0; i < rows; ++i)
+      normalise_row(x + i * p_.C, add ? own_.residual + i * p_.C : nullptr,
+                    static_cast<const T*>(weight) + at * p_.C, own_.normed + i * p_.C, p_.C,
+                    p_.eps);
+  }
+
+  // A thread's gate rows and the up rows that they are multiplied with are both its own.
+  void gate_and_up(int64_t layer, int64_t rows) const {
+    const int64_t F = p_.F;
+    const Range gates = part_of(F), ups = {F + gates.begin, F + gates.end};
+    project(own_.normed, rows, p_.gate_up, layer, {gates, ups}, all_.gate_up);
+    for (int64_t i = 0; i < rows; ++i) {
+      const T* const row = all_.gate_up + i * 2 * F;
+      silu_mul_row(row + gates.begin, row + ups.begin, all_.product + i * F + gates.begin,
+                   gates.end - gates.begin);
+    }
+  }
+
+  const LayersParams& p_;
+  const LayerBuffers<T> all_;
+  const LayerRows<T> own_;
+  const int rank_, size_;
+};
+
+}  // namespace
+}  // namespace voxkern
+#endif
