@@ -33,8 +33,8 @@ struct Shared {
 #include "sampler.h"
 #include "team.h"
 
-// One run() of the team makes the whole frame; between two phases, all threads meet. How threads
-// share a layer is in layers.h. Attention is split by row and key/value head, sampling by row.
+// One run() of the team makes the whole frame; between two phases, all threads meet. layers.h says
+// how they share a layer. Attention is split by row and key/value head, sampling by row.
 namespace voxkern {
 namespace {
 
@@ -104,10 +104,8 @@ class Worker {
     const LayersParams& l = p_.layers;
     const int64_t D = l.D, group = l.Hq / l.Hkv, heads = l.Hq + 2 * l.Hkv;
     const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(D));
-    const Range mine = split(p_.B * l.Hkv, 1, rank_, size_);
-    for (int64_t item = mine.begin; item < mine.end; ++item) {
-      const int64_t b = item / l.Hkv, kv_head = item % l.Hkv;
-      const int64_t cache = (layer * p_.B * l.Hkv + item) * p_.K * D;
+    layers_.each_head(p_.B, [&](int64_t b, int64_t kv_head) {
+      const int64_t cache = ((layer * p_.B + b) * l.Hkv + kv_head) * p_.K * D;
       T* const k = all_.k_cache + cache;
       T* const v = all_.v_cache + cache;
       for (int64_t t = position; t < position + n; ++t) {
@@ -122,7 +120,7 @@ class Worker {
                      all_.layers.attended + (row * l.Hq + head) * D);
         }
       }
-    }
+    });
   }
 
   // Draws `codebook` for all rows, from the last B rows of the pass, and embeds the codes.

@@ -53,9 +53,6 @@ constexpr int tile_rows(int M) {
   return M == 1 ? 8 : M < 4 ? 4 : 3;
 }
 
-// Threads split W's rows at multiples of this.
-constexpr int kGrain = tile_rows(1);
-
 template <int n>
 struct Count {
   static constexpr int value = n;

@@ -1,9 +1,11 @@
 // One thread's part of a stack of layers, inside a run() of the team: what decode_backbone and
 // decode_depth share. Included by ISA passes too, which alone see Layers.
 //
-// A thread takes the same contiguous part of every matrix's rows each time. The norms are a few
-// microseconds' work on data that every thread needs next: each does them all, on residuals of its
-// own. All threads meet after each matrix and after attention.
+// A thread takes the same part of every matrix's rows each time. Where key/value heads can be
+// shared out evenly, it projects and attends with heads of its own, and all threads meet four times
+// a layer: after attention, o, gate and up, and down. Else parts of qkv are as equal as rows allow,
+// and all meet after qkv too. The norms are a few microseconds' work on data that every thread
+// needs next: each does them all, on residuals of its own.
 //
 // Results are rounded to the dtype where the composed ops would store them, so in float32 the
 // layers give what a composition of these ops gives, and no row depends on another.
@@ -61,7 +63,28 @@ class Layers {
  public:
   Layers(const LayersParams& params, const LayerBuffers<T>& shared, const LayerRows<T>& own,
          int rank, int size)
-      : p_(params), all_(shared), own_(own), rank_(rank), size_(size) {}
+      : p_(params),
+        all_(shared),
+        own_(own),
+        rank_(rank),
+        size_(size),
+        own_heads_(params.Hkv % size == 0 && params.D % kPartRows == 0) {}
+
+  // Whether this thread itself projected all that its each_head() reads.
+  bool own_heads() const { return own_heads_; }
+
+  // f(b, kv_head) for this thread's share of B rows' key/value heads.
+  template <typename F>
+  void each_head(int64_t B, const F& f) const {
+    if (own_heads_) {
+      const Range mine = split(p_.Hkv, 1, rank_, size_);
+      for (int64_t b = 0; b < B; ++b)
+        for (int64_t h = mine.begin; h < mine.end; ++h) f(b, h);
+    } else {
+      const Range mine = split(B * p_.Hkv, 1, rank_, size_);
+      for (int64_t i = mine.begin; i < mine.end; ++i) f(i / p_.Hkv, i % p_.Hkv);
+    }
+  }
 
   // This thread's part of out [rows, N] = x [rows, C] times the transpose of matrix `at`.
   void project_part(const T* x, int64_t rows, const Weight& weight, int64_t at, T* out) const {
@@ -69,13 +92,13 @@ class Layers {
   }
 
   // From `rows` rows of own.residual to own.normed. attend(layer) does this thread's part of the
-  // attention, from all.qkv to all.attended.
+  // attention, each_head() of it or all threads together, from shared.qkv to shared.attended.
   template <typename Attend>
   void run(int64_t rows, const Attend& attend) const {
     for (int64_t layer = 0; layer < p_.L; ++layer) {
       normalise(layer ? all_.branch : own_.residual, layer, p_.attn_norm, layer, rows);
-      project_part(own_.normed, rows, p_.qkv, layer, all_.qkv);
-      Team::barrier();
+      project_heads(layer, rows);
+      if (!own_heads_) Team::barrier();
       attend(layer);
       Team::barrier();
       project_part(all_.attended, rows, p_.o, layer, all_.branch);
@@ -90,13 +113,23 @@ class Layers {
   }
 
  private:
-  Range part_of(int64_t n) const { return split(n, kGrain, rank_, size_); }
+  Range part_of(int64_t n) const { return split(n, kPartRows, rank_, size_); }
 
   void normalise(const T* x, bool add, const void* weight, int64_t at, int64_t rows) const {
     for (int64_t i = 0; i < rows; ++i)
       normalise_row(x + i * p_.C, add ? own_.residual + i * p_.C : nullptr,
                     static_cast<const T*>(weight) + at * p_.C, own_.normed + i * p_.C, p_.C,
                     p_.eps);
+  }
+
+  void project_heads(int64_t layer, int64_t rows) const {
+    if (!own_heads_) return project_part(own_.normed, rows, p_.qkv, layer, all_.qkv);
+    const Range mine = split(p_.Hkv, 1, rank_, size_);
+    const int64_t begin = mine.begin * p_.D, end = mine.end * p_.D, group = p_.Hq / p_.Hkv;
+    const int64_t k = p_.Hq * p_.D, v = k + p_.Hkv * p_.D;
+    const Range q_rows = {begin * group, end * group};
+    project(own_.normed, rows, p_.qkv, layer,
+            {q_rows, Range{k + begin, k + end}, Range{v + begin, v + end}}, all_.qkv);
   }
 
   // A thread's gate rows and the up rows that they are multiplied with are both its own.
@@ -115,6 +148,7 @@ class Layers {
   const LayerBuffers<T> all_;
   const LayerRows<T> own_;
   const int rank_, size_;
+  const bool own_heads_;
 };
 
 }  // namespace

@@ -12,7 +12,7 @@ namespace {
 
 // With a grain for every thread, W's rows do; below that, the longer side has more to share.
 bool split_weight_rows(int64_t M, int64_t N, int threads) {
-  return N >= M || N >= kGrain * static_cast<int64_t>(threads);
+  return N >= M || N >= kPartRows * threads;
 }
 
 template <typename T>
@@ -21,7 +21,7 @@ void run(const LinearParams& p) {
   auto* out = static_cast<T*>(p.out);
   const int64_t N = p.weight.N, C = p.weight.C, work = p.M * N * C;
   if (split_weight_rows(p.M, N, Team::size())) {
-    parallel_for(N, kGrain, work, [&](int64_t begin, int64_t end) {
+    parallel_for(N, kPartRows, work, [&](int64_t begin, int64_t end) {
       project(x, p.M, p.weight, 0, {Range{begin, end}}, out);
     });
   } else {

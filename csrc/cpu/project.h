@@ -9,6 +9,10 @@
 namespace voxkern {
 namespace {
 
+// Threads split a weight's rows at multiples of this.
+constexpr int64_t kPartRows = 16;
+static_assert(kPartRows % tile_rows(1) == 0);
+
 // The columns in `parts` of out [rows, N] = x [rows, C] times the transpose of matrix `at` of
 // `weight`; C >= 1.
 template <int n, typename T>
