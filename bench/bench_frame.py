@@ -37,21 +37,23 @@ def frame_bytes(weights: CsmWeights) -> int:
 
     Its first two positions have their inputs at once, and go through together.
     """
-    once = [*_layers(weights.backbone), weights.code0_head, weights.code_heads]
-    return len(weights.code_heads) * depth_step_bytes(weights) + num_tensor_bytes(once)
+    once = transformer_bytes(weights.backbone)
+    once += num_tensor_bytes([weights.code0_head, weights.code_heads])
+    return len(weights.code_heads) * depth_step_bytes(weights) + once
 
 
 def depth_step_bytes(weights: CsmWeights) -> int:
     """Weight bytes read in one step of the depth decoder, its head left out."""
-    return num_tensor_bytes([weights.projection, *_layers(weights.depth)])
+    return num_tensor_bytes([weights.projection]) + transformer_bytes(weights.depth)
+
+
+def transformer_bytes(t: TransformerWeights) -> int:
+    """Weight bytes read in one pass through a transformer's layers."""
+    return num_tensor_bytes([t.attn_norm, t.qkv, t.o, t.mlp_norm, t.gate_up, t.down, t.norm])
 
 
 def num_tensor_bytes(tensors: list[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _layers(t: TransformerWeights) -> list[Tensor]:
-    return [t.attn_norm, t.qkv, t.o, t.mlp_norm, t.gate_up, t.down, t.norm]
 
 
 class OurFrames:

@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 import roofline
 import torch
 import torch.nn.functional as F
-from bench_frame import CSM_1B, depth_step_bytes, num_tensor_bytes
+from bench_frame import CSM_1B, depth_step_bytes, num_tensor_bytes, transformer_bytes
 from report import Report
 from torch import Tensor
 
 from vox_serve.csm_weights import CsmWeights
+from vox_serve.kv_cache import CacheBatch, CacheSequence, KvCache
 from vox_serve.model import CsmModel
 from vox_serve.model_config import CsmConfig
 from vox_serve.sampling import SamplingParams, SamplingRows
@@ -96,7 +97,7 @@ def cases(dtype: torch.dtype, batch: int) -> list[Case]:
     if b == 1:
         out.append(_linear(dtype, PROMPT, "gate_up, prompt", 2 * FFN, C))
         out.append(_prefill_attention(dtype))
-    out.append(_decode_depth(dtype, b))
+    out += [_decode_backbone(dtype, b), _decode_depth(dtype, b)]
     return out
 
 
@@ -253,20 +254,56 @@ def _sample_tokens(b: int, label: str, top_k: int = 0, top_p: float = 1.0) -> Ca
     )
 
 
+def _csm(layers: dict[str, int]) -> CsmConfig:
+    """CSM-1B's shapes without the text table, and with fewer layers of one part."""
+    config = replace(CsmConfig.from_json(CSM_1B), text_vocab_size=1)
+    parts = {name: replace(getattr(config, name), num_layers=n) for name, n in layers.items()}
+    return replace(config, **parts)
+
+
+def _decode_backbone(dtype: torch.dtype, b: int) -> Case:
+    config = _csm({"depth": 1})
+
+    def inputs():
+        model = CsmModel(config, CsmWeights.random(config, dtype))
+        cache = KvCache(config.backbone, b, dtype, model.device)
+        sequences = [CacheSequence() for _ in range(b)]
+        for sequence in sequences:
+            cache.extend(sequence, CACHED - 1)
+        batch = CacheBatch.decode(cache, sequences)
+        for pages in (cache.k_pages, cache.v_pages):
+            for layer in pages:
+                layer.normal_()
+        return model.backbone_arguments(torch.randn(b, C).to(dtype), batch, cache)
+
+    weights = transformer_bytes(CsmWeights.empty(config, dtype, "meta").backbone)
+    keys = dtype.itemsize * config.backbone.num_layers * b * 2 * CACHED * KV_HEADS * D
+    return Case(
+        "decode_backbone",
+        f"{b} x {CACHED} keys",
+        inputs,
+        ops.decode_backbone,
+        implementation("decode_backbone", "reference"),
+        weights + keys,
+        2.0 * b * weights / dtype.itemsize,
+    )
+
+
 def _decode_depth(dtype: torch.dtype, b: int) -> Case:
-    config = CsmConfig.from_json(CSM_1B)
-    one_layer = replace(config.backbone, num_layers=1)
-    config = replace(config, backbone=one_layer, text_vocab_size=1)
-    model = CsmModel(config, CsmWeights.random(config, dtype))
-    params = [SamplingParams(temperature=0.9, top_k=50)] * b
-    rows = SamplingRows.of(params, range(b), [0] * b, [[]] * b, model.device)
-    arguments = model.depth_arguments(torch.randn(b, C).to(dtype), torch.arange(b), rows)
-    heads = num_tensor_bytes([model.weights.code_heads])
-    num_bytes = (K - 1) * depth_step_bytes(model.weights) + heads
+    config = _csm({"backbone": 1})
+
+    def inputs():
+        model = CsmModel(config, CsmWeights.random(config, dtype))
+        params = [SamplingParams(temperature=0.9, top_k=50)] * b
+        rows = SamplingRows.of(params, range(b), [0] * b, [[]] * b, model.device)
+        return model.depth_arguments(torch.randn(b, C).to(dtype), torch.arange(b), rows)
+
+    weights = CsmWeights.empty(config, dtype, "meta")
+    num_bytes = (K - 1) * depth_step_bytes(weights) + num_tensor_bytes([weights.code_heads])
     return Case(
         "decode_depth",
         f"{b} frames",
-        lambda: arguments,
+        inputs,
         ops.decode_depth,
         implementation("decode_depth", "reference"),
         num_bytes,

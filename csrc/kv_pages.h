@@ -40,6 +40,17 @@ inline void check_page_table(const Tensor& page_table, const Tensor& seq_lens, c
   check_shape(seq_lens, "seq_lens", "[B]", {page_table.size(0)});
 }
 
+// What positions and slots say, where the host can read it.
+inline void check_places(const int64_t* positions, const int64_t* slots, int64_t T,
+                         int64_t max_positions, int64_t num_slots) {
+  for (int64_t t = 0; t < T; ++t) {
+    check(positions[t] >= 0 && positions[t] < max_positions, "positions: expected 0 to ",
+          max_positions - 1, ", the rows of rope_table, got ", positions[t], " at index ", t);
+    check(slots[t] < num_slots, "slots: expected less than ", num_slots,
+          ", the slots of k_pages, got ", slots[t], " at index ", t);
+  }
+}
+
 // What seq_lens and page_table say, where the host can read it: every page that is used exists.
 inline void check_page_table_values(const int32_t* page_table, const int32_t* seq_lens, int64_t B,
                                     int64_t M, int64_t S, int64_t P) {

@@ -251,6 +251,63 @@ def sample_tokens(
 
 
 @op
+def decode_backbone(
+    x: Tensor,
+    attn_norm: Tensor,
+    qkv: Tensor,
+    o: Tensor,
+    mlp_norm: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    norm: Tensor,
+    rope_table: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    eps: float,
+    positions: Tensor,
+    slots: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+) -> Tensor:
+    """All layers of a transformer for one new token of each sequence, in one call.
+
+    The layers are Llama's (Touvron et al. 2023, https://arxiv.org/abs/2302.13971): pre-norm,
+    rotary grouped-query attention over paged keys and values, SwiGLU; a norm behind the last.
+    In float32 the result is, bit for bit, that of `rms_norm`, then for each layer `linear`,
+    `append_kv`, `decode_attention` with a scale of `D ** -0.5`, `linear`, `add_rms_norm`,
+    `linear`, `silu_mul`, `linear` and `add_rms_norm`; in bfloat16 it is rounded where they store.
+
+    Args:
+        x: `[B, C]`, the embedded tokens.
+        attn_norm, mlp_norm: `[L, C]`.
+        qkv: `[L, (num_heads + 2 * num_kv_heads) * D, C]`, q rows first, then k, then v.
+        o: `[L, C, num_heads * D]`.
+        gate_up: `[L, 2F, C]`, gate rows first.
+        down: `[L, C, F]`.
+        norm: `[C]`.
+        rope_table: `[max_positions, D]` float32, as in `append_kv`.
+        num_heads, num_kv_heads: query and key/value heads.
+        eps: of every norm.
+        positions: `[B]` int64, the row of `rope_table` for each token.
+        slots: `[B]` int64, `page * S + offset` of each token; nothing is written for a negative
+            one.
+        k_pages, v_pages: `[L, P, num_kv_heads, S, D]`; written in place.
+        page_table: `[B, M]` int32, as in `prefill_attention`, the same for all layers.
+        seq_lens: `[B]` int32, keys of each sequence, its new one included.
+
+    Returns:
+        `[B, C]`, contiguous: the hidden states after the last norm.
+
+    Raises:
+        RuntimeError: a shape or dtype does not fit; on the CPU also a position, slot, page or
+            length outside its table.
+    """
+    return x.new_empty(x.shape)
+
+
+@op
 def decode_depth(
     hidden: Tensor,
     code0: Tensor,

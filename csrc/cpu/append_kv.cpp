@@ -56,13 +56,7 @@ void append_kv_cpu(Tensor q, Tensor k, Tensor v, Tensor rope_table, Tensor posit
                    Tensor k_pages, Tensor v_pages) {
   const AppendKvParams p =
       append_kv_params(q, k, v, rope_table, positions, slots, k_pages, v_pages);
-  const int64_t max_positions = rope_table.size(0), num_slots = k_pages.size(0) * p.S;
-  for (int64_t t = 0; t < p.T; ++t) {
-    check(p.positions[t] >= 0 && p.positions[t] < max_positions, "positions: expected 0 to ",
-          max_positions - 1, ", the rows of rope_table, got ", p.positions[t], " at index ", t);
-    check(p.slots[t] < num_slots, "slots: expected less than ", num_slots,
-          ", the slots of k_pages, got ", p.slots[t], " at index ", t);
-  }
+  check_places(p.positions, p.slots, p.T, rope_table.size(0), k_pages.size(0) * p.S);
   append_kv(p);
 }
 

@@ -67,9 +67,39 @@ class CsmModel:
         Returns:
             `[B, C]`: each sequence's last hidden state, after the last norm.
         """
+        x = ops.embed_frames(frames, mask, self.weights.audio_table, self.weights.text_table)
+        if batch.cu_seqlens is None:
+            return ops.decode_backbone(*self.backbone_arguments(x, batch, cache))
+        return self._prefill(x, batch, cache)[batch.last_tokens]
+
+    def backbone_arguments(self, x: Tensor, batch: CacheBatch, cache: KvCache) -> tuple:
+        """The arguments of `voxkern.ops.decode_backbone`, in its order, for embedded tokens x."""
+        w, c = self.weights.backbone, self.config.backbone
+        return (
+            x,
+            w.attn_norm,
+            w.qkv,
+            w.o,
+            w.mlp_norm,
+            w.gate_up,
+            w.down,
+            w.norm,
+            self._backbone_rope,
+            c.num_heads,
+            c.num_kv_heads,
+            c.norm_eps,
+            batch.positions,
+            batch.slots,
+            cache.k_pages,
+            cache.v_pages,
+            batch.page_table,
+            batch.seq_lens,
+        )
+
+    def _prefill(self, residual: Tensor, batch: CacheBatch, cache: KvCache) -> Tensor:
+        """Embedded prompt tokens `[T, C]` through the layers, op by op: their hidden states."""
         c = self.config.backbone
         scale = c.head_dim**-0.5
-        residual = ops.embed_frames(frames, mask, self.weights.audio_table, self.weights.text_table)
         x = ops.rms_norm(residual, self.weights.backbone.attn_norm[0], c.norm_eps)
         for layer, k_pages, v_pages in zip(self._layers, cache.k_pages, cache.v_pages, strict=True):
             qkv = ops.linear(x, layer.qkv).unflatten(1, (-1, c.head_dim))
@@ -77,19 +107,14 @@ class CsmModel:
             ops.append_kv(
                 q, k, v, self._backbone_rope, batch.positions, batch.slots, k_pages, v_pages
             )
-            if batch.cu_seqlens is None:
-                x = ops.decode_attention(
-                    q, k_pages, v_pages, batch.page_table, batch.seq_lens, scale
-                )
-            else:
-                x = ops.prefill_attention(
-                    q, k_pages, v_pages, batch.page_table, batch.cu_seqlens, batch.seq_lens, scale
-                )
+            x = ops.prefill_attention(
+                q, k_pages, v_pages, batch.page_table, batch.cu_seqlens, batch.seq_lens, scale
+            )
             x = ops.linear(x.flatten(1), layer.o)
             x = ops.add_rms_norm(x, residual, layer.mlp_norm, c.norm_eps)
             x = ops.linear(ops.silu_mul(ops.linear(x, layer.gate_up)), layer.down)
             x = ops.add_rms_norm(x, residual, layer.next_norm, c.norm_eps)
-        return x if batch.cu_seqlens is None else x[batch.last_tokens]
+        return x
 
     def draw_frames(self, hidden: Tensor, rows: SamplingRows) -> Tensor:
         """Draw the next frame of every sequence.

@@ -1,0 +1,282 @@
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from kv_testing import paged, random_sequences
+from ops_testing import DTYPES, assert_close, opcheck, reference
+from voxkern import ops
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A backbone over pages of S, in the letters of `voxkern.ops`."""
+
+    L: int
+    C: int
+    F: int
+    Hq: int
+    Hkv: int
+    D: int
+    S: int
+
+
+SIZES = [
+    Sizes(L=2, C=40, F=72, Hq=4, Hkv=2, D=16, S=16),
+    Sizes(L=3, C=64, F=50, Hq=16, Hkv=4, D=32, S=5),
+    Sizes(L=1, C=9, F=11, Hq=3, Hkv=3, D=34, S=1),
+    Sizes(L=0, C=8, F=4, Hq=1, Hkv=1, D=2, S=3),
+]
+LENGTHS = [[1], [40], [1, 700, 16, 257, 2]]
+"""Keys of each sequence, the new one included."""
+
+
+def make(sizes: Sizes, dtype: torch.dtype, lengths: list[int]) -> dict:
+    """decode_backbone's arguments; the new tokens' slots hold NaN, like all that is not used."""
+    s, rows = sizes, len(lengths)
+
+    def normal(*shape: int) -> Tensor:
+        return (torch.randn(shape) / shape[-1] ** 0.5).to(dtype)
+
+    def norm(*shape: int) -> Tensor:
+        return (1 + 0.1 * torch.randn(shape)).to(dtype)
+
+    # A page number means the same page in all layers: their heads side by side make the pages.
+    heads = max(s.L, 1) * s.Hkv
+    k, v = (random_sequences(lengths, heads, s.D, dtype) for _ in range(2))
+    for sequence in (*k, *v):
+        sequence[-1:] = torch.nan
+    *pages, page_table, seq_lens = paged(k, v, s.S)
+    k_pages, v_pages = (
+        p.unflatten(1, (-1, s.Hkv)).transpose(0, 1)[: s.L].contiguous() for p in pages
+    )
+    positions = (seq_lens.long() - 1).clamp(min=0)
+    page = page_table.gather(1, (positions // s.S)[:, None])[:, 0].long()
+    angles = torch.arange(max(lengths) + 3)[:, None] / 100 ** (torch.arange(s.D // 2) / (s.D // 2))
+    return {
+        "x": torch.randn(rows, s.C).to(dtype),
+        "attn_norm": norm(s.L, s.C),
+        "qkv": 2 * normal(s.L, (s.Hq + 2 * s.Hkv) * s.D, s.C),
+        "o": normal(s.L, s.C, s.Hq * s.D),
+        "mlp_norm": norm(s.L, s.C),
+        "gate_up": normal(s.L, 2 * s.F, s.C),
+        "down": normal(s.L, s.C, s.F),
+        "norm": norm(s.C),
+        "rope_table": torch.cat((angles.cos(), angles.sin()), -1),
+        "num_heads": s.Hq,
+        "num_kv_heads": s.Hkv,
+        "eps": 1e-5,
+        "positions": positions,
+        "slots": torch.where(seq_lens > 0, page * s.S + positions % s.S, -1),
+        "k_pages": k_pages,
+        "v_pages": v_pages,
+        "page_table": page_table,
+        "seq_lens": seq_lens,
+    }
+
+
+def run(call, arguments: dict) -> tuple[Tensor, Tensor, Tensor]:
+    """The hidden states and the pages as they are afterwards."""
+    arguments = arguments | {n: arguments[n].clone() for n in ("k_pages", "v_pages")}
+    hidden = call("decode_backbone", *arguments.values())
+    return hidden, arguments["k_pages"], arguments["v_pages"]
+
+
+def of_rows(arguments: dict, rows: slice) -> dict:
+    """The call for some rows only."""
+    mine = ("x", "positions", "slots", "page_table", "seq_lens")
+    return arguments | {name: arguments[name][rows] for name in mine}
+
+
+def composed(
+    x: Tensor,
+    attn_norm: Tensor,
+    qkv: Tensor,
+    o: Tensor,
+    mlp_norm: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    norm: Tensor,
+    rope_table: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    eps: float,
+    positions: Tensor,
+    slots: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+) -> Tensor:
+    """The call as the other ops of its backend, one after the other."""
+    head_dim = rope_table.shape[1]
+    residual = x.clone()
+    x = ops.rms_norm(x, attn_norm[0] if len(attn_norm) else norm, eps)
+    for i, next_norm in enumerate([*attn_norm, norm][1:]):
+        heads = ops.linear(x, qkv[i]).unflatten(1, (-1, head_dim))
+        q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), 1)
+        ops.append_kv(q, k, v, rope_table, positions, slots, k_pages[i], v_pages[i])
+        x = ops.decode_attention(q, k_pages[i], v_pages[i], page_table, seq_lens, head_dim**-0.5)
+        x = ops.add_rms_norm(ops.linear(x.flatten(1), o[i]), residual, mlp_norm[i], eps)
+        x = ops.linear(ops.silu_mul(ops.linear(x, gate_up[i])), down[i])
+        x = ops.add_rms_norm(x, residual, next_norm, eps)
+    return x
+
+
+def assert_same_bits(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for mine, theirs in zip(got, expected, strict=True):
+        assert torch.equal(mine.nan_to_num(1234.5), theirs.nan_to_num(1234.5))
+
+
+def native_cpu(target) -> None:
+    if target.device != "cpu" or target.backend != "native":
+        pytest.skip("a promise of the native CPU op")
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_float32_is_the_reference(target, sizes, lengths):
+    arguments = make(sizes, torch.float32, lengths)
+    for got, expected in zip(run(target.run, arguments), run(reference, arguments), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_bfloat16_is_no_farther_from_float32_than_twice_the_reference(target, sizes, lengths):
+    arguments = make(sizes, torch.bfloat16, lengths)
+    wide = {
+        n: a.float() if isinstance(a, Tensor) and a.dtype == torch.bfloat16 else a
+        for n, a in arguments.items()
+    }
+    exact = run(reference, wide)
+    for got, theirs, true in zip(
+        run(target.run, arguments), run(reference, arguments), exact, strict=True
+    ):
+        assert torch.equal(got.isnan(), true.isnan())
+        error, allowed = ((t.float() - true).nan_to_num().norm() for t in (got, theirs))
+        assert error <= 2 * allowed + 1e-3 * true.nan_to_num().norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_bits_are_those_of_the_composed_ops(target, sizes, lengths, dtype):
+    native_cpu(target)
+    arguments = make(sizes, dtype, lengths)
+    expected = run(lambda _, *args: composed(*args), arguments)
+    assert_same_bits(run(target.run, arguments), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", SIZES[:2], ids=str)
+def test_any_number_of_threads(target, sizes, dtype):
+    """Those that share key/value heads evenly, and those that do not."""
+    native_cpu(target)
+    arguments = make(sizes, dtype, LENGTHS[2])
+    before = torch.ops.voxkern.num_threads()
+    try:
+        results = []
+        for n in (1, 2, 3, 4, 7):
+            torch.ops.voxkern.set_num_threads(n)
+            results.append(run(target.run, arguments))
+    finally:
+        torch.ops.voxkern.set_num_threads(before)
+    for result in results[1:]:
+        assert_same_bits(result, results[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_does_not_depend_on_the_others(target, dtype):
+    arguments = make(SIZES[0], dtype, [3, 300, 17, 1, 64, 5])
+    together, _, _ = run(target.run, arguments)
+    for b in range(6):
+        alone, _, _ = run(target.run, of_rows(arguments, slice(b, b + 1)))
+        assert torch.equal(alone[0], together[b])
+    assert torch.equal(run(target.run, of_rows(arguments, slice(1, 4)))[0], together[1:4])
+
+
+def test_token_by_token_is_the_whole_sequence(target):
+    """Each step finds what the steps before have written."""
+    arguments = make(SIZES[1], torch.float32, [12])
+    arguments["k_pages"].fill_(torch.nan)
+    arguments["v_pages"].fill_(torch.nan)
+    expected = {n: a.clone() if isinstance(a, Tensor) else a for n, a in arguments.items()}
+    page_table, page_size = arguments["page_table"], SIZES[1].S
+    for t in range(12):
+        step = {
+            "x": torch.randn(1, SIZES[1].C),
+            "positions": torch.tensor([t]),
+            "slots": page_table[:, t // page_size].long() * page_size + t % page_size,
+            "seq_lens": torch.tensor([t + 1], dtype=torch.int32),
+        }
+        got = target.run("decode_backbone", *(arguments | step).values())
+        want = reference("decode_backbone", *(expected | step).values())
+        assert_close(got, want)
+
+
+def test_a_negative_slot_is_not_written_and_an_empty_sequence_attends_to_nothing(target):
+    arguments = make(SIZES[0], torch.float32, [40, 20, 9])
+    arguments["slots"][1] = -1
+    arguments["seq_lens"][1:] = torch.tensor([19, 0])
+    arguments["slots"][2] = -7
+    hidden, k_pages, v_pages = run(target.run, arguments)
+    assert_close(hidden, run(reference, arguments)[0])
+    changed = (k_pages.isnan() != arguments["k_pages"].isnan()).nonzero()
+    assert set((changed[:, 1] * SIZES[0].S + changed[:, 3]).tolist()) == {
+        int(arguments["slots"][0])
+    }
+    assert torch.equal(v_pages.isnan(), k_pages.isnan())
+
+
+def test_no_rows(target):
+    arguments = make(SIZES[0], torch.float32, [4, 2])
+    hidden, k_pages, _ = run(target.run, of_rows(arguments, slice(0, 0)))
+    assert hidden.shape == (0, SIZES[0].C)
+    assert torch.equal(k_pages.isnan(), arguments["k_pages"].isnan())
+
+
+def test_a_view_of_wider_rows(target):
+    arguments = make(SIZES[0], torch.float32, [7, 30])
+    wider = torch.cat((arguments["x"], torch.full((2, 3), torch.nan)), 1)
+    hidden, _, _ = run(target.run, arguments | {"x": wider[:, :-3]})
+    assert torch.equal(hidden, run(target.run, arguments)[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("x", lambda x: x[0], r"x: expected 2 dimensions, got shape \[40\]"),
+        ("x", lambda x: x.half(), "x: expected float32 or bfloat16, got float16"),
+        ("x", lambda x: x[:, :39], r"attn_norm: expected shape \[L, C\] = \[2, 39\]"),
+        ("qkv", lambda w: w.bfloat16(), "qkv: expected float32, got bfloat16"),
+        ("down", lambda w: w[:1], r"down: expected shape \[L, C, F\] = \[2, 40, 72\]"),
+        ("num_heads", lambda _: 3, "num_heads: expected a multiple of num_kv_heads"),
+        ("rope_table", lambda t: t[:5], "positions: expected 0 to 4, .* got 19 at index 0"),
+        ("positions", lambda p: p.int(), "positions: expected int64, got int32"),
+        ("positions", lambda p: p - 9, "positions: expected 0 to 22, .* got -1 at index 1"),
+        ("slots", lambda s: s[:1], r"slots: expected shape \[B\] = \[2\], got \[1\]"),
+        ("slots", lambda s: s * 0 + 96, "slots: expected less than 96, .* got 96 at index 0"),
+        ("k_pages", lambda k: k[0], r"k_pages: expected shape \[L, P, Hkv, S, D\]"),
+        ("k_pages", lambda k: k[..., :0, :], "k_pages: expected a page size S >= 1"),
+        ("k_pages", lambda k: k.transpose(0, 1), "k_pages: expected a contiguous tensor"),
+        ("v_pages", lambda v: v[:, 1:].contiguous(), "v_pages: expected k_pages' shape"),
+        ("page_table", lambda t: t.long(), "page_table: expected int32, got int64"),
+        ("seq_lens", lambda n: n * 0 + 49, "seq_lens: expected 0 to 48, .* got 49 at index 0"),
+        ("seq_lens", lambda n: n + 16, "page_table: expected 0 to 5, .* got 2147483647 at index"),
+    ],
+)
+def test_errors_name_the_tensor(name, change, message):
+    arguments = make(SIZES[0], torch.float32, [20, 9])
+    arguments[name] = change(arguments[name])
+    with pytest.raises(RuntimeError, match=message):
+        ops.decode_backbone(**arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(dtype):
+    arguments = make(SIZES[0], dtype, [20, 9])
+    for name in ("k_pages", "v_pages"):
+        arguments[name] = arguments[name].nan_to_num()
+    opcheck("decode_backbone", *arguments.values())
