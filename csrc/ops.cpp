@@ -35,6 +35,7 @@ STABLE_TORCH_LIBRARY(voxkern, m) {
 
   // About the build and the machine; no tensors.
   m.def("cpu_isa() -> str");
+  m.def("cpu_quota(str root) -> float");
   m.def("num_threads() -> int");
   m.def("set_num_threads(int n) -> ()");
 }

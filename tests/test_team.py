@@ -124,6 +124,53 @@ def test_a_wrong_environment_variable_is_named(variable, value, message):
     assert message in result.stderr
 
 
+CGROUPS = {
+    "none": ({}, 0),
+    "version 2": (
+        {"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/cpu.max": "250000 100000\n"},
+        2.5,
+    ),
+    "version 2, a group around it has less": (
+        {
+            "proc/self/cgroup": "0::/a/b\n",
+            "sys/fs/cgroup/a/b/cpu.max": "max 100000\n",
+            "sys/fs/cgroup/a/cpu.max": "150000 100000\n",
+            "sys/fs/cgroup/cpu.max": "800000 100000\n",
+        },
+        1.5,
+    ),
+    "version 2, a container that sees the host's path": (
+        {"proc/self/cgroup": "0::/../x/y\n", "sys/fs/cgroup/cpu.max": "30000 20000\n"},
+        1.5,
+    ),
+    "version 1": (
+        {
+            "proc/self/cgroup": "3:memory:/a\n2:cpu,cpuacct:/docker/x\n1:name=systemd:/\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "400000\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+        },
+        4,
+    ),
+    "version 1 without a limit": (
+        {
+            "proc/self/cgroup": "2:cpu:/a\n0::/\n",
+            "sys/fs/cgroup/cpu/a/cpu.cfs_quota_us": "-1\n",
+            "sys/fs/cgroup/cpu/a/cpu.cfs_period_us": "100000\n",
+        },
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CGROUPS)
+def test_limits_of_cgroups_are_found(name, tmp_path):
+    files, expected = CGROUPS[name]
+    for path, text in files.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    assert torch.ops.voxkern.cpu_quota(str(tmp_path)) == expected
+
+
 def test_the_environment_is_heeded():
     code = "import torch, voxkern; print(voxkern.num_threads(), torch.ops.voxkern.cpu_isa())"
     result = run_python(code, VOXKERN_NUM_THREADS="5", OMP_NUM_THREADS="2", VOXKERN_ISA="baseline")

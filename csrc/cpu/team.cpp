@@ -4,20 +4,16 @@
 #include <sched.h>
 
 #include <atomic>
-#include <cstdlib>
-#include <fstream>
 #include <mutex>
-#include <string>
 #include <system_error>
 #include <thread>
 #include <vector>
 
 #include "../check.h"
+#include "processors.h"
 
 namespace voxkern {
 namespace {
-
-constexpr int kMaxSize = 1024;
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -131,33 +127,6 @@ void Workers::serve(int rank) {
   }
 }
 
-// Processors that this process may use: affinity, a cgroup's quota, OMP_NUM_THREADS.
-int default_size() {
-  if (const char* value = std::getenv("VOXKERN_NUM_THREADS"); value && *value) {
-    char* end;
-    const long n = std::strtol(value, &end, 10);
-    check(*end == 0 && n >= 1 && n <= kMaxSize, "VOXKERN_NUM_THREADS=", value, ": expected 1 to ",
-          kMaxSize);
-    return static_cast<int>(n);
-  }
-  // May hold more than a number, for nested levels, and is not ours to refuse.
-  if (const char* value = std::getenv("OMP_NUM_THREADS"))
-    if (const int n = std::atoi(value); n > 0) return n < kMaxSize ? n : kMaxSize;
-  int n = static_cast<int>(std::thread::hardware_concurrency());
-#if defined(__linux__)
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) n = CPU_COUNT(&set);
-  std::ifstream cpu_max("/sys/fs/cgroup/cpu.max");
-  std::string quota;
-  double period = 0;
-  if (cpu_max >> quota >> period && quota != "max" && period > 0) {
-    const int limit = static_cast<int>(std::atof(quota.c_str()) / period + 0.5);
-    if (limit < n) n = limit;
-  }
-#endif
-  return n > 1 ? n : 1;
-}
-
 // A forked child has none of its parent's threads: it starts a team of its own when it needs one.
 void after_fork() {
   new (&mutex) std::mutex;
@@ -170,7 +139,7 @@ void after_fork() {
 int64_t num_threads() { return Team::size(); }
 
 void set_num_threads(int64_t n) {
-  check(n >= 1 && n <= kMaxSize, "n: expected 1 to ", kMaxSize, " threads, got ", n);
+  check(n >= 1 && n <= kMaxThreads, "n: expected 1 to ", kMaxThreads, " threads, got ", n);
   Team::resize(static_cast<int>(n));
 }
 
@@ -179,7 +148,7 @@ void set_num_threads(int64_t n) {
 int Team::size() {
   int n = team_size.load();
   if (n == 0) {
-    n = default_size();
+    n = default_num_threads();
     int unset = 0;
     if (!team_size.compare_exchange_strong(unset, n)) n = unset;
   }
