@@ -1,0 +1,125 @@
+import pytest
+import torch
+
+from voxkern import quantize
+from voxkern.quantize import FORMATS, integers, pack, packed_shape, unpack
+
+SHAPES = [(16, 32), (1, 32), (17, 64), (3, 33, 96), (2, 1, 5, 32), (40, 2048)]
+
+
+def relative_error(got, expected):
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+def test_unpacked_is_near_the_weight(format, shape, dtype):
+    weight = torch.randn(shape).to(dtype)
+    packed = pack(weight, format)
+    assert tuple(packed.shape) == packed_shape(shape, format)
+    assert packed.is_contiguous()
+    assert quantize.format_of(packed) == format
+    rows = shape[-2]
+    assert quantize.num_rows(packed) == -(-rows // 16) * 16
+    restored = unpack(packed)
+    assert restored.shape == (*shape[:-2], quantize.num_rows(packed), shape[-1])
+    assert (restored[..., rows:, :] == 0).all()
+    restored, weight = restored[..., :rows, :], weight.float()
+    if format == "int8":
+        step = weight.abs().amax(-1, keepdim=True) / 127
+        assert ((restored - weight).abs() <= step * 0.501).all()
+    assert relative_error(restored, weight) < {"int8": 0.01, "int4": 0.09}[format]
+
+
+def test_no_int4_group_is_further_off_than_with_plain_rounding():
+    groups = torch.randn(64, 8, 32)
+    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    plain = (groups / (extreme / -8)).round().clamp(-8, 7) * (extreme / -8)
+    restored = unpack(pack(groups.flatten(1), "int4")).view_as(groups)
+    error, plain_error = ((v - groups).square().sum(-1) for v in (restored, plain))
+    assert (error <= plain_error * 1.001).all()
+    assert error.sum() < 0.95 * plain_error.sum()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_the_format_can_say_is_kept(format):
+    """Any integers, with any scales, if each group or row has the largest of them."""
+    if format == "int8":
+        values = torch.randint(-127, 128, (48, 96)).float()
+        values[:, 5] = -127
+        weight = values * torch.rand(48, 1)
+    else:
+        values = torch.randint(-8, 8, (48, 3, 32)).float()
+        values[:, :, 7] = -8
+        scales = torch.randn(48, 3, 1).half().float()
+        weight = (values * scales).flatten(1)
+    restored = unpack(pack(weight, format))
+    torch.testing.assert_close(restored, weight, rtol=1e-6, atol=0)
+    assert torch.equal(integers(pack(weight, format))[0].abs(), values.flatten(1).abs())
+
+
+def test_layout_of_int8():
+    packed = pack(torch.randn(37, 96), "int8")
+    values, scales = integers(packed)
+    for row, column in ((0, 0), (15, 95), (16, 1), (36, 50), (40, 3)):
+        block, r = divmod(row, 16)
+        assert packed[block, column // 4 * 64 + 4 * r + column % 4] == values[row, column]
+        at = 16 * 96 + 4 * r
+        assert packed[block, at : at + 4].clone().view(torch.float32) == scales[row, 0]
+
+
+def test_layout_of_int4():
+    packed = pack(torch.randn(37, 96), "int4")
+    values, scales = integers(packed)
+    for row, column in ((0, 0), (15, 95), (16, 1), (36, 50), (30, 76), (40, 3)):
+        (block, r), (group, c) = divmod(row, 16), divmod(column, 32)
+        byte = int(packed[block, group, c // 8 * 64 + 4 * r + c % 4])
+        assert (byte >> 4 if c % 8 >= 4 else byte & 15) - 8 == values[row, column]
+        at = 256 + 2 * r
+        assert packed[block, group, at : at + 2].clone().view(torch.float16) == scales[row, group]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_zeros_and_nothing(format):
+    weight = torch.randn(20, 64)
+    weight[3] = 0
+    weight[5, 32:] = 0
+    restored = unpack(pack(weight, format))
+    assert (restored[3] == 0).all()
+    assert (restored[5, 32:] == 0).all()
+    for shape in ((0, 32), (4, 0), (0, 3, 32)):
+        packed = pack(torch.zeros(shape), format)
+        assert unpack(packed).shape == (*shape[:-2], -(-shape[-2] // 16) * 16, shape[-1])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_chunks_do_not_show(format, monkeypatch):
+    weight = torch.randn(2, 75, 64)
+    whole = pack(weight, format)
+    monkeypatch.setattr(quantize, "_CHUNK", 32 * 64)
+    assert torch.equal(pack(weight, format), whole)
+    assert torch.equal(torch.stack([pack(w, format) for w in weight]), whole)
+    assert torch.equal(pack(weight.mT.contiguous().mT, format), whole)
+
+
+def test_values_too_small_for_a_scale_are_zero():
+    """float16 holds none below 6e-8; and a float32 may be too small to be divided by."""
+    assert (unpack(pack(torch.full((1, 32), 1e-12), "int4")) == 0).all()
+    assert (unpack(pack(torch.full((1, 32), 1e-42), "int4")) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("weight", "format", "message"),
+    [
+        (torch.ones(4, 33), "int4", "weight: expected columns in a multiple of 32, got 33"),
+        (torch.ones(4, 32), "int3", "format must be int8 or int4, got int3"),
+        (torch.full((4, 32), torch.nan), "int8", "weight: a value is not finite"),
+        (torch.full((4, 32), torch.inf), "int4", "weight: a value is not finite"),
+        (torch.full((4, 32), torch.nan), "int4", "weight: a value is not finite"),
+        (torch.full((4, 32), 1e6), "int4", "or too large for a scale in float16"),
+    ],
+)
+def test_errors(weight, format, message):
+    with pytest.raises(ValueError, match=message):
+        pack(weight, format)

@@ -1,0 +1,197 @@
+"""Packed weights: int8 and int4 matrices in the order in which the kernels read them.
+
+A packed weight is one contiguous tensor; its dtype tells the format. Rows go in blocks of 16, the
+last filled up with zeros; C is a multiple of 32.
+
+- "int4", uint8 `[..., N / 16, C / 32, 288]`: symmetric, a scale for each row's group of 32 columns.
+  Of 16 rows and 32 columns: 256 bytes of values, 8 too large, then 16 scales in float16. Byte
+  `64 i + 4 r + c` holds row r's columns `8 i + c`, in its low half, and `8 i + 4 + c`.
+- "int8", int8 `[..., N / 16, 16 C + 64]`: symmetric, a scale for each row. Byte `64 i + 4 r + c` is
+  row r's column `4 i + c`; 16 scales in float32 follow.
+
+So four columns of 16 rows are 64 bytes, what one instruction multiplies by four values of x.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+FORMATS = ("int8", "int4")
+BLOCK_ROWS = 16
+GROUP = 32
+"""Columns that share a scale: always in x, in the weight if it is int4."""
+
+_CHUNK = 1 << 20
+"""Elements packed at a time, so that packing needs little memory besides its result."""
+
+
+def format_of(weight: Tensor) -> str:
+    """ "int8", "int4", or "none" for a weight that is not packed."""
+    return {torch.int8: "int8", torch.uint8: "int4"}.get(weight.dtype, "none")
+
+
+def num_rows(weight: Tensor) -> int:
+    """N of `[..., N, C]`; of a packed weight with the rows that fill its last block."""
+    if format_of(weight) == "none":
+        return weight.shape[-2]
+    return BLOCK_ROWS * weight.shape[-3 if format_of(weight) == "int4" else -2]
+
+
+def packed_shape(shape: torch.Size | tuple[int, ...], format: str) -> tuple[int, ...]:
+    """The shape of `[..., N, C]` when packed.
+
+    Raises:
+        ValueError: there is no such format, or C is no multiple of 32.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format must be {' or '.join(FORMATS)}, got {format}")
+    *lead, rows, columns = shape
+    if columns % GROUP:
+        raise ValueError(f"weight: expected columns in a multiple of {GROUP}, got {columns}")
+    blocks = -(-rows // BLOCK_ROWS)
+    if format == "int8":
+        return (*lead, blocks, BLOCK_ROWS * columns + 4 * BLOCK_ROWS)
+    return (*lead, blocks, columns // GROUP, BLOCK_ROWS * GROUP // 2 + 2 * BLOCK_ROWS)
+
+
+def pack(weight: Tensor, format: str) -> Tensor:
+    """A weight in a packed format, on its device.
+
+    Args:
+        weight: `[..., N, C]`, floating point, C a multiple of 32.
+        format: "int8" or "int4".
+
+    Returns:
+        `packed_shape(weight.shape, format)`. Rounding to nearest, ties to even. int8 keeps each
+        row's largest magnitude. int4 gives a group the scale, of three tried, whose error is least
+        in squares.
+
+    Raises:
+        ValueError: there is no such format, C does not fit it, or a value is not finite or too
+            large for its scale.
+    """
+    shape = packed_shape(weight.shape, format)
+    rows, columns = weight.shape[-2:]
+    packed = torch.empty(
+        shape, dtype=torch.int8 if format == "int8" else torch.uint8, device=weight.device
+    )
+    if not packed.numel() or not columns:
+        return packed.zero_()
+    pack_rows = _pack_int8 if format == "int8" else _pack_int4
+    blocks = max(1, _CHUNK // (BLOCK_ROWS * columns))
+    depth = 2 if format == "int4" else 1
+    matrices = packed.view(-1, *shape[-depth - 1 :])
+    for matrix, out in zip(weight.reshape(-1, rows, columns), matrices, strict=True):
+        for first in range(0, len(out), blocks):
+            part = out[first : first + blocks]
+            values = matrix[first * BLOCK_ROWS : (first + blocks) * BLOCK_ROWS].float()
+            missing = len(part) * BLOCK_ROWS - len(values)
+            pack_rows(torch.nn.functional.pad(values, (0, 0, 0, missing)), part)
+    return packed
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """The weight that `packed` stands for: float32 `[..., 16 ceil(N / 16), C]`."""
+    values, scales = integers(packed)
+    if format_of(packed) == "int4":
+        scales = scales.repeat_interleave(GROUP, -1)
+    return values.float().mul_(scales)
+
+
+def integers(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """What a packed weight holds, in the order of its rows and columns.
+
+    Returns:
+        values: int8 `[..., N, C]`, -8 to 7 or -128 to 127.
+        scales: float32 `[..., N, C / 32]` (int4) or `[..., N, 1]` (int8).
+    """
+    if format_of(packed) == "int4":
+        nibbles = packed[..., :256].unflatten(-1, (4, 1, BLOCK_ROWS, 4))
+        values = torch.cat((nibbles & 15, nibbles >> 4), -3).to(torch.int8) - 8
+        # [..., block, group, 4, 2, row, 4] -> [..., block, row, group, 4, 2, 4]
+        values = values.movedim(-2, -5).flatten(-4)
+        scales = packed[..., 256:].contiguous().view(torch.float16).float()
+        return values.flatten(-3, -2), scales.transpose(-1, -2).flatten(-3, -2)
+    columns = packed.shape[-1] // BLOCK_ROWS - 4
+    values = packed[..., : BLOCK_ROWS * columns].unflatten(-1, (columns // 4, BLOCK_ROWS, 4))
+    scales = packed[..., BLOCK_ROWS * columns :].contiguous().view(torch.float32)
+    values = values.transpose(-2, -3).flatten(-2)  # [..., block, row, C]
+    return values.flatten(-3, -2), scales.flatten(-2)[..., None]
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations as the kernels quantize them on the fly, for a product with a packed weight.
+
+    Symmetric, a group of 32 columns at a time, rounded to nearest, ties to even. A group whose
+    values are all below 1e-30 is zero; one with a value that is not finite has the scale NaN.
+
+    Args:
+        x: `[..., C]`, C a multiple of 32.
+
+    Returns:
+        values: float32 `[..., C / 32, 32]`, integers of -127 to 127.
+        scales: float32 `[..., C / 32]`.
+    """
+    groups = x.float().unflatten(-1, (x.shape[-1] // GROUP, GROUP))
+    largest = groups.abs().amax(-1)
+    inverse = torch.full_like(largest, 127) / largest
+    values = groups * inverse.where(largest >= 1e-30, 0)[..., None]
+    scales = largest / torch.full_like(largest, 127) + largest * 0
+    return values.nan_to_num_(0).round_(), scales
+
+
+def _pack_int8(weight: Tensor, out: Tensor) -> None:
+    columns = weight.shape[1]
+    largest = weight.abs().amax(1)
+    if not math.isfinite(largest.max()):
+        raise ValueError("weight: a value is not finite")
+    scales = largest / 127
+    values = _times_inverse(weight, scales).round_().clamp_(-127, 127).to(torch.int8)
+    blocked = values.view(-1, BLOCK_ROWS, columns // 4, 4).transpose(1, 2)
+    out[:, : BLOCK_ROWS * columns].unflatten(1, (-1, BLOCK_ROWS, 4)).copy_(blocked)
+    out[:, BLOCK_ROWS * columns :] = scales.view(-1, BLOCK_ROWS).view(torch.int8)
+
+
+def _pack_int4(weight: Tensor, out: Tensor) -> None:
+    groups = weight.view(len(weight), -1, GROUP)
+    values, scales = _int4_groups(groups)
+    # [block, row, group, i, half, 4] -> [half, block, group, i, row, 4]
+    split = (values + 8).to(torch.uint8).view(-1, BLOCK_ROWS, groups.shape[1], 4, 2, 4)
+    low, high = split.permute(4, 0, 2, 3, 1, 5)
+    torch.add(low, high, alpha=16, out=out[..., :256].unflatten(-1, (4, BLOCK_ROWS, 4)))
+    blocked = scales.view(-1, BLOCK_ROWS, groups.shape[1]).transpose(1, 2).contiguous()
+    out[..., 256:] = blocked.view(torch.uint8)
+
+
+def _int4_groups(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers -8 to 7 of `[N, G, 32]`, in float32, and float16 scales `[N, G]`.
+
+    The value of largest magnitude becomes about -8: the negative side has one step more. Which
+    fraction of it the step should be depends on the other values; the scale is then fitted to the
+    integers by least squares.
+    """
+    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0]
+    best_values, best_scales, best_gain = None, None, None
+    for steps in (8.0, 7.25, 8.75):
+        values = _times_inverse(groups, extreme / -steps).round_().clamp_(-8, 7)
+        product, square = (values * groups).sum(-1), (values * values).sum(-1)
+        scales = (product / square.clamp_min_(1)).half()
+        # How much less than the sum of squares the error is.
+        gain = scales.float() * (2 * product - scales.float() * square)
+        if best_gain is None:
+            best_values, best_scales, best_gain = values, scales, gain
+        else:
+            better = gain > best_gain
+            best_values = torch.where(better[..., None], values, best_values)
+            best_scales = torch.where(better, scales, best_scales)
+            best_gain = torch.where(better, gain, best_gain)
+    if not math.isfinite(best_scales.abs().max()) or not math.isfinite(extreme.abs().max()):
+        raise ValueError("weight: a value is not finite, or too large for a scale in float16")
+    return best_values, best_scales
+
+
+def _times_inverse(values: Tensor, scales: Tensor) -> Tensor:
+    """`values / scales[..., None]`, and 0 where the scale is 0."""
+    inverse = scales.double().reciprocal_().float()
+    return values * inverse.masked_fill_(scales == 0, 0)[..., None]
