@@ -57,18 +57,23 @@ inline void check_dim(const Tensor& t, const char* name, int64_t dim) {
   check(t.dim() == dim, name, ": expected ", dim, " dimensions, got shape ", shape_string(t));
 }
 
-// `letters` spells the expected shape for the reader: check_shape(w, "weight", "[C]", {C}).
-inline void check_shape(const Tensor& t, const char* name, const char* letters,
-                        std::initializer_list<int64_t> sizes) {
-  bool fits = t.dim() == static_cast<int64_t>(sizes.size());
+// `letters` spells the expected shape for the reader.
+inline void check_sizes(const Tensor& t, const char* name, const char* letters,
+                        const int64_t* sizes, int64_t dim) {
+  bool fits = t.dim() == dim;
   std::string expected = "[";
-  int64_t i = 0;
-  for (int64_t size : sizes) {
+  for (int64_t i = 0; i < dim; ++i) {
+    const int64_t size = sizes[i];
     fits = fits && (size == kAny || t.size(i) == size);
     expected += (i ? ", " : "") + (size == kAny ? std::string("any") : std::to_string(size));
-    ++i;
   }
   check(fits, name, ": expected shape ", letters, " = ", expected, "], got ", shape_string(t));
+}
+
+// check_shape(w, "weight", "[C]", {C})
+inline void check_shape(const Tensor& t, const char* name, const char* letters,
+                        std::initializer_list<int64_t> sizes) {
+  check_sizes(t, name, letters, sizes.begin(), static_cast<int64_t>(sizes.size()));
 }
 
 inline void check_dtype(const Tensor& t, const char* name, ScalarType type) {

@@ -42,10 +42,16 @@ inline DecodeDepthParams decode_depth_params(
     const Tensor& seeds, const Tensor& frames) {
   const Dtype dtype = float_dtype(hidden, "hidden");
   check_dim(hidden, "hidden", 2);
-  check_dim(projection, "projection", 2);
-  check_dim(heads, "heads", 3);
-  const int64_t B = hidden.size(0), Cb = hidden.size(1), C = projection.size(0);
-  const int64_t K = heads.size(0) + 1, V = heads.size(1);
+  check_weight_dim(projection, "projection", 2);
+  check_weight_dim(heads, "heads", 3);
+  check_dim(norm, "norm", 1);
+  check_dim(audio_table, "audio_table", 2);
+  // How many rows a packed weight has, another tensor knows.
+  const bool plain_projection = weight_format(projection) == Format::plain;
+  const bool plain_heads = weight_format(heads) == Format::plain;
+  const int64_t B = hidden.size(0), Cb = hidden.size(1), K = heads.size(0) + 1;
+  const int64_t C = plain_projection ? projection.size(0) : norm.size(0);
+  const int64_t V = plain_heads ? heads.size(1) : audio_table.size(0) / K;
   check(K >= 2, "heads: expected [K - 1, V, C] with K >= 2, got ", shape_string(heads));
   check(V >= 1 && V < (1 << 30), "heads: expected 1 <= V < 2^30, got ", shape_string(heads));
   check(C >= 1 && Cb >= 1, "projection: expected C >= 1 and Cb >= 1, got ",

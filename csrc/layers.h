@@ -29,15 +29,17 @@ inline LayersParams layers_params(const Tensor& like, int64_t C, const Tensor& a
                                   const Tensor& gate_up, const Tensor& down, const Tensor& norm,
                                   const Tensor& rope_table, int64_t num_heads, int64_t num_kv_heads,
                                   double eps) {
-  check_dim(qkv, "qkv", 3);
-  check_dim(down, "down", 3);
+  check_weight_dim(qkv, "qkv", 3);
+  check_weight_dim(down, "down", 3);
   check_dim(rope_table, "rope_table", 2);
-  const int64_t L = qkv.size(0), F = down.size(2), D = rope_table.size(1);
+  const int64_t L = qkv.size(0), F = weight_columns(down), D = rope_table.size(1);
   check(num_kv_heads >= 1 && num_heads % num_kv_heads == 0 && num_heads >= 1,
         "num_heads: expected a multiple of num_kv_heads, got ", num_heads, " and ", num_kv_heads);
   check(F >= 1, "down: expected F >= 1, got shape ", shape_string(down));
   check(D >= 2 && D % 2 == 0, "rope_table: expected [positions, D] with D even, got ",
         shape_string(rope_table));
+  check(weight_format(gate_up) == Format::plain || F % kBlockRows == 0,
+        "gate_up: packed, which needs F in a multiple of 16, got ", F);
   const auto norm_of = [&](const Tensor& t, const char* name, const char* letters,
                            std::initializer_list<int64_t> sizes) {
     check_operand(t, name, like, like.scalar_type());

@@ -8,9 +8,10 @@ namespace voxkern {
 struct LinearParams {
   Dtype dtype;
   int64_t M;
-  const void* x;  // [M, C]
-  Weight weight;  // [N, C]
-  void* out;      // [M, N]
+  const void* x;    // [M, C]
+  Weight weight;    // [N, C]
+  void* out;        // [M, N]
+  void* workspace;  // for a packed weight, as large as the device's kernel wants it
 };
 
 }  // namespace voxkern
@@ -18,21 +19,22 @@ struct LinearParams {
 #ifndef VOX_ISA
 #include <vector>
 
+#include "check.h"
+
 namespace voxkern {
 
 // What `linear` returns for x and weight, not filled.
 inline Tensor linear_out(const Tensor& x, const Tensor& weight) {
   check(x.dim() >= 1, "x: expected [..., C], got a scalar");
-  check_dim(weight, "weight", 2);
+  check_weight_dim(weight, "weight", 2);
   std::vector<int64_t> sizes;
   for (int64_t i = 0; i < x.dim(); ++i) sizes.push_back(x.size(i));
-  sizes.back() = weight.size(0);
+  sizes.back() = weight.size(0) * (weight_format(weight) == Format::plain ? 1 : kBlockRows);
   return torch::stable::new_empty(x, sizes);
 }
 
-// `x` and `out` contiguous.
+// `x` and `out` contiguous. The workspace is left null.
 inline LinearParams linear_params(const Tensor& x, const Tensor& weight, const Tensor& out) {
-  const int64_t C = x.size(x.dim() - 1);
   int64_t M = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) M *= x.size(i);
   const Dtype dtype = float_dtype(x, "x");
@@ -40,8 +42,9 @@ inline LinearParams linear_params(const Tensor& x, const Tensor& weight, const T
       .dtype = dtype,
       .M = M,
       .x = x.const_data_ptr(),
-      .weight = weight_of(weight, "weight", x, "[N, C]", {kAny, C}),
+      .weight = weight_of(weight, "weight", x, "[N, C]", {kAny, x.size(x.dim() - 1)}),
       .out = out.mutable_data_ptr(),
+      .workspace = nullptr,
   };
 }
 

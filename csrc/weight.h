@@ -1,29 +1,95 @@
-// The weight of linear layers, as every matrix product takes it.
+// The weight of linear layers, as every matrix product takes it: plain, or packed as
+// voxkern/quantize.py does it, in blocks of 16 rows that are read from their first byte to their
+// last. Rows past N are zeros.
+//
+//   int4, uint8 [..., N / 16, C / 32, 288]. Of each 16 rows and 32 columns: 256 bytes of values,
+//     8 too large, then 16 scales in float16. Byte 64 i + 4 r + c holds row r's columns 8 i + c, in
+//     its low half, and 8 i + 4 + c.
+//   int8, int8 [..., N / 16, 16 C + 64]. Byte 64 i + 4 r + c is row r's column 4 i + c; 16 scales
+//     of the rows in float32 follow.
 #pragma once
 
 #include "dtype.h"
 
 namespace voxkern {
 
+enum class Format : int32_t { plain, int8, int4 };
+
+constexpr int64_t kBlockRows = 16;
+constexpr int64_t kGroup = 32;  // columns that share a scale: x's always, W's in int4
+
+// Of 16 rows and 32 columns.
+constexpr int64_t group_bytes(Format format) { return format == Format::int4 ? 288 : 512; }
+// Of 16 rows.
+constexpr int64_t block_bytes(Format format, int64_t C) {
+  return C / kGroup * group_bytes(format) + (format == Format::int8 ? 64 : 0);
+}
+
 // Matrices of one shape, one after the other.
 struct Weight {
-  const void* data;  // [..., N, C], of the op's dtype
+  Format format;
+  const void* data;  // [..., N, C], of the op's dtype or packed
   int64_t N, C;
 };
 
 }  // namespace voxkern
 
 #ifndef VOX_ISA
+#include <vector>
+
 #include "check.h"
 
 namespace voxkern {
 
-// `sizes` end in N and C.
+// By dtype: plain weights are of the op's own.
+inline Format weight_format(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Byte: return Format::int4;
+    case ScalarType::Char: return Format::int8;
+    default: return Format::plain;
+  }
+}
+
+// `dim` counts dimensions of the plain weight [..., N, C].
+inline void check_weight_dim(const Tensor& t, const char* name, int64_t dim) {
+  check_dim(t, name, dim + (weight_format(t) == Format::int4));
+}
+
+// C of a weight whose number of dimensions was checked.
+inline int64_t weight_columns(const Tensor& t) {
+  const int64_t last = t.size(t.dim() - 1);
+  switch (weight_format(t)) {
+    case Format::int4: return t.size(t.dim() - 2) * kGroup;
+    case Format::int8: return last / kBlockRows - 4;
+    case Format::plain: break;
+  }
+  return last;
+}
+
+// A weight whose plain shape is `sizes`, spelt by `letters`: they end in N and C, of which N may be
+// kAny. Then a packed weight's N is all that its blocks have room for.
 inline Weight weight_of(const Tensor& t, const char* name, const Tensor& like, const char* letters,
                         std::initializer_list<int64_t> sizes) {
-  check_operand(t, name, like, like.scalar_type());
-  check_shape(t, name, letters, sizes);
-  return {.data = t.const_data_ptr(), .N = t.size(t.dim() - 2), .C = t.size(t.dim() - 1)};
+  const Format format = weight_format(t);
+  const int64_t N = sizes.end()[-2], C = sizes.end()[-1];
+  check_operand(t, name, like, format == Format::plain ? like.scalar_type() : t.scalar_type());
+  if (format == Format::plain) {
+    check_shape(t, name, letters, sizes);
+    return {.format = format, .data = t.const_data_ptr(), .N = t.size(t.dim() - 2), .C = C};
+  }
+  check(C % kGroup == 0, name, ": packed, which needs columns in a multiple of 32, got ", C);
+  std::vector<int64_t> packed(sizes.begin(), sizes.end() - 2);
+  packed.push_back(N == kAny ? kAny : (N + kBlockRows - 1) / kBlockRows);
+  const int64_t blocks_at = static_cast<int64_t>(packed.size()) - 1;
+  if (format == Format::int4) packed.push_back(C / kGroup);
+  packed.push_back(format == Format::int4 ? group_bytes(format) : block_bytes(format, C));
+  check_sizes(t, name, (std::string(letters) + " packed").c_str(), packed.data(), packed.size());
+  return {
+      .format = format,
+      .data = t.const_data_ptr(),
+      .N = N == kAny ? t.size(blocks_at) * kBlockRows : N,
+      .C = C,
+  };
 }
 
 }  // namespace voxkern

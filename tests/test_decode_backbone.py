@@ -7,6 +7,7 @@ from torch import Tensor
 from kv_testing import paged, random_sequences
 from ops_testing import DTYPES, assert_close, opcheck, reference
 from voxkern import ops
+from voxkern.quantize import pack
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,18 @@ SIZES = [
     Sizes(L=3, C=64, F=50, Hq=16, Hkv=4, D=32, S=5),
     Sizes(L=1, C=9, F=11, Hq=3, Hkv=3, D=34, S=1),
     Sizes(L=0, C=8, F=4, Hq=1, Hkv=1, D=2, S=3),
+]
+MATRICES = ("qkv", "o", "gate_up", "down")
+PACKINGS = [
+    dict.fromkeys(MATRICES, "int8"),
+    dict.fromkeys(MATRICES, "int4"),
+    {"qkv": "int4", "down": "int8"},
+    {"o": "int8", "gate_up": "int4"},
+]
+# 96 rows of qkv, and 108: those do not fill their last block.
+PACKED_SIZES = [
+    Sizes(L=2, C=96, F=160, Hq=4, Hkv=2, D=16, S=16),
+    Sizes(L=1, C=32, F=32, Hq=16, Hkv=1, D=6, S=5),
 ]
 LENGTHS = [[1], [40], [1, 700, 16, 257, 2]]
 """Keys of each sequence, the new one included."""
@@ -76,6 +89,10 @@ def make(sizes: Sizes, dtype: torch.dtype, lengths: list[int]) -> dict:
     }
 
 
+def packed(arguments: dict, packing: dict[str, str]) -> dict:
+    return arguments | {n: pack(arguments[n], format) for n, format in packing.items()}
+
+
 def run(call, arguments: dict) -> tuple[Tensor, Tensor, Tensor]:
     """The hidden states and the pages as they are afterwards."""
     arguments = arguments | {n: arguments[n].clone() for n in ("k_pages", "v_pages")}
@@ -110,16 +127,18 @@ def composed(
     seq_lens: Tensor,
 ) -> Tensor:
     """The call as the other ops of its backend, one after the other."""
-    head_dim = rope_table.shape[1]
+    head_dim, width = rope_table.shape[1], len(norm)
+    heads_width = (num_heads + 2 * num_kv_heads) * head_dim
     residual = x.clone()
     x = ops.rms_norm(x, attn_norm[0] if len(attn_norm) else norm, eps)
     for i, next_norm in enumerate([*attn_norm, norm][1:]):
-        heads = ops.linear(x, qkv[i]).unflatten(1, (-1, head_dim))
+        heads = ops.linear(x, qkv[i])[:, :heads_width].unflatten(1, (-1, head_dim))
         q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), 1)
         ops.append_kv(q, k, v, rope_table, positions, slots, k_pages[i], v_pages[i])
         x = ops.decode_attention(q, k_pages[i], v_pages[i], page_table, seq_lens, head_dim**-0.5)
-        x = ops.add_rms_norm(ops.linear(x.flatten(1), o[i]), residual, mlp_norm[i], eps)
-        x = ops.linear(ops.silu_mul(ops.linear(x, gate_up[i])), down[i])
+        x = ops.linear(x.flatten(1), o[i])[:, :width]
+        x = ops.add_rms_norm(x, residual, mlp_norm[i], eps)
+        x = ops.linear(ops.silu_mul(ops.linear(x, gate_up[i])), down[i])[:, :width]
         x = ops.add_rms_norm(x, residual, next_norm, eps)
     return x
 
@@ -170,11 +189,37 @@ def test_bits_are_those_of_the_composed_ops(target, sizes, lengths, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", SIZES[:2], ids=str)
-def test_any_number_of_threads(target, sizes, dtype):
+@pytest.mark.parametrize("packing", PACKINGS, ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS[1:], ids=str)
+@pytest.mark.parametrize("sizes", PACKED_SIZES, ids=str)
+def test_bits_of_packed_weights_are_those_of_the_composed_ops(
+    target, sizes, lengths, packing, dtype
+):
+    native_cpu(target)
+    arguments = packed(make(sizes, dtype, lengths), packing)
+    expected = run(lambda _, *args: composed(*args), arguments)
+    assert_same_bits(run(target.run, arguments), expected)
+
+
+@pytest.mark.parametrize("packing", PACKINGS, ids=str)
+@pytest.mark.parametrize("sizes", PACKED_SIZES, ids=str)
+def test_packed_is_near_the_reference(target, sizes, packing):
+    """An activation that falls to the other side of a rounding moves all that follows a little."""
+    arguments = packed(make(sizes, torch.float32, LENGTHS[2]), packing)
+    got, expected = run(target.run, arguments)[0], run(reference, arguments)[0]
+    assert (got - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("sizes", "packing"),
+    [*((s, {}) for s in SIZES[:2]), *((PACKED_SIZES[0], p) for p in PACKINGS[1:3])],
+    ids=str,
+)
+def test_any_number_of_threads(target, sizes, packing, dtype):
     """Those that share key/value heads evenly, and those that do not."""
     native_cpu(target)
-    arguments = make(sizes, dtype, LENGTHS[2])
+    arguments = packed(make(sizes, dtype, LENGTHS[2]), packing)
     before = torch.ops.voxkern.num_threads()
     try:
         results = []
@@ -188,8 +233,10 @@ def test_any_number_of_threads(target, sizes, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_does_not_depend_on_the_others(target, dtype):
-    arguments = make(SIZES[0], dtype, [3, 300, 17, 1, 64, 5])
+@pytest.mark.parametrize("packing", [{}, *PACKINGS[:2]], ids=str)
+def test_a_row_does_not_depend_on_the_others(target, packing, dtype):
+    sizes = PACKED_SIZES[0] if packing else SIZES[0]
+    arguments = packed(make(sizes, dtype, [3, 300, 17, 1, 64, 5]), packing)
     together, _, _ = run(target.run, arguments)
     for b in range(6):
         alone, _, _ = run(target.run, of_rows(arguments, slice(b, b + 1)))
@@ -274,9 +321,34 @@ def test_errors_name_the_tensor(name, change, message):
         ops.decode_backbone(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "name", "format", "message"),
+    [
+        (SIZES[0], "qkv", "int4", r"qkv: packed, which needs columns in a multiple of 32, got 40"),
+        (SIZES[0], "gate_up", "int8", "gate_up: packed, which needs F in a multiple of 16, got 72"),
+        (
+            PACKED_SIZES[0],
+            "o",
+            "int4",
+            r"o: expected shape \[L, C, Hq D\] packed = \[2, 6, 2, 288\]",
+        ),
+        (PACKED_SIZES[0], "down", "int8", r"gate_up: expected shape \[L, 2F, C\] = \[2, 384, 96\]"),
+    ],
+)
+def test_errors_of_packed_weights_name_the_tensor(sizes, name, format, message):
+    arguments = make(sizes, torch.float32, [20, 9])
+    shape = arguments[name].shape
+    wrong = torch.zeros(*shape[:-1], -(-shape[-1] // 32) * 32 + 32 * (sizes in PACKED_SIZES))
+    arguments[name] = pack(wrong, format)
+    with pytest.raises(RuntimeError, match=message):
+        ops.decode_backbone(**arguments)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_opcheck(dtype):
-    arguments = make(SIZES[0], dtype, [20, 9])
+@pytest.mark.parametrize("packing", [{}, *PACKINGS[:2]], ids=str)
+def test_opcheck(packing, dtype):
+    sizes = PACKED_SIZES[0] if packing else SIZES[0]
+    arguments = packed(make(sizes, dtype, [20, 9]), packing)
     for name in ("k_pages", "v_pages"):
         arguments[name] = arguments[name].nan_to_num()
     opcheck("decode_backbone", *arguments.values())

@@ -3,6 +3,7 @@ import torch
 
 from ops_testing import DTYPES, assert_close, opcheck, reference
 from voxkern import ops
+from voxkern.quantize import FORMATS, pack, unpack
 
 # (leading shape of x, C, N)
 SHAPES = [
@@ -17,6 +18,20 @@ SHAPES = [
     ((3,), 16, 0),
     ((3,), 0, 4),
     ((), 24, 5),
+]
+
+
+# The same for packed weights.
+PACKED_SHAPES = [
+    ((1,), 2048, 96),
+    ((4,), 1024, 51),
+    ((2, 3), 96, 7),
+    ((11,), 32, 16),
+    ((70,), 160, 33),
+    ((0,), 64, 8),
+    ((3,), 32, 0),
+    ((3,), 0, 4),
+    ((), 64, 5),
 ]
 
 
@@ -67,6 +82,102 @@ def test_strided_rows(target):
     assert_close(target.run("linear", view, weight), reference("linear", view, weight))
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("lead", "features", "rows"), PACKED_SHAPES)
+def test_packed_is_the_references_bit_for_bit(target, lead, features, rows, dtype, format):
+    x, weight = make(lead, features, rows, dtype)
+    packed = pack(weight, format)
+    assert torch.equal(target.run("linear", x, packed), reference("linear", x, packed))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_packed_extremes(target, format):
+    """Values at the ends of their ranges, where narrow sums would overflow."""
+    for sign in (1, -1):
+        x, weight = torch.full((5, 128), 3.0), torch.full((32, 128), -2.0)
+        x[:, 32:] *= sign
+        weight[1::2] *= sign
+        weight[16:, 1::2] *= -1
+        x[2:, 1::2] *= -1
+        packed = pack(weight, format)
+        if format == "int8":
+            packed[1, : 16 * 128] = -128
+        got = target.run("linear", x, packed)
+        assert torch.equal(got, reference("linear", x, packed))
+        torch.testing.assert_close(got, x @ unpack(packed).T, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_packed_sizes_of_x(target, format):
+    """Each group of x has a scale of its own, whatever its size; ties are rounded to even."""
+    x = torch.randn(9, 160) * torch.tensor([1e-38, 1e-20, 1, 1e20, 1e30]).repeat_interleave(32)
+    x[3] = 0
+    x[4] = torch.arange(160) % 32 * 0.5 + 48
+    x[4, ::32] = 127
+    packed = pack(torch.randn(20, 160), format)
+    assert torch.equal(target.run("linear", x, packed), reference("linear", x, packed))
+    assert (target.run("linear", x, packed)[3] == 0).all()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_is_near_the_plain_product(target, dtype, format):
+    x, weight = make((6,), 1024, 64, dtype)
+    got = target.run("linear", x, pack(weight, format)).float()
+    plain = reference("linear", x, weight).float()
+    assert (got - plain).norm() / plain.norm() < {"int8": 0.015, "int4": 0.1}[format]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_rows_do_not_depend_on_the_others(target, dtype, format):
+    x, weight = make((67,), 288, 80, dtype)
+    packed = pack(weight, format)
+    alone = torch.cat([target.run("linear", row, packed) for row in x.split(1)])
+    for batch in (*range(2, 10), 16, 64, 67):
+        assert torch.equal(target.run("linear", x[:batch], packed), alone[:batch])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_packed_with_any_number_of_threads(target, format):
+    if target.device != "cpu" or target.backend != "native":
+        pytest.skip("only native CPU ops have a team of threads")
+    x, weight = make((3,), 1024, 80, torch.float32)
+    packed = pack(weight, format)
+    before = torch.ops.voxkern.num_threads()
+    try:
+        for n in (1, 2, 3, 7):
+            torch.ops.voxkern.set_num_threads(n)
+            assert torch.equal(target.run("linear", x, packed), reference("linear", x, packed))
+    finally:
+        torch.ops.voxkern.set_num_threads(before)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("format", FORMATS)
+def test_packed_row_that_is_not_finite_stays_in_its_row(target, format, bad):
+    x, weight = make((9,), 96, 16, torch.float32)
+    packed = pack(weight, format)
+    expected = target.run("linear", x, packed)
+    x[4, 40] = bad
+    got = target.run("linear", x, packed)
+    assert got[4].isnan().all()
+    assert reference("linear", x, packed)[4].isnan().all()
+    others = torch.arange(9) != 4
+    assert torch.equal(got[others], expected[others])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_packed_from_memory_at_any_address(target, format):
+    """A file mapped into memory need not begin on a cache line."""
+    x, weight = make((3,), 64, 40, torch.float32)
+    packed = pack(weight, format)
+    shifted = torch.empty(packed.numel() + 1, dtype=packed.dtype)[1:].view_as(packed)
+    shifted.copy_(packed)
+    assert torch.equal(target.run("linear", x, shifted), target.run("linear", x, packed))
+
+
 @pytest.mark.parametrize(
     ("weight", "message"),
     [
@@ -81,6 +192,41 @@ def test_errors_name_the_tensor(weight, message):
         ops.linear(torch.ones(2, 8), weight)
 
 
+@pytest.mark.parametrize(
+    ("columns", "weight", "message"),
+    [
+        (
+            64,
+            torch.zeros(2, 1 << 10, dtype=torch.int8),
+            r"weight: expected shape \[N, C\] packed = \[any, 1088\], got \[2, 1024\]",
+        ),
+        (
+            64,
+            torch.zeros(2, 3, 288, dtype=torch.uint8),
+            r"weight: expected shape \[N, C\] packed = \[any, 2, 288\], got",
+        ),
+        (
+            64,
+            torch.zeros(2, 576, dtype=torch.uint8),
+            r"weight: expected 3 dimensions, got shape \[2, 576\]",
+        ),
+        (
+            40,
+            torch.zeros(2, 1, 288, dtype=torch.uint8),
+            "weight: packed, which needs columns in a multiple of 32, got 40",
+        ),
+        (
+            64,
+            torch.zeros(2, 2, 289, dtype=torch.uint8)[..., :288],
+            "weight: expected a contiguous tensor",
+        ),
+    ],
+)
+def test_errors_of_packed_weights_name_the_tensor(columns, weight, message):
+    with pytest.raises(RuntimeError, match=message):
+        ops.linear(torch.ones(2, columns), weight)
+
+
 def test_other_dtypes_are_refused():
     with pytest.raises(RuntimeError, match="x: expected float32 or bfloat16, got float64"):
         ops.linear(torch.ones(2, 8).double(), torch.ones(3, 8).double())
@@ -89,3 +235,9 @@ def test_other_dtypes_are_refused():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype):
     opcheck("linear", *make((2, 3), 32, 6, dtype))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_opcheck_of_packed_weights(format):
+    x, weight = make((2, 3), 32, 6, torch.float32)
+    opcheck("linear", x, pack(weight, format))

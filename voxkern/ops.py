@@ -7,13 +7,15 @@ calls the backend chosen for the device (see `voxkern.backend`).
 Letters: B sequences, T tokens, K codebooks, V audio vocabulary, C model width, F feed-forward
 width, Hq / Hkv query and key/value heads, D head width, P pages, S page size, L layers.
 Floating-point tensors are float32 or bfloat16, all of one op alike unless stated; every kernel
-accumulates in float32 and rounds once, when it stores.
+accumulates in float32 and rounds once, when it stores. What is said to be a *matrix* may also be
+packed, whatever the others are: `voxkern.quantize.pack` of the shape that is given.
 """
 
 import torch
 from torch import Tensor
 
 from voxkern.backend import op
+from voxkern.quantize import num_rows
 
 
 @op
@@ -169,14 +171,22 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     Each output element is summed in an order that depends on C alone, so a row's result does not
     depend on the other rows: a request gets the same codes alone and in a batch.
 
+    A packed weight is multiplied with x rounded to int8, in groups of 32 columns
+    (`voxkern.quantize.quantize_rows`): exact integer products within a group, groups added in
+    float32 in ascending order. Every instruction set gives the same bits then. A row with a value
+    that is not finite gives NaN.
+
     Args:
         x: `[..., C]`.
-        weight: `[N, C]`, contiguous.
+        weight: matrix `[N, C]`, contiguous.
 
     Returns:
-        `[..., N]`, contiguous.
+        `[..., N]`, contiguous; N of a packed weight is a multiple of 16.
+
+    Raises:
+        RuntimeError: a shape or dtype does not fit; the message names the tensor.
     """
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return x.new_empty((*x.shape[:-1], num_rows(weight)))
 
 
 @op
@@ -282,10 +292,10 @@ def decode_backbone(
     Args:
         x: `[B, C]`, the embedded tokens.
         attn_norm, mlp_norm: `[L, C]`.
-        qkv: `[L, (num_heads + 2 * num_kv_heads) * D, C]`, q rows first, then k, then v.
-        o: `[L, C, num_heads * D]`.
-        gate_up: `[L, 2F, C]`, gate rows first.
-        down: `[L, C, F]`.
+        qkv: matrices `[L, (num_heads + 2 * num_kv_heads) * D, C]`, q rows first, then k, then v.
+        o: matrices `[L, C, num_heads * D]`.
+        gate_up: matrices `[L, 2F, C]`, gate rows first.
+        down: matrices `[L, C, F]`.
         norm: `[C]`.
         rope_table: `[max_positions, D]` float32, as in `append_kv`.
         num_heads, num_kv_heads: query and key/value heads.
@@ -343,14 +353,14 @@ def decode_depth(
         hidden: `[B, Cb]`, the backbone's hidden states after its last norm.
         code0: `[B]` int64, codebook 0.
         audio_table: `[K * V, Cb]`, the depth decoder's.
-        projection: `[C, Cb]`.
+        projection: matrix `[C, Cb]`.
         attn_norm, mlp_norm: `[L, C]`.
-        qkv: `[L, (num_heads + 2 * num_kv_heads) * D, C]`, q rows first, then k, then v.
-        o: `[L, C, num_heads * D]`.
-        gate_up: `[L, 2F, C]`, gate rows first.
-        down: `[L, C, F]`.
+        qkv: matrices `[L, (num_heads + 2 * num_kv_heads) * D, C]`, q rows first, then k, then v.
+        o: matrices `[L, C, num_heads * D]`.
+        gate_up: matrices `[L, 2F, C]`, gate rows first.
+        down: matrices `[L, C, F]`.
         norm: `[C]`.
-        heads: `[K - 1, V, C]`.
+        heads: matrices `[K - 1, V, C]`.
         rope_table: `[at least K, D]` float32, as in `append_kv`.
         num_heads, num_kv_heads: query and key/value heads.
         eps: of every norm.

@@ -46,7 +46,7 @@ struct Private {
   float* scores;  // attend_row's scratch
   void* sampler;  // sample_row's scratch
 
-  Private(Arena& arena, const DecodeDepthParams& p) : rows(arena, p.layers, 2 * p.B) {
+  Private(Arena& arena, const DecodeDepthParams& p) : rows(arena, p.layers, 2 * p.B, p.Cb) {
     query = arena.take<T>(p.layers.D);
     scores = arena.take<float>(attend_scratch(p.K));
     sampler = arena.take<char>(sampler_scratch_bytes(p.V));

@@ -5,7 +5,8 @@
 // shared out evenly, it projects and attends with heads of its own, and all threads meet four times
 // a layer: after attention, o, gate and up, and down. Else parts of qkv are as equal as rows allow,
 // and all meet after qkv too. The norms are a few microseconds' work on data that every thread
-// needs next: each does them all, on residuals of its own.
+// needs next: each does them all, on residuals of its own. So it is with quantizing what a packed
+// weight is multiplied with, but for down's wide input, which is quantized where it is made.
 //
 // Results are rounded to the dtype where the composed ops would store them, so in float32 the
 // layers give what a composition of these ops gives, and no row depends on another.
@@ -13,6 +14,7 @@
 
 #include "../layers.h"
 #include "arena.h"
+#include "quantize.h"
 
 namespace voxkern {
 namespace {
@@ -25,8 +27,10 @@ struct LayerBuffers {
   T* attended;  // [R, Hq D]
   T* gate_up;   // [R, 2F]
   T* product;   // [R, F]
+  QuantizedRows quantized_product;
 
-  LayerBuffers(Arena& arena, const LayersParams& p, int64_t R) {
+  LayerBuffers(Arena& arena, const LayersParams& p, int64_t R)
+      : quantized_product(arena, p.down.format == Format::plain ? 0 : R, p.F) {
     branch = arena.take<T>(R * p.C);
     qkv = arena.take<T>(R * (p.Hq + 2 * p.Hkv) * p.D);
     attended = arena.take<T>(R * p.Hq * p.D);
@@ -51,10 +55,19 @@ template <typename T>
 struct LayerRows {
   T* residual;  // [R, C]
   T* normed;    // [R, C]
+  QuantizedRows quantized;
 
-  LayerRows(Arena& arena, const LayersParams& p, int64_t R) {
+  // The widest input of a projection besides the layers' own has `width` columns.
+  LayerRows(Arena& arena, const LayersParams& p, int64_t R, int64_t width = 0)
+      : quantized(arena, R, widest(p, width)) {
     residual = arena.take<T>(R * p.C);
     normed = arena.take<T>(R * p.C);
+  }
+
+ private:
+  static int64_t widest(const LayersParams& p, int64_t width) {
+    if (p.C > width) width = p.C;
+    return p.Hq * p.D > width ? p.Hq * p.D : width;
   }
 };
 
@@ -88,7 +101,8 @@ class Layers {
 
   // This thread's part of out [rows, N] = x [rows, C] times the transpose of matrix `at`.
   void project_part(const T* x, int64_t rows, const Weight& weight, int64_t at, T* out) const {
-    project(x, rows, weight, at, {part_of(weight.N)}, out);
+    quantize_for(weight, x, rows);
+    project(x, own_.quantized, rows, weight, at, {part_of(weight.N)}, out);
   }
 
   // From `rows` rows of own.residual to own.normed. attend(layer) does this thread's part of the
@@ -106,14 +120,21 @@ class Layers {
       normalise(all_.branch, true, p_.mlp_norm, layer, rows);
       gate_and_up(layer, rows);
       Team::barrier();
-      project_part(all_.product, rows, p_.down, layer, all_.branch);
+      project(all_.product, all_.quantized_product, rows, p_.down, layer, {part_of(p_.C)},
+              all_.branch);
       Team::barrier();
     }
     normalise(p_.L ? all_.branch : own_.residual, p_.L, p_.norm, 0, rows);
   }
 
  private:
-  Range part_of(int64_t n) const { return split(n, kPartRows, rank_, size_); }
+  Range part_of(int64_t n, int64_t grain = kPartRows) const {
+    return split(n, grain, rank_, size_);
+  }
+
+  void quantize_for(const Weight& weight, const T* x, int64_t rows) const {
+    if (weight.format != Format::plain) quantize(x, own_.quantized, 0, rows * weight.C);
+  }
 
   void normalise(const T* x, bool add, const void* weight, int64_t at, int64_t rows) const {
     for (int64_t i = 0; i < rows; ++i)
@@ -128,19 +149,25 @@ class Layers {
     const int64_t begin = mine.begin * p_.D, end = mine.end * p_.D, group = p_.Hq / p_.Hkv;
     const int64_t k = p_.Hq * p_.D, v = k + p_.Hkv * p_.D;
     const Range q_rows = {begin * group, end * group};
-    project(own_.normed, rows, p_.qkv, layer,
+    quantize_for(p_.qkv, own_.normed, rows);
+    project(own_.normed, own_.quantized, rows, p_.qkv, layer,
             {q_rows, Range{k + begin, k + end}, Range{v + begin, v + end}}, all_.qkv);
   }
 
   // A thread's gate rows and the up rows that they are multiplied with are both its own.
   void gate_and_up(int64_t layer, int64_t rows) const {
     const int64_t F = p_.F;
-    const Range gates = part_of(F), ups = {F + gates.begin, F + gates.end};
-    project(own_.normed, rows, p_.gate_up, layer, {gates, ups}, all_.gate_up);
+    const bool packed_down = p_.down.format != Format::plain;
+    const Range gates = part_of(F, packed_down ? kGroup : kPartRows);
+    const Range ups = {F + gates.begin, F + gates.end};
+    quantize_for(p_.gate_up, own_.normed, rows);
+    project(own_.normed, own_.quantized, rows, p_.gate_up, layer, {gates, ups}, all_.gate_up);
     for (int64_t i = 0; i < rows; ++i) {
       const T* const row = all_.gate_up + i * 2 * F;
       silu_mul_row(row + gates.begin, row + ups.begin, all_.product + i * F + gates.begin,
                    gates.end - gates.begin);
+      if (packed_down)
+        quantize(all_.product, all_.quantized_product, i * F + gates.begin, i * F + gates.end);
     }
   }
 

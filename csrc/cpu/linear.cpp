@@ -1,12 +1,14 @@
 #include "../linear.h"
 
+#include "arena.h"
 #include "isa.h"
+#include "quantize.h"
 
 #ifdef VOX_ISA
 #include "project.h"
 
 // Each thread takes a contiguous part of W's rows, so every weight is read once and by one thread;
-// where W is too small for that, a part of x's rows.
+// where a plain W is too small for that, a part of x's rows.
 namespace voxkern {
 namespace {
 
@@ -16,25 +18,52 @@ bool split_weight_rows(int64_t M, int64_t N, int threads) {
 }
 
 template <typename T>
-void run(const LinearParams& p) {
+void run_plain(const LinearParams& p) {
   const auto* x = static_cast<const T*>(p.x);
+  const auto* weight = static_cast<const T*>(p.weight.data);
   auto* out = static_cast<T*>(p.out);
   const int64_t N = p.weight.N, C = p.weight.C, work = p.M * N * C;
   if (split_weight_rows(p.M, N, Team::size())) {
     parallel_for(N, kPartRows, work, [&](int64_t begin, int64_t end) {
-      project(x, p.M, p.weight, 0, {Range{begin, end}}, out);
+      multiply(x, weight, out, p.M, C, N, begin, end);
     });
   } else {
     parallel_for(p.M, kTileM, work, [&](int64_t begin, int64_t end) {
-      project(x + begin * C, end - begin, p.weight, 0, {Range{0, N}}, out + begin * N);
+      multiply(x + begin * C, weight, out + begin * N, end - begin, C, N, 0, N);
     });
   }
+}
+
+template <typename T>
+void run_packed(const LinearParams& p) {
+  const auto* x = static_cast<const T*>(p.x);
+  const int64_t N = p.weight.N, C = p.weight.C;
+  Arena arena(p.workspace);
+  const QuantizedRows quantized(arena, p.M, C);
+  auto job = [&](int rank, int size) {
+    const Range mine = split(p.M * C, kGroup, rank, size);
+    quantize(x, quantized, mine.begin, mine.end);
+    Team::barrier();
+    const Range part = split(N, kPartRows, rank, size);
+    multiply(quantized, p.weight.format, p.weight.data, static_cast<T*>(p.out), p.M, C, N,
+             part.begin, part.end);
+  };
+  // As in parallel_for, a small job is not worth waking a team.
+  if (p.M * N * C < (1 << 15))
+    job(0, 1);
+  else
+    run_team(job);
 }
 
 }  // namespace
 
 namespace VOX_ISA {
-void linear(const LinearParams& p) { p.dtype == Dtype::f32 ? run<float>(p) : run<bf16>(p); }
+void linear(const LinearParams& p) {
+  if (p.weight.format == Format::plain)
+    p.dtype == Dtype::f32 ? run_plain<float>(p) : run_plain<bf16>(p);
+  else
+    p.dtype == Dtype::f32 ? run_packed<float>(p) : run_packed<bf16>(p);
+}
 }  // namespace VOX_ISA
 
 }  // namespace voxkern
@@ -50,8 +79,15 @@ namespace {
 Tensor linear_cpu(Tensor x, Tensor weight) {
   x = torch::stable::contiguous(x);
   Tensor out = linear_out(x, weight);
-  const LinearParams p = linear_params(x, weight, out);
+  LinearParams p = linear_params(x, weight, out);
   if (p.weight.C == 0) return torch::stable::fill_(out, 0.0);
+  Tensor workspace;
+  if (p.weight.format != Format::plain) {
+    Arena count(nullptr);
+    QuantizedRows(count, p.M, p.weight.C);
+    workspace = torch::stable::new_empty(x, {count.bytes()}, ScalarType::Byte);
+    p.workspace = workspace.mutable_data_ptr();
+  }
   linear(p);
   return out;
 }

@@ -29,6 +29,7 @@ typedef float vfloat __attribute__((vector_size(4 * kWidth)));
 typedef int32_t vint __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t vuint __attribute__((vector_size(4 * kWidth)));
 typedef uint16_t vhalf __attribute__((vector_size(2 * kWidth)));
+typedef int8_t vquarter __attribute__((vector_size(kWidth)));
 
 #define VOX_INLINE inline __attribute__((always_inline))
 
@@ -89,6 +90,28 @@ VOX_INLINE void store(bf16* p, vfloat a) {
 #endif
 }
 
+// Of float16 bits; exact.
+VOX_INLINE vfloat load_float16(const void* p) {
+  vhalf h;
+  __builtin_memcpy(&h, p, sizeof h);
+#if defined(__AVX512F__)
+  // The form without a mask has GCC 12 warn of its own header.
+  return reinterpret_cast<vfloat>(_mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(h)));
+#elif defined(__F16C__)
+  return reinterpret_cast<vfloat>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(h)));
+#else
+  const vuint bits = __builtin_convertvector(h, vuint);
+  const vfloat magnitude = as_float((bits & 0x7fff) << 13) * splat(0x1p112f);
+  return as_float(as_uint(magnitude) | (bits & 0x8000) << 16);
+#endif
+}
+
+// The low byte of each lane.
+VOX_INLINE void store_bytes(int8_t* p, vint a) {
+  const vquarter bytes = __builtin_convertvector(a, vquarter);
+  __builtin_memcpy(p, &bytes, sizeof bytes);
+}
+
 // The first n < kWidth elements; the others are zero and not read.
 template <typename T>
 VOX_INLINE vfloat load_n(const T* p, int64_t n) {
@@ -110,6 +133,21 @@ VOX_INLINE void store_one(bf16* p, float a) { *p = to_bf16(a); }
 
 // a * b + c; fused where the instruction set has it (-ffp-contract).
 VOX_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) { return a * b + c; }
+
+// A product that the compiler must not fuse with the sum it goes into, so that every instruction
+// set rounds alike.
+VOX_INLINE vfloat unfused(vfloat product) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(product));
+#elif defined(__x86_64__)
+  asm("" : "+x"(product));
+#elif defined(__aarch64__)
+  asm("" : "+w"(product));
+#else
+  asm("" : "+m"(product));
+#endif
+  return product;
+}
 
 VOX_INLINE vfloat select(vint condition, vfloat yes, vfloat no) {
   const vuint mask = reinterpret_cast<vuint>(condition);
@@ -144,6 +182,17 @@ VOX_INLINE float reduce_max(vfloat a) {
     for (int i = 0; i < half; ++i)
       lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
   return lanes[0];
+}
+
+VOX_INLINE int32_t reduce_add(vint a) {
+  int32_t sum = 0;
+  for (int i = 0; i < kWidth; ++i) sum += a[i];
+  return sum;
+}
+VOX_INLINE int32_t reduce_max(vint a) {
+  int32_t largest = a[0];
+  for (int i = 1; i < kWidth; ++i) largest = largest > a[i] ? largest : a[i];
+  return largest;
 }
 
 template <int... i>

@@ -3,7 +3,7 @@ from torch import Tensor
 from voxkern.reference.add_rms_norm import add_rms_norm
 from voxkern.reference.append_kv import append_kv
 from voxkern.reference.decode_attention import decode_attention
-from voxkern.reference.linear import linear
+from voxkern.reference.linear import linear, project
 from voxkern.reference.rms_norm import rms_norm
 from voxkern.reference.silu_mul import silu_mul
 
@@ -37,12 +37,13 @@ def decode_backbone(
         else:
             x = add_rms_norm(x, residual, attn_norm[i], eps)
         q, k, v = (
-            linear(x, qkv[i])
+            project(x, qkv[i], (num_heads + 2 * num_kv_heads) * head_dim)
             .unflatten(-1, (-1, head_dim))
             .split((num_heads, num_kv_heads, num_kv_heads), 1)
         )
         append_kv(q, k, v, rope_table, positions, slots, k_pages[i], v_pages[i])
         attended = decode_attention(q, k_pages[i], v_pages[i], page_table, seq_lens, head_dim**-0.5)
-        x = add_rms_norm(linear(attended.flatten(1), o[i]), residual, mlp_norm[i], eps)
-        x = linear(silu_mul(linear(x, gate_up[i])), down[i])
+        x = project(attended.flatten(1), o[i], len(norm))
+        x = add_rms_norm(x, residual, mlp_norm[i], eps)
+        x = project(silu_mul(linear(x, gate_up[i])), down[i], len(norm))
     return add_rms_norm(x, residual, norm, eps) if len(qkv) else rms_norm(residual, norm, eps)

@@ -4,7 +4,7 @@ from torch import Tensor
 from voxkern.reference.add_rms_norm import add_rms_norm
 from voxkern.reference.append_kv import append_kv
 from voxkern.reference.decode_attention import decode_attention
-from voxkern.reference.linear import linear
+from voxkern.reference.linear import linear, project
 from voxkern.reference.rms_norm import rms_norm
 from voxkern.reference.sample_tokens import sample_tokens
 from voxkern.reference.silu_mul import silu_mul
@@ -39,7 +39,8 @@ def decode_depth(
     Each layer's cache has one page per row, as long as a frame.
     """
     batch_size = hidden.shape[0]
-    num_codebooks, vocab_size = heads.shape[0] + 1, heads.shape[1]
+    num_codebooks = heads.shape[0] + 1
+    vocab_size = len(audio_table) // num_codebooks
     head_dim = rope_table.shape[1]
     if bool(((code0 < 0) | (code0 >= vocab_size)).any()):
         raise RuntimeError(f"code0: expected codes of 0 to {vocab_size - 1}")
@@ -59,13 +60,13 @@ def decode_depth(
             embedded = hidden
         else:
             embedded = audio_table[(position - 1) * vocab_size + codes[:, position - 1]]
-        residual = linear(embedded, projection)
+        residual = project(embedded, projection, len(norm))
         positions = torch.full_like(code0, position)
         branch = torch.zeros_like(residual)
         for i in range(len(qkv)):
             x = add_rms_norm(branch, residual, attn_norm[i], eps)
             q, k, v = (
-                linear(x, qkv[i])
+                project(x, qkv[i], (num_heads + 2 * num_kv_heads) * head_dim)
                 .unflatten(-1, (-1, head_dim))
                 .split((num_heads, num_kv_heads, num_kv_heads), 1)
             )
@@ -74,13 +75,13 @@ def decode_depth(
             attended = decode_attention(
                 q, k_pages[i], v_pages[i], page_table, positions.int() + 1, head_dim**-0.5
             )
-            branch = linear(attended.flatten(1), o[i])
+            branch = project(attended.flatten(1), o[i], len(norm))
             x = add_rms_norm(branch, residual, mlp_norm[i], eps)
-            branch = linear(silu_mul(linear(x, gate_up[i])), down[i])
+            branch = project(silu_mul(linear(x, gate_up[i])), down[i], len(norm))
         residual += branch
         if position > 0:
             codes[:, position] = sample_tokens(
-                linear(rms_norm(residual, norm, eps), heads[position - 1]),
+                project(rms_norm(residual, norm, eps), heads[position - 1], vocab_size),
                 temperature,
                 top_k,
                 top_p,

@@ -1,5 +1,27 @@
+import torch
 from torch import Tensor
+
+from voxkern.quantize import format_of, integers, quantize_rows
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    return (x.float() @ weight.float().T).to(x.dtype)
+    if format_of(weight) == "none":
+        return (x.float() @ weight.float().T).to(x.dtype)
+    values, scales = integers(weight)
+    x_values, x_scales = quantize_rows(x)
+    groups = values.float().unflatten(-1, x_values.shape[-2:])
+    # Sums of integers below 2^24: exact, in whatever order.
+    dots = torch.einsum("...gc,ngc->...gn", x_values, groups)
+    out = x_scales.new_zeros(*x.shape[:-1], len(values))
+    for g in range(len(groups[0]) if len(groups) else 0):
+        x_scale = x_scales[..., g, None]
+        scale = scales[:, g] * x_scale if format_of(weight) == "int4" else x_scale
+        out += dots[..., g, :] * scale
+    if format_of(weight) == "int8":
+        out *= scales[:, 0]
+    return out.to(x.dtype)
+
+
+def project(x: Tensor, weight: Tensor, num_rows: int) -> Tensor:
+    """`linear` without the rows that fill up a packed weight's last block."""
+    return linear(x, weight)[..., :num_rows]
