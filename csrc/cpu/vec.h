@@ -106,10 +106,19 @@ VOX_INLINE vfloat load_float16(const void* p) {
 #endif
 }
 
-// The low byte of each lane.
+// Lanes of -128 .. 127, as bytes.
 VOX_INLINE void store_bytes(int8_t* p, vint a) {
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm512_maskz_cvtepi32_epi8(0xffff, reinterpret_cast<__m512i>(a));
+#elif defined(__AVX2__)
+  const __m256i lanes = reinterpret_cast<__m256i>(a);
+  const __m128i halves =
+      _mm_packs_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
+  const __m128i bytes = _mm_packs_epi16(halves, halves);
+#else
   const vquarter bytes = __builtin_convertvector(a, vquarter);
-  __builtin_memcpy(p, &bytes, sizeof bytes);
+#endif
+  __builtin_memcpy(p, &bytes, kWidth);
 }
 
 // The first n < kWidth elements; the others are zero and not read.
@@ -184,17 +193,6 @@ VOX_INLINE float reduce_max(vfloat a) {
   return lanes[0];
 }
 
-VOX_INLINE int32_t reduce_add(vint a) {
-  int32_t sum = 0;
-  for (int i = 0; i < kWidth; ++i) sum += a[i];
-  return sum;
-}
-VOX_INLINE int32_t reduce_max(vint a) {
-  int32_t largest = a[0];
-  for (int i = 1; i < kWidth; ++i) largest = largest > a[i] ? largest : a[i];
-  return largest;
-}
-
 template <int... i>
 struct Lanes {
   // One level of the lanes' sum: blocks of 2 * half lanes, a's then b's, become blocks of half.
@@ -202,6 +200,11 @@ struct Lanes {
   static VOX_INLINE vfloat add_halves(vfloat a, vfloat b) {
     return __builtin_shufflevector(a, b, (i / half * 2 * half + i % half)...) +
            __builtin_shufflevector(a, b, (i / half * 2 * half + i % half + half)...);
+  }
+  // Every lane's partner, `half` away.
+  template <int half>
+  static VOX_INLINE vint swap(vint a) {
+    return __builtin_shufflevector(a, a, (i ^ half)...);
   }
 };
 template <int n, int... i>
@@ -219,6 +222,26 @@ VOX_INLINE vfloat reduce_each(const vfloat* chains) {
     return next[0];
   } else {
     return reduce_each<half / 2>(next);
+  }
+}
+
+template <int half = kWidth / 2>
+VOX_INLINE int32_t reduce_add(vint a) {
+  a += LanesUpTo<kWidth>::swap<half>(a);
+  if constexpr (half == 1) {
+    return a[0];
+  } else {
+    return reduce_add<half / 2>(a);
+  }
+}
+template <int half = kWidth / 2>
+VOX_INLINE int32_t reduce_max(vint a) {
+  const vint b = LanesUpTo<kWidth>::swap<half>(a);
+  a = a > b ? a : b;
+  if constexpr (half == 1) {
+    return a[0];
+  } else {
+    return reduce_max<half / 2>(a);
   }
 }
 
