@@ -117,7 +117,7 @@ def test_values_too_small_for_a_scale_are_zero():
         (torch.full((4, 32), torch.nan), "int8", "weight: a value is not finite"),
         (torch.full((4, 32), torch.inf), "int4", "weight: a value is not finite"),
         (torch.full((4, 32), torch.nan), "int4", "weight: a value is not finite"),
-        (torch.full((4, 32), 1e6), "int4", "or too large for a scale in float16"),
+        (torch.full((4, 32), 1e6), "int4", "weight: a value is too large for a scale in float16"),
     ],
 )
 def test_errors(weight, format, message):

@@ -22,7 +22,7 @@ BLOCK_ROWS = 16
 GROUP = 32
 """Columns that share a scale: always in x, in the weight if it is int4."""
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 """Elements packed at a time, so that packing needs little memory besides its result."""
 
 
@@ -147,51 +147,56 @@ def _pack_int8(weight: Tensor, out: Tensor) -> None:
     if not math.isfinite(largest.max()):
         raise ValueError("weight: a value is not finite")
     scales = largest / 127
-    values = _times_inverse(weight, scales).round_().clamp_(-127, 127).to(torch.int8)
+    values = (weight * _inverse(scales)[:, None]).round_().clamp_(-127, 127).to(torch.int8)
     blocked = values.view(-1, BLOCK_ROWS, columns // 4, 4).transpose(1, 2)
     out[:, : BLOCK_ROWS * columns].unflatten(1, (-1, BLOCK_ROWS, 4)).copy_(blocked)
     out[:, BLOCK_ROWS * columns :] = scales.view(-1, BLOCK_ROWS).view(torch.int8)
 
 
 def _pack_int4(weight: Tensor, out: Tensor) -> None:
-    groups = weight.view(len(weight), -1, GROUP)
-    values, scales = _int4_groups(groups)
-    # [block, row, group, i, half, 4] -> [half, block, group, i, row, 4]
-    split = (values + 8).to(torch.uint8).view(-1, BLOCK_ROWS, groups.shape[1], 4, 2, 4)
-    low, high = split.permute(4, 0, 2, 3, 1, 5)
+    num_groups = weight.shape[1] // GROUP
+    values, scales = _int4_groups(weight.reshape(-1, GROUP).T.contiguous())
+    # [i, half, 4, block, row, group] -> [half, block, group, i, row, 4]
+    split = values.add_(8).to(torch.uint8).view(4, 2, 4, -1, BLOCK_ROWS, num_groups)
+    low, high = split.permute(1, 3, 5, 0, 4, 2)
     torch.add(low, high, alpha=16, out=out[..., :256].unflatten(-1, (4, BLOCK_ROWS, 4)))
-    blocked = scales.view(-1, BLOCK_ROWS, groups.shape[1]).transpose(1, 2).contiguous()
+    blocked = scales.view(-1, BLOCK_ROWS, num_groups).transpose(1, 2).contiguous()
     out[..., 256:] = blocked.view(torch.uint8)
 
 
 def _int4_groups(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers -8 to 7 of `[N, G, 32]`, in float32, and float16 scales `[N, G]`.
+    """Integers -8 to 7 of groups `[32, N]`, in float32, and float16 scales `[N]`.
 
     The value of largest magnitude becomes about -8: the negative side has one step more. Which
     fraction of it the step should be depends on the other values; the scale is then fitted to the
     integers by least squares.
     """
-    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0]
+    low, high = groups.amin(0), groups.amax(0)
+    extreme = torch.where(high > -low, high, low)
+    if not math.isfinite(extreme.abs().max()):
+        raise ValueError("weight: a value is not finite")
     best_values, best_scales, best_gain = None, None, None
+    values, product = torch.empty_like(groups), torch.empty_like(groups)
     for steps in (8.0, 7.25, 8.75):
-        values = _times_inverse(groups, extreme / -steps).round_().clamp_(-8, 7)
-        product, square = (values * groups).sum(-1), (values * values).sum(-1)
-        scales = (product / square.clamp_min_(1)).half()
+        torch.mul(groups, _inverse(extreme / -steps), out=values).round_().clamp_(-8, 7)
+        dot = torch.mul(values, groups, out=product).sum(0)
+        square = torch.mul(values, values, out=product).sum(0)
+        scales = (dot / square.clamp_min(1)).half()
         # How much less than the sum of squares the error is.
-        gain = scales.float() * (2 * product - scales.float() * square)
-        if best_gain is None:
-            best_values, best_scales, best_gain = values, scales, gain
+        gain = scales.float() * (2 * dot - scales.float() * square)
+        if best_values is None:
+            best_values, best_scales, best_gain = values.clone(), scales, gain
         else:
             better = gain > best_gain
-            best_values = torch.where(better[..., None], values, best_values)
+            torch.where(better, values, best_values, out=best_values)
             best_scales = torch.where(better, scales, best_scales)
             best_gain = torch.where(better, gain, best_gain)
-    if not math.isfinite(best_scales.abs().max()) or not math.isfinite(extreme.abs().max()):
-        raise ValueError("weight: a value is not finite, or too large for a scale in float16")
+    if not math.isfinite(best_scales.abs().max()):
+        raise ValueError("weight: a value is too large for a scale in float16")
     return best_values, best_scales
 
 
-def _times_inverse(values: Tensor, scales: Tensor) -> Tensor:
-    """`values / scales[..., None]`, and 0 where the scale is 0."""
-    inverse = scales.double().reciprocal_().float()
-    return values * inverse.masked_fill_(scales == 0, 0)[..., None]
+def _inverse(scales: Tensor) -> Tensor:
+    """`1 / scales`, and 0 where that is too large for float32: such values are zeros."""
+    inverse = scales.reciprocal()
+    return inverse.masked_fill_(inverse.isinf(), 0)
