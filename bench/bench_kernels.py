@@ -4,6 +4,7 @@ The peer is plain torch: what one would write without this library, on the same 
 keys and values instead of pages).
 """
 
+import functools
 import math
 import statistics
 import time
@@ -24,6 +25,7 @@ from vox_serve.model_config import CsmConfig
 from vox_serve.sampling import SamplingParams, SamplingRows
 from voxkern import ops
 from voxkern.backend import implementation
+from voxkern.quantize import FORMATS, pack, packed_shape
 
 C, HEADS, KV_HEADS, D, FFN, V, K = 2048, 32, 8, 64, 8192, 2051, 32
 TEXT_VOCAB = 128256
@@ -45,6 +47,7 @@ class Case:
         ours, torch: called with one set.
         num_bytes: read and written at least once, per call.
         flops: operations per call.
+        multiplied: what the operations are on, if not the dtype of the run.
     """
 
     op: str
@@ -54,6 +57,7 @@ class Case:
     torch: Callable
     num_bytes: float
     flops: float = 0
+    multiplied: torch.dtype | None = None
 
 
 def cases(dtype: torch.dtype, batch: int) -> list[Case]:
@@ -92,8 +96,10 @@ def cases(dtype: torch.dtype, batch: int) -> list[Case]:
         _sample_tokens(b, "top-p 0.9", top_p=0.9),
     ]
     shapes = [("qkv", 3072, C), ("o", C, C), ("gate_up", 2 * FFN, C), ("down", C, FFN)]
-    shapes += [("head", V, C), ("depth gate_up", 2 * FFN, 1024)]
+    shapes += [("head", V, C), ("depth gate_up", 2 * FFN, 1024), ("depth down", 1024, FFN)]
     out += [_linear(dtype, b, *shape) for shape in shapes]
+    if dtype == torch.bfloat16:
+        out += [_packed_linear(b, f, *shape) for f in FORMATS for shape in shapes]
     if b == 1:
         out.append(_linear(dtype, PROMPT, "gate_up, prompt", 2 * FFN, C))
         out.append(_prefill_attention(dtype))
@@ -110,6 +116,26 @@ def _linear(dtype: torch.dtype, m: int, name: str, n: int, c: int) -> Case:
         F.linear,
         dtype.itemsize * (n * c + m * c + m * n),
         2.0 * m * n * c,
+    )
+
+
+def _packed_linear(m: int, format: str, name: str, n: int, c: int) -> Case:
+    """Against torch on the bfloat16 weight."""
+
+    @functools.cache
+    def weights() -> tuple[Tensor, Tensor]:
+        plain = (torch.randn(n, c) / math.sqrt(c)).bfloat16()
+        return pack(plain, format), plain
+
+    return Case(
+        "linear",
+        f"{format} {name} [{m}, {c}] x {n}",
+        lambda: (torch.randn(m, c).bfloat16(), *(w.clone() for w in weights())),
+        lambda x, packed, _: ops.linear(x, packed),
+        lambda x, _, plain: F.linear(x, plain),
+        math.prod(packed_shape((n, c), format)) + 2 * m * (c + n),
+        2.0 * m * n * c,
+        torch.int8,
     )
 
 
@@ -321,8 +347,7 @@ def _time_ms(call: Callable, inputs: list[tuple], calls: int) -> float:
 def measure(case: Case, rounds: int = 7) -> tuple[float, float]:
     """Median milliseconds of ours and of torch, timed in turn."""
     first = case.inputs()
-    size = sum(t.numel() * t.element_size() for t in first if isinstance(t, Tensor))
-    copies = max(1, min(64, ROTATE_BYTES // max(size, 1)))
+    copies = max(1, min(64, int(ROTATE_BYTES // case.num_bytes)))
     inputs = [first] + [case.inputs() for _ in range(copies - 1)]
     times: tuple[list, list] = ([], [])
     calls = [max(1, min(200, int(20 / _time_ms(f, inputs, 2)))) for f in (case.ours, case.torch)]
@@ -336,7 +361,7 @@ def measure(case: Case, rounds: int = 7) -> tuple[float, float]:
 def run(report: Report, dtypes: list[torch.dtype], batches: list[int], only: list | None) -> None:
     table = report.table(
         "kernels",
-        ["op", "shape", "dtype", "ms", "GB/s", "GFLOP/s", "% roofline", "torch ms", "x torch"],
+        ["op", "shape", "dtype", "ms", "GB/s", "Gop/s", "% roofline", "torch ms", "x torch"],
     )
     for dtype in dtypes:
         for batch in batches:
@@ -344,7 +369,7 @@ def run(report: Report, dtypes: list[torch.dtype], batches: list[int], only: lis
                 if only and case.op not in only:
                     continue
                 bandwidth = roofline.median_of(roofline.read_bandwidth, 3)
-                rate = roofline.median_of(roofline.multiply_rate, 3, dtype)
+                rate = roofline.median_of(roofline.multiply_rate, 3, case.multiplied or dtype)
                 ms, peer_ms = measure(case)
                 floor_ms = max(case.num_bytes / bandwidth, case.flops / rate) * 1e3
                 table.add(

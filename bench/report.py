@@ -12,7 +12,7 @@ import voxkern
 class Table:
     """Rows under named columns; numbers are shown with three significant digits."""
 
-    WIDTHS: ClassVar = {"what": 24, "op": 17, "shape": 32}
+    WIDTHS: ClassVar = {"what": 24, "op": 17, "shape": 34}
 
     def __init__(self, name: str, columns: list[str]):
         self.name = name
