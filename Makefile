@@ -3,8 +3,7 @@ SHELL := bash
 
 PYTHON ?= python3
 PORT ?= 8000
-NOISE := build/noise-model
-MODEL ?= $(NOISE)
+MODEL ?= demo
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,17 +31,15 @@ $(VENV)/built: $(VENV)/torch setup.py CMakeLists.txt $(CPP)
 $(VENV)/test: $(VENV)/built
 	$(BIN)/pip install --quiet --no-build-isolation -e '.[test]'
 	$(BIN)/pip install --quiet --no-deps moshi einops sentencepiece || echo 'moshi is not to be had: its tests will be skipped'
+	$(BIN)/pip install --quiet -e '.[judge]' --no-build-isolation || echo 'no recogniser is to be had: the voice is not listened to'
 	touch $@
 
 $(VENV)/lint: $(VENV)/torch
 	$(BIN)/pip install --quiet -r <($(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["lint"], sep="\n")')
 	touch $@
 
-serve: $(VENV)/built $(if $(filter $(NOISE),$(MODEL)),$(NOISE)/config.json)
+serve: $(VENV)/built
 	$(RUN) -m vox_serve.launch --model $(MODEL) --port $(PORT)
-
-$(NOISE)/config.json: | $(VENV)/built
-	$(RUN) tools/make_tiny_checkpoint.py $(NOISE)
 
 # The op tests once more for each instruction set that the processor has besides its best.
 test: $(VENV)/test

@@ -6,7 +6,6 @@ that logits lie far apart: greedy codes in float32 then do not hang on the order
 
 import functools
 import json
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-from make_tiny_checkpoint import SPECIAL_TOKENS, force_stop, tiny_tokenizer
+from tiny_parts import SPECIAL_TOKENS, force_stop, tiny_tokenizer
 
 # Such that every frequency within a tiny model's reach is scaled or smoothed.
 BACKBONE_ROPE = {

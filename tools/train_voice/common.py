@@ -10,6 +10,7 @@ import torch
 
 SAMPLE_RATE_HZ = 24000
 FRAME_SAMPLES = 1920
+FIRST_PHONE = 0xE000  # the private use character that stands for phone 0 in a tokenizer
 CHECKPOINT_S = 120
 LOG_STEPS = 50
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from codec import CODEBOOK_SIZE, Stage1, log_mel, make_config, reserve_stop_code
 from common import Speech, autocast
 

@@ -16,11 +16,31 @@ import shutil
 from pathlib import Path
 
 import torch
-from evaluate import load_lm
 from safetensors.torch import load_file, save_file
-from transformers import CsmForConditionalGeneration
+from tokenizers import Tokenizer
+from transformers import CsmForConditionalGeneration, MimiModel
+
+from lm import make_config, make_model
 
 SERVED_TEMPERATURE = 0.9
+
+
+def load_lm(run: Path, name: str) -> CsmForConditionalGeneration:
+    """What RUN/NAME.pt and RUN/codec hold, as one model."""
+    tokenizer = Tokenizer.from_file(str(run / "tokenizer.json"))
+    codec = MimiModel.from_pretrained(run / "codec").eval()
+    model = make_model(make_config(codec.config, tokenizer)).eval()
+    saved = torch.load(run / f"{name}.pt", map_location="cpu", weights_only=True)
+    state = {
+        key.removeprefix("model."): tensor
+        for key, tensor in saved["language"].items()
+        if key.startswith("model.")
+    }
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    lost = [key for key in missing if not key.startswith("codec_model")]
+    assert not lost + unexpected, lost + unexpected
+    model.codec_model = codec
+    return model
 
 
 def main():
@@ -31,7 +51,7 @@ def main():
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
     args = parser.parse_args()
-    model, _, _ = load_lm(args.run, args.name)
+    model = load_lm(args.run, args.name)
     scale = SERVED_TEMPERATURE / args.temperature
     with torch.no_grad():
         model.lm_head.weight.mul_(scale)
@@ -40,11 +60,6 @@ def main():
     model.save_pretrained(args.out)
     file = args.out / "model.safetensors"
     tensors = load_file(file)
-    # transformers saves a tied tensor once; other readers want both names.
-    table = "backbone_model.embed_tokens.embed_audio_tokens.weight"
-    twin = "depth_decoder.model.embed_tokens.weight"
-    shared = tensors[table if table in tensors else twin]
-    tensors[table], tensors[twin] = shared, shared.clone()
     kind = getattr(torch, args.dtype)
     # Mimi divides embed_sum by cluster_usage: store the quotient, so that fp16 keeps it exactly.
     for name in [n for n in tensors if n.endswith("codebook.embed_sum")]:

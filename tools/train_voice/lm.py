@@ -95,8 +95,8 @@ def short_attention(queries, keys, values):
     return scores.masked_fill(future, -torch.inf).softmax(-1).to(values.dtype) @ values
 
 
-def attention(layer, x, rope, mask=None, cache=None):
-    """-> (output [B, T, C], queries [B, Hq, T, D], keys [B, Hq, T', D])"""
+def attention(layer, x, rope):
+    """-> (output [B, T, C], queries [B, Hq, T, D], keys [B, Hq, T, D])"""
     batch, length, _ = x.shape
     head_dim, groups = layer.head_dim, layer.num_key_value_groups
 
@@ -105,27 +105,21 @@ def attention(layer, x, rope, mask=None, cache=None):
 
     queries = rotate(heads(layer.q_proj), rope).to(x.dtype)
     keys, values = rotate(heads(layer.k_proj), rope).to(x.dtype), heads(layer.v_proj)
-    if cache is not None:
-        keys, values = cache.extend(layer, keys, values)
     keys, values = (t.repeat_interleave(groups, 1) for t in (keys, values))
     values = values.to(queries.dtype)
-    if mask is None and cache is None and x.device.type == "cpu":
+    if x.device.type == "cpu":
         mixed = short_attention(queries, keys, values)
     else:
-        mixed = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, is_causal=mask is None and length > 1
-        )
+        mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
     mixed = mixed.transpose(1, 2).reshape(batch, length, -1)
     return layer.o_proj(mixed), queries, keys
 
 
-def run_stack(stack, x, rope, mask=None, cache=None, watch=()):
+def run_stack(stack, x, rope, watch=()):
     """All layers and the final norm. -> ([B, T, C], {layer: (queries, keys)} of watched layers)"""
     watched = {}
     for number, layer in enumerate(stack.layers):
-        mixed, queries, keys = attention(
-            layer.self_attn, rms_norm(layer.input_layernorm, x), rope, mask, cache
-        )
+        mixed, queries, keys = attention(layer.self_attn, rms_norm(layer.input_layernorm, x), rope)
         if number in watch:
             watched[number] = queries, keys
         x = x + mixed
@@ -145,79 +139,3 @@ def depth_logits(model, hidden, codes):
     positions = torch.arange(count, device=codes.device)[None]
     x, _ = run_stack(depth.model, x, rope_table(depth.model, positions))
     return torch.einsum("nkd,kdv->nkv", x[:, 1:], depth.codebooks_head.weight.to(x.dtype))
-
-
-class Cache:
-    """Keys and values of every layer so far."""
-
-    def __init__(self):
-        self.entries = {}
-
-    def extend(self, layer, keys, values):
-        if layer in self.entries:
-            old = self.entries[layer]
-            keys, values = torch.cat((old[0], keys), 2), torch.cat((old[1], values), 2)
-        self.entries[layer] = keys, values
-        return keys, values
-
-
-def draw(logits, temperature, top_k):
-    """Temperature, top-k, draw: [B, V] -> [B]; temperature 0 is greedy."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    threshold = logits.topk(top_k, -1).values[:, -1:]
-    logits = (logits / temperature).masked_fill(logits < threshold, -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1)[:, 0]
-
-
-@torch.no_grad()
-def generate(model, prompts, temperature=0.6, top_k=50, max_frames=None):
-    """Speak several prompts (token id lists) at once. -> [codes [frames, K]], True where it ended.
-
-    `max_frames` defaults to 15 plus three frames for every two tokens, far beyond what a sane
-    reading takes.
-    """
-    device = model.lm_head.weight.device
-    backbone, depth = model.backbone_model, model.depth_decoder
-    longest = max(map(len, prompts))
-    max_frames = max_frames or 15 + longest * 3 // 2
-    pads = torch.tensor([longest - len(p) for p in prompts], device=device)
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
-    valid = torch.arange(longest, device=device)[None] >= pads[:, None]
-    positions = (torch.arange(longest, device=device)[None] - pads[:, None]).clamp(min=0)
-    causal = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
-    # A padding row attends to itself alone, so that no softmax is empty.
-    mask = (causal & valid[:, None]) | torch.eye(longest, dtype=torch.bool, device=device)
-    cache = Cache()
-    x = model.embed_text_tokens(ids)
-    hidden, _ = run_stack(backbone, x, rope_table(backbone, positions), mask[:, None], cache)
-    hidden = hidden[:, -1]
-    frames, live = [], torch.ones(len(prompts), dtype=torch.bool, device=device)
-    ends = torch.full((len(prompts),), max_frames, device=device)
-    for frame in range(max_frames):
-        codes = [draw(model.lm_head(hidden), temperature, top_k)]
-        depth_cache = Cache()
-        x = hidden
-        for k in range(model.config.num_codebooks):
-            rope = rope_table(depth.model, torch.tensor([[k]], device=device))
-            x = depth.model.inputs_embeds_projector(x)[:, None]
-            x, _ = run_stack(depth.model, x, rope, cache=depth_cache)
-            if k > 0:
-                logits = x[:, 0] @ depth.codebooks_head.weight[k - 1]
-                codes.append(draw(logits, temperature, top_k))
-            if k < model.config.num_codebooks - 1:
-                x = depth.model.embed_tokens(codes[-1] + k * model.config.vocab_size)
-        codes = torch.stack(codes, -1)
-        stopped = live & (codes == 0).all(-1)
-        ends[stopped] = frame
-        live &= ~stopped
-        frames.append(codes)
-        if not live.any():
-            break
-        valid = torch.cat((valid, torch.ones_like(valid[:, :1])), 1)
-        rope = rope_table(backbone, (longest + frame - pads)[:, None])
-        x = embed_frames(model, codes)[:, None]
-        hidden, _ = run_stack(backbone, x, rope, valid[:, None, None], cache)
-        hidden = hidden[:, 0]
-    stream = torch.stack(frames, 1).cpu()
-    return [stream[i, : int(end)] for i, end in enumerate(ends)], ~live.cpu()

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import FRAME_SAMPLES, Speech, phone_labels
-from make_tokenizer import FIRST_PHONE
 from tokenizers import Tokenizer
+
+from common import FIRST_PHONE, FRAME_SAMPLES, Speech, phone_labels
 
 SEPARATOR = "\uefff"  # joins texts for the normalizer; no rule touches it
 LABELS_PER_FRAME = 4

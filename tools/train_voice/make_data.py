@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+
 from common import wait_while_paused
 from teacher import SAMPLE_RATE_HZ, Teacher
 from texts import corpus

@@ -16,12 +16,13 @@ import re
 import string
 from pathlib import Path
 
-from teacher import STRESS, join_stress
-from texts import TEMPLATES, WORDNET_FOLDER, WORDS, corpus
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, processors
 from tokenizers.models import BPE
 
-FIRST_PHONE = 0xE000
+from common import FIRST_PHONE
+from teacher import STRESS, join_stress
+from texts import TEMPLATES, WORDNET_FOLDER, WORDS, corpus
+
 FIRST_SPELT_DIGIT = 0xF8F0
 SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|AUDIO|>", "<|audio_eos|>", "<unk>"]
 FORM_TEXTS = 8000

@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
+from transformers import MimiModel
+
 from codec import log_mel, rvqs
 from common import FRAME_SAMPLES, Speech, Training, autocast
 from encode_speech import load_stage1
-from torch import nn
-from transformers import MimiModel
 
 BATCH = 8
 WINDOW_FRAMES = 24

@@ -18,12 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Speech, Training, autocast
-from lm import depth_logits, embed_frames, make_config, make_model, rope_table, run_stack
-from lm_data import LABELS_PER_FRAME, batches, collate, describe, load_examples
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import MimiConfig
+
+from common import Speech, Training, autocast
+from lm import depth_logits, embed_frames, make_config, make_model, rope_table, run_stack
+from lm_data import LABELS_PER_FRAME, batches, collate, describe, load_examples
 
 WATCHED_LAYER = 2
 CURRENT_HEAD, NEXT_HEAD = 0, 3  # in different key groups

@@ -18,12 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from codec import decoder_states, mel_filters
-from common import FRAME_SAMPLES, Speech, Training, autocast
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 from transformers import MimiModel
+
+from codec import decoder_states, mel_filters
+from common import FRAME_SAMPLES, Speech, Training, autocast
 
 BATCH = 5
 CROP_FRAMES = 12

@@ -1,0 +1,179 @@
+"""The built-in voice's training: what would spoil a run without anybody noticing."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import MimiModel
+
+import codec
+import common
+import judge
+import lm
+import lm_data
+import train_lm
+import train_vocoder
+from checkpoints import TinyShape, build_tiny
+from common import FRAME_SAMPLES, Training
+from vox_serve.hub import BUILT_IN_VOICES
+
+
+@pytest.fixture
+def small_codec() -> MimiModel:
+    config = codec.make_config(4)
+    config.num_filters, config.hidden_size, config.intermediate_size = 8, 96, 64
+    config.num_hidden_layers, config.upsample_groups = 1, 96
+    config.num_attention_heads = config.num_key_value_heads = 2
+    return MimiModel(config).eval()
+
+
+def test_forward_is_transformers():
+    model = build_tiny(TinyShape(), rope="default").model
+    config = model.config
+    codes = torch.randint(1, config.codec_config.codebook_size, (2, 7, config.num_codebooks))
+    with torch.no_grad():
+        backbone = model.backbone_model
+        expected = backbone(input_ids=codes, use_cache=False).last_hidden_state
+        table = lm.rope_table(backbone, torch.arange(7)[None])
+        hidden, _ = lm.run_stack(backbone, lm.embed_frames(model, codes), table)
+        torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-5)
+        rows, wanted = hidden.flatten(0, 1), codes.flatten(0, 1)
+        ids = torch.nn.functional.pad(wanted[:, :-1], (1, 0))
+        theirs = model.depth_decoder(input_ids=ids, backbone_last_hidden_state=rows).logits
+        mine = lm.depth_logits(model, rows, wanted)
+        torch.testing.assert_close(mine, theirs[:, -mine.shape[1] :], rtol=1e-4, atol=1e-4)
+
+
+def test_quantizer_is_the_codecs(small_codec):
+    latents = torch.randn(2, small_codec.config.hidden_size, 9)
+    codec.init_codebooks(small_codec, torch.randn(4, small_codec.config.hidden_size, 300))
+    quantized, _, _, codes = codec.train_quantize(small_codec, latents, update=False)
+    assert torch.equal(codes, small_codec.quantizer.encode(latents).transpose(0, 1))
+    torch.testing.assert_close(quantized, small_codec.quantizer.decode(codes))
+
+
+def test_codebook_update_follows_its_vectors(small_codec):
+    book = codec.rvqs(small_codec)[0].layers[0].codebook
+    vectors = torch.randn(64, book.embed_sum.shape[1])
+    index = torch.arange(64) % 2
+    for _ in range(400):
+        codec.update_codebook(book, vectors, index)
+    means = torch.stack([vectors[index == code].mean(0) for code in (0, 1)])
+    torch.testing.assert_close(codec.codebook_vectors(book)[:2], means, rtol=1e-3, atol=1e-3)
+
+
+def test_reserved_code_is_never_used(small_codec):
+    codec.reserve_stop_code(small_codec)
+    codes = small_codec.quantizer.encode(torch.randn(8, small_codec.config.hidden_size, 50))
+    assert (codes[0] > 0).all()
+
+
+def test_whitening_folds_into_the_first_convolution(small_codec):
+    vocoder = train_vocoder.Vocoder(small_codec.decoder.decoder_seanet, 96)
+    vocoder.mean.normal_()
+    vocoder.std.uniform_(0.5, 100)
+    states = torch.randn(1, 24, 96) * vocoder.std + vocoder.mean
+    with torch.no_grad():
+        expected = vocoder(states)
+        made = vocoder.folded()(states.transpose(1, 2))
+    # All but the left edge, where the convolution pads with zeros before the whitening.
+    torch.testing.assert_close(made[..., 11520:], expected[..., 11520:], rtol=1e-3, atol=1e-5)
+
+
+def test_corruption_replaces_history_by_codes_of_other_frames():
+    torch.manual_seed(1)
+    codes = torch.arange(1, 401).view(4, 100, 1) + torch.tensor([0, 1000, 2000])
+    is_frame = torch.ones(4, 100, dtype=torch.bool)
+    changed = train_lm.corrupt(codes, is_frame)
+    assert torch.equal(changed // 1000, codes // 1000)  # every code from its own codebook
+    share = (changed != codes).float().mean((1, 2))
+    assert 0.02 < share.mean() < 0.6
+    semantic, acoustic = ((changed != codes)[..., k].float().mean() for k in (0, 1))
+    assert semantic < acoustic
+
+
+def test_every_frame_is_spoken_by_its_tokens():
+    example = dict(
+        tokens=np.arange(5),
+        token_ends=np.array([0.0, 0, 0, 1.5, 4]) * FRAME_SAMPLES,
+        codes=np.arange(8, dtype=np.int16).reshape(4, 2) + 1,
+        labels=np.zeros((4, 4), np.int64),
+    )
+    spans = lm_data.spans(example)
+    np.testing.assert_allclose(spans.sum(1), 1)
+    np.testing.assert_allclose(spans[:2, 3:], [[1, 0], [0.5, 0.5]])
+    batch = lm_data.collate([example], 2)
+    assert batch["codes"][0, 5].tolist() == [1, 2]
+    assert batch["targets"][0, 4].tolist() == [1, 2]  # the last token foretells the first frame
+    assert batch["targets"][0, 8].tolist() == [0, 0]  # and the last frame the stop
+    assert (batch["targets"][0, 9:] == -100).all()
+
+
+def test_training_resumes(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "plot", lambda path: None)
+    monkeypatch.setattr(common, "LOG_STEPS", 1)
+    clock = iter(range(0, 10_000, 30))
+    monkeypatch.setattr(Training, "clock_s", lambda self: next(clock))
+
+    def run(minutes):
+        weight = torch.nn.Linear(1, 1, bias=False)
+        states = {"weight": weight, "sgd": torch.optim.SGD(weight.parameters(), lr=0.1)}
+        training = Training(tmp_path, "toy", minutes, states, warmup=1)
+        rates = []
+        for _ in training.steps():
+            rates.append(states["sgd"].param_groups[0]["lr"])
+            weight.weight.data += 1
+            training.log(loss=weight.weight)
+        return training.step, rates, weight.weight.item()
+
+    steps, rates, value = run(2)
+    assert (steps, rates[0]) == (4, 0.1)
+    assert rates == sorted(rates, reverse=True)
+    more, rates, after = run(4)  # the peak rate is the first run's, not the decayed one
+    assert (more, after) == (8, pytest.approx(value + 4))
+    assert rates[0] == 0.1
+    rows = [json.loads(line) for line in (tmp_path / "toy.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("reference", "heard", "errors"),
+    [
+        ("It's 7 o'clock, okay?", "its seven o'clock ok", 1),
+        ("one two three", "", 3),
+        ("one two three", "zero one two three four", 2),
+        ("the cat sat", "the bat sat", 1),
+    ],
+)
+def test_word_errors(reference, heard, errors):
+    assert judge.word_errors(reference, heard) == (errors, len(judge.words(reference)))
+
+
+@pytest.mark.parametrize("f0_hz", [95.0, 118.0, 195.0, 240.0])
+def test_median_f0(f0_hz):
+    time_s = np.arange(24000) / 24000
+    voice = sum(np.sin(2 * np.pi * f0_hz * n * time_s) / n for n in range(1, 12)) * 0.1
+    voice += 0.02 * np.random.default_rng(0).standard_normal(24000)
+    assert judge.median_f0_hz(voice.astype(np.float32)) == pytest.approx(f0_hz, rel=0.02)
+
+
+def test_built_in_tokenizer_spells_in_phones():
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(BUILT_IN_VOICES / "demo" / "tokenizer.json"))
+
+    def spell(text):
+        return tokenizer.encode(f"[1]{text}").tokens
+
+    for same, as_well in (
+        ("Dr. Smith", "doctor Smith"),
+        ("Mrs. Jones, 42%", "mrs jones, forty two percent"),
+        ("at 7:30 p.m.", "at seven thirty P M."),
+        ("It costs $120.", "it costs one hundred twenty."),
+        ("I didn\u2019t \u2014 stop!", "i didn't stop!"),
+    ):
+        assert spell(same) == spell(as_well)
+    assert spell("zqxv")[4:-1] == list("zqxv")  # an unknown word stays letters
+    assert spell("hello")[1:4] == ["[", "1", "]"]
+    assert len(spell("hello")) < len("hello") + 6
