@@ -11,6 +11,9 @@ RUN := $(BIN)/python
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
 OP_TESTS := $(wildcard $(patsubst voxkern/reference/%.py,tests/test_%.py,$(wildcard voxkern/reference/*.py)))
 
+# Prints an extra's requirements: installing them as '.[extra]' would build the extension again.
+EXTRA = $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(1)"])'
+
 .PHONY: build serve test lint format bench sanitize clean
 
 build: $(VENV)/built
@@ -31,11 +34,11 @@ $(VENV)/built: $(VENV)/torch setup.py CMakeLists.txt $(CPP)
 $(VENV)/test: $(VENV)/built
 	$(BIN)/pip install --quiet --no-build-isolation -e '.[test]'
 	$(BIN)/pip install --quiet --no-deps moshi einops sentencepiece || echo 'moshi is not to be had: its tests will be skipped'
-	$(BIN)/pip install --quiet -e '.[judge]' --no-build-isolation || echo 'no recogniser is to be had: the voice is not listened to'
+	$(BIN)/pip install --quiet $$($(call EXTRA,judge)) || echo 'no recogniser is to be had: the voice is not listened to'
 	touch $@
 
 $(VENV)/lint: $(VENV)/torch
-	$(BIN)/pip install --quiet -r <($(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["lint"], sep="\n")')
+	$(BIN)/pip install --quiet $$($(call EXTRA,lint))
 	touch $@
 
 serve: $(VENV)/built

@@ -1,6 +1,6 @@
 """Step 8: have an independent recogniser listen.
 
-    python evaluate.py codec RUN                         recorded speech through the codec's codes
+    python evaluate.py codec RUN                         the teacher's speech through the codec
     python evaluate.py voice RUN/export                  the test sentences, spoken by vox_serve
 
 Prints, and appends to RUN/evaluation.jsonl: word error rate of Whisper tiny.en, share of sentences

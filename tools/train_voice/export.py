@@ -1,6 +1,6 @@
 """Step 10: write the checkpoint that ships.
 
-    python export.py RUN OUT [--name lm] [--temperature 0.6]
+    python export.py RUN OUT [--name lm] [--temperature 0.3]
 
 OUT gets config.json, model.safetensors (bf16 or fp16, with `codec_model.*`), tokenizer.json,
 generation_config.json and MODEL_CARD.md, loadable by CsmForConditionalGeneration.from_pretrained.
@@ -48,7 +48,7 @@ def main():
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--name", default="lm")
-    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument("--temperature", type=float, default=0.3)
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
     args = parser.parse_args()
     model = load_lm(args.run, args.name)
@@ -75,9 +75,7 @@ def main():
     generation = dict(do_sample=True, temperature=SERVED_TEMPERATURE, top_k=50)
     (args.out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     shutil.copy(args.run / "tokenizer.json", args.out / "tokenizer.json")
-    card = Path(__file__).parent / "MODEL_CARD.md"
-    if card.exists():
-        shutil.copy(card, args.out)
+    shutil.copy(Path(__file__).parent / "MODEL_CARD.md", args.out)
     CsmForConditionalGeneration.from_pretrained(args.out)
     for path in sorted(args.out.iterdir()):
         print(f"{path.stat().st_size / 1e6:8.2f} MB  {path.name}")

@@ -31,9 +31,13 @@ PUNCTUATION = " ,.?!"
 ONES = "zero one two three four five six seven eight nine".split()
 TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
 TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
-ORDINALS = {"1st": "first", "2nd": "second", "3rd": "third", "5th": "fifth", "12th": "twelfth"}
-ORDINALS |= {f"{i}th": f"{ONES[i]}th".replace("tth", "th") for i in (4, 6, 7, 8)}
-ORDINALS |= {"9th": "ninth", "10th": "tenth", "11th": "eleventh", "20th": "twentieth"}
+ORDINAL_WORDS = (
+    "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth "
+    "fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth twentieth"
+).split()
+UNITS = (
+    "hundred thousand percent dollar dollars pound pounds euro euros minus point thirtieth".split()
+)
 # What people say that a dictionary's examples seldom do.
 EVERYDAY = """oh hello hi
 hey bye goodbye okay ok yes no yeah please thanks thank sorry welcome excuse
@@ -128,7 +132,7 @@ def word_counts(lexicon) -> collections.Counter:
     for word, lemma in list(inflections(counts)):
         if word in counts or lexicon.golds.get(word) or lexicon.silvers.get(word):
             counts[word] += counts[lemma] // 3
-    for word in [*EVERYDAY, *ONES, *TEENS, *TENS[2:], "hundred", "percent", "dollars"]:
+    for word in [*EVERYDAY, *ONES, *TEENS, *TENS[2:], *ORDINAL_WORDS, *UNITS]:
         counts[word] += 1000
     return counts
 
@@ -164,14 +168,31 @@ def phones_of(word: str, frontend, forms: dict[str, str]) -> list[str] | None:
     return [phone for phone, _ in join_stress(symbols, range(len(symbols)))] or None
 
 
+def ordinals() -> dict[str, str]:
+    """ "1st" to "31st"."""
+    endings = {1: "st", 2: "nd", 3: "rd"}
+    found = {f"{n}{endings.get(n, 'th')}": word for n, word in enumerate(ORDINAL_WORDS, 1)}
+    for n in range(21, 30):
+        found[f"{n}{endings.get(n % 10, 'th')}"] = f"twenty {ORDINAL_WORDS[n % 10 - 1]}"
+    return found | {"30th": "thirtieth", "31st": "thirty first"}
+
+
 def number_rules() -> list[tuple[str, str]]:
-    """Digits to words: 0 to 999, clock times, simple ordinals; longer ones digit by digit.
+    """Digits to words: 0 to 999 and their thousands, clock times, ordinals to 31st, dollars and
+    pounds; other long ones digit by digit.
 
     The speaker's digit in the prompt's `[0]` must survive, hence the lookbehinds.
     """
-    rules = [(r"(?<=\d),(?=\d{3})", ""), (r"(?<=\d):00\b", " o'clock"), (r"(?<=\d):(?=\d)", " ")]
-    rules += [(r"(?<=\d)\.(?=\d)", " point "), ("%", " percent"), ("&", " and "), (r"\$", "")]
-    rules += [(rf"\b{digits}\b", word) for digits, word in ORDINALS.items()]
+    rules = [(r"(?<=\d),000\b", " thousand"), (r"(?<=\d),(?=\d{3}\b)", " thousand ")]
+    rules += [(r"(?<=\d):00\b", " o'clock"), (r"(?<=\d):(?=\d)", " ")]
+    # Before the number it is said after: a mark for what follows the digits takes its place.
+    for sign, unit in ((r"\$", "dollars"), ("£", "pounds"), ("€", "euros")):
+        rules += [(rf"(?<={sign}1)(?!\d|[.,]\d|\sthousand)", f" {unit[:-1]}")]
+        after = rf"(?<={sign}\d(?:\.\d\d)?|{sign}\d\d(?:\.\d\d)?|{sign}\d\d\d(?:\.\d\d)?)"
+        rules += [(rf"{after}(?!\d|\.\d|\s(?:{unit[:-1]}|thousand))", f" {unit}"), (sign, "")]
+    rules += [(r"(?<!\w)-(?=\d)", "minus ")]
+    rules += [(r"(?<=\d)\.(?=\d)", " point "), ("%", " percent"), ("&", " and ")]
+    rules += [(rf"\b{digits}\b", word) for digits, word in ordinals().items()]
     spelt = [chr(FIRST_SPELT_DIGIT + i) for i in range(10)]
     d = f"[0-9{spelt[0]}-{spelt[9]}]"
     for i in range(10):
@@ -209,7 +230,7 @@ def build(words: dict[str, list[str]], phones: list[str]) -> Tokenizer:
     vocab = {token: i for i, token in enumerate(SPECIALS + alphabet)}
     tokenizer = Tokenizer(BPE(vocab=vocab, merges=[], unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFKC(), normalizers.Lowercase()]
+        [normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()]
         + [normalizers.Replace(Regex(pattern), content) for pattern, content in rules]
     )
     tokenizer.post_processor = processors.TemplateProcessing(
