@@ -205,6 +205,20 @@ def test_prefill_chunks_change_no_code(engine, alone, monkeypatch):
     assert_same(run(engine, *eight_requests()), alone)
 
 
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_packed_weights_keep_requests_apart(folder, quantize, monkeypatch):
+    """In a batch, and with prompts in chunks, each request gets what it gets alone."""
+    shape = TinyShape(heads=4, depth_dim=64, depth_kv_heads=2, depth_ffn=96)
+    path = folder(build_tiny(shape, seed=4))
+    engine = load_engine(path, quantize=quantize)
+    alone = {request.id: run(engine, request)[request.id] for request in eight_requests()}
+    assert_same(run(engine, *eight_requests()), alone)
+    monkeypatch.setitem(engine_module.PREFILL_CHUNK_TOKENS, "cpu", 5)
+    assert_same(run(engine, *eight_requests()), alone)
+    plain = run(load_engine(path), *eight_requests())
+    assert any(not torch.equal(plain[i][0], alone[i][0]) for i in alone)
+
+
 def test_seeds_decide(engine):
     def codes(seed):
         sampling = SamplingParams(temperature=1.5, top_k=0, seed=seed)

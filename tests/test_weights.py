@@ -9,9 +9,11 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints import TinyShape, build_tiny, original_tensors
 from vox_serve.checkpoint import CheckpointError, weights_entry
-from vox_serve.csm_weights import CsmWeights
+from vox_serve.csm_weights import MATRICES, PACKINGS, CsmWeights
 from vox_serve.model_config import CsmConfig
 from vox_serve.weights import load_checkpoint, load_codec
+from voxkern import ops
+from voxkern.quantize import pack, unpack
 
 SHAPES = {
     "default": TinyShape(),
@@ -117,6 +119,52 @@ def test_dtypes(tmp_path, layout, in_file, in_memory):
     expected = {name: t.to(in_file) for name, t in transformers_weights(tiny).items()}
     assert_weights(loaded.weights, expected)
     assert loaded.weights.backbone.qkv.dtype == in_memory
+
+
+# Of multiples of 16 rows and 32 columns, as packed matrices must be.
+PACKABLE = TinyShape(heads=4, depth_dim=64, depth_kv_heads=2, depth_ffn=96)
+
+
+@pytest.mark.parametrize("layout", ["hf", "original"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("quantize", PACKINGS)
+def test_packed_matrices_are_packed_from_the_files_own_values(tmp_path, quantize, dtype, layout):
+    tiny = build_tiny(PACKABLE)
+    loaded = load_checkpoint(tiny.write(tmp_path, layout), dtype, quantize=quantize)
+    packing = PACKINGS[quantize]
+    expected = {}
+    for name, tensor in transformers_weights(tiny).items():
+        group, _, matrix = name.partition(".")
+        packed = group in packing and matrix in (*MATRICES, "")
+        expected[name] = pack(tensor, packing[group]) if packed else tensor
+    assert_weights(loaded.weights, expected)
+    dtypes = {"none": dtype, "int8": torch.int8, "int4": torch.uint8}
+    assert loaded.weights.depth.down.dtype == dtypes[quantize]
+    assert loaded.weights.code0_head.dtype == loaded.weights.audio_table.dtype == dtype
+
+
+def test_what_cannot_be_packed_is_named(tmp_path):
+    odd = build_tiny(TinyShape(depth_dim=48)).write(tmp_path / "odd")
+    with pytest.raises(ValueError, match=r"int4 does not fit this model: code_heads is 67 x 48"):
+        load_checkpoint(odd, torch.float32, quantize="int4")
+    folder = build_tiny(PACKABLE).write(tmp_path / "nan")
+    name = "depth_decoder.model.layers.1.mlp.up_proj.weight"
+    edit(folder / "model.safetensors", lambda tensors: tensors[name].fill_(torch.nan))
+    message = r"depth_decoder.model.layers.1.gate_up cannot be packed as int8: .* not finite"
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(folder, torch.float32, quantize="int8")
+
+
+@pytest.mark.parametrize("quantize", PACKINGS)
+def test_random_weights_keep_activations_in_size(quantize):
+    config = CsmConfig.from_json(build_tiny(PACKABLE).config)
+    weights = CsmWeights.random(config, torch.float32, quantize=quantize)
+    for matrix in (weights.depth.down, weights.backbone.qkv, weights.code_heads):
+        plain = matrix if quantize == "none" else unpack(matrix)
+        assert plain.std() * plain.shape[-1] ** 0.5 == pytest.approx(1, rel=0.1)
+    x = torch.randn(3, config.depth.ffn_dim)
+    out = ops.linear(x, weights.depth.down[0])
+    assert out.shape == (3, config.depth.dim)
 
 
 def test_which_file_is_chosen():

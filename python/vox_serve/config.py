@@ -107,7 +107,12 @@ class Config:
         "of weights and KV cache; auto is bfloat16, but float32 for a tiny model on a CPU",
         choices=("auto", "float32", "bfloat16"),
     )
-    quantize: str = setting("none", MODEL, "packed weights", choices=("none",))
+    quantize: str = setting(
+        "none",
+        MODEL,
+        "packed weights; int4 keeps the depth decoder's heads and projection in int8",
+        choices=("none", "int8", "int4"),
+    )
     num_threads: int | None = setting(
         None,
         MODEL,

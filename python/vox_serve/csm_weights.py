@@ -6,11 +6,25 @@ import torch
 from torch import Tensor
 
 from vox_serve.model_config import CsmConfig, TransformerConfig
+from voxkern.quantize import BLOCK_ROWS, GROUP, format_of, pack, packed_shape
+
+MATRICES = ("qkv", "o", "gate_up", "down")
+"""Of a transformer's layers: those that may be packed."""
+
+PACKINGS: dict[str, dict[str, str]] = {
+    "none": {},
+    "int8": {"backbone": "int8", "depth": "int8", "projection": "int8", "code_heads": "int8"},
+    "int4": {"backbone": "int4", "depth": "int4", "projection": "int8", "code_heads": "int8"},
+}
+"""What `--quantize` packs, in which format of `voxkern.quantize`; "backbone" and "depth" are the
+matrices of their layers. The rest stays plain: embeddings, the head of codebook 0, norms."""
 
 
 @dataclass(frozen=True)
 class TransformerWeights:
     """One transformer's weights, stacked over its L layers so that one op call can take them all.
+
+    The `MATRICES` may be packed. Their shapes are those of plain ones here.
 
     Attributes:
         attn_norm: `[L, C]`.
@@ -30,12 +44,11 @@ class TransformerWeights:
     down: Tensor
     norm: Tensor
 
-    @classmethod
-    def empty(
-        cls, config: TransformerConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
-    ) -> "TransformerWeights":
+    @staticmethod
+    def shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+        """The plain shapes of a config's tensors, by name."""
         layers, dim = config.num_layers, config.dim
-        shapes = {
+        return {
             "attn_norm": (layers, dim),
             "qkv": (layers, config.qkv_rows, dim),
             "o": (layers, dim, config.num_heads * config.head_dim),
@@ -44,12 +57,11 @@ class TransformerWeights:
             "down": (layers, dim, config.ffn_dim),
             "norm": (dim,),
         }
-        return cls(**{n: torch.empty(s, dtype=dtype, device=device) for n, s in shapes.items()})
 
 
 @dataclass(frozen=True)
 class CsmWeights:
-    """All of CSM's weights, of one dtype and on one device.
+    """All of CSM's weights, on one device and of one dtype, but for those that are packed.
 
     Attributes:
         backbone: predicts codebook 0, width C.
@@ -58,8 +70,8 @@ class CsmWeights:
         audio_table: `[K * V, C]`; code c of codebook k is row `k * V + c`.
         depth_audio_table: `[K * V, C]`; the same tensor object if the tables are tied.
         code0_head: `[V, C]`.
-        projection: `[Cd, C]`, from the backbone's width to the depth decoder's.
-        code_heads: `[K - 1, V, Cd]`; head k predicts codebook k + 1.
+        projection: `[Cd, C]`, from the backbone's width to the depth decoder's; may be packed.
+        code_heads: `[K - 1, V, Cd]`; head k predicts codebook k + 1; may be packed.
     """
 
     backbone: TransformerWeights
@@ -71,23 +83,61 @@ class CsmWeights:
     projection: Tensor
     code_heads: Tensor
 
-    @classmethod
-    def empty(
-        cls, config: CsmConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
-    ) -> "CsmWeights":
-        """Uninitialised tensors of a config's shapes, the audio tables tied."""
+    @staticmethod
+    def shapes(config: CsmConfig) -> dict[str, tuple[int, ...]]:
+        """The plain shapes of a config's tensors outside the layers, the tied table once."""
         codes, dim = config.audio_vocab_size, config.backbone.dim
-        shapes = {
+        return {
             "text_table": (config.text_vocab_size, dim),
             "audio_table": (config.num_codebooks * codes, dim),
             "code0_head": (codes, dim),
             "projection": (config.depth.dim, dim),
             "code_heads": (config.num_codebooks - 1, codes, config.depth.dim),
         }
-        tensors = {n: torch.empty(s, dtype=dtype, device=device) for n, s in shapes.items()}
+
+    @classmethod
+    def empty(
+        cls,
+        config: CsmConfig,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        quantize: str = "none",
+    ) -> "CsmWeights":
+        """Uninitialised tensors of a config's shapes, the audio tables tied.
+
+        Raises:
+            ValueError: a matrix that `quantize`, a key of `PACKINGS`, names cannot be packed.
+        """
+        packing = PACKINGS[quantize]
+
+        def tensor(name: str, shape: tuple[int, ...], format: str | None) -> Tensor:
+            if format is None:
+                return torch.empty(shape, dtype=dtype, device=device)
+            rows, columns = shape[-2:]
+            # Only the heads' ops are told how many of a last block's rows count.
+            if columns % GROUP or (rows % BLOCK_ROWS and name != "code_heads"):
+                raise ValueError(
+                    f"quantize {quantize} does not fit this model: {name} is {rows} x {columns}, "
+                    f"and packed matrices have columns in a multiple of {GROUP} and rows in one of "
+                    f"{BLOCK_ROWS}"
+                )
+            packed_dtype = torch.int8 if format == "int8" else torch.uint8
+            return torch.empty(packed_shape(shape, format), dtype=packed_dtype, device=device)
+
+        def transformer(name: str, part: TransformerConfig) -> TransformerWeights:
+            return TransformerWeights(
+                **{
+                    key: tensor(f"{name}.{key}", shape, packing.get(name))
+                    if key in MATRICES
+                    else tensor(key, shape, None)
+                    for key, shape in TransformerWeights.shapes(part).items()
+                }
+            )
+
+        tensors = {n: tensor(n, shape, packing.get(n)) for n, shape in cls.shapes(config).items()}
         return cls(
-            TransformerWeights.empty(config.backbone, dtype, device),
-            TransformerWeights.empty(config.depth, dtype, device),
+            transformer("backbone", config.backbone),
+            transformer("depth", config.depth),
             depth_audio_table=tensors["audio_table"],
             **tensors,
         )
@@ -99,6 +149,7 @@ class CsmWeights:
         dtype: torch.dtype,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        quantize: str = "none",
     ) -> "CsmWeights":
         """Random weights at the cost of writing them: one block of noise, tiled.
 
@@ -107,20 +158,26 @@ class CsmWeights:
         generator = torch.Generator().manual_seed(seed)
         # An odd length, so that no two rows of a matrix are alike before the tiles come round.
         noise = torch.randn((1 << 20) + 7, generator=generator).to(device)
-        weights = cls.empty(config, dtype, device)
-        for part in (weights.backbone, weights.depth):
+        weights = cls.empty(config, dtype, device, quantize)
+        for part, sizes in ((weights.backbone, config.backbone), (weights.depth, config.depth)):
             for norm in (part.attn_norm, part.mlp_norm, part.norm):
                 norm.fill_(1)
-            for matrix in (part.qkv, part.o, part.gate_up, part.down):
-                _tile(matrix, noise, matrix.shape[-1] ** -0.5)
-        for table in (weights.text_table, weights.audio_table):
-            _tile(table, noise, 1.0)
-        for matrix in (weights.code0_head, weights.projection, weights.code_heads):
-            _tile(matrix, noise, matrix.shape[-1] ** -0.5)
+            for name, shape in TransformerWeights.shapes(sizes).items():
+                if name in MATRICES:
+                    _tile(getattr(part, name), noise, shape[-1])
+        for name, shape in cls.shapes(config).items():
+            table = name in ("text_table", "audio_table")
+            _tile(getattr(weights, name), noise, 1 if table else shape[-1])
         return weights
 
 
-def _tile(out: Tensor, noise: Tensor, scale: float) -> None:
-    tile = (noise * scale).to(out.dtype)
+def _tile(out: Tensor, noise: Tensor, fan_in: int) -> None:
+    tile = noise * fan_in**-0.5
+    format = format_of(out)
+    if format == "none":
+        tile = tile.to(out.dtype)
+    else:
+        rows = tile.numel() // fan_in // BLOCK_ROWS * BLOCK_ROWS
+        tile = pack(tile[: rows * fan_in].view(rows, fan_in), format).view(-1)
     for part in out.view(-1).split(tile.numel()):
         part.copy_(tile[: part.numel()])

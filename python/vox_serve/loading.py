@@ -5,7 +5,7 @@ import math
 import torch
 
 from vox_serve.checkpoint import read_json
-from vox_serve.csm_weights import CsmWeights
+from vox_serve.csm_weights import PACKINGS, CsmWeights
 from vox_serve.engine import Engine
 from vox_serve.hub import resolve_model
 from vox_serve.model import CsmModel
@@ -35,7 +35,7 @@ def load_engine(
         model: built-in voice, local folder or hub id.
         device: "cpu", "cuda", or "auto": a GPU if torch sees one and the kernels run on it.
         dtype: of weights and KV cache. "auto" is bfloat16, but float32 for a small model on a CPU.
-        quantize: "none"; packed formats are yet to come.
+        quantize: "none", "int8" or "int4": which matrices are packed (`csm_weights.PACKINGS`).
         codec: folder, file or hub id of the codec, for a checkpoint that holds none.
         context: path of a context.json, "none", or None for the model folder's own prompts.
         max_batch_size: requests that share a step.
@@ -44,8 +44,8 @@ def load_engine(
     Raises:
         ValueError, OSError: a part cannot be had or does not fit; one line says which and why.
     """
-    if quantize != "none":
-        raise ValueError(f"quantize must be none, got {quantize}")
+    if quantize not in PACKINGS:
+        raise ValueError(f"quantize must be one of {', '.join(PACKINGS)}, got {quantize}")
     folder = resolve_model(model)
     place = torch.device(_choose_device() if device == "auto" else device)
     if place.type == "cuda" and not torch.cuda.is_available():
@@ -57,7 +57,7 @@ def load_engine(
     elif isinstance(dtype, str):
         dtype = getattr(torch, dtype)
 
-    checkpoint = load_checkpoint(folder, dtype, place, allow_pickle)
+    checkpoint = load_checkpoint(folder, dtype, place, allow_pickle, quantize)
     config = checkpoint.config
     mimi = load_codec(checkpoint, codec)
     if context == "none":

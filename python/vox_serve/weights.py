@@ -1,5 +1,7 @@
 """From a checkpoint folder, in either format, to one set of stacked tensors, and to the codec."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from vox_serve.hub import resolve_codec
 from vox_serve.mimi import Mimi, load_mimi, mimi_from_checkpoint
 from vox_serve.model_config import CsmConfig, TransformerConfig
 from vox_serve.tensor_names import HF, TensorNames, names_in
+from voxkern.quantize import format_of, pack
 
 
 @dataclass(frozen=True)
@@ -49,21 +52,24 @@ def load_checkpoint(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     allow_pickle: bool = False,
+    quantize: str = "none",
 ) -> Checkpoint:
     """Load a checkpoint folder in transformers' format or the original's.
 
     The format is told by the names of the tensors. Tensors are read one by one into their places,
-    so hardly more memory is used than the weights take.
+    and packed a layer's matrix at a time, so hardly more memory is used than the weights take.
 
     Args:
         path: the folder.
         dtype: of the weights in memory, whatever it is in the files.
         device: of the weights.
         allow_pickle: read ckpt.pt (plain tensors only) where there is no safetensors file.
+        quantize: which matrices are packed, a key of `csm_weights.PACKINGS`.
 
     Raises:
         CheckpointError: a file or tensor is missing or wrong; the message names it.
-        ValueError: config.json asks for what is not supported; the message names the key.
+        ValueError: config.json asks for what is not supported, or `quantize` does not fit the
+            model's sizes; the message names the key or the matrix.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -72,7 +78,7 @@ def load_checkpoint(
     config = CsmConfig.from_json(settings)
     codec_config = settings.get("codec_config")
     files = TensorFiles(find_weights(folder, settings, allow_pickle))
-    weights = _read_weights(files, config, dtype, device)
+    weights = _read_weights(files, config, dtype, device, quantize)
     codec = {
         name.removeprefix(CODEC_PREFIX): files.read(name).to(torch.float32, copy=True)
         for name in sorted(files.names)
@@ -107,13 +113,17 @@ def load_codec(checkpoint: Checkpoint, codec: str | None = None) -> Mimi:
 
 
 def _read_weights(
-    files: TensorFiles, config: CsmConfig, dtype: torch.dtype, device: torch.device | str
+    files: TensorFiles,
+    config: CsmConfig,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    quantize: str,
 ) -> CsmWeights:
     names = names_in(files)
     if names is None:
         raise CheckpointError(f"{files.paths[0]} holds no CSM: it has no tensor {HF.code0_head}")
     _refuse_unknown(files, names, config)
-    weights = CsmWeights.empty(config, dtype, device)
+    weights = CsmWeights.empty(config, dtype, device, quantize)
     for prefix, sizes, part in (
         (names.backbone, config.backbone, weights.backbone),
         (names.depth, config.depth, weights.depth),
@@ -123,8 +133,11 @@ def _read_weights(
         _copy(files, f"{prefix}{names.norm}", part.norm)
     _copy(files, names.text_table, weights.text_table)
     _copy(files, names.code0_head, weights.code0_head)
-    _copy(files, names.projection, weights.projection)
-    _copy(files, names.code_heads, weights.code_heads.transpose(1, 2))
+    shapes = CsmWeights.shapes(config)
+    with _plain(weights.projection, shapes, "projection") as matrix:
+        _copy(files, names.projection, matrix)
+    with _plain(weights.code_heads, shapes, "code_heads") as matrix:
+        _copy(files, names.code_heads, matrix.transpose(1, 2))
     return _read_audio_tables(files, names, weights)
 
 
@@ -136,22 +149,45 @@ def _read_layer(
     part: TransformerWeights,
     i: int,
 ) -> None:
-    heads, kv_heads, head_dim = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
-    q, k, v = part.qkv[i].split((heads * head_dim, kv_heads * head_dim, kv_heads * head_dim), dim=0)
-    gate, up = part.gate_up[i].chunk(2)
+    def copy(key: str, out: Tensor, rotary_pairs: int | None = None) -> None:
+        _copy(files, f"{prefix}{names.layer[key]}", out, rotary_pairs)
+
+    shapes = {name: shape[1:] for name, shape in TransformerWeights.shapes(sizes).items()}
+    copy("attn_norm", part.attn_norm[i])
+    copy("mlp_norm", part.mlp_norm[i])
+    head_dim = sizes.head_dim
+    q_rows, kv_rows = sizes.num_heads * head_dim, sizes.num_kv_heads * head_dim
     rotary_pairs = head_dim if names.interleaved_rope else None
-    for key, out, pairs in (
-        ("attn_norm", part.attn_norm[i], None),
-        ("q", q, rotary_pairs),
-        ("k", k, rotary_pairs),
-        ("v", v, None),
-        ("o", part.o[i], None),
-        ("mlp_norm", part.mlp_norm[i], None),
-        ("gate", gate, None),
-        ("up", up, None),
-        ("down", part.down[i], None),
-    ):
-        _copy(files, f"{prefix}{names.layer[key]}", out, pairs)
+    with _plain(part.qkv[i], shapes, "qkv", prefix) as matrix:
+        q, k, v = matrix.split((q_rows, kv_rows, kv_rows))
+        copy("q", q, rotary_pairs)
+        copy("k", k, rotary_pairs)
+        copy("v", v)
+    with _plain(part.o[i], shapes, "o", prefix) as matrix:
+        copy("o", matrix)
+    with _plain(part.gate_up[i], shapes, "gate_up", prefix) as matrix:
+        gate, up = matrix.chunk(2)
+        copy("gate", gate)
+        copy("up", up)
+    with _plain(part.down[i], shapes, "down", prefix) as matrix:
+        copy("down", matrix)
+
+
+@contextmanager
+def _plain(
+    place: Tensor, shapes: dict[str, tuple[int, ...]], name: str, prefix: str = ""
+) -> Iterator[Tensor]:
+    """Where a matrix is read to: its place, or what is then packed into it."""
+    format = format_of(place)
+    if format == "none":
+        yield place
+        return
+    matrix = torch.empty(shapes[name], dtype=torch.float32, device=place.device)
+    yield matrix
+    try:
+        place.copy_(pack(matrix, format))
+    except ValueError as error:
+        raise CheckpointError(f"{prefix}{name} cannot be packed as {format}: {error}") from None
 
 
 def _copy(files: TensorFiles, name: str, out: Tensor, rotary_pairs: int | None = None) -> None:
