@@ -1,7 +1,7 @@
 """Every op at CSM-1B's shapes: time, bytes or operations per second, share of the roofline.
 
 The peer is plain torch: what one would write without this library, on the same tensors (on dense
-keys and values instead of pages).
+keys and values instead of pages, on the bfloat16 weight instead of a packed one).
 """
 
 import functools
@@ -18,7 +18,7 @@ from bench_frame import CSM_1B, depth_step_bytes, num_tensor_bytes, transformer_
 from report import Report
 from torch import Tensor
 
-from vox_serve.csm_weights import CsmWeights
+from vox_serve.csm_weights import PACKINGS, CsmWeights
 from vox_serve.kv_cache import CacheBatch, CacheSequence, KvCache
 from vox_serve.model import CsmModel
 from vox_serve.model_config import CsmConfig
@@ -44,7 +44,7 @@ class Case:
         op: its name.
         shape: for the reader.
         inputs: makes one set of inputs; sets beyond the first are made to defeat the caches.
-        ours, torch: called with one set.
+        ours, torch: called with one set; torch is None if there is nothing to compare with.
         num_bytes: read and written at least once, per call.
         flops: operations per call.
         multiplied: what the operations are on, if not the dtype of the run.
@@ -54,7 +54,7 @@ class Case:
     shape: str
     inputs: Callable[[], tuple]
     ours: Callable
-    torch: Callable
+    torch: Callable | None
     num_bytes: float
     flops: float = 0
     multiplied: torch.dtype | None = None
@@ -103,7 +103,8 @@ def cases(dtype: torch.dtype, batch: int) -> list[Case]:
     if b == 1:
         out.append(_linear(dtype, PROMPT, "gate_up, prompt", 2 * FFN, C))
         out.append(_prefill_attention(dtype))
-    out += [_decode_backbone(dtype, b), _decode_depth(dtype, b)]
+    for quantize in PACKINGS if dtype == torch.bfloat16 else ("none",):
+        out += [_decode_backbone(dtype, b, quantize), _decode_depth(dtype, b, quantize)]
     return out
 
 
@@ -287,11 +288,11 @@ def _csm(layers: dict[str, int]) -> CsmConfig:
     return replace(config, **parts)
 
 
-def _decode_backbone(dtype: torch.dtype, b: int) -> Case:
+def _decode_backbone(dtype: torch.dtype, b: int, quantize: str = "none") -> Case:
     config = _csm({"depth": 1})
 
     def inputs():
-        model = CsmModel(config, CsmWeights.random(config, dtype))
+        model = CsmModel(config, CsmWeights.random(config, dtype, quantize=quantize))
         cache = KvCache(config.backbone, b, dtype, model.device)
         sequences = [CacheSequence() for _ in range(b)]
         for sequence in sequences:
@@ -302,38 +303,47 @@ def _decode_backbone(dtype: torch.dtype, b: int) -> Case:
                 layer.normal_()
         return model.backbone_arguments(torch.randn(b, C).to(dtype), batch, cache)
 
-    weights = transformer_bytes(CsmWeights.empty(config, dtype, "meta").backbone)
+    def weights(quantize: str) -> int:
+        empty = CsmWeights.empty(config, dtype, "meta", quantize)
+        return transformer_bytes(empty.backbone)
+
     keys = dtype.itemsize * config.backbone.num_layers * b * 2 * CACHED * KV_HEADS * D
+    packed = quantize != "none"
     return Case(
         "decode_backbone",
-        f"{b} x {CACHED} keys",
+        f"{quantize} {b} x {CACHED} keys" if packed else f"{b} x {CACHED} keys",
         inputs,
         ops.decode_backbone,
-        implementation("decode_backbone", "reference"),
-        weights + keys,
-        2.0 * b * weights / dtype.itemsize,
+        None if packed else implementation("decode_backbone", "reference"),
+        weights(quantize) + keys,
+        2.0 * b * weights("none") / dtype.itemsize,
+        torch.int8 if packed else dtype,
     )
 
 
-def _decode_depth(dtype: torch.dtype, b: int) -> Case:
+def _decode_depth(dtype: torch.dtype, b: int, quantize: str = "none") -> Case:
     config = _csm({"backbone": 1})
 
     def inputs():
-        model = CsmModel(config, CsmWeights.random(config, dtype))
+        model = CsmModel(config, CsmWeights.random(config, dtype, quantize=quantize))
         params = [SamplingParams(temperature=0.9, top_k=50)] * b
         rows = SamplingRows.of(params, range(b), [0] * b, [[]] * b, model.device)
         return model.depth_arguments(torch.randn(b, C).to(dtype), torch.arange(b), rows)
 
-    weights = CsmWeights.empty(config, dtype, "meta")
-    num_bytes = (K - 1) * depth_step_bytes(weights) + num_tensor_bytes([weights.code_heads])
+    def weights(quantize: str) -> int:
+        empty = CsmWeights.empty(config, dtype, "meta", quantize)
+        return (K - 1) * depth_step_bytes(empty) + num_tensor_bytes([empty.code_heads])
+
+    packed = quantize != "none"
     return Case(
         "decode_depth",
-        f"{b} frames",
+        f"{quantize} {b} frames" if packed else f"{b} frames",
         inputs,
         ops.decode_depth,
-        implementation("decode_depth", "reference"),
-        num_bytes,
-        2.0 * b * num_bytes / dtype.itemsize,
+        None if packed else implementation("decode_depth", "reference"),
+        weights(quantize),
+        2.0 * b * weights("none") / dtype.itemsize,
+        torch.int8 if packed else dtype,
     )
 
 
@@ -345,17 +355,19 @@ def _time_ms(call: Callable, inputs: list[tuple], calls: int) -> float:
 
 
 def measure(case: Case, rounds: int = 7) -> tuple[float, float]:
-    """Median milliseconds of ours and of torch, timed in turn."""
+    """Median milliseconds of ours and of torch, NaN without one, timed in turn."""
     first = case.inputs()
     copies = max(1, min(64, int(ROTATE_BYTES // case.num_bytes)))
     inputs = [first] + [case.inputs() for _ in range(copies - 1)]
-    times: tuple[list, list] = ([], [])
-    calls = [max(1, min(200, int(20 / _time_ms(f, inputs, 2)))) for f in (case.ours, case.torch)]
+    timed = [f for f in (case.ours, case.torch) if f]
+    calls = [max(1, min(200, int(20 / _time_ms(f, inputs, 2)))) for f in timed]
+    times: list[list[float]] = [[] for _ in timed]
     for _ in range(rounds):
-        for f, n, seen in zip((case.ours, case.torch), calls, times, strict=True):
+        for f, n, seen in zip(timed, calls, times, strict=True):
             time.sleep(OPENMP_SPIN_S)
             seen.append(_time_ms(f, inputs, n))
-    return statistics.median(times[0]), statistics.median(times[1])
+    ours, peer = (statistics.median(seen) for seen in (*times, [math.nan])[:2])
+    return ours, peer
 
 
 def run(report: Report, dtypes: list[torch.dtype], batches: list[int], only: list | None) -> None:
