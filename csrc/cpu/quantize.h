@@ -50,10 +50,12 @@ void quantize(const T* x, const QuantizedRows& out, int64_t begin, int64_t end) 
     __builtin_memcpy(&magnitude, &bits, sizeof magnitude);
     out.scales[group] = magnitude / 127.0f + magnitude * 0.0f;
     const vfloat inverse = splat(magnitude < 1e-30f ? 0.0f : 127.0f / magnitude);
+    const bool finite = magnitude <= __FLT_MAX__;
+    const vuint kept = vuint{} + (finite ? ~0u : 0u);
     vint sum{};
     for (int i = 0; i < kVectors; ++i) {
       const vfloat shifted = unfused(values[i] * inverse) + magic;
-      const vint value = reinterpret_cast<vint>(as_uint(shifted) - as_uint(magic));
+      const vint value = reinterpret_cast<vint>((as_uint(shifted) - as_uint(magic)) & kept);
       store_bytes(out.values + group * kGroup + i * kWidth, value);
       sum -= value;
     }
