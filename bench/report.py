@@ -10,9 +10,9 @@ import voxkern
 
 
 class Table:
-    """Rows under named columns; numbers are shown with three significant digits."""
+    """Rows under named columns; numbers are shown with three significant digits, None as a dash."""
 
-    WIDTHS: ClassVar = {"what": 24, "op": 17, "shape": 34}
+    WIDTHS: ClassVar = {"what": 24, "op": 17, "shape": 34, "program": 13}
 
     def __init__(self, name: str, columns: list[str]):
         self.name = name
@@ -26,11 +26,17 @@ class Table:
             print(f"\n{self.name}")
             self._show(self.columns)
         self.rows.append(values)
-        self._show([v if isinstance(v, str) else f"{v:.3g}" for v in values])
+        self._show([_cell(v) for v in values])
 
     def _show(self, cells: list[str]) -> None:
         widths = (max(self.WIDTHS.get(c, 9), len(c)) for c in self.columns)
         print("  ".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True)), flush=True)
+
+
+def _cell(value: str | float | None) -> str:
+    if value is None:
+        return "-"
+    return value if isinstance(value, str) else f"{value:.3g}"
 
 
 class Report:
@@ -51,8 +57,8 @@ class Report:
         self.tables.append(Table(name, columns))
         return self.tables[-1]
 
-    def json(self) -> str:
+    def json(self, indent: int | None = None) -> str:
         rows = {
             t.name: [dict(zip(t.columns, row, strict=True)) for row in t.rows] for t in self.tables
         }
-        return json.dumps({"machine": self.machine, **rows})
+        return json.dumps({"machine": self.machine, **rows}, indent=indent)

@@ -1,4 +1,5 @@
-// What the machine can do at best: bytes read per second, and fused multiply-adds per second.
+// What the machine can do at best: bytes read per second, and multiply-adds per second in float32,
+// bfloat16 and int8.
 // Compiled for the machine at hand by bench/roofline.py and called through ctypes.
 #include <cstdint>
 #include <thread>
@@ -98,6 +99,49 @@ extern "C" double multiply_bfloat16(int64_t steps, int threads) {
   volatile float sink = sinks[0];
   (void)sink;
   return 2.0 * 16 * 32 * static_cast<double>(steps) * threads;
+#else
+  (void)steps;
+  (void)threads;
+  return 0;
+#endif
+}
+
+// The same with int8: products of four pairs of bytes added up in an int32, as packed weights are
+// multiplied; 0 where the processor has no such instructions.
+extern "C" double multiply_int8(int64_t steps, int threads) {
+#if defined(__AVX2__)
+#if defined(__AVX512VNNI__)
+  using vint = __m512i;
+  const auto spread = [](int value) { return _mm512_set1_epi8(static_cast<char>(value)); };
+  const auto dot = [](vint acc, vint x, vint y) { return _mm512_dpbusd_epi32(acc, x, y); };
+#else
+  using vint = __m256i;
+  const auto spread = [](int value) { return _mm256_set1_epi8(static_cast<char>(value)); };
+#if defined(__AVXVNNI__)
+  const auto dot = [](vint acc, vint x, vint y) { return _mm256_dpbusd_avx_epi32(acc, x, y); };
+#else
+  const vint ones = _mm256_set1_epi16(1);
+  const auto dot = [ones](vint acc, vint x, vint y) {
+    asm volatile("" : "+x"(x));  // or all share one product
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(x, y), ones));
+  };
+#endif
+#endif
+  std::vector<int64_t> sinks(threads);
+  on_threads(threads, [&](int rank) {
+    vint acc[12];
+    // All different, or the compiler keeps one of them.
+    for (int j = 0; j < 12; ++j) acc[j] = spread(rank + j);
+    const vint x = spread(3), y = spread(5);
+    for (int64_t i = 0; i < steps; ++i) {
+#pragma GCC unroll 12
+      for (int j = 0; j < 12; ++j) acc[j] = dot(acc[j], x, y);
+    }
+    for (auto& a : acc) sinks[rank] += a[0];
+  });
+  volatile int64_t sink = sinks[0];
+  (void)sink;
+  return 2.0 * 12 * sizeof(vint) * static_cast<double>(steps) * threads;
 #else
   (void)steps;
   (void)threads;

@@ -2,7 +2,9 @@
 
     python bench/run.py roofline
 
-Every other figure of the bench is given as a fraction of these, measured in the same run.
+Working sets are half a level-2 cache per thread, then shares of the level-3 cache that all threads
+have together, then what no cache holds. Every other figure of the bench is given as a fraction of
+these, measured in the same run.
 """
 
 import ctypes
@@ -20,6 +22,12 @@ import voxkern
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 MEMORY_BYTES = 1 << 30  # far beyond any last-level cache
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+RATES = {
+    torch.float32: "multiply_float32",
+    torch.bfloat16: "multiply_bfloat16",
+    torch.int8: "multiply_int8",
+}
 
 
 @cache
@@ -31,7 +39,8 @@ def _probe() -> ctypes.CDLL:
         probe = ctypes.CDLL(str(library))
     probe.read_memory.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int)
     probe.read_memory.restype = ctypes.c_uint64
-    for rate in (probe.multiply_float32, probe.multiply_bfloat16):
+    for name in RATES.values():
+        rate = getattr(probe, name)
         rate.argtypes = (ctypes.c_int64, ctypes.c_int)
         rate.restype = ctypes.c_double
     return probe
@@ -53,14 +62,43 @@ def read_bandwidth(size_bytes: int = MEMORY_BYTES, threads: int | None = None) -
 
 
 def multiply_rate(dtype: torch.dtype, threads: int | None = None) -> float:
-    """Floating-point operations per second; bfloat16 counts as float32 where it has no own unit."""
+    """Operations per second, two for each multiply-add.
+
+    bfloat16 and int8 count as float32 where the processor has no unit of their own.
+    """
     threads = threads or voxkern.num_threads()
-    name = "multiply_bfloat16" if dtype == torch.bfloat16 else "multiply_float32"
     start = time.perf_counter()
-    operations = getattr(_probe(), name)(5_000_000, threads)
+    operations = getattr(_probe(), RATES[dtype])(5_000_000, threads)
     if not operations:
         return multiply_rate(torch.float32, threads)
     return operations / (time.perf_counter() - start)
+
+
+@cache
+def cache_bytes(level: int) -> int:
+    """The size of processor 0's data cache of a level, 0 if the system does not tell."""
+    for cache_dir in CACHES.glob("index*"):
+        if (cache_dir / "level").read_text().strip() != str(level):
+            continue
+        if (cache_dir / "type").read_text().strip() != "Instruction":
+            size = (cache_dir / "size").read_text().strip()
+            return int(size[:-1]) << {"K": 10, "M": 20}[size[-1]]
+    return 0
+
+
+def working_sets(l2_bytes: int, l3_bytes: int, threads: int) -> list[tuple[str, int]]:
+    """Names and sizes of what is read; a cache whose size is not known (0) is left out.
+
+    Half a cache is surely kept; a whole one shows what its other users leave.
+    """
+    sets = [
+        ("half of L2 each", l2_bytes // 2 * threads),
+        ("half of L3", l3_bytes // 2),
+        ("L3", l3_bytes),
+        ("twice L3", 2 * l3_bytes),
+        ("memory", MEMORY_BYTES),
+    ]
+    return [(name, size) for name, size in sets if size]
 
 
 def median_of(measure, times: int = 7, *args) -> float:
@@ -71,10 +109,12 @@ def median_of(measure, times: int = 7, *args) -> float:
 
 def run(report: Report) -> None:
     threads = voxkern.num_threads()
-    table = report.table("roofline", ["what", "one thread", f"{threads} threads", "unit"])
-    for mib in (1, 4, 16, 32, 64, 1024):
-        rates = [median_of(read_bandwidth, 7, mib << 20, n) / 1e9 for n in (1, threads)]
-        table.add(f"read {mib} MiB", *rates, "GB/s")
-    for dtype in (torch.float32, torch.bfloat16):
+    table = report.table("roofline", ["what", "size", "one thread", f"{threads} threads", "unit"])
+    sets = [working_sets(cache_bytes(2), cache_bytes(3), n) for n in (1, threads)]
+    for (name, one), (_, size) in zip(*sets, strict=True):
+        rates = [median_of(read_bandwidth, 7, s, n) / 1e9 for s, n in ((one, 1), (size, threads))]
+        table.add(f"read {name}", f"{size / 2**20:g} MiB", *rates, "GB/s")
+    for dtype in RATES:
         rates = [median_of(multiply_rate, 5, dtype, n) / 1e9 for n in (1, threads)]
-        table.add(f"multiply-add {str(dtype).removeprefix('torch.')}", *rates, "GFLOP/s")
+        name = str(dtype).removeprefix("torch.")
+        table.add(f"multiply-add {name}", None, *rates, "Gop/s")
