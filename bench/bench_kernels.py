@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import roofline
 import torch
 import torch.nn.functional as F
-from bench_frame import CSM_1B, depth_step_bytes, num_tensor_bytes, transformer_bytes
+from csm_1b import CSM_1B, depth_step_bytes, num_tensor_bytes, transformer_bytes
 from report import Report
 from torch import Tensor
 

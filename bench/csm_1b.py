@@ -1,0 +1,65 @@
+"""CSM-1B's sizes, and the bytes that a frame of it reads. Nothing here needs the kernels."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vox_serve.csm_weights import CsmWeights, TransformerWeights
+
+CACHED = 128
+"""Positions in the backbone's cache when a frame is timed."""
+FRAME_MS = 80.0
+CSM_1B = {
+    "backbone_flavor": "llama-1B",
+    "decoder_flavor": "llama-100M",
+    "text_vocab_size": 128256,
+    "audio_vocab_size": 2051,
+    "audio_num_codebooks": 32,
+}
+
+
+@dataclass(frozen=True)
+class FrameBytes:
+    """Weight bytes read for one frame at batch 1.
+
+    Attributes:
+        once: read once: the backbone, and heads that differ from codebook to codebook.
+        step: read in every step of the depth decoder.
+        steps: how many those are.
+    """
+
+    once: int
+    step: int
+    steps: int
+
+    @property
+    def total(self) -> int:
+        return self.once + self.steps * self.step
+
+    def from_memory(self, cache_bytes: int) -> int:
+        """What memory must deliver if a cache of that size keeps all it can between the steps."""
+        return self.once + self.step + (self.steps - 1) * max(0, self.step - cache_bytes)
+
+
+def frame_bytes(weights: CsmWeights) -> FrameBytes:
+    """The backbone once, the depth decoder K - 1 times.
+
+    Its first two positions have their inputs at once, and go through together.
+    """
+    once = transformer_bytes(weights.backbone)
+    once += num_tensor_bytes([weights.code0_head, weights.code_heads])
+    return FrameBytes(once, depth_step_bytes(weights), len(weights.code_heads))
+
+
+def depth_step_bytes(weights: CsmWeights) -> int:
+    """Weight bytes read in one step of the depth decoder, its head left out."""
+    return num_tensor_bytes([weights.projection]) + transformer_bytes(weights.depth)
+
+
+def transformer_bytes(t: TransformerWeights) -> int:
+    """Weight bytes read in one pass through a transformer's layers."""
+    return num_tensor_bytes([t.attn_norm, t.qkv, t.o, t.mlp_norm, t.gate_up, t.down, t.norm])
+
+
+def num_tensor_bytes(tensors: list[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)

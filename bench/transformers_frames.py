@@ -1,0 +1,111 @@
+"""Frames of transformers' `CsmForConditionalGeneration`, on the tensors that ours are given."""
+
+import time
+from itertools import pairwise
+
+import torch
+import transformers
+from csm_1b import CACHED
+
+from vox_serve.csm_weights import CsmWeights
+from vox_serve.model_config import CsmConfig
+
+
+class TransformersFrames:
+    """Frame after frame of `batch` utterances, each from `CACHED` positions on, greedy."""
+
+    def __init__(self, config: CsmConfig, weights: CsmWeights, batch: int, compiled: bool = False):
+        self.model = hf_model(config, weights)
+        ids = torch.randint(0, 1000, (batch, CACHED))
+        self.inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        self.starts: list[float] = []
+        if compiled:
+            # The cache grows with every position: sizes are compiled as symbols.
+            for part in (self.model.backbone_model, self.model.depth_decoder.model):
+                part.forward = torch.compile(part.forward, dynamic=True)
+        self.model.backbone_model.register_forward_pre_hook(
+            lambda *_: self.starts.append(time.perf_counter())
+        )
+
+    def frames_ms(self, frames: int) -> list[float]:
+        """From one backbone step to the next, for each frame whose prompt is already cached."""
+        self.starts.clear()
+        greedy = {"do_sample": False, "depth_decoder_do_sample": False}
+        self.model.generate(
+            **self.inputs, **greedy, min_new_tokens=frames + 2, max_new_tokens=frames + 2
+        )
+        assert len(self.starts) == frames + 2, "an utterance ended early"
+        return [(b - a) * 1e3 for a, b in pairwise(self.starts[1:])]
+
+
+def hf_model(config: CsmConfig, weights: CsmWeights):
+    """transformers' model around our weights: no copy, no initialisation."""
+    w = weights
+
+    def sizes(part) -> dict:
+        scaling = part.rope_scaling
+        return {
+            "hidden_size": part.dim,
+            "intermediate_size": part.ffn_dim,
+            "num_hidden_layers": part.num_layers,
+            "num_attention_heads": part.num_heads,
+            "num_key_value_heads": part.num_kv_heads,
+            "head_dim": part.head_dim,
+            "rms_norm_eps": part.norm_eps,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": part.rope_theta,
+                "factor": scaling.factor,
+                "low_freq_factor": scaling.low_freq_factor,
+                "high_freq_factor": scaling.high_freq_factor,
+                "original_max_position_embeddings": scaling.original_max_positions,
+            },
+        }
+
+    hf_config = transformers.CsmConfig(
+        **sizes(config.backbone),
+        text_vocab_size=config.text_vocab_size,
+        max_position_embeddings=config.backbone.max_positions,
+        depth_decoder_config={**sizes(config.depth), "max_position_embeddings": 33},
+        codec_config={"model_type": "mimi", "num_filters": 1, "num_hidden_layers": 0},
+    )
+    with torch.device("meta"):
+        hf = transformers.CsmForConditionalGeneration(hf_config).eval()
+    tensors = {
+        "embed_text_tokens.weight": w.text_table,
+        "backbone_model.embed_tokens.embed_audio_tokens.weight": w.audio_table,
+        "depth_decoder.model.embed_tokens.weight": w.depth_audio_table,
+        "lm_head.weight": w.code0_head,
+        "depth_decoder.codebooks_head.weight": w.code_heads.transpose(1, 2),
+        "depth_decoder.model.inputs_embeds_projector.weight": w.projection,
+    }
+    parts = (
+        ("backbone_model", config.backbone, w.backbone),
+        ("depth_decoder.model", config.depth, w.depth),
+    )
+    for prefix, c, t in parts:
+        tensors[f"{prefix}.norm.weight"] = t.norm
+        widths = [n * c.head_dim for n in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
+        for i in range(c.num_layers):
+            q, k, v = t.qkv[i].split(widths)
+            gate, up = t.gate_up[i].chunk(2)
+            layer = {
+                "self_attn.q_proj": q,
+                "self_attn.k_proj": k,
+                "self_attn.v_proj": v,
+                "self_attn.o_proj": t.o[i],
+                "mlp.gate_proj": gate,
+                "mlp.up_proj": up,
+                "mlp.down_proj": t.down[i],
+                "input_layernorm": t.attn_norm[i],
+                "post_attention_layernorm": t.mlp_norm[i],
+            }
+            tensors |= {f"{prefix}.layers.{i}.{n}.weight": x for n, x in layer.items()}
+    missing = hf.load_state_dict(tensors, strict=False, assign=True).missing_keys
+    assert all(name.startswith("codec_model.") for name in missing), missing
+    hf.codec_model = None
+    for part in (hf.backbone_model, hf.depth_decoder.model):
+        part.rotary_emb = type(part.rotary_emb)(config=part.config)  # its buffers were meta
+    offsets = torch.arange(config.num_codebooks) * config.audio_vocab_size
+    hf.backbone_model.embed_tokens.audio_tokens_offsets = offsets
+    return hf
