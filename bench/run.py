@@ -4,13 +4,21 @@
     python bench/run.py kernels    every op at CSM-1B's shapes, against plain torch
     python bench/run.py frame      whole frames of full-size CSM-1B, against transformers
     python bench/run.py all        the three of them
+    python bench/run.py peers      whole frames of several programs in turn: ours, llama.cpp,
+                                   transformers, torch.compile (bench/peers.py says how). The
+                                   first call makes their environment, build/peers, and compiles
+                                   llama.cpp in it: minutes. Needs 20 GB of memory for all
 
 Options:
-    --dtype float32,bfloat16   which of them (default both)
+    --save FOLDER              write the results there as BENCH.json, and peers' plot beside them
+                               (default: nowhere; peers: build/peers)
+    --dtype float32,bfloat16   kernels, frame: which of them (default both)
     --batch 1,8,64             batch sizes (defaults: kernels 1,8,64; frame 1,2,4)
     --ops linear,silu_mul      kernels: only these ops
     --threads N                threads (default: the processors this process may use)
     --no-peer                  frame: without transformers
+    --rounds N, --frames N     peers: rounds, and frames of each program in a round (default 6, 4)
+    --only "voxkern bfloat16,llama.cpp int4"   peers: only these
 
 Weights are random, of the real sizes. Each figure is a median after a warm-up; what is compared
 is measured in turn within one run, for machines drift. Inputs rotate through more memory than the
@@ -20,6 +28,7 @@ The last line printed is JSON.
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 from report import Report
@@ -33,12 +42,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("bench", choices=[*BENCHES, "all"])
+    parser.add_argument("bench", choices=[*BENCHES, "all", "peers"])
     parser.add_argument("--dtype", default="float32,bfloat16")
     parser.add_argument("--batch")
     parser.add_argument("--ops")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--frames", type=int, default=4)
+    parser.add_argument("--only")
+    parser.add_argument("--save", type=Path)
     args = parser.parse_args()
 
     if args.threads:
@@ -61,8 +74,31 @@ def main() -> None:
     if "frame" in chosen:
         import bench_frame
 
-        bench_frame.run(report, dtypes, batches or [1, 2, 4], peer=not args.no_peer)
+        precisions = args.dtype.split(",")
+        bench_frame.run(report, precisions, batches or [1, 2, 4], peer=not args.no_peer)
+    if args.bench == "peers":
+        import peers
+
+        only = args.only.split(",") if args.only else None
+        peers.run(report, args.rounds, args.frames, only)
+    save(report, args)
     print(report.json())
+
+
+def save(report: Report, args: argparse.Namespace) -> None:
+    folder = args.save
+    if args.bench == "peers":
+        import peers
+
+        folder = folder or peers.FOLDER
+    if not folder:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    results = folder / f"{args.bench}.json"
+    results.write_text(report.json(indent=1) + "\n")
+    print(f"\n{results}")
+    if args.bench == "peers" and any(table.rows for table in report.tables):
+        print(peers.plot(results))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,261 @@
+"""Whole frames of several programs, each in a process of its own, side by side and in turn.
+
+A frame is one backbone token after 128 cached ones, then 31 steps of the depth decoder from an
+empty cache. Programs: ours; transformers, plain and through torch.compile; llama.cpp in its nearest
+formats (BF16, Q8_0, Q4_0). Their environment is build/peers/venv, made on the first call:
+llama.cpp is compiled for this machine, which takes minutes.
+
+In a round every program makes a few frames while the others wait, in an order that changes from
+round to round; the read bandwidth is measured at the start of each. A program's figure is the
+median of its rounds, with the least and the most of them; ratios and shares of the roofline are
+taken within a round, then their median.
+"""
+
+import json
+import os
+import select
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import roofline
+from csm_1b import FRAME_MS, FrameBytes
+from report import Report
+
+import voxkern
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "build" / "peers"
+PACKAGES = (
+    *("llama-cpp-python==0.3.36", "gguf==0.19.*", "torch>=2.11,<2.14", "transformers>=5.18,<6"),
+    "matplotlib",
+)
+LOAD_S = 900
+"""Time to load and warm up: torch.compile may take it, or is left out."""
+TURN_S = 300
+SETTLE_S = 0.05
+"""After a parallel op the threads of OpenMP spin for some milliseconds, and hold their cores."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    program: str
+    precision: str
+
+    def __str__(self) -> str:
+        return f"{self.program} {self.precision}"
+
+    @property
+    def memory_bytes(self) -> float:
+        """About what its process needs: 1.3 G weights, half a gigabyte besides."""
+        per_weight = {"float32": 4, "bfloat16": 2, "int8": 1.1, "int4": 0.65}
+        return 0.5e9 + 1.3e9 * per_weight[self.precision]
+
+
+BASELINE = Peer("transformers", "bfloat16")
+# Those of one group are in memory together, and compared.
+GROUPS = (
+    (Peer("voxkern", "float32"), Peer("transformers", "float32")),
+    (
+        Peer("voxkern", "bfloat16"),
+        Peer("llama.cpp", "bfloat16"),
+        Peer("llama.cpp", "int8"),
+        Peer("llama.cpp", "int4"),
+        BASELINE,
+        Peer("torch.compile", "bfloat16"),
+    ),
+)
+
+
+def order(peers: list, round_index: int) -> list:
+    """A round's order: in 2 n rounds each of n peers has each place twice, after each neighbour."""
+    first = round_index // 2 % len(peers)
+    turned = [*peers[first:], *peers[:first]]
+    return turned if round_index % 2 == 0 else turned[::-1]
+
+
+def environment() -> Path:
+    """The Python of the peers' environment; makes it, or brings it up to date, if need be."""
+    python, installed = FOLDER / "venv" / "bin" / "python", FOLDER / "venv" / "installed"
+    if not installed.exists() or installed.read_text() != "\n".join(PACKAGES):
+        print("making the peers' environment; llama.cpp is compiled, minutes", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", FOLDER / "venv"], check=True)
+        # -march=native; the part for pictures is left out.
+        build = {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"}
+        subprocess.run(
+            [
+                python,
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--no-binary",
+                "llama-cpp-python",
+                *PACKAGES,
+            ],
+            stdout=sys.stderr,
+            env=build | dict(os.environ),
+            check=True,
+        )
+        installed.write_text("\n".join(PACKAGES))
+    return python
+
+
+class Worker:
+    """A peer's process, loaded and warm.
+
+    Raises:
+        RuntimeError: it ended, or did not answer in time; the message says where its log is.
+    """
+
+    def __init__(self, peer: Peer, python: Path, threads: int):
+        self.log = FOLDER / f"{peer}.log".replace(" ", "-")
+        paths = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "python")))}
+        if peer.program == "voxkern":  # as `say` and `launch` do
+            paths["OMP_WAIT_POLICY"] = "PASSIVE"
+        script = Path(__file__).with_name("peer_worker.py")
+        arguments = [peer.program, peer.precision, FOLDER, str(threads)]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [python, script, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=dict(os.environ) | paths,
+            )
+        try:
+            ready = self._answer(LOAD_S)
+        except RuntimeError:
+            self.close()
+            raise
+        self.bytes = FrameBytes(*ready["bytes"])
+        self.about = ready["about"]
+
+    def frames_ms(self, frames: int) -> list[float]:
+        print(frames, file=self.process.stdin, flush=True)
+        return self._answer(TURN_S)["ms"]
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+    def _answer(self, seconds: float) -> dict:
+        # Answers are single lines, asked for one by one: what is readable is one whole line.
+        readable, _, _ = select.select([self.process.stdout], [], [], seconds)
+        line = self.process.stdout.readline() if readable else None
+        if not line:
+            reason = f"no answer in {seconds} s" if line is None else "it ended"
+            raise RuntimeError(f"{reason}, see {self.log.relative_to(ROOT)}")
+        return json.loads(line)
+
+
+@dataclass
+class Rounds:
+    """What was measured of one peer: a value per round."""
+
+    bytes: FrameBytes
+    about: str
+    ms: list[float] = field(default_factory=list)
+    bandwidth: list[float] = field(default_factory=list)
+
+    def percent_of_roofline(self, num_bytes: int) -> float:
+        pairs = zip(self.ms, self.bandwidth, strict=True)
+        return statistics.median(1e5 * num_bytes / (ms * rate) for ms, rate in pairs)
+
+
+def available_bytes() -> float:
+    """Memory that is free, or would be if caches of files were dropped."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    return float("inf")
+
+
+def measure(peers: list[Peer], rounds: int, frames: int, threads: int) -> dict[Peer, Rounds]:
+    """Milliseconds of a frame, round by round. A peer that fails is left out, and named."""
+    measured: dict[Peer, Rounds] = {}
+    with ExitStack() as stack:
+        workers: dict[Peer, Worker] = {}
+        for peer in peers:
+            missing = peer.memory_bytes - available_bytes()
+            if missing > 0:
+                print(f"{peer}: left out, {missing / 1e9:.1f} GB of memory short", flush=True)
+                continue
+            python = Path(sys.executable) if peer.program == "voxkern" else environment()
+            try:
+                workers[peer] = stack.enter_context(Worker(peer, python, threads))
+            except RuntimeError as error:
+                print(f"{peer}: left out, {error}", flush=True)
+                continue
+            measured[peer] = Rounds(workers[peer].bytes, workers[peer].about)
+        for index in range(rounds if measured else 0):
+            bandwidth = statistics.median(roofline.read_bandwidth() for _ in range(5))
+            for peer in order([*measured], index):
+                time.sleep(SETTLE_S)
+                try:
+                    ms = statistics.median(workers[peer].frames_ms(frames))
+                except RuntimeError as error:
+                    print(f"{peer}: left out, {error}", flush=True)
+                    del measured[peer]
+                    continue
+                measured[peer].ms.append(ms)
+                measured[peer].bandwidth.append(bandwidth)
+    return measured
+
+
+def ratio(of: Rounds | None, to: Rounds | None) -> tuple[float, float, float] | None:
+    """How many times as long a frame of `of` takes as one of `to`: median, least, most."""
+    if of is None or to is None:
+        return None
+    ratios = [a / b for a, b in zip(of.ms, to.ms, strict=True)]
+    return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def run(report: Report, rounds: int, frames: int, only: list[str] | None) -> None:
+    table = report.table(
+        "peers",
+        [
+            *("program", "precision", "ms", "ms least", "ms most", "GB read", "floor ms"),
+            *("% roofline", "% past L3", "real-time factor"),
+            *("x voxkern", "x least", "x most", "baseline x"),
+        ],
+    )
+    programs = report.machine["programs"] = {}
+    for group in GROUPS:
+        peers = [peer for peer in group if not only or str(peer) in only]
+        measured = measure(peers, rounds, frames, voxkern.num_threads())
+        for peer, seen in measured.items():
+            ms, read = statistics.median(seen.ms), seen.bytes
+            versus_ours = ratio(seen, measured.get(Peer("voxkern", peer.precision)))
+            versus_baseline = ratio(measured.get(BASELINE), seen)
+            table.add(
+                *(peer.program, peer.precision, ms, min(seen.ms), max(seen.ms), read.total / 1e9),
+                statistics.median(read.total / rate * 1e3 for rate in seen.bandwidth),
+                seen.percent_of_roofline(read.total),
+                seen.percent_of_roofline(read.from_memory(roofline.cache_bytes(3))),
+                ms / FRAME_MS,
+                *(versus_ours or (None, None, None)),
+                versus_baseline and versus_baseline[0],
+            )
+            programs[str(peer)] = seen.about
+
+
+def plot(results: Path) -> Path:
+    """A picture of the results, beside them."""
+    picture = results.with_suffix(".png")
+    script = Path(__file__).with_name("plot_peers.py")
+    subprocess.run([environment(), script, results, picture], check=True)
+    return picture
