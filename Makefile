@@ -14,7 +14,7 @@ OP_TESTS := $(wildcard $(patsubst voxkern/reference/%.py,tests/test_%.py,$(wildc
 # Prints an extra's requirements: installing them as '.[extra]' would build the extension again.
 EXTRA = $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(1)"])'
 
-.PHONY: build serve test lint format bench sanitize clean
+.PHONY: build serve test lint format bench peers sanitize clean
 
 build: $(VENV)/built
 
@@ -62,6 +62,9 @@ format: $(VENV)/lint
 
 bench: $(VENV)/test
 	$(RUN) bench/run.py all
+
+peers: $(VENV)/built
+	$(RUN) bench/run.py peers
 
 # The CPU kernels under the address and undefined-behaviour sanitizers. Python itself leaks by design;
 # pytest must leave file descriptor 2 alone, or their last words are lost.

@@ -2,8 +2,8 @@
 
 Random weights of the real sizes, greedy, 128 cached positions, from a frame's codes to the next
 frame's. The peer is transformers' `CsmForConditionalGeneration.generate` on the very same weights:
-milliseconds from one backbone step to the next, the prompt's left out. `bench/run.py peers` has
-more of them.
+milliseconds from one backbone step to the next, the prompt's left out. Beside packed weights it has
+bfloat16 ones. `bench/run.py peers` has more programs.
 
 `% roofline` counts every byte as read from memory; `% past L3` only those that no cache of the
 size of the last one could have kept from one step of the depth decoder to the next.
@@ -23,7 +23,13 @@ from vox_serve.model import CsmModel
 from vox_serve.model_config import CsmConfig
 from vox_serve.sampling import SamplingParams, SamplingRows
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS = {
+    "float32": (torch.float32, "none"),
+    "bfloat16": (torch.bfloat16, "none"),
+    "int8": (torch.bfloat16, "int8"),
+    "int4": (torch.bfloat16, "int4"),
+}
+"""Dtype, and how matrices are packed: `CsmWeights`' `quantize`."""
 
 
 class OurFrames:
@@ -56,7 +62,8 @@ class OurFrames:
 
 def our_model(config: CsmConfig, precision: str) -> CsmModel:
     """A model with random weights."""
-    return CsmModel(config, CsmWeights.random(config, PRECISIONS[precision]))
+    dtype, quantize = PRECISIONS[precision]
+    return CsmModel(config, CsmWeights.random(config, dtype, quantize=quantize))
 
 
 def run(report: Report, precisions: list[str], batches: list[int], peer: bool) -> None:
@@ -71,13 +78,17 @@ def run(report: Report, precisions: list[str], batches: list[int], peer: bool) -
     for precision in precisions:
         model = our_model(config, precision)
         read = frame_bytes(model.weights)
+        dtype, quantize = PRECISIONS[precision]
+        plain = model.weights
+        if peer and quantize != "none":
+            plain = CsmWeights.random(config, dtype)
         for batch in batches:
             ours = OurFrames(model, batch)
             theirs = None
             if peer:
                 from transformers_frames import TransformersFrames
 
-                theirs = TransformersFrames(config, model.weights, batch)
+                theirs = TransformersFrames(config, plain, batch)
             times: dict[str, list[float]] = {"ours": [], "theirs": [], "bandwidth": []}
             for warm in (False, True, True, True):
                 ms = ours.frames_ms(4)
@@ -96,4 +107,4 @@ def run(report: Report, precisions: list[str], batches: list[int], peer: bool) -
                 *(ms / FRAME_MS, 1e3 * batch / ms),
                 *(their_ms, their_ms and their_ms / ms),
             )
-        del model, ours, theirs
+        del model, plain, ours, theirs

@@ -63,7 +63,9 @@ GROUPS = (
     (
         Peer("voxkern", "bfloat16"),
         Peer("llama.cpp", "bfloat16"),
+        Peer("voxkern", "int8"),
         Peer("llama.cpp", "int8"),
+        Peer("voxkern", "int4"),
         Peer("llama.cpp", "int4"),
         BASELINE,
         Peer("torch.compile", "bfloat16"),

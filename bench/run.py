@@ -13,6 +13,7 @@ Options:
     --save FOLDER              write the results there as BENCH.json, and peers' plot beside them
                                (default: nowhere; peers: build/peers)
     --dtype float32,bfloat16   kernels, frame: which of them (default both)
+    --quantize none,int8,int4  frame: packings, plain ones in every dtype (default all)
     --batch 1,8,64             batch sizes (defaults: kernels 1,8,64; frame 1,2,4)
     --ops linear,silu_mul      kernels: only these ops
     --threads N                threads (default: the processors this process may use)
@@ -44,6 +45,7 @@ def main() -> None:
     )
     parser.add_argument("bench", choices=[*BENCHES, "all", "peers"])
     parser.add_argument("--dtype", default="float32,bfloat16")
+    parser.add_argument("--quantize", default="none,int8,int4")
     parser.add_argument("--batch")
     parser.add_argument("--ops")
     parser.add_argument("--threads", type=int)
@@ -74,7 +76,11 @@ def main() -> None:
     if "frame" in chosen:
         import bench_frame
 
-        precisions = args.dtype.split(",")
+        precisions = [
+            precision
+            for packing in args.quantize.split(",")
+            for precision in (args.dtype.split(",") if packing == "none" else [packing])
+        ]
         bench_frame.run(report, precisions, batches or [1, 2, 4], peer=not args.no_peer)
     if args.bench == "peers":
         import peers
