@@ -113,15 +113,35 @@ def test_threads_that_cannot_start_are_an_error():
     [
         ("VOXKERN_NUM_THREADS", "two", "VOXKERN_NUM_THREADS=two: expected 1 to 1024"),
         ("VOXKERN_NUM_THREADS", "0", "VOXKERN_NUM_THREADS=0: expected 1 to 1024"),
+        ("VOXKERN_PIN", "yes", "VOXKERN_PIN=yes: expected 0 or 1"),
         ("VOXKERN_ISA", "sse9", "VOXKERN_ISA=sse9: expected baseline, avx2 or avx512"),
         ("VOXKERN_LIBRARY", "/no/such.so", "VOXKERN_LIBRARY=/no/such.so: there is no such file"),
     ],
 )
 def test_a_wrong_environment_variable_is_named(variable, value, message):
-    code = "import torch, voxkern; voxkern.num_threads(); torch.ops.voxkern.cpu_isa()"
-    result = run_python(code, **{variable: value})
+    code = "import torch; from voxkern import ops; ops.linear(*torch.zeros(2, 512, 512))"
+    result = run_python(code, **{"OMP_NUM_THREADS": "2", variable: value})
     assert result.returncode == 1
     assert message in result.stderr
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) == 1,
+    reason="every thread stays on one processor anyway",
+)
+@pytest.mark.parametrize(("pin", "pinned"), [("0", 0), ("1", 3)])
+def test_pinned_workers_stay_on_one_processor_each(pin, pinned):
+    code = (
+        "import os, torch\n"
+        "from voxkern import ops\n"
+        "allowed = os.sched_getaffinity(0)\n"
+        "ops.linear(*torch.zeros(2, 512, 512))\n"
+        "assert os.sched_getaffinity(0) == allowed, 'the caller is left alone'\n"
+        "tasks = map(int, os.listdir('/proc/self/task'))\n"
+        "print(sum(len(os.sched_getaffinity(task)) == 1 for task in tasks))\n"
+    )
+    result = run_python(code, VOXKERN_PIN=pin, VOXKERN_NUM_THREADS="4")
+    assert result.stdout.split() == [str(pinned)], result.stderr
 
 
 CGROUPS = {

@@ -84,6 +84,26 @@ int default_num_threads() {
   return n < 1 ? 1 : n < kMaxThreads ? n : kMaxThreads;
 }
 
+bool pinning() {
+  const char* const value = std::getenv("VOXKERN_PIN");
+  const std::string wanted = value ? value : "";
+  check(wanted.empty() || wanted == "0" || wanted == "1", "VOXKERN_PIN=", wanted,
+        ": expected 0 or 1");
+  return wanted == "1";
+}
+
+void pin_thread([[maybe_unused]] int rank) {
+#if defined(__linux__)
+  cpu_set_t allowed, one;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+  CPU_ZERO(&one);
+  int nth = rank % CPU_COUNT(&allowed);
+  for (int cpu = 0; nth >= 0; ++cpu)
+    if (CPU_ISSET(cpu, &allowed) && nth-- == 0) CPU_SET(cpu, &one);
+  sched_setaffinity(0, sizeof one, &one);
+#endif
+}
+
 }  // namespace voxkern
 
 STABLE_TORCH_LIBRARY_IMPL(voxkern, CompositeExplicitAutograd, m) {

@@ -55,6 +55,7 @@ struct Workers {
   void* context = nullptr;
   int size = 1;
   std::vector<Seat> seats;  // by rank
+  const bool pinned = pinning();
 
   explicit Workers(int n) : size(n), seats(n) {
     try {
@@ -118,6 +119,8 @@ thread_local int joined_rank = 0;        // as which of them
 void Workers::serve(int rank) {
   joined = this;
   joined_rank = rank;
+  // Not the caller of run(): threads that it starts would be bound like it.
+  if (pinned) pin_thread(rank);
   for (uint32_t seen = 0;; ++seen) {
     wait_change(round, seen, alone_on_cpu(rank));
     if (stop) return;
