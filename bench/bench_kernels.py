@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import roofline
 import torch
 import torch.nn.functional as F
-from csm_1b import CSM_1B, depth_step_bytes, num_tensor_bytes, transformer_bytes
+from csm_1b import CSM_1B, num_tensor_bytes, transformer_bytes
 from report import Report
 from torch import Tensor
 
@@ -332,7 +332,8 @@ def _decode_depth(dtype: torch.dtype, b: int, quantize: str = "none") -> Case:
 
     def weights(quantize: str) -> int:
         empty = CsmWeights.empty(config, dtype, "meta", quantize)
-        return (K - 1) * depth_step_bytes(empty) + num_tensor_bytes([empty.code_heads])
+        once = num_tensor_bytes([empty.projection, empty.code_heads])
+        return (K - 1) * transformer_bytes(empty.depth) + once
 
     packed = quantize != "none"
     return Case(

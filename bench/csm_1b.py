@@ -23,7 +23,8 @@ class FrameBytes:
     """Weight bytes read for one frame at batch 1.
 
     Attributes:
-        once: read once: the backbone, and heads that differ from codebook to codebook.
+        once: read once: the backbone, the projection of its hidden state, and heads, which differ
+            from codebook to codebook.
         step: read in every step of the depth decoder.
         steps: how many those are.
     """
@@ -47,13 +48,8 @@ def frame_bytes(weights: CsmWeights) -> FrameBytes:
     Its first two positions have their inputs at once, and go through together.
     """
     once = transformer_bytes(weights.backbone)
-    once += num_tensor_bytes([weights.code0_head, weights.code_heads])
-    return FrameBytes(once, depth_step_bytes(weights), len(weights.code_heads))
-
-
-def depth_step_bytes(weights: CsmWeights) -> int:
-    """Weight bytes read in one step of the depth decoder, its head left out."""
-    return num_tensor_bytes([weights.projection]) + transformer_bytes(weights.depth)
+    once += num_tensor_bytes([weights.code0_head, weights.projection, weights.code_heads])
+    return FrameBytes(once, transformer_bytes(weights.depth), len(weights.code_heads))
 
 
 def transformer_bytes(t: TransformerWeights) -> int:

@@ -74,7 +74,7 @@ def hf_model(config: CsmConfig, weights: CsmWeights):
     tensors = {
         "embed_text_tokens.weight": w.text_table,
         "backbone_model.embed_tokens.embed_audio_tokens.weight": w.audio_table,
-        "depth_decoder.model.embed_tokens.weight": w.depth_audio_table,
+        "depth_decoder.model.embed_tokens.weight": w.audio_table,
         "lm_head.weight": w.code0_head,
         "depth_decoder.codebooks_head.weight": w.code_heads.transpose(1, 2),
         "depth_decoder.model.inputs_embeds_projector.weight": w.projection,

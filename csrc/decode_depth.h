@@ -8,10 +8,10 @@ namespace voxkern {
 struct DecodeDepthParams {
   Dtype dtype;
   int64_t B, K, V, Cb;
-  const void* hidden;       // [B, Cb]
-  const int64_t* code0;     // [B]
-  const void* audio_table;  // [K * V, Cb]
-  Weight projection;        // [C, Cb]
+  const void* hidden;      // [B, Cb]
+  const int64_t* code0;    // [B]
+  const void* audio_rows;  // [K * V, C]
+  Weight projection;       // [C, Cb]
   LayersParams layers;
   Weight heads;              // [K - 1, V, C]
   const float* temperature;  // [B]
@@ -27,14 +27,13 @@ struct DecodeDepthParams {
 }  // namespace voxkern
 
 #ifndef VOX_ISA
-#include "check.h"
 #include "sample_tokens.h"
 
 namespace voxkern {
 
 // `hidden` contiguous. The codes in code0 are not looked at; out and workspace are left null.
 inline DecodeDepthParams decode_depth_params(
-    const Tensor& hidden, const Tensor& code0, const Tensor& audio_table, const Tensor& projection,
+    const Tensor& hidden, const Tensor& code0, const Tensor& audio_rows, const Tensor& projection,
     const Tensor& attn_norm, const Tensor& qkv, const Tensor& o, const Tensor& mlp_norm,
     const Tensor& gate_up, const Tensor& down, const Tensor& norm, const Tensor& heads,
     const Tensor& rope_table, int64_t num_heads, int64_t num_kv_heads, double eps,
@@ -44,26 +43,20 @@ inline DecodeDepthParams decode_depth_params(
   check_dim(hidden, "hidden", 2);
   check_weight_dim(projection, "projection", 2);
   check_weight_dim(heads, "heads", 3);
-  check_dim(norm, "norm", 1);
-  check_dim(audio_table, "audio_table", 2);
-  // How many rows a packed weight has, another tensor knows.
-  const bool plain_projection = weight_format(projection) == Format::plain;
-  const bool plain_heads = weight_format(heads) == Format::plain;
+  check_operand(audio_rows, "audio_rows", hidden, hidden.scalar_type());
+  check_dim(audio_rows, "audio_rows", 2);
   const int64_t B = hidden.size(0), Cb = hidden.size(1), K = heads.size(0) + 1;
-  const int64_t C = plain_projection ? projection.size(0) : norm.size(0);
-  const int64_t V = plain_heads ? heads.size(1) : audio_table.size(0) / K;
+  const int64_t V = audio_rows.size(0) / K, C = audio_rows.size(1);
   check(K >= 2, "heads: expected [K - 1, V, C] with K >= 2, got ", shape_string(heads));
-  check(V >= 1 && V < (1 << 30), "heads: expected 1 <= V < 2^30, got ", shape_string(heads));
-  check(C >= 1 && Cb >= 1, "projection: expected C >= 1 and Cb >= 1, got ",
-        shape_string(projection));
+  check(V >= 1 && V < (1 << 30) && audio_rows.size(0) == K * V && C >= 1,
+        "audio_rows: expected [K * V, C] with K = ", K, ", got ", shape_string(audio_rows));
+  check(Cb >= 1, "hidden: expected [B, Cb] with Cb >= 1, got ", shape_string(hidden));
   const LayersParams layers = layers_params(hidden, C, attn_norm, qkv, o, mlp_norm, gate_up, down,
                                             norm, rope_table, num_heads, num_kv_heads, eps);
   check(rope_table.size(0) >= K, "rope_table: expected [at least K, D] with K = ", K, ", got ",
         shape_string(rope_table));
   check_operand(code0, "code0", hidden, ScalarType::Long);
   check_shape(code0, "code0", "[B]", {B});
-  check_operand(audio_table, "audio_table", hidden, hidden.scalar_type());
-  check_shape(audio_table, "audio_table", "[K * V, Cb]", {K * V, Cb});
   check_sampling(hidden, B, temperature, top_k, top_p, min_p, seeds, frames);
   return {
       .dtype = dtype,
@@ -73,7 +66,7 @@ inline DecodeDepthParams decode_depth_params(
       .Cb = Cb,
       .hidden = hidden.const_data_ptr(),
       .code0 = static_cast<const int64_t*>(code0.const_data_ptr()),
-      .audio_table = audio_table.const_data_ptr(),
+      .audio_rows = audio_rows.const_data_ptr(),
       .projection = weight_of(projection, "projection", hidden, "[C, Cb]", {C, Cb}),
       .layers = layers,
       .heads = weight_of(heads, "heads", hidden, "[K - 1, V, C]", {K - 1, V, C}),

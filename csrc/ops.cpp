@@ -27,7 +27,7 @@ STABLE_TORCH_LIBRARY(voxkern, m) {
       "int num_kv_heads, float eps, Tensor positions, Tensor slots, Tensor(a!) k_pages, "
       "Tensor(b!) v_pages, Tensor page_table, Tensor seq_lens) -> Tensor");
   m.def(
-      "decode_depth(Tensor hidden, Tensor code0, Tensor audio_table, Tensor projection, "
+      "decode_depth(Tensor hidden, Tensor code0, Tensor audio_rows, Tensor projection, "
       "Tensor attn_norm, Tensor qkv, Tensor o, Tensor mlp_norm, Tensor gate_up, Tensor down, "
       "Tensor norm, Tensor heads, Tensor rope_table, int num_heads, int num_kv_heads, float eps, "
       "Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, Tensor frames) "

@@ -20,8 +20,8 @@ def test_a_frame_reads_what_the_facts_say():
     read = frame_bytes(CsmWeights.empty(CONFIG, torch.bfloat16, "meta"))
     backbone, depth, head, projection = 973e6, 111e6, 2048 * 2051, 2048 * 1024
     heads = DEPTH_STEPS * 1024 * 2051
-    assert read.once / 2 == pytest.approx(backbone + head + heads, rel=1e-3)
-    assert read.step / 2 == pytest.approx(depth + projection, rel=3e-3)
+    assert read.once / 2 == pytest.approx(backbone + head + projection + heads, rel=1e-3)
+    assert read.step / 2 == pytest.approx(depth, rel=3e-3)
     assert read.steps == DEPTH_STEPS
     assert read.total == read.once + DEPTH_STEPS * read.step
 
@@ -44,10 +44,11 @@ def test_llama_cpp_reads_our_weights_without_the_projection():
     }
     heads = 2 * weights.code_heads.numel()
     projection = 2 * weights.projection.numel()
-    assert theirs.once == ours.once - heads + extra_rows * 2048 + extra_norms["backbone"]
+    left_out = heads + projection
+    assert theirs.once == ours.once - left_out + extra_rows * 2048 + extra_norms["backbone"]
     assert theirs.steps == ours.steps
     head = heads // DEPTH_STEPS + extra_rows * 1024
-    assert theirs.step == ours.step - projection + head + extra_norms["depth"]
+    assert theirs.step == ours.step + head + extra_norms["depth"]
 
 
 @pytest.mark.parametrize("gguf_format", BITS)

@@ -43,7 +43,7 @@ PACKINGS = [
     {"qkv": "int4", "o": "int8", "down": "int4"},
 ]
 WEIGHTS = (
-    *("audio_table", "projection", "attn_norm", "qkv", "o", "mlp_norm", "gate_up", "down"),
+    *("audio_rows", "projection", "attn_norm", "qkv", "o", "mlp_norm", "gate_up", "down"),
     *("norm", "heads"),
 )
 
@@ -67,7 +67,7 @@ def make(sizes: Sizes, dtype: torch.dtype, rows: int = 3) -> dict:
     arguments = {
         "hidden": torch.randn(rows, s.Cb),
         "code0": torch.randint(s.V, (rows,)),
-        "audio_table": torch.randn(s.K * s.V, s.Cb),
+        "audio_rows": torch.randn(s.K * s.V, s.C),
         "projection": normal(s.C, s.Cb),
         "attn_norm": 1 + 0.1 * torch.randn(s.L, s.C),
         "qkv": 2 * normal(s.L, (s.Hq + 2 * s.Hkv) * s.D, s.C),
@@ -234,7 +234,14 @@ def test_any_number_of_threads(target, packing):
         ({"num_heads": 6}, r"qkv: expected shape \[L, \(Hq \+ 2 Hkv\) D, C\] = \[2, 160, 40\]"),
         ({"seeds": torch.zeros(3)}, "seeds: expected int64, got float32"),
         ({"heads": torch.ones(0, 35, 40)}, r"heads: expected \[K - 1, V, C\] with K >= 2"),
-        ({"audio_table": torch.ones(7, 48)}, r"audio_table: expected shape .* = \[1120, 48\]"),
+        ({"heads": torch.ones(31, 34, 40)}, r"heads: expected shape .* = \[31, 35, 40\], got"),
+        ({"projection": torch.ones(40, 47)}, r"projection: expected shape .* = \[40, 48\], got"),
+        ({"audio_rows": torch.ones(1121, 40)}, r"audio_rows: .* K = 32, got \[1121, 40\]"),
+        ({"audio_rows": torch.ones(1120)}, r"audio_rows: expected 2 dimensions, got"),
+        (
+            {"audio_rows": torch.ones(1120, 40).double()},
+            "audio_rows: expected float32, got",
+        ),
     ],
 )
 def test_errors_name_the_tensor(change, message):

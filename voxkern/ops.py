@@ -321,7 +321,7 @@ def decode_backbone(
 def decode_depth(
     hidden: Tensor,
     code0: Tensor,
-    audio_table: Tensor,
+    audio_rows: Tensor,
     projection: Tensor,
     attn_norm: Tensor,
     qkv: Tensor,
@@ -344,15 +344,16 @@ def decode_depth(
 ) -> Tensor:
     """The depth decoder: from codebook 0 to a whole frame, in one call.
 
-    Position 0 takes `projection(hidden)`; position p takes the projection of codebook p - 1's
-    audio row, and its output through `heads[p - 1]` gives codebook p, drawn as in
-    `sample_tokens` without a repetition penalty. The layers are Llama's (pre-norm, rotary GQA,
+    Position 0 takes `projection(hidden)`; position p takes the audio row of codebook p - 1, and
+    its output through `heads[p - 1]` gives codebook p, drawn as in `sample_tokens` without a
+    repetition penalty. The layers are Llama's (pre-norm, rotary GQA,
     SwiGLU); their KV cache lives for this call only.
 
     Args:
         hidden: `[B, Cb]`, the backbone's hidden states after its last norm.
         code0: `[B]` int64, codebook 0.
-        audio_table: `[K * V, Cb]`, the depth decoder's.
+        audio_rows: `[K * V, C]`, the depth decoder's embeddings of codes, already through the
+            projection; code c of codebook k is row `k * V + c`.
         projection: matrix `[C, Cb]`.
         attn_norm, mlp_norm: `[L, C]`.
         qkv: matrices `[L, (num_heads + 2 * num_kv_heads) * D, C]`, q rows first, then k, then v.

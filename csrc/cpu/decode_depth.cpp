@@ -9,14 +9,12 @@ namespace {
 // What the threads share. A pass has B rows, the first one 2B.
 template <typename T>
 struct Shared {
-  T* input;  // [2B, Cb], what is projected: hidden states or audio rows
   LayerBuffers<T> layers;
   T* logits;   // [B, V]
   T* k_cache;  // [L, B, Hkv, K, D]
   T* v_cache;  // [L, B, Hkv, K, D]
 
-  Shared(Arena& arena, const DecodeDepthParams& p)
-      : input(arena.take<T>(2 * p.B * p.Cb)), layers(arena, p.layers, 2 * p.B) {
+  Shared(Arena& arena, const DecodeDepthParams& p) : layers(arena, p.layers, 2 * p.B) {
     const int64_t cache = p.layers.L * p.B * p.layers.Hkv * p.K * p.layers.D;
     logits = arena.take<T>(p.B * p.V);
     k_cache = arena.take<T>(cache);
@@ -67,15 +65,15 @@ class Worker {
         layers_(params.layers, shared.layers, own.rows, rank, size) {}
 
   void frame() const {
-    const Range mine = split(p_.B, 1, rank_, size_);
-    for (int64_t b = mine.begin; b < mine.end; ++b) {
-      copy(static_cast<const T*>(p_.hidden) + b * p_.Cb, all_.input + b * p_.Cb, p_.Cb);
-      embed(b, 0, all_.input + (p_.B + b) * p_.Cb);
-    }
+    const T* const hidden = static_cast<const T*>(p_.hidden);
+    layers_.project_part(hidden, p_.B, p_.projection, 0, all_.layers.branch);
     // Positions 0 and 1 are known from the start: they go through the layers together.
     for (int64_t position = 0, n = 2; position < p_.K; position += n, n = 1) {
       Team::barrier();
-      pass(position, n);
+      for (int64_t i = 0; i < n * p_.B; ++i)
+        copy(input(position + i / p_.B, i % p_.B), own_.rows.residual + i * p_.layers.C,
+             p_.layers.C);
+      layers_.run(n * p_.B, [&](int64_t layer) { attend(layer, position, n); });
       draw(position + n - 1);
     }
   }
@@ -83,21 +81,11 @@ class Worker {
  private:
   static void copy(const T* from, T* to, int64_t n) { __builtin_memcpy(to, from, n * sizeof(T)); }
 
-  // The audio row of row b's code of `codebook`.
-  void embed(int64_t b, int64_t codebook, T* to) const {
-    const int64_t code = p_.out[b * p_.K + codebook];
-    copy(static_cast<const T*>(p_.audio_table) + (codebook * p_.V + code) * p_.Cb, to, p_.Cb);
-  }
-
-  // From all_.input to own_.rows.normed, for n positions of all rows: position by position, row by
-  // row.
-  void pass(int64_t position, int64_t n) const {
-    const int64_t rows = n * p_.B;
-    T* const projected = all_.layers.branch;
-    layers_.project_part(all_.input, rows, p_.projection, 0, projected);
-    Team::barrier();
-    copy(projected, own_.rows.residual, rows * p_.layers.C);
-    layers_.run(rows, [&](int64_t layer) { attend(layer, position, n); });
+  // What row b enters the layers with: the projected hidden state, then rows of codes.
+  const T* input(int64_t position, int64_t b) const {
+    if (position == 0) return all_.layers.branch + b * p_.layers.C;
+    const int64_t codebook = position - 1, code = p_.out[b * p_.K + codebook];
+    return static_cast<const T*>(p_.audio_rows) + (codebook * p_.V + code) * p_.layers.C;
   }
 
   void attend(int64_t layer, int64_t position, int64_t n) const {
@@ -123,7 +111,7 @@ class Worker {
     });
   }
 
-  // Draws `codebook` for all rows, from the last B rows of the pass, and embeds the codes.
+  // Draws `codebook` for all rows, from the last B rows of the pass.
   void draw(int64_t codebook) const {
     const T* const last = own_.rows.normed + (codebook == 1 ? p_.B * p_.layers.C : 0);
     layers_.project_part(last, p_.B, p_.heads, codebook - 1, all_.logits);
@@ -143,7 +131,6 @@ class Worker {
           .codebook = codebook,
       };
       p_.out[b * p_.K + codebook] = sample_row(all_.logits + b * p_.V, p_.V, row, own_.sampler);
-      embed(b, codebook, all_.input + b * p_.Cb);
     }
   }
 
@@ -194,14 +181,14 @@ int64_t workspace_bytes(const DecodeDepthParams& p) {
   return count.bytes();
 }
 
-Tensor decode_depth_cpu(Tensor hidden, Tensor code0, Tensor audio_table, Tensor projection,
+Tensor decode_depth_cpu(Tensor hidden, Tensor code0, Tensor audio_rows, Tensor projection,
                         Tensor attn_norm, Tensor qkv, Tensor o, Tensor mlp_norm, Tensor gate_up,
                         Tensor down, Tensor norm, Tensor heads, Tensor rope_table,
                         int64_t num_heads, int64_t num_kv_heads, double eps, Tensor temperature,
                         Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, Tensor frames) {
   hidden = torch::stable::contiguous(hidden);
   DecodeDepthParams p =
-      decode_depth_params(hidden, code0, audio_table, projection, attn_norm, qkv, o, mlp_norm,
+      decode_depth_params(hidden, code0, audio_rows, projection, attn_norm, qkv, o, mlp_norm,
                           gate_up, down, norm, heads, rope_table, num_heads, num_kv_heads, eps,
                           temperature, top_k, top_p, min_p, seeds, frames);
   Tensor out = torch::stable::new_empty(code0, {p.B, p.K});

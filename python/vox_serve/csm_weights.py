@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vox_serve.model_config import CsmConfig, TransformerConfig
+from voxkern import ops
 from voxkern.quantize import BLOCK_ROWS, GROUP, format_of, pack, packed_shape
 
 MATRICES = ("qkv", "o", "gate_up", "down")
@@ -13,11 +14,15 @@ MATRICES = ("qkv", "o", "gate_up", "down")
 
 PACKINGS: dict[str, dict[str, str]] = {
     "none": {},
-    "int8": {"backbone": "int8", "depth": "int8", "projection": "int8", "code_heads": "int8"},
-    "int4": {"backbone": "int4", "depth": "int4", "projection": "int8", "code_heads": "int8"},
+    "int8": {"backbone": "int8", "depth": "int8", "code_heads": "int8"},
+    "int4": {"backbone": "int4", "depth": "int4", "code_heads": "int8"},
 }
 """What `--quantize` packs, in which format of `voxkern.quantize`; "backbone" and "depth" are the
-matrices of their layers. The rest stays plain: embeddings, the head of codebook 0, norms."""
+matrices of their layers. The rest stays plain: embeddings, norms, the head of codebook 0, the
+projection."""
+
+_CHUNK = 2048
+"""Rows of a table projected at a time, so that it needs little memory besides its result."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +73,10 @@ class CsmWeights:
         depth: predicts the other codebooks, width Cd.
         text_table: `[text vocabulary, C]`.
         audio_table: `[K * V, C]`; code c of codebook k is row `k * V + c`.
-        depth_audio_table: `[K * V, C]`; the same tensor object if the tables are tied.
+        depth_audio_rows: `[K * V, Cd]`, the depth decoder's table, which may be another one than
+            the backbone's, through the projection.
         code0_head: `[V, C]`.
-        projection: `[Cd, C]`, from the backbone's width to the depth decoder's; may be packed.
+        projection: `[Cd, C]`, from the backbone's width to the depth decoder's.
         code_heads: `[K - 1, V, Cd]`; head k predicts codebook k + 1; may be packed.
     """
 
@@ -78,18 +84,19 @@ class CsmWeights:
     depth: TransformerWeights
     text_table: Tensor
     audio_table: Tensor
-    depth_audio_table: Tensor
+    depth_audio_rows: Tensor
     code0_head: Tensor
     projection: Tensor
     code_heads: Tensor
 
     @staticmethod
     def shapes(config: CsmConfig) -> dict[str, tuple[int, ...]]:
-        """The plain shapes of a config's tensors outside the layers, the tied table once."""
+        """The plain shapes of a config's tensors outside the layers."""
         codes, dim = config.audio_vocab_size, config.backbone.dim
         return {
             "text_table": (config.text_vocab_size, dim),
             "audio_table": (config.num_codebooks * codes, dim),
+            "depth_audio_rows": (config.num_codebooks * codes, config.depth.dim),
             "code0_head": (codes, dim),
             "projection": (config.depth.dim, dim),
             "code_heads": (config.num_codebooks - 1, codes, config.depth.dim),
@@ -103,7 +110,7 @@ class CsmWeights:
         device: torch.device | str = "cpu",
         quantize: str = "none",
     ) -> "CsmWeights":
-        """Uninitialised tensors of a config's shapes, the audio tables tied.
+        """Uninitialised tensors of a config's shapes.
 
         Raises:
             ValueError: a matrix that `quantize`, a key of `PACKINGS`, names cannot be packed.
@@ -138,7 +145,6 @@ class CsmWeights:
         return cls(
             transformer("backbone", config.backbone),
             transformer("depth", config.depth),
-            depth_audio_table=tensors["audio_table"],
             **tensors,
         )
 
@@ -153,7 +159,8 @@ class CsmWeights:
     ) -> "CsmWeights":
         """Random weights at the cost of writing them: one block of noise, tiled.
 
-        The block is scaled per tensor so that activations keep their size; norms are ones.
+        The block is scaled per tensor so that activations keep their size; norms are ones. The
+        depth decoder's audio table is the backbone's.
         """
         generator = torch.Generator().manual_seed(seed)
         # An odd length, so that no two rows of a matrix are alike before the tiles come round.
@@ -168,7 +175,17 @@ class CsmWeights:
         for name, shape in cls.shapes(config).items():
             table = name in ("text_table", "audio_table")
             _tile(getattr(weights, name), noise, 1 if table else shape[-1])
+        weights.project_audio_rows(weights.audio_table)
         return weights
+
+    def project_audio_rows(self, table: Tensor) -> None:
+        """Fill `depth_audio_rows`, bit for bit as a product at every step would.
+
+        Args:
+            table: `[K * V, C]`, the depth decoder's audio table, on any device, of any float dtype.
+        """
+        for rows, out in zip(table.split(_CHUNK), self.depth_audio_rows.split(_CHUNK), strict=True):
+            out.copy_(ops.linear(rows.to(out), self.projection))
 
 
 def _tile(out: Tensor, noise: Tensor, fan_in: int) -> None:

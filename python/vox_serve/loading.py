@@ -85,5 +85,6 @@ def _choose_device() -> str:
 def _num_parameters(config: CsmConfig) -> int:
     weights = CsmWeights.empty(config, torch.float32, "meta")
     parts = [*vars(weights.backbone).values(), *vars(weights.depth).values()]
-    parts += [t for t in vars(weights).values() if isinstance(t, torch.Tensor)]
-    return sum(math.prod(t.shape) for t in {id(t): t for t in parts}.values())
+    derived = "depth_audio_rows"
+    parts += [t for n, t in vars(weights).items() if isinstance(t, torch.Tensor) and n != derived]
+    return sum(math.prod(t.shape) for t in parts)

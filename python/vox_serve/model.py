@@ -136,7 +136,7 @@ class CsmModel:
         return (
             hidden,
             code0,
-            w.depth_audio_table,
+            w.depth_audio_rows,
             w.projection,
             w.depth.attn_norm,
             w.depth.qkv,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +133,11 @@ def _read_weights(
         _copy(files, f"{prefix}{names.norm}", part.norm)
     _copy(files, names.text_table, weights.text_table)
     _copy(files, names.code0_head, weights.code0_head)
-    shapes = CsmWeights.shapes(config)
-    with _plain(weights.projection, shapes, "projection") as matrix:
-        _copy(files, names.projection, matrix)
-    with _plain(weights.code_heads, shapes, "code_heads") as matrix:
+    _copy(files, names.projection, weights.projection)
+    with _plain(weights.code_heads, CsmWeights.shapes(config), "code_heads") as matrix:
         _copy(files, names.code_heads, matrix.transpose(1, 2))
-    return _read_audio_tables(files, names, weights)
+    _read_audio_tables(files, names, weights)
+    return weights
 
 
 def _read_layer(
@@ -209,22 +208,17 @@ def _copy(files: TensorFiles, name: str, out: Tensor, rotary_pairs: int | None =
         out.copy_(tensor)
 
 
-def _read_audio_tables(files: TensorFiles, names: TensorNames, weights: CsmWeights) -> CsmWeights:
-    """One table or two in the file, one tensor in memory unless they differ."""
-    tables = {names.audio_table, names.depth_audio_table}
-    there = [name for name in (names.audio_table, names.depth_audio_table) if name in files]
+def _read_audio_tables(files: TensorFiles, names: TensorNames, weights: CsmWeights) -> None:
+    """One table or two in the file; each transformer takes its own if it is there."""
+    tables = (names.audio_table, names.depth_audio_table)
+    there = [name for name in tables if name in files]
     if not there:
-        raise CheckpointError(
-            f"tensor {' or '.join(sorted(tables))} is missing in {files.paths[0]}"
-        )
+        missing = " or ".join(sorted(set(tables)))
+        raise CheckpointError(f"tensor {missing} is missing in {files.paths[0]}")
     _copy(files, there[0], weights.audio_table)
-    if len(there) == 1 or there[0] == there[1]:
-        return weights
-    depth_table = torch.empty_like(weights.audio_table)
-    _copy(files, there[1], depth_table)
-    if torch.equal(depth_table, weights.audio_table):
-        return weights
-    return replace(weights, depth_audio_table=depth_table)
+    shape = tuple(weights.audio_table.shape)
+    tied = there[0] == there[-1]
+    weights.project_audio_rows(weights.audio_table if tied else files.read(there[-1], shape))
 
 
 def _refuse_unknown(files: TensorFiles, names: TensorNames, config: CsmConfig) -> None:

@@ -13,7 +13,7 @@ from voxkern.reference.silu_mul import silu_mul
 def decode_depth(
     hidden: Tensor,
     code0: Tensor,
-    audio_table: Tensor,
+    audio_rows: Tensor,
     projection: Tensor,
     attn_norm: Tensor,
     qkv: Tensor,
@@ -40,7 +40,7 @@ def decode_depth(
     """
     batch_size = hidden.shape[0]
     num_codebooks = heads.shape[0] + 1
-    vocab_size = len(audio_table) // num_codebooks
+    vocab_size = len(audio_rows) // num_codebooks
     head_dim = rope_table.shape[1]
     if bool(((code0 < 0) | (code0 >= vocab_size)).any()):
         raise RuntimeError(f"code0: expected codes of 0 to {vocab_size - 1}")
@@ -57,10 +57,9 @@ def decode_depth(
     codes[:, 0] = code0
     for position in range(num_codebooks):
         if position == 0:
-            embedded = hidden
+            residual = project(hidden, projection, len(norm))
         else:
-            embedded = audio_table[(position - 1) * vocab_size + codes[:, position - 1]]
-        residual = project(embedded, projection, len(norm))
+            residual = audio_rows[(position - 1) * vocab_size + codes[:, position - 1]]
         positions = torch.full_like(code0, position)
         branch = torch.zeros_like(residual)
         for i in range(len(qkv)):
