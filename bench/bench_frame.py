@@ -15,6 +15,7 @@ import time
 import roofline
 import torch
 from csm_1b import CACHED, CSM_1B, FRAME_MS, frame_bytes
+from machine import cache_bytes
 from report import Report
 
 from vox_serve.csm_weights import CsmWeights
@@ -99,7 +100,7 @@ def run(report: Report, precisions: list[str], batches: list[int], peer: bool) -
                     times["bandwidth"] += [roofline.read_bandwidth() for _ in range(3)]
             ms = statistics.median(times["ours"])
             bytes_per_ms = statistics.median(times["bandwidth"]) / 1e3
-            past_l3 = read.from_memory(roofline.cache_bytes(3))
+            past_l3 = read.from_memory(cache_bytes(3))
             their_ms = statistics.median(times["theirs"]) if theirs else None
             table.add(
                 *(precision, batch, ms, read.total / 1e9),

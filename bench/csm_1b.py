@@ -9,6 +9,8 @@ from vox_serve.csm_weights import CsmWeights, TransformerWeights
 CACHED = 128
 """Positions in the backbone's cache when a frame is timed."""
 FRAME_MS = 80.0
+TEXT_ROWS = 1024
+"""Of a text vocabulary of 128256: a frame reads none of them."""
 CSM_1B = {
     "backbone_flavor": "llama-1B",
     "decoder_flavor": "llama-100M",

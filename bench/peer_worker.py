@@ -12,12 +12,10 @@ import sys
 from pathlib import Path
 
 import torch
-from csm_1b import CSM_1B, frame_bytes
+from csm_1b import CSM_1B, TEXT_ROWS, frame_bytes
 
 from vox_serve.csm_weights import CsmWeights
 from vox_serve.model_config import CsmConfig
-
-TEXT_ROWS = 1024  # of 128256: a frame reads none of them
 
 
 def load(program: str, precision: str, folder: Path, threads: int) -> tuple:

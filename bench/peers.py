@@ -3,7 +3,8 @@
 A frame is one backbone token after 128 cached ones, then 31 steps of the depth decoder from an
 empty cache. Programs: ours; transformers, plain and through torch.compile; llama.cpp in its nearest
 formats (BF16, Q8_0, Q4_0). Their environment is build/peers/venv, made on the first call:
-llama.cpp is compiled for this machine, which takes minutes.
+llama.cpp is compiled for this machine, which may take half an hour. A program that cannot be
+installed, is short of memory or does not answer is named and left out.
 
 In a round every program makes a few frames while the others wait, in an order that changes from
 round to round; the read bandwidth is measured at the start of each. A program's figure is the
@@ -20,21 +21,29 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import roofline
 from csm_1b import FRAME_MS, FrameBytes
+from machine import cache_bytes, memory_bytes
 from report import Report
 
 import voxkern
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "peers"
-PACKAGES = (
-    *("llama-cpp-python==0.3.36", "gguf==0.19.*", "torch>=2.11,<2.14", "transformers>=5.18,<6"),
-    "matplotlib",
-)
-LOAD_S = 900
+PYTHON = FOLDER / "venv" / "bin" / "python"
+WHEELS = ("torch>=2.11,<2.14", "transformers>=5.18,<6", "gguf==0.19.*", "matplotlib")
+LLAMA_CPP = ("llama-cpp-python==0.3.36",)
+# -march=native; the part for pictures is left out.
+LLAMA_CPP_BUILD = {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"}
+SETTINGS = {
+    "voxkern": {"OMP_WAIT_POLICY": "PASSIVE"},  # as `say` and `launch` do
+    # Weights are constants, and packed: torch's advice for inference on a CPU, 1.3 x here.
+    "torch.compile": {"TORCHINDUCTOR_FREEZING": "1"},
+}
+LOAD_S = 300
 """Time to load and warm up: torch.compile may take it, or is left out."""
 TURN_S = 300
 SETTLE_S = 0.05
@@ -53,7 +62,8 @@ class Peer:
     def memory_bytes(self) -> float:
         """About what its process needs: 1.3 G weights, half a gigabyte besides."""
         per_weight = {"float32": 4, "bfloat16": 2, "int8": 1.1, "int4": 0.65}
-        return 0.5e9 + 1.3e9 * per_weight[self.precision]
+        copies = 2 if self.program == "torch.compile" else 1  # packed for oneDNN, and plain
+        return 0.5e9 + 1.3e9 * per_weight[self.precision] * copies
 
 
 BASELINE = Peer("transformers", "bfloat16")
@@ -80,31 +90,39 @@ def order(peers: list, round_index: int) -> list:
     return turned if round_index % 2 == 0 else turned[::-1]
 
 
-def environment() -> Path:
-    """The Python of the peers' environment; makes it, or brings it up to date, if need be."""
-    python, installed = FOLDER / "venv" / "bin" / "python", FOLDER / "venv" / "installed"
-    if not installed.exists() or installed.read_text() != "\n".join(PACKAGES):
-        print("making the peers' environment; llama.cpp is compiled, minutes", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", FOLDER / "venv"], check=True)
-        # -march=native; the part for pictures is left out.
-        build = {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"}
-        subprocess.run(
-            [
-                python,
-                "-m",
-                "pip",
-                "install",
-                "--quiet",
-                "--no-binary",
-                "llama-cpp-python",
-                *PACKAGES,
-            ],
-            stdout=sys.stderr,
-            env=build | dict(os.environ),
-            check=True,
-        )
-        installed.write_text("\n".join(PACKAGES))
-    return python
+def environment(program: str = "") -> Path:
+    """The Python that runs a program; the peers' own environment is made or completed if need be.
+
+    Raises:
+        RuntimeError: something cannot be installed; the message says what, and where the log is.
+    """
+    if program == "voxkern":
+        return Path(sys.executable)
+    problem = _install("wheels", WHEELS)
+    if program == "llama.cpp":
+        problem = problem or _install("llama.cpp", LLAMA_CPP)
+    if problem:
+        raise RuntimeError(problem)
+    return PYTHON
+
+
+@cache
+def _install(name: str, packages: tuple[str, ...]) -> str | None:
+    """Install packages, unless they are there: what went wrong, tried once a run, or None."""
+    mark, log = FOLDER / "venv" / f"installed-{name}", FOLDER / f"install-{name}.log"
+    if mark.exists() and mark.read_text() == "\n".join(packages):
+        return None
+    print(f"making the peers' environment, {name}: minutes", file=sys.stderr)
+    pip = [PYTHON, "-m", "pip", "install", "--no-binary", "llama-cpp-python", *packages]
+    with log.open("w") as output:
+        for command in ([sys.executable, "-m", "venv", FOLDER / "venv"], pip):
+            done = subprocess.run(
+                command, stdout=output, stderr=output, env=LLAMA_CPP_BUILD | dict(os.environ)
+            )
+            if done.returncode:
+                return f"not installed, see {log.relative_to(ROOT)}"
+    mark.write_text("\n".join(packages))
+    return None
 
 
 class Worker:
@@ -117,8 +135,6 @@ class Worker:
     def __init__(self, peer: Peer, python: Path, threads: int):
         self.log = FOLDER / f"{peer}.log".replace(" ", "-")
         paths = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "python")))}
-        if peer.program == "voxkern":  # as `say` and `launch` do
-            paths["OMP_WAIT_POLICY"] = "PASSIVE"
         script = Path(__file__).with_name("peer_worker.py")
         arguments = [peer.program, peer.precision, FOLDER, str(threads)]
         with self.log.open("w") as log:
@@ -128,7 +144,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env=dict(os.environ) | paths,
+                env=dict(os.environ) | paths | SETTINGS.get(peer.program, {}),
             )
         try:
             ready = self._answer(LOAD_S)
@@ -173,17 +189,28 @@ class Rounds:
     ms: list[float] = field(default_factory=list)
     bandwidth: list[float] = field(default_factory=list)
 
-    def percent_of_roofline(self, num_bytes: int) -> float:
+    def floor_ms(self, num_bytes: int) -> float | None:
+        """The time to read so much; None if the bandwidth is not known."""
+        if not self.bandwidth:
+            return None
+        return statistics.median(1e3 * num_bytes / rate for rate in self.bandwidth)
+
+    def percent_of_roofline(self, num_bytes: int) -> float | None:
+        if not self.bandwidth:
+            return None
         pairs = zip(self.ms, self.bandwidth, strict=True)
         return statistics.median(1e5 * num_bytes / (ms * rate) for ms, rate in pairs)
 
 
-def available_bytes() -> float:
-    """Memory that is free, or would be if caches of files were dropped."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return 1024 * int(line.split()[1])
-    return float("inf")
+@cache
+def has_probe() -> bool:
+    """Whether the read bandwidth can be measured; if not, there are no shares of the roofline."""
+    try:
+        roofline.read_bandwidth()
+    except RuntimeError as error:
+        print(f"roofline: left out, {error}", flush=True)
+        return False
+    return True
 
 
 def measure(peers: list[Peer], rounds: int, frames: int, threads: int) -> dict[Peer, Rounds]:
@@ -192,19 +219,22 @@ def measure(peers: list[Peer], rounds: int, frames: int, threads: int) -> dict[P
     with ExitStack() as stack:
         workers: dict[Peer, Worker] = {}
         for peer in peers:
-            missing = peer.memory_bytes - available_bytes()
-            if missing > 0:
-                print(f"{peer}: left out, {missing / 1e9:.1f} GB of memory short", flush=True)
+            available = memory_bytes("MemAvailable")
+            if available is not None and available < peer.memory_bytes:
+                short = (peer.memory_bytes - available) / 1e9
+                print(f"{peer}: left out, {short:.1f} GB of memory short", flush=True)
                 continue
-            python = Path(sys.executable) if peer.program == "voxkern" else environment()
             try:
+                python = environment(peer.program)
                 workers[peer] = stack.enter_context(Worker(peer, python, threads))
             except RuntimeError as error:
                 print(f"{peer}: left out, {error}", flush=True)
                 continue
             measured[peer] = Rounds(workers[peer].bytes, workers[peer].about)
         for index in range(rounds if measured else 0):
-            bandwidth = statistics.median(roofline.read_bandwidth() for _ in range(5))
+            bandwidth = []
+            if has_probe():
+                bandwidth = [statistics.median(roofline.read_bandwidth() for _ in range(5))]
             for peer in order([*measured], index):
                 time.sleep(SETTLE_S)
                 try:
@@ -214,7 +244,7 @@ def measure(peers: list[Peer], rounds: int, frames: int, threads: int) -> dict[P
                     del measured[peer]
                     continue
                 measured[peer].ms.append(ms)
-                measured[peer].bandwidth.append(bandwidth)
+                measured[peer].bandwidth += bandwidth
     return measured
 
 
@@ -230,24 +260,25 @@ def run(report: Report, rounds: int, frames: int, only: list[str] | None) -> Non
     table = report.table(
         "peers",
         [
-            *("program", "precision", "ms", "ms least", "ms most", "GB read", "floor ms"),
-            *("% roofline", "% past L3", "real-time factor"),
+            *("program", "precision", "ms", "ms least", "ms most", "GB read"),
+            *("floor ms", "% roofline", "past L3 ms", "% past L3", "real-time factor"),
             *("x voxkern", "x least", "x most", "baseline x"),
         ],
     )
     programs = report.machine["programs"] = {}
+    FOLDER.mkdir(parents=True, exist_ok=True)
     for group in GROUPS:
         peers = [peer for peer in group if not only or str(peer) in only]
         measured = measure(peers, rounds, frames, voxkern.num_threads())
         for peer, seen in measured.items():
             ms, read = statistics.median(seen.ms), seen.bytes
+            past_l3 = read.from_memory(cache_bytes(3))
             versus_ours = ratio(seen, measured.get(Peer("voxkern", peer.precision)))
             versus_baseline = ratio(measured.get(BASELINE), seen)
             table.add(
                 *(peer.program, peer.precision, ms, min(seen.ms), max(seen.ms), read.total / 1e9),
-                statistics.median(read.total / rate * 1e3 for rate in seen.bandwidth),
-                seen.percent_of_roofline(read.total),
-                seen.percent_of_roofline(read.from_memory(roofline.cache_bytes(3))),
+                *(seen.floor_ms(read.total), seen.percent_of_roofline(read.total)),
+                *(seen.floor_ms(past_l3), seen.percent_of_roofline(past_l3)),
                 ms / FRAME_MS,
                 *(versus_ours or (None, None, None)),
                 versus_baseline and versus_baseline[0],
@@ -256,7 +287,11 @@ def run(report: Report, rounds: int, frames: int, only: list[str] | None) -> Non
 
 
 def plot(results: Path) -> Path:
-    """A picture of the results, beside them."""
+    """A picture of the results, beside them.
+
+    Raises:
+        RuntimeError: what draws it cannot be installed.
+    """
     picture = results.with_suffix(".png")
     script = Path(__file__).with_name("plot_peers.py")
     subprocess.run([environment(), script, results, picture], check=True)

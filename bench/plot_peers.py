@@ -11,74 +11,105 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.transforms import blended_transform_factory
 
-PRECISIONS = {
-    "float32": "float32",
-    "bfloat16": "bfloat16",
-    "int8": "int8\n(llama.cpp: Q8_0)",
-    "int4": "int4\n(llama.cpp: Q4_0)",
-}
-# Colours that differ in lightness too.
-COLOURS = {
-    "voxkern": "#0b6e4f",
-    "llama.cpp": "#e08e0b",
-    "torch.compile": "#7a9ccf",
-    "transformers": "#2f4b8f",
-}
+PRECISIONS = ("float32", "bfloat16", "int8", "int4")
+PROGRAMS = ("voxkern", "llama.cpp", "torch.compile", "transformers")
+GGUF = {"bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 FRAME_MS = 80
-SLOT = 0.8  # of the distance between precisions: what their bars share
+OURS, OTHERS, FLOOR, TEXT, REAL_TIME = "#0b6e4f", "#5f6b76", "#d5dbe0", "#333333", "#b3261e"
+GAP = 0.7  # rows between two precisions
+ROW_INCHES = 0.3
+COLUMNS = {"ms": 1.08, "of roofline": 1.24, "x voxkern": 1.4}
+"""Right of the axes, right edges as fractions of the axes' width."""
 
 
 def draw(results: dict, picture: Path) -> None:
-    rows = results["peers"]
-    precisions = [p for p in PRECISIONS if any(row["precision"] == p for row in rows)]
-    figure, axes = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
-    for place, precision in enumerate(precisions):
-        here = [row for row in rows if row["precision"] == precision]
-        here.sort(key=lambda row: list(COLOURS).index(row["program"]))
-        width = SLOT / max(len(here), 2)
-        for i, row in enumerate(here):
-            x = place + (i - (len(here) - 1) / 2) * width
-            spread = [[row["ms"] - row["ms least"]], [row["ms most"] - row["ms"]]]
-            colour = COLOURS[row["program"]]
-            axes.errorbar(x, row["ms"], spread, fmt="o", color=colour, capsize=4, markersize=7)
-            text = {"textcoords": "offset points", "fontsize": 9, "va": "center"}
-            axes.annotate(f"{row['ms']:.0f}", (x, row["ms"]), (7, 0), **text)
-        floor = min(row["floor ms"] for row in here)
-        axes.hlines(floor, place - SLOT / 2, place + SLOT / 2, color="black", linewidth=1.5)
-    axes.axhline(FRAME_MS, color="#b3261e", linestyle="--", linewidth=1)
-    axes.annotate(
-        f"real time, {FRAME_MS} ms",
-        (0.005, FRAME_MS),
-        (0, 3),
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-        color="#b3261e",
-        fontsize=9,
+    rows = sorted(
+        results["peers"],
+        key=lambda row: (PRECISIONS.index(row["precision"]), PROGRAMS.index(row["program"])),
     )
-    axes.set_yscale("log")
-    ticks = [20, 50, 80, 100, 200, 500, 1000, 2000, 5000]
-    low, high = axes.get_ylim()
-    axes.set_yticks([t for t in ticks if low <= t <= high], minor=False)
-    axes.yaxis.set_major_formatter("{x:.0f}")
-    axes.yaxis.set_minor_formatter("")
-    axes.set_xticks(range(len(precisions)), [PRECISIONS[p] for p in precisions])
-    axes.set_xlim(-0.5, len(precisions) - 0.5)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.set_ylabel("ms per frame (least, median, most of the rounds)")
+    places, y = [], 0.0
+    for before, row in zip([None, *rows], rows, strict=False):
+        y += GAP if before and before["precision"] != row["precision"] else 0
+        places.append(y)
+        y += 1
+    figure, axes = plt.subplots(figsize=(9.5, 1.7 + ROW_INCHES * y))
+    figure.subplots_adjust(left=0.22, right=0.75, top=1 - 0.75 / figure.get_figheight())
+    figure.subplots_adjust(bottom=0.8 / figure.get_figheight())
+    beside = blended_transform_factory(axes.transAxes, axes.transData)
+    for row, y in zip(rows, places, strict=True):
+        ours = row["program"] == "voxkern"
+        colour, weight = (OURS, "bold") if ours else (OTHERS, "normal")
+        if row["floor ms"]:
+            low, high = row["past L3 ms"], row["floor ms"]
+            axes.barh(y, high - low, 0.8, low, color=FLOOR, zorder=1)
+            axes.plot((high, high), (y - 0.4, y + 0.4), color="black", linewidth=1.4, zorder=2)
+        spread = [[row["ms"] - row["ms least"]], [row["ms most"] - row["ms"]]]
+        axes.errorbar(
+            row["ms"], y, xerr=spread, fmt="o", color=colour, capsize=3, markersize=6, zorder=3
+        )
+        name = row["program"]
+        if name == "llama.cpp":
+            name += f" {GGUF[row['precision']]}"
+        share, ratio = row["% roofline"], row["x voxkern"]
+        cells = (
+            f"{row['ms']:.0f}",
+            f"{share:.0f} %" if share else "",
+            f"{ratio:.2f}" if ratio and not ours else "",
+        )
+        style = {"transform": beside, "va": "center", "ha": "right", "fontsize": 9.5}
+        axes.text(-0.02, y, name, color=colour, weight=weight, **style)
+        for x, cell in zip(COLUMNS.values(), cells, strict=True):
+            axes.text(x, y, cell, color=colour, weight=weight, **style)
+    top = places[0] - 0.95
+    for title, x in COLUMNS.items():
+        axes.text(x, top, title, transform=beside, color=TEXT, fontsize=8.5, ha="right")
+    for precision in {row["precision"] for row in rows}:
+        mine = [y for row, y in zip(rows, places, strict=True) if row["precision"] == precision]
+        middle = sum(mine) / len(mine)
+        style = {"transform": beside, "va": "center", "fontsize": 11, "color": TEXT}
+        axes.text(-0.39, middle, precision, weight="bold", **style)
+    axes.set_ylim(places[-1] + 0.7, places[0] - 0.7)
+    axes.set_yticks([])
+    _scale(axes, rows)
     machine = results["machine"]
-    axes.set_title(
-        f"One frame of CSM-1B's transformers, batch 1, {machine['threads']} threads", loc="left"
-    )
-    handles = [
-        plt.Line2D([], [], marker="o", linestyle="", color=colour, label=program)
-        for program, colour in COLOURS.items()
-        if any(row["program"] == program for row in rows)
-    ]
-    handles.append(plt.Line2D([], [], color="black", label="roofline: weights / read bandwidth"))
-    axes.legend(handles=handles, frameon=False, fontsize=9)
+    where = f"batch 1, {machine['threads']} threads of {machine['processor']}"
+    axes.set_title(f"One frame of CSM-1B's transformers, {where}", loc="left", x=-0.39, pad=24)
+    _legend(figure)
     figure.savefig(picture, dpi=150)
+
+
+def _scale(axes, rows: list[dict]) -> None:
+    axes.axvline(FRAME_MS, color=REAL_TIME, linestyle=(0, (4, 3)), linewidth=1, zorder=0)
+    axes.set_xscale("log")
+    ends = [row[key] for row in rows for key in ("past L3 ms", "ms least", "ms most") if row[key]]
+    axes.set_xlim(min(*ends, FRAME_MS) * 0.85, max(ends) * 1.15)
+    low, high = axes.get_xlim()
+    ticks = [t for t in (20, 40, 80, 160, 320, 640, 1280, 2560, 5120) if low <= t <= high]
+    axes.set_xticks(ticks, [f"{t}" for t in ticks])
+    axes.set_xticks([], minor=True)
+    axes.grid(axis="x", color="#e6e6e6", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(axis="x", colors=TEXT, length=0)
+    for side in ("top", "left", "right"):
+        axes.spines[side].set_visible(False)
+    axes.set_xlabel("ms per frame: median of the rounds, least and most", color=TEXT, fontsize=9)
+
+
+def _legend(figure) -> None:
+    handles = [
+        Line2D([], [], color=REAL_TIME, linestyle=(0, (4, 3)), label=f"real time: {FRAME_MS} ms"),
+        Line2D([], [], color="black", marker="|", linestyle="", markersize=11, markeredgewidth=1.4),
+        Patch(color=FLOOR),
+    ]
+    handles[1].set_label("roofline: every weight read from memory")
+    handles[2].set_label("less what the level-3 cache could keep")
+    figure.legend(
+        handles=handles, frameon=False, fontsize=8.5, ncols=3, loc="lower left", labelcolor=TEXT
+    )
 
 
 if __name__ == "__main__":

@@ -1,18 +1,15 @@
 """Tables for people, one last line of JSON for programs."""
 
 import json
-import platform
 from typing import ClassVar
 
-import torch
-
-import voxkern
+import machine
 
 
 class Table:
     """Rows under named columns; numbers are shown with three significant digits, None as a dash."""
 
-    WIDTHS: ClassVar = {"what": 24, "op": 17, "shape": 34, "program": 13}
+    WIDTHS: ClassVar = {"what": 24, "op": 17, "shape": 34, "program": 13, "packing": 19}
 
     def __init__(self, name: str, columns: list[str]):
         self.name = name
@@ -43,14 +40,7 @@ class Report:
     """All tables of one run, and the machine that they were measured on."""
 
     def __init__(self):
-        self.machine = {
-            "processor": platform.processor() or platform.machine(),
-            "threads": voxkern.num_threads(),
-            "isa": torch.ops.voxkern.cpu_isa(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        }
+        self.machine = machine.describe()
         self.tables: list[Table] = []
 
     def table(self, name: str, columns: list[str]) -> Table:

@@ -16,13 +16,13 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from machine import cache_bytes
 from report import Report
 
 import voxkern
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 MEMORY_BYTES = 1 << 30  # far beyond any last-level cache
-CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 RATES = {
     torch.float32: "multiply_float32",
     torch.bfloat16: "multiply_bfloat16",
@@ -35,7 +35,12 @@ def _probe() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "roofline.so"
         flags = ["-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-pthread"]
-        subprocess.run(["c++", *flags, SOURCE, "-o", library], check=True)
+        try:
+            subprocess.run(["c++", *flags, SOURCE, "-o", library], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise RuntimeError(
+                f"the probe of the read bandwidth was not compiled: {error}"
+            ) from None
         probe = ctypes.CDLL(str(library))
     probe.read_memory.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int)
     probe.read_memory.restype = ctypes.c_uint64
@@ -52,7 +57,11 @@ def _buffer(size_bytes: int) -> torch.Tensor:
 
 
 def read_bandwidth(size_bytes: int = MEMORY_BYTES, threads: int | None = None) -> float:
-    """Bytes per second that `threads` read from a buffer of `size_bytes`, once through it."""
+    """Bytes per second that `threads` read from a buffer of `size_bytes`, once through it.
+
+    Raises:
+        RuntimeError: there is no C++ compiler to make the probe.
+    """
     threads = threads or voxkern.num_threads()
     data = _buffer(size_bytes).data_ptr()
     rounds = max(1, (1 << 28) // size_bytes)
@@ -72,18 +81,6 @@ def multiply_rate(dtype: torch.dtype, threads: int | None = None) -> float:
     if not operations:
         return multiply_rate(torch.float32, threads)
     return operations / (time.perf_counter() - start)
-
-
-@cache
-def cache_bytes(level: int) -> int:
-    """The size of processor 0's data cache of a level, 0 if the system does not tell."""
-    for cache_dir in CACHES.glob("index*"):
-        if (cache_dir / "level").read_text().strip() != str(level):
-            continue
-        if (cache_dir / "type").read_text().strip() != "Instruction":
-            size = (cache_dir / "size").read_text().strip()
-            return int(size[:-1]) << {"K": 10, "M": 20}[size[-1]]
-    return 0
 
 
 def working_sets(l2_bytes: int, l3_bytes: int, threads: int) -> list[tuple[str, int]]:
