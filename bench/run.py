@@ -4,10 +4,12 @@
     python bench/run.py kernels    every op at CSM-1B's shapes, against plain torch
     python bench/run.py frame      whole frames of full-size CSM-1B, against transformers
     python bench/run.py all        the three of them
+    python bench/run.py quantization   what packing does to the logits; needs 10 GB of memory
     python bench/run.py peers      whole frames of several programs in turn: ours, llama.cpp,
                                    transformers, torch.compile (bench/peers.py says how). The
                                    first call makes their environment, build/peers, and compiles
-                                   llama.cpp in it: minutes. Needs 20 GB of memory for all
+                                   llama.cpp in it: up to half an hour on two cores; a run is seven
+                                   minutes. Needs 22 GB of memory for all
 
 Options:
     --save FOLDER              write the results there as BENCH.json, and peers' plot beside them
@@ -18,8 +20,15 @@ Options:
     --ops linear,silu_mul      kernels: only these ops
     --threads N                threads (default: the processors this process may use)
     --no-peer                  frame: without transformers
-    --rounds N, --frames N     peers: rounds, and frames of each program in a round (default 6, 4)
+    --rounds N, --frames N     peers: rounds, and frames of each program in a round (default 6, 3)
     --only "voxkern bfloat16,llama.cpp int4"   peers: only these
+
+What is committed: bench/results/MACHINE/BENCH.json, of one run each on a machine that does nothing
+else, made by `--save bench/results/MACHINE`: roofline, kernels, frame, quantization, and peers with
+its picture, for MACHINE = cpu-2-cores, or the like. Every file has the machine in it: processor,
+caches, instruction set, threads, versions, and the read bandwidth before and after the run, least,
+median and most: a run whose bandwidth halved midway is to be made again. Figures in the README are
+copied from these files.
 
 Weights are random, of the real sizes. Each figure is a median after a warm-up; what is compared
 is measured in turn within one run, for machines drift. Inputs rotate through more memory than the
@@ -29,6 +38,7 @@ The last line printed is JSON.
 """
 
 import argparse
+import statistics
 from pathlib import Path
 
 import torch
@@ -43,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("bench", choices=[*BENCHES, "all", "peers"])
+    parser.add_argument("bench", choices=[*BENCHES, "all", "quantization", "peers"])
     parser.add_argument("--dtype", default="float32,bfloat16")
     parser.add_argument("--quantize", default="none,int8,int4")
     parser.add_argument("--batch")
@@ -51,7 +61,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--frames", type=int, default=4)
+    parser.add_argument("--frames", type=int, default=3)
     parser.add_argument("--only")
     parser.add_argument("--save", type=Path)
     args = parser.parse_args()
@@ -63,6 +73,7 @@ def main() -> None:
     batches = [int(b) for b in args.batch.split(",")] if args.batch else None
 
     report = Report()
+    bandwidth = read_bandwidths()
     chosen = BENCHES if args.bench == "all" else (args.bench,)
     if "roofline" in chosen:
         import roofline
@@ -82,13 +93,31 @@ def main() -> None:
             for precision in (args.dtype.split(",") if packing == "none" else [packing])
         ]
         bench_frame.run(report, precisions, batches or [1, 2, 4], peer=not args.no_peer)
+    if args.bench == "quantization":
+        import bench_quantization
+
+        bench_quantization.run(report)
     if args.bench == "peers":
         import peers
 
         only = args.only.split(",") if args.only else None
         peers.run(report, args.rounds, args.frames, only)
+    if bandwidth:
+        bandwidth = sorted(bandwidth + read_bandwidths())
+        spread = (bandwidth[0], statistics.median(bandwidth), bandwidth[-1])
+        report.machine["read GB/s"] = dict(zip(("least", "median", "most"), spread, strict=True))
     save(report, args)
     print(report.json())
+
+
+def read_bandwidths() -> list[float]:
+    """GB/s a few times; nothing where there is no compiler to make the probe."""
+    import roofline
+
+    try:
+        return [roofline.read_bandwidth() / 1e9 for _ in range(6)][1:]
+    except RuntimeError:
+        return []
 
 
 def save(report: Report, args: argparse.Namespace) -> None:
@@ -104,7 +133,10 @@ def save(report: Report, args: argparse.Namespace) -> None:
     results.write_text(report.json(indent=1) + "\n")
     print(f"\n{results}")
     if args.bench == "peers" and any(table.rows for table in report.tables):
-        print(peers.plot(results))
+        try:
+            print(peers.plot(results))
+        except RuntimeError as error:
+            print(f"plot: left out, {error}")
 
 
 if __name__ == "__main__":

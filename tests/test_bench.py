@@ -1,16 +1,28 @@
 """The benchmarks' arithmetic; nothing is timed."""
 
+import math
+import subprocess
+import sys
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
+import machine
+import peers
 import pytest
 import torch
+from bench_quantization import Speech, divergence, packed, random_speech, teacher_forced
 from csm_1b import CSM_1B, FrameBytes, frame_bytes
 from llama_frames import BITS, HEAD_ROWS, gguf_shapes, llama_frame_bytes
 from peers import GROUPS, Peer, Rounds, order, ratio
 from roofline import working_sets
 
-from vox_serve.csm_weights import CsmWeights
-from vox_serve.model_config import CsmConfig
+from vox_serve.csm_weights import PACKINGS, CsmWeights
+from vox_serve.engine import Prompt
+from vox_serve.kv_cache import CacheBatch, CacheSequence, KvCache
+from vox_serve.model import CsmModel
+from vox_serve.model_config import CsmConfig, TransformerConfig
+from vox_serve.sampling import SamplingParams, SamplingRows
 
 CONFIG = CsmConfig.from_json(CSM_1B)
 DEPTH_STEPS = CONFIG.num_codebooks - 1
@@ -95,3 +107,94 @@ def test_working_sets_leave_out_caches_that_are_not_known():
     names = [name for name, _ in working_sets(0, 32 << 20, threads=2)]
     assert names == ["half of L3", "L3", "twice L3", "memory"]
     assert dict(working_sets(1 << 20, 0, threads=4))["half of L2 each"] == 2 << 20
+
+
+@pytest.mark.parametrize("packing", ["none", "int8", "int4"])
+def test_teacher_forced_logits_are_those_that_codes_are_drawn_from(packing):
+    """Greedy codes are the largest logits, utterance by utterance and frame by frame."""
+    sizes = TransformerConfig(2, 64, 4, 2, 16, 96, 1e-5, 64, 1e4, None)
+    config = CsmConfig(sizes, replace(sizes, dim=32), 4, 37, 50)
+    plain = CsmWeights.random(config, torch.float32)
+    model = CsmModel(config, packed(plain, PACKINGS[packing], torch.float32))
+    prompts = random_speech(config).prompts[:2]
+    long, short = _greedy(model, prompts[0], 3), _greedy(model, prompts[1], 1)
+    logits = teacher_forced(model, Speech([prompts[1], prompts[0]], [short, long]))
+    # Step by step, the longer one first; behind each one's last frame there is a code 0 more.
+    drawn = torch.stack((long[0], short[0], long[1], long[2]))
+    assert logits.code0.argmax(-1)[[0, 1, 2, 4]].tolist() == drawn[:, 0].tolist()
+    assert len(logits.code0) == 6
+    assert logits.depth.argmax(-1).view(4, 3).tolist() == drawn[:, 1:].tolist()
+
+
+def _greedy(model: CsmModel, prompt: Prompt, num_frames: int) -> torch.Tensor:
+    cache = KvCache(model.config.backbone, 1, model.dtype, model.device)
+    sequence = CacheSequence()
+    batch = CacheBatch.prefill(cache, [sequence], [len(prompt.frames)])
+    rows = SamplingRows.of([SamplingParams(temperature=0)], [0], [0], [[]], model.device)
+    frames, codes = prompt, []
+    for _ in range(num_frames):
+        hidden = model.backbone_step(*frames, batch, cache)
+        codes.append(model.draw_frames(hidden, rows))
+        frames, batch = model.next_inputs(codes[-1]), CacheBatch.decode(cache, [sequence])
+    return torch.cat(codes)
+
+
+def test_divergence_is_kl_and_agreement_of_the_largest():
+    p = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]])
+    q = torch.tensor([[0.25, 0.5, 0.25], [0.2, 0.2, 0.6]])
+    kl = (0.5 * math.log(2) - 0.25 * math.log(2)) / 2
+    assert divergence(p.log(), q.log() + 3) == pytest.approx((kl, 50.0), rel=1e-6)
+    assert divergence(p.log(), p.log() + 3) == pytest.approx((0.0, 100.0), abs=1e-6)
+
+
+def test_packed_weights_are_of_the_formats_asked_for():
+    config = CsmConfig.from_json({**CSM_1B, "text_vocab_size": 16})
+    plain = CsmWeights.empty(config, torch.float32, "meta")
+    asked = []
+
+    def note(x: torch.Tensor, format: str) -> torch.Tensor:
+        asked.append((tuple(x.shape), format))
+        return x
+
+    weights = packed(plain, {"depth": "int4", "code_heads": "int8"}, torch.bfloat16, note)
+    matrices = [getattr(plain.depth, name) for name in ("qkv", "o", "gate_up", "down")]
+    wanted = [(tuple(m.shape), "int4") for m in matrices]
+    wanted += [(tuple(plain.code_heads.shape), "int8")]
+    assert sorted(asked) == sorted(wanted)
+    assert weights.depth.norm.dtype == weights.backbone.down.dtype == torch.bfloat16
+
+
+def test_the_processor_is_named_as_proc_cpuinfo_has_it(tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    one = "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n"
+    cpuinfo.write_text(f"{one}\n{one.replace('AMD', 'another')}")
+    assert machine.processor(cpuinfo) == "AMD EPYC (family 25, model 17)"
+    cpuinfo.write_text("processor : 0\nmodel name : Some Arm\n")
+    assert machine.processor(cpuinfo) == "Some Arm"
+
+
+def test_what_cannot_be_installed_is_said_once_and_the_rest_runs(monkeypatch, tmp_path):
+    """Offline, or without a compiler: a peer is left out, ours is not."""
+    calls = []
+
+    def run(command, **_):
+        calls.append(command)
+        return subprocess.CompletedProcess(command, int("llama-cpp-python==0.3.36" in command))
+
+    monkeypatch.setattr(peers, "ROOT", tmp_path)
+    monkeypatch.setattr(peers, "FOLDER", tmp_path / "peers")
+    monkeypatch.setattr(peers.subprocess, "run", run)
+    (tmp_path / "peers" / "venv").mkdir(parents=True)
+    peers._install.cache_clear()
+    assert peers.environment("voxkern") == Path(sys.executable)
+    assert not calls
+    assert peers.environment("transformers") == peers.PYTHON
+    installed = len(calls)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"not installed, see peers/install-llama\.cpp\.log"):
+            peers.environment("llama.cpp")
+    assert len(calls) == installed + 2
+    peers._install.cache_clear()
+    assert peers.environment("transformers") == peers.PYTHON
+    assert len(calls) == installed + 2
+    peers._install.cache_clear()

@@ -22,6 +22,7 @@ from common import SAMPLE_RATE_HZ, Speech
 from encode_speech import encode, load_stage1
 from judge import Judge
 from texts import TEST_SENTENCES
+from vox_serve.csm_weights import PACKINGS
 from vox_serve.engine import Request
 from vox_serve.loading import load_engine
 from vox_serve.sampling import SamplingParams
@@ -78,7 +79,7 @@ def evaluate_codec(args, judge):
 
 
 def evaluate_voice(args, judge):
-    engine = load_engine(str(args.folder), device="cpu", dtype="float32")
+    engine = load_engine(str(args.folder), device="cpu", dtype=args.dtype, quantize=args.quantize)
     if args.training_texts:
         rows = Speech(args.training_texts, 1).rows
         texts = [row["text"] for row in rows if len(row["text"].split()) > 3][: args.sentences]
@@ -100,6 +101,8 @@ def evaluate_voice(args, judge):
         results = dict(
             what="training texts" if args.training_texts else "test texts",
             speaker=speaker,
+            dtype=args.dtype,
+            quantize=args.quantize,
             temperature=args.temperature,
             sentences=len(texts),
             **scores,
@@ -118,6 +121,8 @@ def main():
     parser.add_argument("--temperature", type=float, default=SamplingParams.temperature)
     parser.add_argument("--top-k", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="voice")
+    parser.add_argument("--quantize", choices=list(PACKINGS), default="none", help="voice")
     parser.add_argument("--training-texts", type=Path, metavar="RUN", help="voice: read these")
     parser.add_argument("--own-encoder", action="store_true", help="codec: SEANet, not mel")
     parser.add_argument("--threads", type=int, default=2)
