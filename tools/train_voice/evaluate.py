@@ -2,6 +2,7 @@
 
     python evaluate.py codec RUN                         the teacher's speech through the codec
     python evaluate.py voice RUN/export                  the test sentences, spoken by vox_serve
+    python evaluate.py voice RUN/export --quantize int4  with packed weights
 
 Prints, and appends to RUN/evaluation.jsonl: word error rate of Whisper tiny.en, share of sentences
 without an error, DNSMOS, median F0, sentences that did not end by themselves, real-time factor.
