@@ -1,8 +1,10 @@
+import hashlib
+
 import pytest
 import torch
 
 from voxkern import quantize
-from voxkern.quantize import FORMATS, integers, pack, packed_shape, unpack
+from voxkern.quantize import FORMATS, LAYOUT_VERSION, integers, pack, packed_shape, unpack
 
 SHAPES = [(16, 32), (1, 32), (17, 64), (3, 33, 96), (2, 1, 5, 32), (40, 2048)]
 
@@ -123,3 +125,29 @@ def test_values_too_small_for_a_scale_are_zero():
 def test_errors(weight, format, message):
     with pytest.raises(ValueError, match=message):
         pack(weight, format)
+
+
+def test_what_is_packed_changes_only_with_the_layouts_version():
+    """If this fails, raise LAYOUT_VERSION, and write down what is packed now."""
+    # Sixty-fourths, so that no sum depends on its order.
+    weight = (torch.arange(40 * 64) * 37 % 101 - 50).float().div(64).view(40, 64)
+    digests = {f: hashlib.sha256(pack(weight, f).numpy()).hexdigest()[:16] for f in FORMATS}
+    assert (LAYOUT_VERSION, digests) == (1, {"int8": "f8a57aab2a5b451a", "int4": "93686dff45ba4bd2"})
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("format", FORMATS)
+def test_threads_pack_the_same(format, inference):
+    weight = torch.randn(3, 40, 16384)  # several parts of each matrix
+    expected = pack(weight, format)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with torch.inference_mode(inference):
+            assert torch.equal(pack(weight, format), expected)
+            weight[2, 39, 5] = torch.nan
+            with pytest.raises(ValueError, match="not finite"):
+                pack(weight, format)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)

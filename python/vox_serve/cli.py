@@ -168,6 +168,7 @@ def engine_of(config: Config) -> "Engine":
         device=config.device,
         dtype=config.dtype,
         quantize=config.quantize,
+        weight_cache=config.weight_cache,
         codec=config.codec,
         context=config.context,
         max_batch_size=config.max_batch_size,

@@ -113,6 +113,13 @@ class Config:
         "packed weights; int4 keeps the depth decoder's heads and projection in int8",
         choices=("none", "int8", "int4"),
     )
+    weight_cache: str | None = setting(
+        None,
+        MODEL,
+        "folder where packed weights are kept, to be mapped into memory by later starts; 'none' "
+        "packs them at every start",
+        shown_default=".voxkern in the model's folder, else in ~/.cache/voxkern; none if small",
+    )
     num_threads: int | None = setting(
         None,
         MODEL,

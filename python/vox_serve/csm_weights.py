@@ -1,6 +1,7 @@
 """CSM's weights as the ops take them: stacked over layers, fused where they are used together."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -148,6 +149,22 @@ class CsmWeights:
             **tensors,
         )
 
+    def named(self) -> dict[str, Tensor]:
+        """Every tensor by its attribute's name, such as `text_table` and `depth.qkv`."""
+        return _named(self, "")
+
+    def with_named(self, tensors: Mapping[str, Tensor]) -> "CsmWeights":
+        """The weights whose `named()` is `tensors`.
+
+        Raises:
+            ValueError: they are not these weights' names, shapes and dtypes.
+        """
+        for name, tensor in self.named().items():
+            got = tensors.get(name)
+            if got is None or (got.shape, got.dtype) != (tensor.shape, tensor.dtype):
+                raise ValueError(f"{name}: expected {tensor.dtype} {list(tensor.shape)}")
+        return _with_named(self, tensors, "")
+
     @classmethod
     def random(
         cls,
@@ -186,6 +203,25 @@ class CsmWeights:
         """
         for rows, out in zip(table.split(_CHUNK), self.depth_audio_rows.split(_CHUNK), strict=True):
             out.copy_(ops.linear(rows.to(out), self.projection))
+
+
+def _named(weights: CsmWeights | TransformerWeights, prefix: str) -> dict[str, Tensor]:
+    tensors = {}
+    for field in fields(weights):
+        name, value = f"{prefix}{field.name}", getattr(weights, field.name)
+        tensors |= {name: value} if isinstance(value, Tensor) else _named(value, f"{name}.")
+    return tensors
+
+
+def _with_named(
+    weights: CsmWeights | TransformerWeights, tensors: Mapping[str, Tensor], prefix: str
+) -> CsmWeights | TransformerWeights:
+    values = {}
+    for field in fields(weights):
+        name, value = f"{prefix}{field.name}", getattr(weights, field.name)
+        is_tensor = isinstance(value, Tensor)
+        values[field.name] = tensors[name] if is_tensor else _with_named(value, tensors, f"{name}.")
+    return type(weights)(**values)
 
 
 def _tile(out: Tensor, noise: Tensor, fan_in: int) -> None:

@@ -1,6 +1,9 @@
 """From a model's name to an engine that can serve it."""
 
+import hashlib
 import math
+import os
+from pathlib import Path
 
 import torch
 
@@ -24,6 +27,7 @@ def load_engine(
     device: str = "auto",
     dtype: str | torch.dtype = "auto",
     quantize: str = "none",
+    weight_cache: str | None = None,
     codec: str | None = None,
     context: str | None = None,
     max_batch_size: int = 8,
@@ -36,6 +40,8 @@ def load_engine(
         device: "cpu", "cuda", or "auto": a GPU if torch sees one and the kernels run on it.
         dtype: of weights and KV cache. "auto" is bfloat16, but float32 for a small model on a CPU.
         quantize: "none", "int8" or "int4": which matrices are packed (`csm_weights.PACKINGS`).
+        weight_cache: folder for packed weights, "none", or None for the model's own folder (see
+            `cache_folders`).
         codec: folder, file or hub id of the codec, for a checkpoint that holds none.
         context: path of a context.json, "none", or None for the model folder's own prompts.
         max_batch_size: requests that share a step.
@@ -50,15 +56,15 @@ def load_engine(
     place = torch.device(_choose_device() if device == "auto" else device)
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda: torch sees no GPU here")
+    config = CsmConfig.from_json(read_json(folder / "config.json"))
+    small = _num_parameters(config) < SMALL_MODEL_PARAMETERS
     if dtype == "auto":
-        config = CsmConfig.from_json(read_json(folder / "config.json"))
-        small = _num_parameters(config) < SMALL_MODEL_PARAMETERS
         dtype = torch.float32 if place.type == "cpu" and small else torch.bfloat16
     elif isinstance(dtype, str):
         dtype = getattr(torch, dtype)
 
-    checkpoint = load_checkpoint(folder, dtype, place, allow_pickle, quantize)
-    config = checkpoint.config
+    caches = cache_folders(weight_cache, folder, small)
+    checkpoint = load_checkpoint(folder, dtype, place, allow_pickle, quantize, caches)
     mimi = load_codec(checkpoint, codec)
     if context == "none":
         segments = []
@@ -73,6 +79,26 @@ def load_engine(
         segments,
         max_batch_size,
     )
+
+
+def cache_folders(setting: str | None, folder: Path, small: bool) -> list[Path]:
+    """Where a model's packed weights may be kept, the best place first.
+
+    Args:
+        setting: a folder, which gets one of its own for every model; "none" for nowhere; None for
+            `.voxkern` in the model's folder or, if that cannot be written to, the user's cache
+            folder, but nowhere if the model is small.
+        folder: the model's.
+        small: it is packed in a moment.
+    """
+    if setting == "none" or (setting is None and small):
+        return []
+    path = folder.resolve()
+    own = f"{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}"
+    if setting is not None:
+        return [Path(setting).expanduser() / own]
+    of_user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    return [folder / ".voxkern", *([of_user / "voxkern" / own] if of_user.is_absolute() else [])]
 
 
 def _choose_device() -> str:

@@ -1,6 +1,6 @@
 """From a checkpoint folder, in either format, to one set of stacked tensors, and to the codec."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,12 @@ from vox_serve.hub import resolve_codec
 from vox_serve.mimi import Mimi, load_mimi, mimi_from_checkpoint
 from vox_serve.model_config import CsmConfig, TransformerConfig
 from vox_serve.tensor_names import HF, TensorNames, names_in
-from voxkern.quantize import format_of, pack
+from vox_serve.weight_cache import WeightCache
+from voxkern.quantize import LAYOUT_VERSION, format_of, pack
+
+STACKING_VERSION = 1
+"""Of how packed weights are stacked from a checkpoint's tensors; to be raised with every change of
+it, so that caches of the old ones are made anew."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ def load_checkpoint(
     device: torch.device | str = "cpu",
     allow_pickle: bool = False,
     quantize: str = "none",
+    cache_folders: Sequence[Path] = (),
 ) -> Checkpoint:
     """Load a checkpoint folder in transformers' format or the original's.
 
@@ -65,6 +71,8 @@ def load_checkpoint(
         device: of the weights.
         allow_pickle: read ckpt.pt (plain tensors only) where there is no safetensors file.
         quantize: which matrices are packed, a key of `csm_weights.PACKINGS`.
+        cache_folders: where packed weights on the CPU are kept, in a file that later loads map
+            into memory; the first that can be written to. Empty: nowhere.
 
     Raises:
         CheckpointError: a file or tensor is missing or wrong; the message names it.
@@ -77,8 +85,21 @@ def load_checkpoint(
     settings = read_json(folder / "config.json")
     config = CsmConfig.from_json(settings)
     codec_config = settings.get("codec_config")
-    files = TensorFiles(find_weights(folder, settings, allow_pickle))
-    weights = _read_weights(files, config, dtype, device, quantize)
+    paths = find_weights(folder, settings, allow_pickle)
+    cache = None
+    if cache_folders and quantize != "none" and torch.device(device).type == "cpu":
+        cache = WeightCache(
+            cache_folders,
+            f"{quantize}-{str(dtype).removeprefix('torch.')}",
+            (STACKING_VERSION, LAYOUT_VERSION),
+            [folder / "config.json", *paths],
+        )
+    files = TensorFiles(paths)
+    weights = _cached_weights(cache, config, dtype, quantize)
+    if weights is None:
+        weights = _read_weights(files, config, dtype, device, quantize)
+        if cache and (kept := cache.save(weights.named())):
+            weights = weights.with_named(kept)
     codec = {
         name.removeprefix(CODEC_PREFIX): files.read(name).to(torch.float32, copy=True)
         for name in sorted(files.names)
@@ -112,6 +133,18 @@ def load_codec(checkpoint: Checkpoint, codec: str | None = None) -> Mimi:
     return mimi
 
 
+def _cached_weights(
+    cache: WeightCache | None, config: CsmConfig, dtype: torch.dtype, quantize: str
+) -> CsmWeights | None:
+    tensors = cache.load() if cache else None
+    if tensors is None:
+        return None
+    try:
+        return CsmWeights.empty(config, dtype, "meta", quantize).with_named(tensors)
+    except ValueError:  # of a version that forgot to say so
+        return None
+
+
 def _read_weights(
     files: TensorFiles,
     config: CsmConfig,
@@ -124,6 +157,10 @@ def _read_weights(
         raise CheckpointError(f"{files.paths[0]} holds no CSM: it has no tensor {HF.code0_head}")
     _refuse_unknown(files, names, config)
     weights = CsmWeights.empty(config, dtype, device, quantize)
+    # The largest first, while little else is in memory.
+    _copy(files, names.text_table, weights.text_table)
+    _copy(files, names.projection, weights.projection)
+    _read_audio_tables(files, names, weights)
     for prefix, sizes, part in (
         (names.backbone, config.backbone, weights.backbone),
         (names.depth, config.depth, weights.depth),
@@ -131,12 +168,9 @@ def _read_weights(
         for i in range(sizes.num_layers):
             _read_layer(files, names, f"{prefix}layers.{i}.", sizes, part, i)
         _copy(files, f"{prefix}{names.norm}", part.norm)
-    _copy(files, names.text_table, weights.text_table)
     _copy(files, names.code0_head, weights.code0_head)
-    _copy(files, names.projection, weights.projection)
     with _plain(weights.code_heads, CsmWeights.shapes(config), "code_heads") as matrix:
         _copy(files, names.code_heads, matrix.transpose(1, 2))
-    _read_audio_tables(files, names, weights)
     return weights
 
 
