@@ -84,6 +84,14 @@ def test_help_needs_no_model_and_no_torch():
     assert "--max_batch_size SIZE" in done.stdout
 
 
+def test_serving_needs_no_transformers():
+    code = "import sys, vox_serve.loading, vox_serve.api, vox_serve.runner, uvicorn\n"
+    code += (
+        "assert not {'transformers', 'scipy', 'soundfile', 'huggingface_hub'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=_environment())
+
+
 def _environment() -> dict[str, str]:
     """This process's, with its import path: the package may be installed or not."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

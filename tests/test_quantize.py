@@ -132,7 +132,10 @@ def test_what_is_packed_changes_only_with_the_layouts_version():
     # Sixty-fourths, so that no sum depends on its order.
     weight = (torch.arange(40 * 64) * 37 % 101 - 50).float().div(64).view(40, 64)
     digests = {f: hashlib.sha256(pack(weight, f).numpy()).hexdigest()[:16] for f in FORMATS}
-    assert (LAYOUT_VERSION, digests) == (1, {"int8": "f8a57aab2a5b451a", "int4": "93686dff45ba4bd2"})
+    assert (LAYOUT_VERSION, digests) == (
+        1,
+        {"int8": "f8a57aab2a5b451a", "int4": "93686dff45ba4bd2"},
+    )
 
 
 @pytest.mark.parametrize("inference", [False, True])

@@ -1,5 +1,6 @@
 """From a checkpoint folder, in either format, to one set of stacked tensors, and to the codec."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -157,6 +158,7 @@ def _read_weights(
         raise CheckpointError(f"{files.paths[0]} holds no CSM: it has no tensor {HF.code0_head}")
     _refuse_unknown(files, names, config)
     weights = CsmWeights.empty(config, dtype, device, quantize)
+    scratch = _Scratch()
     # The largest first, while little else is in memory.
     _copy(files, names.text_table, weights.text_table)
     _copy(files, names.projection, weights.projection)
@@ -166,10 +168,12 @@ def _read_weights(
         (names.depth, config.depth, weights.depth),
     ):
         for i in range(sizes.num_layers):
-            _read_layer(files, names, f"{prefix}layers.{i}.", sizes, part, i)
+            _read_layer(files, names, f"{prefix}layers.{i}.", sizes, part, i, scratch)
         _copy(files, f"{prefix}{names.norm}", part.norm)
     _copy(files, names.code0_head, weights.code0_head)
-    with _plain(weights.code_heads, CsmWeights.shapes(config), "code_heads") as matrix:
+    with _plain(
+        weights.code_heads, CsmWeights.shapes(config), "code_heads", scratch
+    ) as matrix:
         _copy(files, names.code_heads, matrix.transpose(1, 2))
     return weights
 
@@ -181,6 +185,7 @@ def _read_layer(
     sizes: TransformerConfig,
     part: TransformerWeights,
     i: int,
+    scratch: "_Scratch",
 ) -> None:
     def copy(key: str, out: Tensor, rotary_pairs: int | None = None) -> None:
         _copy(files, f"{prefix}{names.layer[key]}", out, rotary_pairs)
@@ -191,31 +196,49 @@ def _read_layer(
     head_dim = sizes.head_dim
     q_rows, kv_rows = sizes.num_heads * head_dim, sizes.num_kv_heads * head_dim
     rotary_pairs = head_dim if names.interleaved_rope else None
-    with _plain(part.qkv[i], shapes, "qkv", prefix) as matrix:
+    with _plain(part.qkv[i], shapes, "qkv", scratch, prefix) as matrix:
         q, k, v = matrix.split((q_rows, kv_rows, kv_rows))
         copy("q", q, rotary_pairs)
         copy("k", k, rotary_pairs)
         copy("v", v)
-    with _plain(part.o[i], shapes, "o", prefix) as matrix:
+    with _plain(part.o[i], shapes, "o", scratch, prefix) as matrix:
         copy("o", matrix)
-    with _plain(part.gate_up[i], shapes, "gate_up", prefix) as matrix:
+    with _plain(part.gate_up[i], shapes, "gate_up", scratch, prefix) as matrix:
         gate, up = matrix.chunk(2)
         copy("gate", gate)
         copy("up", up)
-    with _plain(part.down[i], shapes, "down", prefix) as matrix:
+    with _plain(part.down[i], shapes, "down", scratch, prefix) as matrix:
         copy("down", matrix)
+
+
+class _Scratch:
+    """Memory for one matrix at a time: new memory for each takes longer than to fill it."""
+
+    def __init__(self):
+        self._memory = torch.empty(0)
+
+    def __call__(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        size = math.prod(shape)
+        if size > self._memory.numel():
+            self._memory = torch.empty(0)
+            self._memory = torch.empty(size, dtype=torch.float32, device=device)
+        return self._memory[:size].view(shape)
 
 
 @contextmanager
 def _plain(
-    place: Tensor, shapes: dict[str, tuple[int, ...]], name: str, prefix: str = ""
+    place: Tensor,
+    shapes: dict[str, tuple[int, ...]],
+    name: str,
+    scratch: _Scratch,
+    prefix: str = "",
 ) -> Iterator[Tensor]:
     """Where a matrix is read to: its place, or what is then packed into it."""
     format = format_of(place)
     if format == "none":
         yield place
         return
-    matrix = torch.empty(shapes[name], dtype=torch.float32, device=place.device)
+    matrix = scratch(shapes[name], place.device)
     yield matrix
     try:
         place.copy_(pack(matrix, format))
