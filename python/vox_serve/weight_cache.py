@@ -1,10 +1,10 @@
 """Tensors made of a checkpoint's files, kept in a file and mapped into memory by later starts.
 
-A cache is two files. `int4-bfloat16.safetensors` holds the tensors; `int4-bfloat16.json` says what
-they were made of: for each source, and for the tensors' own file, its size, a digest of its content
-and a stamp, its mtime, ctime and inode. A file whose stamp is as it was, is as it was: the kernel
-sets the ctime at every change, also where a copy or a program sets the mtime back. A file with
-another stamp (copied, touched, downloaded again) is read, and its digest decides.
+A cache is two files. `NAME.safetensors` holds the tensors; `NAME.json` says what they were made of:
+for each source, and for the tensors' own file, its size, a digest of its content and a stamp, its
+mtime, ctime and inode. A file whose stamp is as it was, is as it was: the kernel sets the ctime at
+every change, also where a copy or a program sets the mtime back. A file with another stamp (copied,
+touched, downloaded again) is read, and its digest decides.
 
 Both files are written under another name, then renamed. So a reader finds a whole file or none,
 and a mapping outlives what replaces its file. Two processes that write at once do no harm: what
@@ -85,10 +85,7 @@ class WeightCache:
         self._stamps = {name: _stamp(os.stat(path)) for name, path in self._sources.items()}
 
     def load(self) -> dict[str, Tensor] | None:
-        """The tensors by name, mapped from the file; None unless they were made of these sources.
-
-        One that was saved under two names is one object.
-        """
+        """The tensors by name, mapped from their file; None if there are none of these sources."""
         for folder in self._folders:
             if (tensors := self._load(folder)) is not None:
                 return tensors
@@ -245,18 +242,13 @@ def _write(file: IO[bytes], tensors: Mapping[str, Tensor]) -> None:
 
     The format's own writer copies them all first.
     """
-    names, tied = {}, {}
-    for name, tensor in tensors.items():
-        first = names.setdefault(id(tensor), name)
-        if first != name:
-            tied[name] = first
     # The format has no gaps: odd sizes go last, wide elements first among them.
     order = sorted(
-        names.values(),
+        tensors,
         key=lambda name: (tensors[name].nbytes % _ALIGNMENT > 0, -tensors[name].element_size()),
     )
     dtype_names = {dtype: name for name, dtype in _DTYPES.items()}
-    header: dict = {"__metadata__": {"format": "pt", "tied": json.dumps(tied)}}
+    header: dict = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in order:
         start, end = end, end + tensors[name].nbytes
@@ -281,10 +273,10 @@ def _map(file: IO[bytes]) -> dict[str, Tensor]:
     mapped.madvise(mmap.MADV_WILLNEED)
     start = 8 + int.from_bytes(mapped[:8], "little")
     header = json.loads(mapped[8:start])
-    tied = json.loads(header.pop("__metadata__")["tied"])
+    del header["__metadata__"]
     content = torch.frombuffer(mapped, dtype=torch.uint8)[start:]
     tensors = {}
     for name, about in header.items():
         first, end = about["data_offsets"]
         tensors[name] = content[first:end].view(_DTYPES[about["dtype"]]).view(about["shape"])
-    return tensors | {name: tensors[first] for name, first in tied.items()}
+    return tensors

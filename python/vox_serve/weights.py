@@ -24,11 +24,12 @@ from vox_serve.mimi import Mimi, load_mimi, mimi_from_checkpoint
 from vox_serve.model_config import CsmConfig, TransformerConfig
 from vox_serve.tensor_names import HF, TensorNames, names_in
 from vox_serve.weight_cache import WeightCache
+from voxkern.backend import backend_for
 from voxkern.quantize import LAYOUT_VERSION, format_of, pack
 
 STACKING_VERSION = 1
-"""Of how packed weights are stacked from a checkpoint's tensors; to be raised with every change of
-it, so that caches of the old ones are made anew."""
+"""Of how `CsmWeights` are made of a checkpoint's tensors; to be raised with every change of it, so
+that caches of the old ones are made anew."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,11 @@ def load_checkpoint(
     paths = find_weights(folder, settings, allow_pickle)
     cache = None
     if cache_folders and quantize != "none" and torch.device(device).type == "cpu":
+        # The projected rows' last bits are the kernel's.
+        kernels = torch.ops.voxkern.cpu_isa() if backend_for("cpu") == "native" else "reference"
         cache = WeightCache(
             cache_folders,
-            f"{quantize}-{str(dtype).removeprefix('torch.')}",
+            f"{quantize}-{str(dtype).removeprefix('torch.')}-{kernels}",
             (STACKING_VERSION, LAYOUT_VERSION),
             [folder / "config.json", *paths],
         )
@@ -171,9 +174,7 @@ def _read_weights(
             _read_layer(files, names, f"{prefix}layers.{i}.", sizes, part, i, scratch)
         _copy(files, f"{prefix}{names.norm}", part.norm)
     _copy(files, names.code0_head, weights.code0_head)
-    with _plain(
-        weights.code_heads, CsmWeights.shapes(config), "code_heads", scratch
-    ) as matrix:
+    with _plain(weights.code_heads, CsmWeights.shapes(config), "code_heads", scratch) as matrix:
         _copy(files, names.code_heads, matrix.transpose(1, 2))
     return weights
 
