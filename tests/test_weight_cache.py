@@ -214,7 +214,9 @@ def test_only_what_fits_the_checkpoint_is_kept(folder):
     for quantize in ("int8", "int4"):
         load(folder, None, quantize)
     both = [
-        f"{name}-bfloat16.{end}" for name in ("int4", "int8") for end in ("json", "safetensors")
+        f"{name}-bfloat16-{ISA}.{end}"
+        for name in ("int4", "int8")
+        for end in ("json", "safetensors")
     ]
     assert files_in(cache) == both
     change_in_place(folder / "model.safetensors")
