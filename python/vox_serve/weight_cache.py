@@ -220,11 +220,9 @@ def _read_record(path: Path) -> tuple[list[int], dict[str, _Content], _Content]:
 
 def _replace(path: Path, write: Callable[[IO[bytes]], object]) -> IO[bytes]:
     """Put what `write` writes in the place of `path` when it is whole and on the disk; opened."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    file = open(temporary, "x+b")  # noqa: SIM115
+    file = _temporary(path)
+    temporary = Path(file.name)
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         write(file)
         file.flush()
         os.fsync(file.fileno())
@@ -235,6 +233,18 @@ def _replace(path: Path, write: Callable[[IO[bytes]], object]) -> IO[bytes]:
             file.close()
         raise
     return file
+
+
+def _temporary(path: Path) -> IO[bytes]:
+    """A new file beside `path`, locked: until it is, another writer may take it for a dead one's,
+    and remove it."""
+    while True:
+        file = open(path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp"), "x+b")  # noqa: SIM115
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()
 
 
 def _write(file: IO[bytes], tensors: Mapping[str, Tensor]) -> None:
