@@ -56,7 +56,9 @@ def test_every_feature_count_up_to_a_few_vectors(target, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("features", "rows"), [(264, 37), (2048, 130), (8200, 21), (3, 5)])
+@pytest.mark.parametrize(
+    ("features", "rows"), [(264, 37), (2048, 130), (8200, 21), (40000, 3), (3, 5)]
+)
 def test_a_row_does_not_depend_on_the_others(target, features, rows, dtype):
     x, weight = make((67,), features, rows, dtype)
     alone = torch.cat([target.run("linear", row, weight) for row in x.split(1)])

@@ -71,7 +71,13 @@ VOX_INLINE vfloat load(const float* p) {
 VOX_INLINE vfloat load(const bf16* p) {
   vhalf h;
   __builtin_memcpy(&h, p, sizeof h);
+#if defined(__AVX512F__)
+  // GCC 12 converts in two halves; and its header makes it warn of the form without a mask.
+  const __m512i wide = _mm512_maskz_cvtepu16_epi32(0xffff, reinterpret_cast<__m256i>(h));
+  return as_float(reinterpret_cast<vuint>(wide) << 16);
+#else
   return as_float(__builtin_convertvector(h, vuint) << 16);
+#endif
 }
 
 VOX_INLINE void store(float* p, vfloat a) { __builtin_memcpy(p, &a, sizeof a); }
