@@ -41,8 +41,8 @@ inline DecodeDepthParams decode_depth_params(
     const Tensor& seeds, const Tensor& frames) {
   const Dtype dtype = float_dtype(hidden, "hidden");
   check_dim(hidden, "hidden", 2);
-  check_weight_dim(projection, "projection", 2);
-  check_weight_dim(heads, "heads", 3);
+  check_dim(projection, "projection", 2);
+  check_dim(heads, "heads", 3);
   check_operand(audio_rows, "audio_rows", hidden, hidden.scalar_type());
   check_dim(audio_rows, "audio_rows", 2);
   const int64_t B = hidden.size(0), Cb = hidden.size(1), K = heads.size(0) + 1;

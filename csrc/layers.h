@@ -29,8 +29,8 @@ inline LayersParams layers_params(const Tensor& like, int64_t C, const Tensor& a
                                   const Tensor& gate_up, const Tensor& down, const Tensor& norm,
                                   const Tensor& rope_table, int64_t num_heads, int64_t num_kv_heads,
                                   double eps) {
-  check_weight_dim(qkv, "qkv", 3);
-  check_weight_dim(down, "down", 3);
+  check_dim(qkv, "qkv", 3);
+  check_dim(down, "down", 3);
   check_dim(rope_table, "rope_table", 2);
   const int64_t L = qkv.size(0), F = weight_columns(down), D = rope_table.size(1);
   check(num_kv_heads >= 1 && num_heads % num_kv_heads == 0 && num_heads >= 1,

@@ -26,7 +26,7 @@ namespace voxkern {
 // What `linear` returns for x and weight, not filled.
 inline Tensor linear_out(const Tensor& x, const Tensor& weight) {
   check(x.dim() >= 1, "x: expected [..., C], got a scalar");
-  check_weight_dim(weight, "weight", 2);
+  check_dim(weight, "weight", 2);
   std::vector<int64_t> sizes;
   for (int64_t i = 0; i < x.dim(); ++i) sizes.push_back(x.size(i));
   sizes.back() = weight.size(0) * (weight_format(weight) == Format::plain ? 1 : kBlockRows);

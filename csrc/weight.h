@@ -2,11 +2,13 @@
 // voxkern/quantize.py does it, in blocks of 16 rows that are read from their first byte to their
 // last. Rows past N are zeros.
 //
-//   int4, uint8 [..., N / 16, C / 32, 288]. Of each 16 rows and 32 columns: 256 bytes of values,
-//     8 too large, then 16 scales in float16. Byte 64 i + 4 r + c holds row r's columns 8 i + c, in
-//     its low half, and 8 i + 4 + c.
 //   int8, int8 [..., N / 16, 16 C + 64]. Byte 64 i + 4 r + c is row r's column 4 i + c; 16 scales
 //     of the rows in float32 follow.
+//   int4, uint8 [..., N / 16, 8 C + C / 2 + 64]. Byte 64 i + 4 r + c holds row r's columns 8 i + c,
+//     in its low half, and 8 i + 4 + c, both 8 too large. Byte 16 g + r of the next C / 2 is the
+//     scale of row r's columns 32 g .. 32 g + 31: a sign, 3 bits of exponent, 4 of mantissa,
+//     (-1)^s 2^(e - 7) (1 + m / 16). 16 scales of the rows in float32 follow, for those to be
+//     multiplied with.
 #pragma once
 
 #include "dtype.h"
@@ -18,11 +20,13 @@ enum class Format : int32_t { plain, int8, int4 };
 constexpr int64_t kBlockRows = 16;
 constexpr int64_t kGroup = 32;  // columns that share a scale: x's always, W's in int4
 
-// Of 16 rows and 32 columns.
-constexpr int64_t group_bytes(Format format) { return format == Format::int4 ? 288 : 512; }
+// Of the values of 16 rows and 32 columns.
+constexpr int64_t group_bytes(Format format) { return format == Format::int4 ? 256 : 512; }
+// Of the scales of 16 rows and 32 columns.
+constexpr int64_t scale_bytes(Format format) { return format == Format::int4 ? 16 : 0; }
 // Of 16 rows.
 constexpr int64_t block_bytes(Format format, int64_t C) {
-  return C / kGroup * group_bytes(format) + (format == Format::int8 ? 64 : 0);
+  return C / kGroup * (group_bytes(format) + scale_bytes(format)) + 64;
 }
 
 // Matrices of one shape, one after the other.
@@ -50,17 +54,12 @@ inline Format weight_format(const Tensor& t) {
   }
 }
 
-// `dim` counts dimensions of the plain weight [..., N, C].
-inline void check_weight_dim(const Tensor& t, const char* name, int64_t dim) {
-  check_dim(t, name, dim + (weight_format(t) == Format::int4));
-}
-
 // C of a weight whose number of dimensions was checked.
 inline int64_t weight_columns(const Tensor& t) {
   const int64_t last = t.size(t.dim() - 1);
   switch (weight_format(t)) {
-    case Format::int4: return t.size(t.dim() - 2) * kGroup;
-    case Format::int8: return last / kBlockRows - 4;
+    case Format::int4: return (last - 64) * 2 / 17;
+    case Format::int8: return (last - 64) / 16;
     case Format::plain: break;
   }
   return last;
@@ -80,14 +79,12 @@ inline Weight weight_of(const Tensor& t, const char* name, const Tensor& like, c
   check(C % kGroup == 0, name, ": packed, which needs columns in a multiple of 32, got ", C);
   std::vector<int64_t> packed(sizes.begin(), sizes.end() - 2);
   packed.push_back(N == kAny ? kAny : (N + kBlockRows - 1) / kBlockRows);
-  const int64_t blocks_at = static_cast<int64_t>(packed.size()) - 1;
-  if (format == Format::int4) packed.push_back(C / kGroup);
-  packed.push_back(format == Format::int4 ? group_bytes(format) : block_bytes(format, C));
+  packed.push_back(block_bytes(format, C));
   check_sizes(t, name, (std::string(letters) + " packed").c_str(), packed.data(), packed.size());
   return {
       .format = format,
       .data = t.const_data_ptr(),
-      .N = N == kAny ? t.size(blocks_at) * kBlockRows : N,
+      .N = N == kAny ? t.size(t.dim() - 2) * kBlockRows : N,
       .C = C,
   };
 }

@@ -330,7 +330,7 @@ def test_errors_name_the_tensor(name, change, message):
             PACKED_SIZES[0],
             "o",
             "int4",
-            r"o: expected shape \[L, C, Hq D\] packed = \[2, 6, 2, 288\]",
+            r"o: expected shape \[L, C, Hq D\] packed = \[2, 6, 608\]",
         ),
         (PACKED_SIZES[0], "down", "int8", r"gate_up: expected shape \[L, 2F, C\] = \[2, 384, 96\]"),
     ],

@@ -255,14 +255,14 @@ def test_errors_name_the_tensor(change, message):
     [
         (
             "heads",
-            torch.zeros(31, 2, 3, 288),
-            r"heads: .* packed = \[31, 3, 3, 288\], got \[31, 2,",
+            torch.zeros(31, 2, 880),
+            r"heads: .* packed = \[31, 3, 880\], got \[31, 2,",
         ),
-        ("heads", torch.zeros(31, 3, 288), "heads: expected 4 dimensions"),
+        ("heads", torch.zeros(3, 880), "heads: expected 3 dimensions"),
         (
             "projection",
-            torch.zeros(5, 2, 288),
-            r"projection: .* packed = \[6, 2, 288\], got \[5, 2,",
+            torch.zeros(5, 608),
+            r"projection: .* packed = \[6, 608\], got \[5, 608",
         ),
     ],
 )

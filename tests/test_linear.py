@@ -204,22 +204,22 @@ def test_errors_name_the_tensor(weight, message):
         ),
         (
             64,
-            torch.zeros(2, 3, 288, dtype=torch.uint8),
-            r"weight: expected shape \[N, C\] packed = \[any, 2, 288\], got",
+            torch.zeros(2, 64 * 10, dtype=torch.uint8),
+            r"weight: expected shape \[N, C\] packed = \[any, 608\], got \[2, 640\]",
         ),
         (
             64,
-            torch.zeros(2, 576, dtype=torch.uint8),
-            r"weight: expected 3 dimensions, got shape \[2, 576\]",
+            torch.zeros(2, 2, 304, dtype=torch.uint8),
+            r"weight: expected 2 dimensions, got shape \[2, 2, 304\]",
         ),
         (
             40,
-            torch.zeros(2, 1, 288, dtype=torch.uint8),
+            torch.zeros(2, 404, dtype=torch.uint8),
             "weight: packed, which needs columns in a multiple of 32, got 40",
         ),
         (
             64,
-            torch.zeros(2, 2, 289, dtype=torch.uint8)[..., :288],
+            torch.zeros(2, 609, dtype=torch.uint8)[:, :608],
             "weight: expected a contiguous tensor",
         ),
     ],

@@ -3,11 +3,13 @@
 A packed weight is one contiguous tensor; its dtype tells the format. Rows go in blocks of 16, the
 last filled up with zeros; C is a multiple of 32.
 
-- "int4", uint8 `[..., N / 16, C / 32, 288]`: symmetric, a scale for each row's group of 32 columns.
-  Of 16 rows and 32 columns: 256 bytes of values, 8 too large, then 16 scales in float16. Byte
-  `64 i + 4 r + c` holds row r's columns `8 i + c`, in its low half, and `8 i + 4 + c`.
 - "int8", int8 `[..., N / 16, 16 C + 64]`: symmetric, a scale for each row. Byte `64 i + 4 r + c` is
   row r's column `4 i + c`; 16 scales in float32 follow.
+- "int4", uint8 `[..., N / 16, 8 C + C / 2 + 64]`: symmetric, a scale for each row's group of 32
+  columns. Byte `64 i + 4 r + c` holds row r's columns `8 i + c`, in its low half, and
+  `8 i + 4 + c`, both 8 too large. Byte `16 g + r` of the next C / 2 is the scale of row r's group
+  g: a sign, 3 bits of exponent and 4 of mantissa, `(-1)^s 2^(e - 7) (1 + m / 16)`. 16 scales of
+  the rows in float32, which those are multiplied with, follow.
 
 So four columns of 16 rows are 64 bytes, what one instruction multiplies by four values of x.
 """
@@ -39,7 +41,7 @@ def num_rows(weight: Tensor) -> int:
     """N of `[..., N, C]`; of a packed weight with the rows that fill its last block."""
     if format_of(weight) == "none":
         return weight.shape[-2]
-    return BLOCK_ROWS * weight.shape[-3 if format_of(weight) == "int4" else -2]
+    return BLOCK_ROWS * weight.shape[-2]
 
 
 def packed_shape(shape: torch.Size | tuple[int, ...], format: str) -> tuple[int, ...]:
@@ -54,9 +56,8 @@ def packed_shape(shape: torch.Size | tuple[int, ...], format: str) -> tuple[int,
     if columns % GROUP:
         raise ValueError(f"weight: expected columns in a multiple of {GROUP}, got {columns}")
     blocks = -(-rows // BLOCK_ROWS)
-    if format == "int8":
-        return (*lead, blocks, BLOCK_ROWS * columns + 4 * BLOCK_ROWS)
-    return (*lead, blocks, columns // GROUP, BLOCK_ROWS * GROUP // 2 + 2 * BLOCK_ROWS)
+    row_bytes = columns if format == "int8" else columns // 2 + columns // GROUP
+    return (*lead, blocks, BLOCK_ROWS * (row_bytes + 4))
 
 
 def pack(weight: Tensor, format: str) -> Tensor:
@@ -68,12 +69,11 @@ def pack(weight: Tensor, format: str) -> Tensor:
 
     Returns:
         `packed_shape(weight.shape, format)`. Rounding to nearest, ties to even. int8 keeps each
-        row's largest magnitude. int4 gives a group the scale, of three tried, whose error is least
+        row's largest magnitude. int4 gives a group the scale, of four tried, whose error is least
         in squares.
 
     Raises:
-        ValueError: there is no such format, C does not fit it, or a value is not finite or too
-            large for its scale.
+        ValueError: there is no such format, C does not fit it, or a value is not finite.
     """
     shape = packed_shape(weight.shape, format)
     rows, columns = weight.shape[-2:]
@@ -84,8 +84,7 @@ def pack(weight: Tensor, format: str) -> Tensor:
         return packed.zero_()
     pack_rows = _pack_int8 if format == "int8" else _pack_int4
     blocks = max(1, _CHUNK // (BLOCK_ROWS * columns))
-    depth = 2 if format == "int4" else 1
-    matrices = packed.view(-1, *shape[-depth - 1 :])
+    matrices = packed.view(-1, *shape[-2:])
 
     def pack_part(matrix: Tensor, out: Tensor, first: int) -> None:
         part = out[first : first + blocks]
@@ -107,31 +106,33 @@ def pack(weight: Tensor, format: str) -> Tensor:
 
 def unpack(packed: Tensor) -> Tensor:
     """The weight that `packed` stands for: float32 `[..., 16 ceil(N / 16), C]`."""
-    values, scales = integers(packed)
-    if format_of(packed) == "int4":
-        scales = scales.repeat_interleave(GROUP, -1)
-    return values.float().mul_(scales)
+    values, group_scales, row_scales = integers(packed)
+    return values.float().mul_(group_scales.repeat_interleave(GROUP, -1)).mul_(row_scales)
 
 
-def integers(packed: Tensor) -> tuple[Tensor, Tensor]:
+def integers(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What a packed weight holds, in the order of its rows and columns.
 
     Returns:
         values: int8 `[..., N, C]`, -8 to 7 or -128 to 127.
-        scales: float32 `[..., N, C / 32]` (int4) or `[..., N, 1]` (int8).
+        group_scales: float32 `[..., N, C / 32]`; ones in int8.
+        row_scales: float32 `[..., N, 1]`, which both are multiplied with.
     """
-    if format_of(packed) == "int4":
-        nibbles = packed[..., :256].unflatten(-1, (4, 1, BLOCK_ROWS, 4))
-        values = torch.cat((nibbles & 15, nibbles >> 4), -3).to(torch.int8) - 8
-        # [..., block, group, 4, 2, row, 4] -> [..., block, row, group, 4, 2, 4]
-        values = values.movedim(-2, -5).flatten(-4)
-        scales = packed[..., 256:].contiguous().view(torch.float16).float()
-        return values.flatten(-3, -2), scales.transpose(-1, -2).flatten(-3, -2)
-    columns = packed.shape[-1] // BLOCK_ROWS - 4
-    values = packed[..., : BLOCK_ROWS * columns].unflatten(-1, (columns // 4, BLOCK_ROWS, 4))
-    scales = packed[..., BLOCK_ROWS * columns :].contiguous().view(torch.float32)
-    values = values.transpose(-2, -3).flatten(-2)  # [..., block, row, C]
-    return values.flatten(-3, -2), scales.flatten(-2)[..., None]
+    int4 = format_of(packed) == "int4"
+    value_bytes, scale_bytes = (256, 16) if int4 else (512, 0)  # of a group of 16 rows
+    groups = (packed.shape[-1] - 64) // (value_bytes + scale_bytes)
+    values, codes, row_scales = packed.split((value_bytes * groups, scale_bytes * groups, 64), -1)
+    # [..., block, C / 8 or C / 4, row, 4]
+    values = values.unflatten(-1, (value_bytes // 64 * groups, BLOCK_ROWS, 4))
+    if int4:
+        values = torch.stack((values & 15, values >> 4), -3).flatten(-4, -3).to(torch.int8) - 8
+        codes = codes.unflatten(-1, (groups, BLOCK_ROWS)).transpose(-1, -2).flatten(-3, -2)
+        group_scales = _decode_scales(codes)
+    values = values.transpose(-2, -3).flatten(-2).flatten(-3, -2)
+    if not int4:
+        group_scales = torch.ones(*values.shape[:-1], groups, device=packed.device)
+    row_scales = row_scales.contiguous().view(torch.float32).flatten(-2)
+    return values, group_scales, row_scales[..., None]
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,36 +191,47 @@ def _pack_int8(weight: Tensor, out: Tensor) -> None:
 
 
 def _pack_int4(weight: Tensor, out: Tensor) -> None:
-    num_groups = weight.shape[1] // GROUP
-    values, scales = _int4_groups(weight.reshape(-1, GROUP).T.contiguous())
+    columns = weight.shape[1]
+    num_groups = columns // GROUP
+    values, codes, row_scales = _int4_groups(weight.reshape(-1, GROUP).T.contiguous(), num_groups)
     # [i, half, 4, block, row, group] -> [half, block, group, i, row, 4]
     split = values.add_(8).to(torch.uint8).view(4, 2, 4, -1, BLOCK_ROWS, num_groups)
     low, high = split.permute(1, 3, 5, 0, 4, 2)
-    torch.add(low, high, alpha=16, out=out[..., :256].unflatten(-1, (4, BLOCK_ROWS, 4)))
-    blocked = scales.view(-1, BLOCK_ROWS, num_groups).transpose(1, 2).contiguous()
-    out[..., 256:] = blocked.view(torch.uint8)
+    nibbles, scales, rows = out.split((8 * columns, columns // 2, 64), 1)
+    torch.add(low, high, alpha=16, out=nibbles.unflatten(1, (num_groups, 4, BLOCK_ROWS, 4)))
+    blocked = codes.view(-1, BLOCK_ROWS, num_groups).transpose(1, 2)
+    scales.unflatten(1, (num_groups, BLOCK_ROWS)).copy_(blocked)
+    rows.copy_(row_scales.view(-1, BLOCK_ROWS).view(torch.uint8))
 
 
-def _int4_groups(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers -8 to 7 of groups `[32, N]`, in float32, and float16 scales `[N]`.
+def _int4_groups(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Integers -8 to 7 of groups `[32, N]`, in float32, their scales' codes `[N]` and the scales
+    of the rows, each of `num_groups` neighbouring groups.
 
     The value of largest magnitude becomes about -8: the negative side has one step more. Which
     fraction of it the step should be depends on the other values; the scale is then fitted to the
-    integers by least squares.
+    integers by least squares. Rows' scales are powers of two: they round nothing.
     """
     low, high = groups.amin(0), groups.amax(0)
     extreme = torch.where(high > -low, high, low)
-    if not math.isfinite(extreme.abs().max()):
+    largest = extreme.abs().view(-1, num_groups).amax(1)
+    if not math.isfinite(largest.max()):
         raise ValueError("weight: a value is not finite")
+    # So that largest / 7 is between 1 and 2 of them, and all that is tried below 1.94.
+    row_scales = torch.ldexp(torch.ones_like(largest), torch.frexp(largest / 7).exponent - 1)
+    rows = row_scales.repeat_interleave(num_groups)
+    inverse = _inverse(rows)
+    extreme = extreme * inverse
     best_values, best_scales, best_gain = None, None, None
     values, product = torch.empty_like(groups), torch.empty_like(groups)
-    for steps in (8.0, 7.25, 8.75):
-        torch.mul(groups, _inverse(extreme / -steps), out=values).round_().clamp_(-8, 7)
-        dot = torch.mul(values, groups, out=product).sum(0)
+    for steps in (8.0, 8.5, 7.5, 7.0):
+        scales = _nearest_scale(extreme / -steps)
+        torch.mul(groups, _inverse(scales * rows), out=values).round_().clamp_(-8, 7)
+        dot = torch.mul(values, groups, out=product).sum(0).mul_(inverse)
         square = torch.mul(values, values, out=product).sum(0)
-        scales = (dot / square.clamp_min(1)).half()
+        scales = _nearest_scale(dot / square.clamp_min(1))
         # How much less than the sum of squares the error is.
-        gain = scales.float() * (2 * dot - scales.float() * square)
+        gain = scales * (2 * dot - scales * square)
         if best_values is None:
             best_values, best_scales, best_gain = values.clone(), scales, gain
         else:
@@ -227,9 +239,20 @@ def _int4_groups(groups: Tensor) -> tuple[Tensor, Tensor]:
             torch.where(better, values, best_values, out=best_values)
             best_scales = torch.where(better, scales, best_scales)
             best_gain = torch.where(better, gain, best_gain)
-    if not math.isfinite(best_scales.abs().max()):
-        raise ValueError("weight: a value is too large for a scale in float16")
-    return best_values, best_scales
+    codes = best_scales.view(torch.int32) >> 19
+    return best_values, codes.bitwise_and_(127).add_(best_scales.signbit(), alpha=128), row_scales
+
+
+def _nearest_scale(scales: Tensor) -> Tensor:
+    """Of those that a group can have."""
+    bits = scales.abs().clamp_(2**-7, 31 / 16).view(torch.int32)
+    bits = bits.add_(1 << 18).bitwise_and_(-1 << 19)
+    return bits.view(torch.float32).copysign_(scales)
+
+
+def _decode_scales(codes: Tensor) -> Tensor:
+    bits = (codes.int() & 127) + (120 << 4) << 19
+    return bits.view(torch.float32) * torch.where(codes > 127, -1, 1)
 
 
 def _inverse(scales: Tensor) -> Tensor:

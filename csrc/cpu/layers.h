@@ -133,7 +133,8 @@ class Layers {
   }
 
   void quantize_for(const Weight& weight, const T* x, int64_t rows) const {
-    if (weight.format != Format::plain) quantize(x, own_.quantized, 0, rows * weight.C);
+    if (weight.format != Format::plain)
+      quantize(x, own_.quantized, rows, weight.C, 0, rows * weight.C);
   }
 
   void normalise(const T* x, bool add, const void* weight, int64_t at, int64_t rows) const {
@@ -167,7 +168,8 @@ class Layers {
       silu_mul_row(row + gates.begin, row + ups.begin, all_.product + i * F + gates.begin,
                    gates.end - gates.begin);
       if (packed_down)
-        quantize(all_.product, all_.quantized_product, i * F + gates.begin, i * F + gates.end);
+        quantize(all_.product, all_.quantized_product, rows, F, i * F + gates.begin,
+                 i * F + gates.end);
     }
   }
 

@@ -42,7 +42,7 @@ void run_packed(const LinearParams& p) {
   const QuantizedRows quantized(arena, p.M, C);
   auto job = [&](int rank, int size) {
     const Range mine = split(p.M * C, kGroup, rank, size);
-    quantize(x, quantized, mine.begin, mine.end);
+    quantize(x, quantized, p.M, C, mine.begin, mine.end);
     Team::barrier();
     const Range part = split(N, kPartRows, rank, size);
     multiply(quantized, p.weight.format, p.weight.data, static_cast<T*>(p.out), p.M, C, N,

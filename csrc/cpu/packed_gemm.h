@@ -6,111 +6,22 @@
 // instruction set, tile and split of the work gives the same bits:
 //
 //   int4  chain += dot * (scale of W's group * scale of x's group)
-//   int8  chain += dot * scale of x's group;  out = chain * scale of W's row
+//   int8  chain += dot * scale of x's group
+//
+// and out = chain * scale of W's row.
 #pragma once
 
 #include "../weight.h"
+#include "gemm.h"
+#include "packed_dot.h"
 #include "quantize.h"
-#include "vec.h"
 
 namespace voxkern {
 namespace {
 
-// Four columns of each of kWidth rows of W.
-typedef int8_t vbytes __attribute__((vector_size(4 * kWidth)));
-typedef uint16_t vpairs __attribute__((vector_size(4 * kWidth)));
-typedef int16_t vshort __attribute__((vector_size(4 * kWidth)));
-
 constexpr int kParts = kBlockRows / kWidth;  // of a block's rows
 
-VOX_INLINE vbytes load_columns(const char* p) {
-  vbytes r;
-  __builtin_memcpy(&r, p, sizeof r);
-  return r;
-}
-// The same four columns of x for all rows of W.
-VOX_INLINE vbytes splat_columns(const int8_t* p) {
-  int32_t four;
-  __builtin_memcpy(&four, p, sizeof four);
-  return reinterpret_cast<vbytes>(splat_int(four));
-}
-
-// Sums over the neighbouring 16-bit lanes.
-VOX_INLINE vint add_pairs(vshort a) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  const __m256i ones = _mm256_set1_epi16(1);
-  return reinterpret_cast<vint>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), ones));
-#else
-  const vint pairs = reinterpret_cast<vint>(a);
-  return (reinterpret_cast<vint>(reinterpret_cast<vuint>(pairs) << 16) >> 16) + (pairs >> 16);
-#endif
-}
-
-// Products of neighbouring bytes in 16-bit sums, which hold them: |a| <= 128, |b| <= 127.
-VOX_INLINE vshort multiply_pairs(vbytes a, vbytes b) {
-  const auto even = [](vbytes v) {
-    return reinterpret_cast<vshort>(reinterpret_cast<vpairs>(v) << 8) >> 8;
-  };
-  const auto odd = [](vbytes v) { return reinterpret_cast<vshort>(v) >> 8; };
-  return even(a) * even(b) + odd(a) * odd(b);
-}
-
-// How a group's dot products come about: begin, for each four columns add, end.
-#if defined(__AVX512VNNI__)
-struct UnsignedDot {
-  using Sum = vint;
-  static VOX_INLINE Sum add(Sum sum, vbytes w, vbytes x) {
-    return reinterpret_cast<vint>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum),
-                                                      reinterpret_cast<__m512i>(w),
-                                                      reinterpret_cast<__m512i>(x)));
-  }
-  static VOX_INLINE vint end(Sum sum, int32_t) { return sum; }
-};
-// W's values are 0 .. 15, 8 too large.
-struct NibbleDot : UnsignedDot {
-  static VOX_INLINE Sum begin(int32_t minus_sum) { return splat_int(minus_sum) << 3; }
-};
-// W's values are -128 .. 127; the instruction takes them 128 larger.
-struct ByteDot : UnsignedDot {
-  static VOX_INLINE Sum begin(int32_t minus_sum) { return splat_int(minus_sum) << 7; }
-  static VOX_INLINE vbytes prepare(vbytes w) { return w ^ static_cast<int8_t>(-128); }
-};
-#else
-// A group's 16 products of a 16-bit lane stay below 16 * 15 * 127 < 2^15.
-struct NibbleDot {
-  using Sum = vshort;
-  static VOX_INLINE Sum begin(int32_t) { return Sum{}; }
-  static VOX_INLINE Sum add(Sum sum, vbytes w, vbytes x) {
-#if defined(__AVX2__)
-    return sum + reinterpret_cast<vshort>(_mm256_maddubs_epi16(reinterpret_cast<__m256i>(w),
-                                                               reinterpret_cast<__m256i>(x)));
-#else
-    return sum + multiply_pairs(w, x);
-#endif
-  }
-  static VOX_INLINE vint end(Sum sum, int32_t minus_sum) {
-    return add_pairs(sum) + (splat_int(minus_sum) << 3);
-  }
-};
-struct ByteDot {
-  using Sum = vint;
-  static VOX_INLINE Sum begin(int32_t) { return Sum{}; }
-  static VOX_INLINE vbytes prepare(vbytes w) { return w; }
-  static VOX_INLINE Sum add(Sum sum, vbytes w, vbytes x) {
-#if defined(__AVX2__)
-    // |w| times x with w's sign.
-    const __m256i a = reinterpret_cast<__m256i>(w), b = reinterpret_cast<__m256i>(x);
-    return sum + add_pairs(reinterpret_cast<vshort>(
-                     _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(b, a))));
-#else
-    return sum + add_pairs(multiply_pairs(w, x));
-#endif
-  }
-  static VOX_INLINE vint end(Sum sum, int32_t) { return sum; }
-};
-#endif
-
-// One group of kWidth rows of W, from `w` on, times the same group of M rows of x, C values apart.
+// One group of kWidth rows of W, from `w` on, times the same group of M rows of x.
 template <Format format>
 struct Group;
 
@@ -118,7 +29,7 @@ template <>
 struct Group<Format::int4> {
   using Dot = NibbleDot;
   template <int M>
-  static VOX_INLINE void add(const char* w, const int8_t* x, int64_t C, Dot::Sum* sums) {
+  static VOX_INLINE void add(const char* w, const int8_t* x, Dot::Sum* sums) {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       const vpairs both = reinterpret_cast<vpairs>(load_columns(w + 64 * i));
@@ -126,114 +37,165 @@ struct Group<Format::int4> {
       const vbytes high = reinterpret_cast<vbytes>((both >> 4) & 0x0f0f);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
-        sums[m] = Dot::add(sums[m], low, splat_columns(x + m * C + 8 * i));
-        sums[m] = Dot::add(sums[m], high, splat_columns(x + m * C + 8 * i + 4));
+        sums[m] = Dot::add(sums[m], low, splat_columns(x + m * kGroup + 8 * i));
+        sums[m] = Dot::add(sums[m], high, splat_columns(x + m * kGroup + 8 * i + 4));
       }
     }
   }
-  static VOX_INLINE vfloat scale(const char* group, int part, float x_scale) {
-    return load_float16(group + 256 + 2 * part * kWidth) * splat(x_scale);
+  // Their sign, and exponents 120 .. 127 of a float.
+  static VOX_INLINE vfloat load_scales(const char* p) {
+    const vuint bits = reinterpret_cast<vuint>(load_bytes(reinterpret_cast<const int8_t*>(p)));
+    return as_float(((bits << 19) & 0x83ffffffu) | 0x3c000000u);
   }
+  static VOX_INLINE vfloat scale(vfloat group, vfloat x) { return group * x; }
 };
 
 template <>
 struct Group<Format::int8> {
   using Dot = ByteDot;
   template <int M>
-  static VOX_INLINE void add(const char* w, const int8_t* x, int64_t C, Dot::Sum* sums) {
+  static VOX_INLINE void add(const char* w, const int8_t* x, Dot::Sum* sums) {
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
       const vbytes four = Dot::prepare(load_columns(w + 64 * i));
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m)
-        sums[m] = Dot::add(sums[m], four, splat_columns(x + m * C + 4 * i));
+        sums[m] = Dot::add(sums[m], four, splat_columns(x + m * kGroup + 4 * i));
     }
   }
-  static VOX_INLINE vfloat scale(const char*, int, float x_scale) { return splat(x_scale); }
+  static VOX_INLINE vfloat load_scales(const char*) { return vfloat{}; }
+  static VOX_INLINE vfloat scale(vfloat, vfloat x) { return x; }
 };
 
-// W passes by once for so many rows of x: as many as its registers hold chains and sums for.
-constexpr int kPackedTileM = kWidth == 16 ? 8 : 4;
-// How far ahead of its use W is fetched into the level-2 cache (bench/LOG.md).
-constexpr int64_t kFetchBytes = 16 << 10;
+// How far ahead of its use a block of W is fetched into the level-2 cache (bench/LOG.md).
+constexpr int64_t kFetchBytes = 8 << 10;
 
-// out[m][16] for M rows of x, the first at `values`, and one block of W.
-template <Format format, int M, bool fetch>
-void multiply_block(const int8_t* values, const float* scales, const int32_t* minus_sums,
-                    const char* block, int64_t C, float* out) {
-  using G = Group<format>;
-  constexpr int64_t kBytes = group_bytes(format);
-  const int64_t groups = C / kGroup;
-  vfloat chains[kParts][M] = {};
-  const char* w = block;
-  for (int64_t g = 0; g < groups; ++g, w += kBytes) {
-    if constexpr (fetch) {
-#pragma GCC unroll 8
-      for (int64_t i = 0; i < kBytes; i += 64) __builtin_prefetch(w + kFetchBytes + i, 0, 2);
+// Neighbouring blocks that are read side by side. With few rows of x, int8 takes bytes faster than
+// one stream of them comes.
+constexpr int packed_blocks(Format format, int M) {
+  return kWidth == 16 && format == Format::int8 && M <= 4 ? 2 : 1;
+}
+
+// What a tile fetches while it reads: of each of its blocks' groups, the one that is used
+// kFetchBytes later, be it in the next blocks.
+template <Format format, int kBlocks>
+class Fetch {
+ public:
+  Fetch(const char* block, int64_t C)
+      : groups_(C / kGroup), stride_(block_bytes(format, C)), group_(kGroups % groups_) {
+    block_ = block + kGroups / groups_ * kBlocks * stride_;
+  }
+
+  VOX_INLINE void next() {
+    for (int b = 0; b < kBlocks; ++b) {
+      const char* const block = block_ + b * stride_;
+      for (int64_t i = 0; i < group_bytes(format); i += 64)
+        fetch(block + group_ * group_bytes(format) + i);
+      // A cache line has the scales of four groups.
+      if (scale_bytes(format) && group_ % 4 == 0)
+        fetch(block + groups_ * group_bytes(format) + group_ * scale_bytes(format));
     }
-#pragma GCC unroll 4
-    for (int part = 0; part < kParts; ++part) {
+    if (++group_ < groups_) return;
+    for (int b = 1; b <= kBlocks; ++b) fetch(block_ + b * stride_ - 64);
+    block_ += kBlocks * stride_;
+    group_ = 0;
+  }
+
+ private:
+  static constexpr int64_t kGroups = kFetchBytes / group_bytes(format);
+
+  static VOX_INLINE void fetch(const char* p) { __builtin_prefetch(p, 0, 2); }
+
+  const int64_t groups_, stride_;
+  const char* block_;
+  int64_t group_;
+};
+
+// out[kBlocks][M][16] for a tile of x and neighbouring blocks of W.
+template <Format format, int M, int kBlocks, bool kFetch>
+void multiply_tile(const int8_t* x, const float* x_scales, const int32_t* minus_8sums,
+                   const char* block, int64_t C, float* out) {
+  using G = Group<format>;
+  const int64_t groups = C / kGroup, stride = block_bytes(format, C);
+  Fetch<format, kBlocks> fetch(block, C);
+  vfloat chains[kBlocks * kParts][M] = {};
+  for (int64_t g = 0; g < groups; ++g, x += M * kGroup, x_scales += M, minus_8sums += M) {
+    if (kFetch) fetch.next();
+#pragma GCC unroll 8
+    for (int p = 0; p < kBlocks * kParts; ++p) {
+      const char* const values = block + p / kParts * stride + p % kParts * 4 * kWidth;
+      const char* const scales = block + p / kParts * stride + groups * group_bytes(format);
       typename G::Dot::Sum sums[M];
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) sums[m] = G::Dot::begin(minus_sums[m * groups + g]);
-      G::template add<M>(w + 4 * part * kWidth, values + g * kGroup, C, sums);
+      for (int m = 0; m < M; ++m) sums[m] = G::Dot::begin(minus_8sums[m]);
+      G::template add<M>(values + g * group_bytes(format), x, sums);
+      const vfloat scale = G::load_scales(scales + g * scale_bytes(format) + p % kParts * kWidth);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
-        const vint dot = G::Dot::end(sums[m], minus_sums[m * groups + g]);
-        chains[part][m] += unfused(__builtin_convertvector(dot, vfloat) *
-                                   G::scale(w, part, scales[m * groups + g]));
+        const vfloat dot = __builtin_convertvector(G::Dot::end(sums[m], minus_8sums[m]), vfloat);
+        chains[p][m] += unfused(dot * G::scale(scale, splat(x_scales[m])));
       }
     }
   }
-  for (int m = 0; m < M; ++m)
-    for (int part = 0; part < kParts; ++part) {
-      vfloat sum = chains[part][m];
-      // Here w points to the scales of the rows.
-      if (format == Format::int8) sum *= load(reinterpret_cast<const float*>(w) + part * kWidth);
-      store(out + m * kBlockRows + part * kWidth, sum);
-    }
+  for (int p = 0; p < kBlocks * kParts; ++p) {
+    const int b = p / kParts, part = p % kParts * kWidth;
+    const vfloat scale = load(reinterpret_cast<const float*>(block + (b + 1) * stride - 64) + part);
+    for (int m = 0; m < M; ++m) store(out + (b * M + m) * kBlockRows + part, chains[p][m] * scale);
+  }
 }
 
-using MultiplyBlock = void (*)(const int8_t*, const float*, const int32_t*, const char*, int64_t,
-                               float*);
+using MultiplyTile = void (*)(const int8_t*, const float*, const int32_t*, const char*, int64_t,
+                              float*);
 
-template <Format format, bool fetch>
-inline MultiplyBlock choose_block(int64_t M) {
+template <Format format, bool kFetch>
+inline MultiplyTile choose_tile(int64_t M, int64_t blocks) {
+  const auto tile = [&](auto m) -> MultiplyTile {
+    constexpr int kBlocks = packed_blocks(format, m.value);
+    return blocks == 1 ? multiply_tile<format, m.value, 1, kFetch>
+                       : multiply_tile<format, m.value, kBlocks, kFetch>;
+  };
   switch (M) {
-    case 1: return multiply_block<format, 1, fetch>;
-    case 2: return multiply_block<format, 2, fetch>;
-    case 3: return multiply_block<format, 3, fetch>;
-    case 4: return multiply_block<format, 4, fetch>;
+    case 1: return tile(Count<1>{});
+    case 2: return tile(Count<2>{});
+    case 3: return tile(Count<3>{});
+    case 4: return tile(Count<4>{});
 #if defined(__AVX512F__)
-    case 5: return multiply_block<format, 5, fetch>;
-    case 6: return multiply_block<format, 6, fetch>;
-    case 7: return multiply_block<format, 7, fetch>;
-    case 8: return multiply_block<format, 8, fetch>;
+    case 5: return tile(Count<5>{});
+    case 6: return tile(Count<6>{});
+    case 7: return tile(Count<7>{});
+    case 8: return tile(Count<8>{});
 #endif
   }
   return nullptr;
 }
 
+// W passes once for each panel of x, whose rows' values stay in the level-2 cache meanwhile.
 template <Format format, typename T>
 void multiply_blocks(const QuantizedRows& x, const char* weight, T* out, int64_t M, int64_t C,
                      int64_t N, int64_t begin, int64_t end) {
-  // Tiles of one height, so that none is too low to be worth unpacking W.
-  const int64_t turns = (M + kPackedTileM - 1) / kPackedTileM, height = (M + turns - 1) / turns;
-  for (int64_t n = begin; n < end; n += kBlockRows) {
-    const char* const block = weight + n / kBlockRows * block_bytes(format, C);
-    for (int64_t m = 0; m < M; m += height) {
-      const int64_t rows = M - m < height ? M - m : height, groups = m * (C / kGroup);
-      float sums[kPackedTileM * kBlockRows];
-      // The first turn fetches for all.
-      const auto tile =
-          m == 0 ? choose_block<format, true>(rows) : choose_block<format, false>(rows);
-      tile(x.values + m * C, x.scales + groups, x.minus_sums + groups, block, C, sums);
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < kBlockRows && n + j < end; j += kWidth) {
-          const vfloat sum = load(sums + i * kBlockRows + j);
-          T* const to = out + (m + i) * N + n + j;
-          end - n - j < kWidth ? store_n(to, sum, end - n - j) : store(to, sum);
-        }
+  const int64_t height = packed_tile_rows(M), most = packed_blocks(format, height);
+  const int64_t tiles = kPanelBytes / (height * C), panel = (tiles > 0 ? tiles : 1) * height;
+  for (int64_t first = 0; first < M; first += panel) {
+    const int64_t last = M - first < panel ? M : first + panel;
+    for (int64_t n = begin, blocks; n < end; n += blocks * kBlockRows) {
+      blocks = end - n > kBlockRows ? most : 1;
+      const char* const block = weight + n / kBlockRows * block_bytes(format, C);
+      for (int64_t m = first; m < last; m += height) {
+        const int64_t rows = M - m < height ? M - m : height, at = m * (C / kGroup);
+        float sums[2 * kPackedTileM * kBlockRows];
+        // The first turn fetches for all.
+        const auto tile = m == first ? choose_tile<format, true>(rows, blocks)
+                                     : choose_tile<format, false>(rows, blocks);
+        tile(x.values + at * kGroup, x.scales + at, x.minus_8sums + at, block, C, sums);
+        for (int64_t i = 0; i < blocks * rows; ++i)
+          for (int64_t j = 0; j < kBlockRows; j += kWidth) {
+            const int64_t column = n + i / rows * kBlockRows + j, left = end - column;
+            if (left <= 0) break;
+            T* const to = out + (m + i % rows) * N + column;
+            const vfloat sum = load(sums + i * kBlockRows + j);
+            left < kWidth ? store_n(to, sum, left) : store(to, sum);
+          }
+      }
     }
   }
 }

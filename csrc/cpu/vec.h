@@ -96,22 +96,21 @@ VOX_INLINE void store(bf16* p, vfloat a) {
 #endif
 }
 
-// Of float16 bits; exact.
-VOX_INLINE vfloat load_float16(const void* p) {
-  vhalf h;
-  __builtin_memcpy(&h, p, sizeof h);
+VOX_INLINE vint load_bytes(const int8_t* p) {
+  vquarter bytes;
+  __builtin_memcpy(&bytes, p, sizeof bytes);
 #if defined(__AVX512F__)
-  // The form without a mask has GCC 12 warn of its own header.
-  return reinterpret_cast<vfloat>(_mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(h)));
-#elif defined(__F16C__)
-  return reinterpret_cast<vfloat>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(h)));
+  __m128i lanes;
+  __builtin_memcpy(&lanes, &bytes, sizeof lanes);
+  return reinterpret_cast<vint>(_mm512_maskz_cvtepi8_epi32(0xffff, lanes));
+#elif defined(__AVX2__)
+  __m128i lanes{};
+  __builtin_memcpy(&lanes, &bytes, sizeof bytes);
+  return reinterpret_cast<vint>(_mm256_cvtepi8_epi32(lanes));
 #else
-  const vuint bits = __builtin_convertvector(h, vuint);
-  const vfloat magnitude = as_float((bits & 0x7fff) << 13) * splat(0x1p112f);
-  return as_float(as_uint(magnitude) | (bits & 0x8000) << 16);
+  return __builtin_convertvector(bytes, vint);
 #endif
 }
-
 // Lanes of -128 .. 127, as bytes.
 VOX_INLINE void store_bytes(int8_t* p, vint a) {
 #if defined(__AVX512F__)

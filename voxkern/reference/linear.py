@@ -7,18 +7,15 @@ from voxkern.quantize import format_of, integers, quantize_rows
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     if format_of(weight) == "none":
         return (x.float() @ weight.float().T).to(x.dtype)
-    values, scales = integers(weight)
+    values, group_scales, row_scales = integers(weight)
     x_values, x_scales = quantize_rows(x)
     groups = values.float().unflatten(-1, x_values.shape[-2:])
     # Sums of integers below 2^24: exact, in whatever order.
     dots = torch.einsum("...gc,ngc->...gn", x_values, groups)
     out = x_scales.new_zeros(*x.shape[:-1], len(values))
     for g in range(len(groups[0]) if len(groups) else 0):
-        x_scale = x_scales[..., g, None]
-        scale = scales[:, g] * x_scale if format_of(weight) == "int4" else x_scale
-        out += dots[..., g, :] * scale
-    if format_of(weight) == "int8":
-        out *= scales[:, 0]
+        out += dots[..., g, :] * (group_scales[:, g] * x_scales[..., g, None])
+    out *= row_scales[:, 0]
     return out.to(x.dtype)
 
 
