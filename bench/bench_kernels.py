@@ -355,20 +355,23 @@ def _time_ms(call: Callable, inputs: list[tuple], calls: int) -> float:
     return (time.perf_counter() - start) / calls * 1e3
 
 
-def measure(case: Case, rounds: int = 7) -> tuple[float, float]:
-    """Median milliseconds of ours and of torch, NaN without one, timed in turn."""
+def measure(case: Case, rounds: int = 7) -> tuple[float, float, float]:
+    """Median milliseconds of ours and of torch, NaN without one, and bytes read per second, all
+    timed in turn."""
     first = case.inputs()
     copies = max(1, min(64, int(ROTATE_BYTES // case.num_bytes)))
     inputs = [first] + [case.inputs() for _ in range(copies - 1)]
     timed = [f for f in (case.ours, case.torch) if f]
     calls = [max(1, min(200, int(20 / _time_ms(f, inputs, 2)))) for f in timed]
     times: list[list[float]] = [[] for _ in timed]
+    bandwidths = []
     for _ in range(rounds):
+        bandwidths.append(roofline.read_bandwidth())
         for f, n, seen in zip(timed, calls, times, strict=True):
             time.sleep(OPENMP_SPIN_S)
             seen.append(_time_ms(f, inputs, n))
     ours, peer = (statistics.median(seen) for seen in (*times, [math.nan])[:2])
-    return ours, peer
+    return ours, peer, statistics.median(bandwidths)
 
 
 def run(report: Report, dtypes: list[torch.dtype], batches: list[int], only: list | None) -> None:
@@ -381,9 +384,8 @@ def run(report: Report, dtypes: list[torch.dtype], batches: list[int], only: lis
             for case in cases(dtype, batch):
                 if only and case.op not in only:
                     continue
-                bandwidth = roofline.median_of(roofline.read_bandwidth, 3)
                 rate = roofline.median_of(roofline.multiply_rate, 3, case.multiplied or dtype)
-                ms, peer_ms = measure(case)
+                ms, peer_ms, bandwidth = measure(case)
                 floor_ms = max(case.num_bytes / bandwidth, case.flops / rate) * 1e3
                 table.add(
                     *(case.op, case.shape, str(dtype).removeprefix("torch.")),
