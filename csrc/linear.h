@@ -8,10 +8,9 @@ namespace voxkern {
 struct LinearParams {
   Dtype dtype;
   int64_t M;
-  const void* x;    // [M, C]
-  Weight weight;    // [N, C]
-  void* out;        // [M, N]
-  void* workspace;  // for a packed weight, as large as the device's kernel wants it
+  const void* x;  // [M, C]
+  Weight weight;  // [N, C]
+  void* out;      // [M, N]
 };
 
 }  // namespace voxkern
@@ -33,7 +32,7 @@ inline Tensor linear_out(const Tensor& x, const Tensor& weight) {
   return torch::stable::new_empty(x, sizes);
 }
 
-// `x` and `out` contiguous. The workspace is left null.
+// `x` and `out` contiguous.
 inline LinearParams linear_params(const Tensor& x, const Tensor& weight, const Tensor& out) {
   int64_t M = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) M *= x.size(i);
@@ -44,7 +43,6 @@ inline LinearParams linear_params(const Tensor& x, const Tensor& weight, const T
       .x = x.const_data_ptr(),
       .weight = weight_of(weight, "weight", x, "[N, C]", {kAny, x.size(x.dim() - 1)}),
       .out = out.mutable_data_ptr(),
-      .workspace = nullptr,
   };
 }
 

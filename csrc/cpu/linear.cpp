@@ -1,8 +1,6 @@
 #include "../linear.h"
 
-#include "arena.h"
 #include "isa.h"
-#include "quantize.h"
 
 #ifdef VOX_ISA
 #include "project.h"
@@ -38,7 +36,10 @@ template <typename T>
 void run_packed(const LinearParams& p) {
   const auto* x = static_cast<const T*>(p.x);
   const int64_t N = p.weight.N, C = p.weight.C;
-  Arena arena(p.workspace);
+  Arena count(nullptr);
+  QuantizedRows(count, p.M, C);
+  void* const block = __builtin_malloc(count.bytes());
+  Arena arena(block);
   const QuantizedRows quantized(arena, p.M, C);
   auto job = [&](int rank, int size) {
     const Range mine = split(p.M * C, kGroup, rank, size);
@@ -53,6 +54,7 @@ void run_packed(const LinearParams& p) {
     job(0, 1);
   else
     run_team(job);
+  __builtin_free(block);
 }
 
 }  // namespace
@@ -79,15 +81,8 @@ namespace {
 Tensor linear_cpu(Tensor x, Tensor weight) {
   x = torch::stable::contiguous(x);
   Tensor out = linear_out(x, weight);
-  LinearParams p = linear_params(x, weight, out);
+  const LinearParams p = linear_params(x, weight, out);
   if (p.weight.C == 0) return torch::stable::fill_(out, 0.0);
-  Tensor workspace;
-  if (p.weight.format != Format::plain) {
-    Arena count(nullptr);
-    QuantizedRows(count, p.M, p.weight.C);
-    workspace = torch::stable::new_empty(x, {count.bytes()}, ScalarType::Byte);
-    p.workspace = workspace.mutable_data_ptr();
-  }
   linear(p);
   return out;
 }
