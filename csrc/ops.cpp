@@ -32,6 +32,16 @@ STABLE_TORCH_LIBRARY(voxkern, m) {
       "Tensor norm, Tensor heads, Tensor rope_table, int num_heads, int num_kv_heads, float eps, "
       "Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, Tensor frames) "
       "-> Tensor");
+  m.def(
+      "mimi_conv(Tensor x, Tensor past, Tensor weight, Tensor bias, Tensor? add, int dilation, "
+      "bool elu) -> (Tensor, Tensor)");
+  m.def(
+      "mimi_convs(Tensor x, Tensor fresh, Tensor[] past, Tensor[] weights, Tensor[] biases, "
+      "int[] plan) -> Tensor[]");
+  m.def(
+      "mimi_transformer(Tensor x, Tensor positions, Tensor frequencies, Tensor norms, Tensor qkv, "
+      "Tensor qkv_bias, Tensor o, Tensor o_bias, Tensor up, Tensor down, float eps, "
+      "str activation, Tensor(a!) keys, Tensor(b!) values, int end, int window) -> Tensor");
 
   // About the build and the machine; no tensors.
   m.def("cpu_isa() -> str");

@@ -15,7 +15,8 @@
 
 namespace voxkern {
 
-enum class Format : int32_t { plain, int8, int4 };
+// plain: of the op's dtype. bf16: plain too, in an op whose activations are float32.
+enum class Format : int32_t { plain, bf16, int8, int4 };
 
 constexpr int64_t kBlockRows = 16;
 constexpr int64_t kGroup = 32;  // columns that share a scale: x's always, W's in int4
@@ -60,6 +61,7 @@ inline int64_t weight_columns(const Tensor& t) {
   switch (weight_format(t)) {
     case Format::int4: return (last - 64) * 2 / 17;
     case Format::int8: return (last - 64) / 16;
+    case Format::bf16:
     case Format::plain: break;
   }
   return last;
@@ -87,6 +89,16 @@ inline Weight weight_of(const Tensor& t, const char* name, const Tensor& like, c
       .N = N == kAny ? t.size(t.dim() - 2) * kBlockRows : N,
       .C = C,
   };
+}
+
+// The same where all else is float32: a weight may be bfloat16 too.
+inline Weight mixed_weight_of(const Tensor& t, const char* name, const Tensor& like,
+                              const char* letters, std::initializer_list<int64_t> sizes) {
+  if (t.scalar_type() != ScalarType::BFloat16) return weight_of(t, name, like, letters, sizes);
+  check_device(t, name, like);
+  Weight weight = weight_of(t, name, t, letters, sizes);
+  weight.format = Format::bf16;
+  return weight;
 }
 
 }  // namespace voxkern

@@ -374,3 +374,135 @@ def decode_depth(
         RuntimeError: a shape or dtype does not fit; on the CPU also a code outside `0..V-1`.
     """
     return code0.new_empty((code0.shape[0], heads.shape[0] + 1))
+
+
+@op
+def mimi_conv(
+    x: Tensor,
+    past: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    add: Tensor | None,
+    dilation: int,
+    elu: bool,
+) -> tuple[Tensor, Tensor]:
+    """A causal convolution of streams, block by block: Mimi's building block.
+
+    Output t is the product of the weight with blocks `t - (J - 1) dilation, .., t - dilation, t`,
+    side by side; blocks before x are the past. A strided convolution has several samples in a
+    block of x, a transposed one in a row of the output.
+
+    All is float32, but the weight may be bfloat16; then the blocks are rounded to bfloat16 too,
+    after the ELU. No output depends on T, on other outputs or on other streams.
+
+    Args:
+        x: `[B, T, C]`, C the width of a block.
+        past: `[B, (J - 1) * dilation, C]`, the blocks before x.
+        weight: `voxkern.quantize.block_rows` of `[N, J * C]`, the oldest block first.
+        bias: `[N]`, contiguous.
+        add: `[B, T, N]`, summed to the output, or None.
+        dilation: blocks from tap to tap.
+        elu: whether x and the past pass through an ELU (Clevert et al. 2015,
+            https://arxiv.org/abs/1511.07289) first.
+
+    Returns:
+        out: `[B, T, N]`, contiguous.
+        past: like `past`, what comes before the next x.
+
+    Raises:
+        RuntimeError: a shape or dtype does not fit; the message names the tensor.
+    """
+    return x.new_empty((*x.shape[:2], bias.shape[0])), past.new_empty(past.shape)
+
+
+@op
+def mimi_convs(
+    x: Tensor,
+    fresh: Tensor,
+    past: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor],
+    plan: list[int],
+) -> list[Tensor]:
+    """Convolutions of streams one after another, each as `mimi_conv`: Mimi's SEANet in one call.
+
+    Args:
+        x: `[B, T, C]` samples, value 0. The output of convolution i is value i + 1.
+        fresh: `[B]` bool, the streams that begin.
+        past: for each convolution, as `mimi_conv` takes it.
+        weights, biases: likewise.
+        plan: seven integers for each convolution: the value that it takes; the one added to its
+            output, or -1; dilation; whether there is an ELU; samples in a block of its input (a
+            stride) and of its output (a transposed convolution's stride); whether a stream that
+            begins has the first sample for a past, over and over.
+
+    Returns:
+        The last convolution's output as samples, then the past of each.
+
+    Raises:
+        RuntimeError: a shape, dtype or number does not fit; the message names the argument.
+    """
+    values = [x]
+    for i in range(len(weights)):
+        source, _, _, _, block_in, block_out, _ = plan[7 * i : 7 * i + 7]
+        batch, samples, _ = values[source].shape
+        shape = batch, samples // block_in * block_out, biases[i].shape[0] // block_out
+        values.append(x.new_empty(shape))
+    return [values[-1], *(left.new_empty(left.shape) for left in past)]
+
+
+@op
+def mimi_transformer(
+    x: Tensor,
+    positions: Tensor,
+    frequencies: Tensor,
+    norms: Tensor,
+    qkv: Tensor,
+    qkv_bias: Tensor,
+    o: Tensor,
+    o_bias: Tensor,
+    up: Tensor,
+    down: Tensor,
+    eps: float,
+    activation: str,
+    keys: Tensor,
+    values: Tensor,
+    end: int,
+    window: int,
+) -> Tensor:
+    """Mimi's transformer for the next T steps of streams: pre-norm, with a sliding window.
+
+    A layer is `x += o(attention(qkv(norm(x))))`, `x += down(activation(up(norm(x))))` with
+    LayerNorms and rotary embedding in the half-split layout; there is no norm behind the last. A
+    query sees its own key and the `window - 1` before it. Step t of every stream has its key in
+    slot `end - T + t` of the log; those before it are its past.
+
+    All is float32, but matrices may be bfloat16, or packed; then what they are multiplied with is
+    rounded to bfloat16, or to int8 as in `linear`. No result depends on T or on other streams.
+
+    Args:
+        x: `[B, T, C]`.
+        positions: `[B]` int64, of each stream's first step; earlier steps than 0 are not seen.
+        frequencies: `[D / 2]`, the angles of rotation per step.
+        norms: `[L, 4, C]`: scale and bias of the norm before attention, of the norm after it.
+        qkv: matrices `[L, (Hq + 2 Hkv) D, C]`, q rows first, then k, then v.
+        qkv_bias: `[L, (Hq + 2 Hkv) D]`.
+        o: matrices `[L, C, Hq D]`.
+        o_bias: `[L, C]`.
+        up: matrices `[L, F, C]`.
+        down: matrices `[L, C, F]`.
+        eps: of the norms.
+        activation: "gelu", "gelu_tanh", "relu" or "silu".
+        keys: `[L, B, Hkv, capacity, D]`; the new ones are written in place.
+        values: like keys.
+        end: the log's slot after the newest step.
+        window: keys that a query sees, itself included.
+
+    Returns:
+        `[B, T, C]`, contiguous.
+
+    Raises:
+        RuntimeError: a shape or dtype does not fit; on the CPU also a position whose keys would
+            begin before the log.
+    """
+    return x.new_empty(x.shape)

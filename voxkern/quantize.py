@@ -44,6 +44,42 @@ def num_rows(weight: Tensor) -> int:
     return BLOCK_ROWS * weight.shape[-2]
 
 
+def block_rows(weight: Tensor) -> Tensor:
+    """Rows in blocks of 16, unrounded, the last filled up with zeros: what `mimi_conv` takes.
+
+    Args:
+        weight: `[N, C]`, float32 or bfloat16; C of bfloat16 is even.
+
+    Returns:
+        `[N / 16, C, 16]` in float32, `[N / 16, C / 2, 16, 2]` in bfloat16: a column of 16 rows is
+        64 bytes, or two are.
+    """
+    rows, columns = weight.shape
+    blocks = torch.nn.functional.pad(weight, (0, 0, 0, -rows % BLOCK_ROWS))
+    pair = 2 if weight.dtype == torch.bfloat16 else 1
+    blocks = (
+        blocks.view(len(blocks) // BLOCK_ROWS, BLOCK_ROWS, columns // pair, pair)
+        .transpose(1, 2)
+        .contiguous()
+    )
+    return blocks if pair == 2 else blocks.squeeze(3)
+
+
+def unblock_rows(blocks: Tensor) -> Tensor:
+    """`[16 ceil(N / 16), C]` of what `block_rows` returns."""
+    if blocks.dim() == 3:
+        blocks = blocks.unsqueeze(3)
+    columns = blocks.shape[1] * blocks.shape[3]
+    return blocks.transpose(1, 2).reshape(BLOCK_ROWS * len(blocks), columns)
+
+
+def num_columns(weight: Tensor) -> int:
+    """C of `[..., N, C]`."""
+    if format_of(weight) == "int4":
+        return GROUP * weight.shape[-2]
+    return weight.shape[-1] // BLOCK_ROWS - 4 if format_of(weight) == "int8" else weight.shape[-1]
+
+
 def packed_shape(shape: torch.Size | tuple[int, ...], format: str) -> tuple[int, ...]:
     """The shape of `[..., N, C]` when packed.
 

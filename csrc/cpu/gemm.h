@@ -69,8 +69,8 @@ inline int64_t fetch_distance(int64_t C) {
 // out[m * N + r] for M rows of x and the first `rows` <= kRows rows of W; past those, the last row
 // is computed again, and not stored. Element i of row m of x is at x + i * kNext + m * stride if i
 // is a multiple of kStep. Of the first kFetch rows, what is `distance` away is fetched.
-template <int M, int kRows, int kFetch, int kNext, typename T>
-void multiply_tile(const T* x, int64_t stride, const T* weight, T* out, int64_t C, int64_t N,
+template <int M, int kRows, int kFetch, int kNext, typename T, typename O>
+void multiply_tile(const T* x, int64_t stride, const T* weight, O* out, int64_t C, int64_t N,
                    int64_t rows, int64_t distance) {
   using D = Dot<T>;
   constexpr int kChains = M * kRows, kGroups = (kChains + kWidth - 1) / kWidth;
@@ -100,15 +100,15 @@ void multiply_tile(const T* x, int64_t stride, const T* weight, T* out, int64_t 
     step(i, read_rest, read_rest);
   }
 
-  T sums[kGroups * kWidth];
+  O sums[kGroups * kWidth];
   for (int g = 0; g < kGroups; ++g) store(sums + g * kWidth, reduce_each(chains + g * kWidth));
   for (int m = 0; m < M; ++m)
     for (int64_t r = 0; r < rows; ++r) out[m * N + r] = sums[m * kRows + r];
 }
 
 // Columns begin .. end of out [M, N] for a few rows of x, so with W straight from memory.
-template <int M, typename T>
-void multiply_few(const T* x, const T* weight, T* out, int64_t C, int64_t N, int64_t begin,
+template <int M, typename T, typename O>
+void multiply_few(const T* x, const T* weight, O* out, int64_t C, int64_t N, int64_t begin,
                   int64_t end) {
   constexpr int kRows = tile_rows(M);
   const int64_t distance = fetch_distance<kRows, T>(C);
@@ -118,8 +118,8 @@ void multiply_few(const T* x, const T* weight, T* out, int64_t C, int64_t N, int
 }
 
 // multiply_tile for M <= kTileM rows of x that pack_rows made a tile of.
-template <int kFetch, typename T>
-void multiply_packed(int64_t M, const T* x, const T* weight, T* out, int64_t C, int64_t N,
+template <int kFetch, typename T, typename O>
+void multiply_packed(int64_t M, const T* x, const T* weight, O* out, int64_t C, int64_t N,
                      int64_t rows, int64_t distance) {
   const auto tile = [&](auto m) {
     multiply_tile<m.value, tile_rows(kTileM), kFetch, m.value>(x, Dot<T>::kStep, weight, out, C, N,
@@ -157,8 +157,8 @@ void pack_rows(const T* x, int64_t M, int64_t C, T* to) {
 constexpr int64_t kPanelBytes = 512 << 10;
 
 // Columns begin .. end of out [M, N] for more rows of x. W passes once for each panel of them.
-template <typename T>
-void multiply_many(const T* x, const T* weight, T* out, int64_t M, int64_t C, int64_t N,
+template <typename T, typename O>
+void multiply_many(const T* x, const T* weight, O* out, int64_t M, int64_t C, int64_t N,
                    int64_t begin, int64_t end) {
   constexpr int64_t kRows = tile_rows(kTileM), kStep = Dot<T>::kStep;
   const int64_t distance = fetch_distance<kRows, T>(C), width = (C + kStep - 1) / kStep * kStep;
@@ -177,9 +177,9 @@ void multiply_many(const T* x, const T* weight, T* out, int64_t M, int64_t C, in
       for (int64_t m = first; m < last; m += height) {
         // The first tiles fetch for all: a row of W each, if there are enough of them.
         const int64_t turn = (m - first) / height;
-        const auto tile = several ? turn < kRows ? multiply_packed<1, T> : multiply_packed<0, T>
-                          : turn  ? multiply_packed<0, T>
-                                  : multiply_packed<kRows, T>;
+        const auto tile = several ? turn < kRows ? multiply_packed<1, T, O> : multiply_packed<0, T, O>
+                          : turn  ? multiply_packed<0, T, O>
+                                  : multiply_packed<kRows, T, O>;
         tile(M - m < height ? M - m : height, packed + (m - first) * width, weight + n * C,
              out + m * N + n, C, N, rows, distance + (several ? turn * C : 0));
       }
@@ -188,14 +188,14 @@ void multiply_many(const T* x, const T* weight, T* out, int64_t M, int64_t C, in
 }
 
 // Columns begin .. end of out [M, N] = x [M, C] times the transpose of weight [N, C]; C >= 1.
-template <typename T>
-void multiply(const T* x, const T* weight, T* out, int64_t M, int64_t C, int64_t N, int64_t begin,
+template <typename T, typename O>
+void multiply(const T* x, const T* weight, O* out, int64_t M, int64_t C, int64_t N, int64_t begin,
               int64_t end) {
   // Rows too long to be packed.
   const int64_t most = C * kTileM * static_cast<int64_t>(sizeof(T)) > kPanelBytes / 2 ? 4 : M;
   for (int64_t m = 0; m < M; m += most) {
     const T* const rows = x + m * C;
-    T* const to = out + m * N;
+    O* const to = out + m * N;
     switch (M - m < most ? M - m : most) {
       case 1: multiply_few<1>(rows, weight, to, C, N, begin, end); break;
       case 2: multiply_few<2>(rows, weight, to, C, N, begin, end); break;

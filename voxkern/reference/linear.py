@@ -22,3 +22,11 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 def project(x: Tensor, weight: Tensor, num_rows: int) -> Tensor:
     """`linear` without the rows that fill up a packed weight's last block."""
     return linear(x, weight)[..., :num_rows]
+
+
+def project_float(x: Tensor, weight: Tensor, num_rows: int) -> Tensor:
+    """`project` of float32 x, which is rounded to bfloat16 first for a weight of that dtype."""
+    if weight.dtype == torch.bfloat16:
+        x = x.to(torch.bfloat16).float()
+        weight = weight.float()
+    return project(x, weight, num_rows)

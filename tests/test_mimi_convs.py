@@ -1,0 +1,94 @@
+"""A chain of convolutions against the composition of single ones, and what a plan may not say."""
+
+import pytest
+import torch
+
+from ops_testing import DTYPES, assert_close, opcheck, reference
+from voxkern.quantize import block_rows
+
+# value taken, value added, dilation, ELU, block in, block out, replicate; width in and out, taps.
+CHAIN = [
+    ((0, -1, 1, 0, 2, 1, 1), (12, 20, 3)),
+    ((1, -1, 3, 1, 1, 1, 1), (20, 8, 2)),
+    ((2, 1, 1, 1, 1, 1, 0), (8, 20, 1)),
+    ((3, -1, 1, 1, 1, 5, 0), (20, 30, 2)),
+    ((4, -1, 2, 0, 1, 1, 1), (6, 1, 4)),
+]
+
+
+def make(batch: int, blocks: int, dtype=torch.float32) -> dict:
+    """mimi_convs' arguments; every other stream begins."""
+    past, weights, biases = [], [], []
+    for (_, _, dilation, *_), (width, out, taps) in CHAIN:
+        weight = torch.randn(out, taps * width) / (taps * width) ** 0.5
+        weights.append(block_rows(weight.to(dtype)))
+        biases.append(torch.randn(out))
+        past.append(torch.randn(batch, (taps - 1) * dilation, width))
+    return {
+        "x": torch.randn(batch, 2 * blocks, 6),
+        "fresh": torch.arange(batch) % 2 == 0,
+        "past": past,
+        "weights": weights,
+        "biases": biases,
+        "plan": [number for step, _ in CHAIN for number in step],
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "blocks"), [(1, 1), (3, 7), (2, 40), (0, 4)])
+def test_mimi_convs(target, batch, blocks, dtype):
+    arguments = make(batch, blocks, dtype)
+    got = target.run("mimi_convs", *arguments.values())
+    expected = reference("mimi_convs", *arguments.values())
+    assert got[0].shape == (batch, 5 * blocks, 1)
+    assert len(got) == len(expected) == 1 + len(CHAIN)
+    for mine, theirs in zip(got, expected, strict=True):
+        if dtype == torch.float32:
+            assert_close(mine, theirs)
+        else:  # a value on the other side of a rounding boundary moves what follows
+            assert (mine - theirs).norm() <= 0.01 * theirs.norm()
+
+
+def test_pieces_are_the_whole_bit_for_bit(target):
+    arguments = make(3, 12)
+    whole = target.run("mimi_convs", *arguments.values())
+    for b in range(3):
+        row = slice(b, b + 1)
+        past, fresh, at, parts = [p[row] for p in arguments["past"]], arguments["fresh"][row], 0, []
+        for blocks in (1, 4, 7):
+            x = arguments["x"][row, 2 * at : 2 * (at + blocks)]
+            piece = arguments | {"x": x, "fresh": fresh, "past": past}
+            out, *past = target.run("mimi_convs", *piece.values())
+            fresh = torch.zeros(1, dtype=torch.bool)
+            parts.append(out)
+            at += blocks
+        assert torch.equal(torch.cat(parts, 1), whole[0][row])
+        for mine, theirs in zip(past, whole[1:], strict=True):
+            assert torch.equal(mine, theirs[row])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a["plan"].pop(), "plan: expected 35 entries, as there are 5 weights, got 34"),
+        (lambda a: a["past"].pop(), "past: expected 5 entries"),
+        (lambda a: a["biases"].pop(), "biases: expected 5 entries"),
+        (lambda a: a["plan"].__setitem__(0, 1), "plan: convolution 0 takes what is not there yet"),
+        (lambda a: a["plan"].__setitem__(8, 2), "plan: convolution 1 takes what is not there yet"),
+        (lambda a: a["plan"].__setitem__(0, -1), "plan: convolution 0 takes"),
+        (lambda a: a["plan"].__setitem__(4, 0), "plan: expected blocks of 1 or more"),
+        (lambda a: a["plan"].__setitem__(4, 3), "x: expected whole blocks of 3"),
+        (lambda a: a["plan"].__setitem__(26, 7), "biases: expected whole blocks of 7"),
+        (lambda a: a.update(fresh=torch.ones(3)), "fresh: expected bool, got float32"),
+        (lambda a: a["past"].__setitem__(0, torch.ones(2, 2, 6)), "past: expected shape"),
+    ],
+)
+def test_errors_name_the_argument(change, message):
+    arguments = make(2, 4)
+    change(arguments)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.voxkern.mimi_convs(*arguments.values())
+
+
+def test_opcheck():
+    opcheck("mimi_convs", *make(2, 3).values())

@@ -1,0 +1,207 @@
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from ops_testing import assert_close, opcheck, reference
+from voxkern.quantize import pack
+
+MATRICES = ("qkv", "o", "up", "down")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """In the letters of `voxkern.ops`; W keys in a window."""
+
+    T: int
+    C: int
+    L: int
+    F: int
+    Hq: int
+    Hkv: int
+    D: int
+    W: int
+    activation: str = "gelu"
+
+
+SIZES = [
+    Sizes(T=2, C=64, L=2, F=96, Hq=4, Hkv=4, D=16, W=7),
+    Sizes(T=5, C=30, L=3, F=50, Hq=4, Hkv=2, D=6, W=250, activation="silu"),
+    Sizes(T=1, C=17, L=1, F=9, Hq=3, Hkv=1, D=34, W=1, activation="relu"),
+    Sizes(T=90, C=40, L=1, F=64, Hq=2, Hkv=2, D=20, W=100, activation="gelu_tanh"),
+    Sizes(T=3, C=8, L=0, F=4, Hq=1, Hkv=1, D=2, W=3),
+]
+PACKED_SIZES = Sizes(T=4, C=96, L=2, F=160, Hq=4, Hkv=2, D=24, W=9)
+POSITIONS = [[0], [3, 0, 700]]
+
+
+def make(s: Sizes, positions: list[int], room: int = 5) -> dict:
+    """mimi_transformer's arguments. What no query sees is NaN, like the new keys' slots."""
+
+    def matrix(*shape: int) -> Tensor:
+        return torch.randn(shape) / shape[-1] ** 0.5
+
+    batch, qkv = len(positions), (s.Hq + 2 * s.Hkv) * s.D
+    past, end = s.W - 1 + 3, s.W - 1 + 3 + s.T
+    logs = [torch.full((s.L, batch, s.Hkv, end + room, s.D), torch.nan) for _ in range(2)]
+    for log in logs:
+        for b, position in enumerate(positions):
+            seen = min(position, s.W - 1)
+            log[:, b, :, past - seen : past].normal_()
+    return {
+        "x": torch.randn(batch, s.T, s.C),
+        "positions": torch.tensor(positions, dtype=torch.int64),
+        "frequencies": 1 / 100 ** (torch.arange(s.D // 2) / (s.D // 2)),
+        "norms": torch.randn(s.L, 4, s.C),
+        "qkv": matrix(s.L, qkv, s.C),
+        "qkv_bias": torch.randn(s.L, qkv),
+        "o": matrix(s.L, s.C, s.Hq * s.D),
+        "o_bias": torch.randn(s.L, s.C),
+        "up": matrix(s.L, s.F, s.C),
+        "down": matrix(s.L, s.C, s.F),
+        "eps": 1e-3,
+        "activation": s.activation,
+        "keys": logs[0],
+        "values": logs[1],
+        "end": end,
+        "window": s.W,
+    }
+
+
+def run(call, arguments: dict) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, and keys and values as they are afterwards."""
+    arguments = arguments | {name: arguments[name].clone() for name in ("keys", "values")}
+    out = call("mimi_transformer", *arguments.values())
+    return out, arguments["keys"], arguments["values"]
+
+
+def finite(arguments: dict) -> dict:
+    """For the reference, whose masked values must be finite."""
+    return arguments | {name: arguments[name].nan_to_num(0.0) for name in ("keys", "values")}
+
+
+def check(target, arguments: dict, near=assert_close) -> None:
+    got, expected = run(target.run, arguments), run(reference, finite(arguments))
+    near(got[0], expected[0])
+    written = slice(arguments["end"] - arguments["x"].shape[1], arguments["end"])
+    for name, mine, theirs in zip(("keys", "values"), got[1:], expected[1:], strict=True):
+        near(mine[..., written, :], theirs[..., written, :])
+        before = arguments[name].clone()
+        before[..., written, :] = mine[..., written, :]
+        torch.testing.assert_close(mine, before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("positions", POSITIONS, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_mimi_transformer(target, sizes, positions):
+    def near(got, expected):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+    check(target, make(sizes, positions), near)
+
+
+@pytest.mark.parametrize("positions", POSITIONS, ids=str)
+@pytest.mark.parametrize("formats", [("bf16",) * 4, ("int8",) * 4, ("int4", "", "int8", "bf16")])
+def test_other_weights(target, formats, positions):
+    """A value that falls on the other side of a rounding boundary moves what follows."""
+
+    def near(got, expected):
+        assert (got - expected).norm() <= 0.01 * expected.norm()
+
+    arguments = make(PACKED_SIZES, positions)
+    for name, format in zip(MATRICES, formats, strict=True):
+        if format == "bf16":
+            arguments[name] = arguments[name].bfloat16()
+        elif format:
+            arguments[name] = pack(arguments[name], format)
+    check(target, arguments, near)
+
+
+@pytest.mark.parametrize("format", ["", "bf16", "int8"])
+@pytest.mark.parametrize("sizes", [SIZES[0], SIZES[3], PACKED_SIZES], ids=str)
+def test_pieces_are_the_whole_bit_for_bit(target, sizes, format):
+    """However a stream is cut, and whatever streams are beside it."""
+    positions = [3, 0, 700]
+    arguments = make(sizes, positions)
+    for name in MATRICES:
+        if format == "bf16":
+            arguments[name] = arguments[name].bfloat16()
+        elif format and arguments[name].shape[-1] % 32 == 0:
+            arguments[name] = pack(arguments[name], format)
+    whole = run(target.run, arguments)
+    for b in range(3):
+        one = {n: arguments[n][:, b : b + 1].contiguous() for n in ("keys", "values")}
+        at, parts = 0, []
+        for size in (1, 2, sizes.T):
+            size = min(size, sizes.T - at)
+            piece = (
+                arguments
+                | one
+                | {
+                    "x": arguments["x"][b : b + 1, at : at + size],
+                    "positions": torch.tensor([positions[b] + at]),
+                    "end": arguments["end"] - sizes.T + at + size,
+                }
+            )
+            out, one["keys"], one["values"] = run(target.run, piece)
+            parts.append(out)
+            at += size
+        assert torch.equal(torch.cat(parts, 1), whole[0][b : b + 1])
+        written = slice(arguments["end"] - sizes.T, arguments["end"])
+        for log, name in zip(whole[1:], ("keys", "values"), strict=True):
+            assert torch.equal(log[:, b : b + 1, :, written], one[name][..., written, :])
+
+
+def test_any_number_of_threads(target):
+    if target.device != "cpu" or target.backend != "native":
+        pytest.skip("only native CPU ops have a team of threads")
+    cases = [make(sizes, [3, 0]) for sizes in SIZES[:4]]
+    expected = [run(target.run, arguments)[0] for arguments in cases]
+    before = torch.ops.voxkern.num_threads()
+    try:
+        for n in (1, 2, 3, 7):
+            torch.ops.voxkern.set_num_threads(n)
+            for arguments, out in zip(cases, expected, strict=True):
+                assert torch.equal(run(target.run, arguments)[0], out)
+    finally:
+        torch.ops.voxkern.set_num_threads(before)
+
+
+@pytest.mark.parametrize("streams", [0, 2])
+def test_nothing_to_do(target, streams):
+    sizes = Sizes(T=0 if streams else 3, C=8, L=1, F=4, Hq=1, Hkv=1, D=2, W=3)
+    out, _, _ = run(target.run, make(sizes, [4] * streams))
+    assert out.shape == (streams, sizes.T, 8)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"x": torch.ones(2, 3)}, "x: expected 3 dimensions"),
+        ({"x": torch.ones(1, 2, 64).bfloat16()}, "x: expected float32, got bfloat16"),
+        ({"positions": torch.zeros(1).int()}, "positions: expected int64, got int32"),
+        ({"positions": torch.tensor([-1])}, "positions: stream 0 is at -1"),
+        ({"norms": torch.ones(2, 3, 64)}, r"norms: expected shape \[L, 4, C\] = \[2, 4, 64\]"),
+        ({"qkv": torch.ones(2, 190, 64)}, r"qkv: expected shape .* = \[2, 192, 64\]"),
+        ({"qkv_bias": torch.ones(2, 190)}, "qkv_bias: expected .* Hq a multiple of Hkv"),
+        ({"o_bias": torch.ones(2, 63)}, r"o_bias: expected shape \[L, C\] = \[2, 64\]"),
+        ({"up": torch.ones(2, 95, 64)}, r"up: expected shape .* = \[2, 96, 64\]"),
+        ({"down": torch.ones(2, 64, 96).double()}, "down: expected float32, got float64"),
+        ({"activation": "elu"}, "activation: expected gelu, gelu_tanh, relu or silu, got elu"),
+        ({"keys": torch.ones(2, 1, 4, 16, 14)}, r"keys: expected shape .* = \[2, 1, 4, 16, 16\]"),
+        ({"values": torch.ones(2, 1, 4, 15, 16)}, r"values: expected shape .* \[2, 1, 4, 16, 16\]"),
+        ({"end": 1}, "end: expected T to capacity, 2 to 16, got 1"),
+        ({"end": 17}, "end: expected T to capacity, 2 to 16, got 17"),
+        ({"end": 7, "positions": torch.tensor([6])}, "positions: stream 0 is at 6, whose keys"),
+        ({"window": 0}, "window: expected 1 or more, got 0"),
+    ],
+)
+def test_errors_name_the_argument(wrong, message):
+    arguments = make(SIZES[0], [3]) | wrong
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.voxkern.mimi_transformer(*arguments.values())
+
+
+def test_opcheck():
+    opcheck("mimi_transformer", *finite(make(SIZES[0], [3, 0])).values())

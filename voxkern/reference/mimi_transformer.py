@@ -1,0 +1,74 @@
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from voxkern.quantize import num_columns
+from voxkern.reference.linear import project_float
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+def mimi_transformer(
+    x: Tensor,
+    positions: Tensor,
+    frequencies: Tensor,
+    norms: Tensor,
+    qkv: Tensor,
+    qkv_bias: Tensor,
+    o: Tensor,
+    o_bias: Tensor,
+    up: Tensor,
+    down: Tensor,
+    eps: float,
+    activation: str,
+    keys: Tensor,
+    values: Tensor,
+    end: int,
+    window: int,
+) -> Tensor:
+    steps, width = x.shape[1:]
+    num_kv_heads, head_dim = keys.shape[2], keys.shape[4]
+    num_heads = qkv_bias.shape[1] // head_dim - 2 * num_kv_heads
+    start = max(0, end - steps - window + 1)
+
+    steps_at = positions[:, None] + torch.arange(steps, device=x.device)
+    angles = steps_at[:, None, :, None] * frequencies
+    cos, sin = angles.cos(), angles.sin()
+
+    def rotate(heads: Tensor) -> Tensor:
+        low, high = heads.chunk(2, -1)
+        return torch.cat((low * cos - high * sin, high * cos + low * sin), -1)
+
+    # How far each slot lies behind each query's.
+    slots = torch.arange(start, end, device=x.device)
+    behind = torch.arange(end - steps, end, device=x.device)[:, None] - slots
+    seen = (behind >= 0) & (behind < window) & (behind <= steps_at[:, :, None])
+
+    for i in range(len(norms)):
+        before, after = norms[i].unflatten(0, (2, 2))
+        normed = F.layer_norm(x, (width,), *before, eps)
+        heads = project_float(normed, qkv[i], qkv_bias.shape[1]) + qkv_bias[i]
+        q, k, v = (
+            heads.unflatten(-1, (-1, head_dim))
+            .transpose(1, 2)
+            .split((num_heads, num_kv_heads, num_kv_heads), 1)
+        )
+        keys[i, :, :, end - steps : end] = rotate(k)
+        values[i, :, :, end - steps : end] = v
+        attended = F.scaled_dot_product_attention(
+            rotate(q),
+            keys[i, :, :, start:end],
+            values[i, :, :, start:end],
+            seen[:, None],
+            enable_gqa=num_heads != num_kv_heads,
+        )
+        x = x + project_float(attended.transpose(1, 2).flatten(2), o[i], width) + o_bias[i]
+        normed = F.layer_norm(x, (width,), *after, eps)
+        hidden = ACTIVATIONS[activation](project_float(normed, up[i], num_columns(down[i])))
+        x = x + project_float(hidden, down[i], width)
+    return x
