@@ -14,6 +14,7 @@ from mimi_oracles import (
     save_hf_mimi,
 )
 from vox_serve.mimi import MimiState, load_mimi, mimi_from_checkpoint
+from vox_serve.mimi.tensors import PRECISIONS
 
 SHAPES = {
     "tiny": {},
@@ -89,7 +90,7 @@ def stream(mimi, codes, chunks, state=None):
 
 
 def state_bytes(state: MimiState) -> int:
-    tensors = [state.positions, *state.window.tensors(), *state.lefts]
+    tensors = [state.positions, state.window.log, *state.lefts]
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
     return sum(storages.values())
 
@@ -178,15 +179,38 @@ def test_codes_outside_a_codebook_are_clamped(pair):
     assert_same_audio(mimi.decode(codes), hf_decode(hf, codes.clamp(0, 63)))
 
 
-def test_without_packed_weights(tmp_path, monkeypatch):
-    hf = save_hf_mimi(tmp_path)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    mimi = load_mimi(tmp_path)
-    assert not mimi.decoder.layers[0].linear.packed
-    codes = random_codes(2, 9)
-    assert_same_audio(stream(mimi, codes, [2])[0], hf_decode(hf, codes))
-    audio = torch.randn(2, 9 * 16) * 0.3
-    assert torch.equal(mimi.encode(audio), hf_encode(hf, audio))
+@pytest.mark.parametrize("chunks", [[1], [3], [1, 7, 0, 2, 11]])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_stream_is_the_whole_bit_for_bit(tmp_path, precision, chunks):
+    """Beside any other stream, too; 32 columns make some matrices pack."""
+    save_hf_mimi(tmp_path)
+    mimi = load_mimi(tmp_path, precision)
+    codes = random_codes(3, 25)
+    whole = mimi.decode(codes)
+    for row, expected in zip(codes, whole, strict=True):
+        assert torch.equal(stream(mimi, row[None], chunks)[0][0], expected)
+
+
+@pytest.mark.parametrize(("precision", "least_db"), [("bfloat16", 35), ("int8", 30)])
+def test_lower_precision_is_near_the_exact_one(tmp_path, precision, least_db):
+    save_hf_mimi(tmp_path, hidden_size=64, intermediate_size=96, upsample_groups=64)
+    exact, mimi = load_mimi(tmp_path), load_mimi(tmp_path, precision)
+    matrices = [w.dtype for w in mimi.decoder.transformer.weights if w.dtype != torch.float32]
+    expected_dtype = torch.int8 if precision == "int8" else torch.bfloat16
+    assert matrices == [expected_dtype] * 4
+    codes = random_codes(2, 40)
+    expected = exact.decode(codes)
+    error = mimi.decode(codes) - expected
+    noise_db = 10 * torch.log10(expected.square().mean() / error.square().mean()).item()
+    assert least_db < noise_db < 80
+    audio = torch.randn(2, 16 * 9) * 0.3
+    assert torch.equal(mimi.encode(audio), exact.encode(audio))
+
+
+def test_unknown_precision_is_named(tmp_path):
+    save_hf_mimi(tmp_path)
+    with pytest.raises(ValueError, match="precision must be float32 or bfloat16 or int8, got int4"):
+        load_mimi(tmp_path, "int4")
 
 
 def test_later_codes_do_not_reach_back(pair):

@@ -19,6 +19,8 @@ from vox_serve.weights import load_checkpoint, load_codec
 
 SMALL_MODEL_PARAMETERS = 100_000_000
 """Below this a CPU runs float32 about as fast as anything: "auto" then means exact."""
+CODEC_PRECISIONS = {"none": "float32", "int8": "int8", "int4": "int8"}
+"""What `quantize` means for the codec's decoder (`Mimi`'s `precision`)."""
 
 
 def load_engine(
@@ -39,7 +41,8 @@ def load_engine(
         model: built-in voice, local folder or hub id.
         device: "cpu", "cuda", or "auto": a GPU if torch sees one and the kernels run on it.
         dtype: of weights and KV cache. "auto" is bfloat16, but float32 for a small model on a CPU.
-        quantize: "none", "int8" or "int4": which matrices are packed (`csm_weights.PACKINGS`).
+        quantize: "none", "int8" or "int4": which matrices are packed (`csm_weights.PACKINGS`),
+            and so the codec's precision.
         weight_cache: folder for packed weights, "none", or None for the model's own folder (see
             `cache_folders`).
         codec: folder, file or hub id of the codec, for a checkpoint that holds none.
@@ -65,7 +68,7 @@ def load_engine(
 
     caches = cache_folders(weight_cache, folder, small)
     checkpoint = load_checkpoint(folder, dtype, place, allow_pickle, quantize, caches)
-    mimi = load_codec(checkpoint, codec)
+    mimi = load_codec(checkpoint, codec, CODEC_PRECISIONS[quantize])
     if context == "none":
         segments = []
     elif context is not None:

@@ -112,23 +112,26 @@ def load_checkpoint(
     return Checkpoint(folder, settings, config, weights, codec or None, codec_config)
 
 
-def load_codec(checkpoint: Checkpoint, codec: str | None = None) -> Mimi:
+def load_codec(
+    checkpoint: Checkpoint, codec: str | None = None, precision: str = "float32"
+) -> Mimi:
     """The codec: inside the checkpoint, else a file of its own in the folder, else `codec`.
 
     Args:
         checkpoint: from `load_checkpoint`.
         codec: a folder, file or hub id; None for `kyutai/mimi`.
+        precision: of the decoder's matrices, as for `Mimi`.
 
     Raises:
         ModelNotFoundError: there is none in the folder, and `codec` cannot be had.
         ValueError: it is no Mimi, or has fewer codebooks than the model.
     """
     if checkpoint.codec_tensors is not None:
-        mimi = mimi_from_checkpoint(checkpoint.codec_tensors, checkpoint.codec_config)
+        mimi = mimi_from_checkpoint(checkpoint.codec_tensors, checkpoint.codec_config, precision)
         where = checkpoint.folder
     else:
         where = find_codec(checkpoint.folder) or resolve_codec(codec)
-        mimi = load_mimi(where)
+        mimi = load_mimi(where, precision)
     if mimi.config.num_codebooks < checkpoint.config.num_codebooks:
         raise CheckpointError(
             f"the codec in {where} has {mimi.config.num_codebooks} codebooks, the model "

@@ -37,7 +37,7 @@ _MOSHI_TO_HF = [
 ]
 
 
-def load_mimi(path: str | Path) -> Mimi:
+def load_mimi(path: str | Path, precision: str = "float32") -> Mimi:
     """Load a codec from a safetensors file, in transformers' or moshi's names, or from its folder.
 
     Sizes come from a `config.json` beside the file, if that describes a Mimi or a CSM with its
@@ -45,6 +45,7 @@ def load_mimi(path: str | Path) -> Mimi:
 
     Args:
         path: the file, or a folder (see `find_codec_file`).
+        precision: of the decoder's matrices, as for `Mimi`.
 
     Raises:
         FileNotFoundError: there is no such file or folder, or no codec in the folder.
@@ -63,11 +64,13 @@ def load_mimi(path: str | Path) -> Mimi:
         tensors = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file} is not a safetensors file: {error}") from None
-    return mimi_from_checkpoint(tensors, _codec_settings(file.parent))
+    return mimi_from_checkpoint(tensors, _codec_settings(file.parent), precision)
 
 
 def mimi_from_checkpoint(
-    codec_tensors: Mapping[str, Tensor], codec_config: Mapping[str, Any] | None
+    codec_tensors: Mapping[str, Tensor],
+    codec_config: Mapping[str, Any] | None,
+    precision: str = "float32",
 ) -> Mimi:
     """Build a codec from tensors in transformers' or moshi's names.
 
@@ -76,6 +79,7 @@ def mimi_from_checkpoint(
         codec_config: settings as in transformers' `MimiConfig`; None takes the sizes from the
             tensors, and what shapes do not show (8 heads, the window, the RoPE base) from
             `kyutai/mimi`.
+        precision: of the decoder's matrices, as for `Mimi`.
 
     Raises:
         ValueError: the config is not supported, or a tensor is missing or has a wrong shape.
@@ -85,7 +89,7 @@ def mimi_from_checkpoint(
         config = _config_from_shapes({name: tuple(t.shape) for name, t in tensors.items()})
     else:
         config = MimiConfig.from_json(codec_config)
-    return Mimi(config, _split_in_proj(tensors, config))
+    return Mimi(config, _split_in_proj(tensors, config), precision)
 
 
 def find_codec_file(folder: str | Path) -> Path | None:

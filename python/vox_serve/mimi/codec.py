@@ -14,31 +14,41 @@ from vox_serve.mimi.config import MimiConfig
 from vox_serve.mimi.decoder import Decoder
 from vox_serve.mimi.encoder import Encoder
 from vox_serve.mimi.quantizer import Quantizer
-from vox_serve.mimi.state import KeyWindow, StreamState
-from vox_serve.mimi.tensors import TensorReader
+from vox_serve.mimi.state import StreamState
+from vox_serve.mimi.tensors import PRECISIONS, TensorReader
 
 # Enough frames to spread the reading of the weights, few enough for activations to stay in cache.
 WHOLE_CHUNK_FRAMES = 8
 
 
 class Mimi:
-    """The codec's weights, float32. It holds no state: streams pass theirs in and out.
+    """The codec's weights. It holds no state: streams pass theirs in and out.
+
+    Activations, keys, values and the encoder are float32. The decoder's matrices may be less, for
+    then a frame reads fewer bytes: "bfloat16", or "int8" for the transformer's with bfloat16
+    convolutions.
 
     Args:
         config: sizes.
         tensors: by transformers' names (`decoder.layers.0.conv.weight`, ...), any float dtype; the
             codec computes on their device.
+        precision: "float32", "bfloat16" or "int8".
 
     Raises:
-        ValueError: a tensor is missing or has another shape; the message names it.
+        ValueError: there is no such precision, or a tensor is missing or has another shape; the
+            message names it.
     """
 
-    def __init__(self, config: MimiConfig, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, config: MimiConfig, tensors: Mapping[str, Tensor], precision: str = "float32"
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be {' or '.join(PRECISIONS)}, got {precision}")
         reader = TensorReader(tensors)
         self.config = config
         with torch.inference_mode():
             self.quantizer = Quantizer(config, reader)
-            self.decoder = Decoder(config, reader)
+            self.decoder = Decoder(config, reader.at(precision))
             self.encoder = Encoder(config, reader) if config.has_encoder else None
         reader.refuse_leftover_layers()
         self.device = self.quantizer.device
@@ -72,7 +82,7 @@ class Mimi:
 
         Returns:
             `[B, n * frame_samples]` float32, and the state after it. However a stream is cut into
-            steps, its samples are those of `decode`, within rounding.
+            steps, its samples are those of `decode`.
 
         Raises:
             ValueError: a wrong shape.
@@ -84,9 +94,8 @@ class Mimi:
         batch, frames, _ = codes.shape
         if codes.numel() == 0:
             return self._zeros(batch, frames * self.config.frame_samples), state
-        codes = codes.to(self.device, torch.int64).transpose(0, 1)
-        audio, state = self.decoder(self.quantizer.decode(codes), state)
-        return audio.t().contiguous(), state
+        codes = codes.to(self.device, torch.int64)
+        return self.decoder(self.quantizer.decode(codes), state)
 
     def encode(self, audio: Tensor, num_codebooks: int | None = None) -> Tensor:
         """Encode whole recordings, padded with silence to whole frames (as moshi and CSM do).
@@ -152,8 +161,8 @@ class Mimi:
         if audio.numel() == 0:
             shape = audio.shape[0], audio.shape[1] // frame_samples, width
             return self._zeros(*shape).to(torch.int64), state
-        latent, state = self.encoder(audio.to(self.device, torch.float32).t(), state)
-        return self.quantizer.encode(latent, width).transpose(0, 1).contiguous(), state
+        latent, state = self.encoder(audio.to(self.device, torch.float32), state)
+        return self.quantizer.encode(latent, width), state
 
     def _in_chunks(self, whole: Tensor, unit: int, step, init_state) -> Tensor:
         state, parts = init_state(whole.shape[0]), []
@@ -163,15 +172,10 @@ class Mimi:
         return torch.cat(parts, dim=1)
 
     def _init_state(self, half: Decoder | Encoder, batch_size: int) -> StreamState:
-        heads, past_keys, dim = half.transformer.kv_shape
-        num_caches = 2 * len(half.transformer.layers)
         return StreamState(
             torch.zeros(batch_size, dtype=torch.int64, device=self.device),
-            KeyWindow.of(
-                [self._zeros(batch_size, heads, past_keys, dim) for _ in range(num_caches)],
-                past_keys,
-            ),
-            tuple(self._zeros(batch_size, *context) for context in half.contexts()),
+            half.transformer.empty_window(batch_size),
+            tuple(self._zeros(batch_size, *context) for context in half.contexts),
         )
 
     def _zeros(self, *shape: int) -> Tensor:

@@ -1,49 +1,14 @@
-"""The two building blocks of the codec: a matrix product, and a causal convolution made of it.
+"""The codec's building block, a causal convolution over blocks of samples, and chains of it."""
 
-Activations are time-major, `[T, B, C]`: a step of time is one contiguous slab whatever the batch
-size, so a window of a convolution is a strided view, and every layer ends in one matrix product
-of `T * B` rows.
-"""
-
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vox_serve.mimi.config import MimiConfig
 from vox_serve.mimi.tensors import TensorReader
-
-
-class Linear:
-    """`y = x W^T + bias (+ add)`, float32.
-
-    One frame is two rows in most of the codec, so the weights' way from memory is the cost. oneDNN
-    with its weights packed once reads them two to three times as fast as MKL's GEMM at 2 to 16
-    rows; where torch is built without it, or off the CPU, this is `addmm`.
-
-    Args:
-        weight: `[N, K]`, float32.
-        bias: `[N]` or None.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.bias = None if bias is None else bias.contiguous()
-        self.packed = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        if self.packed:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 2)
-        else:
-            self.weight = weight.t().contiguous()
-
-    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        """Args: x `[M, K]`; add `[M, N]` or None. Returns `[M, N]`, contiguous."""
-        if self.packed:
-            op = torch.ops.mkldnn._linear_pointwise
-            if add is None:
-                return op(x, self.weight, self.bias, "none", [], "")
-            return op.binary(x, add, self.weight, self.bias, "add")
-        y = x @ self.weight if self.bias is None else torch.addmm(self.bias, x, self.weight)
-        return y if add is None else y.add_(add)
+from voxkern import ops
+from voxkern.quantize import block_rows
 
 
 class CausalConv:
@@ -56,8 +21,8 @@ class CausalConv:
 
     Args:
         taps: `[Cout, J, Cin]`, the oldest tap first.
-        bias: `[Cout]` or None.
-        dilation: blocks between taps.
+        bias: `[Cout]`.
+        dilation: blocks from tap to tap.
         block_in: samples per input block (the stride).
         block_out: samples per output block (the stride of a transposed convolution).
         elu: apply ELU to the input.
@@ -67,7 +32,7 @@ class CausalConv:
     def __init__(
         self,
         taps: Tensor,
-        bias: Tensor | None,
+        bias: Tensor,
         *,
         dilation: int = 1,
         block_in: int = 1,
@@ -75,10 +40,10 @@ class CausalConv:
         elu: bool = False,
         replicate: bool = False,
     ) -> None:
-        self.num_taps, self.width = taps.shape[1:]
-        self.linear = Linear(taps.flatten(1), bias)
+        num_taps, self.width = taps.shape[1:]
+        self.weight, self.bias = block_rows(taps.flatten(1)), bias.contiguous()
         self.dilation, self.block_in, self.block_out = dilation, block_in, block_out
-        self.context = (self.num_taps - 1) * dilation
+        self.context = (num_taps - 1) * dilation
         self.elu, self.replicate = elu, replicate
 
     @classmethod
@@ -95,9 +60,8 @@ class CausalConv:
         """From the weight of a Conv1d, `shape` = `[Cout, Cin, kernel]`, stride | kernel."""
         weight = tensors(f"{name}.weight", *shape)
         taps = weight.unflatten(2, (-1, stride)).permute(0, 2, 3, 1).flatten(2)
-        return cls(
-            taps, tensors(f"{name}.bias", shape[0]) if bias else None, block_in=stride, **how
-        )
+        offset = tensors(f"{name}.bias", shape[0]) if bias else weight.new_zeros(shape[0])
+        return cls(tensors.convolution(taps), offset, block_in=stride, **how)
 
     @classmethod
     def transposed(
@@ -118,41 +82,8 @@ class CausalConv:
             blocks = weight.unflatten(0, (groups, -1)).unbind(3)
             weight = torch.stack([torch.block_diag(*tap) for tap in blocks], dim=2)
         taps = weight.unflatten(2, (2, stride)).flip(2).permute(3, 1, 2, 0).flatten(0, 1)
-        offset = tensors(f"{name}.bias", c_out).repeat(stride) if bias else None
-        return cls(taps, offset, block_out=stride, **how)
-
-    def contexts(self) -> Iterator[tuple[int, int]]:
-        """The shapes `(blocks, width)` of what a stream remembers for this layer."""
-        if self.context:
-            yield self.context, self.width
-
-    def __call__(self, x: Tensor, past: "Past", add: Tensor | None = None) -> Tensor:
-        """Convolve a chunk.
-
-        Args:
-            x: `[T, B, Cin]`, T a multiple of the stride.
-            past: what came before; read and brought up to date.
-            add: `[T_out, B, Cout]` to be summed to the output, or None. Only without blocks out.
-
-        Returns:
-            `[T_out, B, Cout]`, contiguous.
-        """
-        if self.elu:
-            x = F.elu(x)
-        batch, first = x.shape[1], x[:1]
-        if self.block_in > 1:
-            x = x.unflatten(0, (-1, self.block_in)).transpose(1, 2)
-            x = x.reshape(-1, batch, self.width)
-        steps = x.shape[0]
-        if self.context:
-            x = past.extend(x, first.repeat(1, 1, self.block_in) if self.replicate else None)
-            row = batch * self.width
-            windows = (steps, batch, self.num_taps, self.width)
-            x = x.as_strided(windows, (row, self.width, self.dilation * row, 1))
-        x = x.reshape(steps * batch, self.num_taps * self.width)
-        y = self.linear(x, None if add is None else add.view(steps * batch, -1))
-        y = y.view(steps, batch, self.block_out, -1).transpose(1, 2)
-        return y.reshape(steps * self.block_out, batch, -1).contiguous()
+        offset = tensors(f"{name}.bias", c_out) if bias else weight.new_zeros(c_out)
+        return cls(tensors.convolution(taps), offset.repeat(stride), block_out=stride, **how)
 
 
 class DepthwiseUpsample:
@@ -163,52 +94,17 @@ class DepthwiseUpsample:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        self.width = weight.shape[0]
-        new, old = weight.squeeze(1).t().contiguous().chunk(2)
-        self.new, self.old = new.unsqueeze(1), old.unsqueeze(1)  # [s, 1, C]
+        self.contexts = [(1, weight.shape[0])]
+        self.new, self.old = weight.squeeze(1).t().contiguous().chunk(2)  # [s, C]
 
-    def contexts(self) -> Iterator[tuple[int, int]]:
-        yield 1, self.width
-
-    def __call__(self, x: Tensor, past: "Past") -> Tensor:
-        """Args: x `[T, B, C]`. Returns `[s T, B, C]`."""
-        x = past.extend(x).unsqueeze(1)
-        return torch.addcmul(x[:-1] * self.old, x[1:], self.new).flatten(0, 1)
-
-
-class Past:
-    """The inputs that convolutions remember, handed out layer after layer and collected anew.
-
-    Args:
-        lefts: per layer with a context `[B, context, width]`, in the layers' order.
-        fresh: `[B]` bool, the rows whose stream has not begun.
-    """
-
-    def __init__(self, lefts: Iterable[Tensor], fresh: Tensor) -> None:
-        self._lefts, self._fresh = iter(lefts), fresh[:, None, None]
-        self._collected: list[Tensor] = []
-
-    def extend(self, x: Tensor, first: Tensor | None = None) -> Tensor:
-        """Put the next layer's past before its input.
-
-        Args:
-            x: `[T, B, width]`.
-            first: `[1, B, width]`, taken as the past of fresh rows; None keeps what is stored.
-
-        Returns:
-            `[context + T, B, width]`, contiguous.
-        """
-        left = next(self._lefts)
-        if first is not None:
-            left = torch.where(self._fresh, first.transpose(0, 1), left)
-        x = torch.cat([left.transpose(0, 1), x])
-        # A copy, because a view would keep all of the chunk's activations alive.
-        self._collected.append(x[-left.shape[1] :].transpose(0, 1).clone())
-        return x
-
-    def collected(self) -> tuple[Tensor, ...]:
-        """The new past of every layer, once all have run."""
-        return tuple(self._collected)
+    def __call__(
+        self, x: Tensor, fresh: Tensor, past: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As `Chain.__call__`."""
+        x = torch.cat((*past, x), 1).unsqueeze(2)
+        # A copy, because a view would keep all of the chunk alive.
+        left = x[:, -1].clone()
+        return torch.addcmul(x[:, :-1] * self.old, x[:, 1:], self.new).flatten(1, 2), [left]
 
 
 class ResidualUnit:
@@ -240,10 +136,51 @@ class ResidualUnit:
             square = (channels, channels, 1)
             self.shortcut = CausalConv.strided(tensors, f"{name}.shortcut.conv", square)
 
-    def contexts(self) -> Iterator[tuple[int, int]]:
-        return self.narrow.contexts()
 
-    def __call__(self, x: Tensor, past: Past) -> Tensor:
-        """Args: x `[T, B, C]`. Returns `[T, B, C]`."""
-        kept = x if self.shortcut is None else self.shortcut(x, past)
-        return self.widen(self.narrow(x, past), past, add=kept)
+class Chain:
+    """Convolutions and residual units, one after another.
+
+    Args:
+        layers: in their order.
+
+    Attributes:
+        convs: all convolutions, in the order in which they run.
+        contexts: `(blocks, width)` of what a stream remembers for each of them.
+    """
+
+    def __init__(self, layers: Sequence[CausalConv | ResidualUnit]) -> None:
+        self.convs: list[CausalConv] = []
+        self._plan: list[int] = []
+        last = 0
+        for layer in layers:
+            if isinstance(layer, CausalConv):
+                last = self._add(layer, last)
+            else:
+                kept = last if layer.shortcut is None else self._add(layer.shortcut, last)
+                last = self._add(layer.widen, self._add(layer.narrow, last), kept)
+        self.contexts = [(conv.context, conv.width) for conv in self.convs]
+        self._weights = [conv.weight for conv in self.convs]
+        self._biases = [conv.bias for conv in self.convs]
+
+    def __call__(
+        self, x: Tensor, fresh: Tensor, past: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run a chunk.
+
+        Args:
+            x: `[B, T, C]`, T a multiple of all strides.
+            fresh: `[B]` bool, the streams that begin.
+            past: `[B, blocks, width]` for each of `contexts`.
+
+        Returns:
+            `[B, T', C']`, contiguous, and the past of what comes next.
+        """
+        x, *past = ops.mimi_convs(x, fresh, list(past), self._weights, self._biases, self._plan)
+        return x, past
+
+    def _add(self, conv: CausalConv, source: int, added: int = -1) -> int:
+        """The number of its output among the values of `mimi_convs`."""
+        self.convs.append(conv)
+        self._plan += [source, added, conv.dilation, int(conv.elu)]
+        self._plan += [conv.block_in, conv.block_out, int(conv.replicate)]
+        return len(self.convs)

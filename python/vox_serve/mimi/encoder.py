@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from vox_serve.mimi.config import MimiConfig
-from vox_serve.mimi.conv import CausalConv, Past, ResidualUnit
+from vox_serve.mimi.conv import CausalConv, Chain, ResidualUnit
 from vox_serve.mimi.state import StreamState
 from vox_serve.mimi.tensors import TensorReader
 from vox_serve.mimi.transformer import Transformer
@@ -23,15 +23,15 @@ class Encoder:
         channels = config.num_filters
         shape = (channels, 1, config.kernel_size)
         first = CausalConv.strided(tensors, "encoder.layers.0.conv", shape, replicate=replicate)
-        self.layers: list[CausalConv | ResidualUnit] = [first]
+        layers: list[CausalConv | ResidualUnit] = [first]
         index = 1  # checkpoints count the activations between the layers too
         for ratio in reversed(config.upsampling_ratios):
             for j in range(config.num_residual_layers):
-                self.layers.append(
+                layers.append(
                     ResidualUnit(config, tensors, f"encoder.layers.{index + j}", channels, j)
                 )
             index += config.num_residual_layers + 1
-            self.layers.append(
+            layers.append(
                 CausalConv.strided(
                     tensors,
                     f"encoder.layers.{index}.conv",
@@ -45,12 +45,13 @@ class Encoder:
             index += 1
         shape = (width, channels, config.last_kernel_size)
         name = f"encoder.layers.{index + 1}.conv"
-        self.layers.append(CausalConv.strided(tensors, name, shape, elu=True, replicate=replicate))
+        layers.append(CausalConv.strided(tensors, name, shape, elu=True, replicate=replicate))
 
+        self.convs = Chain(layers)
         self.transformer = Transformer(config, tensors, "encoder_transformer")
         self.downsample = None
         if config.resamples:
-            self.downsample = CausalConv.strided(
+            downsample = CausalConv.strided(
                 tensors,
                 "downsample.conv",
                 (width, width, 2 * stride),
@@ -58,20 +59,19 @@ class Encoder:
                 bias=False,
                 replicate=True,
             )
-
-    def contexts(self) -> list[tuple[int, int]]:
-        """`(blocks, width)` of every left context of a stream, in order."""
-        layers = self.layers if self.downsample is None else [*self.layers, self.downsample]
-        return [context for layer in layers for context in layer.contexts()]
+            self.downsample = Chain([downsample])
+        self.contexts = [
+            *self.convs.contexts,
+            *(self.downsample.contexts if self.downsample else []),
+        ]
 
     def __call__(self, audio: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
-        """Args: audio `[N * frame_samples, B]`. Returns latents `[N, B, C]`, and the state."""
-        past = Past(state.lefts, state.positions == 0)
-        x = audio.unsqueeze(2)
-        for layer in self.layers:
-            x = layer(x, past)
-        steps = x.shape[0]
+        """Args: audio `[B, N * frame_samples]`. Returns latents `[B, N, C]`, and the state."""
+        fresh, count = state.positions == 0, len(self.convs.contexts)
+        x, past = self.convs(audio.unsqueeze(2), fresh, state.lefts[:count])
+        steps = x.shape[1]
         x, window = self.transformer(x, state.positions, state.window)
-        if self.downsample is not None:
-            x = self.downsample(x, past)
-        return x, StreamState(state.positions + steps, window, past.collected())
+        if self.downsample:
+            x, downsampled = self.downsample(x, fresh, state.lefts[count:])
+            past += downsampled
+        return x, StreamState(state.positions + steps, window, tuple(past))

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vox_serve.mimi.config import MimiConfig
-from vox_serve.mimi.conv import Linear
 from vox_serve.mimi.tensors import TensorReader
+from voxkern import ops
 
 USAGE_FLOOR = 1e-5
 
@@ -21,40 +21,57 @@ class Quantizer:
 
     def __init__(self, config: MimiConfig, tensors: TensorReader) -> None:
         self.codebook_size, self.hidden_size = config.codebook_size, config.hidden_size
-        num_semantic = config.num_semantic_quantizers
-        self.chains = [
-            _Chain(config, tensors, "semantic", num_semantic),
-            _Chain(config, tensors, "acoustic", config.num_quantizers - num_semantic),
-        ]
-        self.device = self.chains[0].table.device
+        self.num_semantic = config.num_semantic_quantizers
+        semantic = _Chain(config, tensors, "semantic", self.num_semantic)
+        acoustic = _Chain(config, tensors, "acoustic", config.num_quantizers - self.num_semantic)
+        self.chains = [semantic, acoustic]
+        self.table = torch.cat([*semantic.books, *acoustic.books])  # [codebooks * size, dim]
+        books = self.table.split(config.codebook_size)
+        semantic.books, acoustic.books = books[: self.num_semantic], books[self.num_semantic :]
+        self.device = self.table.device
+        self.project_out = None
+        if config.has_quantizer_projections:
+            # One product for the sums of both chains, side by side.
+            self.project_out = torch.cat([chain.project_out for chain in self.chains], 1)
+        self.mask = self._sums_mask(len(books))
 
     def decode(self, codes: Tensor) -> Tensor:
         """Sum the code vectors.
 
         Args:
-            codes: `[N, B, K]` int64, K at most the number of codebooks. Out-of-range codes are
+            codes: `[B, N, K]` int64, K at most the number of codebooks. Out-of-range codes are
                 clamped: CSM's audio vocabulary is larger than a codebook.
 
         Returns:
-            `[N, B, C]`.
+            `[B, N, C]`.
         """
-        steps, batch, _ = codes.shape
-        codes = codes.clamp(0, self.codebook_size - 1).flatten(0, 1)
-        latent = None
-        for chain in self.chains:
-            part, codes = codes[:, : chain.length], codes[:, chain.length :]
-            if part.shape[1]:
-                latent = chain.decode(part, latent)
-        return latent.view(steps, batch, self.hidden_size)
+        batch, frames, width = codes.shape
+        # embed_frames' text column is never looked up.
+        rows = F.pad(codes.clamp(0, self.codebook_size - 1), (0, 1)).flatten(0, 1)
+        mask = self.mask if width + 1 == self.mask.shape[1] else self._sums_mask(width)
+        if len(mask) > 1:
+            rows = rows.repeat_interleave(len(mask), 0)
+        mask = mask.repeat(batch * frames, 1)
+        table = self.table[: width * self.codebook_size]
+        sums = ops.embed_frames(rows, mask, table, self.table[:1]).view(batch, frames, -1)
+        return sums if self.project_out is None else ops.linear(sums, self.project_out)
+
+    def _sums_mask(self, width: int) -> Tensor:
+        """`[sums of a frame, width + 1]` bool: what is added up, one sum or one for each chain."""
+        columns = torch.arange(width + 1, device=self.device)
+        if self.project_out is None:
+            return (columns < width)[None]
+        semantic = columns < self.num_semantic
+        return torch.stack((semantic, ~semantic)) & (columns < width)
 
     def encode(self, latent: Tensor, num_codebooks: int) -> Tensor:
-        """Args: latent `[N, B, C]`. Returns codes `[N, B, K]` int64, K = num_codebooks."""
-        steps, batch, _ = latent.shape
-        latent = latent.reshape(steps * batch, -1)
+        """Args: latent `[B, N, C]`. Returns codes `[B, N, K]` int64, K = num_codebooks."""
+        batch, frames, _ = latent.shape
+        latent = latent.reshape(batch * frames, -1)
         codes = []
         for chain in self.chains:
             codes += chain.encode(latent, num_codebooks - len(codes))
-        return torch.stack(codes, dim=-1).view(steps, batch, num_codebooks)
+        return torch.stack(codes, dim=-1).view(batch, frames, num_codebooks)
 
 
 class _Chain:
@@ -63,35 +80,21 @@ class _Chain:
     def __init__(self, config: MimiConfig, tensors: TensorReader, kind: str, length: int) -> None:
         name = f"quantizer.{kind}_residual_vector_quantizer"
         size, dim = config.codebook_size, config.codebook_dim
-        self.length = length
-        books = []
+        self.books = []
         for i in range(length):
             codebook = f"{name}.layers.{i}.codebook"
             usage = tensors(f"{codebook}.cluster_usage", size).clamp(min=USAGE_FLOOR)
-            books.append(tensors(f"{codebook}.embed_sum", size, dim) / usage[:, None])
-        self.table = torch.cat(books)  # [length * size, dim]
-        self.books = self.table.split(size)
-        self.starts = torch.arange(length, device=self.table.device) * size
+            self.books.append(tensors(f"{codebook}.embed_sum", size, dim) / usage[:, None])
         self.project_in = self.project_out = None
         if config.has_quantizer_projections:
             shape = dim, config.hidden_size, 1
-            self.project_out = Linear(
-                tensors(f"{name}.output_proj.weight", shape[1], shape[0], 1).squeeze(2)
-            )
+            self.project_out = tensors(f"{name}.output_proj.weight", shape[1], dim, 1).squeeze(2)
             if config.has_encoder:
-                self.project_in = Linear(tensors(f"{name}.input_proj.weight", *shape).squeeze(2))
-
-    def decode(self, codes: Tensor, add: Tensor | None) -> Tensor:
-        """Args: codes `[M, k]`, 1 <= k <= length; add `[M, C]` or None. Returns `[M, C]`."""
-        rows = codes + self.starts[: codes.shape[1]]
-        vectors = F.embedding_bag(rows, self.table, mode="sum")
-        if self.project_out is not None:
-            return self.project_out(vectors, add)
-        return vectors if add is None else vectors + add
+                self.project_in = tensors(f"{name}.input_proj.weight", *shape).squeeze(2)
 
     def encode(self, latent: Tensor, limit: int) -> list[Tensor]:
         """Args: latent `[M, C]`. Returns up to limit codes `[M]`, one tensor per codebook."""
-        residual = latent if self.project_in is None else self.project_in(latent)
+        residual = latent if self.project_in is None else ops.linear(latent, self.project_in)
         codes = []
         for book in self.books[:limit]:
             codes.append(torch.cdist(residual[None], book[None])[0].argmin(dim=-1))

@@ -13,7 +13,7 @@ LOG_ROOM = 64
 
 @dataclass
 class _Log:
-    tensors: list[Tensor]  # keys and values of every layer in turn, [B, Hkv, capacity, D]
+    tensor: Tensor  # keys, values: [2, L, B, Hkv, capacity, D]
     end: int  # steps written, those of the newest window included
 
 
@@ -27,44 +27,33 @@ class KeyWindow:
     """
 
     def __init__(self, log: _Log, end: int, length: int) -> None:
-        self._log, self._end, self.length = log, end, length
+        self._log, self.end, self.length = log, end, length
 
     @classmethod
-    def of(cls, tensors: list[Tensor], length: int) -> "KeyWindow":
-        """A window that holds what `tensors()` returns, each `[B, Hkv, length, D]`."""
-        return cls(_Log(tensors, length), length, length)
+    def of(cls, tensor: Tensor) -> "KeyWindow":
+        """A window that holds what `tensor()` returns, `[2, L, B, Hkv, length, D]`."""
+        length = tensor.shape[4]
+        return cls(_Log(tensor, length), length, length)
 
-    def tensors(self) -> list[Tensor]:
-        """Keys and values of every layer in turn, `[B, Hkv, length, D]`, the newest last: views."""
-        return [x[:, :, self._end - self.length : self._end] for x in self._log.tensors]
+    @property
+    def log(self) -> Tensor:
+        """`[2, L, B, Hkv, capacity, D]`, keys and values; the window ends at slot `end`."""
+        return self._log.tensor
+
+    def tensor(self) -> Tensor:
+        """Keys and values, `[2, L, B, Hkv, length, D]`, the newest last: a view."""
+        return self.log[..., self.end - self.length : self.end, :]
 
     def extended(self, steps: int) -> "KeyWindow":
-        """The window after so many more steps, whose keys and values `write` must now provide."""
-        log, end = self._log, self._end + steps
-        if log.end != self._end or any(end > x.shape[2] for x in log.tensors):
-            room = max(steps, LOG_ROOM)
-            log, end = _Log([], 0), self.length + steps
-            for kept in self.tensors():
-                batch, heads, _, dim = kept.shape
-                log.tensors.append(kept.new_empty(batch, heads, self.length + room, dim))
-                log.tensors[-1][:, :, : self.length] = kept
+        """The window after so many more steps, which are to be written to the end of its log."""
+        log, end = self._log, self.end + steps
+        if log.end != self.end or end > self.log.shape[4]:
+            kept, end = self.tensor(), self.length + steps
+            capacity = self.length + max(steps, LOG_ROOM)
+            log = _Log(kept.new_empty(*kept.shape[:4], capacity, kept.shape[5]), 0)
+            log.tensor[..., : self.length, :] = kept
         log.end = end
         return KeyWindow(log, end, self.length)
-
-    def write(self, which: int, new: Tensor) -> Tensor:
-        """Store the newest steps of one tensor.
-
-        Args:
-            which: its place in `tensors()`.
-            new: `[B, Hkv, steps, D]`.
-
-        Returns:
-            `[B, Hkv, length + steps, D]`, all that the newest steps may look at: a view.
-        """
-        start = self._end - new.shape[2]
-        tensor = self._log.tensors[which]
-        tensor[:, :, start : self._end] = new
-        return tensor[:, :, start - self.length : self._end]
 
 
 class StreamState(NamedTuple):
@@ -76,7 +65,7 @@ class StreamState(NamedTuple):
     Fields:
         positions: `[B]` int64, steps that the transformer has seen.
         window: keys and values, of which only the last `positions[b]` of row b count.
-        lefts: left context of every convolution that has one, `[B, context, width]`.
+        lefts: left context of every convolution, `[B, context, width]`.
     """
 
     positions: Tensor
@@ -92,16 +81,15 @@ class StreamState(NamedTuple):
         index = torch.as_tensor(index, dtype=torch.int64, device=self.positions.device)
         return StreamState(
             self.positions[index],
-            KeyWindow.of([part[index] for part in self.window.tensors()], self.window.length),
+            KeyWindow.of(self.window.tensor()[:, :, index]),
             tuple(part[index] for part in self.lefts),
         )
 
     @staticmethod
     def join(states: Sequence["StreamState"]) -> "StreamState":
         """The streams of one or more states, one after another, as one state."""
-        windows = zip(*(state.window.tensors() for state in states), strict=True)
         return StreamState(
             torch.cat([state.positions for state in states]),
-            KeyWindow.of([torch.cat(parts) for parts in windows], states[0].window.length),
+            KeyWindow.of(torch.cat([state.window.tensor() for state in states], 2)),
             tuple(torch.cat(parts) for parts in zip(*(s.lefts for s in states), strict=True)),
         )
