@@ -3,7 +3,8 @@
     python bench/run.py roofline   read bandwidth and multiply-add rates of this machine
     python bench/run.py kernels    every op at CSM-1B's shapes, against plain torch
     python bench/run.py frame      whole frames of full-size CSM-1B, against transformers
-    python bench/run.py all        the three of them
+    python bench/run.py codec      a streamed frame of full-size Mimi, against transformers
+    python bench/run.py all        the four of them
     python bench/run.py quantization   what packing does to the logits; needs 10 GB of memory
     python bench/run.py peers      whole frames of several programs in turn: ours, llama.cpp,
                                    transformers, torch.compile (bench/peers.py says how). The
@@ -14,12 +15,13 @@
 Options:
     --save FOLDER              write the results there as BENCH.json, and peers' plot beside them
                                (default: nowhere; peers: build/peers)
-    --dtype float32,bfloat16   kernels, frame: which of them (default both)
-    --quantize none,int8,int4  frame: packings, plain ones in every dtype (default all)
-    --batch 1,8,64             batch sizes (defaults: kernels 1,8,64; frame 1,2,4)
+    --dtype float32,bfloat16   kernels, frame, codec: which of them (default both)
+    --quantize none,int8,int4  frame, codec: packings, plain ones in every dtype (default all; the
+                               codec has no int4)
+    --batch 1,8,64             batch sizes (defaults: kernels 1,8,64; frame 1,2,4; codec 1,4)
     --ops linear,silu_mul      kernels: only these ops
     --threads N                threads (default: the processors this process may use)
-    --no-peer                  frame: without transformers
+    --no-peer                  frame, codec: without transformers
     --rounds N, --frames N     peers: rounds, and frames of each program in a round (default 6, 3)
     --only "voxkern bfloat16,llama.cpp int4"   peers: only these
 
@@ -46,7 +48,7 @@ from report import Report
 
 import voxkern
 
-BENCHES = ("roofline", "kernels", "frame")
+BENCHES = ("roofline", "kernels", "frame", "codec")
 
 
 def main() -> None:
@@ -84,15 +86,20 @@ def main() -> None:
 
         ops = args.ops.split(",") if args.ops else None
         bench_kernels.run(report, dtypes, batches or [1, 8, 64], ops)
+    precisions = [
+        precision
+        for packing in args.quantize.split(",")
+        for precision in (args.dtype.split(",") if packing == "none" else [packing])
+    ]
     if "frame" in chosen:
         import bench_frame
 
-        precisions = [
-            precision
-            for packing in args.quantize.split(",")
-            for precision in (args.dtype.split(",") if packing == "none" else [packing])
-        ]
         bench_frame.run(report, precisions, batches or [1, 2, 4], peer=not args.no_peer)
+    if "codec" in chosen:
+        import bench_codec
+
+        known = [name for name in precisions if name in bench_codec.PRECISIONS]
+        bench_codec.run(report, known, batches or [1, 4], peer=not args.no_peer)
     if args.bench == "quantization":
         import bench_quantization
 
