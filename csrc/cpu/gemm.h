@@ -177,9 +177,10 @@ void multiply_many(const T* x, const T* weight, O* out, int64_t M, int64_t C, in
       for (int64_t m = first; m < last; m += height) {
         // The first tiles fetch for all: a row of W each, if there are enough of them.
         const int64_t turn = (m - first) / height;
-        const auto tile = several ? turn < kRows ? multiply_packed<1, T, O> : multiply_packed<0, T, O>
-                          : turn  ? multiply_packed<0, T, O>
-                                  : multiply_packed<kRows, T, O>;
+        const auto tile = several
+                              ? turn < kRows ? multiply_packed<1, T, O> : multiply_packed<0, T, O>
+                          : turn ? multiply_packed<0, T, O>
+                                 : multiply_packed<kRows, T, O>;
         tile(M - m < height ? M - m : height, packed + (m - first) * width, weight + n * C,
              out + m * N + n, C, N, rows, distance + (several ? turn * C : 0));
       }
