@@ -56,7 +56,7 @@ inline MimiTransformerParams mimi_transformer_params(
   check_dim(norms, "norms", 3);
   check_dim(qkv_bias, "qkv_bias", 2);
   check_dim(keys, "keys", 5);
-  check_weight_dim(down, "down", 3);
+  check_dim(down, "down", 3);
   const int64_t B = x.size(0), T = x.size(1), C = x.size(2), L = norms.size(0);
   const int64_t D = 2 * frequencies.size(0), Hkv = keys.size(2), capacity = keys.size(3);
   const int64_t F = weight_columns(down);

@@ -75,9 +75,10 @@ def unblock_rows(blocks: Tensor) -> Tensor:
 
 def num_columns(weight: Tensor) -> int:
     """C of `[..., N, C]`."""
-    if format_of(weight) == "int4":
-        return GROUP * weight.shape[-2]
-    return weight.shape[-1] // BLOCK_ROWS - 4 if format_of(weight) == "int8" else weight.shape[-1]
+    last = weight.shape[-1]
+    return {"none": last, "int8": (last - 64) // 16, "int4": (last - 64) * 2 // 17}[
+        format_of(weight)
+    ]
 
 
 def packed_shape(shape: torch.Size | tuple[int, ...], format: str) -> tuple[int, ...]:

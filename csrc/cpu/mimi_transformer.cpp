@@ -86,17 +86,17 @@ class Worker {
     __builtin_memcpy(own_.residual, p_.x, rows_ * p_.C * sizeof(float));
     for (int64_t layer = 0; layer < p_.L; ++layer) {
       normalise(layer, 0);
-      own_.for_qkv.prepare(p_.qkv, 0, rows_ * p_.C);
+      own_.for_qkv.prepare(p_.qkv, rows_, 0, rows_ * p_.C);
       multiply_part(own_.for_qkv, p_.qkv, layer, p_.qkv_bias, all_.qkv);
       Team::barrier();
       attend(layer);
       Team::barrier();
-      own_.for_o.prepare(p_.o, 0, rows_ * p_.o.C);
+      own_.for_o.prepare(p_.o, rows_, 0, rows_ * p_.o.C);
       multiply_part(own_.for_o, p_.o, layer, p_.o_bias, all_.branch);
       Team::barrier();
       add_row(own_.residual, all_.branch, rows_ * p_.C);
       normalise(layer, 2);
-      own_.for_up.prepare(p_.up, 0, rows_ * p_.C);
+      own_.for_up.prepare(p_.up, rows_, 0, rows_ * p_.C);
       activate(layer);
       Team::barrier();
       multiply_part(all_.activated, p_.down, layer, nullptr, all_.branch);
@@ -142,7 +142,7 @@ class Worker {
         case Activation::relu: for_each_vector(row, n, [](vfloat v) { return relu(v); }); break;
         case Activation::silu: for_each_vector(row, n, [](vfloat v) { return silu(v); }); break;
       }
-      all_.activated.prepare(p_.down, at, at + n);
+      all_.activated.prepare(p_.down, rows_, at, at + n);
     }
   }
 

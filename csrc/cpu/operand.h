@@ -21,9 +21,9 @@ struct Operand {
     return weight.format == Format::int8 || weight.format == Format::int4;
   }
 
-  // Elements begin .. end of all rows, multiples of 32 for a packed weight.
-  void prepare(const Weight& weight, int64_t begin, int64_t end) const {
-    if (is_packed(weight)) return quantize(plain, quantized, begin, end);
+  // Elements begin .. end, counted through `rows` rows; multiples of 32 for a packed weight.
+  void prepare(const Weight& weight, int64_t rows, int64_t begin, int64_t end) const {
+    if (is_packed(weight)) return quantize(plain, quantized, rows, weight.C, begin, end);
     if (weight.format != Format::bf16) return;
     int64_t i = begin;
     for (; i + kWidth <= end; i += kWidth) store(rounded + i, load(plain + i));
