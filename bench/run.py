@@ -4,7 +4,8 @@
     python bench/run.py kernels    every op at CSM-1B's shapes, against plain torch
     python bench/run.py frame      whole frames of full-size CSM-1B, against transformers
     python bench/run.py codec      a streamed frame of full-size Mimi, against transformers
-    python bench/run.py all        the four of them
+    python bench/run.py speech     steps of the engine: frames, sampling and the codec together
+    python bench/run.py all        the five of them
     python bench/run.py quantization   what packing does to the logits; needs 10 GB of memory
     python bench/run.py peers      whole frames of several programs in turn: ours, llama.cpp,
                                    transformers, torch.compile (bench/peers.py says how). The
@@ -15,10 +16,11 @@
 Options:
     --save FOLDER              write the results there as BENCH.json, and peers' plot beside them
                                (default: nowhere; peers: build/peers)
-    --dtype float32,bfloat16   kernels, frame, codec: which of them (default both)
-    --quantize none,int8,int4  frame, codec: packings, plain ones in every dtype (default all; the
-                               codec has no int4)
-    --batch 1,8,64             batch sizes (defaults: kernels 1,8,64; frame 1,2,4; codec 1,4)
+    --dtype float32,bfloat16   kernels, frame, codec, speech: which of them (default both)
+    --quantize none,int8,int4  frame, codec, speech: packings, plain ones in every dtype (default
+                               all; the codec has no int4)
+    --batch 1,8,64             batch sizes (defaults: kernels 1,8,64; frame 1,2,4; codec 1,4;
+                               speech 1)
     --ops linear,silu_mul      kernels: only these ops
     --threads N                threads (default: the processors this process may use)
     --no-peer                  frame, codec: without transformers
@@ -26,11 +28,11 @@ Options:
     --only "voxkern bfloat16,llama.cpp int4"   peers: only these
 
 What is committed: bench/results/MACHINE/BENCH.json, of one run each on a machine that does nothing
-else, made by `--save bench/results/MACHINE`: roofline, kernels, frame, quantization, and peers with
-its picture, for MACHINE = cpu-2-cores, or the like. Every file has the machine in it: processor,
-caches, instruction set, threads, versions, and the read bandwidth before and after the run, least,
-median and most: a run whose bandwidth halved midway is to be made again. Figures in the README are
-copied from these files.
+else, made by `--save bench/results/MACHINE`: roofline, kernels, frame, codec, speech, quantization,
+and peers with its picture, for MACHINE = cpu-2-cores, or alike. Every file has the machine in it:
+processor, caches, instruction set, threads, versions, and the read bandwidth before and after the
+run, least, median and most: a run whose bandwidth halved midway is to be made again. Figures in the
+README are copied from these files.
 
 Weights are random, of the real sizes. Each figure is a median after a warm-up; what is compared
 is measured in turn within one run, for machines drift. Inputs rotate through more memory than the
@@ -48,7 +50,7 @@ from report import Report
 
 import voxkern
 
-BENCHES = ("roofline", "kernels", "frame", "codec")
+BENCHES = ("roofline", "kernels", "frame", "codec", "speech")
 
 
 def main() -> None:
@@ -100,6 +102,10 @@ def main() -> None:
 
         known = [name for name in precisions if name in bench_codec.PRECISIONS]
         bench_codec.run(report, known, batches or [1, 4], peer=not args.no_peer)
+    if "speech" in chosen:
+        import bench_speech
+
+        bench_speech.run(report, precisions, batches or [1])
     if args.bench == "quantization":
         import bench_quantization
 

@@ -79,6 +79,7 @@ def test_pieces_are_the_whole_bit_for_bit(target):
         (lambda a: a["plan"].__setitem__(4, 0), "plan: expected blocks of 1 or more"),
         (lambda a: a["plan"].__setitem__(4, 3), "x: expected whole blocks of 3"),
         (lambda a: a["plan"].__setitem__(26, 7), "biases: expected whole blocks of 7"),
+        (lambda a: a.update(x=a["x"].bfloat16()), "x: expected float32, got bfloat16"),
         (lambda a: a.update(fresh=torch.ones(3)), "fresh: expected bool, got float32"),
         (lambda a: a["past"].__setitem__(0, torch.ones(2, 2, 6)), "past: expected shape"),
     ],

@@ -111,6 +111,14 @@ def test_layout_of_int4():
 
 
 @pytest.mark.parametrize("format", FORMATS)
+def test_the_size_of_values_costs_no_precision(format):
+    weight = torch.randn(16, 64)
+    expected = unpack(pack(weight, format))
+    for size in (2.0**-80, 2.0**120):
+        torch.testing.assert_close(unpack(pack(weight * size, format)), expected * size)
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_zeros_and_nothing(format):
     weight = torch.randn(20, 64)
     weight[3] = 0
@@ -162,7 +170,7 @@ def test_what_is_packed_changes_only_with_the_layouts_version():
     weight = (torch.arange(40 * 64) * 37 % 101 - 50).float().div(64).view(40, 64)
     digests = {f: hashlib.sha256(pack(weight, f).numpy()).hexdigest()[:16] for f in FORMATS}
     assert (LAYOUT_VERSION, digests) == (
-        1,
+        2,
         {"int8": "f8a57aab2a5b451a", "int4": "b516230e0decebcb"},
     )
 

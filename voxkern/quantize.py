@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 FORMATS = ("int8", "int4")
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 """Of `pack`'s results; to be raised with every change of them, so that none kept is misread."""
 BLOCK_ROWS = 16
 GROUP = 32
@@ -254,17 +254,16 @@ def _int4_groups(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tenso
     largest = extreme.abs().view(-1, num_groups).amax(1)
     if not math.isfinite(largest.max()):
         raise ValueError("weight: a value is not finite")
-    # So that largest / 7 is between 1 and 2 of them, and all that is tried below 1.94.
+    # So that largest / 7 is between 1 and 2 of them.
     row_scales = torch.ldexp(torch.ones_like(largest), torch.frexp(largest / 7).exponent - 1)
-    rows = row_scales.repeat_interleave(num_groups)
-    inverse = _inverse(rows)
-    extreme = extreme * inverse
+    inverse = _inverse(row_scales).repeat_interleave(num_groups)
+    groups, extreme = groups * inverse, extreme * inverse  # exact, and far from overflow
     best_values, best_scales, best_gain = None, None, None
     values, product = torch.empty_like(groups), torch.empty_like(groups)
     for steps in (8.0, 8.5, 7.5, 7.0):
         scales = _nearest_scale(extreme / -steps)
-        torch.mul(groups, _inverse(scales * rows), out=values).round_().clamp_(-8, 7)
-        dot = torch.mul(values, groups, out=product).sum(0).mul_(inverse)
+        torch.mul(groups, _inverse(scales), out=values).round_().clamp_(-8, 7)
+        dot = torch.mul(values, groups, out=product).sum(0)
         square = torch.mul(values, values, out=product).sum(0)
         scales = _nearest_scale(dot / square.clamp_min(1))
         # How much less than the sum of squares the error is.

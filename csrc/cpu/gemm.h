@@ -5,6 +5,7 @@
 // order depends on C alone, whatever tile the output falls into; nothing here may change that.
 #pragma once
 
+#include "arena.h"
 #include "vec.h"
 
 namespace voxkern {
@@ -164,9 +165,10 @@ void multiply_many(const T* x, const T* weight, O* out, int64_t M, int64_t C, in
   const int64_t distance = fetch_distance<kRows, T>(C), width = (C + kStep - 1) / kStep * kStep;
   // Tiles of one height: a low one has too few chains to keep the multipliers busy.
   const int64_t tiles = (M + kTileM - 1) / kTileM, height = (M + tiles - 1) / tiles;
-  alignas(64) char panel[kPanelBytes];
-  const int64_t most = kPanelBytes / (height * width * static_cast<int64_t>(sizeof(T))) * height;
-  T* const packed = reinterpret_cast<T*>(panel);
+  const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
+  const int64_t most = kPanelBytes / (height * row_bytes) * height;
+  void* const block = __builtin_malloc((M < most ? M : most) * row_bytes + 63);
+  T* const packed = Arena(block).take<T>(0);
   for (int64_t first = 0; first < M; first += most) {
     const int64_t last = M - first < most ? M : first + most;
     for (int64_t m = first; m < last; m += height)
@@ -186,6 +188,7 @@ void multiply_many(const T* x, const T* weight, O* out, int64_t M, int64_t C, in
       }
     }
   }
+  __builtin_free(block);
 }
 
 // Columns begin .. end of out [M, N] = x [M, C] times the transpose of weight [N, C]; C >= 1.

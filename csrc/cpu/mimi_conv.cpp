@@ -60,11 +60,13 @@ VOX_INLINE void put(const MimiConvParams& p, int64_t r, int64_t n, vfloat sum) {
 void keep_past(const MimiConvParams& p) {
   const int64_t context = p.context();
   const int64_t kept = context > p.T ? context - p.T : 0, taken = context - kept;
+  if (context == 0) return;
   for (int64_t b = 0; b < p.B; ++b) {
     float* const to = p.new_past + b * context * p.C;
     __builtin_memcpy(to, p.past + (b * context + context - kept) * p.C, kept * p.C * sizeof(float));
-    __builtin_memcpy(to + kept * p.C, p.x + (b * p.T + p.T - taken) * p.C,
-                     taken * p.C * sizeof(float));
+    if (taken > 0)
+      __builtin_memcpy(to + kept * p.C, p.x + (b * p.T + p.T - taken) * p.C,
+                       taken * p.C * sizeof(float));
   }
 }
 
@@ -163,6 +165,7 @@ std::vector<Tensor> mimi_convs_cpu(Tensor x, Tensor fresh, std::vector<Tensor> p
                                    std::vector<Tensor> weights, std::vector<Tensor> biases,
                                    std::vector<int64_t> plan) {
   check_dim(x, "x", 3);
+  check_dtype(x, "x", ScalarType::Float);
   check_operand(fresh, "fresh", x, ScalarType::Bool);
   check_shape(fresh, "fresh", "[B]", {x.size(0)});
   const auto n = static_cast<int64_t>(weights.size());

@@ -110,7 +110,7 @@ class Config:
     quantize: str = setting(
         "none",
         MODEL,
-        "packed weights; int4 keeps the depth decoder's heads and projection in int8",
+        "packed weights; int4 keeps the heads in int8; both round the codec's decoder",
         choices=("none", "int8", "int4"),
     )
     weight_cache: str | None = setting(

@@ -105,7 +105,10 @@ class WeightCache:
         reasons = []
         for folder in self._folders:
             try:
-                return self._load(folder) or self._save(folder, tensors)
+                kept = self._load(folder)
+                if kept is not None and _kinds(kept) == _kinds(tensors):
+                    return kept
+                return self._save(folder, tensors)
             except OSError as error:
                 reasons.append(str(error))
         logger.warning("packed weights cannot be kept for later starts: %s", "; ".join(reasons))
@@ -131,7 +134,7 @@ class WeightCache:
                 if None in now.values():
                     return None
                 tensors = _map(file)
-        except (OSError, ValueError, LookupError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return None
         if (now, now_data) != (known, known_data):
             with contextlib.suppress(OSError):
@@ -166,7 +169,7 @@ class WeightCache:
         what killed processes left."""
         digests = {name: content.digest for name, content in sources.items()}
         for record in folder.glob("*.json"):
-            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
                 version, known, _ = _read_record(record)
                 current = {name: content.digest for name, content in known.items()} == digests
                 if version != self._version or not current:
@@ -176,6 +179,10 @@ class WeightCache:
             with contextlib.suppress(OSError), open(temporary, "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 temporary.unlink()
+
+
+def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
 
 
 def _stamp(status: os.stat_result) -> list[int]:

@@ -1,0 +1,76 @@
+"""Speech of full-size CSM-1B through the engine, as the server runs it: sampling, codec and all.
+
+Random weights, a prompt of 128 text tokens, the default sampling. A step is one frame of each of
+`batch` requests, from codes to samples; the first, with the prompt, is not counted. Precisions take
+turns of a few steps, so that a slow minute of the machine is every precision's. `% roofline` is the
+time to read the transformers' weights, and nothing else, from memory.
+To be run with `OMP_WAIT_POLICY=PASSIVE`, which `launch` and `say` set.
+"""
+
+import statistics
+import time
+
+import roofline
+import torch
+from bench_codec import our_codecs, random_model
+from bench_frame import our_model
+from csm_1b import CACHED, CSM_1B, FRAME_MS, frame_bytes
+from report import Report
+
+from vox_serve.engine import Engine, Prompt, Request
+from vox_serve.loading import CODEC_PRECISIONS
+from vox_serve.mimi import Mimi
+from vox_serve.model_config import CsmConfig
+
+TURNS, TURN_STEPS = 20, 3
+
+
+class OurSpeech:
+    """An engine with `batch` requests under way."""
+
+    def __init__(self, config: CsmConfig, precision: str, codec: Mimi, batch: int):
+        model = our_model(config, precision)
+        self.bytes = frame_bytes(model.weights).total
+        self.batch = batch
+        self.engine = Engine(model, codec, prompts=None, max_batch_size=batch)
+        tokens = torch.zeros(CACHED, config.num_codebooks + 1, dtype=torch.int64)
+        tokens[:, -1] = torch.randint(0, config.text_vocab_size, (CACHED,))
+        prompt = Prompt(tokens, tokens > 0)
+        for _ in range(batch):
+            self.engine.add(Request(""), prompt)
+        while len(self.engine.step()) < batch:
+            pass
+
+    def step_ms(self) -> float:
+        start = time.perf_counter()
+        self.engine.step()
+        return (time.perf_counter() - start) * 1e3
+
+
+def run(report: Report, precisions: list[str], batches: list[int]) -> None:
+    table = report.table(
+        "speech",
+        [
+            *("precision", "batch", "ms", "ms least", "ms most", "GB read", "% roofline"),
+            *("real-time factor", "frames/s"),
+        ],
+    )
+    config = CsmConfig.from_json(CSM_1B)
+    codec_of = {p: CODEC_PRECISIONS.get(p, CODEC_PRECISIONS["none"]) for p in precisions}
+    codecs = our_codecs(random_model(), sorted({*codec_of.values()}))
+    for batch in batches:
+        speech = {p: OurSpeech(config, p, codecs[codec_of[p]], batch) for p in precisions}
+        times: dict[str, list[float]] = {p: [] for p in precisions}
+        bandwidths: list[float] = []
+        for _ in range(TURNS):
+            bandwidths.append(roofline.read_bandwidth())
+            for precision, ours in speech.items():
+                times[precision] += [ours.step_ms() for _ in range(TURN_STEPS)]
+        bytes_per_ms = statistics.median(bandwidths) / 1e3
+        for precision, ours in speech.items():
+            ms = statistics.median(times[precision])
+            table.add(
+                *(precision, batch, ms, min(times[precision]), max(times[precision])),
+                *(ours.bytes / 1e9, 100 * ours.bytes / bytes_per_ms / ms),
+                *(ms / FRAME_MS, 1e3 * batch / ms),
+            )
