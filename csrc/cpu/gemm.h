@@ -167,8 +167,11 @@ void multiply_many(const T* x, const T* weight, O* out, int64_t M, int64_t C, in
   const int64_t tiles = (M + kTileM - 1) / kTileM, height = (M + tiles - 1) / tiles;
   const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
   const int64_t most = kPanelBytes / (height * row_bytes) * height;
-  void* const block = __builtin_malloc((M < most ? M : most) * row_bytes + 63);
-  T* const packed = Arena(block).take<T>(0);
+  const int64_t panel = (M < most ? M : most) * width;
+  Arena count(nullptr);
+  count.take<T>(panel);
+  void* const block = __builtin_malloc(count.bytes());
+  T* const packed = Arena(block).take<T>(panel);
   for (int64_t first = 0; first < M; first += most) {
     const int64_t last = M - first < most ? M : first + most;
     for (int64_t m = first; m < last; m += height)
