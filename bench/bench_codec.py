@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import roofline
 import torch
-from csm_1b import num_tensor_bytes
+from csm_1b import FRAME_MS, num_tensor_bytes
 from report import Report
 from transformers import MimiConfig, MimiModel
 from transformers.cache_utils import DynamicCache
@@ -26,7 +26,6 @@ from vox_serve.mimi import Mimi, load_mimi
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
 """What the codec's matrices are rounded to, and the dtype of most of its operations."""
 WINDOW_FRAMES = 125
-FRAME_MS = 80.0
 
 
 @dataclass(frozen=True)
