@@ -8,13 +8,19 @@ MODEL ?= demo
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
+CUDA := $(wildcard csrc/cuda/*.cuh csrc/cuda/*.cu)
+SIMT := $(wildcard tests/simt/*.h tests/simt/*.cpp)
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
 OP_TESTS := $(wildcard $(patsubst voxkern/reference/%.py,tests/test_%.py,$(wildcard voxkern/reference/*.py)))
 
 # Prints an extra's requirements: installing them as '.[extra]' would build the extension again.
 EXTRA = $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(1)"])'
 
-.PHONY: build serve test lint format bench peers sanitize clean
+# cmake in a folder of build/, with the environment's tools and its torch.
+CMAKE = PATH=$(CURDIR)/$(BIN):$$PATH cmake
+CONFIGURE = $(CMAKE) -S . -G Ninja -DVOXKERN_TORCH=$$($(RUN) -c 'import torch; print(torch.__path__[0])')
+
+.PHONY: build serve test simt cuda-check lint format bench peers sanitize clean
 
 build: $(VENV)/built
 
@@ -26,7 +32,7 @@ $(VENV)/torch: pyproject.toml
 	$(BIN)/pip install --quiet -r $(VENV)/build-requires.txt
 	touch $@
 
-$(VENV)/built: $(VENV)/torch setup.py CMakeLists.txt $(CPP)
+$(VENV)/built: $(VENV)/torch setup.py CMakeLists.txt $(CPP) $(CUDA)
 	$(BIN)/pip install --quiet --no-build-isolation -e .
 	touch $@
 
@@ -44,21 +50,33 @@ $(VENV)/lint: $(VENV)/torch
 serve: $(VENV)/built
 	$(RUN) -m vox_serve.launch --model $(MODEL) --port $(PORT)
 
+# The CUDA kernels for the host, with the header's own planted bugs.
+simt: $(VENV)/simt
+
+$(VENV)/simt: $(VENV)/torch tests/simt/CMakeLists.txt CMakeLists.txt $(CPP) $(CUDA) $(SIMT)
+	$(CONFIGURE) -B build/simt
+	$(CMAKE) --build build/simt --target simt
+	touch $@
+
 # The op tests once more for each instruction set that the processor has besides its best.
-test: $(VENV)/test
+test: $(VENV)/test $(VENV)/simt
 	$(RUN) -m pytest -q tests
-	VOXKERN_ISA=baseline $(RUN) -m pytest -q $(OP_TESTS)
-	! grep -qw avx2 /proc/cpuinfo || VOXKERN_ISA=avx2 $(RUN) -m pytest -q $(OP_TESTS)
+	VOXKERN_ISA=baseline $(RUN) -m pytest -q $(OP_TESTS) -k 'not simt'
+	! grep -qw avx2 /proc/cpuinfo || VOXKERN_ISA=avx2 $(RUN) -m pytest -q $(OP_TESTS) -k 'not simt'
+
+# Every CUDA kernel for every target: needs nvcc, no GPU.
+cuda-check: $(VENV)/torch
+	$(RUN) tools/cuda_check.py
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/clang-format --dry-run -Werror $(CPP) $(CUDA) $(SIMT)
 
 format: $(VENV)/lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CPP)
+	$(BIN)/clang-format -i $(CPP) $(CUDA) $(SIMT)
 
 bench: $(VENV)/test
 	$(RUN) bench/run.py all
@@ -66,14 +84,15 @@ bench: $(VENV)/test
 peers: $(VENV)/built
 	$(RUN) bench/run.py peers
 
-# The CPU kernels under the address and undefined-behaviour sanitizers. Python itself leaks by design;
-# pytest must leave file descriptor 2 alone, or their last words are lost.
+# The CPU kernels, and the CUDA kernels on the host, under the address and undefined-behaviour
+# sanitizers; the latter in another order of threads than in make test. Python itself leaks by
+# design; pytest must leave file descriptor 2 alone, or their last words are lost.
 sanitize: $(VENV)/test
-	$(RUN) -c 'import torch; print(torch.__path__[0])' > $(VENV)/torch-path
-	PATH=$(CURDIR)/$(BIN):$$PATH cmake -S . -B build/sanitize -G Ninja -DVOXKERN_SANITIZE=ON -DVOXKERN_TORCH=$$(cat $(VENV)/torch-path)
-	PATH=$(CURDIR)/$(BIN):$$PATH cmake --build build/sanitize
+	$(CONFIGURE) -B build/sanitize -DVOXKERN_SANITIZE=ON
+	$(CMAKE) --build build/sanitize --target voxkern voxkern_simt
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	UBSAN_OPTIONS=print_stacktrace=1 VOXKERN_LIBRARY=build/sanitize/_C.so $(RUN) -m pytest -q --capture=sys $(OP_TESTS)
+	UBSAN_OPTIONS=print_stacktrace=1 VOXKERN_LIBRARY=build/sanitize/_C.so \
+	VOXKERN_SIMT_LIBRARY=build/sanitize/tests/simt/voxkern_simt.so VOXKERN_SIMT_ORDER=descending $(RUN) -m pytest -q --capture=sys $(OP_TESTS)
 
 clean:
-	rm -rf $(VENV) build voxkern/_C.so
+	rm -rf $(VENV) build voxkern/_C.so voxkern/_C_cuda.so

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent
 
 
 class BuildWithCMake(build_ext):
-    """Builds voxkern/_C.so; in an editable install, beside the sources."""
+    """Builds voxkern/_C.so, and _C_cuda.so where CMakeLists.txt says; in an editable install,
+    beside the sources."""
 
     def get_ext_filename(self, name: str) -> str:
         # Neither Python's nor torch's version is in the name: the binary depends on neither.
@@ -29,6 +30,7 @@ class BuildWithCMake(build_ext):
         configure = [
             *(cmake, "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja"),
             f"-DVOXKERN_TORCH={Path(torch.__file__).parent}",
+            f"-DVOXKERN_CUDA={os.environ.get('VOXKERN_CUDA', 'auto')}",
             *os.environ.get("VOXKERN_CMAKE_ARGS", "").split(),
         ]
         for command in (

@@ -1,7 +1,12 @@
 // Every op's schema, in one list. Implementations are registered at the foot of their own files.
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(voxkern, m) {
+// tests/simt builds the CUDA kernels for the host, as a library of another name.
+#ifndef VOX_LIBRARY
+#define VOX_LIBRARY voxkern
+#endif
+
+STABLE_TORCH_LIBRARY(VOX_LIBRARY, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("add_rms_norm(Tensor x, Tensor(a!) residual, Tensor weight, float eps) -> Tensor");
   m.def(

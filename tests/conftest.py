@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from ops_testing import ALL_TARGETS, Target, targets
+from ops_testing import ALL_TARGETS, targets
+from voxkern.backend import OPS
 
 
 def pytest_report_header() -> list[str]:
@@ -9,10 +10,11 @@ def pytest_report_header() -> list[str]:
     return [f"CPU instruction set: {torch.ops.voxkern.cpu_isa()}", *lines]
 
 
-@pytest.fixture(params=targets(), ids=str)
-def target(request) -> Target:
-    """A backend on a device: every op test runs on each that is here."""
-    return request.param
+def pytest_generate_tests(metafunc) -> None:
+    """`target`, a backend on a device: the tests of an op run on each that is here and has it."""
+    if "target" in metafunc.fixturenames:
+        op = metafunc.module.__name__.removeprefix("test_")
+        metafunc.parametrize("target", targets(op if op in OPS else None), ids=str)
 
 
 # The tensors are tiny: torch's threads would only wait for each other.

@@ -1,7 +1,10 @@
 """What the op tests share: where to run, how near to the reference a result must be."""
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -18,6 +21,15 @@ TOLERANCE = {
 }
 
 
+# The CUDA kernels, built for the host (tests/simt): ops of the namespace voxkern_simt.
+SIMT_LIBRARY = Path(
+    os.environ.get("VOXKERN_SIMT_LIBRARY")
+    or Path(__file__).parents[1] / "build" / "simt" / "tests" / "simt" / "voxkern_simt.so"
+).absolute()
+if SIMT_LIBRARY.exists():
+    torch.ops.load_library(str(SIMT_LIBRARY))
+
+
 @dataclass(frozen=True)
 class Target:
     backend: str
@@ -26,15 +38,36 @@ class Target:
     def __str__(self) -> str:
         return f"{self.backend}-{self.device}"
 
-    def why_missing(self) -> str | None:
+    def why_missing(self, op: str | None = None) -> str | None:
+        """None if op `op`, or any, can run here, else the reason."""
         if self.device == "cuda" and not torch.cuda.is_available():
             return "no CUDA device"
-        return why_missing(self.backend, self.device)
+        if self.backend != "simt":
+            return why_missing(self.backend, self.device, op)
+        if not SIMT_LIBRARY.exists():
+            return "not built: make simt"
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+        if op and not has_kernel(f"voxkern_simt::{op}", "CPU"):
+            return f"{op} has no CUDA kernel"
+        return None
+
+    def few(self, count: int) -> int:
+        """`count`, or a quarter of it where every thread of a kernel is a fiber."""
+        return count // 4 if self.backend == "simt" else count
 
     def run(self, name: str, *args):
         """Call op `name` here; its CPU arguments, mutated ones too, and result are on the CPU."""
         moved = [a.to(self.device) if isinstance(a, Tensor) else a for a in args]
-        result = implementation(name, self.backend)(*moved)
+        if self.backend == "simt":
+            function = getattr(torch.ops.voxkern_simt, name).default
+        else:
+            function = implementation(name, self.backend)
+        try:
+            result = function(*moved)
+        except RuntimeError as error:
+            if "no CUDA kernel takes yet" in str(error):
+                pytest.skip(str(error))
+            raise
         if self.device != "cpu":
             for mine, theirs in zip(args, moved, strict=True):
                 if isinstance(mine, Tensor):
@@ -44,12 +77,15 @@ class Target:
         return result.cpu() if isinstance(result, Tensor) else result
 
 
-ALL_TARGETS = [Target(b, d) for d in ("cpu", "cuda") for b in ("native", "triton")]
+ALL_TARGETS = [
+    *(Target(b, d) for d in ("cpu", "cuda") for b in ("native", "triton")),
+    Target("simt", "cpu"),
+]
 
 
-def targets() -> list[Target]:
-    """The targets that this machine has; pytest's header says why it lacks the others."""
-    return [target for target in ALL_TARGETS if target.why_missing() is None]
+def targets(op: str | None = None) -> list[Target]:
+    """Where `op` can run on this machine; pytest's header says why it lacks other targets."""
+    return [target for target in ALL_TARGETS if target.why_missing(op) is None]
 
 
 def reference(name: str, *args):

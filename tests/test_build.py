@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 
-OBJECTS = sorted(Path(__file__).parents[1].glob("build/cmake/CMakeFiles/voxkern_*.dir/**/*.o"))
+OBJECTS = sorted(
+    path
+    for path in Path(__file__).parents[1].glob("build/cmake/CMakeFiles/voxkern_*.dir/**/*.o")
+    if "voxkern_cuda" not in str(path)
+)
 
 
 @pytest.mark.skipif(not OBJECTS or not shutil.which("nm"), reason="no build directory, or no nm")

@@ -25,14 +25,20 @@ if os.environ.get("VOXKERN_LIBRARY") and not _LIBRARY.exists():
 
 
 @functools.cache
-def why_missing(backend: str, device_type: str) -> str | None:
-    """None if `backend` can run on `device_type` ("cpu", "cuda", "meta"), else the reason."""
+def why_missing(backend: str, device_type: str, op: str | None = None) -> str | None:
+    """None if `backend` can run op `op`, or all of them, on `device_type` ("cpu", "cuda", "meta"),
+    else the reason."""
     if backend == "native":
         if not _LIBRARY.exists():
             return "the extension is not built (pip install -e .)"
         key = "Meta" if device_type == "meta" else device_type.upper()
-        if not torch._C._dispatch_has_kernel_for_dispatch_key("voxkern::rms_norm", key):
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+        wanted = [op] if op else OPS
+        missing = [name for name in wanted if not has_kernel(f"voxkern::{name}", key)]
+        if len(missing) == len(wanted):
             return f"the extension was built without {key} kernels"
+        if missing:
+            return f"the extension has no {key} kernels of {', '.join(missing)}"
     elif backend == "triton":
         if importlib.util.find_spec("voxkern.triton") is None:
             return "this version has no Triton kernels"
@@ -103,3 +109,7 @@ def op(fake: Callable) -> Callable:
 
 if _LIBRARY.exists():
     torch.ops.load_library(str(_LIBRARY))
+    # It needs the libraries of a torch with CUDA.
+    _CUDA_LIBRARY = _LIBRARY.with_name("_C_cuda.so")
+    if torch.version.cuda and _CUDA_LIBRARY.exists():
+        torch.ops.load_library(str(_CUDA_LIBRARY))

@@ -1,0 +1,55 @@
+// What CUDA C++ has no words for, one function an instruction. tests/simt/simt.h has the same
+// functions for the host.
+#pragma once
+
+#include <cstdint>
+
+namespace voxkern {
+
+// Bits of a bfloat16, rounded to nearest, ties to even.
+__device__ __forceinline__ uint32_t bf16_bits(float a) {
+  uint16_t bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(a));
+  return bits;
+}
+__device__ __forceinline__ uint32_t bf16x2_bits(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+
+// d += A B of a warp, float32 sums of bfloat16 products: A [16, 16] and B [16, 8]. With g = lane /
+// 4 and t = lane % 4, a lane holds A's rows g (words 0 and 2) and g + 8 (1 and 3), B's column g,
+// and of both the k of 2 t, 2 t + 1 (words a0, a1, b0) and of 2 t + 8, 2 t + 9 (a2, a3, b1), two to
+// a word; of d the columns 2 t, 2 t + 1 of rows g (d0, d1) and g + 8.
+__device__ __forceinline__ void multiply_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                              uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// 16 bytes that are read once: they need no place in the first-level cache.
+__device__ __forceinline__ uint4 load_stream(const void* p) {
+  uint4 r;
+  asm("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
+      : "l"(p));
+  return r;
+}
+
+// Programmatic dependent launch: what comes before may overlap the end of the kernel before this
+// one in the stream, and must not touch what that one writes.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+}  // namespace voxkern

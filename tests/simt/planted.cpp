@@ -1,0 +1,203 @@
+// simt_planted NAME: runs one small kernel. A sound one prints "right"; each of the others has a
+// bug, and either throws (its words are printed), prints "wrong" or is stopped by the sanitizer.
+// tests/test_simt.py says which.
+#include <cstdio>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "../../csrc/cuda/common.cuh"
+
+namespace voxkern {
+namespace {
+
+constexpr int kThreads = 96;
+
+// Sum over the block of i + 1, in every thread.
+__global__ void sum_kernel(int* out) {
+  VOX_SHARED(int[kMaxWarps], partials);
+  out[blockIdx.x * blockDim.x + threadIdx.x] =
+      block_reduce(static_cast<int>(threadIdx.x) + 1, partials, Add());
+}
+
+// Each thread writes a place and reads its neighbour's; kBarrier says whether it waits between.
+template <bool kBarrier>
+__global__ void neighbour_kernel(int* out) {
+  VOX_SHARED(int[kThreads], places);
+  places[threadIdx.x] = threadIdx.x;
+  if (kBarrier) __syncthreads();
+  out[threadIdx.x] =
+      places[(threadIdx.x + 1) % kThreads] == static_cast<int>(threadIdx.x + 1) % kThreads;
+}
+
+// The same with a barrier, but the place is written again without one.
+__global__ void overwrite_kernel(int* out) {
+  VOX_SHARED(int[kThreads], places);
+  bool right = true;
+  for (int round = 0; round < 3; ++round) {
+    places[threadIdx.x] = threadIdx.x + round;
+    __syncthreads();
+    right &= places[(threadIdx.x + 1) % kThreads] ==
+             static_cast<int>(threadIdx.x + 1) % kThreads + round;
+  }
+  out[threadIdx.x] = right;
+}
+
+template <bool kWait>
+__global__ void warp_kernel(int* out) {
+  VOX_SHARED(int[kThreads], places);
+  places[threadIdx.x] = threadIdx.x;
+  if (kWait) __syncwarp();
+  out[threadIdx.x] = places[threadIdx.x ^ 1] == static_cast<int>(threadIdx.x ^ 1);
+}
+
+__global__ void unwritten_kernel(int* out) {
+  VOX_SHARED(float[kThreads], places);
+  if (threadIdx.x > 0) places[threadIdx.x] = 1;
+  __syncthreads();
+  out[threadIdx.x] = places[kThreads - 1 - threadIdx.x] == 1;
+}
+
+__global__ void divergent_kernel(int* out) {
+  if (threadIdx.x < 40)
+    __syncthreads();
+  else
+    __syncthreads();
+  out[threadIdx.x] = 1;
+}
+
+__global__ void left_kernel(int* out) {
+  out[threadIdx.x] = 1;
+  if (threadIdx.x == 50) return;
+  __syncthreads();
+}
+
+__global__ void missing_lane_kernel(int* out) {
+  out[threadIdx.x] = 1;
+  if (threadIdx.x % 32 < 31) out[threadIdx.x] = __shfl_sync(kWholeWarp, 1, 0);
+}
+
+__global__ void mask_kernel(int* out) { out[threadIdx.x] = __any_sync(0x0fffffff, 1); }
+
+__global__ void outside_mask_kernel(int* out) {
+  if (threadIdx.x % 32 < 16) out[threadIdx.x] = __shfl_sync(0xffff, 1, 20);
+}
+
+__global__ void mixed_kernel(int* out) {
+  if (threadIdx.x % 2)
+    out[threadIdx.x] = __any_sync(kWholeWarp, 1);
+  else
+    out[threadIdx.x] = __all_sync(kWholeWarp, 1);
+}
+
+__global__ void shared_overrun_kernel(int* out) {
+  VOX_DYNAMIC_SHARED(int, places);
+  places[threadIdx.x] = 1;  // 95 places
+  out[threadIdx.x] = 1;
+}
+
+__global__ void static_overrun_kernel(int* out) {
+  VOX_SHARED(int[kThreads - 1], places);
+  int* const all = places;
+  all[threadIdx.x] = 1;
+  out[threadIdx.x] = 1;
+}
+
+__global__ void misaligned_kernel(int* out) {
+  VOX_DYNAMIC_SHARED(unsigned char, bytes);
+  const uint4 zero = {};
+  *reinterpret_cast<uint4*>(bytes + 8) = zero;
+  out[threadIdx.x] = 1;
+}
+
+// Copies come to an end when they are waited for, or before.
+template <bool kWait>
+__global__ void copy_kernel(int* out) {
+  VOX_SHARED(int[kThreads], places);
+  const int from = threadIdx.x;
+  simt::copy_async(&places[threadIdx.x], &from, sizeof from);
+  simt::commit_copies();
+  if (kWait) simt::wait_copies(0);
+  out[threadIdx.x] = places[threadIdx.x] == from;
+}
+
+// Blocks that are all there wait for each other.
+__global__ void grid_kernel(int* arrived, int* out) {
+  if (threadIdx.x == 0) {
+    atomicAdd(arrived, 1);
+    while (*static_cast<volatile int*>(arrived) < static_cast<int>(gridDim.x)) __nanosleep(20);
+  }
+  __syncthreads();
+  out[blockIdx.x * blockDim.x + threadIdx.x] = *arrived == static_cast<int>(gridDim.x);
+}
+
+struct Case {
+  void (*kernel)(int*);
+  size_t shared_bytes = 0;
+};
+
+const std::map<std::string, Case> kCases = {
+    {"neighbour", {neighbour_kernel<true>}},
+    {"neighbour without barrier", {neighbour_kernel<false>}},
+    {"overwrite without barrier", {overwrite_kernel}},
+    {"warp", {warp_kernel<true>}},
+    {"warp without syncwarp", {warp_kernel<false>}},
+    {"unwritten", {unwritten_kernel}},
+    {"divergent barrier", {divergent_kernel}},
+    {"left before a barrier", {left_kernel}},
+    {"missing lane", {missing_lane_kernel}},
+    {"mask without its caller", {mask_kernel}},
+    {"outside the mask", {outside_mask_kernel}},
+    {"mixed operations", {mixed_kernel}},
+    {"shared overrun", {shared_overrun_kernel, (kThreads - 1) * sizeof(int)}},
+    {"static overrun", {static_overrun_kernel}},
+    {"misaligned", {misaligned_kernel, 64}},
+    {"copy", {copy_kernel<true>}},
+    {"copy without wait", {copy_kernel<false>}},
+};
+
+bool all_ones(const std::vector<int>& values) {
+  for (int value : values)
+    if (value != 1) return false;
+  return true;
+}
+
+bool run(const std::string& name) {
+  if (name == "sum") {
+    std::vector<int> out(5 * kThreads);
+    simt::launch_kernel(sum_kernel, {5, kThreads, 0, false}, out.data());
+    for (int value : out)
+      if (value != kThreads * (kThreads + 1) / 2) return false;
+    return true;
+  }
+  if (name == "grid" || name == "grid that is not resident") {
+    std::vector<int> out(4 * kThreads);
+    int arrived = 0;
+    simt::launch_kernel(grid_kernel, {4, kThreads, 0, name == "grid"}, &arrived, out.data());
+    return all_ones(out);
+  }
+  const Case& chosen = kCases.at(name);
+  // A launch that threw must leave the next one sound.
+  for (int again = 0; again < 2; ++again) {
+    std::vector<int> out(kThreads, -1);
+    try {
+      simt::launch_kernel(chosen.kernel, {1, kThreads, chosen.shared_bytes, false}, out.data());
+    } catch (const std::exception& error) {
+      if (again) throw;
+      continue;
+    }
+    if (!all_ones(out)) return false;
+  }
+  return true;
+}
+
+}  // namespace
+}  // namespace voxkern
+
+int main(int, char** arguments) {
+  try {
+    std::puts(voxkern::run(arguments[1]) ? "right" : "wrong");
+  } catch (const std::exception& error) {
+    std::puts(error.what());
+  }
+}

@@ -1,0 +1,415 @@
+// Fibers and their schedule; simt.h says what they promise.
+#include "simt.h"
+
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#else
+#define __sanitizer_start_switch_fiber(fake, bottom, size) (void)(fake), (void)(bottom)
+#define __sanitizer_finish_switch_fiber(fake, bottom, size) (void)(bottom), (void)(size)
+#define __asan_unpoison_memory_region(p, size)
+#endif
+
+namespace simt {
+
+const Coordinates* current = nullptr;
+
+namespace {
+
+constexpr size_t kStackBytes = 256 << 10;
+constexpr size_t kGuardBytes = 4096;
+constexpr long kPatience = 1 << 14;  // turns in which all threads but pause
+
+enum class State { ready, paused, barrier, warp, done };
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
+struct Block {
+  std::vector<int> threads;
+  std::unique_ptr<unsigned char[]> dynamic;
+  struct Variable {
+    const void* key;
+    std::unique_ptr<unsigned char[]> memory;
+  };
+  std::vector<Variable> variables;
+  int waiting_lanes[32] = {};  // of each warp, at an operation of the warp
+};
+
+struct Fiber {
+  Coordinates at;
+  Block* block = nullptr;
+  int first_of_warp = 0;  // its number in the block
+  int lane = 0;
+
+  State state = State::done;
+  Site site{};
+  uint32_t mask = 0;
+  uint64_t value = 0;
+  uint64_t received[32];
+  std::vector<std::vector<Copy>> copies;
+
+  void* stack = nullptr;
+  bool started = false;
+  void* jump[5];
+  ucontext_t context;
+  void* fake_stack = nullptr;
+};
+
+enum class Order { ascending, descending, random };
+
+Order chosen_order() {
+  const char* name = std::getenv("VOXKERN_SIMT_ORDER");
+  if (!name || !*name || std::string(name) == "random") return Order::random;
+  if (std::string(name) == "ascending") return Order::ascending;
+  if (std::string(name) == "descending") return Order::descending;
+  throw std::runtime_error(std::string("VOXKERN_SIMT_ORDER=") + name +
+                           ": expected random, ascending or descending");
+}
+
+std::mutex one_launch;
+std::vector<std::unique_ptr<Fiber>> fibers;  // kept: making one costs system calls
+int running = -1;
+std::mt19937 random_bits;
+Order order;
+std::string error;
+void (*body)(const void*);
+const void* arguments;
+
+void* main_jump[5];
+void* main_fake_stack;
+const void* main_stack;
+size_t main_stack_bytes;
+
+// The compiler's own setjmp: three words, no system call. The jump is a function of its own, as
+// the manual wants it.
+#define VOX_PLAIN __attribute__((noinline, no_sanitize("address", "undefined")))
+[[noreturn]] VOX_PLAIN void jump(void** to) { __builtin_longjmp(to, 1); }
+VOX_PLAIN void switch_context(void** from, void** to) {
+  if (__builtin_setjmp(from) == 0) jump(to);
+}
+VOX_PLAIN void enter_context(void** from, const ucontext_t* to) {
+  if (__builtin_setjmp(from) == 0) setcontext(to);
+}
+
+Fiber& self() { return *fibers[running]; }
+
+void back_to_scheduler() {
+  Fiber& me = self();
+  __sanitizer_start_switch_fiber(&me.fake_stack, main_stack, main_stack_bytes);
+  switch_context(me.jump, main_jump);
+  __sanitizer_finish_switch_fiber(me.fake_stack, &main_stack, &main_stack_bytes);
+}
+
+void fiber_main() {
+  __sanitizer_finish_switch_fiber(nullptr, &main_stack, &main_stack_bytes);
+  for (;;) {
+    body(arguments);
+    self().state = State::done;
+    back_to_scheduler();
+  }
+}
+
+void resume(int index) {
+  Fiber& fiber = *fibers[index];
+  running = index;
+  current = &fiber.at;
+  __sanitizer_start_switch_fiber(&main_fake_stack, fiber.stack, kStackBytes);
+  if (fiber.started) {
+    switch_context(main_jump, fiber.jump);
+  } else {
+    fiber.started = true;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack = {};
+    fiber.context.uc_stack.ss_sp = fiber.stack;
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, fiber_main, 0);
+    enter_context(main_jump, &fiber.context);
+  }
+  __sanitizer_finish_switch_fiber(main_fake_stack, nullptr, nullptr);
+}
+
+void make_fibers(size_t count) {
+  while (fibers.size() < count) {
+    auto fiber = std::make_unique<Fiber>();
+    void* const memory = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::runtime_error("simt: no memory for stacks");
+    mprotect(memory, kGuardBytes, PROT_NONE);
+    fiber->stack = static_cast<char*>(memory) + kGuardBytes;
+    fibers.push_back(std::move(fiber));
+  }
+}
+
+// Bytes of a float that is not a number, so that a sum with what nobody wrote shows.
+std::unique_ptr<unsigned char[]> fresh_memory(size_t bytes) {
+  std::unique_ptr<unsigned char[]> memory(new unsigned char[bytes]);
+  std::memset(memory.get(), 0xff, bytes);
+  return memory;
+}
+
+std::string describe(const Fiber& fiber) {
+  std::ostringstream text;
+  const dim3 &t = fiber.at.thread_index, &b = fiber.at.block_index;
+  text << "block (" << b.x << ", " << b.y << ", " << b.z << ") thread (" << t.x << ", " << t.y
+       << ", " << t.z << ")";
+  if (fiber.state == State::done) {
+    text << " has ended";
+  } else {
+    text << " is at " << fiber.site.operation << " of " << fiber.site.file << ":"
+         << fiber.site.line;
+    if (fiber.state == State::warp) text << " with mask 0x" << std::hex << fiber.mask;
+  }
+  return text.str();
+}
+
+// Of threads in a block; null past its end.
+Fiber* lane_of(const Fiber& fiber, int lane) {
+  const size_t index = fiber.first_of_warp + lane;
+  return index < fiber.block->threads.size() ? fibers[fiber.block->threads[index]].get() : nullptr;
+}
+
+void wait(State state, Site site) {
+  self().state = state;
+  self().site = site;
+  back_to_scheduler();
+  self().state = State::ready;
+}
+
+bool same_site(const Site& a, const Site& b) {
+  return a.line == b.line && std::strcmp(a.file, b.file) == 0 &&
+         std::strcmp(a.operation, b.operation) == 0;
+}
+
+// Lets a block go on whose threads have all come to one barrier.
+bool release_barrier(Block& block) {
+  for (int index : block.threads)
+    if (fibers[index]->state != State::barrier) return false;
+  for (int index : block.threads) {
+    if (!same_site(fibers[index]->site, fibers[block.threads[0]]->site)) {
+      error = "threads meet at different barriers: " + describe(*fibers[index]) + ", " +
+              describe(*fibers[block.threads[0]]);
+      return false;
+    }
+  }
+  for (int index : block.threads) fibers[index]->state = State::ready;
+  return true;
+}
+
+// Why nothing goes on: a thread that waits, and one for which it waits.
+void explain_deadlock(const std::vector<int>& threads) {
+  for (int index : threads) {
+    const Fiber& waiting = *fibers[index];
+    if (waiting.state == State::done || waiting.state == State::paused) continue;
+    for (int other : waiting.block->threads) {
+      const Fiber& missing = *fibers[other];
+      const bool wanted = waiting.state == State::barrier
+                              ? missing.state != State::barrier
+                              : missing.first_of_warp == waiting.first_of_warp &&
+                                    (waiting.mask >> missing.lane & 1) &&
+                                    !(missing.state == State::warp && missing.mask == waiting.mask);
+      if (!wanted) continue;
+      error = "threads wait for ever: " + describe(waiting) + ", but " + describe(missing);
+      return;
+    }
+    error = "threads wait for ever: " + describe(waiting) + " for lanes that the block lacks";
+    return;
+  }
+  error = "threads wait for ever for memory to change";
+}
+
+void run(std::vector<Block>& blocks) {
+  std::vector<int> threads;
+  for (Block& block : blocks)
+    threads.insert(threads.end(), block.threads.begin(), block.threads.end());
+  if (order == Order::descending) std::reverse(threads.begin(), threads.end());
+  long idle_turns = 0;
+  size_t live = threads.size();
+  while (live) {
+    if (order == Order::random) std::shuffle(threads.begin(), threads.end(), random_bits);
+    bool progress = false, pausing = false;
+    for (int index : threads) {
+      const State before = fibers[index]->state;
+      if (before != State::ready && before != State::paused) continue;
+      resume(index);
+      if (!error.empty()) return;
+      pausing |= before == State::paused;
+      progress |= before == State::ready || fibers[index]->state != State::paused;
+      live -= fibers[index]->state == State::done;
+    }
+    for (Block& block : blocks) progress |= release_barrier(block);
+    if (!error.empty()) return;
+    idle_turns = progress ? 0 : idle_turns + 1;
+    if (live && (pausing ? idle_turns > kPatience : idle_turns > 0))
+      return explain_deadlock(threads);
+  }
+}
+
+// A fiber that was left in the middle starts anew next time.
+void abandon_fibers() {
+  for (auto& fiber : fibers) {
+    if (fiber->state != State::done) {
+      fiber->started = false;
+      __asan_unpoison_memory_region(fiber->stack, kStackBytes);
+    }
+    fiber->state = State::done;
+    fiber->copies.clear();
+  }
+}
+
+Block make_block(const Launch& shape, dim3 index, size_t first_fiber) {
+  Block block;
+  block.dynamic = fresh_memory(shape.shared_bytes);
+  int number = 0;
+  for (unsigned z = 0; z < shape.block.z; ++z)
+    for (unsigned y = 0; y < shape.block.y; ++y)
+      for (unsigned x = 0; x < shape.block.x; ++x) {
+        const int fiber_index = static_cast<int>(first_fiber) + number;
+        Fiber& fiber = *fibers[fiber_index];
+        fiber.at = {{x, y, z}, index, shape.block, shape.grid};
+        fiber.first_of_warp = number / 32 * 32;
+        fiber.lane = number % 32;
+        fiber.copies.clear();
+        fiber.state = State::ready;
+        block.threads.push_back(fiber_index);
+        ++number;
+      }
+  return block;
+}
+
+}  // namespace
+
+void launch(const Launch& shape, void (*kernel)(const void*), const void* kernel_arguments) {
+  const std::lock_guard lock(one_launch);
+  order = chosen_order();
+  body = kernel;
+  arguments = kernel_arguments;
+  error.clear();
+  const auto count = [](dim3 n) { return static_cast<size_t>(n.x) * n.y * n.z; };
+  const size_t threads = count(shape.block), total = count(shape.grid);
+  if (threads == 0 || threads > 1024 || total == 0 || shape.grid.y > 65535 ||
+      shape.grid.z > 65535 || shape.shared_bytes > (227 << 10))
+    throw std::runtime_error("simt: no GPU takes such a launch");
+  make_fibers(shape.resident ? threads * total : threads);
+  std::vector<dim3> indices;
+  for (unsigned z = 0; z < shape.grid.z; ++z)
+    for (unsigned y = 0; y < shape.grid.y; ++y)
+      for (unsigned x = 0; x < shape.grid.x; ++x) indices.emplace_back(x, y, z);
+  if (order == Order::descending) std::reverse(indices.begin(), indices.end());
+  if (order == Order::random) std::shuffle(indices.begin(), indices.end(), random_bits);
+
+  std::vector<Block> blocks;
+  for (size_t i = 0; i < total && error.empty(); ++i) {
+    blocks.push_back(make_block(shape, indices[i], shape.resident ? i * threads : 0));
+    for (int thread : blocks.back().threads) fibers[thread]->block = nullptr;
+    if (shape.resident && i + 1 < total) continue;
+    for (Block& block : blocks)
+      for (int thread : block.threads) fibers[thread]->block = &block;
+    run(blocks);
+    blocks.clear();
+  }
+  if (error.empty()) return;
+  abandon_fibers();
+  throw std::runtime_error("simt: " + error);
+}
+
+void sync_threads(Site site) { wait(State::barrier, site); }
+
+void pause() { wait(State::paused, {"__nanosleep", "", 0}); }
+
+void fail(Site site, const char* what) {
+  self().site = site;
+  self().state = State::warp;
+  error = describe(self()) + ": " + what;
+  back_to_scheduler();
+  __builtin_unreachable();
+}
+
+// Gives the lanes of my mask what all of them put in, if all have come.
+static bool release_lanes(Fiber& me) {
+  uint64_t values[32] = {};
+  Fiber* lanes[32] = {};
+  for (int i = 0; i < 32; ++i) {
+    if (!(me.mask >> i & 1)) continue;
+    lanes[i] = lane_of(me, i);
+    if (!lanes[i] || lanes[i]->state != State::warp || lanes[i]->mask != me.mask) return false;
+    values[i] = lanes[i]->value;
+  }
+  for (Fiber* other : lanes) {
+    if (!other || same_site(other->site, me.site)) continue;
+    error = "lanes meet in different operations: " + describe(me) + ", " + describe(*other);
+    return false;
+  }
+  for (Fiber* other : lanes) {
+    if (!other) continue;
+    std::memcpy(other->received, values, sizeof values);
+    other->state = State::ready;
+  }
+  return true;
+}
+
+void exchange(Site site, uint32_t mask, uint64_t value, uint64_t (&all)[32]) {
+  Fiber& me = self();
+  if (!(mask >> me.lane & 1)) fail(site, "the mask lacks its caller");
+  me.mask = mask;
+  me.value = value;
+  me.site = site;
+  me.state = State::warp;
+  int& waiting = me.block->waiting_lanes[me.first_of_warp / 32];
+  ++waiting;
+  if (waiting >= __builtin_popcount(mask) && release_lanes(me)) waiting -= __builtin_popcount(mask);
+  if (me.state != State::ready) back_to_scheduler();
+  std::memcpy(all, self().received, sizeof all);
+}
+
+void* dynamic_shared() { return self().block->dynamic.get(); }
+
+void* shared_variable(const void* key, size_t bytes) {
+  auto& variables = self().block->variables;
+  for (const auto& variable : variables)
+    if (variable.key == key) return variable.memory.get();
+  variables.push_back({key, fresh_memory(bytes)});
+  return variables.back().memory.get();
+}
+
+void copy_async(void* to, const void* from, size_t bytes) {
+  auto& groups = self().copies;
+  if (groups.empty()) groups.emplace_back();
+  if (order == Order::ascending || (order == Order::random && random_bits() % 2))
+    std::memcpy(to, from, bytes);
+  else
+    groups.back().push_back({to, from, bytes});
+}
+
+void commit_copies() {
+  auto& groups = self().copies;
+  if (groups.empty()) groups.emplace_back();
+  groups.emplace_back();
+}
+
+void wait_copies(int groups_left) {
+  auto& groups = self().copies;
+  while (static_cast<int>(groups.size()) - 1 > groups_left) {
+    for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+    groups.erase(groups.begin());
+  }
+}
+
+}  // namespace simt

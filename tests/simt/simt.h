@@ -1,0 +1,285 @@
+// CUDA's vocabulary for the host compiler: the kernels of csrc/cuda run on a CPU as they stand.
+// Force-included before each .cu; simt.cpp schedules.
+//
+// Every thread of a block is a fiber that runs until it waits: at __syncthreads, or at a warp's
+// operation whose mask names lanes that are not there yet. Fibers run in the order that
+// VOXKERN_SIMT_ORDER says, `random` (another one whenever all have had their turn), `ascending` or
+// `descending`: without a barrier that is needed, results differ from right ones under one of
+// them. A launch throws if threads wait for others that never come (ended, or waiting elsewhere),
+// if a mask lacks its caller, or if lanes meet in different operations. Shared memory is filled
+// with NaN before a block starts, and is memory of its own for the address sanitizer.
+//
+// Not modelled: memory order between fences (each access is seen at once) and registers.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#define VOX_SIMT 1
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+
+using cudaStream_t = void*;
+using std::isinf;
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+namespace simt {
+
+// Where in a kernel a thread waits, for messages.
+struct Site {
+  const char* operation;
+  const char* file;
+  int line;
+};
+
+struct Coordinates {
+  dim3 thread_index, block_index, block_size, grid_size;
+};
+extern const Coordinates* current;  // of the thread that runs
+
+struct Launch {
+  dim3 grid, block;
+  size_t shared_bytes;
+  bool resident;  // all blocks at once, so that they can wait for each other
+};
+// Runs body(arguments) as every thread; throws std::runtime_error.
+void launch(const Launch& shape, void (*body)(const void*), const void* arguments);
+
+void sync_threads(Site site);
+// Waits for all lanes of `mask`; then all[lane] is what that lane put in.
+void exchange(Site site, uint32_t mask, uint64_t value, uint64_t (&all)[32]);
+// Lets others run, in a loop that waits for memory to change.
+void pause();
+// Records the error and ends the launch.
+[[noreturn]] void fail(Site site, const char* what);
+void* dynamic_shared();
+// The block's variable of this key.
+void* shared_variable(const void* key, size_t bytes);
+// Asynchronous copies of this thread: done at once or as late as may be.
+void copy_async(void* to, const void* from, size_t bytes);
+void commit_copies();
+void wait_copies(int groups_left);
+
+inline unsigned lane() {
+  const Coordinates& c = *current;
+  const dim3 &t = c.thread_index, &n = c.block_size;
+  return ((t.z * n.y + t.y) * n.x + t.x) % 32;
+}
+
+template <typename T>
+uint64_t to_bits(T value) {
+  static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  return bits;
+}
+template <typename T>
+T from_bits(uint64_t bits) {
+  T value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// The value of the lane that source_of(lane, first lane of its segment) names; one's own if that is
+// outside the segment of `width` lanes.
+template <typename T, typename F>
+T shuffle(Site site, uint32_t mask, T value, int width, const F& source_of) {
+  uint64_t all[32];
+  exchange(site, mask, to_bits(value), all);
+  const int me = static_cast<int>(lane()), first = me / width * width;
+  const int source = source_of(me, first);
+  if (source < first || source >= first + width) return value;
+  if (!(mask >> source & 1)) fail(site, "reads a lane outside the mask");
+  return from_bits<T>(all[source]);
+}
+
+template <typename T, typename F>
+T reduce(Site site, uint32_t mask, T value, const F& combine) {
+  uint64_t all[32];
+  exchange(site, mask, to_bits(value), all);
+  bool first = true;
+  T result{};
+  for (int i = 0; i < 32; ++i) {
+    if (!(mask >> i & 1)) continue;
+    result = first ? from_bits<T>(all[i]) : combine(result, from_bits<T>(all[i]));
+    first = false;
+  }
+  return result;
+}
+
+inline uint32_t ballot(Site site, uint32_t mask, int predicate) {
+  const uint32_t mine = predicate ? 1u << lane() : 0;
+  return reduce(site, mask, mine, [](uint32_t a, uint32_t b) { return a | b; });
+}
+
+template <typename... Params, typename... Args>
+void launch_kernel(void (*kernel)(Params...), const Launch& shape, Args&&... args) {
+  using Call = std::pair<void (*)(Params...), std::tuple<Params...>>;
+  const Call call{kernel, {std::forward<Args>(args)...}};
+  launch(
+      shape,
+      [](const void* p) {
+        const Call& c = *static_cast<const Call*>(p);
+        std::apply(c.first, c.second);
+      },
+      &call);
+}
+
+}  // namespace simt
+
+#define threadIdx (::simt::current->thread_index)
+#define blockIdx (::simt::current->block_index)
+#define blockDim (::simt::current->block_size)
+#define gridDim (::simt::current->grid_size)
+
+#define VOX_SIMT_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+inline void __syncthreads(VOX_SIMT_HERE) { simt::sync_threads({"__syncthreads", file, line}); }
+inline void __syncwarp(uint32_t mask = 0xffffffff, VOX_SIMT_HERE) {
+  uint64_t all[32];
+  simt::exchange({"__syncwarp", file, line}, mask, 0, all);
+}
+inline void __threadfence() {}
+inline void __nanosleep(unsigned) { simt::pause(); }
+
+template <typename T>
+T __shfl_sync(uint32_t mask, T value, int source, int width = 32, VOX_SIMT_HERE) {
+  return simt::shuffle({"__shfl_sync", file, line}, mask, value, width,
+                       [&](int, int first) { return first + (source & (width - 1)); });
+}
+template <typename T>
+T __shfl_xor_sync(uint32_t mask, T value, int bits, int width = 32, VOX_SIMT_HERE) {
+  return simt::shuffle({"__shfl_xor_sync", file, line}, mask, value, width,
+                       [&](int me, int) { return me ^ bits; });
+}
+template <typename T>
+T __shfl_up_sync(uint32_t mask, T value, unsigned delta, int width = 32, VOX_SIMT_HERE) {
+  return simt::shuffle({"__shfl_up_sync", file, line}, mask, value, width,
+                       [&](int me, int) { return me - static_cast<int>(delta); });
+}
+template <typename T>
+T __shfl_down_sync(uint32_t mask, T value, unsigned delta, int width = 32, VOX_SIMT_HERE) {
+  return simt::shuffle({"__shfl_down_sync", file, line}, mask, value, width,
+                       [&](int me, int) { return me + static_cast<int>(delta); });
+}
+inline uint32_t __ballot_sync(uint32_t mask, int predicate, VOX_SIMT_HERE) {
+  return simt::ballot({"__ballot_sync", file, line}, mask, predicate);
+}
+inline int __any_sync(uint32_t mask, int predicate, VOX_SIMT_HERE) {
+  return simt::ballot({"__any_sync", file, line}, mask, predicate) != 0;
+}
+inline int __all_sync(uint32_t mask, int predicate, VOX_SIMT_HERE) {
+  return simt::ballot({"__all_sync", file, line}, mask, predicate) == mask;
+}
+// Of 32-bit integers, as the hardware has them.
+template <typename T>
+T __reduce_add_sync(uint32_t mask, T value, VOX_SIMT_HERE) {
+  static_assert(std::is_same_v<T, unsigned> || std::is_same_v<T, int>);
+  return simt::reduce({"__reduce_add_sync", file, line}, mask, value, [](T a, T b) {
+    return static_cast<T>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b));
+  });
+}
+template <typename T>
+T __reduce_max_sync(uint32_t mask, T value, VOX_SIMT_HERE) {
+  static_assert(std::is_same_v<T, unsigned> || std::is_same_v<T, int>);
+  return simt::reduce({"__reduce_max_sync", file, line}, mask, value,
+                      [](T a, T b) { return a > b ? a : b; });
+}
+template <typename T>
+T __reduce_min_sync(uint32_t mask, T value, VOX_SIMT_HERE) {
+  static_assert(std::is_same_v<T, unsigned> || std::is_same_v<T, int>);
+  return simt::reduce({"__reduce_min_sync", file, line}, mask, value,
+                      [](T a, T b) { return a < b ? a : b; });
+}
+
+// Fibers are never interrupted: plain code is atomic.
+template <typename T>
+T atomicAdd(T* p, std::type_identity_t<T> value) {
+  const T old = *p;
+  *p = old + value;
+  return old;
+}
+template <typename T>
+T atomicMax(T* p, std::type_identity_t<T> value) {
+  const T old = *p;
+  if (value > old) *p = value;
+  return old;
+}
+template <typename T>
+T atomicExch(T* p, std::type_identity_t<T> value) {
+  return std::exchange(*p, value);
+}
+template <typename T>
+T atomicCAS(T* p, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
+  const T old = *p;
+  if (old == expected) *p = value;
+  return old;
+}
+
+inline float __uint_as_float(uint32_t a) { return simt::from_bits<float>(a); }
+inline uint32_t __float_as_uint(float a) { return static_cast<uint32_t>(simt::to_bits(a)); }
+inline int32_t __float_as_int(float a) { return simt::from_bits<int32_t>(simt::to_bits(a)); }
+inline float __int_as_float(int32_t a) { return simt::from_bits<float>(simt::to_bits(a)); }
+inline int __popc(uint32_t a) { return __builtin_popcount(a); }
+inline int __ffs(uint32_t a) { return __builtin_ffs(static_cast<int>(a)); }
+inline int __clz(uint32_t a) { return a ? __builtin_clz(a) : 32; }
+
+// What csrc/cuda/ptx.cuh says in PTX.
+namespace voxkern {
+
+inline uint32_t bf16_bits(float a) {
+  const uint32_t bits = __float_as_uint(a);
+  if (a != a) return 0x7fff;
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline uint32_t bf16x2_bits(float low, float high) {
+  return bf16_bits(low) | bf16_bits(high) << 16;
+}
+inline void multiply_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                          VOX_SIMT_HERE) {
+  const simt::Site site = {"multiply_bf16", file, line};
+  const auto both = [](uint32_t low, uint32_t high) {
+    return static_cast<uint64_t>(high) << 32 | low;
+  };
+  uint64_t rows[32], high_rows[32], columns[32];
+  simt::exchange(site, 0xffffffff, both(a[0], a[2]), rows);
+  simt::exchange(site, 0xffffffff, both(a[1], a[3]), high_rows);
+  simt::exchange(site, 0xffffffff, both(b0, b1), columns);
+  const auto element = [](uint64_t words, int i) {
+    return __uint_as_float(static_cast<uint32_t>(words >> 16 * i & 0xffff) << 16);
+  };
+  const int g = static_cast<int>(simt::lane()) / 4, t = static_cast<int>(simt::lane()) % 4;
+  for (int i = 0; i < 4; ++i) {
+    const uint64_t* const left = (i < 2 ? rows : high_rows) + g * 4;
+    const uint64_t* const right = columns + (2 * t + i % 2) * 4;
+    for (int lane = 0; lane < 4; ++lane)
+      for (int k = 0; k < 4; ++k) d[i] += element(left[lane], k) * element(right[lane], k);
+  }
+}
+inline uint4 load_stream(const void* p) {
+  uint4 r;
+  std::memcpy(&r, __builtin_assume_aligned(p, 16), sizeof r);
+  return r;
+}
+inline void wait_for_previous_kernel() {}
+inline void let_next_kernel_start() {}
+
+}  // namespace voxkern
