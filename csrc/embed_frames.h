@@ -7,11 +7,11 @@ namespace voxkern {
 
 struct EmbedFramesParams {
   Dtype dtype;
-  int64_t T, K, V, C;
+  int64_t T, K, V, C, text_rows;
   const int64_t* frames;    // [T, K + 1]
   const bool* mask;         // [T, K + 1]
   const void* audio_table;  // [K * V, C]
-  const void* text_table;   // [text vocabulary, C]
+  const void* text_table;   // [text_rows, C]
   void* out;                // [T, C]
 };
 
@@ -44,6 +44,7 @@ inline EmbedFramesParams embed_frames_params(const Tensor& frames, const Tensor&
       .K = K,
       .V = audio_table.size(0) / K,
       .C = audio_table.size(1),
+      .text_rows = text_table.size(0),
       .frames = static_cast<const int64_t*>(frames.const_data_ptr()),
       .mask = static_cast<const bool*>(mask.const_data_ptr()),
       .audio_table = audio_table.const_data_ptr(),

@@ -86,7 +86,7 @@ Tensor embed_frames_cpu(Tensor frames, Tensor mask, Tensor audio_table, Tensor t
   for (int64_t i = 0; i < p.T * (p.K + 1); ++i) {
     if (!p.mask[i]) continue;
     const int64_t column = i % (p.K + 1);
-    const int64_t rows = column < p.K ? p.V : text_table.size(0);
+    const int64_t rows = column < p.K ? p.V : p.text_rows;
     check(p.frames[i] >= 0 && p.frames[i] < rows, "frames: expected 0 to ", rows - 1, ", the ",
           column < p.K ? "codes of a codebook" : "rows of text_table", ", got ", p.frames[i],
           " at index [", i / (p.K + 1), ", ", column, "]");
