@@ -139,7 +139,7 @@ def test_philox_gives_the_published_words():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab_size", [VOCAB_SIZE, 4096, 33, 1])
 def test_equals_the_reference(target, vocab_size, dtype):
-    rows = 1000 if vocab_size == VOCAB_SIZE else 100
+    rows = target.few(1000 if vocab_size == VOCAB_SIZE else 100)
     logits = (torch.randn(rows, vocab_size) * torch.rand(rows, 1) * 6).to(dtype)
     args = arguments(logits, **mixed_parameters(rows, vocab_size), codebook=31)
     assert torch.equal(target.run("sample_tokens", *args), reference("sample_tokens", *args))
@@ -204,7 +204,7 @@ def test_keeps_what_transformers_keeps(chain):
 @pytest.mark.parametrize("chain", [*CHAINS, {}], ids=str)
 def test_frequencies_are_the_probabilities(target, chain):
     """Pearson's chi-square over 20000 seeds, against transformers' distribution."""
-    draws, vocab_size = 20000, 24
+    draws, vocab_size = target.few(20000), 24
     logits = torch.randn(1, vocab_size)
     probabilities = transformers_probabilities(logits, chain)[0]
     codes = draw(target, logits.expand(draws, -1), **chain)
