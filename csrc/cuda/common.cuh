@@ -51,6 +51,10 @@ void launch(void (*kernel)(Params...), const LaunchShape& shape, Args&&... args)
                       std::forward<Args>(args)...);
 }
 
+inline void copy_bytes(void* to, const void* from, int64_t bytes, cudaStream_t) {
+  std::memcpy(to, from, bytes);
+}
+
 #define VOX_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(simt::dynamic_shared())
 #define VOX_SHARED(type, name)                                                  \
   auto& name = *static_cast<std::type_identity_t<type>*>(simt::shared_variable( \
@@ -86,6 +90,11 @@ void launch(void (*kernel)(Params...), const LaunchShape& shape, Args&&... args)
   config.attrs = &overlap;
   config.numAttrs = shape.overlaps_previous ? 1 : 0;
   check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), "kernel launch");
+}
+
+// Between places of one device.
+inline void copy_bytes(void* to, const void* from, int64_t bytes, cudaStream_t stream) {
+  check_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream), "copy");
 }
 
 // The block's dynamic shared memory, as launched.
@@ -243,7 +252,6 @@ struct OnDevice {
   cudaStream_t stream = nullptr;
 };
 #else
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 class OnDevice {
  public:
   explicit OnDevice(const Tensor& like) : guard_(like.get_device_index()) {

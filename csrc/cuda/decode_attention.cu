@@ -68,7 +68,7 @@ struct State {
 };
 
 template <typename T, int N, int L>
-__global__ void __launch_bounds__(kSplit)
+__global__ void __launch_bounds__(kSplit, 3)
     attend_kernel(DecodeAttentionParams p, Partials partials) {
   using RowSlice = Slice<T, N, L>;
   constexpr int kSize = RowSlice::kSize;

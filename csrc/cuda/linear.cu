@@ -49,7 +49,7 @@ __device__ __forceinline__ uint4 read_vector(const T* row, int64_t i, int64_t C)
 
 // kHigh: there are rows of x past the first 8.
 template <bool kAligned, bool kHigh>
-__global__ void __launch_bounds__(kWarps* kWarp) tensor_kernel(LinearParams p) {
+__global__ void __launch_bounds__(kWarps* kWarp, 2) tensor_kernel(LinearParams p) {
   constexpr int kSize = kVector<bf16>, kLanes = 4;  // lanes that share a row
   VOX_SHARED(float[kWarps][kTileM][kColumns], partials);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -84,6 +84,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) tensor_kernel(LinearParams p) {
 #pragma unroll
     for (int s = 0; s < kFlight; ++s) {
       const int64_t i = base + mine + s * (kWarps * kLanes);
+      if (i - column >= vectors) break;  // the whole warp
       uint4 low = {}, high = {};
       if (in_x && i < vectors) low = read_vector<bf16, kAligned>(x, i, C);
       if (kHigh && in_high && i < vectors) high = read_vector<bf16, kAligned>(x + 8 * C, i, C);
