@@ -30,10 +30,11 @@ __device__ __forceinline__ void multiply_bf16(float (&d)[4], const uint32_t (&a)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// 16 bytes that are read once: they need no place in the first-level cache.
+// 16 bytes that are read once, of memory that nobody writes while the kernel runs: they need no
+// place in the first-level cache. Volatile, so that it stays behind wait_for_previous_kernel().
 __device__ __forceinline__ uint4 load_stream(const void* p) {
   uint4 r;
-  asm("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
       : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
       : "l"(p));
   return r;
