@@ -1,8 +1,8 @@
 """Which implementation of the ops runs on which kind of device.
 
 `native` (the compiled extension), then `triton`, then `reference` (plain torch): the first that
-is present serves a device, resolved once. The environment variable `VOXKERN_BACKEND` forces one
-for all devices; forcing one that is missing raises.
+has an op on a device serves it, resolved once. The environment variable `VOXKERN_BACKEND` forces
+one for all devices; forcing one that is missing raises.
 """
 
 import functools
@@ -26,19 +26,17 @@ if os.environ.get("VOXKERN_LIBRARY") and not _LIBRARY.exists():
 
 @functools.cache
 def why_missing(backend: str, device_type: str, op: str | None = None) -> str | None:
-    """None if `backend` can run op `op`, or all of them, on `device_type` ("cpu", "cuda", "meta"),
-    else the reason."""
+    """None if `backend` can run op `op`, or any op, on `device_type` ("cpu", "cuda", "meta"), else
+    the reason."""
     if backend == "native":
         if not _LIBRARY.exists():
             return "the extension is not built (pip install -e .)"
         key = "Meta" if device_type == "meta" else device_type.upper()
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-        wanted = [op] if op else OPS
-        missing = [name for name in wanted if not has_kernel(f"voxkern::{name}", key)]
-        if len(missing) == len(wanted):
+        if not any(has_kernel(f"voxkern::{name}", key) for name in OPS):
             return f"the extension was built without {key} kernels"
-        if missing:
-            return f"the extension has no {key} kernels of {', '.join(missing)}"
+        if op and not has_kernel(f"voxkern::{op}", key):
+            return f"the extension has no {key} kernel of {op}"
     elif backend == "triton":
         if importlib.util.find_spec("voxkern.triton") is None:
             return "this version has no Triton kernels"
@@ -50,18 +48,18 @@ def why_missing(backend: str, device_type: str, op: str | None = None) -> str | 
 
 
 @functools.cache
-def backend_for(device_type: str) -> str:
-    """The backend that serves `device_type`.
+def backend_for(device_type: str, op: str | None = None) -> str:
+    """The backend that serves op `op`, or most of them, on `device_type`.
 
     Raises:
         RuntimeError: `VOXKERN_BACKEND` names one that is missing here.
     """
     forced = os.environ.get("VOXKERN_BACKEND")
     if forced:
-        if reason := why_missing(forced, device_type):
+        if reason := why_missing(forced, device_type, op):
             raise RuntimeError(f"VOXKERN_BACKEND={forced}: {reason}")
         return forced
-    return next(name for name in BACKENDS if why_missing(name, device_type) is None)
+    return next(name for name in BACKENDS if why_missing(name, device_type, op) is None)
 
 
 @functools.cache
@@ -102,7 +100,7 @@ def op(fake: Callable) -> Callable:
     @functools.wraps(fake)
     def call(*args, **kwargs):
         first = args[0] if args else kwargs[parameters[0]]
-        return implementation(name, backend_for(first.device.type))(*args, **kwargs)
+        return implementation(name, backend_for(first.device.type, name))(*args, **kwargs)
 
     return call
 

@@ -72,8 +72,7 @@ class Layers {
                cudaStream_t stream) const {
     Weight one = weight;
     one.data = offset(weight.data, at * weight.N * weight.C, dtype_);
-    linear({.dtype = dtype_, .M = rows, .x = x, .weight = one, .out = out, .workspace = nullptr},
-           stream);
+    linear({.dtype = dtype_, .M = rows, .x = x, .weight = one, .out = out}, stream);
   }
 
  private:
