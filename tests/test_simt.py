@@ -28,7 +28,9 @@ def run(name: str, order: str) -> str:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", ["sum", "neighbour", "warp", "copy", "grid"])
+@pytest.mark.parametrize(
+    "name", ["sum", "neighbour", "warp", "copy", "grid", "overlap", "overlap that lasts"]
+)
 def test_a_sound_kernel_is_right(name, order):
     assert run(name, order) == "right\n"
 
@@ -47,6 +49,8 @@ def test_a_sound_kernel_is_right(name, order):
         ("misaligned", "runtime error: store to misaligned address"),
         ("grid that is not resident", "threads wait for ever"),
         ("unwritten", "wrong"),
+        ("overlap that reads", "wrong"),
+        ("overlap that never waits", "overlaps the launch in front, but does not wait for it"),
     ],
 )
 @pytest.mark.parametrize("order", ORDERS)

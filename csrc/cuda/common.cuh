@@ -13,6 +13,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <sstream>
 #include <stdexcept>
 #include <type_traits>
@@ -47,11 +48,13 @@ struct LaunchShape {
 
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), const LaunchShape& shape, Args&&... args) {
-  simt::launch_kernel(kernel, {shape.grid, shape.block, shape.shared_bytes, false},
+  simt::launch_kernel(kernel,
+                      {shape.grid, shape.block, shape.shared_bytes, false, shape.overlaps_previous},
                       std::forward<Args>(args)...);
 }
 
 inline void copy_bytes(void* to, const void* from, int64_t bytes, cudaStream_t) {
+  simt::finish();
   std::memcpy(to, from, bytes);
 }
 
@@ -249,6 +252,7 @@ namespace voxkern {
 #ifdef VOX_SIMT
 struct OnDevice {
   explicit OnDevice(const Tensor&) {}
+  ~OnDevice() noexcept(false) { std::uncaught_exceptions() ? simt::drop() : simt::finish(); }
   cudaStream_t stream = nullptr;
 };
 #else

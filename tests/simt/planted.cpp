@@ -131,6 +131,22 @@ __global__ void grid_kernel(int* arrived, int* out) {
   out[blockIdx.x * blockDim.x + threadIdx.x] = *arrived == static_cast<int>(gridDim.x);
 }
 
+// The first of two kernels writes, the second reads; kWait: after it has waited for the first.
+__global__ void first_kernel(int* out) { out[threadIdx.x] = 0; }
+template <bool kWait>
+__global__ void second_kernel(int* out) {
+  const int early = kWait ? 0 : out[threadIdx.x];
+  if (threadIdx.x < 64) wait_for_previous_kernel();
+  __syncthreads();
+  out[threadIdx.x] = (kWait ? out[threadIdx.x] : early) == 0;
+}
+__global__ void wait_kernel() { wait_for_previous_kernel(); }
+// One of its blocks does not wait.
+__global__ void third_kernel(int* out) {
+  if (blockIdx.x == 0) wait_for_previous_kernel();
+  if (blockIdx.x == 0) out[threadIdx.x] = 1;
+}
+
 struct Case {
   void (*kernel)(int*);
   size_t shared_bytes = 0;
@@ -166,6 +182,7 @@ bool run(const std::string& name) {
   if (name == "sum") {
     std::vector<int> out(5 * kThreads);
     simt::launch_kernel(sum_kernel, {5, kThreads, 0, false}, out.data());
+    simt::finish();
     for (int value : out)
       if (value != kThreads * (kThreads + 1) / 2) return false;
     return true;
@@ -174,6 +191,20 @@ bool run(const std::string& name) {
     std::vector<int> out(4 * kThreads);
     int arrived = 0;
     simt::launch_kernel(grid_kernel, {4, kThreads, 0, name == "grid"}, &arrived, out.data());
+    simt::finish();
+    return all_ones(out);
+  }
+  if (name.starts_with("overlap")) {
+    std::vector<int> out(kThreads, -1);
+    const simt::Launch overlapping = {2, kThreads, 0, false, true};
+    simt::launch_kernel(first_kernel, {1, kThreads, 0, false}, out.data());
+    if (name == "overlap that lasts")
+      for (int i = 0; i < 6; ++i) simt::launch_kernel(wait_kernel, overlapping);
+    auto* const second = name == "overlap that reads" ? second_kernel<false> : second_kernel<true>;
+    simt::launch_kernel(second, {1, kThreads, 0, false, true}, out.data());
+    if (name == "overlap that never waits")
+      simt::launch_kernel(third_kernel, overlapping, out.data());
+    simt::finish();
     return all_ones(out);
   }
   const Case& chosen = kCases.at(name);
@@ -182,6 +213,7 @@ bool run(const std::string& name) {
     std::vector<int> out(kThreads, -1);
     try {
       simt::launch_kernel(chosen.kernel, {1, kThreads, chosen.shared_bytes, false}, out.data());
+      simt::finish();
     } catch (const std::exception& error) {
       if (again) throw;
       continue;

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <random>
@@ -32,8 +33,10 @@ namespace {
 constexpr size_t kStackBytes = 256 << 10;
 constexpr size_t kGuardBytes = 4096;
 constexpr long kPatience = 1 << 14;  // turns in which all threads but pause
+constexpr size_t kMaxThreads = 1024;
+constexpr size_t kAhead = 3;  // launches that are overlapped
 
-enum class State { ready, paused, barrier, warp, done };
+enum class State { ready, paused, barrier, warp, previous, done };
 
 struct Copy {
   void* to;
@@ -41,7 +44,11 @@ struct Copy {
   size_t bytes;
 };
 
+struct Kernel;
+
 struct Block {
+  const Kernel* kernel = nullptr;
+  bool waited = false;  // for the launches in front
   std::vector<int> threads;
   std::unique_ptr<unsigned char[]> dynamic;
   struct Variable {
@@ -72,6 +79,16 @@ struct Fiber {
   void* fake_stack = nullptr;
 };
 
+// A launch that has not come to its end.
+struct Kernel {
+  Launch shape;
+  void (*body)(const void*);
+  std::shared_ptr<const void> arguments;
+  std::vector<dim3> indices;
+  std::unique_ptr<Block> early;  // of the first index, as far as it comes by itself
+  bool previous_done = false;
+};
+
 enum class Order { ascending, descending, random };
 
 Order chosen_order() {
@@ -89,8 +106,8 @@ int running = -1;
 std::mt19937 random_bits;
 Order order;
 std::string error;
-void (*body)(const void*);
-const void* arguments;
+std::deque<Kernel> pending;
+size_t launches = 0;
 
 void* main_jump[5];
 void* main_fake_stack;
@@ -120,7 +137,7 @@ void back_to_scheduler() {
 void fiber_main() {
   __sanitizer_finish_switch_fiber(nullptr, &main_stack, &main_stack_bytes);
   for (;;) {
-    body(arguments);
+    self().block->kernel->body(self().block->kernel->arguments.get());
     self().state = State::done;
     back_to_scheduler();
   }
@@ -235,13 +252,15 @@ void explain_deadlock(const std::vector<int>& threads) {
   error = "threads wait for ever for memory to change";
 }
 
-void run(std::vector<Block>& blocks) {
+// Runs blocks to their end, or one that is early as far as it comes.
+void run(const std::vector<Block*>& blocks, bool early = false) {
   std::vector<int> threads;
-  for (Block& block : blocks)
-    threads.insert(threads.end(), block.threads.begin(), block.threads.end());
+  for (Block* block : blocks)
+    threads.insert(threads.end(), block->threads.begin(), block->threads.end());
   if (order == Order::descending) std::reverse(threads.begin(), threads.end());
   long idle_turns = 0;
-  size_t live = threads.size();
+  const auto lives = [](int index) { return fibers[index]->state != State::done; };
+  size_t live = std::count_if(threads.begin(), threads.end(), lives);
   while (live) {
     if (order == Order::random) std::shuffle(threads.begin(), threads.end(), random_bits);
     bool progress = false, pausing = false;
@@ -254,8 +273,8 @@ void run(std::vector<Block>& blocks) {
       progress |= before == State::ready || fibers[index]->state != State::paused;
       live -= fibers[index]->state == State::done;
     }
-    for (Block& block : blocks) progress |= release_barrier(block);
-    if (!error.empty()) return;
+    for (Block* block : blocks) progress |= release_barrier(*block);
+    if (!error.empty() || (early && !progress)) return;
     idle_turns = progress ? 0 : idle_turns + 1;
     if (live && (pausing ? idle_turns > kPatience : idle_turns > 0))
       return explain_deadlock(threads);
@@ -274,9 +293,11 @@ void abandon_fibers() {
   }
 }
 
-Block make_block(const Launch& shape, dim3 index, size_t first_fiber) {
-  Block block;
-  block.dynamic = fresh_memory(shape.shared_bytes);
+std::unique_ptr<Block> make_block(const Kernel& kernel, dim3 index, size_t first_fiber) {
+  const Launch& shape = kernel.shape;
+  auto block = std::make_unique<Block>();
+  block->kernel = &kernel;
+  block->dynamic = fresh_memory(shape.shared_bytes);
   int number = 0;
   for (unsigned z = 0; z < shape.block.z; ++z)
     for (unsigned y = 0; y < shape.block.y; ++y)
@@ -288,26 +309,65 @@ Block make_block(const Launch& shape, dim3 index, size_t first_fiber) {
         fiber.lane = number % 32;
         fiber.copies.clear();
         fiber.state = State::ready;
-        block.threads.push_back(fiber_index);
+        fiber.block = block.get();
+        block->threads.push_back(fiber_index);
         ++number;
       }
   return block;
 }
 
+// To the end; the launches in front have come to theirs.
+void complete(Kernel& kernel) {
+  const Launch& shape = kernel.shape;
+  const size_t total = kernel.indices.size();
+  const size_t threads = static_cast<size_t>(shape.block.x) * shape.block.y * shape.block.z;
+  make_fibers(shape.resident ? threads * total : threads);
+  kernel.previous_done = true;
+  std::vector<std::unique_ptr<Block>> blocks;
+  std::vector<Block*> together;
+  for (size_t i = 0; i < total && error.empty(); ++i) {
+    if (i == 0 && kernel.early) {
+      blocks.push_back(std::move(kernel.early));
+      for (int index : blocks.back()->threads)
+        if (fibers[index]->state == State::previous) fibers[index]->state = State::ready;
+    } else {
+      const size_t first = shape.resident ? i * threads : 0;
+      blocks.push_back(make_block(kernel, kernel.indices[i], first));
+    }
+    together.push_back(blocks.back().get());
+    if (shape.resident && i + 1 < total) continue;
+    run(together);
+    for (const Block* block : together)
+      if (error.empty() && shape.overlaps_previous && !block->waited)
+        error = "overlaps the launch in front, but does not wait for it: " +
+                describe(*fibers[block->threads[0]]);
+    blocks.clear();
+    together.clear();
+  }
+}
+
+// Lets the oldest launches come to their end, until `left` are left.
+void complete_until(size_t left) {
+  while (pending.size() > left && error.empty()) {
+    complete(pending.front());
+    if (error.empty()) pending.pop_front();
+  }
+  if (error.empty()) return;
+  abandon_fibers();
+  pending.clear();
+  throw std::runtime_error("simt: " + std::exchange(error, {}));
+}
+
 }  // namespace
 
-void launch(const Launch& shape, void (*kernel)(const void*), const void* kernel_arguments) {
+void launch(const Launch& shape, void (*body)(const void*), std::shared_ptr<const void> arguments) {
   const std::lock_guard lock(one_launch);
   order = chosen_order();
-  body = kernel;
-  arguments = kernel_arguments;
-  error.clear();
   const auto count = [](dim3 n) { return static_cast<size_t>(n.x) * n.y * n.z; };
   const size_t threads = count(shape.block), total = count(shape.grid);
-  if (threads == 0 || threads > 1024 || total == 0 || shape.grid.y > 65535 ||
+  if (threads == 0 || threads > kMaxThreads || total == 0 || shape.grid.y > 65535 ||
       shape.grid.z > 65535 || shape.shared_bytes > (227 << 10))
     throw std::runtime_error("simt: no GPU takes such a launch");
-  make_fibers(shape.resident ? threads * total : threads);
   std::vector<dim3> indices;
   for (unsigned z = 0; z < shape.grid.z; ++z)
     for (unsigned y = 0; y < shape.grid.y; ++y)
@@ -315,19 +375,34 @@ void launch(const Launch& shape, void (*kernel)(const void*), const void* kernel
   if (order == Order::descending) std::reverse(indices.begin(), indices.end());
   if (order == Order::random) std::shuffle(indices.begin(), indices.end(), random_bits);
 
-  std::vector<Block> blocks;
-  for (size_t i = 0; i < total && error.empty(); ++i) {
-    blocks.push_back(make_block(shape, indices[i], shape.resident ? i * threads : 0));
-    for (int thread : blocks.back().threads) fibers[thread]->block = nullptr;
-    if (shape.resident && i + 1 < total) continue;
-    for (Block& block : blocks)
-      for (int thread : block.threads) fibers[thread]->block = &block;
-    run(blocks);
-    blocks.clear();
+  if (!shape.overlaps_previous) complete_until(0);
+  const bool overlaps = !pending.empty() && !shape.resident;
+  pending.push_back({shape, body, std::move(arguments), std::move(indices), nullptr});
+  if (overlaps) {
+    // Behind the threads of blocks that run to their end.
+    const size_t first = (1 + launches++ % (kAhead + 1)) * kMaxThreads;
+    make_fibers(first + threads);
+    Kernel& kernel = pending.back();
+    kernel.early = make_block(kernel, kernel.indices[0], first);
+    run({kernel.early.get()}, true);
   }
-  if (error.empty()) return;
+  complete_until(kAhead);
+}
+
+void finish() {
+  const std::lock_guard lock(one_launch);
+  complete_until(0);
+}
+
+void drop() {
+  const std::lock_guard lock(one_launch);
   abandon_fibers();
-  throw std::runtime_error("simt: " + error);
+  pending.clear();
+}
+
+void wait_for_previous(Site site) {
+  self().block->waited = true;
+  if (!self().block->kernel->previous_done) wait(State::previous, site);
 }
 
 void sync_threads(Site site) { wait(State::barrier, site); }

@@ -9,12 +9,18 @@
 // if a mask lacks its caller, or if lanes meet in different operations. Shared memory is filled
 // with NaN before a block starts, and is memory of its own for the address sanitizer.
 //
+// A launch that may overlap the one in front does: one of its blocks runs up to
+// wait_for_previous_kernel() before the last few launches have begun. What it should have waited
+// for is not there then, and every block must wait somewhere: else a later launch could not rely
+// on what came before. So a launch may run, and throw, as late as finish().
+//
 // Not modelled: memory order between fences (each access is seen at once) and registers.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -59,11 +65,17 @@ struct Launch {
   dim3 grid, block;
   size_t shared_bytes;
   bool resident;  // all blocks at once, so that they can wait for each other
+  bool overlaps_previous = false;
 };
-// Runs body(arguments) as every thread; throws std::runtime_error.
-void launch(const Launch& shape, void (*body)(const void*), const void* arguments);
+// Runs body(arguments) as every thread, at once or later; throws std::runtime_error.
+void launch(const Launch& shape, void (*body)(const void*), std::shared_ptr<const void> arguments);
+// Runs what was launched to its end; throws std::runtime_error.
+void finish();
+// Forgets it.
+void drop();
 
 void sync_threads(Site site);
+void wait_for_previous(Site site);
 // Waits for all lanes of `mask`; then all[lane] is what that lane put in.
 void exchange(Site site, uint32_t mask, uint64_t value, uint64_t (&all)[32]);
 // Lets others run, in a loop that waits for memory to change.
@@ -133,14 +145,14 @@ inline uint32_t ballot(Site site, uint32_t mask, int predicate) {
 template <typename... Params, typename... Args>
 void launch_kernel(void (*kernel)(Params...), const Launch& shape, Args&&... args) {
   using Call = std::pair<void (*)(Params...), std::tuple<Params...>>;
-  const Call call{kernel, {std::forward<Args>(args)...}};
+  std::tuple<Params...> values{std::forward<Args>(args)...};
   launch(
       shape,
       [](const void* p) {
         const Call& c = *static_cast<const Call*>(p);
         std::apply(c.first, c.second);
       },
-      &call);
+      std::make_shared<const Call>(kernel, std::move(values)));
 }
 
 }  // namespace simt
@@ -279,7 +291,9 @@ inline uint4 load_stream(const void* p) {
   std::memcpy(&r, __builtin_assume_aligned(p, 16), sizeof r);
   return r;
 }
-inline void wait_for_previous_kernel() {}
+inline void wait_for_previous_kernel(VOX_SIMT_HERE) {
+  simt::wait_for_previous({"wait_for_previous_kernel", file, line});
+}
 inline void let_next_kernel_start() {}
 
 }  // namespace voxkern
