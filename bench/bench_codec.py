@@ -43,8 +43,8 @@ def layers(mimi: Mimi, batch: int) -> list[Layer]:
     """The transformer's matrices with all its keys and values, then every convolution."""
     decoder, config = mimi.decoder, mimi.config
     steps = batch * config.latent_stride
-    heads, past_keys, dim = decoder.transformer.kv_shape
-    kv_bytes = 2 * 4 * config.num_hidden_layers * batch * heads * past_keys * dim
+    heads, past_keys = config.num_key_value_heads, config.sliding_window - 1
+    kv_bytes = 2 * 4 * config.num_hidden_layers * batch * heads * past_keys * config.head_dim
     width, rows = config.hidden_size, (config.num_attention_heads + heads) * 2 * config.head_dim
     weights = config.num_hidden_layers * width * (rows + 2 * config.intermediate_size)
     found = [Layer(num_tensor_bytes(decoder.transformer.weights) + kv_bytes, 2 * steps * weights)]
@@ -63,12 +63,13 @@ class OurStreams:
     def __init__(self, mimi: Mimi, batch: int):
         self.mimi, self.batch = mimi, batch
         codes = torch.randint(0, 2048, (batch, WINDOW_FRAMES, 32))
-        self.state = mimi.decode_step(codes, mimi.init_state(batch))[1]
+        self.state = mimi.init_state(batch)
+        mimi.decode_step(codes, self.state)
 
     def frame_ms(self) -> float:
         codes = torch.randint(0, 2048, (self.batch, 1, 32))
         start = time.perf_counter()
-        _, self.state = self.mimi.decode_step(codes, self.state)
+        self.mimi.decode_step(codes, self.state)
         return (time.perf_counter() - start) * 1e3
 
 

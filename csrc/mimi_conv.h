@@ -13,12 +13,11 @@ struct MimiConvParams {
   int64_t J, dilation;
   bool elu;
   const float* x;      // [B, T, C]
-  const float* past;   // [B, context, C], context = (J - 1) dilation
+  float* past;         // [B, context, C], context = (J - 1) dilation
   const void* weight;  // [N / 16, J C, 16], or in bfloat16 [N / 16, J C / 2, 16, 2]
   const float* bias;   // [N]
   const float* add;    // [B, T, N] or null
   float* out;          // [B, T, N]
-  float* new_past;     // [B, context, C]
 
   int64_t context() const { return (J - 1) * dilation; }
 };
@@ -30,7 +29,7 @@ struct MimiConvParams {
 
 namespace voxkern {
 
-// All contiguous. `out` and `new_past` are left null.
+// All contiguous. `out` is left null.
 inline MimiConvParams mimi_conv_params(const Tensor& x, const Tensor& past, const Tensor& weight,
                                        const Tensor& bias, const Tensor* add, int64_t dilation,
                                        bool elu) {
@@ -69,12 +68,11 @@ inline MimiConvParams mimi_conv_params(const Tensor& x, const Tensor& past, cons
       .dilation = dilation,
       .elu = elu,
       .x = static_cast<const float*>(x.const_data_ptr()),
-      .past = static_cast<const float*>(past.const_data_ptr()),
+      .past = static_cast<float*>(past.mutable_data_ptr()),
       .weight = weight.const_data_ptr(),
       .bias = static_cast<const float*>(bias.const_data_ptr()),
       .add = add ? static_cast<const float*>(add->const_data_ptr()) : nullptr,
       .out = nullptr,
-      .new_past = nullptr,
   };
 }
 

@@ -1,4 +1,5 @@
 // mimi_transformer: the codec's transformer over some steps of each stream, with a window of keys.
+// A stream's keys lie in a ring: that of position p in slot p % capacity.
 #pragma once
 
 #include "weight.h"
@@ -20,9 +21,9 @@ struct MimiTransformerParams {
   Weight down;               // [L, C, F]
   float eps, scale;
   Activation activation;
-  int64_t capacity, end, window;
-  float* keys;             // [L, B, Hkv, capacity, D]
-  float* values;           // [L, B, Hkv, capacity, D]
+  int64_t capacity, window;
+  float* keys;             // [B, L, Hkv, capacity, D]
+  float* values;           // [B, L, Hkv, capacity, D]
   float* out;              // [B, T, C]
   const float* rotations;  // [B, T, D], cosines | sines
 };
@@ -49,7 +50,7 @@ inline MimiTransformerParams mimi_transformer_params(
     const Tensor& x, const Tensor& positions, const Tensor& frequencies, const Tensor& norms,
     const Tensor& qkv, const Tensor& qkv_bias, const Tensor& o, const Tensor& o_bias,
     const Tensor& up, const Tensor& down, double eps, const std::string& activation,
-    const Tensor& keys, const Tensor& values, int64_t end, int64_t window) {
+    const Tensor& keys, const Tensor& values, int64_t window) {
   check_dtype(x, "x", ScalarType::Float);
   check_dim(x, "x", 3);
   check_dim(frequencies, "frequencies", 1);
@@ -62,16 +63,16 @@ inline MimiTransformerParams mimi_transformer_params(
   const int64_t F = weight_columns(down);
   check(C >= 1, "x: expected [B, T, C] with C >= 1, got ", shape_string(x));
   check(D >= 2, "frequencies: expected one or more, got none");
-  check(Hkv >= 1, "keys: expected [L, B, Hkv, capacity, D] with Hkv >= 1, got ",
-        shape_string(keys));
+  const char* const ring = "[B, L, Hkv, capacity, D]";
+  check(Hkv >= 1, "keys: expected ", ring, " with Hkv >= 1, got ", shape_string(keys));
   check(F >= 1, "down: expected F >= 1, got shape ", shape_string(down));
   const int64_t Hq = qkv_bias.size(1) / D - 2 * Hkv;
   check(Hq >= 1 && Hq % Hkv == 0 && qkv_bias.size(1) == (Hq + 2 * Hkv) * D,
         "qkv_bias: expected [L, (Hq + 2 Hkv) D] with Hq a multiple of Hkv, got ",
         shape_string(qkv_bias));
   check(window >= 1, "window: expected 1 or more, got ", window);
-  check(end >= T && end <= capacity, "end: expected T to capacity, ", T, " to ", capacity, ", got ",
-        end);
+  check(capacity >= window - 1 + T, "keys: expected ", ring,
+        " with capacity >= window - 1 + T = ", window - 1 + T, ", got ", shape_string(keys));
   const auto floats = [&](const Tensor& t, const char* name, const char* letters,
                           std::initializer_list<int64_t> sizes) {
     check_operand(t, name, x, ScalarType::Float);
@@ -81,9 +82,8 @@ inline MimiTransformerParams mimi_transformer_params(
   check_operand(positions, "positions", x, ScalarType::Long);
   check_shape(positions, "positions", "[B]", {B});
   floats(frequencies, "frequencies", "[D / 2]", {D / 2});
-  const char* const log = "[L, B, Hkv, capacity, D]";
-  floats(keys, "keys", log, {L, B, Hkv, capacity, D});
-  floats(values, "values", log, {L, B, Hkv, capacity, D});
+  floats(keys, "keys", ring, {B, L, Hkv, capacity, D});
+  floats(values, "values", ring, {B, L, Hkv, capacity, D});
   return {
       .B = B,
       .T = T,
@@ -106,7 +106,6 @@ inline MimiTransformerParams mimi_transformer_params(
       .scale = static_cast<float>(1 / std::sqrt(static_cast<double>(D))),
       .activation = activation_of(activation),
       .capacity = capacity,
-      .end = end,
       .window = window,
       .keys = static_cast<float*>(keys.mutable_data_ptr()),
       .values = static_cast<float*>(values.mutable_data_ptr()),

@@ -38,15 +38,15 @@ STABLE_TORCH_LIBRARY(VOX_LIBRARY, m) {
       "Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, Tensor frames) "
       "-> Tensor");
   m.def(
-      "mimi_conv(Tensor x, Tensor past, Tensor weight, Tensor bias, Tensor? add, int dilation, "
-      "bool elu) -> (Tensor, Tensor)");
+      "mimi_conv(Tensor x, Tensor(a!) past, Tensor weight, Tensor bias, Tensor? add, int dilation, "
+      "bool elu) -> Tensor");
   m.def(
-      "mimi_convs(Tensor x, Tensor fresh, Tensor[] past, Tensor[] weights, Tensor[] biases, "
-      "int[] plan) -> Tensor[]");
+      "mimi_convs(Tensor x, Tensor fresh, Tensor(a!)[] past, Tensor[] weights, Tensor[] biases, "
+      "int[] plan) -> Tensor");
   m.def(
       "mimi_transformer(Tensor x, Tensor positions, Tensor frequencies, Tensor norms, Tensor qkv, "
       "Tensor qkv_bias, Tensor o, Tensor o_bias, Tensor up, Tensor down, float eps, "
-      "str activation, Tensor(a!) keys, Tensor(b!) values, int end, int window) -> Tensor");
+      "str activation, Tensor(a!) keys, Tensor(b!) values, int window) -> Tensor");
 
   // About the build and the machine; no tensors.
   m.def("cpu_isa() -> str");

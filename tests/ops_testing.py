@@ -72,8 +72,6 @@ class Target:
             for mine, theirs in zip(args, moved, strict=True):
                 if isinstance(mine, Tensor):
                     mine.copy_(theirs)
-        if isinstance(result, tuple | list):
-            return [part.cpu() for part in result]
         return result.cpu() if isinstance(result, Tensor) else result
 
 

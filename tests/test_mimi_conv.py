@@ -48,8 +48,10 @@ def make(s: Sizes, dtype=torch.float32, add=True, elu=True) -> dict:
     }
 
 
-def run(target, arguments):
-    return target.run("mimi_conv", *arguments.values())
+def run(call, arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output, and the past as it is afterwards."""
+    arguments = arguments | {"past": arguments["past"].clone()}
+    return call("mimi_conv", *arguments.values()), arguments["past"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -57,8 +59,8 @@ def run(target, arguments):
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_mimi_conv(target, sizes, add, elu, dtype):
     arguments = make(sizes, dtype, add, elu)
-    out, past = run(target, arguments)
-    expected, expected_past = reference("mimi_conv", *arguments.values())
+    out, past = run(target.run, arguments)
+    expected, expected_past = run(reference, arguments)
     assert_close(out, expected)
     assert torch.equal(past, expected_past)
 
@@ -68,7 +70,7 @@ def test_it_is_torchs_convolution(target):
     weight, bias, x = torch.randn(s.N, s.C, s.J), torch.randn(s.N), torch.randn(s.B, s.T, s.C)
     taps = block_rows(weight.transpose(1, 2).flatten(1))
     silence = torch.zeros(s.B, (s.J - 1) * s.dilation, s.C)
-    out, _ = target.run("mimi_conv", x, silence, taps, bias, None, s.dilation, False)
+    out = target.run("mimi_conv", x, silence, taps, bias, None, s.dilation, False)
     padded = torch.nn.functional.pad(x.transpose(1, 2), ((s.J - 1) * s.dilation, 0))
     expected = torch.nn.functional.conv1d(padded, weight, bias, dilation=s.dilation)
     torch.testing.assert_close(out, expected.transpose(1, 2), rtol=1e-4, atol=1e-4)
@@ -79,12 +81,12 @@ def test_it_is_torchs_convolution(target):
 def test_pieces_are_the_whole_bit_for_bit(target, sizes, dtype):
     """However a stream is cut, and whatever streams are beside it."""
     arguments = make(sizes, dtype)
-    whole, last = run(target, arguments)
+    whole, last = run(target.run, arguments)
     for b in range(sizes.B):
         past, at, parts = arguments["past"][b : b + 1], 0, []
         for size in (1, 2, 0, 30, sizes.T):
             rows = {n: arguments[n][b : b + 1, at : at + size] for n in ("x", "add")}
-            part, past = run(target, arguments | rows | {"past": past})
+            part, past = run(target.run, arguments | rows | {"past": past})
             parts.append(part)
             at += size
         assert torch.equal(torch.cat(parts, 1), whole[b : b + 1])
@@ -95,13 +97,13 @@ def test_any_number_of_threads(target):
     if target.device != "cpu" or target.backend != "native":
         pytest.skip("only native CPU ops have a team of threads")
     cases = [make(sizes) for sizes in SIZES[:4]]
-    expected = [run(target, arguments)[0] for arguments in cases]
+    expected = [run(target.run, arguments)[0] for arguments in cases]
     before = torch.ops.voxkern.num_threads()
     try:
         for n in (1, 2, 3, 7):
             torch.ops.voxkern.set_num_threads(n)
             for arguments, out in zip(cases, expected, strict=True):
-                assert torch.equal(run(target, arguments)[0], out)
+                assert torch.equal(run(target.run, arguments)[0], out)
     finally:
         torch.ops.voxkern.set_num_threads(before)
 
@@ -109,15 +111,15 @@ def test_any_number_of_threads(target):
 def test_strided_inputs(target):
     arguments = make(SIZES[2])
     view = {n: torch.cat([arguments[n]] * 2, 2)[..., : arguments[n].shape[2]] for n in ("x", "add")}
-    assert torch.equal(run(target, arguments | view)[0], run(target, arguments)[0])
+    assert torch.equal(run(target.run, arguments | view)[0], run(target.run, arguments)[0])
 
 
 def test_nan_stays_in_its_stream_and_its_future(target):
     arguments = make(Sizes(B=3, T=12, C=16, J=3, N=20))
-    expected, _ = run(target, arguments)
+    expected, _ = run(target.run, arguments)
     x = arguments["x"].clone()
     x[1, 5, 3] = torch.nan
-    out, _ = run(target, arguments | {"x": x})
+    out, _ = run(target.run, arguments | {"x": x})
     assert out[1, 5:8].isnan().all()
     touched = torch.zeros(3, 12, dtype=torch.bool)
     touched[1, 5:8] = True
@@ -140,6 +142,7 @@ def test_blocks_hold_the_rows(dtype, rows):
         ({"x": torch.ones(2, 8)}, r"x: expected 3 dimensions, got shape \[2, 8\]"),
         ({"x": torch.ones(2, 3, 8).double()}, "x: expected float32, got float64"),
         ({"past": torch.ones(2, 1, 8)}, r"past: expected shape .* = \[2, 2, 8\], got \[2, 1, 8\]"),
+        ({"past": torch.ones(2, 8, 2).mT}, "past: expected a contiguous tensor"),
         ({"weight": torch.ones(1, 20, 16)}, "weight: expected columns in a multiple of C = 8"),
         ({"weight": torch.ones(1, 0, 16)}, "weight: expected columns in a multiple of C = 8"),
         ({"weight": torch.ones(2, 24, 16)}, r"weight: expected shape .* = \[1, 24, 16\]"),

@@ -36,19 +36,20 @@ PACKED_SIZES = Sizes(T=4, C=96, L=2, F=160, Hq=4, Hkv=2, D=24, W=9)
 POSITIONS = [[0], [3, 0, 700]]
 
 
-def make(s: Sizes, positions: list[int], room: int = 5) -> dict:
-    """mimi_transformer's arguments. What no query sees is NaN, like the new keys' slots."""
+def make(s: Sizes, positions: list[int], room: int = 0) -> dict:
+    """mimi_transformer's arguments, in rings that hold `room` steps more than they must. What no
+    query sees is NaN, like the new keys' slots."""
 
     def matrix(*shape: int) -> Tensor:
         return torch.randn(shape) / shape[-1] ** 0.5
 
     batch, qkv = len(positions), (s.Hq + 2 * s.Hkv) * s.D
-    past, end = s.W - 1 + 3, s.W - 1 + 3 + s.T
-    logs = [torch.full((s.L, batch, s.Hkv, end + room, s.D), torch.nan) for _ in range(2)]
-    for log in logs:
-        for b, position in enumerate(positions):
-            seen = min(position, s.W - 1)
-            log[:, b, :, past - seen : past].normal_()
+    shape = batch, s.L, s.Hkv, s.W - 1 + s.T + room, s.D
+    rings = [torch.full(shape, torch.nan) for _ in range(2)]
+    for ring in rings:
+        for row, position in zip(ring, positions, strict=True):
+            for at in range(max(0, position - s.W + 1), position):
+                row[:, :, at % row.shape[2]].normal_()
     return {
         "x": torch.randn(batch, s.T, s.C),
         "positions": torch.tensor(positions, dtype=torch.int64),
@@ -62,9 +63,8 @@ def make(s: Sizes, positions: list[int], room: int = 5) -> dict:
         "down": matrix(s.L, s.C, s.F),
         "eps": 1e-3,
         "activation": s.activation,
-        "keys": logs[0],
-        "values": logs[1],
-        "end": end,
+        "keys": rings[0],
+        "values": rings[1],
         "window": s.W,
     }
 
@@ -76,29 +76,32 @@ def run(call, arguments: dict) -> tuple[Tensor, Tensor, Tensor]:
     return out, arguments["keys"], arguments["values"]
 
 
-def finite(arguments: dict) -> dict:
-    """For the reference, whose masked values must be finite."""
-    return arguments | {name: arguments[name].nan_to_num(0.0) for name in ("keys", "values")}
+def written(arguments: dict, ring: Tensor) -> tuple:
+    """Index of the new steps of a ring: `ring[...]` is `[B, T, L, Hkv, D]`."""
+    steps = arguments["positions"][:, None] + torch.arange(arguments["x"].shape[1])
+    return torch.arange(len(steps))[:, None], slice(None), slice(None), steps % ring.shape[3]
 
 
 def check(target, arguments: dict, near=assert_close) -> None:
-    got, expected = run(target.run, arguments), run(reference, finite(arguments))
+    got, expected = run(target.run, arguments), run(reference, arguments)
+    assert not expected[0].isnan().any()
     near(got[0], expected[0])
-    written = slice(arguments["end"] - arguments["x"].shape[1], arguments["end"])
+    new = written(arguments, arguments["keys"])
     for name, mine, theirs in zip(("keys", "values"), got[1:], expected[1:], strict=True):
-        near(mine[..., written, :], theirs[..., written, :])
+        near(mine[new], theirs[new])
         before = arguments[name].clone()
-        before[..., written, :] = mine[..., written, :]
+        before[new] = mine[new]
         torch.testing.assert_close(mine, before, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("room", [0, 5])
 @pytest.mark.parametrize("positions", POSITIONS, ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_mimi_transformer(target, sizes, positions):
+def test_mimi_transformer(target, sizes, positions, room):
     def near(got, expected):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
-    check(target, make(sizes, positions), near)
+    check(target, make(sizes, positions, room), near)
 
 
 @pytest.mark.parametrize("positions", POSITIONS, ids=str)
@@ -118,10 +121,19 @@ def test_other_weights(target, formats, positions):
     check(target, arguments, near)
 
 
+def larger(ring: Tensor, position: int) -> Tensor:
+    """A stream's ring before the step at `position`, with three slots more."""
+    capacity = ring.shape[3]
+    steps = torch.arange(max(0, position - capacity), position)
+    grown = torch.full((*ring.shape[:3], capacity + 3, ring.shape[4]), torch.nan)
+    grown[:, :, :, steps % (capacity + 3)] = ring[:, :, :, steps % capacity]
+    return grown
+
+
 @pytest.mark.parametrize("format", ["", "bf16", "int8"])
 @pytest.mark.parametrize("sizes", [SIZES[0], SIZES[3], PACKED_SIZES], ids=str)
 def test_pieces_are_the_whole_bit_for_bit(target, sizes, format):
-    """However a stream is cut, and whatever streams are beside it."""
+    """However a stream is cut, however large its ring, and whatever streams are beside it."""
     positions = [3, 0, 700]
     arguments = make(sizes, positions)
     for name in MATRICES:
@@ -131,7 +143,7 @@ def test_pieces_are_the_whole_bit_for_bit(target, sizes, format):
             arguments[name] = pack(arguments[name], format)
     whole = run(target.run, arguments)
     for b in range(3):
-        one = {n: arguments[n][:, b : b + 1].contiguous() for n in ("keys", "values")}
+        one = {n: larger(arguments[n][b : b + 1], positions[b]) for n in ("keys", "values")}
         at, parts = 0, []
         for size in (1, 2, sizes.T):
             size = min(size, sizes.T - at)
@@ -141,16 +153,16 @@ def test_pieces_are_the_whole_bit_for_bit(target, sizes, format):
                 | {
                     "x": arguments["x"][b : b + 1, at : at + size],
                     "positions": torch.tensor([positions[b] + at]),
-                    "end": arguments["end"] - sizes.T + at + size,
                 }
             )
             out, one["keys"], one["values"] = run(target.run, piece)
             parts.append(out)
             at += size
         assert torch.equal(torch.cat(parts, 1), whole[0][b : b + 1])
-        written = slice(arguments["end"] - sizes.T, arguments["end"])
-        for log, name in zip(whole[1:], ("keys", "values"), strict=True):
-            assert torch.equal(log[:, b : b + 1, :, written], one[name][..., written, :])
+        alone = {n: arguments[n][b : b + 1] for n in ("x", "positions")}
+        for ring, name in zip(whole[1:], ("keys", "values"), strict=True):
+            mine, ring = one[name], ring[b : b + 1]
+            assert torch.equal(mine[written(alone, mine)], ring[written(alone, ring)])
 
 
 def test_any_number_of_threads(target):
@@ -189,11 +201,11 @@ def test_nothing_to_do(target, streams):
         ({"up": torch.ones(2, 95, 64)}, r"up: expected shape .* = \[2, 96, 64\]"),
         ({"down": torch.ones(2, 64, 96).double()}, "down: expected float32, got float64"),
         ({"activation": "elu"}, "activation: expected gelu, gelu_tanh, relu or silu, got elu"),
-        ({"keys": torch.ones(2, 1, 4, 16, 14)}, r"keys: expected shape .* = \[2, 1, 4, 16, 16\]"),
-        ({"values": torch.ones(2, 1, 4, 15, 16)}, r"values: expected shape .* \[2, 1, 4, 16, 16\]"),
-        ({"end": 1}, "end: expected T to capacity, 2 to 16, got 1"),
-        ({"end": 17}, "end: expected T to capacity, 2 to 16, got 17"),
-        ({"end": 7, "positions": torch.tensor([6])}, "positions: stream 0 is at 6, whose keys"),
+        ({"keys": torch.ones(1, 2, 4, 8, 14)}, r"keys: expected shape .* = \[1, 2, 4, 8, 16\]"),
+        ({"keys": torch.ones(2, 1, 4, 8, 16)}, r"keys: expected shape .* = \[1, 2, 4, 8, 16\]"),
+        ({"keys": torch.ones(1, 2, 4, 7, 16)}, r"keys: .* capacity >= window - 1 \+ T = 8, got"),
+        ({"window": 8}, r"keys: .* capacity >= window - 1 \+ T = 9, got \[1, 2, 4, 8, 16\]"),
+        ({"values": torch.ones(1, 2, 4, 9, 16)}, r"values: expected shape .* \[1, 2, 4, 8, 16\]"),
         ({"window": 0}, "window: expected 1 or more, got 0"),
     ],
 )
@@ -204,4 +216,6 @@ def test_errors_name_the_argument(wrong, message):
 
 
 def test_opcheck():
-    opcheck("mimi_transformer", *finite(make(SIZES[0], [3, 0])).values())
+    arguments = make(SIZES[0], [3, 0])
+    rings = {name: arguments[name].nan_to_num(0.0) for name in ("keys", "values")}
+    opcheck("mimi_transformer", *(arguments | rings).values())  # it compares bits, and NaN differs

@@ -385,7 +385,7 @@ def mimi_conv(
     add: Tensor | None,
     dilation: int,
     elu: bool,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """A causal convolution of streams, block by block: Mimi's building block.
 
     Output t is the product of the weight with blocks `t - (J - 1) dilation, .., t - dilation, t`,
@@ -397,7 +397,8 @@ def mimi_conv(
 
     Args:
         x: `[B, T, C]`, C the width of a block.
-        past: `[B, (J - 1) * dilation, C]`, the blocks before x.
+        past: `[B, (J - 1) * dilation, C]`, the blocks before x; in place, it becomes what comes
+            before the next x.
         weight: `voxkern.quantize.block_rows` of `[N, J * C]`, the oldest block first.
         bias: `[N]`, contiguous.
         add: `[B, T, N]`, summed to the output, or None.
@@ -406,13 +407,12 @@ def mimi_conv(
             https://arxiv.org/abs/1511.07289) first.
 
     Returns:
-        out: `[B, T, N]`, contiguous.
-        past: like `past`, what comes before the next x.
+        `[B, T, N]`, contiguous.
 
     Raises:
         RuntimeError: a shape or dtype does not fit; the message names the tensor.
     """
-    return x.new_empty((*x.shape[:2], bias.shape[0])), past.new_empty(past.shape)
+    return x.new_empty((*x.shape[:2], bias.shape[0]))
 
 
 @op
@@ -423,13 +423,13 @@ def mimi_convs(
     weights: list[Tensor],
     biases: list[Tensor],
     plan: list[int],
-) -> list[Tensor]:
+) -> Tensor:
     """Convolutions of streams one after another, each as `mimi_conv`: Mimi's SEANet in one call.
 
     Args:
         x: `[B, T, C]` samples, value 0. The output of convolution i is value i + 1.
         fresh: `[B]` bool, the streams that begin.
-        past: for each convolution, as `mimi_conv` takes it.
+        past: for each convolution, as `mimi_conv` takes and leaves it.
         weights, biases: likewise.
         plan: seven integers for each convolution: the value that it takes; the one added to its
             output, or -1; dilation; whether there is an ELU; samples in a block of its input (a
@@ -437,7 +437,7 @@ def mimi_convs(
             begins has the first sample for a past, over and over.
 
     Returns:
-        The last convolution's output as samples, then the past of each.
+        The last convolution's output, as samples.
 
     Raises:
         RuntimeError: a shape, dtype or number does not fit; the message names the argument.
@@ -448,7 +448,7 @@ def mimi_convs(
         batch, samples, _ = values[source].shape
         shape = batch, samples // block_in * block_out, biases[i].shape[0] // block_out
         values.append(x.new_empty(shape))
-    return [values[-1], *(left.new_empty(left.shape) for left in past)]
+    return values[-1]
 
 
 @op
@@ -467,22 +467,22 @@ def mimi_transformer(
     activation: str,
     keys: Tensor,
     values: Tensor,
-    end: int,
     window: int,
 ) -> Tensor:
     """Mimi's transformer for the next T steps of streams: pre-norm, with a sliding window.
 
     A layer is `x += o(attention(qkv(norm(x))))`, `x += down(activation(up(norm(x))))` with
     LayerNorms and rotary embedding in the half-split layout; there is no norm behind the last. A
-    query sees its own key and the `window - 1` before it. Step t of every stream has its key in
-    slot `end - T + t` of the log; those before it are its past.
+    query sees its own key and the `window - 1` before it. Keys and values lie in a ring, that of a
+    stream's step at position p in slot `p % capacity`; so what is where depends on positions alone,
+    and a stream that begins needs nothing cleared.
 
     All is float32, but matrices may be bfloat16, or packed; then what they are multiplied with is
     rounded to bfloat16, or to int8 as in `linear`. No result depends on T or on other streams.
 
     Args:
         x: `[B, T, C]`.
-        positions: `[B]` int64, of each stream's first step; earlier steps than 0 are not seen.
+        positions: `[B]` int64, of each stream's first step, 0 or more.
         frequencies: `[D / 2]`, the angles of rotation per step.
         norms: `[L, 4, C]`: scale and bias of the norm before attention, of the norm after it.
         qkv: matrices `[L, (Hq + 2 Hkv) D, C]`, q rows first, then k, then v.
@@ -493,16 +493,15 @@ def mimi_transformer(
         down: matrices `[L, C, F]`.
         eps: of the norms.
         activation: "gelu", "gelu_tanh", "relu" or "silu".
-        keys: `[L, B, Hkv, capacity, D]`; the new ones are written in place.
+        keys: `[B, L, Hkv, capacity, D]`, capacity at least `window - 1 + T`; the new ones are
+            written in place.
         values: like keys.
-        end: the log's slot after the newest step.
         window: keys that a query sees, itself included.
 
     Returns:
         `[B, T, C]`, contiguous.
 
     Raises:
-        RuntimeError: a shape or dtype does not fit; on the CPU also a position whose keys would
-            begin before the log.
+        RuntimeError: a shape or dtype does not fit; on the CPU also a position below 0.
     """
     return x.new_empty(x.shape)

@@ -62,8 +62,8 @@ void keep_past(const MimiConvParams& p) {
   const int64_t kept = context > p.T ? context - p.T : 0, taken = context - kept;
   if (context == 0) return;
   for (int64_t b = 0; b < p.B; ++b) {
-    float* const to = p.new_past + b * context * p.C;
-    __builtin_memcpy(to, p.past + (b * context + context - kept) * p.C, kept * p.C * sizeof(float));
+    float* const to = p.past + b * context * p.C;
+    __builtin_memmove(to, to + (context - kept) * p.C, kept * p.C * sizeof(float));
     if (taken > 0)
       __builtin_memcpy(to + kept * p.C, p.x + (b * p.T + p.T - taken) * p.C,
                        taken * p.C * sizeof(float));
@@ -101,7 +101,6 @@ void convolve(const MimiConvParams& p, int rank, int size) {
 
 namespace VOX_ISA {
 void mimi_conv(const MimiConvParams& p) {
-  keep_past(p);
   auto job = [&](int rank, int size) {
     p.dtype == Dtype::f32 ? convolve<float>(p, rank, size) : convolve<bf16>(p, rank, size);
   };
@@ -110,6 +109,7 @@ void mimi_conv(const MimiConvParams& p) {
     job(0, 1);
   else
     run_team(job);
+  keep_past(p);
 }
 }  // namespace VOX_ISA
 
@@ -119,7 +119,6 @@ void mimi_conv(const MimiConvParams& p) {
 
 #include <cstring>
 #include <optional>
-#include <tuple>
 #include <vector>
 
 namespace voxkern {
@@ -128,18 +127,15 @@ VOX_KERNEL(mimi_conv, MimiConvParams)
 
 namespace {
 
-std::tuple<Tensor, Tensor> mimi_conv_cpu(Tensor x, Tensor past, Tensor weight, Tensor bias,
-                                         std::optional<Tensor> add, int64_t dilation, bool elu) {
+Tensor mimi_conv_cpu(Tensor x, Tensor past, Tensor weight, Tensor bias, std::optional<Tensor> add,
+                     int64_t dilation, bool elu) {
   x = torch::stable::contiguous(x);
-  past = torch::stable::contiguous(past);
   if (add) add = torch::stable::contiguous(*add);
   MimiConvParams p = mimi_conv_params(x, past, weight, bias, add ? &*add : nullptr, dilation, elu);
   Tensor out = torch::stable::new_empty(x, {p.B, p.T, p.N});
-  Tensor new_past = torch::stable::empty_like(past);
   p.out = static_cast<float*>(out.mutable_data_ptr());
-  p.new_past = static_cast<float*>(new_past.mutable_data_ptr());
   mimi_conv(p);
-  return {out, new_past};
+  return out;
 }
 
 // What a convolution of `mimi_convs` is, as it lies in the plan.
@@ -148,22 +144,19 @@ struct Step {
 };
 constexpr int64_t kStepSize = sizeof(Step) / sizeof(int64_t);
 
-// `past`, but the first sample of x over and over for streams that begin.
-Tensor begun(const Tensor& x, const Tensor& past, const bool* fresh) {
+// The past of streams that begin becomes the first sample of x, over and over.
+void replicate(const Tensor& x, const bool* fresh, const Tensor& past) {
   const int64_t B = x.size(0), C = x.size(2), length = past.size(1) * past.size(2);
-  if (x.size(1) == 0) return past;
-  Tensor filled = torch::stable::clone(past);
+  if (x.size(1) == 0) return;
   const auto* from = static_cast<const float*>(x.const_data_ptr());
-  auto* to = static_cast<float*>(filled.mutable_data_ptr());
+  auto* to = static_cast<float*>(past.mutable_data_ptr());
   for (int64_t b = 0; b < B; ++b)
     for (int64_t i = 0; fresh[b] && i < length; i += C)
       std::memcpy(to + b * length + i, from + b * x.size(1) * C, C * sizeof(float));
-  return filled;
 }
 
-std::vector<Tensor> mimi_convs_cpu(Tensor x, Tensor fresh, std::vector<Tensor> past,
-                                   std::vector<Tensor> weights, std::vector<Tensor> biases,
-                                   std::vector<int64_t> plan) {
+Tensor mimi_convs_cpu(Tensor x, Tensor fresh, std::vector<Tensor> past, std::vector<Tensor> weights,
+                      std::vector<Tensor> biases, std::vector<int64_t> plan) {
   check_dim(x, "x", 3);
   check_dtype(x, "x", ScalarType::Float);
   check_operand(fresh, "fresh", x, ScalarType::Bool);
@@ -188,7 +181,7 @@ std::vector<Tensor> mimi_convs_cpu(Tensor x, Tensor fresh, std::vector<Tensor> p
     if (step.add >= 0) last_use[step.add] = i;
   }
 
-  std::vector<Tensor> values = {torch::stable::contiguous(x)}, results = {x};
+  std::vector<Tensor> values = {torch::stable::contiguous(x)};
   for (int64_t i = 0; i < n; ++i) {
     const Step& step = steps[i];
     const Tensor from = values[step.input];
@@ -202,22 +195,19 @@ std::vector<Tensor> mimi_convs_cpu(Tensor x, Tensor fresh, std::vector<Tensor> p
     check_shape(left, "past", "[B, context, C]", {B, kAny, blocks.size(2)});
     std::optional<Tensor> add;
     if (step.add >= 0) add = values[step.add];
-    auto [out, new_past] = mimi_conv_cpu(
-        blocks,
-        step.replicate ? begun(from, left, static_cast<const bool*>(fresh.const_data_ptr())) : left,
-        weights[i], biases[i], add, step.dilation, step.elu);
+    if (step.replicate) replicate(from, static_cast<const bool*>(fresh.const_data_ptr()), left);
+    const Tensor out =
+        mimi_conv_cpu(blocks, left, weights[i], biases[i], add, step.dilation, step.elu);
     check(out.size(2) % step.block_out == 0, "biases: expected whole blocks of ", step.block_out);
     values.push_back(
         step.block_out == 1
             ? out
             : torch::stable::view(out, {B, T * step.block_out, out.size(2) / step.block_out}));
-    results.push_back(new_past);
     // What is used no more makes room in the cache.
     for (int64_t j = 0; j <= i; ++j)
       if (last_use[j] <= i) values[j] = Tensor();
   }
-  results[0] = values.back();
-  return results;
+  return values.back();
 }
 
 }  // namespace

@@ -153,40 +153,45 @@ class Worker {
 
   // Stream b's new keys and values of head h, then its queries that look there.
   void attend_head(int64_t layer, int64_t b, int64_t h) const {
-    const int64_t D = p_.D, group = p_.Hq / p_.Hkv, first_slot = p_.end - p_.T;
-    const int64_t log = ((layer * p_.B + b) * p_.Hkv + h) * p_.capacity;
+    const int64_t D = p_.D, group = p_.Hq / p_.Hkv, position = p_.positions[b];
+    const int64_t ring = ((b * p_.L + layer) * p_.Hkv + h) * p_.capacity * D;
+    float *const keys = p_.keys + ring, *const values = p_.values + ring;
     for (int64_t t = 0; t < p_.T; ++t) {
       const float* const row = all_.qkv + (b * p_.T + t) * p_.qkv.N;
-      const int64_t at = (log + first_slot + t) * D;
-      rotate(row + (p_.Hq + h) * D, p_.rotations + (b * p_.T + t) * D, D, p_.keys + at);
-      __builtin_memcpy(p_.values + at, row + (p_.Hq + p_.Hkv + h) * D, D * sizeof(float));
+      const int64_t at = (position + t) % p_.capacity * D;
+      rotate(row + (p_.Hq + h) * D, p_.rotations + (b * p_.T + t) * D, D, keys + at);
+      __builtin_memcpy(values + at, row + (p_.Hq + p_.Hkv + h) * D, D * sizeof(float));
     }
     for (int64_t t = 0; t < p_.T; ++t) {
-      const int64_t seen = p_.positions[b] + t + 1, count = seen < p_.window ? seen : p_.window;
-      const int64_t at = (log + first_slot + t + 1 - count) * D;
+      const int64_t seen = position + t + 1, count = seen < p_.window ? seen : p_.window;
       for (int64_t head = h * group; head < (h + 1) * group; ++head)
-        attend_query(b * p_.T + t, head, p_.keys + at, p_.values + at, count, t == 0);
+        attend_query(b * p_.T + t, head, keys, values, (seen - count) % p_.capacity, count, t == 0);
     }
   }
 
-  void attend_query(int64_t r, int64_t head, const float* keys, const float* values, int64_t count,
-                    bool first) const {
+  // The keys are those of `count` slots from `slot` on.
+  void attend_query(int64_t r, int64_t head, const float* keys, const float* values, int64_t slot,
+                    int64_t count, bool first) const {
     const int64_t D = p_.D, width = padded(D);
     for (int64_t i = 0; i < width; ++i) own_.query[i] = own_.sums[i] = 0;
     rotate(all_.qkv + r * p_.qkv.N + head * D, p_.rotations + r * D, D, own_.query);
     for (int64_t i = 0; i < D; ++i) own_.query[i] *= p_.scale;
+    // Of the window's key i, where the ring may have come round to its begin.
+    const auto place = [&](int64_t i) {
+      return (slot + i < p_.capacity ? slot + i : slot + i - p_.capacity) * D;
+    };
     SoftmaxState state;
     for (int64_t begin = 0; begin < count; begin += kKeyBlock) {
       const int64_t n = count - begin < kKeyBlock ? count - begin : kKeyBlock;
       Block<float> block;
       for (int64_t j = 0; j < n + kDots; ++j)
-        block.keys[j] = keys + (begin + (j < n ? j : n - 1)) * D;
-      for (int64_t j = 0; j < n; ++j) block.values[j] = values + (begin + j) * D;
+        block.keys[j] = keys + place(begin + (j < n ? j : n - 1));
+      for (int64_t j = 0; j < n; ++j) block.values[j] = values + place(begin + j);
       // A head's first query brings in the next block; a page is too short for the processor to.
       const int64_t next = begin + n, fetched = first ? count - next : 0;
       for (int64_t j = 0; j < kKeyBlock && j < fetched; ++j) {
-        fetch(keys + (next + j) * D, D);
-        fetch(values + (next + j) * D, D);
+        fetch(keys + place(next + j), D);
+        fetch(values + place(next + j), D);
       }
       attend_block<1>(own_.query, width, block, n, D, &state, own_.sums);
     }
@@ -254,16 +259,13 @@ std::vector<float> rotations(const MimiTransformerParams& p, const float* freque
 Tensor mimi_transformer_cpu(Tensor x, Tensor positions, Tensor frequencies, Tensor norms,
                             Tensor qkv, Tensor qkv_bias, Tensor o, Tensor o_bias, Tensor up,
                             Tensor down, double eps, std::string activation, Tensor keys,
-                            Tensor values, int64_t end, int64_t window) {
+                            Tensor values, int64_t window) {
   x = torch::stable::contiguous(x);
   MimiTransformerParams p =
       mimi_transformer_params(x, positions, frequencies, norms, qkv, qkv_bias, o, o_bias, up, down,
-                              eps, activation, keys, values, end, window);
-  for (int64_t b = 0; b < p.B; ++b) {
-    const int64_t position = p.positions[b], first = position < window - 1 ? position : window - 1;
-    check(position >= 0 && end - p.T >= first, "positions: stream ", b, " is at ", position,
-          ", whose keys do not fit before slot ", end - p.T);
-  }
+                              eps, activation, keys, values, window);
+  for (int64_t b = 0; b < p.B; ++b)
+    check(p.positions[b] >= 0, "positions: stream ", b, " is at ", p.positions[b]);
   const auto table = rotations(p, static_cast<const float*>(frequencies.const_data_ptr()));
   p.rotations = table.data();
   Tensor out = torch::stable::empty_like(x);

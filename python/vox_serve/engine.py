@@ -281,7 +281,7 @@ class Engine:
         live.codes = codes
         live.history.append(int(codes[0]))
         live.num_frames += 1
-        audio, live.mimi = self.mimi.decode_step(codes[None, None], live.mimi)
+        audio = self.mimi.decode_step(codes[None, None], live.mimi)
         reason = None
         if live.num_frames == live.max_frames:
             wanted = live.request.max_frames or Config.max_frames

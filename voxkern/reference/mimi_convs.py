@@ -11,17 +11,16 @@ def mimi_convs(
     weights: list[Tensor],
     biases: list[Tensor],
     plan: list[int],
-) -> list[Tensor]:
+) -> Tensor:
     """The composition of `mimi_conv`s."""
-    values, lefts = [x], []
+    values = [x]
     for i, left in enumerate(past):
         source, add, dilation, elu, block_in, block_out, replicate = plan[7 * i : 7 * i + 7]
         x = values[source]
         if replicate:
-            left = torch.where(fresh[:, None, None], x[:, :1].repeat(1, 1, block_in), left)
+            left.copy_(torch.where(fresh[:, None, None], x[:, :1].repeat(1, 1, block_in), left))
         x = x.unflatten(1, (-1, block_in)).flatten(2)
         added = None if add < 0 else values[add]
-        x, left = mimi_conv(x, left, weights[i], biases[i], added, dilation, bool(elu))
+        x = mimi_conv(x, left, weights[i], biases[i], added, dilation, bool(elu))
         values.append(x.unflatten(2, (block_out, -1)).flatten(1, 2))
-        lefts.append(left)
-    return [values[-1], *lefts]
+    return values[-1]

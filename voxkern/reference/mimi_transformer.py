@@ -28,13 +28,11 @@ def mimi_transformer(
     activation: str,
     keys: Tensor,
     values: Tensor,
-    end: int,
     window: int,
 ) -> Tensor:
     steps, width = x.shape[1:]
-    num_kv_heads, head_dim = keys.shape[2], keys.shape[4]
+    num_kv_heads, capacity, head_dim = keys.shape[2:]
     num_heads = qkv_bias.shape[1] // head_dim - 2 * num_kv_heads
-    start = max(0, end - steps - window + 1)
 
     steps_at = positions[:, None] + torch.arange(steps, device=x.device)
     angles = steps_at[:, None, :, None] * frequencies
@@ -44,10 +42,19 @@ def mimi_transformer(
         low, high = heads.chunk(2, -1)
         return torch.cat((low * cos - high * sin, high * cos + low * sin), -1)
 
-    # How far each slot lies behind each query's.
-    slots = torch.arange(start, end, device=x.device)
-    behind = torch.arange(end - steps, end, device=x.device)[:, None] - slots
-    seen = (behind >= 0) & (behind < window) & (behind <= steps_at[:, :, None])
+    # What the queries see between them, oldest first; its positions may begin below 0.
+    offsets = torch.arange(1 - window, steps, device=x.device)
+    seen_at = positions[:, None] + offsets
+    behind = torch.arange(steps, device=x.device)[:, None] - offsets
+    seen = ((behind >= 0) & (behind < window)) & (seen_at >= 0)[:, None]
+    streams = torch.arange(len(x), device=x.device)[:, None]
+
+    def append(ring: Tensor, new: Tensor) -> Tensor:
+        """Write `[B, Hkv, T, D]`; the keys or values `[B, Hkv, W - 1 + T, D]` at `seen_at`."""
+        ring[streams, :, steps_at % capacity] = new.transpose(1, 2)
+        held = ring[streams, :, seen_at % capacity].transpose(1, 2)
+        # A slot that no step was written to may hold anything, NaN too.
+        return held.masked_fill((seen_at < 0)[:, None, :, None], 0)
 
     for i in range(len(norms)):
         before, after = norms[i].unflatten(0, (2, 2))
@@ -58,12 +65,10 @@ def mimi_transformer(
             .transpose(1, 2)
             .split((num_heads, num_kv_heads, num_kv_heads), 1)
         )
-        keys[i, :, :, end - steps : end] = rotate(k)
-        values[i, :, :, end - steps : end] = v
         attended = F.scaled_dot_product_attention(
             rotate(q),
-            keys[i, :, :, start:end],
-            values[i, :, :, start:end],
+            append(keys[:, i], rotate(k)),
+            append(values[:, i], v),
             seen[:, None],
             enable_gqa=num_heads != num_kv_heads,
         )

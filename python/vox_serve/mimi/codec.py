@@ -1,6 +1,6 @@
 """The Mimi codec: codes to 24 kHz samples and back, whole or as a stream.
 
-Whole decoding is a stream too, taken in larger chunks, so the two cannot drift apart.
+Whole decoding is a stream too, so the two cannot drift apart.
 
 Source: Defossez et al. 2024, https://arxiv.org/abs/2410.00037
 """
@@ -16,13 +16,11 @@ from vox_serve.mimi.encoder import Encoder
 from vox_serve.mimi.quantizer import Quantizer
 from vox_serve.mimi.state import StreamState
 from vox_serve.mimi.tensors import PRECISIONS, TensorReader
-
-# Enough frames to spread the reading of the weights, few enough for activations to stay in cache.
-WHOLE_CHUNK_FRAMES = 8
+from vox_serve.mimi.transformer import CHUNK_FRAMES
 
 
 class Mimi:
-    """The codec's weights. It holds no state: streams pass theirs in and out.
+    """The codec's weights. It holds no state: streams pass theirs in.
 
     Activations, keys, values and the encoder are float32. The decoder's matrices may be less, for
     then a frame reads fewer bytes: "bfloat16", or "int8" for the transformer's with bfloat16
@@ -66,23 +64,23 @@ class Mimi:
         Raises:
             ValueError: a wrong shape.
         """
-        return self._in_chunks(codes, 1, self.decode_step, self.init_state)
+        return self.decode_step(codes, self.init_state(codes.shape[0]))
 
     def init_state(self, batch_size: int = 1) -> StreamState:
         """The state of decoding streams that have not begun."""
         return self._init_state(self.decoder, batch_size)
 
     @torch.inference_mode()
-    def decode_step(self, codes: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
-        """Decode the next frames of B streams.
+    def decode_step(self, codes: Tensor, state: StreamState) -> Tensor:
+        """Decode the next frames of B streams, on the device alone: nothing of it is waited for.
 
         Args:
             codes: `[B, n, K]` integers, as for `decode`; n may be 0 and differ from call to call.
-            state: from `init_state` or the step before. It stays good, to go on from it again.
+            state: from `init_state`, or the first rows of such; updated in place.
 
         Returns:
-            `[B, n * frame_samples]` float32, and the state after it. However a stream is cut into
-            steps, its samples are those of `decode`.
+            `[B, n * frame_samples]` float32. However a stream is cut into steps, its samples are
+            those of `decode`.
 
         Raises:
             ValueError: a wrong shape.
@@ -93,9 +91,10 @@ class Mimi:
         self._check_rows("codes", codes, state)
         batch, frames, _ = codes.shape
         if codes.numel() == 0:
-            return self._zeros(batch, frames * self.config.frame_samples), state
-        codes = codes.to(self.device, torch.int64)
-        return self.decoder(self.quantizer.decode(codes), state)
+            return self._zeros(batch, frames * self.config.frame_samples)
+        chunks = codes.to(self.device, torch.int64).split(CHUNK_FRAMES, dim=1)
+        parts = [self.decoder(self.quantizer.decode(chunk), state) for chunk in chunks]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def encode(self, audio: Tensor, num_codebooks: int | None = None) -> Tensor:
         """Encode whole recordings, padded with silence to whole frames (as moshi and CSM do).
@@ -112,13 +111,8 @@ class Mimi:
         """
         if audio.dim() != 2:
             raise ValueError(f"audio must be [B, S], got {list(audio.shape)}")
-        frame_samples = self.config.frame_samples
-        audio = torch.nn.functional.pad(audio, (0, -audio.shape[1] % frame_samples))
-
-        def step(chunk: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
-            return self.encode_step(chunk, state, num_codebooks)
-
-        return self._in_chunks(audio, frame_samples, step, self.init_encoder_state)
+        audio = torch.nn.functional.pad(audio, (0, -audio.shape[1] % self.config.frame_samples))
+        return self.encode_step(audio, self.init_encoder_state(audio.shape[0]), num_codebooks)
 
     def init_encoder_state(self, batch_size: int = 1) -> StreamState:
         """The state of encoding streams that have not begun.
@@ -133,16 +127,16 @@ class Mimi:
     @torch.inference_mode()
     def encode_step(
         self, audio: Tensor, state: StreamState, num_codebooks: int | None = None
-    ) -> tuple[Tensor, StreamState]:
+    ) -> Tensor:
         """Encode the next frames of B streams.
 
         Args:
             audio: `[B, n * frame_samples]`, n may be 0.
-            state: from `init_encoder_state` or the step before; it stays good.
+            state: from `init_encoder_state`; updated in place.
             num_codebooks: as for `encode`.
 
         Returns:
-            `[B, n, K]` int64, and the state after it.
+            `[B, n, K]` int64.
 
         Raises:
             ValueError: a wrong shape or K, or the checkpoint has no encoder.
@@ -160,21 +154,17 @@ class Mimi:
         self._check_rows("audio", audio, state)
         if audio.numel() == 0:
             shape = audio.shape[0], audio.shape[1] // frame_samples, width
-            return self._zeros(*shape).to(torch.int64), state
-        latent, state = self.encoder(audio.to(self.device, torch.float32), state)
-        return self.quantizer.encode(latent, width), state
-
-    def _in_chunks(self, whole: Tensor, unit: int, step, init_state) -> Tensor:
-        state, parts = init_state(whole.shape[0]), []
-        for chunk in whole.split(WHOLE_CHUNK_FRAMES * unit, dim=1):
-            part, state = step(chunk, state)
-            parts.append(part)
-        return torch.cat(parts, dim=1)
+            return self._zeros(*shape).to(torch.int64)
+        chunks = audio.to(self.device, torch.float32).split(CHUNK_FRAMES * frame_samples, dim=1)
+        return torch.cat(
+            [self.quantizer.encode(self.encoder(chunk, state), width) for chunk in chunks], dim=1
+        )
 
     def _init_state(self, half: Decoder | Encoder, batch_size: int) -> StreamState:
         return StreamState(
             torch.zeros(batch_size, dtype=torch.int64, device=self.device),
-            half.transformer.empty_window(batch_size),
+            half.transformer.ring(batch_size),
+            half.transformer.ring(batch_size),
             tuple(self._zeros(batch_size, *context) for context in half.contexts),
         )
 

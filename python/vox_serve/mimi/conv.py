@@ -97,14 +97,11 @@ class DepthwiseUpsample:
         self.contexts = [(1, weight.shape[0])]
         self.new, self.old = weight.squeeze(1).t().contiguous().chunk(2)  # [s, C]
 
-    def __call__(
-        self, x: Tensor, fresh: Tensor, past: Sequence[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
+    def __call__(self, x: Tensor, fresh: Tensor, past: Sequence[Tensor]) -> Tensor:
         """As `Chain.__call__`."""
         x = torch.cat((*past, x), 1).unsqueeze(2)
-        # A copy, because a view would keep all of the chunk alive.
-        left = x[:, -1].clone()
-        return torch.addcmul(x[:, :-1] * self.old, x[:, 1:], self.new).flatten(1, 2), [left]
+        past[0].copy_(x[:, -1])
+        return torch.addcmul(x[:, :-1] * self.old, x[:, 1:], self.new).flatten(1, 2)
 
 
 class ResidualUnit:
@@ -162,21 +159,18 @@ class Chain:
         self._weights = [conv.weight for conv in self.convs]
         self._biases = [conv.bias for conv in self.convs]
 
-    def __call__(
-        self, x: Tensor, fresh: Tensor, past: Sequence[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
+    def __call__(self, x: Tensor, fresh: Tensor, past: Sequence[Tensor]) -> Tensor:
         """Run a chunk.
 
         Args:
             x: `[B, T, C]`, T a multiple of all strides.
             fresh: `[B]` bool, the streams that begin.
-            past: `[B, blocks, width]` for each of `contexts`.
+            past: `[B, blocks, width]` for each of `contexts`, updated in place.
 
         Returns:
-            `[B, T', C']`, contiguous, and the past of what comes next.
+            `[B, T', C']`, contiguous.
         """
-        x, *past = ops.mimi_convs(x, fresh, list(past), self._weights, self._biases, self._plan)
-        return x, past
+        return ops.mimi_convs(x, fresh, list(past), self._weights, self._biases, self._plan)
 
     def _add(self, conv: CausalConv, source: int, added: int = -1) -> int:
         """The number of its output among the values of `mimi_convs`."""

@@ -56,13 +56,11 @@ class Decoder:
         self.convs = Chain(layers)
         self.contexts = [*(self.upsample.contexts if self.upsample else []), *self.convs.contexts]
 
-    def __call__(self, latent: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
-        """Args: latent `[B, N, C]`. Returns samples `[B, N * frame_samples]`, and the state."""
-        x, fresh, past, upsampled = latent, state.positions == 0, state.lefts, []
+    def __call__(self, latent: Tensor, state: StreamState) -> Tensor:
+        """Args: latent `[B, N, C]`. Returns samples `[B, N * frame_samples]`."""
+        x, fresh, past = latent, state.positions == 0, state.lefts
         if self.upsample:
-            x, upsampled = self.upsample(x, fresh, past[:1])
-            past = past[1:]
-        steps = x.shape[1]
-        x, window = self.transformer(x, state.positions, state.window)
-        x, past = self.convs(x, fresh, past)
-        return x.squeeze(2), StreamState(state.positions + steps, window, (*upsampled, *past))
+            x, past = self.upsample(x, fresh, past[:1]), past[1:]
+        x = self.transformer(x, *state[:3])
+        state.positions.add_(x.shape[1])
+        return self.convs(x, fresh, past).squeeze(2)

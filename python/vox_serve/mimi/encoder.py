@@ -65,13 +65,10 @@ class Encoder:
             *(self.downsample.contexts if self.downsample else []),
         ]
 
-    def __call__(self, audio: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
-        """Args: audio `[B, N * frame_samples]`. Returns latents `[B, N, C]`, and the state."""
+    def __call__(self, audio: Tensor, state: StreamState) -> Tensor:
+        """Args: audio `[B, N * frame_samples]`. Returns latents `[B, N, C]`."""
         fresh, count = state.positions == 0, len(self.convs.contexts)
-        x, past = self.convs(audio.unsqueeze(2), fresh, state.lefts[:count])
-        steps = x.shape[1]
-        x, window = self.transformer(x, state.positions, state.window)
-        if self.downsample:
-            x, downsampled = self.downsample(x, fresh, state.lefts[count:])
-            past += downsampled
-        return x, StreamState(state.positions + steps, window, tuple(past))
+        x = self.convs(audio.unsqueeze(2), fresh, state.lefts[:count])
+        x = self.transformer(x, *state[:3])
+        state.positions.add_(x.shape[1])
+        return self.downsample(x, fresh, state.lefts[count:]) if self.downsample else x

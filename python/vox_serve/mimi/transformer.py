@@ -1,12 +1,15 @@
-"""The codec's transformers: a sliding window of keys, passed in and out."""
+"""The codec's transformers: a sliding window of keys, in rings that are passed in."""
 
 import torch
 from torch import Tensor
 
 from vox_serve.mimi.config import MimiConfig
-from vox_serve.mimi.state import KeyWindow
 from vox_serve.mimi.tensors import TensorReader
 from voxkern import ops
+
+CHUNK_FRAMES = 8
+"""At most so many at once: enough to spread the reading of the weights, few enough for activations
+to stay in cache."""
 
 _ACTIVATIONS = {
     "gelu": "gelu",
@@ -30,7 +33,8 @@ class Transformer:
     def __init__(self, config: MimiConfig, tensors: TensorReader, name: str) -> None:
         self.width, self.window = config.hidden_size, config.sliding_window
         self.num_layers = config.num_hidden_layers
-        self.kv_shape = config.num_key_value_heads, self.window - 1, config.head_dim
+        capacity = self.window - 1 + CHUNK_FRAMES * config.latent_stride
+        self.ring_shape = self.num_layers, config.num_key_value_heads, capacity, config.head_dim
         self.eps, self.activation = config.norm_eps, _ACTIVATIONS[config.hidden_act]
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         layers = [
@@ -43,37 +47,35 @@ class Transformer:
                 self.weights[i] = tensors.matrices(weight)
         self.frequencies = (1.0 / config.rope_theta**exponents).to(tensors.device)
 
-    def empty_window(self, batch_size: int) -> KeyWindow:
-        """What streams have seen before they begin."""
-        heads, length, dim = self.kv_shape
-        shape = 2, self.num_layers, batch_size, heads, length, dim
-        return KeyWindow.of(torch.zeros(shape, device=self.frequencies.device))
+    def ring(self, batch_size: int) -> Tensor:
+        """Room for the keys, or the values, of streams: uninitialized, so that on the CPU rows take
+        no memory before there is a stream in them."""
+        return torch.empty(batch_size, *self.ring_shape, device=self.frequencies.device)
 
-    def __call__(self, x: Tensor, positions: Tensor, window: KeyWindow) -> tuple[Tensor, KeyWindow]:
+    def __call__(self, x: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Run a chunk.
 
         Args:
-            x: `[B, T, C]`.
+            x: `[B, T, C]`, T of `CHUNK_FRAMES` at most.
             positions: `[B]` int64, of each row's first step.
-            window: the keys and values before them; only the last `positions[b]` of row b count.
+            keys, values: the rings, updated in place.
 
         Returns:
-            `[B, T, C]`, and the window after them.
+            `[B, T, C]`.
         """
-        window = window.extended(x.shape[1])
-        if self.num_layers:
-            x = ops.mimi_transformer(
-                x,
-                positions,
-                self.frequencies,
-                *self.weights,
-                self.eps,
-                self.activation,
-                *window.log,
-                window.end,
-                self.window,
-            )
-        return x, window
+        if not self.num_layers:
+            return x
+        return ops.mimi_transformer(
+            x,
+            positions,
+            self.frequencies,
+            *self.weights,
+            self.eps,
+            self.activation,
+            keys,
+            values,
+            self.window,
+        )
 
 
 def _read_layer(config: MimiConfig, tensors: TensorReader, name: str) -> list[Tensor]:
