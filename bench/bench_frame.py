@@ -44,7 +44,7 @@ class OurFrames:
         self.sequences = [CacheSequence() for _ in range(batch)]
         self.codes = torch.randint(0, 2048, (batch, model.config.num_codebooks))
         greedy = [SamplingParams(temperature=0)] * batch
-        self.rows = SamplingRows.of(greedy, [0] * batch, [0] * batch, [[]] * batch, model.device)
+        self.rows = SamplingRows.of(greedy, [0] * batch, model.device)
 
     def frames_ms(self, frames: int) -> list[float]:
         return [self._frame_ms() for _ in range(frames)]

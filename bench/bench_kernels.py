@@ -327,7 +327,7 @@ def _decode_depth(dtype: torch.dtype, b: int, quantize: str = "none") -> Case:
     def inputs():
         model = CsmModel(config, CsmWeights.random(config, dtype, quantize=quantize))
         params = [SamplingParams(temperature=0.9, top_k=50)] * b
-        rows = SamplingRows.of(params, range(b), [0] * b, [[]] * b, model.device)
+        rows = SamplingRows.of(params, range(b), model.device)
         return model.depth_arguments(torch.randn(b, C).to(dtype), torch.arange(b), rows)
 
     def weights(quantize: str) -> int:

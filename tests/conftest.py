@@ -1,8 +1,14 @@
+import os
+
 import pytest
 import torch
 
 from ops_testing import ALL_TARGETS, targets
+from vox_serve import loading
 from voxkern.backend import OPS
+
+# Tests say which device they mean, whatever this machine has.
+os.environ["VOX_SERVE_DEVICE"] = "cpu"
 
 
 def pytest_report_header() -> list[str]:
@@ -24,3 +30,10 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _auto_is_cpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "choose_device", lambda: "cpu")
+        yield

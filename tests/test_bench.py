@@ -130,7 +130,7 @@ def _greedy(model: CsmModel, prompt: Prompt, num_frames: int) -> torch.Tensor:
     cache = KvCache(model.config.backbone, 1, model.dtype, model.device)
     sequence = CacheSequence()
     batch = CacheBatch.prefill(cache, [sequence], [len(prompt.frames)])
-    rows = SamplingRows.of([SamplingParams(temperature=0)], [0], [0], [[]], model.device)
+    rows = SamplingRows.of([SamplingParams(temperature=0)], [0], model.device)
     frames, codes = prompt, []
     for _ in range(num_frames):
         hidden = model.backbone_step(*frames, batch, cache)

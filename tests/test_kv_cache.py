@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from checkpoints import TinyShape, build_tiny
-from vox_serve.kv_cache import PAGE_SIZE, CacheBatch, CacheSequence, KvCache
+from vox_serve.kv_cache import PAGE_SIZE, CacheBatch, CacheRows, CacheSequence, KvCache
 from vox_serve.model_config import CsmConfig
 
 
@@ -88,3 +88,34 @@ def test_decode_batch(cache):
     assert batch.positions.tolist() == [7, 0]
     assert batch.seq_lens.tolist() == [8, 1]
     assert batch.cu_seqlens is None
+
+
+def test_rows_go_on_by_themselves(cache):
+    """Step by step, they lie where `CacheBatch.decode` puts a token of each sequence."""
+    sequences = [CacheSequence(), CacheSequence(), CacheSequence()]
+    rows = CacheRows(cache, 4)
+    for row, (sequence, length) in enumerate(zip(sequences, (PAGE_SIZE - 2, 3, 9), strict=True)):
+        cache.extend(sequence, length)
+        cache.reserve(sequence, 2 * PAGE_SIZE)
+        rows.write(row, sequence)
+    rows.copy_row(2, 0)  # the first sequence leaves, the last takes its row
+    rows.clear(2)
+    for _ in range(2 * PAGE_SIZE):
+        expected = CacheBatch.decode(cache, [sequences[2], sequences[1]])
+        batch = rows.batch(4)
+        for name in ("positions", "slots", "seq_lens"):
+            assert torch.equal(getattr(batch, name)[:2], getattr(expected, name)), name
+        for row, sequence in enumerate((sequences[2], sequences[1])):
+            assert batch.page_table[row, : len(sequence.pages)].tolist() == sequence.pages
+        assert batch.slots[2:].tolist() == [-1, -1]
+        assert batch.positions[2:].tolist() == [0, 0]
+        rows.advance(4)
+
+
+def test_reserve_counts_nothing(cache):
+    sequence = CacheSequence()
+    cache.reserve(sequence, PAGE_SIZE + 1)
+    assert sequence.length == 0
+    assert len(sequence.pages) == 2
+    with pytest.raises(ValueError, match="exceed the context"):
+        cache.reserve(sequence, cache.max_positions + 1)

@@ -3,6 +3,9 @@
 Requests join and leave between frames. The ops compute a row in the same order whatever else is in
 the batch, and draws depend on seed, frame and codebook alone; so a request gets the same codes
 alone, in a batch, and however its prompt was cut into chunks.
+
+A GPU works on one frame while the host looks at the one before. A request that turns out to have
+ended there was given a frame too many, which nobody hears of.
 """
 
 import itertools
@@ -16,15 +19,19 @@ import torch
 from torch import Tensor
 
 from vox_serve.config import Config
+from vox_serve.frame_batch import FrameBatch, Frames
 from vox_serve.kv_cache import CacheBatch, CacheSequence, KvCache
-from vox_serve.mimi import Mimi, MimiState
+from vox_serve.mimi import Mimi
 from vox_serve.model import CsmModel
 from vox_serve.prompt import PromptBuilder, Segment
-from vox_serve.sampling import SamplingParams, SamplingRows
+from vox_serve.sampling import SamplingParams
 
 PREFILL_CHUNK_TOKENS = {"cpu": 64, "cuda": 512}
 """Prompt tokens in one step, by device: so few that a long prompt keeps no live request waiting for
 long, enough to make use of each weight that is read."""
+
+FRAMES_AHEAD = {"cpu": 0, "cuda": 1}
+"""Frames that are begun before the last one is looked at, by device."""
 
 FinishReason = Literal["stop", "length", "context"]
 
@@ -85,7 +92,7 @@ class FrameOutput(NamedTuple):
     finish_reason: FinishReason | None
 
 
-@dataclass
+@dataclass(eq=False)
 class _Live:
     """A request that holds cache pages."""
 
@@ -95,10 +102,16 @@ class _Live:
     cache: CacheSequence
     seed: int
     max_frames: int
-    mimi: MimiState | None = None  # megabytes: None while it waits
-    num_frames: int = 0
-    history: list[int] = field(default_factory=list)  # codebook 0 of every frame so far
-    codes: Tensor | None = None  # the last frame, [K]; None until the prompt is in the cache
+    num_begun: int = 0  # frames that were asked of the model
+    num_frames: int = 0  # those that came back
+    ended: bool = False
+
+
+class _Pending(NamedTuple):
+    """A frame that was begun, and whose rows are."""
+
+    members: list[_Live]
+    frames: Frames
 
 
 class Engine:
@@ -106,7 +119,7 @@ class Engine:
 
     Args:
         model: the two transformers.
-        mimi: the codec, on the CPU or the model's device.
+        mimi: the codec, on the model's device.
         prompts: text and context to the model's input.
         default_context: segments before every request that brings none of its own; their keys
             and values are computed once and shared.
@@ -129,6 +142,8 @@ class Engine:
         self._cache = KvCache(model.config.backbone, max_batch_size + 1, model.dtype, model.device)
         self._default_context = tuple(default_context)
         self._prefix = CacheSequence()
+        self._batch: FrameBatch[_Live] = FrameBatch(model, mimi, self._cache, max_batch_size)
+        self._pending: deque[_Pending] = deque()
         self._waiting: deque[_Live] = deque()
         self._live: dict[str, _Live] = {}
         if self._default_context:
@@ -202,7 +217,7 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """Drop a request, waiting or live, and free its pages; unknown ids are ignored."""
         if live := self._live.pop(request_id, None):
-            self._cache.release(live.cache)
+            self._end(live)
         self._waiting = deque(w for w in self._waiting if w.request.id != request_id)
 
     @torch.inference_mode()
@@ -210,25 +225,20 @@ class Engine:
         """Prefill some prompt tokens, and make one frame for every request whose prompt is in.
 
         Returns:
-            One output for each request that got a frame or ended.
+            One output for each request that got a frame or ended. On a GPU they are one step late:
+            while requests are live there may be none.
         """
         self._admit()
-        decoding = [live for live in self._live.values() if live.codes is not None]
-        drawing, hidden = self._prefill()
-        if decoding:
-            hidden.append(self._decode(decoding))
-            drawing += decoding
-        if not drawing:
-            return []
-        rows = SamplingRows.of(
-            [live.request.sampling for live in drawing],
-            [live.seed for live in drawing],
-            [live.num_frames for live in drawing],
-            [live.history for live in drawing],
-            self.model.device,
-        )
-        codes = self.model.draw_frames(torch.cat(hidden), rows).cpu()
-        return [self._finish_frame(live, frame) for live, frame in zip(drawing, codes, strict=True)]
+        self._batch.step_backbone()
+        self._prefill()
+        ahead = 0
+        if self._batch.members:
+            self._begin_frames()
+            ahead = FRAMES_AHEAD[self.model.device.type]
+        outputs = []
+        while len(self._pending) > ahead:
+            outputs += self._finish_frames(self._pending.popleft())
+        return outputs
 
     def _num_positions(self, request: Request, prompt: Prompt) -> int:
         """Positions of the context that the prompt takes, with what it shares."""
@@ -238,56 +248,68 @@ class Engine:
     def _admit(self) -> None:
         while self._waiting and len(self._live) < self.max_batch_size:
             live = self._waiting.popleft()
-            live.mimi = self.mimi.init_state()
             if live.request.context is None:
                 live.cache = self._cache.fork(self._prefix)
             self._live[live.request.id] = live
 
-    def _prefill(self) -> tuple[list[_Live], list[Tensor]]:
-        """Feed the backbone the next prompt tokens; the requests whose prompt is now all in."""
+    def _prefill(self) -> None:
+        """Feed the backbone the next prompt tokens; who has all of its prompt in joins the batch."""
         budget = PREFILL_CHUNK_TOKENS[self.model.device.type]
         chosen, counts = [], []
         for live in self._live.values():
-            if live.codes is None and len(live.frames) and budget:
+            if len(live.frames) and budget:
                 chosen.append(live)
                 counts.append(min(budget, len(live.frames)))
                 budget -= counts[-1]
         if not chosen:
-            return [], []
+            return
         frames = torch.cat([live.frames[:n] for live, n in zip(chosen, counts, strict=True)])
         mask = torch.cat([live.mask[:n] for live, n in zip(chosen, counts, strict=True)])
         batch = CacheBatch.prefill(self._cache, [live.cache for live in chosen], counts)
         device = self.model.device
         hidden = self.model.backbone_step(frames.to(device), mask.to(device), batch, self._cache)
-        ready, rows = [], []
-        for row, (live, count) in enumerate(zip(chosen, counts, strict=True)):
+        for row, live, count in zip(hidden, chosen, counts, strict=True):
             live.frames, live.mask = live.frames[count:], live.mask[count:]
             if len(live.frames) == 0:
-                ready.append(live)
-                rows.append(row)
-        return ready, [hidden[rows]] if ready else []
+                self._cache.reserve(live.cache, live.max_frames)
+                self._batch.join(live, live.cache, live.request.sampling, live.seed, row)
 
-    def _decode(self, decoding: list[_Live]) -> Tensor:
-        codes = torch.stack([live.codes for live in decoding]).to(self.model.device)
-        frames, mask = self.model.next_inputs(codes)
-        batch = CacheBatch.decode(self._cache, [live.cache for live in decoding])
-        return self.model.backbone_step(frames, mask, batch, self._cache)
+    def _begin_frames(self) -> None:
+        members = list(self._batch.members)
+        self._pending.append(_Pending(members, self._batch.draw_frames()))
+        for live in members:
+            live.num_begun += 1
+            if live.num_begun == live.max_frames:
+                self._batch.leave(live)
 
-    def _finish_frame(self, live: _Live, codes: Tensor) -> FrameOutput:
-        """Keep a drawn frame `[K]` on the CPU, decode it, and see whether it is the last."""
+    def _finish_frames(self, pending: _Pending) -> list[FrameOutput]:
+        pending.frames.wait()
+        return [
+            self._finish_frame(live, codes, audio)
+            for live, codes, audio in zip(
+                pending.members, pending.frames.codes, pending.frames.audio, strict=True
+            )
+            if not live.ended
+        ]
+
+    def _finish_frame(self, live: _Live, codes: Tensor, audio: Tensor) -> FrameOutput:
+        """A frame `[K]` with its samples, on the CPU; see whether it is the last."""
         if not codes.any():  # Sesame's stop rule; the frame is not spoken
             self.abort(live.request.id)
             return FrameOutput(live.request.id, None, None, "stop")
-        live.codes = codes
-        live.history.append(int(codes[0]))
         live.num_frames += 1
-        audio = self.mimi.decode_step(codes[None, None], live.mimi)
         reason = None
         if live.num_frames == live.max_frames:
             wanted = live.request.max_frames or Config.max_frames
             reason = "length" if live.num_frames == wanted else "context"
             self.abort(live.request.id)
-        return FrameOutput(live.request.id, codes, audio[0].numpy(), reason)
+        return FrameOutput(live.request.id, codes, audio.numpy(), reason)
+
+    def _end(self, live: _Live) -> None:
+        live.ended = True
+        if live in self._batch.members:
+            self._batch.leave(live)
+        self._cache.release(live.cache)
 
     @torch.inference_mode()
     def _fill_prefix(self) -> None:

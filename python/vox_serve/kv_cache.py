@@ -70,13 +70,22 @@ class KvCache:
         Raises:
             ValueError: the sequence would outgrow `max_positions`.
         """
-        start, end = sequence.length, sequence.length + count
+        start = sequence.length
+        self.reserve(sequence, count)
+        sequence.length += count
+        return range(start, sequence.length)
+
+    def reserve(self, sequence: CacheSequence, count: int) -> None:
+        """Give `sequence` the pages for `count` more positions, without counting them.
+
+        Raises:
+            ValueError: the sequence would outgrow `max_positions`.
+        """
+        end = sequence.length + count
         if end > self.max_positions:
             raise ValueError(f"{end} positions exceed the context of {self.max_positions}")
         while len(sequence.pages) * PAGE_SIZE < end:
             sequence.pages.append(self._take_page())
-        sequence.length = end
-        return range(start, end)
 
     def fork(self, prefix: CacheSequence) -> CacheSequence:
         """A sequence that continues `prefix`: full pages are shared, a partial one is copied."""
@@ -110,7 +119,7 @@ class CacheBatch:
         page_table: `[B, M]` int32.
         seq_lens: `[B]` int32, the new tokens included.
         cu_seqlens: `[B + 1]` int32, each sequence's first token; None to decode one token each.
-        last_tokens: `[B]` int64, index of each sequence's last token.
+        last_tokens: `[B]` int64, index of each sequence's last token; None like `cu_seqlens`.
     """
 
     positions: Tensor
@@ -118,7 +127,7 @@ class CacheBatch:
     page_table: Tensor
     seq_lens: Tensor
     cu_seqlens: Tensor | None
-    last_tokens: Tensor
+    last_tokens: Tensor | None
 
     @classmethod
     def prefill(
@@ -149,4 +158,56 @@ class CacheBatch:
     @classmethod
     def decode(cls, cache: KvCache, sequences: list[CacheSequence]) -> "CacheBatch":
         """Room for one more token in every sequence."""
-        return replace(cls.prefill(cache, sequences, [1] * len(sequences)), cu_seqlens=None)
+        batch = cls.prefill(cache, sequences, [1] * len(sequences))
+        return replace(batch, cu_seqlens=None, last_tokens=None)
+
+
+class CacheRows:
+    """Sequences that grow by one position at a time, without a word from the host.
+
+    Args:
+        cache: theirs.
+        max_rows: sequences that there is room for.
+    """
+
+    def __init__(self, cache: KvCache, max_rows: int):
+        def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.zeros((max_rows, *shape), dtype=dtype, device=cache.device)
+
+        self._positions = zeros(torch.int64)
+        self._steps = zeros(torch.int64)  # 1, or 0 in a row that is not in use
+        self._page_table = zeros(torch.int32, cache.pages_per_sequence)
+
+    def write(self, row: int, sequence: CacheSequence) -> None:
+        """Make a row that of a sequence which has pages for all that is to come."""
+        pages = torch.tensor(sequence.pages, dtype=torch.int32)
+        self._page_table[row, : len(pages)] = pages.to(self._page_table.device)
+        self._positions[row] = sequence.length
+        self._steps[row] = 1
+
+    def clear(self, row: int) -> None:
+        """Take a row out of use: nothing is written for it."""
+        self._positions[row] = 0
+        self._steps[row] = 0
+
+    def copy_row(self, source: int, target: int) -> None:
+        for tensor in (self._positions, self._steps, self._page_table):
+            tensor[target] = tensor[source]
+
+    def batch(self, rows: int) -> CacheBatch:
+        """Where the next tokens of the first rows lie."""
+        positions, table = self._positions[:rows], self._page_table[:rows]
+        pages = table.gather(1, positions[:, None] // PAGE_SIZE)[:, 0]
+        slots = torch.where(self._steps[:rows] > 0, pages * PAGE_SIZE + positions % PAGE_SIZE, -1)
+        return CacheBatch(
+            positions=positions,
+            slots=slots,
+            page_table=table,
+            seq_lens=(positions + 1).int(),
+            cu_seqlens=None,
+            last_tokens=None,
+        )
+
+    def advance(self, rows: int) -> None:
+        """Count the next tokens of the first rows as written."""
+        self._positions[:rows] += self._steps[:rows]

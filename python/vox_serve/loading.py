@@ -1,6 +1,7 @@
 """From a model's name to an engine that can serve it."""
 
 import hashlib
+import logging
 import math
 import os
 from pathlib import Path
@@ -16,11 +17,15 @@ from vox_serve.model_config import CsmConfig
 from vox_serve.prompt import PromptBuilder
 from vox_serve.voices import default_context, load_context
 from vox_serve.weights import load_checkpoint, load_codec
+from voxkern.backend import backend_for, why_missing
+
+logger = logging.getLogger("vox_serve")
 
 SMALL_MODEL_PARAMETERS = 100_000_000
 """Below this a CPU runs float32 about as fast as anything: "auto" then means exact."""
 CODEC_PRECISIONS = {"none": "float32", "int8": "int8", "int4": "int8"}
-"""What `quantize` means for the codec's decoder (`Mimi`'s `precision`)."""
+"""What `quantize` means on a CPU for the codec's decoder (`Mimi`'s `precision`). A GPU reads the
+codec's weights in no time, and keeps them in float32."""
 
 
 def load_engine(
@@ -56,9 +61,9 @@ def load_engine(
     if quantize not in PACKINGS:
         raise ValueError(f"quantize must be one of {', '.join(PACKINGS)}, got {quantize}")
     folder = resolve_model(model)
-    place = torch.device(_choose_device() if device == "auto" else device)
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda: torch sees no GPU here")
+    place = torch.device(choose_device() if device == "auto" else device)
+    if place.type == "cuda" and (reason := _why_no_gpu()):
+        raise ValueError(f"device cuda: {reason}")
     config = CsmConfig.from_json(read_json(folder / "config.json"))
     small = _num_parameters(config) < SMALL_MODEL_PARAMETERS
     if dtype == "auto":
@@ -68,7 +73,9 @@ def load_engine(
 
     caches = cache_folders(weight_cache, folder, small)
     checkpoint = load_checkpoint(folder, dtype, place, allow_pickle, quantize, caches)
-    mimi = load_codec(checkpoint, codec, CODEC_PRECISIONS[quantize])
+    mimi = load_codec(
+        checkpoint, codec, CODEC_PRECISIONS[quantize] if place.type == "cpu" else "float32"
+    )
     if context == "none":
         segments = []
     elif context is not None:
@@ -104,11 +111,25 @@ def cache_folders(setting: str | None, folder: Path, small: bool) -> list[Path]:
     return [folder / ".voxkern", *([of_user / "voxkern" / own] if of_user.is_absolute() else [])]
 
 
-def _choose_device() -> str:
-    from voxkern.backend import backend_for
+def choose_device() -> str:
+    """What "auto" means here: "cuda" or "cpu"."""
+    reason = _why_no_gpu()
+    if reason and torch.cuda.is_available():
+        logger.warning("The GPU is not used: %s", reason)
+    return "cpu" if reason else "cuda"
 
-    usable = torch.cuda.is_available() and backend_for("cuda") != "reference"
-    return "cuda" if usable else "cpu"
+
+def _why_no_gpu() -> str | None:
+    """None if there is a GPU that the kernels run on, or `VOXKERN_BACKEND` says to do without
+    them; else the reason."""
+    if not torch.cuda.is_available():
+        return "torch sees no GPU here"
+    if os.environ.get("VOXKERN_BACKEND") or backend_for("cuda") != "reference":
+        return None
+    return (
+        f"{why_missing('native', 'cuda')}; to build them, install nvcc and run VOXKERN_CUDA=on "
+        "pip install --no-build-isolation -e . (VOXKERN_BACKEND=reference does without, slowly)"
+    )
 
 
 def _num_parameters(config: CsmConfig) -> int:

@@ -127,7 +127,18 @@ class CsmModel:
             `[B, K]` int64.
         """
         logits = ops.linear(hidden, self.weights.code0_head)
-        code0 = ops.sample_tokens(logits, *rows, codebook=0)
+        code0 = ops.sample_tokens(
+            logits,
+            rows.temperature,
+            rows.top_k,
+            rows.top_p,
+            rows.min_p,
+            rows.repetition_penalty,
+            rows.history,
+            rows.seeds,
+            rows.frames,
+            codebook=0,
+        )
         return ops.decode_depth(*self.depth_arguments(hidden, code0, rows))
 
     def depth_arguments(self, hidden: Tensor, code0: Tensor, rows: SamplingRows) -> tuple:

@@ -54,7 +54,10 @@ class SamplingParams:
 
 
 class SamplingRows(NamedTuple):
-    """Sampling parameters of B requests, as the ops take them; see `voxkern.ops.sample_tokens`."""
+    """Sampling parameters and recent codes of B sequences; see `voxkern.ops.sample_tokens`.
+
+    Rows change in place. A row's history is a ring over the columns below its window.
+    """
 
     temperature: Tensor
     top_k: Tensor
@@ -64,40 +67,74 @@ class SamplingRows(NamedTuple):
     history: Tensor
     seeds: Tensor
     frames: Tensor
+    windows: Tensor
+
+    @classmethod
+    def empty(
+        cls, rows: int, device: torch.device, window: int = Config.repetition_window
+    ) -> "SamplingRows":
+        """Rows to be written; greedy until then.
+
+        Args:
+            rows: how many.
+            device: where the ops run.
+            window: frames that a history has room for.
+        """
+
+        def full(value: float, dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.full((rows, *shape), value, dtype=dtype, device=device)
+
+        return cls(
+            temperature=full(0, torch.float32),
+            top_k=full(0, torch.int32),
+            top_p=full(1, torch.float32),
+            min_p=full(0, torch.float32),
+            repetition_penalty=full(1, torch.float32),
+            history=full(-1, torch.int64, window),
+            seeds=full(0, torch.int64),
+            frames=full(0, torch.int64),
+            windows=full(1, torch.int64),
+        )
 
     @classmethod
     def of(
-        cls,
-        params: Sequence[SamplingParams],
-        seeds: Sequence[int],
-        frames: Sequence[int],
-        histories: Sequence[Sequence[int]],
-        device: torch.device,
+        cls, params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device
     ) -> "SamplingRows":
-        """Rows for requests whose next frame has index `frames[b]`.
-
-        Args:
-            params: one per request.
-            seeds: one per request.
-            frames: index of the frame to be drawn, within its request.
-            histories: codebook-0 codes of all earlier frames; the last `repetition_window` count.
-            device: where the ops run.
-        """
+        """Rows of sequences without a frame yet, one for each of the parameters and seeds."""
         window = max((p.repetition_window for p in params), default=1)
-        recent = [h[-p.repetition_window :] for p, h in zip(params, histories, strict=True)]
-        padded = [[-1] * (window - len(h)) + list(h) for h in recent]
+        rows = cls.empty(len(params), device, window)
+        for row, (p, seed) in enumerate(zip(params, seeds, strict=True)):
+            rows.write(row, p, seed)
+        return rows
 
-        def floats(field: str) -> Tensor:
-            return torch.tensor([getattr(p, field) for p in params], dtype=torch.float32)
+    @property
+    def window(self) -> int:
+        """Frames that a history has room for."""
+        return self.history.shape[1]
 
-        rows = cls(
-            temperature=floats("temperature"),
-            top_k=torch.tensor([p.top_k for p in params], dtype=torch.int32),
-            top_p=floats("top_p"),
-            min_p=floats("min_p"),
-            repetition_penalty=floats("repetition_penalty"),
-            history=torch.tensor(padded, dtype=torch.int64).reshape(len(params), window),
-            seeds=torch.tensor(seeds, dtype=torch.int64),
-            frames=torch.tensor(frames, dtype=torch.int64),
-        )
-        return cls(*(t.to(device, non_blocking=True) for t in rows))
+    def write(self, row: int, params: SamplingParams, seed: int) -> None:
+        """Make a row that of a sequence without a frame yet, whose window fits."""
+        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+            getattr(self, name)[row] = getattr(params, name)
+        self.history[row] = -1
+        self.seeds[row] = seed
+        self.frames[row] = 0
+        self.windows[row] = params.repetition_window
+
+    def copy_row(self, source: int, target: int) -> None:
+        for tensor in self:
+            tensor[target] = tensor[source]
+
+    def first(self, rows: int) -> "SamplingRows":
+        """Views of the first rows."""
+        return SamplingRows(*(tensor[:rows] for tensor in self))
+
+    def widened(self, window: int) -> "SamplingRows":
+        """The same rows with room for longer histories; the next power of two."""
+        room = (1 << (window - 1).bit_length()) - self.window
+        return self._replace(history=torch.nn.functional.pad(self.history, (0, room), value=-1))
+
+    def advance(self, code0: Tensor) -> None:
+        """Count a frame of every row, whose codebook 0 `[B]` was drawn."""
+        self.history.scatter_(1, (self.frames % self.windows)[:, None], code0[:, None])
+        self.frames.add_(1)

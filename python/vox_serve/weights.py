@@ -117,6 +117,8 @@ def load_codec(
 ) -> Mimi:
     """The codec: inside the checkpoint, else a file of its own in the folder, else `codec`.
 
+    It computes on the device of the checkpoint's weights.
+
     Args:
         checkpoint: from `load_checkpoint`.
         codec: a folder, file or hub id; None for `kyutai/mimi`.
@@ -126,12 +128,15 @@ def load_codec(
         ModelNotFoundError: there is none in the folder, and `codec` cannot be had.
         ValueError: it is no Mimi, or has fewer codebooks than the model.
     """
+    device = checkpoint.weights.text_table.device
     if checkpoint.codec_tensors is not None:
-        mimi = mimi_from_checkpoint(checkpoint.codec_tensors, checkpoint.codec_config, precision)
+        mimi = mimi_from_checkpoint(
+            checkpoint.codec_tensors, checkpoint.codec_config, precision, device
+        )
         where = checkpoint.folder
     else:
         where = find_codec(checkpoint.folder) or resolve_codec(codec)
-        mimi = load_mimi(where, precision)
+        mimi = load_mimi(where, precision, device)
     if mimi.config.num_codebooks < checkpoint.config.num_codebooks:
         raise CheckpointError(
             f"the codec in {where} has {mimi.config.num_codebooks} codebooks, the model "

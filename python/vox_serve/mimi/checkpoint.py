@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -37,7 +38,9 @@ _MOSHI_TO_HF = [
 ]
 
 
-def load_mimi(path: str | Path, precision: str = "float32") -> Mimi:
+def load_mimi(
+    path: str | Path, precision: str = "float32", device: torch.device | str = "cpu"
+) -> Mimi:
     """Load a codec from a safetensors file, in transformers' or moshi's names, or from its folder.
 
     Sizes come from a `config.json` beside the file, if that describes a Mimi or a CSM with its
@@ -46,6 +49,7 @@ def load_mimi(path: str | Path, precision: str = "float32") -> Mimi:
     Args:
         path: the file, or a folder (see `find_codec_file`).
         precision: of the decoder's matrices, as for `Mimi`.
+        device: where the codec computes.
 
     Raises:
         FileNotFoundError: there is no such file or folder, or no codec in the folder.
@@ -64,13 +68,14 @@ def load_mimi(path: str | Path, precision: str = "float32") -> Mimi:
         tensors = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file} is not a safetensors file: {error}") from None
-    return mimi_from_checkpoint(tensors, _codec_settings(file.parent), precision)
+    return mimi_from_checkpoint(tensors, _codec_settings(file.parent), precision, device)
 
 
 def mimi_from_checkpoint(
     codec_tensors: Mapping[str, Tensor],
     codec_config: Mapping[str, Any] | None,
     precision: str = "float32",
+    device: torch.device | str = "cpu",
 ) -> Mimi:
     """Build a codec from tensors in transformers' or moshi's names.
 
@@ -80,11 +85,12 @@ def mimi_from_checkpoint(
             tensors, and what shapes do not show (8 heads, the window, the RoPE base) from
             `kyutai/mimi`.
         precision: of the decoder's matrices, as for `Mimi`.
+        device: where the codec computes.
 
     Raises:
         ValueError: the config is not supported, or a tensor is missing or has a wrong shape.
     """
-    tensors = {_hf_name(name): tensor for name, tensor in codec_tensors.items()}
+    tensors = {_hf_name(name): tensor.to(device) for name, tensor in codec_tensors.items()}
     if codec_config is None:
         config = _config_from_shapes({name: tuple(t.shape) for name, t in tensors.items()})
     else:

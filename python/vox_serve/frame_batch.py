@@ -1,0 +1,146 @@
+"""The sequences that speak together: their state on the device, and a frame of all of them.
+
+All that changes from frame to frame lies in tensors that are updated in place, a row for each
+sequence. So a frame needs nothing from the host, and a GPU can run it as a CUDA graph.
+"""
+
+from collections.abc import Callable
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from vox_serve.kv_cache import CacheRows, CacheSequence, KvCache
+from vox_serve.mimi import Mimi
+from vox_serve.model import CsmModel
+from vox_serve.sampling import SamplingParams, SamplingRows
+
+T = TypeVar("T")
+
+
+class Frames(NamedTuple):
+    """A frame of every row, on the CPU.
+
+    Attributes:
+        codes: `[B, K]` int64.
+        audio: `[B, frame_samples]` float32.
+        copied: of a GPU, after which the two are there; None if they are.
+    """
+
+    codes: Tensor
+    audio: Tensor
+    copied: torch.cuda.Event | None
+
+    def wait(self) -> None:
+        if self.copied:
+            self.copied.synchronize()
+
+
+class FrameBatch(Generic[T]):
+    """Rows of state, the first `len(members)` in use, and the two halves of a frame.
+
+    Args:
+        model: the two transformers.
+        mimi: the codec, on the model's device.
+        cache: keys and values of the backbone.
+        max_rows: rows that there is room for.
+
+    Attributes:
+        members: whose the rows are, in their order.
+    """
+
+    def __init__(self, model: CsmModel, mimi: Mimi, cache: KvCache, max_rows: int):
+        self.model, self.mimi, self.cache = model, mimi, cache
+        self.members: list[T] = []
+        self._max_rows = max_rows
+        device, c = model.device, model.config
+        self._codes = torch.zeros(max_rows, c.num_codebooks, dtype=torch.int64, device=device)
+        self._hidden = torch.zeros(max_rows, c.backbone.dim, dtype=model.dtype, device=device)
+        self._audio = torch.zeros(max_rows, mimi.config.frame_samples, device=device)
+        self._places = CacheRows(cache, max_rows)
+        self._sampling = SamplingRows.empty(max_rows, device)
+        self._streams = mimi.init_state(max_rows)
+        self._backbone = self._repeated(self._run_backbone)
+        self._draw = self._repeated(self._run_draw)
+        if device.type == "cuda":
+            self._backbone.record_all()
+            self._draw.record_all()
+
+    @torch.inference_mode()
+    def join(
+        self, member: T, sequence: CacheSequence, params: SamplingParams, seed: int, hidden: Tensor
+    ) -> None:
+        """Take in a sequence whose prompt is in the cache.
+
+        Args:
+            member: whose the row is.
+            sequence: its place in the cache, with pages for all frames to come.
+            params, seed: how its codes are drawn.
+            hidden: `[C]`, the backbone's last hidden state.
+        """
+        row = len(self.members)
+        self.members.append(member)
+        self._places.write(row, sequence)
+        if params.repetition_window > self._sampling.window:
+            self._sampling = self._sampling.widened(params.repetition_window)
+            self._draw = self._repeated(self._run_draw)
+        self._sampling.write(row, params, seed)
+        self._streams.reset(row)
+        self._hidden[row] = hidden
+
+    @torch.inference_mode()
+    def leave(self, member: T) -> None:
+        """Drop a member's row; the last one takes its place."""
+        row, last = self.members.index(member), len(self.members) - 1
+        self.members[row] = self.members[last]
+        self.members.pop()
+        if row != last:
+            for part in (self._places, self._sampling, self._streams):
+                part.copy_row(last, row)
+            for tensor in (self._codes, self._hidden):
+                tensor[row] = tensor[last]
+        self._places.clear(last)
+
+    @torch.inference_mode()
+    def step_backbone(self) -> None:
+        """From every row's last frame to its next hidden state."""
+        if self.members:
+            self._backbone(len(self.members))
+
+    @torch.inference_mode()
+    def draw_frames(self) -> Frames:
+        """From every row's hidden state to its next frame.
+
+        On a GPU this returns before the frame is there, and the next may be begun meanwhile.
+        """
+        rows = len(self.members)
+        self._draw(rows)
+        codes, audio = (
+            tensor[:rows].to("cpu", non_blocking=True, copy=True)
+            for tensor in (self._codes, self._audio)
+        )
+        copied = None
+        if self.model.device.type == "cuda":
+            copied = torch.cuda.Event()
+            copied.record()
+        return Frames(codes, audio, copied)
+
+    def _run_backbone(self, rows: int) -> None:
+        frames, mask = self.model.next_inputs(self._codes[:rows])
+        places = self._places.batch(rows)
+        self._hidden[:rows] = self.model.backbone_step(frames, mask, places, self.cache)
+        self._places.advance(rows)
+
+    def _run_draw(self, rows: int) -> None:
+        sampling = self._sampling.first(rows)
+        codes = self.model.draw_frames(self._hidden[:rows], sampling)
+        sampling.advance(codes[:, 0])
+        self._codes[:rows] = codes
+        self._audio[:rows] = self.mimi.decode_step(codes[:, None], self._streams.first(rows))
+
+    def _repeated(self, function: Callable[[int], None]) -> Callable[[int], None]:
+        if self.model.device.type != "cuda":
+            return function
+        from vox_serve.cuda_graphs import RowGraphs
+
+        return RowGraphs(function, self._max_rows)
