@@ -9,6 +9,7 @@ import torch
 
 from checkpoints import TinyShape, build_tiny
 from csm_reference import reference_generate, reference_trace
+from ops_testing import Target
 from vox_serve import engine as engine_module
 from vox_serve.cuda_graphs import rounded_rows
 from vox_serve.engine import Engine, Prompt, PromptTooLongError, Request
@@ -16,6 +17,7 @@ from vox_serve.frame_batch import FrameBatch
 from vox_serve.loading import load_engine
 from vox_serve.prompt import Segment
 from vox_serve.sampling import SamplingParams
+from voxkern import backend
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 GREEDY = SamplingParams(temperature=0)
@@ -90,6 +92,33 @@ def test_greedy_codes_equal_transformers(folder, device, shape, rope, with_conte
         )
         assert torch.equal(codes, expected)
         assert reason == "length"
+
+
+@pytest.fixture
+def cuda_kernels_on_the_host(monkeypatch):
+    """The ops that have CUDA kernels run them, built for the host (tests/simt)."""
+    simt, native = Target("simt", "cpu"), backend.implementation
+    if reason := simt.why_missing():
+        pytest.skip(reason)
+
+    def implementation(name: str, backend: str):
+        if simt.why_missing(name):
+            return native(name, backend)
+        return getattr(torch.ops.voxkern_simt, name).default
+
+    monkeypatch.setattr(backend, "implementation", implementation)
+
+
+@pytest.mark.usefixtures("cuda_kernels_on_the_host")
+@pytest.mark.parametrize("shape", ["gqa", "mqa"])
+def test_greedy_codes_of_cuda_kernels_equal_transformers(folder, shape):
+    tiny = build_tiny(SHAPES[shape], seed=1)
+    engine = load_engine(folder(tiny))
+    requests = [Request(text=text, sampling=GREEDY, max_frames=4) for text in TEXTS[:2]]
+    spoken = run(engine, *requests)
+    for request in requests:
+        expected = reference_generate(tiny, [Segment(0, request.text)], 4)
+        assert torch.equal(spoken[request.id][0], expected)
 
 
 @pytest.mark.parametrize(

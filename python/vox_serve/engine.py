@@ -253,7 +253,7 @@ class Engine:
             self._live[live.request.id] = live
 
     def _prefill(self) -> None:
-        """Feed the backbone the next prompt tokens; who has all of its prompt in joins the batch."""
+        """Feed the backbone the next prompt tokens; whose prompt is all in joins the batch."""
         budget = PREFILL_CHUNK_TOKENS[self.model.device.type]
         chosen, counts = [], []
         for live in self._live.values():
