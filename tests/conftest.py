@@ -1,14 +1,9 @@
-import os
-
 import pytest
 import torch
 
 from ops_testing import ALL_TARGETS, targets
 from vox_serve import loading
 from voxkern.backend import OPS
-
-# Tests say which device they mean, whatever this machine has.
-os.environ["VOX_SERVE_DEVICE"] = "cpu"
 
 
 def pytest_report_header() -> list[str]:
@@ -34,6 +29,7 @@ def _seed():
 
 @pytest.fixture(scope="session", autouse=True)
 def _auto_is_cpu():
+    """Tests say which device they mean, whatever this machine has."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "choose_device", lambda: "cpu")
         yield

@@ -94,7 +94,8 @@ def test_serving_needs_no_transformers():
 
 def _environment() -> dict[str, str]:
     """This process's, with its import path: the package may be installed or not."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    path = os.pathsep.join(filter(None, sys.path))
+    return {**os.environ, "PYTHONPATH": path, "VOX_SERVE_DEVICE": "cpu"}
 
 
 @pytest.fixture(scope="module")
