@@ -6,6 +6,7 @@ from itertools import zip_longest
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpoints import TinyShape, build_tiny
 from csm_reference import reference_generate, reference_trace
@@ -243,16 +244,40 @@ def test_prefill_chunks_change_no_code(engine, alone, monkeypatch):
 def test_rows_not_in_use_change_no_code(engine, alone, monkeypatch):
     """A GPU takes a few sizes of batch alone, and fills them up with rows that nobody uses."""
     monkeypatch.setattr(
-        FrameBatch,
-        "_repeated",
-        lambda batch, function: lambda rows: function(rounded_rows(rows, batch._max_rows)),
+        FrameBatch, "_run", lambda batch, function, rows: function(rounded_rows(rows, 4))
     )
     # Pages go from one request to the next, which takes some steps to get a row.
     monkeypatch.setitem(engine_module.PREFILL_CHUNK_TOKENS, engine.model.device.type, 5)
     engine = Engine(engine.model, engine.mimi, engine.prompts, max_batch_size=4)
     for _ in range(2):  # the second time, rows hold what is left of the first
         assert_same(run(engine, *eight_requests()), alone)
-        assert engine._batch._places.batch(4).slots.tolist() == [-1] * 4
+        assert engine._batch._cache_rows.batch(4).slots.tolist() == [-1] * 4
+
+
+def test_a_frame_can_be_recorded(engine):
+    """It looks at no value on the host, and its tensors stay where they are."""
+    batch = engine._batch
+
+    def addresses() -> list[int]:
+        rows = [*vars(batch._cache_rows).values(), *batch._sampling]
+        streams = [*batch._streams[:3], *batch._streams.lefts]
+        tensors = [batch._codes, batch._hidden, batch._audio, *rows, *streams]
+        return [tensor.data_ptr() for tensor in tensors]
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            waits = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal")
+            assert function._opname not in waits
+            return function(*args, **(kwargs or {}))
+
+    before = addresses()
+    run(engine, *eight_requests())
+    with Recorder(), torch.inference_mode():
+        batch._run_backbone(3)
+        batch._run_draw(3)
+        with pytest.raises(AssertionError):
+            bool(batch._codes.any())
+    assert addresses() == before
 
 
 @pytest.mark.parametrize("ahead", [1, 3])
@@ -362,6 +387,32 @@ def test_abort_frees_everything(engine):
     assert engine._cache.num_free_pages == free
 
 
+def test_abort_while_a_frame_is_under_way(engine, alone, monkeypatch):
+    monkeypatch.setitem(engine_module.FRAMES_AHEAD, engine.model.device.type, 1)
+    for _ in range(2):
+        for request in eight_requests():
+            engine.add(request)
+        for _ in range(3):
+            engine.step()
+        for request in eight_requests():
+            engine.abort(request.id)
+        assert not engine.has_work
+    assert_same(run(engine, *eight_requests()), alone)
+
+
+def test_a_step_that_fails_is_the_last(engine, monkeypatch):
+    broken = Engine(engine.model, engine.mimi, engine.prompts)
+    broken.add(Request(text="One.", sampling=GREEDY))
+    broken.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(FrameBatch, "_run_draw", lambda *_: 1 / 0)
+        patch.setattr(FrameBatch, "_run", lambda batch, function, rows: batch._run_draw(rows))
+        with pytest.raises(ZeroDivisionError):
+            broken.step()
+    with pytest.raises(RuntimeError, match="failed in an earlier step"):
+        broken.step()
+
+
 def test_pages_come_back_after_every_end(engine):
     free = engine._cache.num_free_pages
     run(engine, *eight_requests())
@@ -400,28 +451,6 @@ def test_a_request_in_line_has_no_pages(engine):
     for request in eight_requests():
         narrow.add(request)
     assert narrow._cache.num_free_pages == free
-
-
-@pytest.mark.parametrize("window", [40, 64])
-def test_a_longer_window_joins(engine, alone, window):
-    """It takes room that the others' rows did not have."""
-    late = Request(
-        text="Late.",
-        sampling=SamplingParams(repetition_penalty=1.5, repetition_window=window, seed=1),
-        max_frames=80,
-    )
-    expected = run(engine, late)[late.id]
-    fresh = Engine(engine.model, engine.mimi, engine.prompts)
-    first, *others = eight_requests()
-    fresh.add(first)
-    outputs = fresh.step()
-    for request in (late, *others):
-        fresh.add(request)
-    while fresh.has_work:
-        outputs += fresh.step()
-    for i, (codes, _, _) in {**alone, late.id: expected}.items():
-        mine = [out.codes for out in outputs if out.request_id == i and out.codes is not None]
-        assert torch.equal(torch.stack(mine), codes), i
 
 
 def test_the_penalty_forgets_what_left_its_window(engine):

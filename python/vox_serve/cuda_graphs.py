@@ -1,55 +1,51 @@
 """Work on a GPU that is recorded once and then repeated with one launch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
-FULL_TILE_ROWS = 16
+TILE_ROWS = 16
 """Rows that a product takes at a time: fewer cost it no less."""
 
 
 class RowGraphs:
-    """A function of a number of rows as CUDA graphs, one for each of a few numbers.
+    """Functions of a number of rows as CUDA graphs, one for each of a few numbers.
 
-    A number between them is rounded up: the function must take rows that are not in use. What it
-    reads and writes besides must lie in tensors that outlive it, and it must not wait for the GPU.
+    A number between them is rounded up: the functions must take rows that are not in use. What
+    they read and write besides must lie in tensors that outlive them, and they must not wait for
+    the GPU.
 
     Args:
-        function: called with a number of rows, once for each, while its launches are recorded.
+        functions: bound methods, whose objects are not kept. Called with a number of rows, twice
+            for each: libraries want to be called before they are recorded.
         max_rows: the largest number.
     """
 
-    def __init__(self, function: Callable[[int], None], max_rows: int):
-        self._function, self._max_rows = function, max_rows
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        # They never run side by side, and leave nothing there for one another.
-        self._pool = torch.cuda.graph_pool_handle()
+    def __init__(self, functions: Sequence[Callable[[int], None]], max_rows: int):
+        self._max_rows = max_rows
+        self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
+        # They never run side by side, and leave nothing there for one another. The largest comes
+        # first, or the others' memory would not do for it.
+        pool = torch.cuda.graph_pool_handle()
+        rows = max_rows
+        while rows:
+            for function in functions:
+                function(rows)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool):
+                    function(rows)
+                self._graphs[function.__name__, rows] = graph
+            rows = next((n for n in range(rows - 1, 0, -1) if rounded_rows(n, max_rows) == n), 0)
 
-    def __call__(self, rows: int) -> None:
-        rows = rounded_rows(rows, self._max_rows)
-        if rows not in self._graphs:
-            self._graphs[rows] = self._record(rows)
-        self._graphs[rows].replay()
-
-    def record_all(self) -> None:
-        """Record every graph, so that no call has to. The function is run, too."""
-        # Libraries want to be called before they are recorded.
-        self._function(self._max_rows)
-        rows = 0
-        while rows < self._max_rows:
-            rows = rounded_rows(rows + 1, self._max_rows)
-            self._graphs[rows] = self._record(rows)
-
-    def _record(self, rows: int) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            self._function(rows)
-        return graph
+    def __call__(self, function: Callable[[int], None], rows: int) -> None:
+        """Repeat what one of the functions does with so many rows, or some more."""
+        self._graphs[function.__name__, rounded_rows(rows, self._max_rows)].replay()
 
 
 def rounded_rows(rows: int, max_rows: int) -> int:
-    """The next number of rows that has a graph: a power of two to 16, then up to a quarter more."""
+    """The next number of rows that has a graph: powers of two to 16, then multiples of 16, of 32
+    from 128 on, of 64 from 256 on, ..."""
     step = 1 << (rows - 1).bit_length()
-    if rows > FULL_TILE_ROWS:
-        step = max(FULL_TILE_ROWS, step // 8)
+    if rows > TILE_ROWS:
+        step = max(TILE_ROWS, step // 8)
     return min(-(-rows // step) * step, max_rows)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vox_serve.config import Config
 from vox_serve.frame_batch import FrameBatch, Frames
-from vox_serve.kv_cache import CacheBatch, CacheSequence, KvCache
+from vox_serve.kv_cache import CacheBatch, CacheSequence, KvCache, send
 from vox_serve.mimi import Mimi
 from vox_serve.model import CsmModel
 from vox_serve.prompt import PromptBuilder, Segment
@@ -142,8 +142,9 @@ class Engine:
         self._cache = KvCache(model.config.backbone, max_batch_size + 1, model.dtype, model.device)
         self._default_context = tuple(default_context)
         self._prefix = CacheSequence()
-        self._batch: FrameBatch[_Live] = FrameBatch(model, mimi, self._cache, max_batch_size)
+        self._batch = FrameBatch(model, mimi, self._cache, max_batch_size)
         self._pending: deque[_Pending] = deque()
+        self._failed = False
         self._waiting: deque[_Live] = deque()
         self._live: dict[str, _Live] = {}
         if self._default_context:
@@ -227,7 +228,13 @@ class Engine:
         Returns:
             One output for each request that got a frame or ended. On a GPU they are one step late:
             while requests are live there may be none.
+
+        Raises:
+            RuntimeError: an earlier step failed halfway; nothing here is to be relied on.
         """
+        if self._failed:
+            raise RuntimeError("the engine failed in an earlier step")
+        self._failed = True
         self._admit()
         self._batch.step_backbone()
         self._prefill()
@@ -238,6 +245,7 @@ class Engine:
         outputs = []
         while len(self._pending) > ahead:
             outputs += self._finish_frames(self._pending.popleft())
+        self._failed = False
         return outputs
 
     def _num_positions(self, request: Request, prompt: Prompt) -> int:
@@ -247,10 +255,10 @@ class Engine:
 
     def _admit(self) -> None:
         while self._waiting and len(self._live) < self.max_batch_size:
-            live = self._waiting.popleft()
+            live = self._waiting[0]
             if live.request.context is None:
                 live.cache = self._cache.fork(self._prefix)
-            self._live[live.request.id] = live
+            self._live[live.request.id] = self._waiting.popleft()
 
     def _prefill(self) -> None:
         """Feed the backbone the next prompt tokens; whose prompt is all in joins the batch."""
@@ -267,11 +275,12 @@ class Engine:
         mask = torch.cat([live.mask[:n] for live, n in zip(chosen, counts, strict=True)])
         batch = CacheBatch.prefill(self._cache, [live.cache for live in chosen], counts)
         device = self.model.device
-        hidden = self.model.backbone_step(frames.to(device), mask.to(device), batch, self._cache)
+        inputs = send(frames, device), send(mask, device)
+        hidden = self.model.backbone_step(*inputs, batch, self._cache)
         for row, live, count in zip(hidden, chosen, counts, strict=True):
             live.frames, live.mask = live.frames[count:], live.mask[count:]
             if len(live.frames) == 0:
-                self._cache.reserve(live.cache, live.max_frames)
+                self._cache.reserve(live.cache, live.max_frames - 1)  # the last is not fed back
                 self._batch.join(live, live.cache, live.request.sampling, live.seed, row)
 
     def _begin_frames(self) -> None:
@@ -303,7 +312,8 @@ class Engine:
             wanted = live.request.max_frames or Config.max_frames
             reason = "length" if live.num_frames == wanted else "context"
             self.abort(live.request.id)
-        return FrameOutput(live.request.id, codes, audio.numpy(), reason)
+        # Copies: the rows are views of the whole batch's, in memory that the GPU writes to.
+        return FrameOutput(live.request.id, codes.clone(), audio.clone().numpy(), reason)
 
     def _end(self, live: _Live) -> None:
         live.ended = True

@@ -5,7 +5,7 @@ sequence. So a frame needs nothing from the host, and a GPU can run it as a CUDA
 """
 
 from collections.abc import Callable
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,7 @@ from vox_serve.kv_cache import CacheRows, CacheSequence, KvCache
 from vox_serve.mimi import Mimi
 from vox_serve.model import CsmModel
 from vox_serve.sampling import SamplingParams, SamplingRows
-
-T = TypeVar("T")
+from voxkern.backend import backend_for
 
 
 class Frames(NamedTuple):
@@ -32,11 +31,11 @@ class Frames(NamedTuple):
     copied: torch.cuda.Event | None
 
     def wait(self) -> None:
-        if self.copied:
+        if self.copied is not None:
             self.copied.synchronize()
 
 
-class FrameBatch(Generic[T]):
+class FrameBatch:
     """Rows of state, the first `len(members)` in use, and the two halves of a frame.
 
     Args:
@@ -49,26 +48,31 @@ class FrameBatch(Generic[T]):
         members: whose the rows are, in their order.
     """
 
+    @torch.inference_mode()
     def __init__(self, model: CsmModel, mimi: Mimi, cache: KvCache, max_rows: int):
         self.model, self.mimi, self.cache = model, mimi, cache
-        self.members: list[T] = []
-        self._max_rows = max_rows
+        self.members: list[object] = []
         device, c = model.device, model.config
         self._codes = torch.zeros(max_rows, c.num_codebooks, dtype=torch.int64, device=device)
         self._hidden = torch.zeros(max_rows, c.backbone.dim, dtype=model.dtype, device=device)
         self._audio = torch.zeros(max_rows, mimi.config.frame_samples, device=device)
-        self._places = CacheRows(cache, max_rows)
+        self._cache_rows = CacheRows(cache, max_rows)
         self._sampling = SamplingRows.empty(max_rows, device)
         self._streams = mimi.init_state(max_rows)
-        self._backbone = self._repeated(self._run_backbone)
-        self._draw = self._repeated(self._run_draw)
-        if device.type == "cuda":
-            self._backbone.record_all()
-            self._draw.record_all()
+        self._graphs = None
+        if device.type == "cuda" and backend_for("cuda") != "reference":  # that one waits
+            from vox_serve.cuda_graphs import RowGraphs
+
+            self._graphs = RowGraphs((self._run_backbone, self._run_draw), max_rows)
 
     @torch.inference_mode()
     def join(
-        self, member: T, sequence: CacheSequence, params: SamplingParams, seed: int, hidden: Tensor
+        self,
+        member: object,
+        sequence: CacheSequence,
+        params: SamplingParams,
+        seed: int,
+        hidden: Tensor,
     ) -> None:
         """Take in a sequence whose prompt is in the cache.
 
@@ -79,33 +83,29 @@ class FrameBatch(Generic[T]):
             hidden: `[C]`, the backbone's last hidden state.
         """
         row = len(self.members)
-        self.members.append(member)
-        self._places.write(row, sequence)
-        if params.repetition_window > self._sampling.window:
-            self._sampling = self._sampling.widened(params.repetition_window)
-            self._draw = self._repeated(self._run_draw)
+        self._cache_rows.write(row, sequence)
         self._sampling.write(row, params, seed)
         self._streams.reset(row)
         self._hidden[row] = hidden
+        self.members.append(member)
 
     @torch.inference_mode()
-    def leave(self, member: T) -> None:
-        """Drop a member's row; the last one takes its place."""
+    def leave(self, member: object) -> None:
+        """Drop a member's row; the last one takes its place. Not between the halves of a frame."""
         row, last = self.members.index(member), len(self.members) - 1
         self.members[row] = self.members[last]
         self.members.pop()
         if row != last:
-            for part in (self._places, self._sampling, self._streams):
+            for part in (self._cache_rows, self._sampling, self._streams):
                 part.copy_row(last, row)
-            for tensor in (self._codes, self._hidden):
-                tensor[row] = tensor[last]
-        self._places.clear(last)
+            self._codes[row] = self._codes[last]
+        self._cache_rows.clear(last)
 
     @torch.inference_mode()
     def step_backbone(self) -> None:
         """From every row's last frame to its next hidden state."""
         if self.members:
-            self._backbone(len(self.members))
+            self._run(self._run_backbone, len(self.members))
 
     @torch.inference_mode()
     def draw_frames(self) -> Frames:
@@ -114,7 +114,7 @@ class FrameBatch(Generic[T]):
         On a GPU this returns before the frame is there, and the next may be begun meanwhile.
         """
         rows = len(self.members)
-        self._draw(rows)
+        self._run(self._run_draw, rows)
         codes, audio = (
             tensor[:rows].to("cpu", non_blocking=True, copy=True)
             for tensor in (self._codes, self._audio)
@@ -125,11 +125,17 @@ class FrameBatch(Generic[T]):
             copied.record()
         return Frames(codes, audio, copied)
 
+    def _run(self, function: Callable[[int], None], rows: int) -> None:
+        if self._graphs is None:
+            function(rows)
+        else:
+            self._graphs(function, rows)
+
     def _run_backbone(self, rows: int) -> None:
         frames, mask = self.model.next_inputs(self._codes[:rows])
-        places = self._places.batch(rows)
-        self._hidden[:rows] = self.model.backbone_step(frames, mask, places, self.cache)
-        self._places.advance(rows)
+        batch = self._cache_rows.batch(rows)
+        self._hidden[:rows] = self.model.backbone_step(frames, mask, batch, self.cache)
+        self._cache_rows.advance(rows)
 
     def _run_draw(self, rows: int) -> None:
         sampling = self._sampling.first(rows)
@@ -137,10 +143,3 @@ class FrameBatch(Generic[T]):
         sampling.advance(codes[:, 0])
         self._codes[:rows] = codes
         self._audio[:rows] = self.mimi.decode_step(codes[:, None], self._streams.first(rows))
-
-    def _repeated(self, function: Callable[[int], None]) -> Callable[[int], None]:
-        if self.model.device.type != "cuda":
-            return function
-        from vox_serve.cuda_graphs import RowGraphs
-
-        return RowGraphs(function, self._max_rows)

@@ -10,6 +10,13 @@ from vox_serve.model_config import TransformerConfig
 PAGE_SIZE = 16
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device, without waiting for what that one is about."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 @dataclass
 class CacheSequence:
     """One sequence's place in the cache.
@@ -144,7 +151,7 @@ class CacheBatch:
         table = [s.pages + [0] * (width - len(s.pages)) for s in sequences]
 
         def tensor(values: list, dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype).to(cache.device, non_blocking=True)
+            return send(torch.tensor(values, dtype=dtype), cache.device)
 
         return cls(
             positions=tensor(positions, torch.int64),
@@ -181,7 +188,7 @@ class CacheRows:
     def write(self, row: int, sequence: CacheSequence) -> None:
         """Make a row that of a sequence which has pages for all that is to come."""
         pages = torch.tensor(sequence.pages, dtype=torch.int32)
-        self._page_table[row, : len(pages)] = pages.to(self._page_table.device)
+        self._page_table[row, : len(pages)] = send(pages, self._page_table.device)
         self._positions[row] = sequence.length
         self._steps[row] = 1
 
@@ -191,7 +198,8 @@ class CacheRows:
         self._steps[row] = 0
 
     def copy_row(self, source: int, target: int) -> None:
-        for tensor in (self._positions, self._steps, self._page_table):
+        """Make one row in use what another is."""
+        for tensor in (self._positions, self._page_table):
             tensor[target] = tensor[source]
 
     def batch(self, rows: int) -> CacheBatch:

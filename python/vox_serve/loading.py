@@ -82,13 +82,11 @@ def load_engine(
         segments = load_context(context, mimi, config)
     else:
         segments = default_context(folder, mimi, config)
-    return Engine(
-        CsmModel(config, checkpoint.weights),
-        mimi,
-        PromptBuilder.from_folder(folder, config),
-        segments,
-        max_batch_size,
-    )
+    prompts = PromptBuilder.from_folder(folder, config)
+    try:
+        return Engine(CsmModel(config, checkpoint.weights), mimi, prompts, segments, max_batch_size)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"max_batch_size {max_batch_size}: {error}") from None
 
 
 def cache_folders(setting: str | None, folder: Path, small: bool) -> list[Path]:

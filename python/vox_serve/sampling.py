@@ -70,15 +70,10 @@ class SamplingRows(NamedTuple):
     windows: Tensor
 
     @classmethod
-    def empty(
-        cls, rows: int, device: torch.device, window: int = Config.repetition_window
-    ) -> "SamplingRows":
-        """Rows to be written; greedy until then.
+    def empty(cls, rows: int, device: torch.device) -> "SamplingRows":
+        """So many rows, to be written; greedy until then.
 
-        Args:
-            rows: how many.
-            device: where the ops run.
-            window: frames that a history has room for.
+        Their histories have room for any window: where the ops run, no shape ever changes.
         """
 
         def full(value: float, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -90,7 +85,7 @@ class SamplingRows(NamedTuple):
             top_p=full(1, torch.float32),
             min_p=full(0, torch.float32),
             repetition_penalty=full(1, torch.float32),
-            history=full(-1, torch.int64, window),
+            history=full(-1, torch.int64, _SETTINGS["repetition_window"].high),
             seeds=full(0, torch.int64),
             frames=full(0, torch.int64),
             windows=full(1, torch.int64),
@@ -101,19 +96,13 @@ class SamplingRows(NamedTuple):
         cls, params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device
     ) -> "SamplingRows":
         """Rows of sequences without a frame yet, one for each of the parameters and seeds."""
-        window = max((p.repetition_window for p in params), default=1)
-        rows = cls.empty(len(params), device, window)
+        rows = cls.empty(len(params), device)
         for row, (p, seed) in enumerate(zip(params, seeds, strict=True)):
             rows.write(row, p, seed)
         return rows
 
-    @property
-    def window(self) -> int:
-        """Frames that a history has room for."""
-        return self.history.shape[1]
-
     def write(self, row: int, params: SamplingParams, seed: int) -> None:
-        """Make a row that of a sequence without a frame yet, whose window fits."""
+        """Make a row that of a sequence without a frame yet."""
         for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
             getattr(self, name)[row] = getattr(params, name)
         self.history[row] = -1
@@ -128,11 +117,6 @@ class SamplingRows(NamedTuple):
     def first(self, rows: int) -> "SamplingRows":
         """Views of the first rows."""
         return SamplingRows(*(tensor[:rows] for tensor in self))
-
-    def widened(self, window: int) -> "SamplingRows":
-        """The same rows with room for longer histories; the next power of two."""
-        room = (1 << (window - 1).bit_length()) - self.window
-        return self._replace(history=torch.nn.functional.pad(self.history, (0, room), value=-1))
 
     def advance(self, code0: Tensor) -> None:
         """Count a frame of every row, whose codebook 0 `[B]` was drawn."""
