@@ -1,22 +1,25 @@
 """A whole frame of full-size CSM-1B: backbone step, codebook 0, depth decode, KV rows written.
 
 Random weights of the real sizes, greedy, 128 cached positions, from a frame's codes to the next
-frame's. The peer is transformers' `CsmForConditionalGeneration.generate` on the very same weights:
-milliseconds from one backbone step to the next, the prompt's left out. Beside packed weights it has
-bfloat16 ones. `bench/run.py peers` has more programs.
+frame's: the boundary of a public megakernel benchmark for this model. On a GPU the frame is one
+CUDA graph on static buffers, replayed. The peer is transformers'
+`CsmForConditionalGeneration.generate` on the very same weights: milliseconds from one backbone step
+to the next, the prompt's left out. Beside packed weights it has bfloat16 ones; on a GPU it runs at
+batches of up to 8. `bench/run.py peers` has more programs.
 
-`% roofline` counts every byte as read from memory; `% past L3` only those that no cache of the
-size of the last one could have kept from one step of the depth decoder to the next.
+`% roofline` is the time floor over the time taken: the weights and the cached keys and values from
+memory, each once where it is used, or the multiply-adds, whichever takes longer. `% past cache`
+counts only bytes that no cache of the size of the last one could have kept from one step of the
+depth decoder to the next. `streams` is how many a frame of this batch serves in real time.
 """
 
 import statistics
-import time
 
-import roofline
 import torch
-from csm_1b import CACHED, CSM_1B, FRAME_MS, frame_bytes
-from machine import cache_bytes
+from csm_1b import CACHED, FRAME_MS, frame_bytes
+from machine import last_cache_bytes
 from report import Report
+from timing import CpuTimer, GpuTimer
 
 from vox_serve.csm_weights import CsmWeights
 from vox_serve.kv_cache import CacheBatch, CacheSequence, KvCache
@@ -31,81 +34,121 @@ PRECISIONS = {
     "int4": (torch.bfloat16, "int4"),
 }
 """Dtype, and how matrices are packed: `CsmWeights`' `quantize`."""
+MOST_PEER_BATCH = {"cpu": 1 << 30, "cuda": 8}
 
 
 class OurFrames:
-    """Frame after frame for `batch` sequences, each from `CACHED` positions on."""
+    """Frame after frame for `batch` sequences, each the one behind `CACHED` positions."""
 
-    def __init__(self, model: CsmModel, batch: int):
-        self.model, self.batch = model, batch
+    def __init__(self, model: CsmModel, batch: int, timer: CpuTimer | GpuTimer | None = None):
+        self.model = model
         self.cache = KvCache(model.config.backbone, batch, model.dtype, model.device)
         self.cache.k_pages.normal_()
         self.cache.v_pages.normal_()
-        self.sequences = [CacheSequence() for _ in range(batch)]
-        self.codes = torch.randint(0, 2048, (batch, model.config.num_codebooks))
+        sequences = [CacheSequence() for _ in range(batch)]
+        for sequence in sequences:
+            self.cache.extend(sequence, CACHED)
+        self.places = CacheBatch.decode(self.cache, sequences)
+        shape, vocab = (batch, model.config.num_codebooks), model.config.audio_vocab_size
+        self.codes = torch.randint(0, vocab - 3, shape, device=model.device)
         greedy = [SamplingParams(temperature=0)] * batch
         self.rows = SamplingRows.of(greedy, [0] * batch, model.device)
+        self._measure = (timer or CpuTimer()).prepare(self._frame, [()], calls=1)
 
     def frames_ms(self, frames: int) -> list[float]:
-        return [self._frame_ms() for _ in range(frames)]
+        return [self._measure() for _ in range(frames)]
 
-    def _frame_ms(self) -> float:
-        for sequence in self.sequences:
-            self.cache.release(sequence)
-            self.cache.extend(sequence, CACHED)
-        start = time.perf_counter()
+    def _frame(self) -> None:
         frames, mask = self.model.next_inputs(self.codes)
-        batch = CacheBatch.decode(self.cache, self.sequences)
-        hidden = self.model.backbone_step(frames, mask, batch, self.cache)
-        self.codes = self.model.draw_frames(hidden, self.rows)
-        return (time.perf_counter() - start) * 1e3
+        hidden = self.model.backbone_step(frames, mask, self.places, self.cache)
+        self.codes.copy_(self.model.draw_frames(hidden, self.rows))
 
 
-def our_model(config: CsmConfig, precision: str) -> CsmModel:
+def our_model(config: CsmConfig, precision: str, device: str = "cpu") -> CsmModel:
     """A model with random weights."""
     dtype, quantize = PRECISIONS[precision]
-    return CsmModel(config, CsmWeights.random(config, dtype, quantize=quantize))
+    return CsmModel(config, CsmWeights.random(config, dtype, device=device, quantize=quantize))
 
 
-def run(report: Report, precisions: list[str], batches: list[int], peer: bool) -> None:
+def cached_bytes(config: CsmConfig, dtype: torch.dtype, batch: int) -> int:
+    """Keys and values that a frame reads, in the backbone."""
+    c = config.backbone
+    return 2 * batch * (CACHED + 1) * c.num_layers * c.num_kv_heads * c.head_dim * dtype.itemsize
+
+
+def run(
+    report: Report,
+    timer: CpuTimer | GpuTimer,
+    config: CsmConfig,
+    precisions: list[str],
+    batches: list[int],
+    peer: bool,
+) -> None:
     table = report.table(
         "frame",
         [
-            *("precision", "batch", "ms", "GB read", "% roofline", "% past L3"),
-            *("real-time factor", "frames/s", "transformers ms", "x transformers"),
+            *("precision", "batch", "ms", "GB read", "% roofline", "% past cache"),
+            *("real-time factor", "streams", "transformers ms", "x transformers"),
         ],
     )
-    config = CsmConfig.from_json(CSM_1B)
     for precision in precisions:
-        model = our_model(config, precision)
+        model = our_model(config, precision, timer.device)
         read = frame_bytes(model.weights)
         dtype, quantize = PRECISIONS[precision]
-        plain = model.weights
-        if peer and quantize != "none":
-            plain = CsmWeights.random(config, dtype)
+        plain = frame_bytes(CsmWeights.empty(config, dtype, "meta")).total
+        rate = timer.rate(dtype if quantize == "none" else torch.int8)
+        theirs = None
         for batch in batches:
-            ours = OurFrames(model, batch)
-            theirs = None
-            if peer:
-                from transformers_frames import TransformersFrames
+            if peer and batch <= MOST_PEER_BATCH[timer.device]:
+                theirs = their_frames(report, config, model.weights, precision, batch, timer.device)
+            else:
+                theirs = None
+            with report.may_lack_a_kernel(f"frame {precision}"):
+                ours = OurFrames(model, batch, timer)
+                times: dict[str, list[float]] = {"ours": [], "theirs": [], "bandwidth": []}
+                for warm in (False, True, True, True):
+                    ms = ours.frames_ms(4)
+                    their_ms = theirs.frames_ms(4) if theirs else []
+                    if warm:
+                        times["ours"] += ms
+                        times["theirs"] += their_ms
+                        times["bandwidth"] += [timer.bandwidth() for _ in range(3)]
+                ms = statistics.median(times["ours"])
+                bytes_per_ms = statistics.median(times["bandwidth"]) / 1e3
+                cached = cached_bytes(config, dtype, batch)
+                arithmetic_ms = 2e3 * batch * plain / dtype.itemsize / rate
+                floors = [
+                    max((num_bytes + cached) / bytes_per_ms, arithmetic_ms)
+                    for num_bytes in (read.total, read.from_memory(last_cache_bytes(timer.device)))
+                ]
+                their_ms = statistics.median(times["theirs"]) if theirs else None
+                table.add(
+                    *(precision, batch, ms, (read.total + cached) / 1e9),
+                    *(100 * floor / ms for floor in floors),
+                    *(ms / FRAME_MS, FRAME_MS / ms * batch),
+                    *(their_ms, their_ms and their_ms / ms),
+                )
+            ours = None
+        del model, theirs
 
-                theirs = TransformersFrames(config, plain, batch)
-            times: dict[str, list[float]] = {"ours": [], "theirs": [], "bandwidth": []}
-            for warm in (False, True, True, True):
-                ms = ours.frames_ms(4)
-                their_ms = theirs.frames_ms(4) if theirs else []
-                if warm:
-                    times["ours"] += ms
-                    times["theirs"] += their_ms
-                    times["bandwidth"] += [roofline.read_bandwidth() for _ in range(3)]
-            ms = statistics.median(times["ours"])
-            bytes_per_ms = statistics.median(times["bandwidth"]) / 1e3
-            past_l3 = read.from_memory(cache_bytes(3))
-            their_ms = statistics.median(times["theirs"]) if theirs else None
-            table.add(
-                *(precision, batch, ms, read.total / 1e9),
-                *(100 * num_bytes / bytes_per_ms / ms for num_bytes in (read.total, past_l3)),
-                *(ms / FRAME_MS, 1e3 * batch / ms),
-                *(their_ms, their_ms and their_ms / ms),
-            )
-        del model, plain, ours, theirs
+
+def their_frames(
+    report: Report,
+    config: CsmConfig,
+    weights: CsmWeights,
+    precision: str,
+    batch: int,
+    device: str,
+):
+    """transformers' frames, None where there are none; ours are measured all the same."""
+    dtype, quantize = PRECISIONS[precision]
+    try:
+        from transformers_frames import TransformersFrames
+
+        if quantize != "none":
+            weights = CsmWeights.random(config, dtype, device=device)
+        with torch.device(device):
+            return TransformersFrames(config, weights, batch)
+    except Exception as error:  # another version, or none
+        report.leave_out(f"transformers at batch {batch}", error)
+        return None

@@ -1,10 +1,11 @@
 """CSM-1B's sizes, and the bytes that a frame of it reads. Nothing here needs the kernels."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from vox_serve.csm_weights import CsmWeights, TransformerWeights
+from vox_serve.model_config import CsmConfig
 
 CACHED = 128
 """Positions in the backbone's cache when a frame is timed."""
@@ -18,6 +19,18 @@ CSM_1B = {
     "audio_vocab_size": 2051,
     "audio_num_codebooks": 32,
 }
+
+
+def config_for(rehearse: bool) -> CsmConfig:
+    """CSM-1B, or to rehearse a model of its structure that takes no time."""
+    config = CsmConfig.from_json(CSM_1B)
+    if not rehearse:
+        return config
+    backbone = replace(config.backbone, num_layers=2, dim=256, num_heads=4, num_kv_heads=1)
+    depth = replace(config.depth, num_layers=1, dim=128, num_heads=2, num_kv_heads=1, head_dim=64)
+    return CsmConfig(
+        replace(backbone, ffn_dim=128), replace(depth, ffn_dim=128), 32, 2051, TEXT_ROWS
+    )
 
 
 @dataclass(frozen=True)

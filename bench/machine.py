@@ -1,6 +1,8 @@
-"""What a benchmark ran on: processor, caches, memory, versions."""
+"""What a benchmark ran on: processor, caches, memory, GPU, versions."""
 
 import platform
+import re
+import subprocess
 from functools import cache
 from pathlib import Path
 
@@ -21,8 +23,57 @@ def describe() -> dict:
         "memory": memory_bytes("MemTotal"),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": gpu(),
     }
+
+
+def gpu() -> dict | None:
+    """The current GPU, its clocks as they are now, and the versions that drive it."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties()
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory": properties.total_memory,
+        "L2": properties.L2_cache_size,
+        "CUDA": torch.version.cuda,
+        **nvidia_smi(),
+    }
+
+
+def nvidia_smi() -> dict[str, str]:
+    """Driver, clocks, power and temperature as nvidia-smi has them; empty without it."""
+    fields = {
+        "driver": "driver_version",
+        "SM clock": "clocks.sm",
+        "SM clock most": "clocks.max.sm",
+        "memory clock": "clocks.mem",
+        "power": "power.draw",
+        "power limit": "power.limit",
+        "temperature": "temperature.gpu",
+    }
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    values = found.stdout.splitlines()[0].split(", ") if found.stdout else []
+    return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
+
+
+def folder_name() -> str:
+    """Where results of this machine's GPU go: "h100-80gb-hbm3"."""
+    name = torch.cuda.get_device_name().removeprefix("NVIDIA ")
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def last_cache_bytes(device: str) -> int:
+    """Of the last level that a device's reads pass through; 0 if not known."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties().L2_cache_size
+    return cache_bytes(3)
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

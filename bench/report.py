@@ -1,6 +1,8 @@
 """Tables for people, one last line of JSON for programs."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 import machine
@@ -42,6 +44,22 @@ class Report:
     def __init__(self):
         self.machine = machine.describe()
         self.tables: list[Table] = []
+        self.left_out: list[str] = []
+
+    def leave_out(self, what: str, why: object) -> None:
+        """Said at once, and kept."""
+        self.left_out.append(f"{what}: {str(why).splitlines()[0] if str(why) else repr(why)}")
+        print(f"left out: {self.left_out[-1]}", flush=True)
+
+    @contextmanager
+    def may_lack_a_kernel(self, what: str) -> Iterator[None]:
+        """Leaves `what` out where weights are of a format that no CUDA kernel takes yet."""
+        try:
+            yield
+        except RuntimeError as error:
+            if "no CUDA kernel takes yet" not in str(error):
+                raise
+            self.leave_out(what, error)
 
     def table(self, name: str, columns: list[str]) -> Table:
         self.tables.append(Table(name, columns))
@@ -51,4 +69,6 @@ class Report:
         rows = {
             t.name: [dict(zip(t.columns, row, strict=True)) for row in t.rows] for t in self.tables
         }
+        if self.left_out:
+            rows["left out"] = self.left_out
         return json.dumps({"machine": self.machine, **rows}, indent=indent)

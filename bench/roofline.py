@@ -4,7 +4,7 @@
 
 Working sets are half a level-2 cache per thread, then shares of the level-3 cache that all threads
 have together, then what no cache holds. Every other figure of the bench is given as a fraction of
-these, measured in the same run.
+these, measured in the same run. On a GPU: a large copy, and torch's products of large matrices.
 """
 
 import ctypes
@@ -102,6 +102,19 @@ def median_of(measure, times: int = 7, *args) -> float:
     """The median of `times` calls of `measure(*args)`, after one that is not counted."""
     measure(*args)
     return statistics.median(measure(*args) for _ in range(times))
+
+
+def run_gpu(report: Report, timer) -> None:
+    """What `timer`, a `timing.GpuTimer`, holds its figures against."""
+    table = report.table("roofline", ["what", "rate", "unit"])
+    rates = sorted(timer.bandwidth() / 1e9 for _ in range(7))
+    for what, rate in zip(
+        ("least", "median", "most"), (rates[0], rates[3], rates[-1]), strict=True
+    ):
+        table.add(f"copy, {what}", rate, "GB/s")
+    for dtype in RATES:
+        name = str(dtype).removeprefix("torch.")
+        table.add(f"product {name}", timer.rate(dtype) / 1e12, "Top/s")
 
 
 def run(report: Report) -> None:

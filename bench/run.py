@@ -14,13 +14,19 @@
                                    minutes. Needs 22 GB of memory for all
 
 Options:
+    --device cpu|cuda          where (default cpu); on a GPU roofline, kernels and frame, which are
+                               all of it
+    --rehearse                 the GPU's way of timing, on the CPU with a tiny model: shows that it
+                               runs, and its figures mean nothing
     --save FOLDER              write the results there as BENCH.json, and peers' plot beside them
                                (default: nowhere; peers: build/peers)
-    --dtype float32,bfloat16   kernels, frame, codec, speech: which of them (default both)
+    --dtype float32,bfloat16   kernels, frame, codec, speech: which of them (default both; on a GPU
+                               bfloat16)
     --quantize none,int8,int4  frame, codec, speech: packings, plain ones in every dtype (default
                                all; the codec has no int4)
     --batch 1,8,64             batch sizes (defaults: kernels 1,8,64; frame 1,2,4; codec 1,4;
-                               speech 1)
+                               speech 1; on a GPU kernels 1,8,64,256; frame 1,8,32,64,128,256,384,
+                               512)
     --ops linear,silu_mul      kernels: only these ops
     --threads N                threads (default: the processors this process may use)
     --no-peer                  frame, codec: without transformers
@@ -38,19 +44,33 @@ Weights are random, of the real sizes. Each figure is a median after a warm-up; 
 is measured in turn within one run, for machines drift. Inputs rotate through more memory than the
 last-level cache holds. `% roofline` is the time floor (bytes over the read bandwidth or operations
 over the multiply-add rate, whichever is longer, both measured in the same run) over the time taken.
+On a GPU the bandwidth is that of a copy, bytes read and written, and calls are replays of CUDA
+graphs, timed by events (bench/timing.py). A run that is told to end (SIGTERM) keeps what it has.
 The last line printed is JSON.
 """
 
 import argparse
+import signal
 import statistics
 from pathlib import Path
 
 import torch
+from csm_1b import config_for
 from report import Report
+from timing import timer_for
 
 import voxkern
 
 BENCHES = ("roofline", "kernels", "frame", "codec", "speech")
+GPU_BENCHES = ("roofline", "kernels", "frame")
+BATCHES = {
+    ("kernels", "cpu"): [1, 8, 64],
+    ("kernels", "cuda"): [1, 8, 64, 256],
+    ("frame", "cpu"): [1, 2, 4],
+    ("frame", "cuda"): [1, 8, 32, 64, 128, 256, 384, 512],
+    ("codec", "cpu"): [1, 4],
+    ("speech", "cpu"): [1],
+}
 
 
 def main() -> None:
@@ -58,7 +78,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("bench", choices=[*BENCHES, "all", "quantization", "peers"])
-    parser.add_argument("--dtype", default="float32,bfloat16")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--dtype")
     parser.add_argument("--quantize", default="none,int8,int4")
     parser.add_argument("--batch")
     parser.add_argument("--ops")
@@ -69,43 +91,75 @@ def main() -> None:
     parser.add_argument("--only")
     parser.add_argument("--save", type=Path)
     args = parser.parse_args()
+    on_gpu = args.rehearse or args.device == "cuda"
+    if on_gpu and args.bench not in (*GPU_BENCHES, "all"):
+        parser.error(f"{args.bench} has no GPU yet")
+    if args.device == "cuda" and not args.rehearse and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
 
     if args.threads:
         voxkern.set_num_threads(args.threads)
     torch.set_num_threads(voxkern.num_threads())
-    dtypes = [getattr(torch, name) for name in args.dtype.split(",")]
-    batches = [int(b) for b in args.batch.split(",")] if args.batch else None
-
+    signal.signal(signal.SIGTERM, end)
     report = Report()
-    bandwidth = read_bandwidths()
-    chosen = BENCHES if args.bench == "all" else (args.bench,)
+    bandwidth = [] if on_gpu else read_bandwidths()
+    try:
+        run(report, args, on_gpu)
+    finally:
+        if bandwidth:
+            bandwidth = sorted(bandwidth + read_bandwidths())
+            spread = (bandwidth[0], statistics.median(bandwidth), bandwidth[-1])
+            report.machine["read GB/s"] = dict(
+                zip(("least", "median", "most"), spread, strict=True)
+            )
+        save(report, args)
+        print(report.json(), flush=True)
+
+
+def end(number: int, _: object) -> None:
+    raise SystemExit(f"ended by signal {number}, with what there is so far")
+
+
+def run(report: Report, args: argparse.Namespace, on_gpu: bool) -> None:
+    """The chosen benches, into the report."""
+    timer, config = timer_for(args.device, args.rehearse), config_for(args.rehearse)
+    benches = GPU_BENCHES if on_gpu else BENCHES
+    chosen = benches if args.bench == "all" else (args.bench,)
+    names = (args.dtype or ("bfloat16" if on_gpu else "float32,bfloat16")).split(",")
+    precisions = [
+        precision
+        for packing in args.quantize.split(",")
+        for precision in (names if packing == "none" else [packing])
+    ]
+
+    def batches(bench: str) -> list[int]:
+        if args.batch:
+            return [int(b) for b in args.batch.split(",")]
+        return BATCHES[bench, "cuda" if on_gpu else "cpu"]
+
     if "roofline" in chosen:
         import roofline
 
-        roofline.run(report)
+        roofline.run_gpu(report, timer) if on_gpu else roofline.run(report)
+    if "frame" in chosen:
+        import bench_frame
+
+        bench_frame.run(report, timer, config, precisions, batches("frame"), peer=not args.no_peer)
     if "kernels" in chosen:
         import bench_kernels
 
         ops = args.ops.split(",") if args.ops else None
-        bench_kernels.run(report, dtypes, batches or [1, 8, 64], ops)
-    precisions = [
-        precision
-        for packing in args.quantize.split(",")
-        for precision in (args.dtype.split(",") if packing == "none" else [packing])
-    ]
-    if "frame" in chosen:
-        import bench_frame
-
-        bench_frame.run(report, precisions, batches or [1, 2, 4], peer=not args.no_peer)
+        dtypes = [getattr(torch, name) for name in names]
+        bench_kernels.run(report, timer, config, dtypes, batches("kernels"), ops)
     if "codec" in chosen:
         import bench_codec
 
         known = [name for name in precisions if name in bench_codec.PRECISIONS]
-        bench_codec.run(report, known, batches or [1, 4], peer=not args.no_peer)
+        bench_codec.run(report, known, batches("codec"), peer=not args.no_peer)
     if "speech" in chosen:
         import bench_speech
 
-        bench_speech.run(report, precisions, batches or [1])
+        bench_speech.run(report, precisions, batches("speech"))
     if args.bench == "quantization":
         import bench_quantization
 
@@ -115,12 +169,8 @@ def main() -> None:
 
         only = args.only.split(",") if args.only else None
         peers.run(report, args.rounds, args.frames, only)
-    if bandwidth:
-        bandwidth = sorted(bandwidth + read_bandwidths())
-        spread = (bandwidth[0], statistics.median(bandwidth), bandwidth[-1])
-        report.machine["read GB/s"] = dict(zip(("least", "median", "most"), spread, strict=True))
-    save(report, args)
-    print(report.json())
+    for why in dict.fromkeys(getattr(timer, "without_graph", ())):
+        report.leave_out("a graph of some calls", why)
 
 
 def read_bandwidths() -> list[float]:

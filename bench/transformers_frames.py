@@ -66,7 +66,11 @@ def hf_model(config: CsmConfig, weights: CsmWeights):
         **sizes(config.backbone),
         text_vocab_size=config.text_vocab_size,
         max_position_embeddings=config.backbone.max_positions,
-        depth_decoder_config={**sizes(config.depth), "max_position_embeddings": 33},
+        depth_decoder_config={
+            **sizes(config.depth),
+            "backbone_hidden_size": config.backbone.dim,
+            "max_position_embeddings": 33,
+        },
         codec_config={"model_type": "mimi", "num_filters": 1, "num_hidden_layers": 0},
     )
     with torch.device("meta"):

@@ -1,6 +1,8 @@
 """What the op tests share: where to run, how near to the reference a result must be."""
 
 import os
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,22 +59,64 @@ class Target:
 
     def run(self, name: str, *args):
         """Call op `name` here; its CPU arguments, mutated ones too, and result are on the CPU."""
-        moved = [a.to(self.device) if isinstance(a, Tensor) else a for a in args]
         if self.backend == "simt":
             function = getattr(torch.ops.voxkern_simt, name).default
         else:
             function = implementation(name, self.backend)
-        try:
+        moved, copies = self.move(args)
+        with skip_what_has_no_kernel():
             result = function(*moved)
-        except RuntimeError as error:
-            if "no CUDA kernel takes yet" in str(error):
-                pytest.skip(str(error))
-            raise
-        if self.device != "cpu":
-            for mine, theirs in zip(args, moved, strict=True):
-                if isinstance(mine, Tensor):
-                    mine.copy_(theirs)
+        for here, there in copies:
+            here.copy_(there)
         return result.cpu() if isinstance(result, Tensor) else result
+
+    def move(self, args: Sequence) -> tuple[list, list[tuple[Tensor, Tensor]]]:
+        """CPU arguments on the target's device, and what to copy back to have changes here."""
+        if self.device == "cpu":
+            return list(args), []
+        return moved(args, lambda memory: memory.to(self.device))
+
+
+def moved(args: Sequence, copy: Callable) -> tuple[list, list[tuple[Tensor, Tensor]]]:
+    """Arguments in other memory: views stay views, and those of one memory share the other.
+
+    So strides, offsets, alignment and overlap are on a GPU what a test made them on the CPU.
+
+    Args:
+        args: tensors, lists of tensors, anything else.
+        copy: from all bytes of a storage to the same bytes elsewhere.
+
+    Returns:
+        The arguments, and a pair of bytes, here and there, for each storage.
+    """
+    pairs: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def move(arg):
+        if isinstance(arg, list | tuple):
+            return [move(a) for a in arg]
+        if not isinstance(arg, Tensor):
+            return arg
+        storage = arg.untyped_storage()
+        if storage._cdata not in pairs:
+            here = torch.empty(0, dtype=torch.uint8).set_(storage)
+            pairs[storage._cdata] = here, copy(here)
+        there = pairs[storage._cdata][1]
+        return torch.empty(0, dtype=arg.dtype, device=there.device).set_(
+            there.untyped_storage(), arg.storage_offset(), arg.shape, arg.stride()
+        )
+
+    return [move(arg) for arg in args], list(pairs.values())
+
+
+@contextmanager
+def skip_what_has_no_kernel():
+    """Weights that no CUDA kernel takes yet."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "no CUDA kernel takes yet" in str(error):
+            pytest.skip(str(error))
+        raise
 
 
 ALL_TARGETS = [
@@ -96,5 +140,9 @@ def assert_close(got: Tensor, expected: Tensor) -> None:
 
 
 def opcheck(name: str, *args) -> None:
-    """Schema, mutation and fake kernel of the native op agree with what it does."""
-    torch.library.opcheck(getattr(torch.ops.voxkern, name).default, args)
+    """Schema, mutation and fake kernel of the native op agree with what it does, on each device."""
+    for target in targets(name):
+        if target.backend == "native":
+            with skip_what_has_no_kernel():
+                args_there = tuple(target.move(args)[0])
+                torch.library.opcheck(getattr(torch.ops.voxkern, name).default, args_there)

@@ -181,7 +181,7 @@ class CsmWeights:
         """
         generator = torch.Generator().manual_seed(seed)
         # An odd length, so that no two rows of a matrix are alike before the tiles come round.
-        noise = torch.randn((1 << 20) + 7, generator=generator).to(device)
+        noise = torch.randn((1 << 20) + 7, generator=generator, device="cpu").to(device)
         weights = cls.empty(config, dtype, device, quantize)
         for part, sizes in ((weights.backbone, config.backbone), (weights.depth, config.depth)):
             for norm in (part.attn_norm, part.mlp_norm, part.norm):

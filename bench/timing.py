@@ -1,0 +1,189 @@
+"""How calls are timed: by the clock on a CPU, by events and graphs on a GPU.
+
+On a GPU, launches take the host longer than small kernels take the device. So calls are captured in
+a CUDA graph, as many as take a few milliseconds, and its replays are timed by events: what is
+measured is the device's own time, gaps between kernels of a graph included. What can't be captured
+is timed without a graph, and said to be. Clocks are as found.
+"""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable
+from functools import cached_property
+
+import roofline
+import torch
+
+OPENMP_SPIN_S = 0.01
+"""After a parallel op of torch's, its threads spin for some milliseconds and hold their cores."""
+
+
+class CpuTimer:
+    """On all threads; bandwidth is what a plain probe reads."""
+
+    device = "cpu"
+    rotate_bytes = 256 << 20
+    """Inputs rotate through so much memory, several times a last-level cache."""
+    rounds = 7
+
+    def bandwidth(self) -> float:
+        """Bytes per second, now."""
+        return roofline.read_bandwidth()
+
+    def rate(self, dtype: torch.dtype) -> float:
+        """Operations per second."""
+        return roofline.median_of(roofline.multiply_rate, 3, dtype)
+
+    def prepare(
+        self, call: Callable, inputs: list[tuple], calls: int | None = None
+    ) -> Callable[[], float]:
+        """What measures the milliseconds of a call; the calls take the inputs in turn.
+
+        Args:
+            call: timed.
+            inputs: its arguments, one tuple or more.
+            calls: in one measurement; None for so many that it takes some 20 ms.
+        """
+        calls = calls or max(1, min(200, int(20 / self._time_ms(call, inputs, 2))))
+
+        def measure() -> float:
+            if calls > 1:
+                time.sleep(OPENMP_SPIN_S)
+            return self._time_ms(call, inputs, calls)
+
+        return measure
+
+    def _time_ms(self, call: Callable, inputs: list[tuple], calls: int) -> float:
+        start = time.perf_counter()
+        for i in range(calls):
+            call(*inputs[i % len(inputs)])
+        return (time.perf_counter() - start) / calls * 1e3
+
+
+class GpuTimer:
+    """On the current GPU; bandwidth is what a copy reads and writes.
+
+    Args:
+        cuda: torch.cuda, or what stands in for it (`Rehearsal`).
+        device: where tensors are made.
+        copy_bytes: of the buffer that is copied, far more than the second-level cache holds.
+        matmul_size: rows and columns of the matrices whose product gives the rate.
+    """
+
+    rounds = 15
+    graph_ms, most_calls = 2.0, 400
+    head_start_cycles = 3_000_000
+    """For so long the GPU waits before what is timed, so that the host has handed in all of it."""
+
+    def __init__(
+        self, cuda=torch.cuda, device: str = "cuda", copy_bytes: int = 1 << 30, matmul_size=8192
+    ):
+        self._cuda, self.device, self._matmul_size = cuda, device, matmul_size
+        self.rotate_bytes = copy_bytes // 4
+        self._copy_bytes = copy_bytes
+        self._rates: dict[torch.dtype, float] = {}
+        self.without_graph: list[str] = []
+        """Why calls could not be captured."""
+
+    @cached_property
+    def _copy(self) -> Callable[[], float]:
+        a, b = torch.empty(2, self._copy_bytes, dtype=torch.uint8, device=self.device)
+        a.fill_(1)
+        b.fill_(2)
+        return self.prepare(lambda: b.copy_(a), [()], 4)
+
+    def bandwidth(self) -> float:
+        """Bytes per second read and written, now: the median of a few copies."""
+        return 2e3 * self._copy_bytes / statistics.median(self._copy() for _ in range(3))
+
+    def rate(self, dtype: torch.dtype) -> float:
+        """Operations per second of a large product: torch's, of random data, without TF32."""
+        if dtype not in self._rates:
+            n = self._matmul_size if dtype != torch.float32 else self._matmul_size // 2
+            if dtype == torch.int8:
+                x, w = torch.randint(-127, 128, (2, n, n), dtype=dtype, device=self.device)
+                product = torch._int_mm
+            else:
+                x, w = torch.randn(2, n, n, device=self.device).to(dtype)
+                product = torch.mm
+            measure = self.prepare(lambda: product(x, w.T), [()], 4)
+            self._rates[dtype] = 2e3 * n**3 / statistics.median(measure() for _ in range(5))
+        return self._rates[dtype]
+
+    def prepare(
+        self, call: Callable, inputs: list[tuple], calls: int | None = None
+    ) -> Callable[[], float]:
+        """As `CpuTimer.prepare`; None for so many calls as take some milliseconds."""
+
+        def run(count: int) -> None:
+            for i in range(count):
+                call(*inputs[i % len(inputs)])
+
+        run(3)
+        self._cuda.synchronize()
+        if calls is None:
+            estimate_ms = self._time_ms(lambda: run(5)) / 5
+            fitting = int(self.graph_ms / max(estimate_ms, 1e-4))
+            # Every input, and the first ones again where there is time.
+            calls = max(1, min(self.most_calls, max(fitting, len(inputs))))
+        graph = self._cuda.CUDAGraph()
+        try:
+            with self._cuda.graph(graph):
+                run(calls)
+        except RuntimeError as error:
+            if "out of memory" in str(error):
+                raise
+            self.without_graph.append(str(error).splitlines()[0])
+            self._cuda.synchronize()
+            return lambda: self._time_ms(lambda: run(calls)) / calls
+        self._time_ms(graph.replay)
+        return lambda: self._time_ms(graph.replay) / calls
+
+    def _time_ms(self, work: Callable[[], None]) -> float:
+        start, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
+        self._cuda._sleep(self.head_start_cycles)
+        start.record()
+        work()
+        end.record()
+        self._cuda.synchronize()
+        return start.elapsed_time(end)
+
+
+class Rehearsal:
+    """Stands in for torch.cuda where there is no GPU: calls run once, replays do nothing."""
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = time.perf_counter()
+
+        def elapsed_time(self, end: "Rehearsal.Event") -> float:
+            return max((end.at - self.at) * 1e3, 1e-3)
+
+    class CUDAGraph:
+        def replay(self) -> None:
+            pass
+
+    @staticmethod
+    def graph(graph: CUDAGraph) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext(graph)
+
+    @staticmethod
+    def synchronize() -> None:
+        pass
+
+    @staticmethod
+    def _sleep(cycles: int) -> None:
+        pass
+
+
+def timer_for(device: str, rehearse: bool) -> CpuTimer | GpuTimer:
+    """The timer of a device, "cpu" or "cuda"; to rehearse, the GPU's on CPU tensors."""
+    if rehearse:
+        timer = GpuTimer(Rehearsal, "cpu", copy_bytes=1 << 16, matmul_size=64)
+        timer.rounds = 2
+        return timer
+    return GpuTimer() if device == "cuda" else CpuTimer()
