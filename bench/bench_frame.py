@@ -53,12 +53,13 @@ class OurFrames:
         self.codes = torch.randint(0, vocab - 3, shape, device=model.device)
         greedy = [SamplingParams(temperature=0)] * batch
         self.rows = SamplingRows.of(greedy, [0] * batch, model.device)
-        self._measure = (timer or CpuTimer()).prepare(self._frame, [()], calls=1)
+        self._measure = (timer or CpuTimer()).prepare(self.frame, [()], calls=1)
 
     def frames_ms(self, frames: int) -> list[float]:
         return [self._measure() for _ in range(frames)]
 
-    def _frame(self) -> None:
+    def frame(self) -> None:
+        """From `codes` to the next frame's, in place."""
         frames, mask = self.model.next_inputs(self.codes)
         hidden = self.model.backbone_step(frames, mask, self.places, self.cache)
         self.codes.copy_(self.model.draw_frames(hidden, self.rows))

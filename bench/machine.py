@@ -1,7 +1,6 @@
 """What a benchmark ran on: processor, caches, memory, GPU, versions."""
 
 import platform
-import re
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -61,12 +60,6 @@ def nvidia_smi() -> dict[str, str]:
         return {}
     values = found.stdout.splitlines()[0].split(", ") if found.stdout else []
     return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
-
-
-def folder_name() -> str:
-    """Where results of this machine's GPU go: "h100-80gb-hbm3"."""
-    name = torch.cuda.get_device_name().removeprefix("NVIDIA ")
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def last_cache_bytes(device: str) -> int:

@@ -45,12 +45,11 @@ is measured in turn within one run, for machines drift. Inputs rotate through mo
 last-level cache holds. `% roofline` is the time floor (bytes over the read bandwidth or operations
 over the multiply-add rate, whichever is longer, both measured in the same run) over the time taken.
 On a GPU the bandwidth is that of a copy, bytes read and written, and calls are replays of CUDA
-graphs, timed by events (bench/timing.py). A run that is told to end (SIGTERM) keeps what it has.
+graphs, timed by events (bench/timing.py). An interrupted run keeps what it has.
 The last line printed is JSON.
 """
 
 import argparse
-import signal
 import statistics
 from pathlib import Path
 
@@ -100,7 +99,6 @@ def main() -> None:
     if args.threads:
         voxkern.set_num_threads(args.threads)
     torch.set_num_threads(voxkern.num_threads())
-    signal.signal(signal.SIGTERM, end)
     report = Report()
     bandwidth = [] if on_gpu else read_bandwidths()
     try:
@@ -114,10 +112,6 @@ def main() -> None:
             )
         save(report, args)
         print(report.json(), flush=True)
-
-
-def end(number: int, _: object) -> None:
-    raise SystemExit(f"ended by signal {number}, with what there is so far")
 
 
 def run(report: Report, args: argparse.Namespace, on_gpu: bool) -> None:

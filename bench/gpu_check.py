@@ -1,0 +1,338 @@
+"""Everything that is to be known of a GPU, in one run of less than ten minutes.
+
+    bench/gpu_check.sh [--stages build,ops,engine,sanitize,frame,kernels] [--dry-run]
+
+Stages, in this order; each has a time limit, and what is left of `--seconds` is another:
+
+    build      CMake and ninja, in build/gpu, for the GPU that is here; installed into voxkern/. A
+               second run builds what has changed. The same sources and flags as `pip install`.
+    ops        every op test on the GPU
+    engine     tests/test_cuda.py: greedy codes equal to the CPU's, a frame as a CUDA graph, the
+               programs, the server
+    frame      bench/run.py frame: whole frames
+    sanitize   compute-sanitizer's four tools, each shown to find a planted bug
+    kernels    bench/run.py kernels: every op
+
+A stage that fails stops no other, but without a build there is nothing to test. Results are written
+after every stage: RESULTS/CARD/gpu_check.json (`--results`, default bench/results) has what each
+gave, all benchmark tables, the card with its driver and clocks, and versions; logs are in
+build/gpu_check. Exits with 1 if anything failed.
+
+Needs: Python with torch for CUDA, numpy, safetensors, tokenizers, transformers and pytest; a C++
+compiler, cmake, ninja and nvcc; compute-sanitizer. Without fastapi, uvicorn, python-multipart,
+soundfile, soxr or huggingface_hub the tests of what needs them are skipped: stage engine says so.
+With pytest-xdist the tests run side by side. No network.
+
+`--dry-run` is for a machine without a GPU: the build for one (`--arch`), tests collected, and run
+where the kernels are built for the host (make simt); planted bugs compiled, the sanitizers' cases
+on the CPU; benchmarks rehearsed on a tiny model. What it writes is in build/gpu_check too.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from gpu_results import card, counts_of, headlines
+
+ROOT = Path(__file__).parents[1]
+WORK = ROOT / "build" / "gpu_check"
+BUILD = ROOT / "build" / "gpu"
+GRACE_S = 10
+"""For what is told to end, until it is killed."""
+NEEDED_PROGRAMS = ("cmake", "ninja", "nvcc", "c++")
+NEEDED_MODULES = ("torch", "numpy", "pytest", "safetensors", "tokenizers", "transformers")
+OPTIONAL_MODULES = (
+    *("fastapi", "uvicorn", "python_multipart", "httpx", "soundfile", "soxr", "huggingface_hub"),
+    *("tqdm", "xdist"),
+)
+
+
+@dataclass
+class Stage:
+    """What is run, and what came of it.
+
+    Attributes:
+        name: in `--stages`.
+        limit_s: no command of it runs longer.
+        result: "passed", "failed", or "left out".
+        what: a few words for the table.
+        details: for the JSON file.
+    """
+
+    name: str
+    limit_s: float
+    result: str = "left out"
+    what: str = ""
+    seconds: float = 0.0
+    details: dict = field(default_factory=dict)
+
+
+STAGES = {
+    "build": 240,
+    "ops": 150,
+    "engine": 100,
+    "frame": 110,
+    "sanitize": 130,
+    "kernels": 120,
+}
+"""Seconds; they add up to more than a run has, for most take a fraction."""
+
+
+class Check:
+    """One run over the stages."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.stages = [Stage(name, STAGES[name]) for name in args.stages]
+        self.end = time.monotonic() + args.seconds
+        self.about: dict = {}
+        self.tables: dict = {}
+        WORK.mkdir(parents=True, exist_ok=True)
+        for log in WORK.glob("*.log"):
+            log.unlink()
+
+    def run(self) -> int:
+        for stage in self.stages:
+            start = time.monotonic()
+            built = next((s.result for s in self.stages if s.name == "build"), "passed")
+            if built == "failed":
+                stage.what = "there is no build"
+            elif self.end - start < 15:
+                stage.result, stage.what = "failed", "no time left"
+            else:
+                print(f"\n=== {stage.name}", flush=True)
+                try:
+                    getattr(self, stage.name)(stage)
+                except Exception as error:  # a stage that breaks must not take the others with it
+                    stage.result, stage.what = "failed", f"{type(error).__name__}: {error}"
+            stage.seconds = round(time.monotonic() - start, 1)
+            print(f"=== {stage.name}: {stage.result}, {stage.what}", flush=True)
+            self.save()
+        return self.summary()
+
+    def build(self, stage: Stage) -> None:
+        if missing := missing_needs():
+            stage.result, stage.what = "failed", f"not here: {', '.join(missing)}"
+            return
+        stage.details["absent"] = [m for m in OPTIONAL_MODULES if not importlib.util.find_spec(m)]
+        torch_path = Path(importlib.util.find_spec("torch").origin).parent
+        configure = [
+            *("cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", f"-DVOXKERN_TORCH={torch_path}"),
+            *("-DVOXKERN_CUDA=on", f"-DVOXKERN_CUDA_ARCHITECTURES={self.args.arch}"),
+        ]
+        targets = ["voxkern_cuda"] if self.args.dry_run else ["voxkern", "voxkern_cuda"]
+        commands = [configure, ["cmake", "--build", BUILD, "--target", *targets]]
+        if not self.args.dry_run:
+            commands.append(["cmake", "--install", BUILD, "--prefix", ROOT / "voxkern"])
+        for command in commands:
+            if self.command(stage, command) != 0:
+                return self.fail(stage)
+        if not self.args.dry_run:
+            # The first that loads it: a symbol that is missing shows here, in a word.
+            code = "import json, machine; print(json.dumps(machine.describe()))"
+            if self.command(stage, [sys.executable, "-c", code], log="machine") != 0:
+                return self.fail(stage, "machine")
+            self.about = json.loads((WORK / "machine.log").read_text().splitlines()[-1])
+        stage.result, stage.what = "passed", f"for {self.args.arch or 'the GPU that is here'}"
+
+    def ops(self, stage: Stage) -> None:
+        ops = sorted(path.stem for path in (ROOT / "voxkern" / "reference").glob("*.py"))
+        files = [f"tests/test_{op}.py" for op in ops if (ROOT / f"tests/test_{op}.py").exists()]
+        if self.args.dry_run:
+            return self.pytest(stage, [*files, "-k", "simt or opcheck", "--collect-only"], least=0)
+        self.pytest(stage, [*files, "-k", "native-cuda or opcheck"], least=100)
+
+    def engine(self, stage: Stage) -> None:
+        only = ["--collect-only"] if self.args.dry_run else []
+        self.pytest(stage, ["tests/test_cuda.py", *only], least=0 if only else 5)
+
+    def sanitize(self, stage: Stage) -> None:
+        planted = WORK / "planted"
+        architecture = self.args.arch.replace(";", " ").split()
+        gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architecture]
+        source = ROOT / "tests" / "cuda" / "planted.cu"
+        command = [
+            "nvcc",
+            "-O1",
+            "-lineinfo",
+            *(gencode or ["-arch=native"]),
+            "-o",
+            planted,
+            source,
+        ]
+        if self.command(stage, command) != 0:
+            return self.fail(stage)
+        if self.args.dry_run:
+            command = [sys.executable, "tests/small_ops.py", "native-cpu"]
+            if self.command(stage, command) != 0:
+                return self.fail(stage)
+            stage.result, stage.what = "passed", "planted bugs compile, the cases run on the CPU"
+            return
+        if not shutil.which("compute-sanitizer"):
+            stage.result, stage.what = "failed", "not here: compute-sanitizer"
+            return
+        answers = WORK / "sanitize.json"
+        answers.unlink(missing_ok=True)
+        seconds = min(stage.limit_s, self.end - time.monotonic()) - GRACE_S
+        command = [sys.executable, "bench/gpu_sanitize.py", "--planted", planted]
+        code = self.command(stage, [*command, "--save", answers, "--seconds", str(seconds)])
+        tools = json.loads(answers.read_text()) if answers.exists() else []
+        stage.details["tools"] = tools
+        stage.what = ", ".join(f"{t['tool']} {t['result']}" for t in tools) or "no tool answered"
+        stage.result = "failed" if code or len(tools) < 4 else "passed"
+
+    def frame(self, stage: Stage) -> None:
+        self.bench(stage, ["--batch", "1", "--quantize", "none"])
+
+    def kernels(self, stage: Stage) -> None:
+        self.bench(stage, ["--batch", "1"])
+
+    def bench(self, stage: Stage, rehearsed: list[str]) -> None:
+        rest = ["--rehearse", *rehearsed] if self.args.dry_run else ["--device", "cuda"]
+        saved = WORK / f"{stage.name}.json"
+        saved.unlink(missing_ok=True)
+        command = [sys.executable, "bench/run.py", stage.name, "--save", WORK, *rest]
+        code = self.command(stage, command)
+        tables = json.loads(saved.read_text()) if saved.exists() else {}
+        self.about = tables.pop("machine", self.about)
+        self.tables |= tables
+        rows = tables.get(stage.name, [])
+        stage.what = f"{len(rows)} rows"
+        if left_out := tables.pop("left out", []):
+            self.tables.pop("left out", None)
+            stage.details["left out"] = left_out
+            stage.what += f", {len(left_out)} left out"
+        stage.result = "passed" if code == 0 and rows else "failed"
+        if code:
+            self.fail(stage)
+
+    def pytest(self, stage: Stage, arguments: list[str], least: int) -> None:
+        """Run tests; fewer than `least` that passed is a failure too, and so is none at all."""
+        report = WORK / f"{stage.name}.xml"
+        report.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        command += [f"--junitxml={report}", *arguments]
+        if importlib.util.find_spec("xdist") and "--collect-only" not in arguments:
+            command += ["-n", "6"]
+        code = self.command(stage, command)
+        if "--collect-only" in arguments:
+            stage.result, stage.what = ("failed" if code else "passed"), "collected"
+            return
+        counts, failures = counts_of(report)
+        stage.details |= {"tests": counts, "failures": failures[:20]}
+        stage.what = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
+        stage.result = "passed" if code == 0 and counts["passed"] >= least else "failed"
+        if code:
+            self.fail(stage)
+
+    def command(self, stage: Stage, command: list, log: str | None = None) -> int | None:
+        """Run one within the stage's time, its output to a log: the stage's, or one of its own.
+
+        Returns:
+            The exit status, None if the time was over.
+        """
+        limit = max(1.0, min(stage.limit_s, self.end - time.monotonic() - GRACE_S))
+        path = [str(ROOT / "python"), str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")]
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join([*path, os.environ.get("PYTHONPATH", "")]),
+            "PYTHONUNBUFFERED": "1",
+        }
+        print("+", *(str(part) for part in command), flush=True)
+        with (
+            open(WORK / f"{log or stage.name}.log", "a") as file,
+            subprocess.Popen(
+                [str(part) for part in command],
+                cwd=ROOT,
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            ) as process,
+        ):
+            try:
+                return process.wait(limit)
+            except subprocess.TimeoutExpired:
+                stage.details["out of time"] = " ".join(str(part) for part in command[:3])
+                end_group(process)
+                return None
+
+    def fail(self, stage: Stage, log: str | None = None) -> None:
+        lines = (WORK / f"{log or stage.name}.log").read_text(errors="replace").splitlines()
+        stage.result = "failed"
+        stage.details["output"] = lines[-60:]
+        if "out of time" in stage.details:
+            stage.what = f"{stage.what}, out of time".removeprefix(", ")
+        elif not stage.what and lines:
+            stage.what = lines[-1][:100]
+        print("\n".join(lines[-40:]), flush=True)
+
+    def save(self) -> Path:
+        folder = WORK / "dry-run" if self.args.dry_run else self.args.results / card()
+        folder.mkdir(parents=True, exist_ok=True)
+        results = {
+            "machine": self.about,
+            "stages": [asdict(stage) for stage in self.stages],
+            **self.tables,
+        }
+        path = folder / "gpu_check.json"
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        return path
+
+    def summary(self) -> int:
+        print()
+        for stage in self.stages:
+            print(f"{stage.name:9} {stage.result:8} {stage.seconds:6.1f} s  {stage.what}")
+        for line in headlines(self.tables):
+            print(line)
+        print(self.save())
+        return int(any(stage.result == "failed" for stage in self.stages))
+
+
+def missing_needs() -> list[str]:
+    """Programs and modules without which nothing can be done here."""
+    if not shutil.which("nvcc"):  # where its installer puts it
+        os.environ["PATH"] += os.pathsep + "/usr/local/cuda/bin"
+    programs = [name for name in NEEDED_PROGRAMS if not shutil.which(name)]
+    return programs + [name for name in NEEDED_MODULES if not importlib.util.find_spec(name)]
+
+
+def end_group(process: subprocess.Popen) -> None:
+    """Interrupt a program and its children: pytest and the benches then write what they have."""
+    for number, wait_s in ((signal.SIGINT, GRACE_S), (signal.SIGKILL, None)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(wait_s)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--stages", default=",".join(STAGES))
+    parser.add_argument("--seconds", type=float, default=570)
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--arch", default="", help="such as 90a; empty for the GPU that is here")
+    parser.add_argument("--dry-run", action="store_true")
+    args = parser.parse_args()
+    args.stages = args.stages.split(",")
+    if unknown := [name for name in args.stages if name not in STAGES]:
+        parser.error(f"--stages: there is no {', '.join(unknown)}")
+    if args.dry_run and not args.arch:
+        args.arch = "90a"
+    # A shell that starts this in the background has it ignored, and so would all children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return Check(args).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""What came of a run on a GPU, in a few words: the card, tests that failed, figures asked for."""
+
+import re
+import subprocess
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+
+def card(program: str = "nvidia-smi") -> str:
+    """The GPU's name as a folder's: "h100-80gb-hbm3"."""
+    command = [program, "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        found = ""
+    name = (found.splitlines() or ["unknown"])[0].removeprefix("NVIDIA ")
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def counts_of(report: Path) -> tuple[dict[str, int], list[str]]:
+    """How many tests of pytest's XML report passed, failed and were skipped; names of those that
+    failed, with their last words."""
+    counts, failures = {"passed": 0, "failed": 0, "skipped": 0}, []
+    if not report.exists():
+        return counts, failures
+    for case in ElementTree.parse(report).iter("testcase"):
+        broken = [case.find(tag) for tag in ("failure", "error")]
+        message = next((b.get("message", "") for b in broken if b is not None), None)
+        if message is not None:
+            counts["failed"] += 1
+            failures.append(f"{case.get('classname')}::{case.get('name')}: {message[:300]}")
+        else:
+            counts["skipped" if case.find("skipped") is not None else "passed"] += 1
+    return counts, failures
+
+
+def headlines(tables: dict) -> list[str]:
+    """The figures asked for most, from the tables of frame and kernels."""
+    lines = []
+    frames = tables.get("frame", [])
+    for row in frames:
+        if row["batch"] == 1:
+            lines.append(
+                f"frame, batch 1, {row['precision']}: {row['ms']:.3g} ms, "
+                f"{row['% roofline']:.0f} % of the floor"
+            )
+    in_time = [row for row in frames if row["ms"] <= 80]
+    if in_time:
+        best = max(in_time, key=lambda row: row["streams"])
+        lines.append(
+            f"real-time streams without the codec: {best['streams']:.0f} (batch {best['batch']}, "
+            f"{best['precision']}, {best['ms']:.3g} ms)"
+        )
+    for row in tables.get("kernels", []):
+        shape = f"{row['op']} {row['shape']}"
+        if re.search(r"linear .*(gate_up|down) \[1,|decode_attention .* 2048 keys", shape):
+            lines.append(
+                f"{shape}: {1e3 * row['ms']:.3g} us, {row['% roofline']:.0f} % of the floor"
+            )
+        elif shape.startswith("sample_tokens [256,"):
+            lines.append(f"{shape}: {1e3 * row['ms']:.3g} us")
+    return lines

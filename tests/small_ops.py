@@ -1,0 +1,127 @@
+"""Every op once or a few times on small cases, in one process: what compute-sanitizer watches.
+
+    python tests/small_ops.py native-cuda|native-cpu|simt-cpu
+
+The cases are the op tests' own, few and small, for the tools slow a kernel down a hundredfold;
+results are held against the references, loosely: whether they are right is the op tests' matter.
+"""
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import test_append_kv
+import test_decode_attention
+import test_decode_backbone
+import test_decode_depth
+import test_embed_frames
+import test_linear
+import test_mimi_conv
+import test_mimi_convs
+import test_mimi_transformer
+import test_prefill_attention
+import test_sample_tokens
+from ops_testing import ALL_TARGETS, DTYPES, Target, reference
+from voxkern.quantize import FORMATS, pack
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.03}
+"""Of the norm of a difference, as a share of the reference's."""
+
+
+def cases() -> Iterator[tuple[str, tuple]]:
+    """Names of ops and their arguments."""
+    for dtype in DTYPES:
+        for width in (64, 33):
+            x, residual = torch.randn(2, 3, width).to(dtype)
+            yield "rms_norm", (x, torch.ones(width, dtype=dtype), 1e-5)
+            yield "add_rms_norm", (x, residual, torch.ones(width, dtype=dtype), 1e-5)
+            yield "silu_mul", (torch.randn(3, 2 * width).to(dtype),)
+        for head_dim in (64, 34):
+            yield "append_kv", test_append_kv.case(9, 4, 2, head_dim, 16, dtype)
+            shape = (4, 2, head_dim, 16, dtype)
+            yield "decode_attention", test_decode_attention.case([1, 0, 33, 300], *shape)
+            yield "prefill_attention", test_prefill_attention.case([70, 1, 0], [5, 63, 9], *shape)
+        yield "embed_frames", test_embed_frames.case(5, 5, 17, 40, 33, dtype)
+        yield "embed_frames", test_embed_frames.case(3, 4, 9, 12, 64, dtype)
+        for rows, features, columns in ((1, 1056, 50), (3, 33, 7), (17, 256, 40), (70, 128, 24)):
+            yield "linear", test_linear.make((rows,), features, columns, dtype)
+        for packing in FORMATS:
+            for rows in (1, 5, 20):
+                x, weight = test_linear.make((rows,), 160, 40, dtype)
+                yield "linear", (x, pack(weight, packing))
+        for vocab in (2051, 33):
+            parameters = test_sample_tokens.mixed_parameters(4, vocab)
+            yield (
+                "sample_tokens",
+                test_sample_tokens.arguments(
+                    torch.randn(4, vocab).to(dtype), **parameters, codebook=3
+                ),
+            )
+        for make, sizes in (
+            (lambda s, d: test_decode_backbone.make(s, d, [1, 40, 300]), test_decode_backbone),
+            (lambda s, d: test_decode_depth.make(s, d, 3), test_decode_depth),
+        ):
+            op = sizes.__name__.removeprefix("test_")
+            for plain in sizes.SIZES[1:3]:
+                yield op, tuple(make(plain, dtype).values())
+            for packing in sizes.PACKINGS[:2]:
+                arguments = sizes.packed(make(sizes.PACKED_SIZES[1], dtype), packing)
+                yield op, tuple(arguments.values())
+        yield "mimi_conv", tuple(test_mimi_conv.make(test_mimi_conv.SIZES[1], dtype).values())
+        yield "mimi_convs", tuple(test_mimi_convs.make(2, 3, dtype).values())
+    arguments = test_mimi_transformer.make(test_mimi_transformer.SIZES[0], [3, 0])
+    yield "mimi_transformer", tuple(test_mimi_transformer.finite(arguments).values())
+
+
+def copied(arg):
+    if isinstance(arg, list | tuple):
+        return [copied(a) for a in arg]
+    return arg.clone() if isinstance(arg, Tensor) else arg
+
+
+def check(op: str, got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    if got.is_floating_point():
+        got, expected = got.float().nan_to_num(), expected.float().nan_to_num()
+        error = (got - expected).norm()
+        assert error <= TOLERANCE[dtype] * expected.norm() + 1e-6, f"{op}: off by {error}"
+    elif dtype == torch.float32 and op == "sample_tokens":
+        assert torch.equal(got, expected), f"{op}: {got} for {expected}"
+
+
+def run(target: Target) -> dict[str, int]:
+    """How often each op ran there; those that it has no kernel for are left out."""
+    torch.manual_seed(0)
+    ran: dict[str, int] = {}
+    for op, args in cases():
+        if target.why_missing(op):
+            continue
+        expected = reference(op, *(copied(a) for a in args))
+        try:
+            got = target.run(op, *args)
+        except pytest.skip.Exception:  # packed weights, which no kernel takes yet
+            continue
+        dtypes = {a.dtype for a in args if isinstance(a, Tensor)}
+        dtype = torch.bfloat16 if torch.bfloat16 in dtypes else torch.float32
+        if got is not None:
+            parts = zip(got, expected, strict=True) if isinstance(got, list) else [(got, expected)]
+            for mine, theirs in parts:
+                check(op, mine, theirs, dtype)
+        ran[op] = ran.get(op, 0) + 1
+    return ran
+
+
+def main(name: str) -> int:
+    (target,) = [target for target in ALL_TARGETS if str(target) == name]
+    if reason := target.why_missing():
+        print(f"{target}: {reason}")
+        return 1
+    ran = run(target)
+    print(f"{target}: {sum(ran.values())} calls of {len(ran)} ops are right: {ran}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,141 @@
+"""The engine, the programs and the server on a GPU, against themselves on the CPU."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from bench_frame import OurFrames, our_model
+from csm_1b import config_for
+from timing import GpuTimer
+
+from checkpoints import build_tiny
+from test_engine import GREEDY, SHAPES, TEXTS, random_context, run
+from vox_serve import say
+from vox_serve.audio import pcm16
+from vox_serve.engine import Request
+from vox_serve.loading import load_engine
+from vox_serve.sampling import SamplingParams
+from voxkern.backend import backend_for
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+
+NUM_FRAMES = 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(build_tiny(seed=5).write(tmp_path_factory.mktemp("checkpoint")))
+
+
+def requests(sampling, context=()) -> list[Request]:
+    return [
+        Request(text, 1, context, sampling(i), NUM_FRAMES, id=str(i))
+        for i, text in enumerate(TEXTS)
+    ]
+
+
+def test_the_kernels_are_there():
+    assert backend_for("cuda") == "native"
+    for op in ("linear", "decode_backbone", "decode_depth", "sample_tokens"):
+        assert backend_for("cuda", op) == "native"
+
+
+@pytest.mark.parametrize("with_context", [False, True], ids=["alone", "with context"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_greedy_codes_equal_the_cpus(tmp_path, shape, with_context):
+    folder = str(build_tiny(shape, seed=1).write(tmp_path))
+    context = random_context(shape) if with_context else []
+    both = [
+        run(
+            load_engine(folder, device=device, dtype="float32"),
+            *requests(lambda _: GREEDY, context),
+        )
+        for device in ("cpu", "cuda")
+    ]
+    for name, (codes, audio, reason) in both[0].items():
+        assert torch.equal(both[1][name][0], codes)
+        torch.testing.assert_close(both[1][name][1], audio, atol=1e-4, rtol=0)
+        assert both[1][name][2] == reason == "length"
+
+
+def test_sampled_codes_equal_the_cpus(folder):
+    """The same seeds, the same draws."""
+    cpu, cuda = (
+        run(
+            load_engine(folder, device=device, dtype="float32"),
+            *requests(lambda i: SamplingParams(seed=i, repetition_penalty=1.2)),
+        )
+        for device in ("cpu", "cuda")
+    )
+    for name, (codes, _, _) in cpu.items():
+        assert torch.equal(cuda[name][0], codes)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_request_gets_the_same_codes_alone_and_in_a_batch(folder, dtype):
+    engine = load_engine(folder, device="cuda", dtype=dtype)
+    asked = requests(lambda i: SamplingParams(seed=i))
+    together = run(engine, *asked)
+    for request in asked:
+        assert torch.equal(run(engine, request)[request.id][0], together[request.id][0])
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_frame_in_a_graph_is_the_frame(precision):
+    """Nothing in it waits for the host: it can be captured, and replayed gives the same codes."""
+    model = our_model(config_for(rehearse=True), precision, "cuda")
+    timer = GpuTimer()
+    frames = OurFrames(model, 3, timer)
+    assert not timer.without_graph
+    start = torch.randint_like(frames.codes, 2000)
+
+    def codes(step) -> torch.Tensor:
+        frames.codes.copy_(start)
+        made = []
+        for _ in range(4):
+            step()
+            made.append(frames.codes.clone())
+        return torch.stack(made)
+
+    eager, k_pages = codes(frames.frame), frames.cache.k_pages.clone()
+    replayed = codes(lambda: frames.frames_ms(1))
+    assert torch.equal(replayed, eager)
+    assert torch.equal(frames.cache.k_pages, k_pages)
+    assert not torch.equal(eager[0], eager[1])
+
+
+def test_say_on_a_gpu_says_what_it_says_on_a_cpu(folder, tmp_path):
+    said = []
+    for device in ("cpu", "cuda"):
+        path = tmp_path / f"{device}.npy"
+        line = ["--model", folder, "--device", device, "--dtype", "float32", "--greedy"]
+        wav = ["-o", str(tmp_path / "out.wav")]
+        assert say.main(["Hello.", *line, *wav, "--max_frames", "6", "--codes", str(path)]) == 0
+        said.append(np.load(path))
+    assert len(said[0]) == 6
+    assert said[0].tolist() == said[1].tolist()
+
+
+def test_a_gpu_is_chosen_where_there_is_one(folder):
+    engine = load_engine(folder)
+    assert (engine.model.device.type, engine.model.dtype) == ("cuda", torch.bfloat16)
+
+
+def test_the_server_speaks_what_the_engine_speaks(folder):
+    for module in ("fastapi", "uvicorn", "python_multipart"):
+        pytest.importorskip(module)
+    from test_live_server import LiveServer
+
+    engine, alone = (load_engine(folder, device="cuda", max_batch_size=3) for _ in range(2))
+    bodies = [{"text": t, "seed": i, "streaming": i % 2 == 0} for i, t in enumerate(TEXTS)]
+    with (
+        LiveServer(engine, max_batch_size=3, max_frames=NUM_FRAMES) as server,
+        ThreadPoolExecutor(len(bodies)) as pool,
+    ):
+        answers = list(pool.map(lambda body: server.post(**body).read(), bodies))
+    for body, answer in zip(bodies, answers, strict=True):
+        sampling = SamplingParams(seed=body["seed"])
+        request = Request(body["text"], sampling=sampling, max_frames=NUM_FRAMES, id="alone")
+        audio = run(alone, request)["alone"][1]
+        assert answer[44:] == pcm16(audio.numpy()).tobytes()
