@@ -11,6 +11,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+BUILD = ROOT / "build" / "cmake"
 
 
 class BuildWithCMake(build_ext):
@@ -23,20 +24,37 @@ class BuildWithCMake(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
-        build_dir = ROOT / "build" / "cmake"
         # It remembers the cmake and torch that made it; those of an isolated build are gone.
-        shutil.rmtree(build_dir, ignore_errors=True)
+        shutil.rmtree(BUILD, ignore_errors=True)
+        cuda = os.environ.get("VOXKERN_CUDA", "auto").lower()
+        try:
+            self.build_with_cmake(target, cuda)
+        except subprocess.CalledProcessError:
+            cache = BUILD / "CMakeCache.txt"
+            tried = cache.exists() and "CMAKE_CUDA_COMPILER:" in cache.read_text()
+            if cuda != "auto" or not tried:
+                raise
+            print(
+                "voxkern: the build above failed; once more, without the CUDA kernels "
+                "(VOXKERN_CUDA=on makes this an error, VOXKERN_CUDA=off does not try)",
+                file=sys.stderr,
+            )
+            self.build_with_cmake(target, "off")
+
+    def build_with_cmake(self, target: Path, cuda: str) -> None:
+        # An older one may stay in the way of what is built without.
+        target.with_name("_C_cuda.so").unlink(missing_ok=True)
         cmake = shutil.which("cmake") or "cmake"
         configure = [
-            *(cmake, "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja"),
+            *(cmake, "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja"),
             f"-DVOXKERN_TORCH={Path(torch.__file__).parent}",
-            f"-DVOXKERN_CUDA={os.environ.get('VOXKERN_CUDA', 'auto')}",
+            f"-DVOXKERN_CUDA={cuda}",
             *os.environ.get("VOXKERN_CMAKE_ARGS", "").split(),
         ]
         for command in (
             configure,
-            [cmake, "--build", str(build_dir)],
-            [cmake, "--install", str(build_dir), "--prefix", str(target.parent)],
+            [cmake, "--build", str(BUILD)],
+            [cmake, "--install", str(BUILD), "--prefix", str(target.parent)],
         ):
             print("+", *command, file=sys.stderr)
             subprocess.run(command, check=True)

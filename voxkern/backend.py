@@ -34,6 +34,8 @@ def why_missing(backend: str, device_type: str, op: str | None = None) -> str | 
         key = "Meta" if device_type == "meta" else device_type.upper()
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
         if not any(has_kernel(f"voxkern::{name}", key) for name in OPS):
+            if device_type == "cuda" and _cuda_error:
+                return f"{_CUDA_LIBRARY.name} does not load: {_cuda_error}"
             return f"the extension was built without {key} kernels"
         if op and not has_kernel(f"voxkern::{op}", key):
             return f"the extension has no {key} kernel of {op}"
@@ -105,9 +107,14 @@ def op(fake: Callable) -> Callable:
     return call
 
 
+_CUDA_LIBRARY = _LIBRARY.with_name("_C_cuda.so")
+_cuda_error = ""
 if _LIBRARY.exists():
     torch.ops.load_library(str(_LIBRARY))
-    # It needs the libraries of a torch with CUDA.
-    _CUDA_LIBRARY = _LIBRARY.with_name("_C_cuda.so")
+    # It needs the libraries of a torch with CUDA, of the version that it was built with; without
+    # them there are still the CPU's kernels.
     if torch.version.cuda and _CUDA_LIBRARY.exists():
-        torch.ops.load_library(str(_CUDA_LIBRARY))
+        try:
+            torch.ops.load_library(str(_CUDA_LIBRARY))
+        except OSError as error:
+            _cuda_error = str(error)
