@@ -105,11 +105,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("tools", nargs="*", default=list(TOOLS), choices=[*TOOLS, []])
+    parser.add_argument("tools", nargs="*", default=list(TOOLS), help="all of them by default")
     parser.add_argument("--planted", required=True)
     parser.add_argument("--save", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=120)
     args = parser.parse_args()
+    if unknown := [tool for tool in args.tools if tool not in TOOLS]:
+        parser.error(f"there is no {', '.join(unknown)}")
     deadline = time.monotonic() + args.seconds
     reports, lock = [], threading.Lock()
 

@@ -48,8 +48,10 @@ class Report:
 
     def leave_out(self, what: str, why: object) -> None:
         """Said at once, and kept."""
-        self.left_out.append(f"{what}: {str(why).splitlines()[0] if str(why) else repr(why)}")
-        print(f"left out: {self.left_out[-1]}", flush=True)
+        line = f"{what}: {str(why).splitlines()[0] if str(why) else repr(why)}"
+        if line not in self.left_out:
+            self.left_out.append(line)
+            print(f"left out: {line}", flush=True)
 
     @contextmanager
     def may_lack_a_kernel(self, what: str) -> Iterator[None]:

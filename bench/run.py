@@ -53,6 +53,7 @@ import argparse
 import statistics
 from pathlib import Path
 
+import machine
 import torch
 from csm_1b import config_for
 from report import Report
@@ -110,6 +111,8 @@ def main() -> None:
             report.machine["read GB/s"] = dict(
                 zip(("least", "median", "most"), spread, strict=True)
             )
+        if args.device == "cuda":
+            report.machine["gpu at the end"] = machine.nvidia_smi()
         save(report, args)
         print(report.json(), flush=True)
 

@@ -1,0 +1,250 @@
+"""What a run on a GPU is made of, as far as no GPU is needed; nothing is timed."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import bench_frame
+import bench_kernels
+import gpu_check
+import gpu_sanitize
+import pytest
+import torch
+from csm_1b import config_for
+from gpu_results import card, counts_of, headlines
+from report import Report
+from timing import GpuTimer, Rehearsal, timer_for
+
+import small_ops
+from ops_testing import moved
+
+
+class Checked(gpu_check.Check):
+    """Stages that run a line of Python each."""
+
+    def ops(self, stage):
+        code = self.command(stage, [sys.executable, "-c", "print('first'); raise SystemExit(3)"])
+        if code:
+            self.fail(stage)
+
+    def engine(self, stage):
+        stage.limit_s = 1
+        line = "import time; print('begun', flush=True); time.sleep(60)"
+        if self.command(stage, [sys.executable, "-c", line]) is None:
+            self.fail(stage)
+
+    def sanitize(self, stage):
+        raise ValueError("broken")
+
+    def kernels(self, stage):
+        stage.result = "passed"
+
+
+def checked(tmp_path, monkeypatch, *stages: str, seconds: float = 60) -> tuple[int, list[dict]]:
+    monkeypatch.setattr(gpu_check, "WORK", tmp_path)
+    monkeypatch.setattr(gpu_check, "GRACE_S", 0.5)
+    args = argparse.Namespace(
+        stages=stages, seconds=seconds, results=tmp_path, arch="90a", dry_run=True
+    )
+    code = Checked(args).run()
+    return code, json.loads((tmp_path / "dry-run" / "gpu_check.json").read_text())["stages"]
+
+
+def test_a_stage_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
+    code, stages = checked(tmp_path, monkeypatch, "ops", "engine", "sanitize", "kernels")
+    assert code == 1
+    assert [s["result"] for s in stages] == ["failed", "failed", "failed", "passed"]
+    assert stages[0]["details"]["output"] == ["first"]
+    assert stages[1]["what"] == "out of time"
+    assert stages[1]["details"]["output"][0] == "begun"
+    assert stages[1]["seconds"] < 30
+    assert stages[2]["what"] == "ValueError: broken"
+    shown = capsys.readouterr().out
+    assert "ops       failed" in shown
+    assert "kernels   passed" in shown
+
+
+def test_all_that_passes_is_no_failure(tmp_path, monkeypatch):
+    assert checked(tmp_path, monkeypatch, "kernels")[0] == 0
+
+
+def test_without_a_build_nothing_is_tested(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "NEEDED_PROGRAMS", ("no-such-program",))
+    monkeypatch.setenv("PATH", "")
+    code, stages = checked(tmp_path, monkeypatch, "build", "kernels")
+    assert code == 1
+    assert stages[0]["what"] == "not here: no-such-program"
+    assert (stages[1]["result"], stages[1]["what"]) == ("left out", "there is no build")
+
+
+def test_a_stage_past_the_end_is_a_failure(tmp_path, monkeypatch):
+    code, stages = checked(tmp_path, monkeypatch, "kernels", seconds=5)
+    assert (code, stages[0]["what"]) == (1, "no time left")
+
+
+def test_the_shell_command_takes_its_options(capsys, monkeypatch):
+    shell = Path(gpu_check.__file__).with_suffix(".sh")
+    assert shell.stat().st_mode & 0o100
+    assert "bench/gpu_check.py" in shell.read_text()
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--stages", "ops,nothing"])
+    with pytest.raises(SystemExit):
+        gpu_check.main()
+    assert "there is no nothing" in capsys.readouterr().err
+
+
+def test_tests_are_counted_from_pytests_report(tmp_path):
+    report = tmp_path / "report.xml"
+    report.write_text(
+        '<testsuites><testsuite><testcase classname="a" name="one"/>'
+        '<testcase classname="a" name="two"><failure message="1 != 2"/></testcase>'
+        '<testcase classname="a" name="three"><error message="no such"/></testcase>'
+        '<testcase classname="a" name="four"><skipped message="why"/></testcase>'
+        "</testsuite></testsuites>"
+    )
+    counts, failures = counts_of(report)
+    assert counts == {"passed": 1, "failed": 2, "skipped": 1}
+    assert failures == ["a::two: 1 != 2", "a::three: no such"]
+    assert counts_of(tmp_path / "none.xml")[0]["passed"] == 0
+
+
+def program(folder: Path, name: str, script: str) -> Path:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_the_card_names_a_folder(tmp_path):
+    smi = program(tmp_path, "smi", "echo 'NVIDIA H100 80GB HBM3'; echo 'NVIDIA H100 80GB HBM3'")
+    assert card(str(smi)) == "h100-80gb-hbm3"
+    assert card(str(tmp_path / "none")) == "unknown"
+
+
+def test_headlines_are_the_figures_asked_for():
+    frames = [
+        {"precision": p, "batch": b, "ms": ms, "% roofline": 70.0, "streams": 80 / ms * b}
+        for p, b, ms in (("bfloat16", 1, 4.0), ("bfloat16", 256, 40.0), ("bfloat16", 512, 90.0))
+    ]
+    shapes = [
+        ("linear", "gate_up [1, 2048] x 16384"),
+        ("linear", "gate_up [8, 2048] x 16384"),
+        ("decode_attention", "64 x 2048 keys"),
+        ("sample_tokens", "[256, 2051] top-k 50"),
+    ]
+    kernels = [{"op": op, "shape": s, "ms": 0.02, "% roofline": 90.0} for op, s in shapes]
+    assert headlines({"frame": frames, "kernels": kernels}) == [
+        "frame, batch 1, bfloat16: 4 ms, 70 % of the floor",
+        "real-time streams without the codec: 512 (batch 256, bfloat16, 40 ms)",
+        "linear gate_up [1, 2048] x 16384: 20 us, 90 % of the floor",
+        "decode_attention 64 x 2048 keys: 20 us, 90 % of the floor",
+        "sample_tokens [256, 2051] top-k 50: 20 us",
+    ]
+    assert headlines({}) == []
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        ((0, 1, 0, True), "clean"),
+        ((None, 1, 0, True), "the tool does not run here"),
+        ((0, None, 0, True), "the tool does not run here"),
+        ((2, 1, 0, True), "2 findings in a sound kernel"),
+        ((0, 0, 0, True), "the planted bug was not found"),
+        ((0, 1, 5, True), "5 findings in the ops"),
+        ((0, 1, None, True), "no end of the ops within the time"),
+        ((0, 1, 0, False), "the ops failed under the tool"),
+    ],
+)
+def test_a_tool_is_believed_if_it_finds_what_was_planted(counts, words):
+    assert gpu_sanitize.verdict(*counts) == words
+
+
+@pytest.mark.parametrize("blind", ["", "racecheck"])
+def test_every_tool_is_given_its_planted_bug(tmp_path, monkeypatch, blind, capsys):
+    """With a stand-in that finds something wherever the program's name is not "sound"."""
+    script = (
+        'tool=$2; for last in "$@"; do :; done; n=1\n'
+        'case "$last" in sound|native-cuda) n=0;; esac\n'
+        f'[ "$tool" = "{blind}" ] && n=0\n'
+        '[ "$tool" = racecheck ] && echo "===== RACECHECK SUMMARY: $n hazards displayed" && exit\n'
+        'echo "===== ERROR SUMMARY: $n errors"'
+    )
+    program(tmp_path, "compute-sanitizer", script)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    save = tmp_path / "answers.json"
+    monkeypatch.setattr(sys, "argv", ["x", "--planted", "planted", "--save", str(save)])
+    assert gpu_sanitize.main() == bool(blind)
+    answers = {answer["tool"]: answer["result"] for answer in json.loads(save.read_text())}
+    expected = dict.fromkeys(gpu_sanitize.TOOLS, "clean")
+    assert answers == expected | ({blind: "the planted bug was not found"} if blind else {})
+
+
+def test_planted_bugs_are_those_of_the_source():
+    source = (Path(__file__).parent / "cuda" / "planted.cu").read_text()
+    for bug, *_ in gpu_sanitize.TOOLS.values():
+        assert f'{{"{bug}", ' in source
+    assert '{"sound", sound}' in source
+
+
+def test_the_sanitizers_cases_are_right(target):
+    ran = small_ops.run(target)
+    plain = {"append_kv", "decode_attention", "linear", "sample_tokens", "decode_depth"}
+    assert plain <= ran.keys()
+
+
+def test_gpu_benches_rehearsed():
+    """Their way of timing, on CPU tensors of a tiny model: every case is called and has a row."""
+    timer, config, report = timer_for("cuda", rehearse=True), config_for(rehearse=True), Report()
+    ops = ["rms_norm", "decode_attention", "sample_tokens", "decode_backbone", "decode_depth"]
+    bench_kernels.run(report, timer, config, [torch.bfloat16], [1, 3], ops)
+    bench_frame.run(report, timer, config, ["bfloat16", "int8"], [1, 2], peer=False)
+    kernels, frames = (table.rows for table in report.tables)
+    assert {row[0] for row in kernels} == set(ops)
+    assert [row[:2] for row in frames] == [(p, b) for p in ("bfloat16", "int8") for b in (1, 2)]
+    assert not timer.without_graph
+
+
+def test_what_cannot_be_captured_is_timed_without_a_graph():
+    class NoGraphs(Rehearsal):
+        @staticmethod
+        def graph(graph):
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    timer, calls = GpuTimer(NoGraphs, "cpu", copy_bytes=64, matmul_size=8), []
+    measure = timer.prepare(calls.append, [(1,), (2,)], calls=3)
+    assert timer.without_graph == ["operation not permitted when stream is capturing"]
+    calls.clear()
+    assert measure() > 0
+    assert calls == [1, 2, 1]
+
+
+def test_what_no_kernel_takes_is_left_out():
+    report = Report()
+    with report.may_lack_a_kernel("int8"):
+        raise RuntimeError("weight: packed, which no CUDA kernel takes yet")
+    assert json.loads(report.json())["left out"] == [
+        "int8: weight: packed, which no CUDA kernel takes yet"
+    ]
+    with pytest.raises(RuntimeError, match="other"), report.may_lack_a_kernel("int8"):
+        raise RuntimeError("other")
+
+
+def test_moved_views_share_memory_and_keep_their_strides():
+    base = torch.arange(40.0)
+    rows = base.view(5, 8)[:, 2:6]
+    one = base[3:4].expand(6)
+    (there, many, [listed], number), copies = moved(
+        [rows, one, [rows.T], 7], lambda memory: memory.clone()
+    )
+    assert len(copies) == 1
+    assert torch.equal(there, rows)
+    assert (there.stride(), there.storage_offset()) == (rows.stride(), rows.storage_offset())
+    assert (many.stride(), number) == ((0,), 7)
+    there[0, 1] = -1.0  # element 3 of base
+    assert many.tolist() == [-1.0] * 6
+    assert listed[1, 0] == -1
+    assert base[3] == 3
+    for here, elsewhere in copies:
+        here.copy_(elsewhere)
+    assert base[3] == -1
