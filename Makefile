@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python
 CUDA := $(wildcard csrc/cuda/*.cuh csrc/cuda/*.cu)
 SIMT := $(wildcard tests/simt/*.h tests/simt/*.cpp)
+PLANTED := tests/sanitize/planted.cu
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
 OP_TESTS := $(wildcard $(patsubst voxkern/reference/%.py,tests/test_%.py,$(wildcard voxkern/reference/*.py)))
 
@@ -71,12 +72,12 @@ cuda-check: $(VENV)/torch
 lint: $(VENV)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CPP) $(CUDA) $(SIMT)
+	$(BIN)/clang-format --dry-run -Werror $(CPP) $(CUDA) $(SIMT) $(PLANTED)
 
 format: $(VENV)/lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CPP) $(CUDA) $(SIMT)
+	$(BIN)/clang-format -i $(CPP) $(CUDA) $(SIMT) $(PLANTED)
 
 bench: $(VENV)/test
 	$(RUN) bench/run.py all

@@ -122,7 +122,6 @@ class Check:
         if missing := missing_needs():
             stage.result, stage.what = "failed", f"not here: {', '.join(missing)}"
             return
-        stage.details["absent"] = [m for m in OPTIONAL_MODULES if not importlib.util.find_spec(m)]
         torch_path = Path(importlib.util.find_spec("torch").origin).parent
         configure = [
             *("cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", f"-DVOXKERN_TORCH={torch_path}"),
@@ -137,11 +136,17 @@ class Check:
                 return self.fail(stage)
         if not self.args.dry_run:
             # The first that loads it: a symbol that is missing shows here, in a word.
-            code = "import json, machine; print(json.dumps(machine.describe()))"
+            code = (
+                "import json, sys, machine; from voxkern.backend import why_missing; "
+                "print(json.dumps(machine.describe())); sys.exit(why_missing('native', 'cuda'))"
+            )
             if self.command(stage, [sys.executable, "-c", code], log="machine") != 0:
                 return self.fail(stage, "machine")
-            self.about = json.loads((WORK / "machine.log").read_text().splitlines()[-1])
+            lines = (WORK / "machine.log").read_text().splitlines()
+            self.about = json.loads(next(line for line in lines if line.startswith("{")))
         stage.result, stage.what = "passed", f"for {self.args.arch or 'the GPU that is here'}"
+        if absent := [m for m in OPTIONAL_MODULES if not importlib.util.find_spec(m)]:
+            stage.what += f"; absent, so some tests are skipped: {', '.join(absent)}"
 
     def ops(self, stage: Stage) -> None:
         ops = sorted(path.stem for path in (ROOT / "voxkern" / "reference").glob("*.py"))
@@ -158,7 +163,7 @@ class Check:
         planted = WORK / "planted"
         architecture = self.args.arch.replace(";", " ").split()
         gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architecture]
-        source = ROOT / "tests" / "cuda" / "planted.cu"
+        source = ROOT / "tests" / "sanitize" / "planted.cu"
         command = [
             "nvcc",
             "-O1",

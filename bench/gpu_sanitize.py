@@ -3,8 +3,9 @@
     python bench/gpu_sanitize.py --planted PROGRAM --save FILE [--seconds 120] [memcheck ...]
 
 A tool is believed only if it finds the bug that was planted for it, and nothing in the sound kernel
-beside it: PROGRAM is tests/cuda/planted.cu, compiled. Then it watches tests/small_ops.py. The tools
-run side by side. Writes FILE after each; exits with 1 if one found something or could not look.
+beside it: PROGRAM is tests/sanitize/planted.cu, compiled. Then it watches tests/small_ops.py. The
+tools run side by side. Writes FILE after each; exits with 1 if one found something or could not
+look.
 """
 
 import argparse

@@ -14,7 +14,7 @@ from test_engine import GREEDY, SHAPES, TEXTS, random_context, run
 from vox_serve import say
 from vox_serve.audio import pcm16
 from vox_serve.engine import Request
-from vox_serve.loading import load_engine
+from vox_serve.loading import _choose_device, load_engine
 from vox_serve.sampling import SamplingParams
 from voxkern.backend import backend_for
 
@@ -118,8 +118,8 @@ def test_say_on_a_gpu_says_what_it_says_on_a_cpu(folder, tmp_path):
 
 
 def test_a_gpu_is_chosen_where_there_is_one(folder):
-    engine = load_engine(folder)
-    assert (engine.model.device.type, engine.model.dtype) == ("cuda", torch.bfloat16)
+    assert _choose_device() == "cuda"
+    assert load_engine(folder, device="cuda").model.dtype == torch.bfloat16
 
 
 def test_the_server_speaks_what_the_engine_speaks(folder):

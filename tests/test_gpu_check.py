@@ -181,7 +181,7 @@ def test_every_tool_is_given_its_planted_bug(tmp_path, monkeypatch, blind, capsy
 
 
 def test_planted_bugs_are_those_of_the_source():
-    source = (Path(__file__).parent / "cuda" / "planted.cu").read_text()
+    source = (Path(__file__).parent / "sanitize" / "planted.cu").read_text()
     for bug, *_ in gpu_sanitize.TOOLS.values():
         assert f'{{"{bug}", ' in source
     assert '{"sound", sound}' in source

@@ -1,5 +1,5 @@
-// planted NAME: launches one small kernel. "sound" has no bug; each of the others has one, which one
-// of compute-sanitizer's tools must find before it is believed to find none in the ops
+// planted NAME: launches one small kernel. "sound" has no bug; each of the others has one, which
+// one of compute-sanitizer's tools must find before it is believed to find none in the ops
 // (bench/gpu_sanitize.py says which).
 #include <cuda_runtime.h>
 
