@@ -161,18 +161,10 @@ class Check:
 
     def sanitize(self, stage: Stage) -> None:
         planted = WORK / "planted"
-        architecture = self.args.arch.replace(";", " ").split()
-        gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architecture]
         source = ROOT / "tests" / "sanitize" / "planted.cu"
-        command = [
-            "nvcc",
-            "-O1",
-            "-lineinfo",
-            *(gencode or ["-arch=native"]),
-            "-o",
-            planted,
-            source,
-        ]
+        targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.args.arch.split(";") if a]
+        command = ["nvcc", "-O1", "-lineinfo", *(targets or ["-arch=native"]), source]
+        command += ["-o", planted]
         if self.command(stage, command) != 0:
             return self.fail(stage)
         if self.args.dry_run:
@@ -186,7 +178,8 @@ class Check:
             return
         answers = WORK / "sanitize.json"
         answers.unlink(missing_ok=True)
-        seconds = min(stage.limit_s, self.end - time.monotonic()) - GRACE_S
+        # It must end what it watches before it is ended itself.
+        seconds = min(stage.limit_s, self.end - time.monotonic() - GRACE_S) - GRACE_S
         command = [sys.executable, "bench/gpu_sanitize.py", "--planted", planted]
         code = self.command(stage, [*command, "--save", answers, "--seconds", str(seconds)])
         tools = json.loads(answers.read_text()) if answers.exists() else []
@@ -216,7 +209,7 @@ class Check:
             stage.details["left out"] = left_out
             stage.what += f", {len(left_out)} left out"
         stage.result = "passed" if code == 0 and rows else "failed"
-        if code:
+        if code != 0:
             self.fail(stage)
 
     def pytest(self, stage: Stage, arguments: list[str], least: int) -> None:
@@ -235,7 +228,7 @@ class Check:
         stage.details |= {"tests": counts, "failures": failures[:20]}
         stage.what = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
         stage.result = "passed" if code == 0 and counts["passed"] >= least else "failed"
-        if code:
+        if code != 0:
             self.fail(stage)
 
     def command(self, stage: Stage, command: list, log: str | None = None) -> int | None:

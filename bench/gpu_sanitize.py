@@ -13,8 +13,10 @@ import concurrent.futures
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -61,20 +63,21 @@ def watch(tool: str, command: tuple[str, ...], port: int, deadline: float, *opti
     # An allocation for each tensor: none hides behind another's end, or in what one left behind.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
-        done = subprocess.run(
-            line,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=max(1.0, deadline - time.monotonic()),
-        )
-    except subprocess.TimeoutExpired as error:
-        return (error.stdout or b"").decode(errors="replace"), None
+        with (
+            tempfile.TemporaryFile() as output,
+            subprocess.Popen(
+                line, env=environment, stdout=output, stderr=subprocess.STDOUT, process_group=0
+            ) as process,
+        ):
+            try:
+                code = process.wait(max(1.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # the program too, not the tool alone
+                code = None
+            output.seek(0)
+            return output.read().decode(errors="replace"), code
     except OSError as error:
         return str(error), None
-    return done.stdout, done.returncode
 
 
 def examine(tool: str, index: int, planted: str, deadline: float) -> dict:

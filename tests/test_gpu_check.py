@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 
 import bench_frame
@@ -178,6 +179,16 @@ def test_every_tool_is_given_its_planted_bug(tmp_path, monkeypatch, blind, capsy
     answers = {answer["tool"]: answer["result"] for answer in json.loads(save.read_text())}
     expected = dict.fromkeys(gpu_sanitize.TOOLS, "clean")
     assert answers == expected | ({blind: "the planted bug was not found"} if blind else {})
+
+
+def test_a_tool_that_does_not_end_is_ended_with_its_program(tmp_path, monkeypatch):
+    left = tmp_path / "left"
+    program(tmp_path, "compute-sanitizer", f"echo begun; (sleep 2; touch {left}) & wait")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    answer = gpu_sanitize.watch("memcheck", ("planted", "sound"), 1, time.monotonic())
+    assert answer == ("begun\n", None)
+    time.sleep(1.5)
+    assert not left.exists()
 
 
 def test_planted_bugs_are_those_of_the_source():
