@@ -7,8 +7,8 @@ Stages, in this order; each has a time limit, and what is left of `--seconds` is
     build      CMake and ninja, in build/gpu, for the GPU that is here; installed into voxkern/. A
                second run builds what has changed. The same sources and flags as `pip install`.
     ops        every op test on the GPU
-    engine     tests/test_cuda.py: greedy codes equal to the CPU's, a frame as a CUDA graph, the
-               programs, the server
+    engine     tests/test_cuda.py and test_engine.py: greedy codes equal to the CPU's, a frame as a
+               CUDA graph, batches, the programs, the server
     frame      bench/run.py frame: whole frames
     sanitize   compute-sanitizer's four tools, each shown to find a planted bug
     kernels    bench/run.py kernels: every op
@@ -157,7 +157,8 @@ class Check:
 
     def engine(self, stage: Stage) -> None:
         only = ["--collect-only"] if self.args.dry_run else []
-        self.pytest(stage, ["tests/test_cuda.py", *only], least=0 if only else 5)
+        arguments = ["tests/test_cuda.py", "tests/test_engine.py", "-k", "cuda", *only]
+        self.pytest(stage, arguments, least=0 if only else 15)
 
     def sanitize(self, stage: Stage) -> None:
         planted = WORK / "planted"

@@ -22,15 +22,6 @@ def pytest_generate_tests(metafunc) -> None:
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _cpu_unless_asked():
-    """Engines are loaded on the CPU where there is a GPU too: test_cuda.py asks for it."""
-    with pytest.MonkeyPatch.context() as patch:
-        if torch.cuda.is_available():
-            patch.setattr("vox_serve.loading._choose_device", lambda: "cpu")
-        yield
-
-
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

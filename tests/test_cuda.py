@@ -14,7 +14,7 @@ from test_engine import GREEDY, SHAPES, TEXTS, random_context, run
 from vox_serve import say
 from vox_serve.audio import pcm16
 from vox_serve.engine import Request
-from vox_serve.loading import _choose_device, load_engine
+from vox_serve.loading import choose_device, load_engine
 from vox_serve.sampling import SamplingParams
 from voxkern.backend import backend_for
 
@@ -118,7 +118,7 @@ def test_say_on_a_gpu_says_what_it_says_on_a_cpu(folder, tmp_path):
 
 
 def test_a_gpu_is_chosen_where_there_is_one(folder):
-    assert _choose_device() == "cuda"
+    assert choose_device() == "cuda"
     assert load_engine(folder, device="cuda").model.dtype == torch.bfloat16
 
 
@@ -138,4 +138,6 @@ def test_the_server_speaks_what_the_engine_speaks(folder):
         sampling = SamplingParams(seed=body["seed"])
         request = Request(body["text"], sampling=sampling, max_frames=NUM_FRAMES, id="alone")
         audio = run(alone, request)["alone"][1]
-        assert answer[44:] == pcm16(audio.numpy()).tobytes()
+        # torch's products in the codec depend on the batch there.
+        got = np.frombuffer(answer[44:], "<i2").astype(int)
+        assert np.abs(got - pcm16(audio.numpy())).max() <= 1e-4 * 2**15 + 1
