@@ -41,8 +41,15 @@ class BuildWithCMake(build_ext):
             )
             self.build_with_cmake(target, "off")
 
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        # setuptools knows of _C.so alone; and one that is older must not stay.
+        built, beside = (Path(root, "voxkern", "_C_cuda.so") for root in (self.build_lib, ROOT))
+        beside.unlink(missing_ok=True)
+        if built.exists():
+            shutil.copy(built, beside)
+
     def build_with_cmake(self, target: Path, cuda: str) -> None:
-        # An older one may stay in the way of what is built without.
         target.with_name("_C_cuda.so").unlink(missing_ok=True)
         cmake = shutil.which("cmake") or "cmake"
         configure = [

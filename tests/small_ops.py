@@ -72,8 +72,10 @@ def cases() -> Iterator[tuple[str, tuple]]:
                 yield op, tuple(arguments.values())
         yield "mimi_conv", tuple(test_mimi_conv.make(test_mimi_conv.SIZES[1], dtype).values())
         yield "mimi_convs", tuple(test_mimi_convs.make(2, 3, dtype).values())
-    arguments = test_mimi_transformer.make(test_mimi_transformer.SIZES[0], [3, 0])
-    yield "mimi_transformer", tuple(test_mimi_transformer.finite(arguments).values())
+    yield (
+        "mimi_transformer",
+        tuple(test_mimi_transformer.make(test_mimi_transformer.SIZES[0], [3, 0]).values()),
+    )
 
 
 def copied(arg):
