@@ -23,9 +23,9 @@ compiler, cmake, ninja and nvcc; compute-sanitizer. Without fastapi, uvicorn, py
 soundfile, soxr or huggingface_hub the tests of what needs them are skipped: stage engine says so.
 With pytest-xdist the tests run side by side. No network.
 
-`--dry-run` is for a machine without a GPU: the build for one (`--arch`), tests collected, and run
-where the kernels are built for the host (make simt); planted bugs compiled, the sanitizers' cases
-on the CPU; benchmarks rehearsed on a tiny model. What it writes is in build/gpu_check too.
+`--dry-run` is for a machine without a GPU: the build for one (`--arch`); tests are collected,
+planted bugs compiled, the sanitizers' cases run on the CPU, the benchmarks rehearsed on a tiny
+model. What it writes is in build/gpu_check too.
 """
 
 import argparse
@@ -144,6 +144,9 @@ class Check:
                 return self.fail(stage, "machine")
             lines = (WORK / "machine.log").read_text().splitlines()
             self.about = json.loads(next(line for line in lines if line.startswith("{")))
+        stage.details["versions"] = {
+            name: version_of(name) for name in ("nvcc", "cmake", "compute-sanitizer")
+        }
         stage.result, stage.what = "passed", f"for {self.args.arch or 'the GPU that is here'}"
         if absent := [m for m in OPTIONAL_MODULES if not importlib.util.find_spec(m)]:
             stage.what += f"; absent, so some tests are skipped: {', '.join(absent)}"
@@ -301,6 +304,17 @@ def missing_needs() -> list[str]:
         os.environ["PATH"] += os.pathsep + "/usr/local/cuda/bin"
     programs = [name for name in NEEDED_PROGRAMS if not shutil.which(name)]
     return programs + [name for name in NEEDED_MODULES if not importlib.util.find_spec(name)]
+
+
+def version_of(program: str) -> str:
+    """What a program says of itself; empty if it is not there."""
+    try:
+        said = subprocess.run(
+            [program, "--version"], capture_output=True, text=True, timeout=20
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return " ".join(said.split())[-200:]
 
 
 def end_group(process: subprocess.Popen) -> None:
