@@ -102,11 +102,11 @@ def random_model() -> MimiModel:
     return model
 
 
-def our_codecs(model: MimiModel, precisions: list[str]) -> dict[str, Mimi]:
+def our_codecs(model: MimiModel, precisions: list[str], device: str = "cpu") -> dict[str, Mimi]:
     """Ours on its weights, at each precision."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        return {name: load_mimi(folder, name) for name in precisions}
+        return {name: load_mimi(folder, name, device) for name in precisions}
 
 
 def run(report: Report, precisions: list[str], batches: list[int], peer: bool) -> None:

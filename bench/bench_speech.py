@@ -1,21 +1,23 @@
 """Speech of full-size CSM-1B through the engine, as the server runs it: sampling, codec and all.
 
 Random weights, a prompt of 128 text tokens, the default sampling. A step is one frame of each of
-`batch` requests, from codes to samples; the first, with the prompt, is not counted. Precisions take
-turns of a few steps, so that a slow minute of the machine is every precision's. `% roofline` is the
-time to read the transformers' weights, and nothing else, from memory.
-To be run with `OMP_WAIT_POLICY=PASSIVE`, which `launch` and `say` set.
+`batch` requests, from codes to samples; the first, with the prompt, is not counted. On a CPU,
+precisions take turns of a few steps, so that a slow minute of the machine is every precision's; on
+a GPU they come one after the other, since the caches of all would not fit. `% roofline` is the time
+to read the transformers' weights, and nothing else, from memory; `streams` is how many a step of
+this batch serves in real time. To be run with `OMP_WAIT_POLICY=PASSIVE`, which `launch` and `say`
+set.
 """
 
 import statistics
 import time
 
-import roofline
 import torch
 from bench_codec import our_codecs, random_model
 from bench_frame import our_model
-from csm_1b import CACHED, CSM_1B, FRAME_MS, frame_bytes
+from csm_1b import CACHED, FRAME_MS, frame_bytes
 from report import Report
+from timing import CpuTimer, GpuTimer
 
 from vox_serve.engine import Engine, Prompt, Request
 from vox_serve.loading import CODEC_PRECISIONS
@@ -23,13 +25,15 @@ from vox_serve.mimi import Mimi
 from vox_serve.model_config import CsmConfig
 
 TURNS, TURN_STEPS = 20, 3
+GPU_TURN_STEPS = 10
+"""More, since the first of a turn finds the frame done that was begun in the turn before."""
 
 
 class OurSpeech:
     """An engine with `batch` requests under way."""
 
-    def __init__(self, config: CsmConfig, precision: str, codec: Mimi, batch: int):
-        model = our_model(config, precision)
+    def __init__(self, config: CsmConfig, precision: str, codec: Mimi, batch: int, device: str):
+        model = our_model(config, precision, device)
         self.bytes = frame_bytes(model.weights).total
         self.batch = batch
         self.engine = Engine(model, codec, prompts=None, max_batch_size=batch)
@@ -47,30 +51,41 @@ class OurSpeech:
         return (time.perf_counter() - start) * 1e3
 
 
-def run(report: Report, precisions: list[str], batches: list[int]) -> None:
+def run(
+    report: Report,
+    timer: CpuTimer | GpuTimer,
+    config: CsmConfig,
+    precisions: list[str],
+    batches: list[int],
+) -> None:
     table = report.table(
         "speech",
         [
             *("precision", "batch", "ms", "ms least", "ms most", "GB read", "% roofline"),
-            *("real-time factor", "frames/s"),
+            *("real-time factor", "streams"),
         ],
     )
-    config = CsmConfig.from_json(CSM_1B)
     codec_of = {p: CODEC_PRECISIONS.get(p, CODEC_PRECISIONS["none"]) for p in precisions}
-    codecs = our_codecs(random_model(), sorted({*codec_of.values()}))
-    for batch in batches:
-        speech = {p: OurSpeech(config, p, codecs[codec_of[p]], batch) for p in precisions}
-        times: dict[str, list[float]] = {p: [] for p in precisions}
-        bandwidths: list[float] = []
-        for _ in range(TURNS):
-            bandwidths.append(roofline.read_bandwidth())
+    codecs = our_codecs(random_model(), sorted({*codec_of.values()}), timer.device)
+    on_gpu = isinstance(timer, GpuTimer)
+    turns, steps = (timer.rounds, GPU_TURN_STEPS) if on_gpu else (TURNS, TURN_STEPS)
+    for side_by_side in [[p] for p in precisions] if on_gpu else [precisions]:
+        for batch in batches:
+            speech: dict[str, OurSpeech] = {}
+            for p in side_by_side:
+                with report.may_lack_a_kernel(f"speech {p}"):
+                    speech[p] = OurSpeech(config, p, codecs[codec_of[p]], batch, timer.device)
+            times: dict[str, list[float]] = {p: [] for p in speech}
+            bandwidths: list[float] = []
+            for _ in range(turns):
+                bandwidths.append(timer.bandwidth())
+                for precision, ours in speech.items():
+                    times[precision] += [ours.step_ms() for _ in range(steps)]
+            bytes_per_ms = statistics.median(bandwidths) / 1e3
             for precision, ours in speech.items():
-                times[precision] += [ours.step_ms() for _ in range(TURN_STEPS)]
-        bytes_per_ms = statistics.median(bandwidths) / 1e3
-        for precision, ours in speech.items():
-            ms = statistics.median(times[precision])
-            table.add(
-                *(precision, batch, ms, min(times[precision]), max(times[precision])),
-                *(ours.bytes / 1e9, 100 * ours.bytes / bytes_per_ms / ms),
-                *(ms / FRAME_MS, 1e3 * batch / ms),
-            )
+                ms = statistics.median(times[precision])
+                table.add(
+                    *(precision, batch, ms, min(times[precision]), max(times[precision])),
+                    *(ours.bytes / 1e9, 100 * ours.bytes / bytes_per_ms / ms),
+                    *(ms / FRAME_MS, FRAME_MS / ms * batch),
+                )

@@ -1,6 +1,6 @@
 """Everything that is to be known of a GPU, in one run of less than ten minutes.
 
-    bench/gpu_check.sh [--stages build,ops,engine,sanitize,frame,kernels] [--dry-run]
+    bench/gpu_check.sh [--stages build,ops,engine,frame,...] [--dry-run]
 
 Stages, in this order; each has a time limit, and what is left of `--seconds` is another:
 
@@ -12,6 +12,7 @@ Stages, in this order; each has a time limit, and what is left of `--seconds` is
     frame      bench/run.py frame: whole frames
     sanitize   compute-sanitizer's four tools, each shown to find a planted bug
     kernels    bench/run.py kernels: every op
+    speech     bench/run.py speech: the engine's steps, codec and all
 
 A stage that fails stops no other, but without a build there is nothing to test. Results are written
 after every stage: RESULTS/CARD/gpu_check.json (`--results`, default bench/results) has what each
@@ -82,6 +83,7 @@ STAGES = {
     "frame": 110,
     "sanitize": 130,
     "kernels": 120,
+    "speech": 90,
 }
 """Seconds; they add up to more than a run has, for most take a fraction."""
 
@@ -196,6 +198,9 @@ class Check:
 
     def kernels(self, stage: Stage) -> None:
         self.bench(stage, ["--batch", "1"])
+
+    def speech(self, stage: Stage) -> None:
+        self.bench(stage, ["--batch", "1", "--quantize", "none"])
 
     def bench(self, stage: Stage, rehearsed: list[str]) -> None:
         rest = ["--rehearse", *rehearsed] if self.args.dry_run else ["--device", "cuda"]

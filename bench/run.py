@@ -14,8 +14,8 @@
                                    minutes. Needs 22 GB of memory for all
 
 Options:
-    --device cpu|cuda          where (default cpu); on a GPU roofline, kernels and frame, which are
-                               all of it
+    --device cpu|cuda          where (default cpu); on a GPU roofline, kernels, frame and speech,
+                               which are all of it
     --rehearse                 the GPU's way of timing, on the CPU with a tiny model: shows that it
                                runs, and its figures mean nothing
     --save FOLDER              write the results there as BENCH.json, and peers' plot beside them
@@ -26,7 +26,7 @@ Options:
                                all; the codec has no int4)
     --batch 1,8,64             batch sizes (defaults: kernels 1,8,64; frame 1,2,4; codec 1,4;
                                speech 1; on a GPU kernels 1,8,64,256; frame 1,8,32,64,128,256,384,
-                               512)
+                               512; speech 1,64,256,384)
     --ops linear,silu_mul      kernels: only these ops
     --threads N                threads (default: the processors this process may use)
     --no-peer                  frame, codec: without transformers
@@ -62,7 +62,7 @@ from timing import timer_for
 import voxkern
 
 BENCHES = ("roofline", "kernels", "frame", "codec", "speech")
-GPU_BENCHES = ("roofline", "kernels", "frame")
+GPU_BENCHES = ("roofline", "kernels", "frame", "speech")
 BATCHES = {
     ("kernels", "cpu"): [1, 8, 64],
     ("kernels", "cuda"): [1, 8, 64, 256],
@@ -70,6 +70,7 @@ BATCHES = {
     ("frame", "cuda"): [1, 8, 32, 64, 128, 256, 384, 512],
     ("codec", "cpu"): [1, 4],
     ("speech", "cpu"): [1],
+    ("speech", "cuda"): [1, 64, 256, 384],
 }
 
 
@@ -156,7 +157,7 @@ def run(report: Report, args: argparse.Namespace, on_gpu: bool) -> None:
     if "speech" in chosen:
         import bench_speech
 
-        bench_speech.run(report, precisions, batches("speech"))
+        bench_speech.run(report, timer, config, precisions, batches("speech"))
     if args.bench == "quantization":
         import bench_quantization
 

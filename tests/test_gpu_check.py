@@ -141,6 +141,9 @@ def test_headlines_are_the_figures_asked_for():
         "decode_attention 64 x 2048 keys: 20 us, 90 % of the floor",
         "sample_tokens [256, 2051] top-k 50: 20 us",
     ]
+    assert headlines({"speech": frames[1:]}) == [
+        "real-time streams in the engine: 512 (batch 256, bfloat16, 40 ms)"
+    ]
     assert headlines({}) == []
 
 
