@@ -4,10 +4,11 @@
 // Streams plain weights; two kernels.
 //
 // bfloat16: the tensor cores, for any M, since a row's bits must not depend on M. A block takes
-// kColumns rows of W and kTileM rows of x. Its warps share the columns of both in turns of 32: a
-// lane has 16 bytes of one row of W and of one or two of x, which are two products of 16 columns,
-// in an order of columns that is the same for both operands. kFlight such loads of W are under way
-// before the first is used. Then the warps' sums are added in their order.
+// kColumns rows of W and kTileM rows of x. Each of its kWarps warps has an equal range of the
+// columns of both, in whole chunks of 32, and takes the chunks in their order: a lane has 16 bytes
+// of one row of W and of one or two of x, which are two products of 16 columns, in an order of
+// columns that is the same for both operands. kFlight such loads of W are under way before the
+// first is used. Then the warps' sums are added in their order.
 //
 // float32: a warp takes kRows rows of W and kTile rows of x, lane l the vectors l, l + 32, ... of
 // all of them, kSteps of W under way; sums over the lanes at the end.
@@ -61,33 +62,34 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) tensor_kernel(LinearParams p
   const bf16* const x = static_cast<const bf16*>(p.x) + (m + row) * C;
   const bool in_weight = n + row < N, in_x = m + row < p.M, in_high = m + row + 8 < p.M;
 
+  const int64_t range = divide_up(vectors, kWarps * kLanes) * kLanes;
+  const int64_t begin = warp * range;
+  const int64_t end = begin + range < vectors ? begin + range : vectors;  // may be before begin
   uint4 raw[kFlight];
   const auto read = [&](int64_t first) {
 #pragma unroll
     for (int s = 0; s < kFlight; ++s) {
-      const int64_t i = first + s * (kWarps * kLanes);
+      const int64_t i = first + s * kLanes + column;
       raw[s] = {};
-      if (!in_weight || i >= vectors) continue;
+      if (!in_weight || i >= end) continue;
       if constexpr (kAligned)
         raw[s] = load_stream(weight + i * kSize);
       else
         raw[s] = read_vector<bf16, false>(weight, i, C);
     }
   };
-  const int64_t mine = warp * kLanes + column;
-  constexpr int64_t kTurn = kFlight * kWarps * kLanes;
-  read(mine);
+  read(begin);
   wait_for_previous_kernel();  // weights are nobody's output: they may come before
   float sums[4] = {};
-  for (int64_t base = 0; base < vectors; base += kTurn) {  // the same for all lanes
-    if (base > 0) read(base + mine);
+  for (int64_t first = begin; first < end; first += kFlight * kLanes) {  // the same for all lanes
+    if (first > begin) read(first);
 #pragma unroll
     for (int s = 0; s < kFlight; ++s) {
-      const int64_t i = base + mine + s * (kWarps * kLanes);
-      if (i - column >= vectors) break;  // the whole warp
+      const int64_t i = first + s * kLanes + column;
+      if (i - column >= end) break;  // the whole warp
       uint4 low = {}, high = {};
-      if (in_x && i < vectors) low = read_vector<bf16, kAligned>(x, i, C);
-      if (kHigh && in_high && i < vectors) high = read_vector<bf16, kAligned>(x + 8 * C, i, C);
+      if (in_x && i < end) low = read_vector<bf16, kAligned>(x, i, C);
+      if (kHigh && in_high && i < end) high = read_vector<bf16, kAligned>(x + 8 * C, i, C);
       multiply_bf16(sums, {low.x, high.x, low.y, high.y}, raw[s].x, raw[s].y);
       multiply_bf16(sums, {low.z, high.z, low.w, high.w}, raw[s].z, raw[s].w);
     }
