@@ -29,6 +29,9 @@ SIZES = [
     Sizes(K=5, V=2051, L=1, Cb=33, C=64, F=50, Hq=2, Hkv=1, D=6),
     Sizes(K=2, V=7, L=3, Cb=16, C=9, F=11, Hq=3, Hkv=3, D=34),
     Sizes(K=4, V=1, L=0, Cb=8, C=8, F=4, Hq=1, Hkv=1, D=2),
+    Sizes(K=9, V=35, L=2, Cb=40, C=72, F=40, Hq=5, Hkv=1, D=32),
+    Sizes(K=33, V=35, L=1, Cb=40, C=40, F=40, Hq=2, Hkv=2, D=64),
+    Sizes(K=6, V=35, L=1, Cb=40, C=40, F=40, Hq=4, Hkv=2, D=128),
 ]
 # Not all in multiples of 16; 41 codes and 108 rows of qkv do not fill their last block.
 PACKED_SIZES = [
@@ -130,12 +133,13 @@ def test_every_position_is_attended_to(target):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_bfloat16_codes_are_nearly_always_the_references(target, temperature):
+@pytest.mark.parametrize("sizes", [SIZES[0], SIZES[5], SIZES[6]], ids=str)
+def test_bfloat16_codes_are_nearly_always_the_references(target, sizes, temperature):
     """One code that falls to the other side of a rounding changes all that follow in its frame.
 
     So only the code after the common beginning counts; chance would have 1 in 35 agree.
     """
-    assert agreement(target, lambda: make(SIZES[0], torch.bfloat16, 8), temperature) > 0.97
+    assert agreement(target, lambda: make(sizes, torch.bfloat16, 8), temperature) > 0.97
 
 
 def agreement(target, make_arguments, temperature: float, rounds: int = 4) -> float:
@@ -174,6 +178,16 @@ def test_packed_codes_are_those_of_the_packed_values(target, format):
         same += int((agreed - 1).sum())
         total += int((agreed - 1).sum() + (agreed < 32).sum())
     assert same / total > 0.9
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_number_of_rows_gives_each_row_its_codes(target, dtype):
+    """Up to 16 rows share launches that do more, some of them by 8."""
+    sizes = Sizes(K=3, V=35, L=1, Cb=40, C=264, F=72, Hq=4, Hkv=2, D=64)
+    arguments = make(sizes, dtype, 17)
+    expected = run(target, arguments)
+    for rows in (1, 8, 9, 16):
+        assert torch.equal(run(target, of_rows(arguments, slice(0, rows))), expected[:rows])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -29,7 +29,11 @@ def run(name: str, order: str) -> str:
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
-    "name", ["sum", "neighbour", "warp", "copy", "grid", "overlap", "overlap that lasts"]
+    "name",
+    [
+        *("sum", "neighbour", "warp", "copy", "grid", "overlap", "overlap that lasts"),
+        "overlap behind a late start",
+    ],
 )
 def test_a_sound_kernel_is_right(name, order):
     assert run(name, order) == "right\n"
@@ -50,6 +54,7 @@ def test_a_sound_kernel_is_right(name, order):
         ("grid that is not resident", "threads wait for ever"),
         ("unwritten", "wrong"),
         ("overlap that reads", "wrong"),
+        ("overlap without a late start", "wrong"),
         ("overlap that never waits", "overlaps the launch in front, but does not wait for it"),
     ],
 )

@@ -1,5 +1,6 @@
 #include "../append_kv.h"
 #include "common.cuh"
+#include "elementwise.cuh"
 
 // A block takes a token; a thread the pairs (i, i + D/2) of N neighbours of one head of q or k, or
 // 2 N elements of a head of v (N is a vector of 16 bytes, or one element where strides do not allow
@@ -15,6 +16,7 @@ constexpr int kThreads = 256;
 
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads) append_kv_kernel(AppendKvParams p) {
+  let_next_kernel_start();
   wait_for_previous_kernel();
   const int64_t t = blockIdx.x, half = p.D / 2;
   const int per_head = static_cast<int>(half) / N, Hq = static_cast<int>(p.Hq),
@@ -48,14 +50,13 @@ __global__ void __launch_bounds__(kThreads) append_kv_kernel(AppendKvParams p) {
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         const float cos = table[i + j], sin = table[half + i + j], a = low[j], b = high[j];
-        low[j] = a * cos - b * sin;
-        high[j] = b * cos + a * sin;
+        low[j] = rotated_low(a, b, cos, sin);
+        high[j] = rotated_high(a, b, cos, sin);
       }
     }
     store<N>(to + i, low);
     store<N>(to + half + i, high);
   }
-  let_next_kernel_start();
 }
 
 template <typename T>
@@ -69,7 +70,8 @@ void run(const AppendKvParams& p, cudaStream_t stream) {
   launch(vectors ? append_kv_kernel<T, kVector<T>> : append_kv_kernel<T, 1>,
          {.grid = dim3(static_cast<unsigned>(p.T)),
           .block = dim3(block_size(items, kThreads)),
-          .stream = stream},
+          .stream = stream,
+          .overlaps_previous = true},
          p);
 }
 

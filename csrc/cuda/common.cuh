@@ -35,12 +35,28 @@
 
 namespace voxkern {
 
+// Programmatic dependent launch: a kernel launched with `overlaps_previous` may start as soon as
+// every block of the kernel in front has called let_next_kernel_start() or ended. Its contract:
+//
+// - wait_for_previous_kernel() returns when the kernel in front has ended and all that it wrote can
+//   be seen. Every thread calls it before it reads what a kernel in front may write, or writes
+//   anything at all.
+// - At least one thread of every block calls it. So a kernel never ends before the one in front,
+//   and the wait is for all kernels before, however many of them run at once.
+// - Before the wait it may read weights, which no kernel of ours writes, and what was complete when
+//   it was launched: if some kernel in between called let_next_kernel_start() after its own wait,
+//   that is all that the ones in front of that one wrote. What may have changed since an earlier
+//   kernel read it, by load_fresh() or __ldcg().
+// - let_next_kernel_start() comes as early as that leaves it: right behind a kernel's own
+//   prefetches, so that theirs come first. It starts nothing before all blocks of this grid have
+//   started, so it takes no room from them; the next kernels' blocks take what room is left, and
+//   fetch weights there while this one waits or computes.
+// - Multiprocessors divide their memory anew between the first-level cache and shared memory only
+//   when they are idle, so all these kernels ask for the same division.
 struct LaunchShape {
   dim3 grid, block;
   size_t shared_bytes = 0;
   cudaStream_t stream;
-  // May start before the kernel in front has ended: it calls wait_for_previous_kernel() before it
-  // touches what that one writes.
   bool overlaps_previous = false;
 };
 
@@ -53,10 +69,10 @@ void launch(void (*kernel)(Params...), const LaunchShape& shape, Args&&... args)
                       std::forward<Args>(args)...);
 }
 
-inline void copy_bytes(void* to, const void* from, int64_t bytes, cudaStream_t) {
-  simt::finish();
-  std::memcpy(to, from, bytes);
-}
+// Of the device: few, so that grids that go by their number are tested; the smallest of our
+// targets.
+inline int64_t multiprocessors() { return 3; }
+inline int64_t shared_bytes_limit() { return 99 << 10; }
 
 #define VOX_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(simt::dynamic_shared())
 #define VOX_SHARED(type, name)                                                  \
@@ -76,11 +92,35 @@ inline void check_cuda(cudaError_t status, const char* what) {
   throw std::runtime_error(message.str());
 }
 
+inline int64_t device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
+}
+inline int64_t multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+// Of a block.
+inline int64_t shared_bytes_limit() {
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+}
+
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), const LaunchShape& shape, Args&&... args) {
-  if (shape.shared_bytes > (48 << 10))
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shape.shared_bytes)),
+  if (shape.shared_bytes > (48 << 10)) {
+    // Only ever raised: graphs hold launches with more.
+    cudaFuncAttributes now = {};
+    check_cuda(cudaFuncGetAttributes(&now, kernel), "cudaFuncGetAttributes");
+    if (now.maxDynamicSharedSizeBytes < static_cast<int>(shape.shared_bytes))
+      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(shape.shared_bytes)),
+                 "cudaFuncSetAttribute");
+  }
+  // Processors before Hopper have no such launches: there the wait is none.
+  const bool overlaps =
+      shape.overlaps_previous && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
+  if (overlaps)
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                    cudaSharedmemCarveoutMaxShared),
                "cudaFuncSetAttribute");
   cudaLaunchAttribute overlap = {};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -91,13 +131,8 @@ void launch(void (*kernel)(Params...), const LaunchShape& shape, Args&&... args)
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = shape.stream;
   config.attrs = &overlap;
-  config.numAttrs = shape.overlaps_previous ? 1 : 0;
+  config.numAttrs = overlaps ? 1 : 0;
   check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), "kernel launch");
-}
-
-// Between places of one device.
-inline void copy_bytes(void* to, const void* from, int64_t bytes, cudaStream_t stream) {
-  check_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream), "copy");
 }
 
 // The block's dynamic shared memory, as launched.

@@ -1,144 +1,271 @@
 #include "../decode_depth.h"
+#include "../sample_tokens.h"
 #include "layers.cuh"
+#include "sampler.cuh"
 
-// The composition of the other ops, launch by launch, one position after the other: 9 a layer, and
-// 4 a position. The caches are pages of K positions, one a row. It waits for nothing on the host,
-// so a CUDA graph can hold it.
+// One position after the other. A layer is five launches (for more than 16 rows nine), a position
+// has two more: the head with the norm in front, and a draw that also fetches the next position's
+// row. The cache is [L, B, Hkv, K, D]; where depth_attention does not take the heads it is pages of
+// K positions, one a row. It waits for nothing on the host, so a CUDA graph can hold it.
+//
+// begin_kernel, look_up_kernel and draw_kernel let nothing start before their own wait: all behind
+// them may read the op's arguments and places, and keys of the positions before theirs, ahead of
+// its wait.
+//
+// At batch 1 in bfloat16 on an H100, us at 3.35 TB/s:
+//
+//   launch                    blocks     weights
+//   norm, qkv                    192      3.1 MB   0.9
+//   rope, append, attention        2         -     about 1
+//   o, residual                  128      2.1 MB   0.6
+//   norm, gate, up, SwiGLU       264     33.6 MB  10.0
+//   down, residual               128     16.8 MB   5.0
+//   norm, head (a position)      257      4.2 MB   1.3
+//   draw, look-up (a position)     1         -     1 (greedy) to 5
+//
+// 31 x 22 launches and 20 for the first position, whose last layer has but its keys to give: 702,
+// and 2.1 ms of memory's time. A launch costs what its neighbours' prefetches do not hide of about
+// 1.2 us; see product.cuh.
 namespace voxkern {
 namespace {
 
 constexpr int kThreads = 256;
 
-// What the layers want to know of each position, and what sampling takes for no penalty.
+// What pages of positions want to know of each position.
 struct DepthPlaces {
-  int64_t* codes;       // [K, B]
   int64_t* positions;   // [K, B]
   int64_t* slots;       // [K, B]
   int32_t* seq_lens;    // [K, B]
   int32_t* page_table;  // [B, 1]
-  float* no_penalty;    // [B]
 };
 
 // One thread a position and row.
-__global__ void prepare_kernel(DepthPlaces all, const int64_t* code0, int64_t B, int64_t K) {
+__global__ void places_kernel(DepthPlaces all, int64_t B, int64_t K, unsigned* counters,
+                              int64_t count) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  for (int64_t c = i; c < count; c += static_cast<int64_t>(gridDim.x) * blockDim.x) counters[c] = 0;
   if (i >= B * K) return;
   const int64_t position = i / B, b = i % B;
   all.positions[i] = position;
   all.slots[i] = b * K + position;
   all.seq_lens[i] = static_cast<int32_t>(position + 1);
-  if (position > 0) return;
-  all.codes[b] = code0[b];
-  all.page_table[b] = static_cast<int32_t>(b);
-  all.no_penalty[b] = 1;
+  if (position == 0) all.page_table[b] = static_cast<int32_t>(b);
 }
 
-// A block copies row `code` of a codebook's rows for one sequence; a code outside becomes zeros.
+// out[:, 0] = code0.
+__global__ void begin_kernel(const int64_t* code0, int64_t B, int64_t K, int64_t* out) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const int64_t b = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (b < B) out[b * K] = code0[b];
+}
+
+// The block copies row `code` of [V, C]; a code outside becomes zeros.
 template <typename T>
-__global__ void look_up_kernel(const T* rows, const int64_t* codes, int64_t V, int64_t C, T* out) {
-  const int64_t code = codes[blockIdx.x];
-  for (int64_t i = threadIdx.x; i < C; i += blockDim.x)
-    out[blockIdx.x * C + i] = code >= 0 && code < V ? rows[code * C + i] : from_float<T>(0.0f);
+__device__ __forceinline__ void copy_row(const T* rows, int64_t code, int64_t V, int64_t C, T* to) {
+  const bool there = code >= 0 && code < V;
+  const T* const from = rows + (there ? code * C : 0);
+  if (C % kVector<T> == 0 && reinterpret_cast<uintptr_t>(rows) % 16 == 0) {
+    for (int64_t i = threadIdx.x; i < C / kVector<T>; i += blockDim.x)
+      reinterpret_cast<uint4*>(to)[i] =
+          there ? reinterpret_cast<const uint4*>(from)[i] : uint4{0, 0, 0, 0};
+  } else {
+    for (int64_t i = threadIdx.x; i < C; i += blockDim.x)
+      to[i] = there ? from[i] : from_float<T>(0.0f);
+  }
 }
 
-// out [B, K] from codes [K, B].
-__global__ void transpose_kernel(const int64_t* codes, int64_t B, int64_t K, int64_t* out) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i < B * K) out[i] = codes[i % K * B + i / K];
+// A block takes a row: codebook 0 to the residual of position 1.
+template <typename T>
+__global__ void look_up_kernel(DecodeDepthParams p, T* residual) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const int64_t b = blockIdx.x, C = p.layers.C;
+  copy_row(static_cast<const T*>(p.audio_rows), p.code0[b], p.V, C, residual + b * C);
 }
 
-// What a frame needs besides the layers' buffers.
+// A block takes a row: draws `codebook`, and looks up the next position's row.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    draw_kernel(DecodeDepthParams p, int64_t codebook, const T* logits, T* residual) {
+  VOX_DYNAMIC_SHARED(float, z);
+  VOX_SHARED(SamplerShared, shared);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const int64_t b = blockIdx.x, C = p.layers.C;
+  const SamplerRow row = {
+      .temperature = p.temperature[b],
+      .top_k = p.top_k[b],
+      .top_p = p.top_p[b],
+      .min_p = p.min_p[b],
+      .repetition_penalty = 1,
+      .history = nullptr,
+      .W = 0,
+      .seed = p.seeds[b],
+      .frame = p.frames[b],
+      .codebook = codebook,
+  };
+  auto* const weights = reinterpret_cast<uint32_t*>(z + sampler_padded(p.V));
+  const int code = sample_row(logits + b * p.V, static_cast<int>(p.V), row, z, weights, shared);
+  if (threadIdx.x == 0) p.out[b * p.K + codebook] = code;
+  if (codebook + 1 < p.K)
+    copy_row(static_cast<const T*>(p.audio_rows) + codebook * p.V * C, code, p.V, C,
+             residual + b * C);
+}
+
+// All that a frame needs besides its arguments.
 struct DepthBuffers {
+  Layers layers;
   DepthPlaces all;
   void* logits;             // [B, V]
-  void *k_pages, *v_pages;  // [L, B, Hkv, K, D]
+  void *k_cache, *v_cache;  // [L, B, Hkv, K, D]
+  float* splits;
+  unsigned* counters;
+  int64_t count;
 
-  DepthBuffers(Arena& arena, const DecodeDepthParams& p) {
+  DepthBuffers(Arena& arena, const DecodeDepthParams& p) : layers(arena, p.layers, p.dtype, p.B) {
     const LayersParams& l = p.layers;
-    all.codes = arena.take<int64_t>(p.K * p.B);
     all.positions = arena.take<int64_t>(p.K * p.B);
     all.slots = arena.take<int64_t>(p.K * p.B);
     all.seq_lens = arena.take<int32_t>(p.K * p.B);
     all.page_table = arena.take<int32_t>(p.B);
-    all.no_penalty = arena.take<float>(p.B);
     logits = arena.take<char>(p.B * p.V * element_bytes(p.dtype));
     const int64_t cache = l.L * p.B * l.Hkv * p.K * l.D * element_bytes(p.dtype);
-    k_pages = arena.take<char>(cache);
-    v_pages = arena.take<char>(cache);
+    k_cache = arena.take<char>(cache);
+    v_cache = arena.take<char>(cache);
+    splits = arena.take<float>(decode_attention_workspace(paged(p, 0, 0)));
+    count = append_and_attend_counters(paged(p, 0, 0));
+    counters = arena.take<unsigned>(count);
   }
 
-  KvPlaces places(const DecodeDepthParams& p, int64_t position) const {
-    const int64_t at = position * p.B;
+  // Of a layer.
+  void* keys(const DecodeDepthParams& p, void* cache, int64_t layer) const {
+    const LayersParams& l = p.layers;
+    return offset(cache, layer * p.B * l.Hkv * p.K * l.D, p.dtype);
+  }
+
+  DepthAttentionParams resident(const DecodeDepthParams& p, int64_t position, int64_t layer) const {
+    const LayersParams& l = p.layers;
     return {
-        .P = p.B,
+        .dtype = p.dtype,
+        .B = p.B,
+        .Hq = l.Hq,
+        .Hkv = l.Hkv,
+        .D = l.D,
+        .K = p.K,
+        .position = position,
+        .qkv = layers.qkv,
+        .rope_table = l.rope_table,
+        .k_cache = keys(p, k_cache, layer),
+        .v_cache = keys(p, v_cache, layer),
+        .scale = 1.0f / sqrtf(static_cast<float>(l.D)),
+        .out = layers.attended,
+    };
+  }
+
+  DecodeAttentionParams paged(const DecodeDepthParams& p, int64_t position, int64_t layer) const {
+    const LayersParams& l = p.layers;
+    return {
+        .dtype = p.dtype,
+        .B = p.B,
+        .Hq = l.Hq,
+        .Hkv = l.Hkv,
+        .D = l.D,
         .S = p.K,
         .M = 1,
-        .positions = all.positions + at,
-        .slots = all.slots + at,
+        .q = layers.qkv,
+        .q_stride = (l.Hq + 2 * l.Hkv) * l.D,
+        .k_pages = keys(p, k_cache, layer),
+        .v_pages = keys(p, v_cache, layer),
         .page_table = all.page_table,
-        .seq_lens = all.seq_lens + at,
-        .k_pages = k_pages,
-        .v_pages = v_pages,
-        .scale = 1.0f / sqrtf(static_cast<float>(p.layers.D)),
+        .seq_lens = all.seq_lens + position * p.B,
+        .scale = 1.0f / sqrtf(static_cast<float>(l.D)),
+        .out = layers.attended,
+    };
+  }
+
+  AppendKvParams append(const DecodeDepthParams& p, int64_t position, int64_t layer) const {
+    const LayersParams& l = p.layers;
+    const int64_t stride = (l.Hq + 2 * l.Hkv) * l.D;
+    return {
+        .dtype = p.dtype,
+        .T = p.B,
+        .Hq = l.Hq,
+        .Hkv = l.Hkv,
+        .D = l.D,
+        .S = p.K,
+        .q = layers.qkv,
+        .q_stride = stride,
+        .k = offset(layers.qkv, l.Hq * l.D, p.dtype),
+        .k_stride = stride,
+        .v = offset(layers.qkv, (l.Hq + l.Hkv) * l.D, p.dtype),
+        .v_stride = stride,
+        .rope_table = l.rope_table,
+        .positions = all.positions + position * p.B,
+        .slots = all.slots + position * p.B,
+        .k_pages = keys(p, k_cache, layer),
+        .v_pages = keys(p, v_cache, layer),
     };
   }
 };
 
-void draw(const DecodeDepthParams& p, const DepthBuffers& buffers, int64_t codebook,
-          cudaStream_t stream) {
-  sample_tokens({.dtype = p.dtype,
-                 .B = p.B,
-                 .V = p.V,
-                 .W = 0,
-                 .logits = buffers.logits,
-                 .temperature = p.temperature,
-                 .top_k = p.top_k,
-                 .top_p = p.top_p,
-                 .min_p = p.min_p,
-                 .repetition_penalty = buffers.all.no_penalty,
-                 .history = nullptr,
-                 .seeds = p.seeds,
-                 .frames = p.frames,
-                 .codebook = codebook,
-                 .out = buffers.all.codes + codebook * p.B},
-                stream);
-}
-
 template <typename T>
-void look_up(const DecodeDepthParams& p, const int64_t* codes, int64_t codebook, void* out,
-             cudaStream_t stream) {
-  launch(look_up_kernel<T>,
-         {.grid = dim3(static_cast<unsigned>(p.B)),
-          .block = dim3(block_size(p.layers.C, kThreads)),
-          .stream = stream},
-         static_cast<const T*>(p.audio_rows) + codebook * p.V * p.layers.C, codes + codebook * p.B,
-         p.V, p.layers.C, static_cast<T*>(out));
+void decode(const DecodeDepthParams& p, DepthBuffers& buffers, cudaStream_t stream) {
+  Layers& layers = buffers.layers;
+  T* const residual = static_cast<T*>(layers.residual);
+  const LaunchShape each_row = {.grid = dim3(static_cast<unsigned>(p.B)),
+                                .block = dim3(kThreads),
+                                .stream = stream,
+                                .overlaps_previous = true};
+  LaunchShape each_draw = each_row;
+  each_draw.shared_bytes = static_cast<size_t>(sampler_shared_bytes(p.V));
+  const auto each = [&](int64_t items) -> LaunchShape {
+    return {.grid = dim3(static_cast<unsigned>(divide_up(items, kThreads))),
+            .block = dim3(kThreads),
+            .stream = stream,
+            .overlaps_previous = true};
+  };
+  if (!fits(buffers.resident(p, 0, 0)))
+    launch(places_kernel, each(p.B * p.K), buffers.all, p.B, p.K, buffers.counters, buffers.count);
+  launch(begin_kernel, each(p.B), p.code0, p.B, p.K, p.out);
+  for (int64_t position = 0; position < p.K; ++position) {
+    if (position == 0)
+      layers.project(p.hidden, p.projection, layers.residual, stream);
+    else if (position == 1)
+      launch(look_up_kernel<T>, each_row, p, residual);
+    layers.keys_only = position == 0;
+    layers.run(
+        [&](int64_t layer) {
+          const DepthAttentionParams resident = buffers.resident(p, position, layer);
+          if (fits(resident))
+            depth_attention(resident, stream);
+          else
+            append_and_attend(buffers.append(p, position, layer), buffers.paged(p, position, layer),
+                              buffers.splits, buffers.counters, stream);
+        },
+        stream);
+    if (position == 0) continue;
+    layers.project_normed(p.layers.norm, matrix(p.heads, position - 1, p.dtype), buffers.logits,
+                          stream);
+    launch(draw_kernel<T>, each_draw, p, position, static_cast<const T*>(buffers.logits), residual);
+  }
 }
 
 }  // namespace
 
+// Bytes that `p.workspace` must hold.
+int64_t decode_depth_workspace(const DecodeDepthParams& p) {
+  Arena count(nullptr);
+  DepthBuffers(count, p);
+  return count.bytes();
+}
+
 void decode_depth(const DecodeDepthParams& p, cudaStream_t stream) {
   Arena arena(p.workspace);
-  const DepthBuffers buffers(arena, p);
-  Layers layers(arena, p.layers, p.dtype, p.B, buffers.places(p, 0));
-  const LaunchShape each_code = {
-      .grid = dim3(static_cast<unsigned>(divide_up(p.B * p.K, kThreads))),
-      .block = dim3(kThreads),
-      .stream = stream};
-  launch(prepare_kernel, each_code, buffers.all, p.code0, p.B, p.K);
-  for (int64_t position = 0; position < p.K; ++position) {
-    if (position == 0)
-      layers.project(p.hidden, p.B, p.projection, 0, layers.residual, stream);
-    else if (p.dtype == Dtype::f32)
-      look_up<float>(p, buffers.all.codes, position - 1, layers.residual, stream);
-    else
-      look_up<bf16>(p, buffers.all.codes, position - 1, layers.residual, stream);
-    layers.run(buffers.places(p, position), stream);
-    if (position == 0) continue;
-    layers.project(layers.normed, p.B, p.heads, position - 1, buffers.logits, stream);
-    draw(p, buffers, position, stream);
-  }
-  launch(transpose_kernel, each_code, buffers.all.codes, p.B, p.K, p.out);
+  DepthBuffers buffers(arena, p);
+  p.dtype == Dtype::f32 ? decode<float>(p, buffers, stream) : decode<bf16>(p, buffers, stream);
 }
 
 }  // namespace voxkern
@@ -160,13 +287,13 @@ Tensor decode_depth_cuda(Tensor hidden, Tensor code0, Tensor audio_rows, Tensor 
   check_plain(p.projection, "projection");
   check_plain(p.layers);
   check_plain(p.heads, "heads");
+  check_attention(p.layers, p.B);
+  check(sampler_shared_bytes(p.V) <= (96 << 10), "heads: on CUDA expected V <= 12288, got ", p.V);
   Tensor out = torch::stable::new_empty(code0, {p.B, p.K});
   if (p.B == 0) return out;
   p.out = static_cast<int64_t*>(out.mutable_data_ptr());
-  Arena count(nullptr);
-  const DepthBuffers buffers(count, p);
-  Layers(count, p.layers, p.dtype, p.B, buffers.places(p, 0));
-  Tensor workspace = torch::stable::new_empty(hidden, {count.bytes()}, ScalarType::Byte);
+  Tensor workspace =
+      torch::stable::new_empty(hidden, {decode_depth_workspace(p)}, ScalarType::Byte);
   p.workspace = workspace.mutable_data_ptr();
   const OnDevice device(hidden);
   decode_depth(p, device.stream);

@@ -23,6 +23,7 @@ __global__ void __launch_bounds__(kThreads) embed_frames_kernel(EmbedFramesParam
   const int64_t t = blockIdx.y;
   const int64_t at = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * N;
 
+  let_next_kernel_start();
   wait_for_previous_kernel();
   float sums[N] = {};
   for (int64_t first = 0; first <= p.K; first += kListed) {
@@ -58,7 +59,6 @@ __global__ void __launch_bounds__(kThreads) embed_frames_kernel(EmbedFramesParam
     }
     __syncthreads();
   }
-  let_next_kernel_start();
   if (at < p.C) store<N>(static_cast<T*>(p.out) + t * p.C + at, sums);
 }
 
@@ -79,7 +79,8 @@ void run(const EmbedFramesParams& p, cudaStream_t stream) {
            {.grid = dim3(static_cast<unsigned>(divide_up(items, threads)),
                          static_cast<unsigned>(part.T)),
             .block = dim3(threads),
-            .stream = stream},
+            .stream = stream,
+            .overlaps_previous = true},
            part);
   }
 }

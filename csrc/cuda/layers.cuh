@@ -1,5 +1,11 @@
-// A stack of layers for one token of each row, as launches of the other ops: what decode_backbone
-// and decode_depth share. Results are rounded where the composed ops store them.
+// A stack of layers for one token of each row: what decode_backbone and decode_depth share. A layer
+// of few rows is five launches:
+//
+//   norm, qkv | rope, append, attention | o, residual | norm, gate and up, SwiGLU | down, residual
+//
+// The attention is the op's own. Products that product() does not take (many rows, packed weights,
+// odd widths) are launches of rms_norm, linear and silu_mul. Either way results are rounded where
+// those store them.
 #pragma once
 
 #include "../cpu/arena.h"
@@ -18,128 +24,119 @@ inline void* offset(void* p, int64_t elements, Dtype dtype) {
   return static_cast<char*>(p) + elements * element_bytes(dtype);
 }
 
-// Where keys and values go, and which of them each row attends to.
-struct KvPlaces {
-  int64_t P, S, M;            // pages of a layer, page size, pages in a row of the table
-  const int64_t* positions;   // [B]
-  const int64_t* slots;       // [B]
-  const int32_t* page_table;  // [B, M]
-  const int32_t* seq_lens;    // [B]
-  void* k_pages;              // [L, P, Hkv, S, D]
-  void* v_pages;              // [L, P, Hkv, S, D]
-  float scale;
-};
+// Matrix `at` of those in `weight`.
+inline Weight matrix(Weight weight, int64_t at, Dtype dtype) {
+  const int64_t bytes = weight.format == Format::plain ? weight.N * weight.C * element_bytes(dtype)
+                                                       : divide_up(weight.N, kBlockRows) *
+                                                             block_bytes(weight.format, weight.C);
+  weight.data = static_cast<const char*>(weight.data) + at * bytes;
+  return weight;
+}
 
 class Layers {
  public:
-  void *residual, *normed, *branch;  // [B, C]
+  void* residual;          // [B, C], what run() begins with
+  void *qkv, *attended;    // [B, (Hq + 2 Hkv) D], [B, Hq D]
+  bool keys_only = false;  // of the last layer only the attention runs
 
-  Layers(Arena& arena, const LayersParams& params, Dtype dtype, int64_t B, const KvPlaces& places)
-      : p_(params), dtype_(dtype), B_(B), places_(places) {
+  Layers(Arena& arena, const LayersParams& params, Dtype dtype, int64_t B)
+      : p_(params), dtype_(dtype), B_(B) {
     const auto take = [&](int64_t columns) -> void* {
       return arena.take<char>(B * columns * element_bytes(dtype));
     };
     residual = take(p_.C);
-    normed = take(p_.C);
-    branch = take(p_.C);
-    qkv_ = take((p_.Hq + 2 * p_.Hkv) * p_.D);
-    attended_ = take(p_.Hq * p_.D);
+    qkv = take((p_.Hq + 2 * p_.Hkv) * p_.D);
+    attended = take(p_.Hq * p_.D);
+    normed_ = take(p_.C);
+    branch_ = take(p_.C);
     gate_up_ = take(2 * p_.F);
     product_ = take(p_.F);
-    workspace_ = arena.take<float>(decode_attention_workspace(attention(0)));
   }
 
-  // From `residual` to `normed`.
-  void run(const KvPlaces& places, cudaStream_t stream) {
-    places_ = places;
+  // attend(layer) is the attention between `qkv` and `attended`.
+  template <typename Attend>
+  void run(const Attend& attend, cudaStream_t stream) {
     for (int64_t layer = 0; layer < p_.L; ++layer) {
-      normalise(layer > 0, p_.attn_norm, layer, stream);
-      project(normed, B_, p_.qkv, layer, qkv_, stream);
-      append_kv(append(layer), stream);
-      decode_attention(attention(layer), workspace_, stream);
-      project(attended_, B_, p_.o, layer, branch, stream);
-      normalise(true, p_.mlp_norm, layer, stream);
-      project(normed, B_, p_.gate_up, layer, gate_up_, stream);
-      silu_mul({.dtype = dtype_, .rows = B_, .F = p_.F, .gate_up = gate_up_, .out = product_},
-               stream);
-      project(product_, B_, p_.down, layer, branch, stream);
+      project_normed(offset(p_.attn_norm, layer * p_.C, dtype_), matrix(p_.qkv, layer, dtype_), qkv,
+                     stream);
+      attend(layer);
+      if (keys_only && layer == p_.L - 1) return;
+      project_and_add(attended, matrix(p_.o, layer, dtype_), stream);
+      feed(offset(p_.mlp_norm, layer * p_.C, dtype_), matrix(p_.gate_up, layer, dtype_), stream);
+      project_and_add(product_, matrix(p_.down, layer, dtype_), stream);
     }
-    normalise(p_.L > 0, p_.norm, 0, stream);
   }
 
-  // out [rows, N] = x [rows, C] times the transpose of matrix `at`.
-  void project(const void* x, int64_t rows, const Weight& weight, int64_t at, void* out,
-               cudaStream_t stream) const {
-    Weight one = weight;
-    one.data = offset(weight.data, at * weight.N * weight.C, dtype_);
-    linear({.dtype = dtype_, .M = rows, .x = x, .weight = one, .out = out}, stream);
+  // out = x [B, C] times the transpose of `weight`.
+  void project(const void* x, const Weight& weight, void* out, cudaStream_t stream) const {
+    linear({.dtype = dtype_, .M = B_, .x = x, .weight = weight, .out = out}, stream);
   }
 
- private:
-  // normed = the norm of residual, after adding the branch or not.
-  void normalise(bool add, const void* weight, int64_t layer, cudaStream_t stream) const {
+  // out = the norm of the residual.
+  void normalise(const void* weight, void* out, cudaStream_t stream) {
     rms_norm({.dtype = dtype_,
               .rows = B_,
               .C = p_.C,
-              .x = add ? branch : residual,
-              .residual = add ? residual : nullptr,
-              .weight = offset(weight, layer * p_.C, dtype_),
-              .out = normed,
+              .x = has_branch_ ? branch_ : residual,
+              .residual = has_branch_ ? residual : nullptr,
+              .weight = weight,
+              .out = out,
               .eps = p_.eps},
              stream);
+    has_branch_ = false;
   }
 
-  AppendKvParams append(int64_t layer) const {
-    const int64_t stride = (p_.Hq + 2 * p_.Hkv) * p_.D, pages = layer * page_elements();
-    return {
-        .dtype = dtype_,
-        .T = B_,
-        .Hq = p_.Hq,
-        .Hkv = p_.Hkv,
-        .D = p_.D,
-        .S = places_.S,
-        .q = qkv_,
-        .q_stride = stride,
-        .k = offset(qkv_, p_.Hq * p_.D, dtype_),
-        .k_stride = stride,
-        .v = offset(qkv_, (p_.Hq + p_.Hkv) * p_.D, dtype_),
-        .v_stride = stride,
-        .rope_table = p_.rope_table,
-        .positions = places_.positions,
-        .slots = places_.slots,
-        .k_pages = offset(places_.k_pages, pages, dtype_),
-        .v_pages = offset(places_.v_pages, pages, dtype_),
-    };
+  // The norm of the residual through `weight`.
+  void project_normed(const void* norm, const Weight& weight, void* out, cudaStream_t stream) {
+    ProductParams fused = of(residual, weight, weight.N, out);
+    fused.before = Before::norm;
+    fused.norm = norm;
+    if (takes(fused, weight)) return product(fused, stream);
+    normalise(norm, normed_, stream);
+    project(normed_, weight, out, stream);
   }
 
-  DecodeAttentionParams attention(int64_t layer) const {
-    return {
-        .dtype = dtype_,
-        .B = B_,
-        .Hq = p_.Hq,
-        .Hkv = p_.Hkv,
-        .D = p_.D,
-        .S = places_.S,
-        .M = places_.M,
-        .q = qkv_,
-        .q_stride = (p_.Hq + 2 * p_.Hkv) * p_.D,
-        .k_pages = offset(places_.k_pages, layer * page_elements(), dtype_),
-        .v_pages = offset(places_.v_pages, layer * page_elements(), dtype_),
-        .page_table = places_.page_table,
-        .seq_lens = places_.seq_lens,
-        .scale = places_.scale,
-        .out = attended_,
-    };
+ private:
+  ProductParams of(const void* x, const Weight& weight, int64_t columns, void* out) const {
+    return {.dtype = dtype_,
+            .M = B_,
+            .N = columns,
+            .C = weight.C,
+            .x = x,
+            .eps = p_.eps,
+            .weight = weight.data,
+            .out = out};
+  }
+  bool takes(const ProductParams& fused, const Weight& weight) const {
+    return !has_branch_ && weight.format == Format::plain && fits(fused);
   }
 
-  int64_t page_elements() const { return places_.P * p_.Hkv * places_.S * p_.D; }
+  void project_and_add(const void* x, const Weight& weight, cudaStream_t stream) {
+    ProductParams fused = of(x, weight, weight.N, residual);
+    fused.after = After::add;
+    fused.residual = residual;
+    if (takes(fused, weight)) return product(fused, stream);
+    project(x, weight, branch_, stream);
+    has_branch_ = true;
+  }
+
+  void feed(const void* norm, const Weight& weight, cudaStream_t stream) {
+    ProductParams fused = of(residual, weight, p_.F, product_);
+    fused.before = Before::norm;
+    fused.norm = norm;
+    fused.after = After::swiglu;
+    if (takes(fused, weight)) return product(fused, stream);
+    normalise(norm, normed_, stream);
+    project(normed_, weight, gate_up_, stream);
+    silu_mul({.dtype = dtype_, .rows = B_, .F = p_.F, .gate_up = gate_up_, .out = product_},
+             stream);
+  }
 
   const LayersParams p_;
   const Dtype dtype_;
   const int64_t B_;
-  KvPlaces places_;
-  void *qkv_, *attended_, *gate_up_, *product_;
-  float* workspace_;
+  void *normed_, *branch_, *gate_up_, *product_;
+  bool has_branch_ = false;  // the residual still lacks branch_
 };
 
 #ifdef VOX_HOST_PASS
@@ -151,6 +148,11 @@ inline void check_plain(const LayersParams& p) {
   check_plain(p.o, "o");
   check_plain(p.gate_up, "gate_up");
   check_plain(p.down, "down");
+}
+// What the attention takes.
+inline void check_attention(const LayersParams& p, int64_t B) {
+  check(p.D <= 256, "rope_table: on CUDA expected heads of at most 256 elements, got ", p.D);
+  check(B <= 65535, "on CUDA expected at most 65535 rows, got ", B);
 }
 #endif
 

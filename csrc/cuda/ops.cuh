@@ -8,19 +8,36 @@
 #include "../decode_attention.h"
 #include "../linear.h"
 #include "../rms_norm.h"
-#include "../sample_tokens.h"
 #include "../silu_mul.h"
+#include "product.h"
 
 namespace voxkern {
 
 void rms_norm(const RmsNormParams& p, cudaStream_t stream);
 void silu_mul(const SiluMulParams& p, cudaStream_t stream);
-void append_kv(const AppendKvParams& p, cudaStream_t stream);
-void sample_tokens(const SampleTokensParams& p, cudaStream_t stream);
 // Of a plain weight.
 void linear(const LinearParams& p, cudaStream_t stream);
-// Floats that `workspace` must hold.
+
+// append_kv, then decode_attention. For the lengths, pages, positions and slots, and for the pages
+// of keys but for those in `slots`, it does not wait: see launch()'s contract. `workspace` holds
+// decode_attention_workspace() floats, `counters` append_and_attend_counters() zeros, which are
+// zeros again when it is done.
 int64_t decode_attention_workspace(const DecodeAttentionParams& p);
-void decode_attention(const DecodeAttentionParams& p, float* workspace, cudaStream_t stream);
+int64_t append_and_attend_counters(const DecodeAttentionParams& p);
+void append_and_attend(const AppendKvParams& append, const DecodeAttentionParams& p,
+                       float* workspace, unsigned* counters, cudaStream_t stream);
+
+// The same for keys and values of one call. For keys in front of `position` it does not wait.
+struct DepthAttentionParams {
+  Dtype dtype;
+  int64_t B, Hq, Hkv, D, K, position;
+  const void* qkv;          // [B, (Hq + 2 Hkv) D]
+  const float* rope_table;  // [positions, D]
+  void *k_cache, *v_cache;  // [B, Hkv, K, D]
+  float scale;
+  void* out;  // [B, Hq, D]
+};
+bool fits(const DepthAttentionParams& p);
+void depth_attention(const DepthAttentionParams& p, cudaStream_t stream);
 
 }  // namespace voxkern

@@ -40,8 +40,34 @@ __device__ __forceinline__ uint4 load_stream(const void* p) {
   return r;
 }
 
-// Programmatic dependent launch: what comes before may overlap the end of the kernel before this
-// one in the stream, and must not touch what that one writes.
+// 16 bytes on their way from global to shared memory, zeros if not `there` (nothing is read then).
+// A thread's copies since its last commit_copies() are a group; wait_copies<N>() returns when all
+// but its last N groups have arrived, for this thread.
+__device__ __forceinline__ void copy_async_16(void* shared, const void* global, bool there) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global), "r"(there ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int N>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// 16 bytes that a kernel in front may have written, past the first-level cache, which may hold what
+// was there before. For one number __ldcg() does the same.
+__device__ __forceinline__ uint4 load_fresh(const void* p) {
+  uint4 r;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
+               : "l"(p));
+  return r;
+}
+
+// Programmatic dependent launch; common.cuh has the contract.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -1,5 +1,6 @@
 #include "../rms_norm.h"
 #include "common.cuh"
+#include "elementwise.cuh"
 
 // One block takes a row; a thread the vectors (16 bytes, or single elements where rows do not
 // allow that) threadIdx.x, threadIdx.x + blockDim.x, ... Squares are summed in float32;
@@ -24,6 +25,7 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(RmsNormParams p) {
   const T* const weight = static_cast<const T*>(p.weight);
   T* const out = static_cast<T*>(p.out) + at;
 
+  let_next_kernel_start();
   wait_for_previous_kernel();
   float squares = 0;
   const auto take = [&](int64_t i, float (&values)[N]) {
@@ -51,8 +53,7 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(RmsNormParams p) {
   }
 
   const float sum = block_reduce(squares, partials, Add());
-  const float scale = 1.0f / sqrtf(sum / static_cast<float>(p.C) + p.eps);
-  let_next_kernel_start();
+  const float scale = rms_scale(sum, p.C, p.eps);
   const auto give = [&](int64_t i, const float (&values)[N]) {
     float results[N];
     load<N>(weight + i * N, results);
@@ -82,7 +83,8 @@ void run(const RmsNormParams& p, cudaStream_t stream) {
   launch(vectors ? rms_norm_kernel<T, kVector<T>> : rms_norm_kernel<T, 1>,
          {.grid = dim3(static_cast<unsigned>(p.rows)),
           .block = dim3(block_size(items, kThreads)),
-          .stream = stream},
+          .stream = stream,
+          .overlaps_previous = true},
          p);
 }
 

@@ -18,6 +18,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads) sample_tokens_kernel(SampleTokensParams p) {
   VOX_DYNAMIC_SHARED(float, z);
   VOX_SHARED(SamplerShared, shared);
+  let_next_kernel_start();
   wait_for_previous_kernel();
   const int64_t b = blockIdx.x;
   const SamplerRow row = {
@@ -35,7 +36,6 @@ __global__ void __launch_bounds__(kThreads) sample_tokens_kernel(SampleTokensPar
   auto* const weights = reinterpret_cast<uint32_t*>(z + sampler_padded(p.V));
   const int code = sample_row(static_cast<const T*>(p.logits) + b * p.V, static_cast<int>(p.V), row,
                               z, weights, shared);
-  let_next_kernel_start();
   if (threadIdx.x == 0) p.out[b] = code;
 }
 
@@ -45,7 +45,8 @@ void run(const SampleTokensParams& p, cudaStream_t stream) {
          {.grid = dim3(static_cast<unsigned>(p.B)),
           .block = dim3(block_size(divide_up(p.V, kCodes), kThreads)),
           .shared_bytes = static_cast<size_t>(sampler_shared_bytes(p.V)),
-          .stream = stream},
+          .stream = stream,
+          .overlaps_previous = true},
          p);
 }
 

@@ -140,7 +140,22 @@ __global__ void second_kernel(int* out) {
   __syncthreads();
   out[threadIdx.x] = (kWait ? out[threadIdx.x] : early) == 0;
 }
-__global__ void wait_kernel() { wait_for_previous_kernel(); }
+__global__ void wait_kernel() {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+}
+// Lets nothing start before all in front of it has ended.
+__global__ void late_kernel() {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+}
+// Reads before it waits.
+__global__ void early_kernel(int* out) {
+  const int early = out[threadIdx.x];
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  out[threadIdx.x] = early == 0;
+}
 // One of its blocks does not wait.
 __global__ void third_kernel(int* out) {
   if (blockIdx.x == 0) wait_for_previous_kernel();
@@ -197,6 +212,14 @@ bool run(const std::string& name) {
   if (name.starts_with("overlap")) {
     std::vector<int> out(kThreads, -1);
     const simt::Launch overlapping = {2, kThreads, 0, false, true};
+    const bool late = name == "overlap behind a late start";
+    if (late || name == "overlap without a late start") {
+      simt::launch_kernel(first_kernel, {1, kThreads, 0, false}, out.data());
+      simt::launch_kernel(late ? late_kernel : wait_kernel, overlapping);
+      simt::launch_kernel(early_kernel, {1, kThreads, 0, false, true}, out.data());
+      simt::finish();
+      return all_ones(out);
+    }
     simt::launch_kernel(first_kernel, {1, kThreads, 0, false}, out.data());
     if (name == "overlap that lasts")
       for (int i = 0; i < 6; ++i) simt::launch_kernel(wait_kernel, overlapping);

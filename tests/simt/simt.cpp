@@ -48,7 +48,8 @@ struct Kernel;
 
 struct Block {
   const Kernel* kernel = nullptr;
-  bool waited = false;  // for the launches in front
+  bool waited = false;     // for the launches in front
+  bool lets_next = false;  // start
   std::vector<int> threads;
   std::unique_ptr<unsigned char[]> dynamic;
   struct Variable {
@@ -376,6 +377,9 @@ void launch(const Launch& shape, void (*body)(const void*), std::shared_ptr<cons
   if (order == Order::random) std::shuffle(indices.begin(), indices.end(), random_bits);
 
   if (!shape.overlaps_previous) complete_until(0);
+  // The one in front first waits for those before it.
+  if (!pending.empty() && pending.back().early && !pending.back().early->lets_next)
+    complete_until(1);
   const bool overlaps = !pending.empty() && !shape.resident;
   pending.push_back({shape, body, std::move(arguments), std::move(indices), nullptr});
   if (overlaps) {
@@ -404,6 +408,8 @@ void wait_for_previous(Site site) {
   self().block->waited = true;
   if (!self().block->kernel->previous_done) wait(State::previous, site);
 }
+
+void let_next() { self().block->lets_next = true; }
 
 void sync_threads(Site site) { wait(State::barrier, site); }
 

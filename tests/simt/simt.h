@@ -10,9 +10,10 @@
 // with NaN before a block starts, and is memory of its own for the address sanitizer.
 //
 // A launch that may overlap the one in front does: one of its blocks runs up to
-// wait_for_previous_kernel() before the last few launches have begun. What it should have waited
-// for is not there then, and every block must wait somewhere: else a later launch could not rely
-// on what came before. So a launch may run, and throw, as late as finish().
+// wait_for_previous_kernel() before the last few launches have begun, but not before the one in
+// front has come to its let_next_kernel_start(). What it should have waited for is not there then,
+// and every block must wait somewhere: else a later launch could not rely on what came before. So a
+// launch may run, and throw, as late as finish().
 //
 // Not modelled: memory order between fences (each access is seen at once) and registers.
 #pragma once
@@ -76,6 +77,7 @@ void drop();
 
 void sync_threads(Site site);
 void wait_for_previous(Site site);
+void let_next();
 // Waits for all lanes of `mask`; then all[lane] is what that lane put in.
 void exchange(Site site, uint32_t mask, uint64_t value, uint64_t (&all)[32]);
 // Lets others run, in a loop that waits for memory to change.
@@ -170,6 +172,10 @@ inline void __syncwarp(uint32_t mask = 0xffffffff, VOX_SIMT_HERE) {
   simt::exchange({"__syncwarp", file, line}, mask, 0, all);
 }
 inline void __threadfence() {}
+template <typename T>
+T __ldcg(const T* p) {
+  return *p;
+}
 inline void __nanosleep(unsigned) { simt::pause(); }
 
 template <typename T>
@@ -291,9 +297,19 @@ inline uint4 load_stream(const void* p) {
   std::memcpy(&r, __builtin_assume_aligned(p, 16), sizeof r);
   return r;
 }
+inline void copy_async_16(void* shared, const void* global, bool there) {
+  static const uint4 zeros = {};
+  simt::copy_async(__builtin_assume_aligned(shared, 16), there ? global : &zeros, 16);
+}
+inline void commit_copies() { simt::commit_copies(); }
+template <int N>
+void wait_copies() {
+  simt::wait_copies(N);
+}
+inline uint4 load_fresh(const void* p) { return load_stream(p); }
 inline void wait_for_previous_kernel(VOX_SIMT_HERE) {
   simt::wait_for_previous({"wait_for_previous_kernel", file, line});
 }
-inline void let_next_kernel_start() {}
+inline void let_next_kernel_start() { simt::let_next(); }
 
 }  // namespace voxkern

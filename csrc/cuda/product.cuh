@@ -1,0 +1,268 @@
+// Products of few rows x with plain weights that are read once: what linear.cu launches. A packed
+// product has the same ends (product_ends.cuh) and a walk over tiles of its own.
+//
+// bfloat16, in the tensor cores. A block takes kTileN rows of W at a time (with SwiGLU as many of
+// gate and of up), and kTileM rows of x. Each of its kWarps warps has an equal range of the
+// columns of both, in whole chunks of 32, and takes the chunks in their order: a lane has 16 bytes
+// of one row of W and of one or two of x, which are two products of 16 columns, in an order of
+// columns that is the same for both operands. Then the warps' sums are added in their order. So the
+// order of a sum depends on C alone: not on M, N, tiles or alignment.
+//
+// W goes through a queue in shared memory, kGroups groups of kInGroup chunks long: asynchronous
+// copies that nobody but the lane that asked for them reads, so that a warp waits for its own
+// oldest group and for no other warp, and asks for the next one as soon as it has that. The queue
+// goes on across the tiles of a block, and it begins before the wait for the kernel in front: a
+// block of a small product (16 KB: 8 rows of 1024) has all of its weights by then, one of a large
+// product 64 KB. x is staged in shared memory where there is room: one read for all warps. Each
+// tile costs one barrier, since the warps' sums take turns with two places.
+//
+// Up to kBlocksEach blocks a multiprocessor share the tiles evenly: for CSM on an H100 (132 of
+// them) 128 or 192 blocks of one tile at its depth decoder's o and qkv, 264 blocks of 3 or 4 pairs
+// at gate and up. In flight then are 128 KB a multiprocessor, where 20 KB (700 ns of 3.35 TB/s)
+// keep memory busy: the rest is for the time in which a small product waits for its x. A group (16
+// KB) keeps the 8 warps of a block for about 450 cycles; with two blocks it may take 2,200.
+//
+// float32: a warp takes two rows of W (with SwiGLU one of gate, one of up) and kTile rows of x,
+// lane l the vectors l, l + 32, ... of all of them, kSteps of W under way; sums over the lanes at
+// the end.
+#pragma once
+
+#include "product_ends.cuh"
+
+namespace voxkern {
+namespace {
+
+constexpr int kLanes = 4;  // that share a row of a chunk
+constexpr int kTileN = 8;
+constexpr int kInGroup = 4;
+constexpr int kGroups = 4;
+constexpr int kBlocksEach = 2;
+constexpr int kSteps = 4;
+
+// How a launch lays out a block's shared memory.
+struct ProductPlan {
+  int groups;  // of the queue
+  int row;     // vectors from one row of staged x to the next; 0 if x is not staged
+};
+
+// kHigh: there are rows of x past the first 8.
+template <bool kAligned, bool kHigh, Before before, After after>
+__global__ void __launch_bounds__(kThreads, kHigh || !kAligned ? 2 : 3)
+    bf16_product_kernel(ProductParams p, ProductPlan plan) {
+  constexpr int kSize = kVector<bf16>, kRowsM = kHigh ? kTileM : kTileM / 2;
+  constexpr int kOf = kProducts<after>;
+  using Sums = float[kOf][kWarps][kRowsM][kTileN];
+  using Group = uint4[kInGroup][kThreads];
+  VOX_DYNAMIC_SHARED(Group, queue);
+  Sums* const partials = reinterpret_cast<Sums*>(queue + plan.groups);  // two
+  uint4* const staged = reinterpret_cast<uint4*>(partials + 2);
+  const int me = threadIdx.x, lane = me % kWarp, warp = me / kWarp;
+  const int row = lane / kLanes, column = lane % kLanes;
+  const int N = static_cast<int>(p.N), C = static_cast<int>(p.C);
+  const int vectors = (C + kSize - 1) / kSize, tiles = (N + kTileN - 1) / kTileN;
+  const int chunks = (vectors + kLanes - 1) / kLanes, range = (chunks + kWarps - 1) / kWarps;
+  const int begin = warp * range;
+  const int mine = chunks - begin < range ? chunks - begin : range;  // may be negative
+  const int64_t m = static_cast<int64_t>(blockIdx.y) * kTileM;
+  const int rows = p.M - m < kTileM ? static_cast<int>(p.M - m) : kTileM;
+  const bf16* const weight = static_cast<const bf16*>(p.weight);
+  const int my_vector = begin * kLanes + column;
+  // Of mine the chunks that have all their columns: groups of those need no looking at bounds.
+  const int whole =
+      kAligned ? (vectors / kLanes - begin < mine ? vectors / kLanes - begin : mine) : 0;
+
+  // The next group to ask for.
+  int tile = mine > 0 ? blockIdx.x : tiles, product = 0, chunk = 0, slot = 0;
+  const auto ask = [&] {
+    if (tile < tiles) {
+      const int n = tile * kTileN + row;
+      const bool there = n < N;
+      const bf16* const from = weight + static_cast<int64_t>(there ? n + product * N : 0) * C;
+      uint4* const to = &queue[slot][0][me];
+      const int first = my_vector + chunk * kLanes;
+      if (chunk + kInGroup <= whole) {
+#pragma unroll
+        for (int c = 0; c < kInGroup; ++c)
+          copy_async_16(to + c * kThreads, from + (first + c * kLanes) * kSize, there);
+      } else {
+        for (int c = 0; c < kInGroup && chunk + c < mine; ++c) {
+          const int i = first + c * kLanes;
+          const bool inside = there && i < vectors;
+          if constexpr (kAligned)
+            copy_async_16(to + c * kThreads, inside ? from + i * kSize : weight, inside);
+          else
+            to[c * kThreads] = inside ? read_vector<bf16, false>(from, i, C) : uint4{};
+        }
+      }
+      chunk += kInGroup;
+      if (chunk >= mine) {
+        chunk = 0;
+        if (++product == kOf) {
+          product = 0;
+          tile += gridDim.x;
+        }
+      }
+    }
+    commit_copies();
+    slot = slot + 1 == kGroups ? 0 : slot + 1;
+  };
+  for (int g = 0; g < kGroups; ++g) ask();
+  const uint4 norm_first = first_of_norm<bf16, before>(p);
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+
+  const bf16* const x = static_cast<const bf16*>(p.x) + m * C;
+  const uint4* my_x = staged + row * plan.row;
+  const uint4* high_x = my_x + 8 * plan.row;
+  if (plan.row) {
+    stage<bf16, before>(p, m, rows, norm_first, staged, plan.row);
+  } else {
+    my_x = reinterpret_cast<const uint4*>(x + static_cast<int64_t>(row) * C);
+    high_x = reinterpret_cast<const uint4*>(x + static_cast<int64_t>(row + 8) * C);
+  }
+  const auto read_x = [&](const uint4* from, int r, int i) -> uint4 {
+    if (r >= rows) return {};
+    if constexpr (kAligned) return from[i];
+    return read_vector<bf16, false>(x + static_cast<int64_t>(r) * C, i, C);
+  };
+  const auto multiply = [&](float (&sums)[4], uint4 w, uint4 low, uint4 high) {
+    multiply_bf16(sums, {low.x, high.x, low.y, high.y}, w.x, w.y);
+    multiply_bf16(sums, {low.z, high.z, low.w, high.w}, w.z, w.w);
+  };
+
+  int turn = 0, oldest = 0;
+  for (int at = blockIdx.x; at < tiles; at += gridDim.x, turn ^= 1) {
+    const int at_m = me / kTileN, n = at * kTileN + me % kTileN;
+    const bool finishes = me < kRowsM * kTileN && at_m < rows && n < N;
+    const float old = finishes ? old_value<bf16, after>(p, m + at_m, n) : 0;
+#pragma unroll
+    for (int of = 0; of < kOf; ++of) {
+      float sums[4] = {};
+      for (int first = 0; first < mine; first += kInGroup) {
+        wait_copies<kGroups - 1>();
+        const uint4* const w = &queue[oldest][0][me];
+        const int i = my_vector + first * kLanes;
+        if (first + kInGroup <= whole) {
+          // Two by two: all at once would take more registers than three blocks leave.
+#pragma unroll
+          for (int c = 0; c < kInGroup; c += 2) {
+            uint4 low[2], high[2];
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+              low[k] = read_x(my_x, row, i + (c + k) * kLanes);
+              high[k] = kHigh ? read_x(high_x, row + 8, i + (c + k) * kLanes) : uint4{};
+            }
+#pragma unroll
+            for (int k = 0; k < 2; ++k) multiply(sums, w[(c + k) * kThreads], low[k], high[k]);
+          }
+        } else {
+          for (int c = 0; c < kInGroup && first + c < mine; ++c) {
+            const int at_i = i + c * kLanes;
+            const bool inside = at_i < vectors;
+            multiply(sums, w[c * kThreads], inside ? read_x(my_x, row, at_i) : uint4{},
+                     kHigh && inside ? read_x(high_x, row + 8, at_i) : uint4{});
+          }
+        }
+        oldest = oldest + 1 == kGroups ? 0 : oldest + 1;
+        ask();
+      }
+#pragma unroll
+      for (int i = 0; i < kRowsM / 4; ++i)
+        partials[turn][of][warp][row + i / 2 * 8][column * 2 + i % 2] = sums[i];
+    }
+    __syncthreads();
+    if (!finishes) continue;
+    float totals[kOf] = {};
+#pragma unroll
+    for (int of = 0; of < kOf; ++of)
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) totals[of] += partials[turn][of][w][at_m][me % kTileN];
+    finish<bf16, after>(p, m + at_m, n, totals, old);
+  }
+}
+
+template <bool kAligned, int kTile, Before before, After after>
+__global__ void __launch_bounds__(kThreads) f32_product_kernel(ProductParams p, ProductPlan plan) {
+  constexpr int kSize = kVector<float>, kOf = kProducts<after>, kRows = 2;
+  VOX_DYNAMIC_SHARED(uint4, staged);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t N = p.N, C = p.C, vectors = divide_up(C, kSize);
+  // Its first column of the result; the second row of W is the next one's, or up's.
+  const int64_t n = (static_cast<int64_t>(blockIdx.x) * kWarps + warp) * (kRows / kOf);
+  const int64_t second = kOf == 2 ? N + n : n + 1;
+  const int64_t m = static_cast<int64_t>(blockIdx.y) * kTile;
+  const bool in = n < N;  // the whole warp
+  const float* weight[kRows];
+  weight[0] = static_cast<const float*>(p.weight) + (in ? n : 0) * C;
+  weight[1] = static_cast<const float*>(p.weight) + (in && second < kOf * N ? second : 0) * C;
+
+  float sums[kTile][kRows] = {};
+  uint4 raw[kSteps][kRows];
+  const auto read = [&](int64_t first) {
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      const int64_t i = first + s * kWarp;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (!in || i >= vectors) continue;
+        if constexpr (kAligned)
+          raw[s][r] = load_stream(weight[r] + i * kSize);
+        else
+          raw[s][r] = read_vector<float, false>(weight[r], i, C);
+      }
+    }
+  };
+  read(lane);
+  const uint4 norm_first = first_of_norm<float, before>(p);
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+
+  const float* x[kTile];
+#pragma unroll
+  for (int t = 0; t < kTile; ++t)
+    x[t] = static_cast<const float*>(p.x) + (m + t < p.M ? m + t : p.M - 1) * C;
+  if constexpr (before != Before::nothing) {
+    const int rows = p.M - m < kTile ? static_cast<int>(p.M - m) : kTile;
+    stage<float, before>(p, m, rows, norm_first, staged, plan.row);
+#pragma unroll
+    for (int t = 0; t < kTile; ++t)
+      x[t] = reinterpret_cast<const float*>(staged + (t < rows ? t : 0) * plan.row);
+  }
+  if (!in) return;
+  for (int64_t first = lane; first < vectors; first += kSteps * kWarp) {
+    if (first != lane) read(first);
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      const int64_t i = first + s * kWarp;
+      if (i >= vectors) continue;
+      float w[kRows][kSize];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) unpack<float>(raw[s][r], w[r]);
+#pragma unroll
+      for (int t = 0; t < kTile; ++t) {
+        float values[kSize];
+        unpack<float>(read_vector<float, kAligned>(x[t], i, C), values);
+#pragma unroll
+        for (int r = 0; r < kRows; ++r)
+#pragma unroll
+          for (int j = 0; j < kSize; ++j) sums[t][r] = fmaf(values[j], w[r][j], sums[t][r]);
+      }
+    }
+  }
+#pragma unroll
+  for (int t = 0; t < kTile; ++t) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) sums[t][r] = warp_reduce(sums[t][r], Add());
+    if (lane > 0 || m + t >= p.M) continue;
+#pragma unroll
+    for (int r = 0; r < kRows / kOf; ++r) {
+      if (n + r >= N) continue;
+      float totals[kOf] = {sums[t][r]};
+      if constexpr (kOf == 2) totals[1] = sums[t][1];
+      finish<float, after>(p, m + t, n + r, totals, old_value<float, after>(p, m + t, n + r));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace voxkern

@@ -1,0 +1,33 @@
+// A product of few rows with what comes right before and right after it, for ops that are made of
+// others; linear.cu defines it.
+#pragma once
+
+#include "common.cuh"
+
+namespace voxkern {
+
+enum class Before { nothing, norm };
+enum class After {
+  store,   // out [M, N] = x W^T
+  add,     // out = residual + x W^T
+  swiglu,  // out = silu(x gate^T) x up^T
+};
+
+struct ProductParams {
+  Dtype dtype;
+  int64_t M, N, C;
+  const void* x;  // [M, C]
+  Before before = Before::nothing;
+  const void* norm = nullptr;  // [C], Before::norm's weight
+  float eps = 0;
+  const void* weight;  // [N, C]; with SwiGLU [2 N, C], gate's rows first
+  After after = After::store;
+  const void* residual = nullptr;  // [M, N]
+  void* out;                       // [M, N]; may be `residual`
+};
+
+// Whether product() takes it.
+bool fits(const ProductParams& p);
+void product(const ProductParams& p, cudaStream_t stream);
+
+}  // namespace voxkern

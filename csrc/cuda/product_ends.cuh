@@ -1,0 +1,136 @@
+// What comes before and after a product of few rows, in the same launch: x as it is or normalised,
+// in shared memory; the results stored, added to the residual, or SwiGLU of two of them. Each
+// rounds where the ops that it stands for store. Blocks have kThreads threads.
+#pragma once
+
+#include "elementwise.cuh"
+#include "product.h"
+
+namespace voxkern {
+namespace {
+
+constexpr int kThreads = 256;  // as rms_norm has for a long row: the same order of its sum
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kTileM = 16;
+constexpr int kAtOnce = 4;      // vectors of x that a thread reads at once
+constexpr int kRowsAtOnce = 2;  // rows, where it needs registers for their norms
+
+// Vector i of a row of C elements, zeros behind its end.
+template <typename T, bool kAligned>
+__device__ __forceinline__ uint4 read_vector(const T* row, int64_t i, int64_t C) {
+  if constexpr (kAligned) {
+    return *reinterpret_cast<const uint4*>(row + i * kVector<T>);
+  } else {
+    float values[kVector<T>];
+#pragma unroll
+    for (int j = 0; j < kVector<T>; ++j) {
+      const int64_t at = i * kVector<T> + j;
+      values[j] = at < C ? to_float(row[at]) : 0.0f;
+    }
+    return pack<T>(values);
+  }
+}
+
+// The part of a norm's weight that a thread needs first; may come before the wait.
+template <typename T, Before before>
+__device__ __forceinline__ uint4 first_of_norm(const ProductParams& p) {
+  if constexpr (before == Before::norm)
+    if (static_cast<int64_t>(threadIdx.x) < p.C / kVector<T>)
+      return load_stream(static_cast<const T*>(p.norm) + threadIdx.x * kVector<T>);
+  return {};
+}
+
+// Rows m .. m + rows - 1 of x to shared memory, `stride` vectors apart, normalised or not; for all
+// threads of the block, a barrier at the end. Their vectors must be aligned.
+template <typename T, Before before>
+__device__ void stage(const ProductParams& p, int64_t m, int rows, uint4 norm_first, uint4* to,
+                      int stride) {
+  constexpr int kSize = kVector<T>;
+  const int vectors = static_cast<int>(p.C / kSize), me = threadIdx.x;
+  const T* const from = static_cast<const T*>(p.x) + m * p.C;
+  if constexpr (before == Before::nothing) {
+    for (int r = 0; r < rows; ++r)
+      for (int base = me; base < vectors; base += kAtOnce * kThreads) {
+        uint4 raw[kAtOnce];
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+          const int i = base + k * kThreads;
+          if (i < vectors) raw[k] = load_fresh(from + r * p.C + i * kSize);
+        }
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+          const int i = base + k * kThreads;
+          if (i < vectors) to[r * stride + i] = raw[k];
+        }
+      }
+  } else {
+    // In the order of rms_norm: a thread its vectors, then lanes, then warps.
+    VOX_SHARED(float[kTileM][kWarps], partials);
+    const int warp = me / kWarp, lane = me % kWarp;
+    for (int first = 0; first < rows; first += kRowsAtOnce) {
+      float squares[kRowsAtOnce] = {};
+      for (int i = me; i < vectors; i += kThreads) {
+        uint4 raw[kRowsAtOnce];
+#pragma unroll
+        for (int k = 0; k < kRowsAtOnce; ++k)
+          if (first + k < rows) raw[k] = load_fresh(from + (first + k) * p.C + i * kSize);
+#pragma unroll
+        for (int k = 0; k < kRowsAtOnce; ++k) {
+          if (first + k >= rows) break;
+          to[(first + k) * stride + i] = raw[k];
+          float values[kSize];
+          unpack<T>(raw[k], values);
+#pragma unroll
+          for (int j = 0; j < kSize; ++j) squares[k] = fmaf(values[j], values[j], squares[k]);
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kRowsAtOnce; ++k) {
+        if (first + k >= rows) break;
+        const float sum = warp_reduce(squares[k], Add());
+        if (lane == 0) partials[first + k][warp] = sum;
+      }
+    }
+    __syncthreads();
+    for (int r = 0; r < rows; ++r) {
+      float sum = partials[r][0];
+#pragma unroll
+      for (int w = 1; w < kWarps; ++w) sum += partials[r][w];
+      const float scale = rms_scale(sum, p.C, p.eps);
+      for (int i = me; i < vectors; i += kThreads) {
+        float values[kSize], weight[kSize];
+        unpack<T>(to[r * stride + i], values);
+        unpack<T>(i == me ? norm_first : load_stream(static_cast<const T*>(p.norm) + i * kSize),
+                  weight);
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) values[j] = values[j] * scale * weight[j];
+        to[r * stride + i] = pack<T>(values);
+      }
+    }
+  }
+  __syncthreads();
+}
+
+template <After after>
+constexpr int kProducts = after == After::swiglu ? 2 : 1;
+
+// What the result of row m, column n is added to; to be read ahead of finish().
+template <typename T, After after>
+__device__ __forceinline__ float old_value(const ProductParams& p, int64_t m, int64_t n) {
+  if constexpr (after == After::add)
+    return to_float(static_cast<const T*>(p.residual)[m * p.N + n]);
+  return 0;
+}
+
+// The result of row m, column n, from its sums (gate's and up's with SwiGLU).
+template <typename T, After after>
+__device__ __forceinline__ void finish(const ProductParams& p, int64_t m, int64_t n,
+                                       const float (&sums)[kProducts<after>], float old) {
+  float result = sums[0];
+  if constexpr (after == After::add) result = rounded<T>(result) + old;
+  if constexpr (after == After::swiglu) result = swiglu(rounded<T>(sums[0]), rounded<T>(sums[1]));
+  static_cast<T*>(p.out)[m * p.N + n] = from_float<T>(result);
+}
+
+}  // namespace
+}  // namespace voxkern
