@@ -66,6 +66,32 @@ def test_a_row_does_not_depend_on_the_others(target, features, rows, dtype):
         assert torch.equal(target.run("linear", x[:batch], weight), alone[:batch])
 
 
+@pytest.mark.parametrize(
+    ("batch", "features", "rows"),
+    [
+        (17, 72, 5633),
+        (17, 2048, 19),
+        (33, 8200, 37),
+        (64, 264, 40),
+        (50, 40, 5700),
+        (65, 1032, 33),
+        (100, 75, 21),
+        (129, 520, 130),
+        (512, 72, 1425),
+        (512, 264, 3),
+    ],
+)
+def test_many_rows_have_the_bits_of_few(target, batch, features, rows):
+    """Prompts and large batches: whatever kernel takes them, and whatever its tiles."""
+    x, weight = make((batch,), features, rows, torch.bfloat16)
+    together = target.run("linear", x, weight)
+    few = torch.cat([target.run("linear", part, weight) for part in x.split(16)])
+    assert torch.equal(together, few)
+    for row in (0, 16, batch - 1):
+        assert torch.equal(together[row], target.run("linear", x[row], weight))
+    assert_close(together, reference("linear", x, weight))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_of_nan_stays_in_its_row(target, dtype):
     x, weight = make((9,), 75, 11, dtype)

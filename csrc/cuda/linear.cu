@@ -1,9 +1,11 @@
 #include "../linear.h"
 #include "common.cuh"
 #include "product.cuh"
+#include "tiled_product.cuh"
 
-// Streams plain weights: product.cuh has the kernels. Until the products of many rows (prefill)
-// have a kernel of their own, they read W from the second-level cache once per kTileM rows.
+// Streams plain weights: product.cuh has the kernels for few rows, tiled_product.cuh the one for
+// more than kTileM in bfloat16. Other many rows (float32, or rows that begin at no multiple of 16
+// bytes) read W from the second-level cache once per tile of few.
 //
 // Floor: N C elements over 3.35 TB/s: CSM's gate and up [16384, 2048] bf16 20 us, its depth
 // decoder's [16384, 1024] 10 us on an H100.
@@ -121,6 +123,8 @@ void linear(const LinearParams& p, cudaStream_t stream) {
                                .x = p.x,
                                .weight = p.weight.data,
                                .out = p.out};
+  if (p.dtype == Dtype::bf16 && p.M > kTileM && aligned<bf16>(plain))
+    return tiled_product(p, stream);
   (p.dtype == Dtype::f32 ? aligned<float>(plain) : aligned<bf16>(plain))
       ? run<true, Before::nothing, After::store>(plain, stream)
       : run<false, Before::nothing, After::store>(plain, stream);
