@@ -88,9 +88,8 @@ __global__ void look_up_kernel(DecodeDepthParams p, T* residual) {
 
 // A block takes a row: draws `codebook`, and looks up the next position's row.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kSamplerThreads)
     draw_kernel(DecodeDepthParams p, int64_t codebook, const T* logits, T* residual) {
-  VOX_DYNAMIC_SHARED(float, z);
   VOX_SHARED(SamplerShared, shared);
   wait_for_previous_kernel();
   let_next_kernel_start();
@@ -107,8 +106,7 @@ __global__ void __launch_bounds__(kThreads)
       .frame = p.frames[b],
       .codebook = codebook,
   };
-  auto* const weights = reinterpret_cast<uint32_t*>(z + sampler_padded(p.V));
-  const int code = sample_row(logits + b * p.V, static_cast<int>(p.V), row, z, weights, shared);
+  const int code = sample_row(logits + b * p.V, static_cast<int>(p.V), row, shared);
   if (threadIdx.x == 0) p.out[b * p.K + codebook] = code;
   if (codebook + 1 < p.K)
     copy_row(static_cast<const T*>(p.audio_rows) + codebook * p.V * C, code, p.V, C,
@@ -220,7 +218,7 @@ void decode(const DecodeDepthParams& p, DepthBuffers& buffers, cudaStream_t stre
                                 .stream = stream,
                                 .overlaps_previous = true};
   LaunchShape each_draw = each_row;
-  each_draw.shared_bytes = static_cast<size_t>(sampler_shared_bytes(p.V));
+  each_draw.block = dim3(sampler_threads(p.V));
   const auto each = [&](int64_t items) -> LaunchShape {
     return {.grid = dim3(static_cast<unsigned>(divide_up(items, kThreads))),
             .block = dim3(kThreads),
@@ -288,7 +286,7 @@ Tensor decode_depth_cuda(Tensor hidden, Tensor code0, Tensor audio_rows, Tensor 
   check_plain(p.layers);
   check_plain(p.heads, "heads");
   check_attention(p.layers, p.B);
-  check(sampler_shared_bytes(p.V) <= (96 << 10), "heads: on CUDA expected V <= 12288, got ", p.V);
+  check(p.V <= kMaxVocabulary, "heads: on CUDA expected V <= ", kMaxVocabulary, ", got ", p.V);
   Tensor out = torch::stable::new_empty(code0, {p.B, p.K});
   if (p.B == 0) return out;
   p.out = static_cast<int64_t*>(out.mutable_data_ptr());

@@ -2,21 +2,23 @@
 #include "common.cuh"
 #include "sampler.cuh"
 
-// One block takes a row; sampler.cuh says how it is drawn and where it rounds.
+// One block takes a row, a thread two groups of four codes; sampler.cuh says how it is drawn and
+// where it rounds.
 //
 // Floor: a row of 2,051 logits is 4 KB, [256, 2051] 0.3 us of an H100's memory: only latency
-// counts. Every block of 256 threads is resident at once (2 a multiprocessor), so a launch takes as
-// long as one row: one read of the logits, then about 20 steps of one barrier each (largest, some
-// 14 of the search for top-k, score, draw), 150 to 250 ns a step: 3 to 5 us, and as many again with
-// top-p.
+// counts. A row of 9 warps takes, with top-k, 6 barriers: the largest, two of the search, the list
+// of what stays, two of the race; top-p adds two. In clocks of 0.6 ns: parameters and logits from
+// the second-level cache 400, the largest 150, division 100, buckets 150, their sums in every warp
+// 150, the bucket's logits 150, the list 100, one Philox counter (10 rounds of some 12 clocks) and
+// two logarithms for each code that stays 250, the best 100, two float64 logarithms for those near
+// it 300, 30 a barrier: 2,000, or 1.2 us, and 2.5 us with a launch. Without a filter every thread
+// has 8 codes' Philox and logarithms, some 600 instructions a warp: 1 us more. 256 rows are two
+// blocks a multiprocessor, all resident at once, that hide each other's latencies: as long again.
 namespace voxkern {
 namespace {
 
-constexpr int kThreads = 256;
-
 template <typename T>
-__global__ void __launch_bounds__(kThreads) sample_tokens_kernel(SampleTokensParams p) {
-  VOX_DYNAMIC_SHARED(float, z);
+__global__ void __launch_bounds__(kSamplerThreads) sample_tokens_kernel(SampleTokensParams p) {
   VOX_SHARED(SamplerShared, shared);
   let_next_kernel_start();
   wait_for_previous_kernel();
@@ -33,9 +35,8 @@ __global__ void __launch_bounds__(kThreads) sample_tokens_kernel(SampleTokensPar
       .frame = p.frames[b],
       .codebook = p.codebook,
   };
-  auto* const weights = reinterpret_cast<uint32_t*>(z + sampler_padded(p.V));
-  const int code = sample_row(static_cast<const T*>(p.logits) + b * p.V, static_cast<int>(p.V), row,
-                              z, weights, shared);
+  const int code =
+      sample_row(static_cast<const T*>(p.logits) + b * p.V, static_cast<int>(p.V), row, shared);
   if (threadIdx.x == 0) p.out[b] = code;
 }
 
@@ -43,8 +44,7 @@ template <typename T>
 void run(const SampleTokensParams& p, cudaStream_t stream) {
   launch(sample_tokens_kernel<T>,
          {.grid = dim3(static_cast<unsigned>(p.B)),
-          .block = dim3(block_size(divide_up(p.V, kCodes), kThreads)),
-          .shared_bytes = static_cast<size_t>(sampler_shared_bytes(p.V)),
+          .block = dim3(sampler_threads(p.V)),
           .stream = stream,
           .overlaps_previous = true},
          p);
@@ -54,10 +54,9 @@ void run(const SampleTokensParams& p, cudaStream_t stream) {
 
 void sample_tokens(const SampleTokensParams& p, cudaStream_t stream) {
   if (p.B == 0) return;
-  // z and weights, within what every target has.
-  if (sampler_shared_bytes(p.V) > (96 << 10))
-    throw std::runtime_error("logits: on CUDA expected [B, V] with V <= 12288, got V = " +
-                             std::to_string(p.V));
+  if (p.V > kMaxVocabulary)
+    throw std::runtime_error("logits: on CUDA expected [B, V] with V <= " +
+                             std::to_string(kMaxVocabulary) + ", got V = " + std::to_string(p.V));
   p.dtype == Dtype::f32 ? run<float>(p, stream) : run<bf16>(p, stream);
 }
 

@@ -1,11 +1,15 @@
 // One row's draw by one block, as `sample_tokens` specifies it. sample_tokens calls it.
 //
-// As on the CPU (csrc/cpu/sampler.h) each filter is a lowest logit that stays: a logit stays in
-// top-k if fewer than k are above it, in top-p if what is above it weighs less than top_p of all.
-// Both are one search, over the values in their order: each step weighs what lies above a pivot,
-// and moves to the next value that occurs, so ties need no care and nothing is sorted. Weights are
-// integers (1, or e^(z - largest) in units of 2^-31), so their sums depend on no order. The draw
-// ranks the codes that stay by float32 scores, then those near the best again in float64: it gives
+// A thread keeps its logits in registers. As on the CPU (csrc/cpu/sampler.h) each filter is a
+// lowest logit that stays: a logit stays in top-k if fewer than k are above it, in top-p if what is
+// above it weighs less than top_p of all. Weights are integers (1, or e^(z - largest) in units of
+// 2^-31), so their sums depend on no order; ties need no care and nothing is sorted. Both filters
+// are one search: weights go to buckets of near logits, every warp finds the bucket where the sum
+// crosses its limit, and the few logits of that bucket are compared with each other. Where they are
+// not few, the block bisects over the values in their order.
+//
+// Codes that stay, if they are few, are spread over the threads before random numbers are made for
+// them. The draw ranks them by float32 scores, then those near the best again in float64: it gives
 // the CPU's code.
 #pragma once
 
@@ -30,26 +34,53 @@ struct SamplerRow {
 
 // Codes of a thread that lie next to each other: those of one Philox counter.
 constexpr int kCodes = 4;
+// Codes of a thread. A block of T threads takes up to kHeld T codes.
+constexpr int kHeld = 3 * kCodes;
+constexpr int kBuckets = 256;
+constexpr int kListed = 128;  // codes that stay, at most, for which it pays to spread them
+constexpr int kSamplerThreads = 512;
+constexpr int kMaxVocabulary = kSamplerThreads * kHeld;
 
-// What sample_row wants as shared memory besides SamplerShared: z and weights.
-__host__ __device__ constexpr int64_t sampler_padded(int64_t V) {
-  return divide_up(V, kCodes) * kCodes;
+// Threads of a block for V codes: two counters each, which is soon done and leaves few warps to
+// meet at a barrier.
+inline unsigned sampler_threads(int64_t V) {
+  return block_size(divide_up(V, 2 * kCodes), kSamplerThreads);
 }
-constexpr int64_t sampler_shared_bytes(int64_t V) { return 2 * 4 * sampler_padded(V); }
 
-// What one step of the search leaves of each warp.
+// What one step of the bisection leaves of each warp.
 struct Found {
   unsigned long long weight;  // of the values above the pivot
   int32_t below, above;       // the nearest values at or below, and above it, as float_order
+};
+struct Near {
+  int32_t order;
+  uint32_t weight;
+};
+// Of one search.
+struct Buckets {
+  uint32_t sums[2 * kBuckets];  // of the weights' lower 16 bits, then of the upper
+  int count;
+  Near near[kWarp];
+};
+// Of a warp's logits, as float_order: the largest, its first code, and the lowest finite one.
+struct Extremes {
+  int32_t high, first, low;
+};
+struct Kept {
+  float z;
+  int32_t code;
 };
 struct Candidate {
   double score;
   int32_t code;
 };
 struct SamplerShared {
+  Buckets top_k, top_p;
+  uint32_t penalised[kMaxVocabulary / 32];  // a bit a code
+  Extremes extremes[kMaxWarps];
   Found found[2][kMaxWarps];
-  unsigned long long largest[kMaxWarps];
-  int32_t lowest[kMaxWarps];
+  int kept_count;
+  Kept kept[kListed];
   float best[kMaxWarps];
   Candidate candidates[kMaxWarps];
 };
@@ -66,30 +97,45 @@ __device__ __forceinline__ float float_at(int32_t order) {
 constexpr int32_t kLowestOrder = static_cast<int32_t>(0x807fffff);  // of minus infinity
 constexpr int32_t kHighestOrder = 0x7fffffff;
 
-// f(code) for this thread's codes below V.
-template <typename F>
-__device__ __forceinline__ void for_each_code(int V, const F& f) {
-  for (int first = threadIdx.x * kCodes; first < V; first += blockDim.x * kCodes)
-#pragma unroll
-    for (int i = 0; i < kCodes; ++i)
-      if (first + i < V) f(first + i);
+// The code of this thread's value s; neighbouring threads have neighbouring codes.
+__device__ __forceinline__ int held_code(int s) {
+  return static_cast<int>((s / kCodes * blockDim.x + threadIdx.x) * kCodes) + s % kCodes;
 }
 
-// The lowest of the values z[0..V) above which the weights sum to less than `limit`; the largest
-// value if there is none. `low` and `high` are the lowest finite and the largest value.
-template <typename Weight, typename Limit>
-__device__ float lowest_kept(const float* z, int V, const Weight& weight, Limit limit, int32_t low,
-                             int32_t high, Found (&found)[2][kMaxWarps]) {
+// A row's scores: z = logit over temperature, minus infinity past its V codes. `low` and `high` are
+// the lowest finite and the largest score, as float_order.
+struct Scores {
+  int V;
+  float z[kHeld];
+  int32_t low, high;
+  float largest, scale;  // buckets per unit below the largest
+
+  // f(s, code) for this thread's codes.
+  template <typename F>
+  __device__ __forceinline__ void each(const F& f) const {
+#pragma unroll
+    for (int s = 0; s < kHeld; ++s)
+      if (const int code = held_code(s); code < V) f(s, code);
+  }
+  __device__ __forceinline__ int bucket(float a) const {
+    const float place = (largest - a) * scale;
+    return place < kBuckets - 1 ? static_cast<int>(place) : kBuckets - 1;
+  }
+};
+
+// The lowest of the scores above which the weights sum to less than `limit`, by bisection.
+template <typename Weight>
+__device__ float bisect(const Scores& scores, const Weight& weight, double limit,
+                        Found (&found)[2][kMaxWarps]) {
   const int warps = blockDim.x / kWarp;
   // Invariant: the answer is above `low`, and not above `high`, which occurs.
-  int32_t pivot = low - 1;
-  low = kLowestOrder - 1;
+  int32_t pivot = scores.low - 1, low = kLowestOrder - 1, high = scores.high;
   for (int step = 0; low + 1 < high; ++step) {
     Found mine = {0, kLowestOrder - 1, kHighestOrder};
-    for_each_code(V, [&](int code) {
-      const int32_t order = float_order(z[code]);
+    scores.each([&](int s, int) {
+      const int32_t order = float_order(scores.z[s]);
       if (order > pivot) {
-        mine.weight += weight(code);
+        mine.weight += weight(s);
         mine.above = order < mine.above ? order : mine.above;
       } else {
         mine.below = order > mine.below ? order : mine.below;
@@ -109,7 +155,7 @@ __device__ float lowest_kept(const float* z, int V, const Weight& weight, Limit 
         mine.above = all[i].above < mine.above ? all[i].above : mine.above;
       }
     }
-    if (static_cast<Limit>(mine.weight) < limit) {
+    if (static_cast<double>(mine.weight) < limit) {
       if (mine.below <= low) return float_at(mine.above);
       high = mine.below;
     } else {
@@ -121,91 +167,77 @@ __device__ float lowest_kept(const float* z, int V, const Weight& weight, Limit 
   return float_at(high);
 }
 
-// The code drawn, in every thread. Whole warps, one-dimensional blocks; `z` and `weights` are
-// shared memory, sampler_padded(V) long. A barrier must come before `shared` is used again.
-template <typename T>
-__device__ int sample_row(const T* logits, int V, const SamplerRow& row, float* z,
-                          uint32_t* weights, SamplerShared& shared) {
-  const float lowest_float = __int_as_float(static_cast<int>(0xff800000));
-  for_each_code(V, [&](int code) {
-    const float a = to_float(logits[code]);
-    z[code] = a == a ? a : lowest_float;
+// The same by way of `buckets`, which are zeros; limit_of(sum of all weights) is at most that sum.
+// The largest score if the limit is not above 0. Two barriers.
+template <typename Weight, typename Limit>
+__device__ float lowest_kept(const Scores& scores, const Weight& weight, const Limit& limit_of,
+                             Buckets& buckets, Found (&found)[2][kMaxWarps]) {
+  constexpr int kOfLane = kBuckets / kWarp;
+  scores.each([&](int s, int) {
+    const uint32_t w = weight(s);
+    const int bucket = scores.bucket(scores.z[s]);
+    if (w & 0xffff) atomicAdd(&buckets.sums[bucket], w & 0xffff);
+    if (w >> 16) atomicAdd(&buckets.sums[kBuckets + bucket], w >> 16);
   });
-  if (row.W > 0) {
-    __syncthreads();
-    // From the unpenalised logit, so a code that comes twice is penalised once.
-    for (int64_t w = threadIdx.x; w < row.W; w += blockDim.x) {
-      const int64_t code = row.history[w];
-      if (code < 0 || code >= V) continue;
-      const float a = to_float(logits[code]);
-      if (a == a) z[code] = a > 0 ? a / row.repetition_penalty : a * row.repetition_penalty;
+  __syncthreads();
+
+  const int lane = threadIdx.x % kWarp;
+  unsigned long long sums[kOfLane], mine = 0;
+#pragma unroll
+  for (int i = 0; i < kOfLane; ++i) {
+    const int bucket = lane * kOfLane + i;
+    sums[i] = (static_cast<unsigned long long>(buckets.sums[kBuckets + bucket]) << 16) +
+              buckets.sums[bucket];
+    mine += sums[i];
+  }
+  unsigned long long above = mine;  // so far with what is this lane's
+#pragma unroll
+  for (int delta = 1; delta < kWarp; delta *= 2) {
+    const unsigned long long other = __shfl_up_sync(kWholeWarp, above, delta);
+    if (lane >= delta) above += other;
+  }
+  const double limit = limit_of(__shfl_sync(kWholeWarp, above, kWarp - 1));
+  above -= mine;
+  int crossed = -1;
+  unsigned long long above_crossed = 0;
+#pragma unroll
+  for (int i = 0; i < kOfLane; ++i) {
+    const unsigned long long next = above + sums[i];
+    if (static_cast<double>(above) < limit && !(static_cast<double>(next) < limit)) {
+      crossed = lane * kOfLane + i;
+      above_crossed = above;
     }
-    __syncthreads();
+    above = next;
   }
+  const unsigned lanes = __ballot_sync(kWholeWarp, crossed >= 0);
+  if (lanes == 0) return scores.largest;  // the whole block
+  crossed = __shfl_sync(kWholeWarp, crossed, __ffs(lanes) - 1);
+  above_crossed = __shfl_sync(kWholeWarp, above_crossed, __ffs(lanes) - 1);
 
-  // The first of the largest: order, then the lowest code.
-  unsigned long long first = 0;
-  for_each_code(V, [&](int code) {
-    const uint32_t order = static_cast<uint32_t>(float_order(z[code])) ^ 0x80000000u;
-    const unsigned long long key =
-        static_cast<unsigned long long>(order) << 32 | ~static_cast<uint32_t>(code);
-    first = key > first ? key : first;
+  scores.each([&](int s, int) {
+    const uint32_t w = weight(s);
+    if (w == 0 || scores.bucket(scores.z[s]) != crossed) return;
+    const int place = atomicAdd(&buckets.count, 1);
+    if (place < kWarp) buckets.near[place] = {float_order(scores.z[s]), w};
   });
-  first = block_reduce(first, shared.largest, Max());
-  const float largest =
-      float_at(static_cast<int32_t>(static_cast<uint32_t>(first >> 32) ^ 0x80000000u)) /
-      row.temperature;
-  // Infinite scores tell nothing apart: all logits minus infinity, or a temperature near 0.
-  if (!(row.temperature > 0) || isinf(largest))
-    return static_cast<int>(~static_cast<uint32_t>(first));
-
-  int32_t lowest = kHighestOrder;
-  for_each_code(V, [&](int code) {
-    z[code] /= row.temperature;
-    const int32_t order = float_order(z[code]);
-    if (order > kLowestOrder && order < lowest) lowest = order;
-  });
-  const int32_t top = float_order(largest);
-  float bound = lowest_float;
-  const bool some = row.top_k > 0 && row.top_k < V;
-  if (some || row.top_p < 1) {
-    lowest = __reduce_min_sync(kWholeWarp, lowest);
-    const int warps = blockDim.x / kWarp;
-    if (warps > 1) {
-      if (threadIdx.x % kWarp == 0) shared.lowest[threadIdx.x / kWarp] = lowest;
-      __syncthreads();
-      for (int i = 0; i < warps; ++i)
-        lowest = shared.lowest[i] < lowest ? shared.lowest[i] : lowest;
-    }
+  __syncthreads();
+  const int count = buckets.count;
+  if (count > kWarp) return bisect(scores, weight, limit, found);
+  const Near my_near = lane < count ? buckets.near[lane] : Near{kLowestOrder - 1, 0};
+  for (int i = 0; i < count; ++i) {
+    const Near other = buckets.near[i];
+    if (other.order > my_near.order) above_crossed += other.weight;
   }
-  if (some) {
-    const auto one = [](int) { return 1u; };
-    bound = lowest_kept(z, V, one, static_cast<unsigned long long>(row.top_k), lowest, top,
-                        shared.found);
-  }
-  if (row.top_p < 1) {
-    unsigned long long total = 0;
-    for_each_code(V, [&](int code) {
-      weights[code] =
-          z[code] >= bound ? static_cast<uint32_t>(expf(z[code] - largest) * 0x1p31f + 0.5f) : 0;
-      total += weights[code];
-    });
-    total = block_reduce(total, shared.largest, Add());
-    const auto odds = [&](int code) { return weights[code]; };
-    const double limit = static_cast<double>(row.top_p) * static_cast<double>(total);
-    bound = lowest_kept(z, V, odds, limit, lowest, top, shared.found);
-  }
+  const bool stays = lane < count && static_cast<double>(above_crossed) < limit;
+  return float_at(__reduce_min_sync(kWholeWarp, stays ? my_near.order : kHighestOrder));
+}
 
-  // min-p alone is a bound on e^(z - largest): in float64 on its logarithm.
-  const double log_p =
-      row.min_p > 0 ? log(row.min_p < 1 ? static_cast<double>(row.min_p) : 1.0) : 0.0;
-  const auto stays = [&](int code) {
-    return z[code] >= bound &&
-           (!(row.min_p > 0) || static_cast<double>(z[code]) - largest >= log_p);
-  };
-
-  // The exponential race; the scores' bits lie where weights were.
-  float best = lowest_float;
+// The exponential race of N codes of each thread, z minus infinity for those that take no part: the
+// winner, in every thread. Two barriers.
+template <int N, typename Code>
+__device__ int race(const float (&z)[N], const Code& code_of, float largest, const SamplerRow& row,
+                    SamplerShared& shared) {
+  const float lowest = __int_as_float(static_cast<int>(0xff800000));
   PhiloxWords words = {};
   int block = -1;
   const auto random = [&](int code) {
@@ -219,20 +251,23 @@ __device__ int sample_row(const T* logits, int V, const SamplerRow& row, float* 
                    : i == 2 ? words.word[2]
                             : words.word[3]);
   };
-  for_each_code(V, [&](int code) {
-    const float score = stays(code) ? z[code] - largest - logf(-logf(random(code))) : lowest_float;
-    weights[code] = __float_as_uint(score);
-    best = score > best ? score : best;
-  });
+  float score[N], best = lowest;
+#pragma unroll
+  for (int s = 0; s < N; ++s) {
+    score[s] = z[s] > lowest ? z[s] - largest - logf(-logf(random(code_of(s)))) : lowest;
+    best = score[s] > best ? score[s] : best;
+  }
   best = block_reduce(best, shared.best, Max());
   // float32 scores of the front runners lie within 40 of 0: 1e-3 is far above their errors.
-  Candidate winner = {-1e300, V};
-  for_each_code(V, [&](int code) {
-    if (!(__uint_as_float(weights[code]) >= best - 1e-3f)) return;
+  Candidate winner = {-1e300, kHighestOrder};
+#pragma unroll
+  for (int s = 0; s < N; ++s) {
+    if (!(score[s] >= best - 1e-3f)) continue;
+    const int code = code_of(s);
     const double exact =
-        static_cast<double>(z[code]) - largest - log(-log(static_cast<double>(random(code))));
+        static_cast<double>(z[s]) - largest - log(-log(static_cast<double>(random(code))));
     if (exact > winner.score) winner = {exact, code};
-  });
+  }
   const auto better = [](const Candidate& a, const Candidate& b) {
     return a.score > b.score || (a.score == b.score && a.code < b.code) ? a : b;
   };
@@ -250,6 +285,113 @@ __device__ int sample_row(const T* logits, int V, const SamplerRow& row, float* 
     for (int i = 1; i < warps; ++i) winner = better(winner, shared.candidates[i]);
   }
   return winner.code;
+}
+
+// The code drawn, in every thread. For a one-dimensional block of whole warps, with V <= kHeld
+// times its threads; all of them call it, with the same arguments. A barrier must come before
+// `shared` (of any content) is used again. `logits` need no alignment.
+template <typename T>
+__device__ int sample_row(const T* logits, int V, const SamplerRow& row, SamplerShared& shared) {
+  const float lowest_float = __int_as_float(static_cast<int>(0xff800000));
+  Scores scores;
+  scores.V = V;
+#pragma unroll
+  for (int s = 0; s < kHeld; ++s) scores.z[s] = lowest_float;
+  scores.each([&](int s, int code) { scores.z[s] = to_float(logits[code]); });
+  for (unsigned i = threadIdx.x; i < 2 * kBuckets; i += blockDim.x)
+    shared.top_k.sums[i] = shared.top_p.sums[i] = 0;
+  if (threadIdx.x == 0) shared.top_k.count = shared.top_p.count = shared.kept_count = 0;
+  if (row.W > 0) {
+    for (unsigned i = threadIdx.x; i < kMaxVocabulary / 32; i += blockDim.x)
+      shared.penalised[i] = 0;
+    __syncthreads();
+    for (int64_t w = threadIdx.x; w < row.W; w += blockDim.x) {
+      const int64_t code = row.history[w];
+      if (code >= 0 && code < V) atomicOr(&shared.penalised[code / 32], 1u << code % 32);
+    }
+    __syncthreads();
+    scores.each([&](int s, int code) {
+      const float a = scores.z[s];
+      if (shared.penalised[code / 32] >> code % 32 & 1)
+        scores.z[s] = a > 0 ? a / row.repetition_penalty : a * row.repetition_penalty;
+    });
+  }
+
+  // The first of the largest, and the lowest that is finite.
+  int32_t high = kLowestOrder - 1, low = kHighestOrder, first = kHighestOrder;
+  scores.each([&](int s, int code) {
+    float& a = scores.z[s];
+    a = a == a ? a : lowest_float;
+    const int32_t order = float_order(a);
+    if (order > high) {
+      high = order;
+      first = code;
+    }
+    if (order > kLowestOrder && order < low) low = order;
+  });
+  const int32_t of_warp = __reduce_max_sync(kWholeWarp, high);
+  first = __reduce_min_sync(kWholeWarp, high == of_warp ? first : kHighestOrder);
+  low = __reduce_min_sync(kWholeWarp, low);
+  if (threadIdx.x % kWarp == 0) shared.extremes[threadIdx.x / kWarp] = {of_warp, first, low};
+  __syncthreads();
+  Extremes all = shared.extremes[0];
+  for (unsigned i = 1; i < blockDim.x / kWarp; ++i) {  // codes of a later warp may be lower
+    const Extremes other = shared.extremes[i];
+    if (other.high > all.high || (other.high == all.high && other.first < all.first)) {
+      all.high = other.high;
+      all.first = other.first;
+    }
+    all.low = other.low < all.low ? other.low : all.low;
+  }
+  scores.largest = float_at(all.high) / row.temperature;
+  // Infinite scores tell nothing apart: all logits minus infinity, or a temperature near 0.
+  if (!(row.temperature > 0) || isinf(scores.largest)) return all.first;
+  scores.each([&](int s, int) { scores.z[s] /= row.temperature; });
+  const float lowest = float_at(all.low) / row.temperature;
+  scores.low = float_order(lowest);
+  scores.high = float_order(scores.largest);
+  // Below e^-32 of the best all goes to the last bucket.
+  const float spread = scores.largest - lowest < 32 ? scores.largest - lowest : 32;
+  scores.scale = kBuckets / (spread > 1e-6f ? spread : 1e-6f);
+
+  float bound = lowest_float;
+  const bool some = row.top_k > 0 && row.top_k < V;
+  if (some)
+    bound = lowest_kept(
+        scores, [](int) { return 1u; },
+        [&](unsigned long long) { return static_cast<double>(row.top_k); }, shared.top_k,
+        shared.found);
+  if (row.top_p < 1) {
+    uint32_t odds[kHeld] = {};
+    scores.each([&](int s, int) {
+      if (scores.z[s] >= bound)
+        odds[s] = static_cast<uint32_t>(expf(scores.z[s] - scores.largest) * 0x1p31f + 0.5f);
+    });
+    const auto limit = [&](unsigned long long total) {
+      return static_cast<double>(row.top_p) * static_cast<double>(total);
+    };
+    bound = lowest_kept(scores, [&](int s) { return odds[s]; }, limit, shared.top_p, shared.found);
+  }
+  if (!(some || row.top_p < 1 || row.min_p > 0))
+    return race(scores.z, held_code, scores.largest, row, shared);
+
+  // min-p alone is a bound on e^(z - largest): in float64 on its logarithm.
+  const double log_p =
+      row.min_p > 0 ? log(row.min_p < 1 ? static_cast<double>(row.min_p) : 1.0) : -1e300;
+  scores.each([&](int s, int code) {
+    float& z = scores.z[s];
+    if (z < bound || static_cast<double>(z) - scores.largest < log_p) z = lowest_float;
+    if (z == lowest_float) return;
+    const int place = atomicAdd(&shared.kept_count, 1);
+    if (place < kListed) shared.kept[place] = {z, code};
+  });
+  __syncthreads();
+  const int count = shared.kept_count, me = static_cast<int>(threadIdx.x);
+  if (count > kListed || count > static_cast<int>(blockDim.x))
+    return race(scores.z, held_code, scores.largest, row, shared);
+  const Kept mine = me < count ? shared.kept[me] : Kept{lowest_float, 0};
+  const float z[1] = {mine.z};
+  return race(z, [&](int) { return mine.code; }, scores.largest, row, shared);
 }
 
 }  // namespace

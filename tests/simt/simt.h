@@ -242,6 +242,12 @@ T atomicMax(T* p, std::type_identity_t<T> value) {
   return old;
 }
 template <typename T>
+T atomicOr(T* p, std::type_identity_t<T> value) {
+  const T old = *p;
+  *p = old | value;
+  return old;
+}
+template <typename T>
 T atomicExch(T* p, std::type_identity_t<T> value) {
   return std::exchange(*p, value);
 }
