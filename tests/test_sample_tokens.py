@@ -145,6 +145,23 @@ def test_equals_the_reference(target, vocab_size, dtype):
     assert torch.equal(target.run("sample_tokens", *args), reference("sample_tokens", *args))
 
 
+@pytest.mark.parametrize("vocab_size", [VOCAB_SIZE, 130])
+def test_logits_of_any_spread_equal_the_reference(target, vocab_size):
+    """Flat, coarse, far from zero, masked, or with one code far above the others."""
+    rows = 8 * target.few(40)
+    logits = torch.randn(rows, vocab_size)
+    logits[0::8] *= 1e-3
+    logits[1::8] = logits[1::8] * 1e-7 + 1
+    logits[2::8] = logits[2::8].round()
+    logits[3::8] = logits[3::8] * 20 - 300
+    logits[4::8, ::2] = -1e30
+    logits[5::8, 5:-9] = -INF
+    logits[6::8] = -0.25
+    logits[7::8, 77] = 60
+    args = arguments(logits, **mixed_parameters(rows, vocab_size), codebook=3)
+    assert torch.equal(target.run("sample_tokens", *args), reference("sample_tokens", *args))
+
+
 def test_equals_the_rules_applied_by_hand(target):
     rows, vocab_size = 150, 37
     logits = torch.randn(rows, vocab_size) * 2
