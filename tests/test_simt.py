@@ -69,6 +69,7 @@ def test_a_planted_bug_is_found(name, message, order):
     [
         ("neighbour without barrier", ORDERS),
         ("overwrite without barrier", ORDERS),
+        ("late overwrite without barrier", ("random",)),
         ("warp without syncwarp", ORDERS),
         ("copy without wait", ("random", "descending")),
     ],

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads) embed_frames_kernel(EmbedFramesParam
             if (r + i < count) sums[j] += values[i][j];
       }
     }
-    __syncthreads();
+    if (first + kListed <= p.K) __syncthreads();
   }
   if (at < p.C) store<N>(static_cast<T*>(p.out) + t * p.C + at, sums);
 }

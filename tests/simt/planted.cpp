@@ -43,6 +43,21 @@ __global__ void overwrite_kernel(int* out) {
   out[threadIdx.x] = right;
 }
 
+// The same, where a warp that goes at the others' pace would not notice.
+__global__ void late_overwrite_kernel(int* out) {
+  VOX_SHARED(int[kThreads], places);
+  bool right = true;
+  for (int round = 0; round < 20; ++round) {
+    places[threadIdx.x] = threadIdx.x;
+    __syncthreads();
+    right &= places[(threadIdx.x + 32) % kThreads] == static_cast<int>(threadIdx.x + 32) % kThreads;
+    for (int i = 0; i < 8; ++i) __syncwarp();
+    places[threadIdx.x] = -1;
+    __syncthreads();
+  }
+  out[threadIdx.x] = right;
+}
+
 template <bool kWait>
 __global__ void warp_kernel(int* out) {
   VOX_SHARED(int[kThreads], places);
@@ -171,6 +186,7 @@ const std::map<std::string, Case> kCases = {
     {"neighbour", {neighbour_kernel<true>}},
     {"neighbour without barrier", {neighbour_kernel<false>}},
     {"overwrite without barrier", {overwrite_kernel}},
+    {"late overwrite without barrier", {late_overwrite_kernel}},
     {"warp", {warp_kernel<true>}},
     {"warp without syncwarp", {warp_kernel<false>}},
     {"unwritten", {unwritten_kernel}},

@@ -253,6 +253,24 @@ void explain_deadlock(const std::vector<int>& threads) {
   error = "threads wait for ever for memory to change";
 }
 
+// Threads of a block that go on only when no other can: a warp or one thread.
+struct Straggler {
+  const Block* block = nullptr;
+  int first = 0, last = 0;  // numbers in the block
+
+  bool has(const Fiber& fiber) const {
+    const int number = fiber.first_of_warp + fiber.lane;
+    return fiber.block == block && number >= first && number <= last;
+  }
+};
+
+Straggler choose_straggler(const std::vector<int>& threads) {
+  const Fiber& fiber = *fibers[threads[random_bits() % threads.size()]];
+  const int number = fiber.first_of_warp + fiber.lane;
+  if (random_bits() % 2) return {fiber.block, number, number};
+  return {fiber.block, fiber.first_of_warp, fiber.first_of_warp + 31};
+}
+
 // Runs blocks to their end, or one that is early as far as it comes.
 void run(const std::vector<Block*>& blocks, bool early = false) {
   std::vector<int> threads;
@@ -262,12 +280,18 @@ void run(const std::vector<Block*>& blocks, bool early = false) {
   long idle_turns = 0;
   const auto lives = [](int index) { return fibers[index]->state != State::done; };
   size_t live = std::count_if(threads.begin(), threads.end(), lives);
+  Straggler straggler;
+  bool all_may_go = false;
   while (live) {
-    if (order == Order::random) std::shuffle(threads.begin(), threads.end(), random_bits);
+    if (order == Order::random) {
+      std::shuffle(threads.begin(), threads.end(), random_bits);
+      if (!all_may_go && !straggler.block) straggler = choose_straggler(threads);
+    }
     bool progress = false, pausing = false;
     for (int index : threads) {
       const State before = fibers[index]->state;
       if (before != State::ready && before != State::paused) continue;
+      if (straggler.has(*fibers[index])) continue;
       resume(index);
       if (!error.empty()) return;
       pausing |= before == State::paused;
@@ -275,7 +299,13 @@ void run(const std::vector<Block*>& blocks, bool early = false) {
       live -= fibers[index]->state == State::done;
     }
     for (Block* block : blocks) progress |= release_barrier(*block);
-    if (!error.empty() || (early && !progress)) return;
+    if (!error.empty()) return;
+    all_may_go = !progress && straggler.block;
+    if (all_may_go) {
+      straggler = {};
+      continue;
+    }
+    if (early && !progress) return;
     idle_turns = progress ? 0 : idle_turns + 1;
     if (live && (pausing ? idle_turns > kPatience : idle_turns > 0))
       return explain_deadlock(threads);

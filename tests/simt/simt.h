@@ -3,11 +3,12 @@
 //
 // Every thread of a block is a fiber that runs until it waits: at __syncthreads, or at a warp's
 // operation whose mask names lanes that are not there yet. Fibers run in the order that
-// VOXKERN_SIMT_ORDER says, `random` (another one whenever all have had their turn), `ascending` or
-// `descending`: without a barrier that is needed, results differ from right ones under one of
-// them. A launch throws if threads wait for others that never come (ended, or waiting elsewhere),
-// if a mask lacks its caller, or if lanes meet in different operations. Shared memory is filled
-// with NaN before a block starts, and is memory of its own for the address sanitizer.
+// VOXKERN_SIMT_ORDER says, `random` (another one whenever all have had their turn, and some thread
+// or warp has none until no other can go on), `ascending` or `descending`: without a barrier
+// that is needed, results differ from right ones under one of them. A launch throws if threads wait
+// for others that never come (ended, or waiting elsewhere), if a mask lacks its caller, or if lanes
+// meet in different operations. Shared memory is filled with NaN before a block starts, and is
+// memory of its own for the address sanitizer.
 //
 // A launch that may overlap the one in front does: one of its blocks runs up to
 // wait_for_previous_kernel() before the last few launches have begun, but not before the one in
