@@ -13,6 +13,12 @@
 
 #include "dtype.h"
 
+#ifdef __CUDACC__
+#define VOX_EVERYWHERE __host__ __device__
+#else
+#define VOX_EVERYWHERE
+#endif
+
 namespace voxkern {
 
 // plain: of the op's dtype. bf16: plain too, in an op whose activations are float32.
@@ -22,11 +28,15 @@ constexpr int64_t kBlockRows = 16;
 constexpr int64_t kGroup = 32;  // columns that share a scale: x's always, W's in int4
 
 // Of the values of 16 rows and 32 columns.
-constexpr int64_t group_bytes(Format format) { return format == Format::int4 ? 256 : 512; }
+VOX_EVERYWHERE constexpr int64_t group_bytes(Format format) {
+  return format == Format::int4 ? 256 : 512;
+}
 // Of the scales of 16 rows and 32 columns.
-constexpr int64_t scale_bytes(Format format) { return format == Format::int4 ? 16 : 0; }
+VOX_EVERYWHERE constexpr int64_t scale_bytes(Format format) {
+  return format == Format::int4 ? 16 : 0;
+}
 // Of 16 rows.
-constexpr int64_t block_bytes(Format format, int64_t C) {
+VOX_EVERYWHERE constexpr int64_t block_bytes(Format format, int64_t C) {
   return C / kGroup * (group_bytes(format) + scale_bytes(format)) + 64;
 }
 

@@ -31,7 +31,7 @@ def run(name: str, order: str) -> str:
 @pytest.mark.parametrize(
     "name",
     [
-        *("sum", "neighbour", "warp", "copy", "grid", "overlap", "overlap that lasts"),
+        *("sum", "neighbour", "warp", "copy", "grid", "product", "overlap", "overlap that lasts"),
         "overlap behind a late start",
     ],
 )

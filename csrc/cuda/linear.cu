@@ -1,11 +1,11 @@
-#include "../linear.h"
-#include "common.cuh"
+#include "ops.cuh"
 #include "product.cuh"
 #include "tiled_product.cuh"
 
 // Streams plain weights: product.cuh has the kernels for few rows, tiled_product.cuh the one for
 // more than kTileM in bfloat16. Other many rows (float32, or rows that begin at no multiple of 16
-// bytes) read W from the second-level cache once per tile of few.
+// bytes) read W from the second-level cache once per tile of few. Packed weights have a file of
+// their own, packed_linear.cu.
 //
 // Floor: N C elements over 3.35 TB/s: CSM's gate and up [16384, 2048] bf16 20 us, its depth
 // decoder's [16384, 1024] 10 us on an H100.
@@ -113,9 +113,9 @@ void product(const ProductParams& p, cudaStream_t stream) {
     run<true, Before::nothing, After::store>(p, stream);
 }
 
-// Of a plain weight.
 void linear(const LinearParams& p, cudaStream_t stream) {
   if (p.M == 0 || p.weight.N == 0) return;
+  if (p.weight.format != Format::plain) return packed_linear(p, stream);
   const ProductParams plain = {.dtype = p.dtype,
                                .M = p.M,
                                .N = p.weight.N,
@@ -141,7 +141,6 @@ Tensor linear_cuda(Tensor x, Tensor weight) {
   Tensor out = linear_out(x, weight);
   const LinearParams p = linear_params(x, weight, out);
   if (p.weight.C == 0) return torch::stable::fill_(out, 0.0);
-  check(p.weight.format == Format::plain, "weight: packed, which no CUDA kernel takes yet");
   const OnDevice device(x);
   linear(p, device.stream);
   return out;

@@ -15,8 +15,9 @@ namespace voxkern {
 
 void rms_norm(const RmsNormParams& p, cudaStream_t stream);
 void silu_mul(const SiluMulParams& p, cudaStream_t stream);
-// Of a plain weight.
 void linear(const LinearParams& p, cudaStream_t stream);
+// The same of a packed weight alone, at an address in a multiple of 16 bytes.
+void packed_linear(const LinearParams& p, cudaStream_t stream);
 
 // append_kv, then decode_attention. For the lengths, pages, positions and slots, and for the pages
 // of keys but for those in `slots`, it does not wait: see launch()'s contract. `workspace` holds

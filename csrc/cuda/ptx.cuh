@@ -30,12 +30,38 @@ __device__ __forceinline__ void multiply_bf16(float (&d)[4], const uint32_t (&a)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// d = start + A B of a warp, in integers: A [16, 32] and B [32, 8] of bytes with signs. With g and
+// t as above, a lane holds A's rows g (words 0 and 2) and g + 8 (1 and 3), B's column g, and of
+// both the k of 4 t .. 4 t + 3 (words a0, a1, b0) and of 16 + 4 t .. (a2, a3, b1), four to a word;
+// of d what it holds there.
+__device__ __forceinline__ void multiply_s8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                            uint32_t b1, int32_t start) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(start));
+}
+
 // 16 bytes that are read once, of memory that nobody writes while the kernel runs: they need no
 // place in the first-level cache. Volatile, so that it stays behind wait_for_previous_kernel().
 __device__ __forceinline__ uint4 load_stream(const void* p) {
   uint4 r;
   asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
+               : "l"(p));
+  return r;
+}
+
+// 4 and 8 bytes of the same.
+__device__ __forceinline__ uint32_t load_stream4(const void* p) {
+  uint32_t r;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(r) : "l"(p));
+  return r;
+}
+__device__ __forceinline__ uint2 load_stream8(const void* p) {
+  uint2 r;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];"
+               : "=r"(r.x), "=r"(r.y)
                : "l"(p));
   return r;
 }

@@ -177,6 +177,36 @@ __global__ void third_kernel(int* out) {
   if (blockIdx.x == 0) out[threadIdx.x] = 1;
 }
 
+// One product of a warp: rows of A [16, 32] and columns of B, [8, 32] here, to d [16, 8].
+__global__ void product_kernel(const int8_t* a, const int8_t* b, int* d) {
+  const int g = threadIdx.x / 4, t = threadIdx.x % 4;
+  const auto four = [](const int8_t* p) { return *reinterpret_cast<const uint32_t*>(p); };
+  const int8_t *low = a + g * 32 + t * 4, *high = low + 8 * 32, *column = b + g * 32 + t * 4;
+  int32_t mine[4];
+  multiply_s8(mine, {four(low), four(high), four(low + 16), four(high + 16)}, four(column),
+              four(column + 16), 1000);
+  for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + t * 2 + i % 2] = mine[i];
+}
+
+bool product_is_right() {
+  alignas(4) int8_t a[16 * 32], b[8 * 32];
+  uint32_t state = 1;
+  const auto next = [&] {
+    return static_cast<int8_t>((state = state * 1664525 + 1013904223) >> 24);
+  };
+  for (int8_t& value : a) value = next();
+  for (int8_t& value : b) value = next();
+  int d[16 * 8];
+  simt::launch_kernel(product_kernel, {1, kWarp, 0, false}, a, b, d);
+  simt::finish();
+  for (int i = 0; i < 16 * 8; ++i) {
+    int expected = 1000;
+    for (int k = 0; k < 32; ++k) expected += a[i / 8 * 32 + k] * b[i % 8 * 32 + k];
+    if (d[i] != expected) return false;
+  }
+  return true;
+}
+
 struct Case {
   void (*kernel)(int*);
   size_t shared_bytes = 0;
@@ -218,6 +248,7 @@ bool run(const std::string& name) {
       if (value != kThreads * (kThreads + 1) / 2) return false;
     return true;
   }
+  if (name == "product") return product_is_right();
   if (name == "grid" || name == "grid that is not resident") {
     std::vector<int> out(4 * kThreads);
     int arrived = 0;

@@ -42,6 +42,12 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
@@ -263,6 +269,7 @@ inline float __uint_as_float(uint32_t a) { return simt::from_bits<float>(a); }
 inline uint32_t __float_as_uint(float a) { return static_cast<uint32_t>(simt::to_bits(a)); }
 inline int32_t __float_as_int(float a) { return simt::from_bits<int32_t>(simt::to_bits(a)); }
 inline float __int_as_float(int32_t a) { return simt::from_bits<float>(simt::to_bits(a)); }
+inline float __fmul_rn(float a, float b) { return a * b; }  // which is joined to no sum
 inline int __popc(uint32_t a) { return __builtin_popcount(a); }
 inline int __ffs(uint32_t a) { return __builtin_ffs(static_cast<int>(a)); }
 inline int __clz(uint32_t a) { return a ? __builtin_clz(a) : 32; }
@@ -298,6 +305,36 @@ inline void multiply_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, ui
     for (int lane = 0; lane < 4; ++lane)
       for (int k = 0; k < 4; ++k) d[i] += element(left[lane], k) * element(right[lane], k);
   }
+}
+inline void multiply_s8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                        int32_t start, VOX_SIMT_HERE) {
+  const simt::Site site = {"multiply_s8", file, line};
+  uint64_t low[32], high[32], columns[32];  // words of the lanes that hold rows g, g + 8, column g
+  const auto both = [](uint32_t first, uint32_t second) {
+    return static_cast<uint64_t>(second) << 32 | first;
+  };
+  simt::exchange(site, 0xffffffff, both(a[0], a[2]), low);
+  simt::exchange(site, 0xffffffff, both(a[1], a[3]), high);
+  simt::exchange(site, 0xffffffff, both(b0, b1), columns);
+  const int g = static_cast<int>(simt::lane()) / 4, t = static_cast<int>(simt::lane()) % 4;
+  for (int i = 0; i < 4; ++i) {
+    const uint64_t* const left = (i < 2 ? low : high) + g * 4;
+    const uint64_t* const right = columns + (2 * t + i % 2) * 4;
+    d[i] = start;
+    for (int lane = 0; lane < 4; ++lane)
+      for (int k = 0; k < 64; k += 8)
+        d[i] += static_cast<int8_t>(left[lane] >> k) * static_cast<int8_t>(right[lane] >> k);
+  }
+}
+inline uint32_t load_stream4(const void* p) {
+  uint32_t r;
+  std::memcpy(&r, __builtin_assume_aligned(p, 4), sizeof r);
+  return r;
+}
+inline uint2 load_stream8(const void* p) {
+  uint2 r;
+  std::memcpy(&r, __builtin_assume_aligned(p, 8), sizeof r);
+  return r;
 }
 inline uint4 load_stream(const void* p) {
   uint4 r;

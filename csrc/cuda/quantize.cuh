@@ -1,0 +1,142 @@
+// Rows of x as int8 in shared memory, for products with packed weights: quantize.py's quantize_rows
+// bit for bit, in the order in which packed_product.cuh multiplies.
+#pragma once
+
+#include "../weight.h"
+#include "common.cuh"
+
+namespace voxkern {
+namespace {
+
+constexpr int kRange = 8;  // groups that are multiplied at a time
+
+// 1.5 * 2^23: from here on floats are integers, their bits too. So its bits plus an integer are a
+// float, and its sum with a float is one that is rounded to an integer, in its low bits.
+constexpr float kMagic = 12582912.0f;
+constexpr int32_t kMagicBits = 0x4b400000;
+
+// Logarithm of the least power of two that is no less.
+__host__ __device__ constexpr int log_up(int n) {
+  int log = 0;
+  while (1 << log < n) ++log;
+  return log;
+}
+
+// Rows of x as they stand in memory. `source` of quantize_rows and packed_product: Raw is what
+// comes of 8 columns, so that several can be on their way before the first is used.
+template <typename T>
+struct PlainRows {
+  const T* x;
+  int64_t C;
+  bool aligned;  // takes_vectors
+
+  struct Raw {
+    uint4 words[sizeof(T) / 2];
+  };
+  __device__ __forceinline__ Raw read(int m, int column) const {
+    Raw raw;
+    const T* const from = x + m * C + column;
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i) {
+      if (aligned) {
+        raw.words[i] = *reinterpret_cast<const uint4*>(from + i * kVector<T>);
+      } else {
+        float values[kVector<T>];
+#pragma unroll
+        for (int j = 0; j < kVector<T>; ++j) values[j] = to_float(from[i * kVector<T> + j]);
+        raw.words[i] = pack<T>(values);
+      }
+    }
+    return raw;
+  }
+  __device__ __forceinline__ void values(const Raw& raw, int, int, float (&out)[8]) const {
+    constexpr int kSize = kVector<T>;
+#pragma unroll
+    for (int i = 0; i < 8 / kSize; ++i) {
+      float part[kSize];
+      unpack<T>(raw.words[i], part);
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) out[i * kSize + j] = part[j];
+    }
+  }
+};
+
+// A quarter of a group: its values as bytes, in the order of columns, and the group's scale. The
+// four lanes that have a group are neighbours; the whole warp calls it.
+__device__ __forceinline__ float quantize_quarter(const float (&x)[8], uint32_t (&bytes)[2]) {
+  uint32_t largest = 0;  // bits of magnitudes are ordered as they are, NaN above all
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const uint32_t bits = __float_as_uint(x[i]) & 0x7fffffff;
+    largest = bits > largest ? bits : largest;
+  }
+#pragma unroll
+  for (int lanes = 1; lanes < 4; lanes *= 2) {
+    const uint32_t other = __shfl_xor_sync(kWholeWarp, largest, lanes);
+    largest = other > largest ? other : largest;
+  }
+  const float magnitude = __uint_as_float(largest);
+  const float inverse = magnitude < 1e-30f ? 0.0f : 127.0f / magnitude;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    uint32_t rounded[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      rounded[j] = __float_as_uint(__fmul_rn(x[4 * i + j], inverse) + kMagic) & 0xff;
+    bytes[i] = rounded[0] | rounded[1] << 8 | rounded[2] << 16 | rounded[3] << 24;
+  }
+  return magnitude / 127.0f + magnitude * 0.0f;  // NaN of what is not finite
+}
+
+// Groups first .. first + groups - 1 of `rows` rows of x, by all threads of the block. A lane has 8
+// columns; rows of a group lie next to each other, as lanes of multiply() take them.
+template <Format kFormat, int kTileM, typename Source>
+__device__ __forceinline__ void quantize_rows(const Source& source, int rows, int log_rows,
+                                              int first, int groups, int8_t* values,
+                                              float* scales) {
+  using Raw = typename Source::Raw;
+  constexpr int kFlight = kTileM == 1 ? 1 : 64 / static_cast<int>(sizeof(Raw));
+  const int lane = threadIdx.x % kWarp;
+  const int items = groups << (log_rows + 2);
+  // A range's groups past the last: with a scale of 0, their dots do not matter.
+  const int filled = (groups + kRange - 1) / kRange * kRange;
+  for (int i = groups * kTileM + threadIdx.x; i < filled * kTileM; i += blockDim.x) scales[i] = 0;
+  for (int base = threadIdx.x - lane; base < items; base += kFlight * blockDim.x) {
+    const auto place = [&](int i, int& group, int& m) {  // whether there is one
+      const int item = base + i * static_cast<int>(blockDim.x) + lane;
+      group = item >> (log_rows + 2);
+      m = item >> 2 & ((1 << log_rows) - 1);
+      return item < items && m < rows;
+    };
+    int group, m;
+    Raw raw[kFlight];
+#pragma unroll
+    for (int i = 0; i < kFlight; ++i) {
+      raw[i] = {};
+      if (place(i, group, m)) raw[i] = source.read(m, (first + group) * kGroup + lane % 4 * 8);
+    }
+#pragma unroll
+    for (int i = 0; i < kFlight; ++i) {
+      if (base + i * static_cast<int>(blockDim.x) >= items) break;  // the whole warp
+      const bool any = place(i, group, m);
+      float x[8];
+      source.values(raw[i], m, (first + group) * kGroup + lane % 4 * 8, x);
+      uint32_t bytes[2];
+      const float scale = quantize_quarter(x, bytes);
+      if (!any) continue;
+      uint32_t* const to = reinterpret_cast<uint32_t*>(values + ((group << log_rows) + m) *
+                                                                    static_cast<int>(kGroup));
+      const int q = lane % 4;
+      if constexpr (kFormat == Format::int8) {  // chunk c goes with c + 4
+        to[q % 2 * 4 + q / 2] = bytes[0];
+        to[q % 2 * 4 + q / 2 + 2] = bytes[1];
+      } else {
+        *reinterpret_cast<uint2*>(to + q * 2) = {bytes[0], bytes[1]};
+      }
+      if (q == 0) scales[group * kTileM + m] = scale;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace voxkern
