@@ -146,7 +146,6 @@ Tensor decode_backbone_cuda(Tensor x, Tensor attn_norm, Tensor qkv, Tensor o, Te
   const DecodeBackboneParams p = decode_backbone_params(
       x, attn_norm, qkv, o, mlp_norm, gate_up, down, norm, rope_table, num_heads, num_kv_heads, eps,
       positions, slots, k_pages, v_pages, page_table, seq_lens, out);
-  check_plain(p.layers);
   check_attention(p.layers, p.B);
   if (p.B == 0) return out;
   Tensor workspace = torch::stable::new_empty(x, {decode_backbone_workspace(p)}, ScalarType::Byte);

@@ -282,9 +282,6 @@ Tensor decode_depth_cuda(Tensor hidden, Tensor code0, Tensor audio_rows, Tensor 
       decode_depth_params(hidden, code0, audio_rows, projection, attn_norm, qkv, o, mlp_norm,
                           gate_up, down, norm, heads, rope_table, num_heads, num_kv_heads, eps,
                           temperature, top_k, top_p, min_p, seeds, frames);
-  check_plain(p.projection, "projection");
-  check_plain(p.layers);
-  check_plain(p.heads, "heads");
   check_attention(p.layers, p.B);
   check(p.V <= kMaxVocabulary, "heads: on CUDA expected V <= ", kMaxVocabulary, ", got ", p.V);
   Tensor out = torch::stable::new_empty(code0, {p.B, p.K});

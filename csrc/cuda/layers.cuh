@@ -140,15 +140,6 @@ class Layers {
 };
 
 #ifdef VOX_HOST_PASS
-inline void check_plain(const Weight& weight, const char* name) {
-  check(weight.format == Format::plain, name, ": packed, which no CUDA kernel takes yet");
-}
-inline void check_plain(const LayersParams& p) {
-  check_plain(p.qkv, "qkv");
-  check_plain(p.o, "o");
-  check_plain(p.gate_up, "gate_up");
-  check_plain(p.down, "down");
-}
 // What the attention takes.
 inline void check_attention(const LayersParams& p, int64_t B) {
   check(p.D <= 256, "rope_table: on CUDA expected heads of at most 256 elements, got ", p.D);
