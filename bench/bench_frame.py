@@ -104,31 +104,30 @@ def run(
                 theirs = their_frames(report, config, model.weights, precision, batch, timer.device)
             else:
                 theirs = None
-            with report.may_lack_a_kernel(f"frame {precision}"):
-                ours = OurFrames(model, batch, timer)
-                times: dict[str, list[float]] = {"ours": [], "theirs": [], "bandwidth": []}
-                for warm in (False, True, True, True):
-                    ms = ours.frames_ms(4)
-                    their_ms = theirs.frames_ms(4) if theirs else []
-                    if warm:
-                        times["ours"] += ms
-                        times["theirs"] += their_ms
-                        times["bandwidth"] += [timer.bandwidth() for _ in range(3)]
-                ms = statistics.median(times["ours"])
-                bytes_per_ms = statistics.median(times["bandwidth"]) / 1e3
-                cached = cached_bytes(config, dtype, batch)
-                arithmetic_ms = 2e3 * batch * plain / dtype.itemsize / rate
-                floors = [
-                    max((num_bytes + cached) / bytes_per_ms, arithmetic_ms)
-                    for num_bytes in (read.total, read.from_memory(last_cache_bytes(timer.device)))
-                ]
-                their_ms = statistics.median(times["theirs"]) if theirs else None
-                table.add(
-                    *(precision, batch, ms, (read.total + cached) / 1e9),
-                    *(100 * floor / ms for floor in floors),
-                    *(ms / FRAME_MS, FRAME_MS / ms * batch),
-                    *(their_ms, their_ms and their_ms / ms),
-                )
+            ours = OurFrames(model, batch, timer)
+            times: dict[str, list[float]] = {"ours": [], "theirs": [], "bandwidth": []}
+            for warm in (False, True, True, True):
+                ms = ours.frames_ms(4)
+                their_ms = theirs.frames_ms(4) if theirs else []
+                if warm:
+                    times["ours"] += ms
+                    times["theirs"] += their_ms
+                    times["bandwidth"] += [timer.bandwidth() for _ in range(3)]
+            ms = statistics.median(times["ours"])
+            bytes_per_ms = statistics.median(times["bandwidth"]) / 1e3
+            cached = cached_bytes(config, dtype, batch)
+            arithmetic_ms = 2e3 * batch * plain / dtype.itemsize / rate
+            floors = [
+                max((num_bytes + cached) / bytes_per_ms, arithmetic_ms)
+                for num_bytes in (read.total, read.from_memory(last_cache_bytes(timer.device)))
+            ]
+            their_ms = statistics.median(times["theirs"]) if theirs else None
+            table.add(
+                *(precision, batch, ms, (read.total + cached) / 1e9),
+                *(100 * floor / ms for floor in floors),
+                *(ms / FRAME_MS, FRAME_MS / ms * batch),
+                *(their_ms, their_ms and their_ms / ms),
+            )
             ours = None
         del model, theirs
 

@@ -1,8 +1,6 @@
 """Tables for people, one last line of JSON for programs."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import ClassVar
 
 import machine
@@ -52,16 +50,6 @@ class Report:
         if line not in self.left_out:
             self.left_out.append(line)
             print(f"left out: {line}", flush=True)
-
-    @contextmanager
-    def may_lack_a_kernel(self, what: str) -> Iterator[None]:
-        """Leaves `what` out where weights are of a format that no CUDA kernel takes yet."""
-        try:
-            yield
-        except RuntimeError as error:
-            if "no CUDA kernel takes yet" not in str(error):
-                raise
-            self.leave_out(what, error)
 
     def table(self, name: str, columns: list[str]) -> Table:
         self.tables.append(Table(name, columns))

@@ -233,17 +233,6 @@ def test_what_cannot_be_captured_is_timed_without_a_graph():
     assert calls == [1, 2, 1]
 
 
-def test_what_no_kernel_takes_is_left_out():
-    report = Report()
-    with report.may_lack_a_kernel("int8"):
-        raise RuntimeError("weight: packed, which no CUDA kernel takes yet")
-    assert json.loads(report.json())["left out"] == [
-        "int8: weight: packed, which no CUDA kernel takes yet"
-    ]
-    with pytest.raises(RuntimeError, match="other"), report.may_lack_a_kernel("int8"):
-        raise RuntimeError("other")
-
-
 def test_moved_views_share_memory_and_keep_their_strides():
     base = torch.arange(40.0)
     rows = base.view(5, 8)[:, 2:6]
