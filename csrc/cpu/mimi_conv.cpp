@@ -121,6 +121,8 @@ void mimi_conv(const MimiConvParams& p) {
 #include <optional>
 #include <vector>
 
+#include "../mimi_convs.h"
+
 namespace voxkern {
 
 VOX_KERNEL(mimi_conv, MimiConvParams)
@@ -138,12 +140,6 @@ Tensor mimi_conv_cpu(Tensor x, Tensor past, Tensor weight, Tensor bias, std::opt
   return out;
 }
 
-// What a convolution of `mimi_convs` is, as it lies in the plan.
-struct Step {
-  int64_t input, add, dilation, elu, block_in, block_out, replicate;
-};
-constexpr int64_t kStepSize = sizeof(Step) / sizeof(int64_t);
-
 // The past of streams that begin becomes the first sample of x, over and over.
 void replicate(const Tensor& x, const bool* fresh, const Tensor& past) {
   const int64_t B = x.size(0), C = x.size(2), length = past.size(1) * past.size(2);
@@ -157,57 +153,15 @@ void replicate(const Tensor& x, const bool* fresh, const Tensor& past) {
 
 Tensor mimi_convs_cpu(Tensor x, Tensor fresh, std::vector<Tensor> past, std::vector<Tensor> weights,
                       std::vector<Tensor> biases, std::vector<int64_t> plan) {
-  check_dim(x, "x", 3);
-  check_dtype(x, "x", ScalarType::Float);
-  check_operand(fresh, "fresh", x, ScalarType::Bool);
-  check_shape(fresh, "fresh", "[B]", {x.size(0)});
-  const auto n = static_cast<int64_t>(weights.size());
-  const auto counts = [&](size_t size, const char* name, int64_t each) {
-    check(static_cast<int64_t>(size) == n * each, name, ": expected ", n * each,
-          " entries, as there are ", n, " weights, got ", size);
-  };
-  counts(past.size(), "past", 1);
-  counts(biases.size(), "biases", 1);
-  counts(plan.size(), "plan", kStepSize);
-  const auto* const steps = reinterpret_cast<const Step*>(plan.data());
-
-  std::vector<int64_t> last_use(n + 1, 0);
-  for (int64_t i = 0; i < n; ++i) {
-    const Step& step = steps[i];
-    check(step.input >= 0 && step.input <= i && step.add >= -1 && step.add <= i,
-          "plan: convolution ", i, " takes what is not there yet");
-    check(step.block_in >= 1 && step.block_out >= 1, "plan: expected blocks of 1 or more");
-    last_use[step.input] = i;
-    if (step.add >= 0) last_use[step.add] = i;
-  }
-
-  std::vector<Tensor> values = {torch::stable::contiguous(x)};
-  for (int64_t i = 0; i < n; ++i) {
-    const Step& step = steps[i];
-    const Tensor from = values[step.input];
-    const int64_t B = from.size(0), T = from.size(1) / step.block_in;
-    check(from.size(1) % step.block_in == 0, "x: expected whole blocks of ", step.block_in);
-    const Tensor left = past[i];
-    check_dim(left, "past", 3);
-    check_operand(left, "past", x, ScalarType::Float);
-    const Tensor blocks =
-        step.block_in == 1 ? from : torch::stable::view(from, {B, T, from.size(2) * step.block_in});
-    check_shape(left, "past", "[B, context, C]", {B, kAny, blocks.size(2)});
-    std::optional<Tensor> add;
-    if (step.add >= 0) add = values[step.add];
-    if (step.replicate) replicate(from, static_cast<const bool*>(fresh.const_data_ptr()), left);
-    const Tensor out =
-        mimi_conv_cpu(blocks, left, weights[i], biases[i], add, step.dilation, step.elu);
-    check(out.size(2) % step.block_out == 0, "biases: expected whole blocks of ", step.block_out);
-    values.push_back(
-        step.block_out == 1
-            ? out
-            : torch::stable::view(out, {B, T * step.block_out, out.size(2) / step.block_out}));
-    // What is used no more makes room in the cache.
-    for (int64_t j = 0; j <= i; ++j)
-      if (last_use[j] <= i) values[j] = Tensor();
-  }
-  return values.back();
+  return walk_convs(x, fresh, past, weights, biases, plan,
+                    [&](int64_t i, const MimiConvStep& step, const Tensor& from,
+                        const Tensor& blocks, const Tensor* add) {
+                      if (step.replicate)
+                        replicate(from, static_cast<const bool*>(fresh.const_data_ptr()), past[i]);
+                      return mimi_conv_cpu(blocks, past[i], weights[i], biases[i],
+                                           add ? std::optional<Tensor>(*add) : std::nullopt,
+                                           step.dilation, step.elu != 0);
+                    });
 }
 
 }  // namespace
