@@ -93,6 +93,25 @@ def test_pieces_are_the_whole_bit_for_bit(target, sizes, dtype):
         assert torch.equal(past, last[b : b + 1])
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [Sizes(B=3, T=1450, C=16, J=1, N=64), Sizes(B=1, T=8300, C=128, J=2, N=128)],
+    ids=str,
+)
+def test_many_rows_are_few_bit_for_bit(target, sizes):
+    """However a kernel cuts the rows of many streams into tiles."""
+    # Of so many values an ELU would round some to the other side of a boundary.
+    arguments = make(sizes, torch.bfloat16, elu=False)
+    whole, _ = run(target.run, arguments)
+    expected, _ = run(reference, arguments)
+    assert_close(whole, expected)
+    for at in (0, sizes.T - 3):
+        before = torch.cat((arguments["past"], arguments["x"]), 1)[:, at : at + sizes.J - 1]
+        rows = {n: arguments[n][:, at : at + 3] for n in ("x", "add")}
+        few, _ = run(target.run, arguments | rows | {"past": before.contiguous()})
+        assert torch.equal(few, whole[:, at : at + 3])
+
+
 def test_any_number_of_threads(target):
     if target.device != "cpu" or target.backend != "native":
         pytest.skip("only native CPU ops have a team of threads")

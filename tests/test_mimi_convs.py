@@ -71,6 +71,23 @@ def test_pieces_are_the_whole_bit_for_bit(target):
             assert torch.equal(mine, theirs[row])
 
 
+def test_a_stream_that_begins_repeats_its_first_sample(target):
+    """Blocks of two samples, and more convolutions than one launch keeps the past of."""
+    count, width = 50, 8
+    plan = [number for i in range(count) for number in (i, -1, 1, 0, 2, 2, i % 2)]
+    arguments = {
+        "x": torch.randn(3, 4, width),
+        "fresh": torch.tensor([True, False, True]),
+        "past": [torch.randn(3, 1, 2 * width) for _ in range(count)],
+        "weights": [block_rows(torch.randn(16, 32) / 6) for _ in range(count)],
+        "biases": [torch.randn(16) for _ in range(count)],
+        "plan": plan,
+    }
+    got, expected = run(target.run, arguments), run(reference, arguments)
+    for mine, theirs in zip(got, expected, strict=True):
+        assert_close(mine, theirs)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

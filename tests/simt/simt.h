@@ -33,6 +33,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 using cudaStream_t = void*;
 using std::isinf;
