@@ -14,13 +14,13 @@ import time
 
 import torch
 from bench_codec import our_codecs, random_model
-from bench_frame import our_model
+from bench_frame import PRECISIONS, our_model
 from csm_1b import CACHED, FRAME_MS, frame_bytes
 from report import Report
 from timing import CpuTimer, GpuTimer
 
 from vox_serve.engine import Engine, Prompt, Request
-from vox_serve.loading import CODEC_PRECISIONS
+from vox_serve.loading import codec_precision
 from vox_serve.mimi import Mimi
 from vox_serve.model_config import CsmConfig
 
@@ -65,7 +65,7 @@ def run(
             *("real-time factor", "streams"),
         ],
     )
-    codec_of = {p: CODEC_PRECISIONS.get(p, CODEC_PRECISIONS["none"]) for p in precisions}
+    codec_of = {p: codec_precision(timer.device, *PRECISIONS[p]) for p in precisions}
     codecs = our_codecs(random_model(), sorted({*codec_of.values()}), timer.device)
     on_gpu = isinstance(timer, GpuTimer)
     turns, steps = (timer.rounds, GPU_TURN_STEPS) if on_gpu else (TURNS, TURN_STEPS)

@@ -41,3 +41,16 @@ def test_a_forced_backend_is_taken(monkeypatch, caplog):
     monkeypatch.setenv("VOXKERN_BACKEND", "reference")
     assert choose_device() == "cuda"
     assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "quantize", "precision"),
+    [
+        ("cpu", torch.bfloat16, "none", "float32"),
+        ("cpu", torch.bfloat16, "int4", "int8"),
+        ("cuda", torch.float32, "none", "float32"),
+        ("cuda", torch.bfloat16, "int8", "bfloat16"),
+    ],
+)
+def test_the_codecs_precision(device, dtype, quantize, precision):
+    assert loading.codec_precision(device, dtype, quantize) == precision

@@ -23,9 +23,6 @@ logger = logging.getLogger("vox_serve")
 
 SMALL_MODEL_PARAMETERS = 100_000_000
 """Below this a CPU runs float32 about as fast as anything: "auto" then means exact."""
-CODEC_PRECISIONS = {"none": "float32", "int8": "int8", "int4": "int8"}
-"""What `quantize` means on a CPU for the codec's decoder (`Mimi`'s `precision`). A GPU reads the
-codec's weights in no time, and keeps them in float32."""
 
 
 def load_engine(
@@ -73,9 +70,7 @@ def load_engine(
 
     caches = cache_folders(weight_cache, folder, small)
     checkpoint = load_checkpoint(folder, dtype, place, allow_pickle, quantize, caches)
-    mimi = load_codec(
-        checkpoint, codec, CODEC_PRECISIONS[quantize] if place.type == "cpu" else "float32"
-    )
+    mimi = load_codec(checkpoint, codec, codec_precision(place.type, dtype, quantize))
     if context == "none":
         segments = []
     elif context is not None:
@@ -87,6 +82,14 @@ def load_engine(
         return Engine(CsmModel(config, checkpoint.weights), mimi, prompts, segments, max_batch_size)
     except torch.OutOfMemoryError as error:
         raise ValueError(f"max_batch_size {max_batch_size}: {error}") from None
+
+
+def codec_precision(device_type: str, dtype: torch.dtype, quantize: str) -> str:
+    """`Mimi`'s precision beside a model of that dtype and packing: a CPU reads bytes, and rounds
+    only with packed weights; a GPU multiplies, in bfloat16 faster than in anything."""
+    if device_type == "cpu":
+        return "float32" if quantize == "none" else "int8"
+    return str(dtype).removeprefix("torch.")
 
 
 def cache_folders(setting: str | None, folder: Path, small: bool) -> list[Path]:
