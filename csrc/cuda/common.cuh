@@ -14,6 +14,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <exception>
+#include <map>
+#include <mutex>
 #include <sstream>
 #include <stdexcept>
 #include <type_traits>
@@ -87,6 +89,7 @@ inline int64_t shared_bytes_limit() { return 99 << 10; }
 
 inline void check_cuda(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
+  cudaGetLastError();  // or the next one to ask would get it too
   std::ostringstream message;
   message << what << ": " << cudaGetErrorString(status);
   throw std::runtime_error(message.str());
@@ -104,24 +107,31 @@ inline int64_t shared_bytes_limit() {
   return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
+// Lets a kernel's blocks have all shared memory that there is, once for each device: what a launch
+// asks for may differ from graph to graph and thread to thread. Whether its launches can overlap.
+inline bool prepare_kernel(const void* kernel) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, bool> prepared;
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  const std::lock_guard lock(mutex);
+  const auto known = prepared.find({kernel, device});
+  if (known != prepared.end()) return known->second;
+  cudaFuncAttributes about = {};
+  check_cuda(cudaFuncGetAttributes(&about, kernel), "cudaFuncGetAttributes");
+  const auto set = [&](cudaFuncAttribute attribute, int value) {
+    check_cuda(cudaFuncSetAttribute(kernel, attribute, value), "cudaFuncSetAttribute");
+  };
+  set(cudaFuncAttributeMaxDynamicSharedMemorySize,
+      static_cast<int>(shared_bytes_limit() - static_cast<int64_t>(about.sharedSizeBytes)));
+  set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  // Processors before Hopper have no such launches: there the wait is none.
+  return prepared[{kernel, device}] = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
+}
+
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), const LaunchShape& shape, Args&&... args) {
-  if (shape.shared_bytes > (48 << 10)) {
-    // Only ever raised: graphs hold launches with more.
-    cudaFuncAttributes now = {};
-    check_cuda(cudaFuncGetAttributes(&now, kernel), "cudaFuncGetAttributes");
-    if (now.maxDynamicSharedSizeBytes < static_cast<int>(shape.shared_bytes))
-      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(shape.shared_bytes)),
-                 "cudaFuncSetAttribute");
-  }
-  // Processors before Hopper have no such launches: there the wait is none.
-  const bool overlaps =
-      shape.overlaps_previous && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
-  if (overlaps)
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                    cudaSharedmemCarveoutMaxShared),
-               "cudaFuncSetAttribute");
+  const bool can_overlap = prepare_kernel(reinterpret_cast<const void*>(kernel));
   cudaLaunchAttribute overlap = {};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
@@ -131,7 +141,7 @@ void launch(void (*kernel)(Params...), const LaunchShape& shape, Args&&... args)
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = shape.stream;
   config.attrs = &overlap;
-  config.numAttrs = overlaps ? 1 : 0;
+  config.numAttrs = can_overlap && shape.overlaps_previous ? 1 : 0;
   check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), "kernel launch");
 }
 

@@ -22,14 +22,15 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// residual = x, counters = 0.
-__global__ void begin_kernel(const uint8_t* x, uint8_t* residual, int64_t bytes, unsigned* counters,
+// residual = x, of `words` words, counters = 0.
+template <typename Word>
+__global__ void begin_kernel(const Word* x, Word* residual, int64_t words, unsigned* counters,
                              int64_t count) {
   wait_for_previous_kernel();
   let_next_kernel_start();
   const int64_t me = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t all = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = me; i < bytes; i += all) residual[i] = x[i];
+  for (int64_t i = me; i < words; i += all) residual[i] = x[i];
   for (int64_t i = me; i < count; i += all) counters[i] = 0;
 }
 
@@ -108,13 +109,18 @@ void decode_backbone(const DecodeBackboneParams& p, void* workspace, cudaStream_
   const LayersParams& l = p.layers;
   Layers& layers = buffers.layers;
   const int64_t bytes = p.B * l.C * element_bytes(p.dtype);
-  launch(begin_kernel,
-         {.grid = dim3(static_cast<unsigned>(divide_up(bytes, 16 * kThreads))),
-          .block = dim3(kThreads),
-          .stream = stream,
-          .overlaps_previous = true},
-         static_cast<const uint8_t*>(p.x), static_cast<uint8_t*>(layers.residual), bytes,
-         buffers.counters, buffers.count);
+  const auto begin = [&](auto word) {
+    using Word = decltype(word);
+    launch(begin_kernel<Word>,
+           {.grid = dim3(static_cast<unsigned>(divide_up(bytes, 16 * kThreads))),
+            .block = dim3(kThreads),
+            .stream = stream,
+            .overlaps_previous = true},
+           static_cast<const Word*>(p.x), static_cast<Word*>(layers.residual),
+           bytes / static_cast<int64_t>(sizeof(Word)), buffers.counters, buffers.count);
+  };
+  const bool words = bytes % 16 == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
+  words ? begin(uint4()) : begin(uint16_t());
   AppendKvParams append = append_of(p, layers.qkv);
   DecodeAttentionParams attention = attention_of(p, layers.qkv, layers.attended);
   const int64_t pages = p.P * l.Hkv * p.S * l.D;

@@ -69,7 +69,7 @@ class Layers {
 
   // out = x [B, C] times the transpose of `weight`.
   void project(const void* x, const Weight& weight, void* out, cudaStream_t stream) const {
-    linear({.dtype = dtype_, .M = B_, .x = x, .weight = weight, .out = out}, stream);
+    linear({.dtype = dtype_, .M = B_, .x = x, .weight = weight, .out = out}, stream, true);
   }
 
   // out = the norm of the residual.

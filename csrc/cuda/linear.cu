@@ -76,7 +76,7 @@ void launch_tiles(void (*kernel)(ProductParams, ProductPlan), const ProductParam
             .block = dim3(kThreads),
             .shared_bytes = static_cast<size_t>(layout.shared_bytes),
             .stream = stream,
-            .overlaps_previous = true},
+            .overlaps_previous = p.overlaps_previous},
            part, layout.plan);
   }
 }
@@ -113,18 +113,19 @@ void product(const ProductParams& p, cudaStream_t stream) {
     run<true, Before::nothing, After::store>(p, stream);
 }
 
-void linear(const LinearParams& p, cudaStream_t stream) {
+void linear(const LinearParams& p, cudaStream_t stream, bool overlaps_previous) {
   if (p.M == 0 || p.weight.N == 0) return;
-  if (p.weight.format != Format::plain) return packed_linear(p, stream);
+  if (p.weight.format != Format::plain) return packed_linear(p, stream, overlaps_previous);
   const ProductParams plain = {.dtype = p.dtype,
                                .M = p.M,
                                .N = p.weight.N,
                                .C = p.weight.C,
                                .x = p.x,
                                .weight = p.weight.data,
-                               .out = p.out};
+                               .out = p.out,
+                               .overlaps_previous = overlaps_previous};
   if (p.dtype == Dtype::bf16 && p.M > kTileM && aligned<bf16>(plain))
-    return tiled_product(p, stream);
+    return tiled_product(p, stream, overlaps_previous);
   (p.dtype == Dtype::f32 ? aligned<float>(plain) : aligned<bf16>(plain))
       ? run<true, Before::nothing, After::store>(plain, stream)
       : run<false, Before::nothing, After::store>(plain, stream);
@@ -142,7 +143,7 @@ Tensor linear_cuda(Tensor x, Tensor weight) {
   const LinearParams p = linear_params(x, weight, out);
   if (p.weight.C == 0) return torch::stable::fill_(out, 0.0);
   const OnDevice device(x);
-  linear(p, device.stream);
+  linear(p, device.stream, false);  // `weight` may be any tensor, the result of the op before too
   return out;
 }
 

@@ -15,9 +15,11 @@ namespace voxkern {
 
 void rms_norm(const RmsNormParams& p, cudaStream_t stream);
 void silu_mul(const SiluMulParams& p, cudaStream_t stream);
-void linear(const LinearParams& p, cudaStream_t stream);
+// With `overlaps_previous`, the weight is read before the kernel in front has ended: it is not to
+// be what some kernel just made.
+void linear(const LinearParams& p, cudaStream_t stream, bool overlaps_previous);
 // The same of a packed weight alone, at an address in a multiple of 16 bytes.
-void packed_linear(const LinearParams& p, cudaStream_t stream);
+void packed_linear(const LinearParams& p, cudaStream_t stream, bool overlaps_previous);
 
 // append_kv, then decode_attention. For the lengths, pages, positions and slots, and for the pages
 // of keys but for those in `slots`, it does not wait: see launch()'s contract. `workspace` holds

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kMost<kTile>, kTile == 32 ? 2 : 1) packed_kern
 }
 
 template <typename T, Format kFormat, int kBlocks, int kTile>
-void launch_blocks(const LinearParams& p, cudaStream_t stream) {
+void launch_blocks(const LinearParams& p, cudaStream_t stream, bool overlaps_previous) {
   const int log_rows = log_up(static_cast<int>(p.M < kTile ? p.M : kTile));
   const int64_t ranges = divide_up(p.weight.C, kRange * kGroup);
   unsigned threads = block_size(ranges * kBlocks * kWarp, kMost<kTile>);
@@ -65,32 +65,34 @@ void launch_blocks(const LinearParams& p, cudaStream_t stream) {
           .block = dim3(threads),
           .shared_bytes = PackedShared<kTile>::bytes(threads / kWarp / kBlocks, kBlocks, log_rows),
           .stream = stream,
-          .overlaps_previous = true},
+          .overlaps_previous = overlaps_previous},
          p);
 }
 
 template <typename T, Format kFormat>
-void run(const LinearParams& p, cudaStream_t stream) {
+void run(const LinearParams& p, cudaStream_t stream, bool overlaps_previous) {
   if (p.M == 1 && p.weight.C <= kMost<1> / kWarp * kRange * kGroup)
-    launch_blocks<T, kFormat, 1, 1>(p, stream);
+    launch_blocks<T, kFormat, 1, 1>(p, stream, overlaps_previous);
   else if (p.M <= 8)
-    launch_blocks<T, kFormat, 1, 8>(p, stream);
+    launch_blocks<T, kFormat, 1, 8>(p, stream, overlaps_previous);
   else if (divide_up(p.weight.N, kWide * kBlockRows) * divide_up(p.M, 32) >= kMultiprocessors)
-    launch_blocks<T, kFormat, kWide, 32>(p, stream);
+    launch_blocks<T, kFormat, kWide, 32>(p, stream, overlaps_previous);
   else
-    launch_blocks<T, kFormat, 1, 32>(p, stream);
+    launch_blocks<T, kFormat, 1, 32>(p, stream, overlaps_previous);
 }
 
 }  // namespace
 
-void packed_linear(const LinearParams& p, cudaStream_t stream) {
+void packed_linear(const LinearParams& p, cudaStream_t stream, bool overlaps_previous) {
   if (reinterpret_cast<uintptr_t>(p.weight.data) % 16)
     throw std::runtime_error("weight: packed, expected at an address in a multiple of 16");
   const bool int8 = p.weight.format == Format::int8;
   if (p.dtype == Dtype::f32)
-    int8 ? run<float, Format::int8>(p, stream) : run<float, Format::int4>(p, stream);
+    int8 ? run<float, Format::int8>(p, stream, overlaps_previous)
+         : run<float, Format::int4>(p, stream, overlaps_previous);
   else
-    int8 ? run<bf16, Format::int8>(p, stream) : run<bf16, Format::int4>(p, stream);
+    int8 ? run<bf16, Format::int8>(p, stream, overlaps_previous)
+         : run<bf16, Format::int4>(p, stream, overlaps_previous);
 }
 
 }  // namespace voxkern

@@ -24,6 +24,7 @@ struct ProductParams {
   After after = After::store;
   const void* residual = nullptr;  // [M, N]
   void* out;                       // [M, N]; may be `residual`
+  bool overlaps_previous = true;
 };
 
 // Whether product() takes it.

@@ -185,14 +185,14 @@ __global__ void __launch_bounds__(Shape::kThreads) tiled_kernel(LinearParams p) 
 }
 
 template <typename Shape>
-void run_tiled(const LinearParams& p, cudaStream_t stream) {
+void run_tiled(const LinearParams& p, cudaStream_t stream, bool overlaps_previous) {
   const int64_t blocks = divide_up(p.M, Shape::kTileM) * divide_up(p.weight.N, Shape::kTileN);
   launch(tiled_kernel<Shape>,
          {.grid = dim3(static_cast<unsigned>(blocks)),
           .block = dim3(Shape::kThreads),
           .shared_bytes = Shape::kSharedBytes,
           .stream = stream,
-          .overlaps_previous = true},
+          .overlaps_previous = overlaps_previous},
          p);
 }
 
@@ -204,18 +204,18 @@ inline bool takes_wide_tiles(int64_t M, int64_t tile_m, int64_t N) {
 }
 
 // `x`, `weight` and their rows begin at multiples of 16 bytes.
-inline void tiled_product(const LinearParams& p, cudaStream_t stream) {
+inline void tiled_product(const LinearParams& p, cudaStream_t stream, bool overlaps_previous) {
   const int64_t tile_m = p.M <= 32 ? 32 : p.M <= 64 ? 64 : 128;
   const bool wide = takes_wide_tiles(p.M, tile_m, p.weight.N);
   if (tile_m == 128)
-    wide ? run_tiled<TileShape<128, 128, 64, 32>>(p, stream)
-         : run_tiled<TileShape<128, 64, 32, 32>>(p, stream);
+    wide ? run_tiled<TileShape<128, 128, 64, 32>>(p, stream, overlaps_previous)
+         : run_tiled<TileShape<128, 64, 32, 32>>(p, stream, overlaps_previous);
   else if (tile_m == 64)
-    wide ? run_tiled<TileShape<64, 128, 32, 32>>(p, stream)
-         : run_tiled<TileShape<64, 32, 32, 16>>(p, stream);
+    wide ? run_tiled<TileShape<64, 128, 32, 32>>(p, stream, overlaps_previous)
+         : run_tiled<TileShape<64, 32, 32, 16>>(p, stream, overlaps_previous);
   else
-    wide ? run_tiled<TileShape<32, 128, 32, 32>>(p, stream)
-         : run_tiled<TileShape<32, 32, 16, 16>>(p, stream);
+    wide ? run_tiled<TileShape<32, 128, 32, 32>>(p, stream, overlaps_previous)
+         : run_tiled<TileShape<32, 32, 16, 16>>(p, stream, overlaps_previous);
 }
 
 }  // namespace
