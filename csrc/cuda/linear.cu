@@ -12,8 +12,17 @@
 namespace voxkern {
 namespace {
 
+constexpr int64_t kSystemBytes = 1024;  // of shared memory, that each block takes besides its own
+constexpr int64_t kStageBytes = sizeof(float) * kTileM * kWarps;
+
 // What a block may have besides the variables of stage().
-int64_t dynamic_limit() { return shared_bytes_limit() - 1024; }
+int64_t dynamic_limit() { return shared_bytes_limit() - kStageBytes; }
+
+// Whether a multiprocessor, which has all that a block may have, takes as many blocks at once.
+bool fit_together(int64_t blocks, int64_t shared_bytes) {
+  return blocks * (shared_bytes + kStageBytes + kSystemBytes) <=
+         shared_bytes_limit() + kSystemBytes;
+}
 
 int64_t rows_of_block(const ProductParams& p) { return p.M < kTileM ? p.M : kTileM; }
 
@@ -36,8 +45,11 @@ struct Layout {
   int64_t blocks, shared_bytes;
 };
 
-Layout layout_bf16(const ProductParams& p) {
-  const int64_t tiles = divide_up(p.N, kTileN), most = kBlocksEach * multiprocessors();
+// For up to `each` blocks a multiprocessor. Blocks without room beside each other would run one
+// after the other, the last ones without a prefetch, and the next kernel could only start with
+// them.
+Layout layout_bf16(const ProductParams& p, int64_t each = kBlocksEach) {
+  const int64_t tiles = divide_up(p.N, kTileN), most = each * multiprocessors();
   const int64_t blocks = tiles < most ? tiles : most;
   const int64_t products = p.after == After::swiglu ? 2 : 1;
   const int64_t range = divide_up(divide_up(p.C, kLanes * kVector<bf16>), kWarps);
@@ -47,9 +59,10 @@ Layout layout_bf16(const ProductParams& p) {
                            2 * products * kWarps * (p.M <= 8 ? 8 : kTileM) * kTileN * sizeof(float);
   const int64_t row = staged_row<bf16>(p.C);
   const int64_t x = rows_of_block(p) * row * sizeof(uint4);
-  if (!aligned<bf16>(p) || before_x + x > dynamic_limit())
-    return {{static_cast<int>(groups), 0}, blocks, before_x};
-  return {{static_cast<int>(groups), static_cast<int>(row)}, blocks, before_x + x};
+  const bool staged = aligned<bf16>(p) && before_x + x <= dynamic_limit();
+  const int64_t bytes = staged ? before_x + x : before_x;
+  if (each > 1 && !fit_together(each, bytes)) return layout_bf16(p, each - 1);
+  return {{static_cast<int>(groups), staged ? static_cast<int>(row) : 0}, blocks, bytes};
 }
 
 Layout layout_f32(const ProductParams& p, int64_t tile_m) {
