@@ -54,7 +54,8 @@ Layout layout_bf16(const ProductParams& p, int64_t each = kBlocksEach) {
   const int64_t products = p.after == After::swiglu ? 2 : 1;
   const int64_t range = divide_up(divide_up(p.C, kLanes * kVector<bf16>), kWarps);
   const int64_t needed = divide_up(tiles, blocks) * products * divide_up(range, kInGroup);
-  const int64_t groups = needed < kGroups ? needed : kGroups;
+  const int64_t most_groups = queue_groups(p.C);
+  const int64_t groups = needed < most_groups ? needed : most_groups;
   const int64_t before_x = groups * kInGroup * kThreads * sizeof(uint4) +
                            2 * products * kWarps * (p.M <= 8 ? 8 : kTileM) * kTileN * sizeof(float);
   const int64_t row = staged_row<bf16>(p.C);

@@ -13,8 +13,11 @@
 // oldest group and for no other warp, and asks for the next one as soon as it has that. The queue
 // goes on across the tiles of a block, and it begins before the wait for the kernel in front: a
 // block of a small product (16 KB: 8 rows of 1024) has all of its weights by then, one of a large
-// product 64 KB. x is staged in shared memory where there is room: one read for all warps. Each
-// tile costs one barrier, since the warps' sums take turns with two places.
+// product 64 KB. That takes room beside the kernel in front: two blocks of CSM's gate and up leave
+// 73 KB of a multiprocessor at batch 1, so one of down, with rows of 8192, has a group less and
+// takes 69; two of those leave 90, of which the next qkv takes 74. x is staged in shared memory
+// where there is room: one read for all warps. Each tile costs one barrier, since the warps' sums
+// take turns with two places.
 //
 // Up to kBlocksEach blocks a multiprocessor share the tiles evenly: for CSM on an H100 (132 of
 // them) 128 or 192 blocks of one tile at its depth decoder's o and qkv, 264 blocks of 3 or 4 pairs
@@ -35,13 +38,18 @@ namespace {
 constexpr int kLanes = 4;  // that share a row of a chunk
 constexpr int kTileN = 8;
 constexpr int kInGroup = 4;
-constexpr int kGroups = 4;
 constexpr int kBlocksEach = 2;
 constexpr int kSteps = 4;
 
+constexpr int kGroups = 4;          // of the queue, at most
+constexpr int64_t kLongRow = 4096;  // from here on one less
+__host__ __device__ constexpr int queue_groups(int64_t C) {
+  return C < kLongRow ? kGroups : kGroups - 1;
+}
+
 // How a launch lays out a block's shared memory.
 struct ProductPlan {
-  int groups;  // of the queue
+  int groups;  // of the queue, no more than a block has use for
   int row;     // vectors from one row of staged x to the next; 0 if x is not staged
 };
 
@@ -61,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, kHigh || !kAligned ? 2 : 3)
   const int N = static_cast<int>(p.N), C = static_cast<int>(p.C);
   const int vectors = (C + kSize - 1) / kSize, tiles = (N + kTileN - 1) / kTileN;
   const int chunks = (vectors + kLanes - 1) / kLanes, range = (chunks + kWarps - 1) / kWarps;
-  const int begin = warp * range;
+  const int begin = warp * range, groups = queue_groups(C);
   const int mine = chunks - begin < range ? chunks - begin : range;  // may be negative
   const int64_t m = static_cast<int64_t>(blockIdx.y) * kTileM;
   const int rows = p.M - m < kTileM ? static_cast<int>(p.M - m) : kTileM;
@@ -104,9 +112,9 @@ __global__ void __launch_bounds__(kThreads, kHigh || !kAligned ? 2 : 3)
       }
     }
     commit_copies();
-    slot = slot + 1 == kGroups ? 0 : slot + 1;
+    slot = slot + 1 == groups ? 0 : slot + 1;
   };
-  for (int g = 0; g < kGroups; ++g) ask();
+  for (int g = 0; g < groups; ++g) ask();
   const uint4 norm_first = first_of_norm<bf16, before>(p);
   let_next_kernel_start();
   wait_for_previous_kernel();
@@ -139,7 +147,10 @@ __global__ void __launch_bounds__(kThreads, kHigh || !kAligned ? 2 : 3)
     for (int of = 0; of < kOf; ++of) {
       float sums[4] = {};
       for (int first = 0; first < mine; first += kInGroup) {
-        wait_copies<kGroups - 1>();
+        if (groups == kGroups)
+          wait_copies<kGroups - 1>();
+        else
+          wait_copies<kGroups - 2>();
         const uint4* const w = &queue[oldest][0][me];
         const int i = my_vector + first * kLanes;
         if (first + kInGroup <= whole) {
@@ -163,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, kHigh || !kAligned ? 2 : 3)
                      kHigh && inside ? read_x(high_x, row + 8, at_i) : uint4{});
           }
         }
-        oldest = oldest + 1 == kGroups ? 0 : oldest + 1;
+        oldest = oldest + 1 == groups ? 0 : oldest + 1;
         ask();
       }
 #pragma unroll
