@@ -12,7 +12,7 @@ namespace {
 constexpr int kThreads = 256;  // as rms_norm has for a long row: the same order of its sum
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kTileM = 16;
-constexpr int kAtOnce = 4;      // vectors of x that a thread reads at once
+constexpr int kAtOnce = 8;      // vectors of x that a thread reads at once
 constexpr int kRowsAtOnce = 2;  // rows, where it needs registers for their norms
 
 // Vector i of a row of C elements, zeros behind its end.
@@ -49,20 +49,28 @@ __device__ void stage(const ProductParams& p, int64_t m, int rows, uint4 norm_fi
   const int vectors = static_cast<int>(p.C / kSize), me = threadIdx.x;
   const T* const from = static_cast<const T*>(p.x) + m * p.C;
   if constexpr (before == Before::nothing) {
-    for (int r = 0; r < rows; ++r)
-      for (int base = me; base < vectors; base += kAtOnce * kThreads) {
-        uint4 raw[kAtOnce];
+    // Rows follow each other in memory: all are one, but for where they go.
+    const int all = rows * vectors, rest = kThreads % vectors;
+    const int step = kThreads / vectors * stride + rest;
+    int i = me % vectors, place = me / vectors * stride + i;
+    for (int base = me; base < all; base += kAtOnce * kThreads) {
+      uint4 raw[kAtOnce];
 #pragma unroll
-        for (int k = 0; k < kAtOnce; ++k) {
-          const int i = base + k * kThreads;
-          if (i < vectors) raw[k] = load_fresh(from + r * p.C + i * kSize);
-        }
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int at = base + k * kThreads;
+        if (at < all) raw[k] = load_fresh(from + at * kSize);
+      }
 #pragma unroll
-        for (int k = 0; k < kAtOnce; ++k) {
-          const int i = base + k * kThreads;
-          if (i < vectors) to[r * stride + i] = raw[k];
+      for (int k = 0; k < kAtOnce; ++k) {
+        if (base + k * kThreads < all) to[place] = raw[k];
+        i += rest;
+        place += step;
+        if (i >= vectors) {
+          i -= vectors;
+          place += stride - vectors;
         }
       }
+    }
   } else {
     // In the order of rms_norm: a thread its vectors, then lanes, then warps.
     VOX_SHARED(float[kTileM][kWarps], partials);
