@@ -13,7 +13,11 @@ constexpr int kThreads = 256;  // as rms_norm has for a long row: the same order
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kTileM = 16;
 constexpr int kAtOnce = 8;      // vectors of x that a thread reads at once
-constexpr int kRowsAtOnce = 2;  // rows, where it needs registers for their norms
+constexpr int kRowsScaled = 4;  // rows that it scales at once
+
+// Rows, a vector of each, that it reads at once for their norms.
+template <typename T>
+constexpr int kRowsAtOnce = sizeof(T) == 4 ? 4 : 8;
 
 // Vector i of a row of C elements, zeros behind its end.
 template <typename T, bool kAligned>
@@ -74,16 +78,17 @@ __device__ void stage(const ProductParams& p, int64_t m, int rows, uint4 norm_fi
   } else {
     // In the order of rms_norm: a thread its vectors, then lanes, then warps.
     VOX_SHARED(float[kTileM][kWarps], partials);
+    constexpr int kRows = kRowsAtOnce<T>;
     const int warp = me / kWarp, lane = me % kWarp;
-    for (int first = 0; first < rows; first += kRowsAtOnce) {
-      float squares[kRowsAtOnce] = {};
+    for (int first = 0; first < rows; first += kRows) {
+      float squares[kRows] = {};
       for (int i = me; i < vectors; i += kThreads) {
-        uint4 raw[kRowsAtOnce];
+        uint4 raw[kRows];
 #pragma unroll
-        for (int k = 0; k < kRowsAtOnce; ++k)
+        for (int k = 0; k < kRows; ++k)
           if (first + k < rows) raw[k] = load_fresh(from + (first + k) * p.C + i * kSize);
 #pragma unroll
-        for (int k = 0; k < kRowsAtOnce; ++k) {
+        for (int k = 0; k < kRows; ++k) {
           if (first + k >= rows) break;
           to[(first + k) * stride + i] = raw[k];
           float values[kSize];
@@ -93,26 +98,41 @@ __device__ void stage(const ProductParams& p, int64_t m, int rows, uint4 norm_fi
         }
       }
 #pragma unroll
-      for (int k = 0; k < kRowsAtOnce; ++k) {
+      for (int k = 0; k < kRows; ++k) {
         if (first + k >= rows) break;
         const float sum = warp_reduce(squares[k], Add());
         if (lane == 0) partials[first + k][warp] = sum;
       }
     }
     __syncthreads();
-    for (int r = 0; r < rows; ++r) {
-      float sum = partials[r][0];
+    // Every warp finds the rows' scales for itself, a lane one of them.
+    const int of = lane < rows ? lane : 0;
+    float sum = partials[of][0];
 #pragma unroll
-      for (int w = 1; w < kWarps; ++w) sum += partials[r][w];
-      const float scale = rms_scale(sum, p.C, p.eps);
+    for (int w = 1; w < kWarps; ++w) sum += partials[of][w];
+    const float my_scale = rms_scale(sum, p.C, p.eps);
+    for (int first = 0; first < rows; first += kRowsScaled) {
+      float scales[kRowsScaled];
+#pragma unroll
+      for (int k = 0; k < kRowsScaled; ++k)
+        scales[k] = __shfl_sync(kWholeWarp, my_scale, first + k);
       for (int i = me; i < vectors; i += kThreads) {
-        float values[kSize], weight[kSize];
-        unpack<T>(to[r * stride + i], values);
+        float weight[kSize];
         unpack<T>(i == me ? norm_first : load_stream(static_cast<const T*>(p.norm) + i * kSize),
                   weight);
+        uint4 raw[kRowsScaled];
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) values[j] = values[j] * scale * weight[j];
-        to[r * stride + i] = pack<T>(values);
+        for (int k = 0; k < kRowsScaled; ++k)
+          if (first + k < rows) raw[k] = to[(first + k) * stride + i];
+#pragma unroll
+        for (int k = 0; k < kRowsScaled; ++k) {
+          if (first + k >= rows) break;
+          float values[kSize];
+          unpack<T>(raw[k], values);
+#pragma unroll
+          for (int j = 0; j < kSize; ++j) values[j] = values[j] * scales[k] * weight[j];
+          to[(first + k) * stride + i] = pack<T>(values);
+        }
       }
     }
   }
