@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, kHigh || !kAligned ? 2 : 3)
   }
   const auto read_x = [&](const uint4* from, int r, int i) -> uint4 {
     if (r >= rows) return {};
-    if constexpr (kAligned) return from[i];
+    if constexpr (kAligned) return plan.row ? from[i] : load_fresh(from + i);
     return read_vector<bf16, false>(x + static_cast<int64_t>(r) * C, i, C);
   };
   const auto multiply = [&](float (&sums)[4], uint4 w, uint4 low, uint4 high) {

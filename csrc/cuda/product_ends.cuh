@@ -4,6 +4,7 @@
 #pragma once
 
 #include "elementwise.cuh"
+#include "fresh.cuh"
 #include "product.h"
 
 namespace voxkern {
@@ -146,7 +147,7 @@ constexpr int kProducts = after == After::swiglu ? 2 : 1;
 template <typename T, After after>
 __device__ __forceinline__ float old_value(const ProductParams& p, int64_t m, int64_t n) {
   if constexpr (after == After::add)
-    return to_float(static_cast<const T*>(p.residual)[m * p.N + n]);
+    return read_fresh(static_cast<const T*>(p.residual) + m * p.N + n);
   return 0;
 }
 

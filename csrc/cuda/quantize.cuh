@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../weight.h"
-#include "common.cuh"
+#include "fresh.cuh"
 
 namespace voxkern {
 namespace {
@@ -39,11 +39,11 @@ struct PlainRows {
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i) {
       if (aligned) {
-        raw.words[i] = *reinterpret_cast<const uint4*>(from + i * kVector<T>);
+        raw.words[i] = load_fresh(from + i * kVector<T>);
       } else {
         float values[kVector<T>];
 #pragma unroll
-        for (int j = 0; j < kVector<T>; ++j) values[j] = to_float(from[i * kVector<T> + j]);
+        for (int j = 0; j < kVector<T>; ++j) values[j] = read_fresh(from + i * kVector<T> + j);
         raw.words[i] = pack<T>(values);
       }
     }

@@ -1,6 +1,7 @@
 #include "../rms_norm.h"
 #include "common.cuh"
 #include "elementwise.cuh"
+#include "fresh.cuh"
 
 // One block takes a row; a thread the vectors (16 bytes, or single elements where rows do not
 // allow that) threadIdx.x, threadIdx.x + blockDim.x, ... Squares are summed in float32;
@@ -29,10 +30,10 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(RmsNormParams p) {
   wait_for_previous_kernel();
   float squares = 0;
   const auto take = [&](int64_t i, float (&values)[N]) {
-    load<N>(x + i * N, values);
+    read_fresh<N>(x + i * N, values);
     if (residual) {
       float others[N];
-      load<N>(residual + i * N, others);
+      read_fresh<N>(residual + i * N, others);
 #pragma unroll
       for (int j = 0; j < N; ++j) values[j] = to_float(from_float<T>(values[j] + others[j]));
       store<N>(residual + i * N, values);
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(RmsNormParams p) {
   }
   for (int64_t i = rest; i < vectors; i += blockDim.x) {
     float values[N];
-    load<N>((residual ? residual : x) + i * N, values);
+    read_fresh<N>((residual ? residual : x) + i * N, values);
     give(i, values);
   }
 }

@@ -1,6 +1,7 @@
 #include "../silu_mul.h"
 #include "common.cuh"
 #include "elementwise.cuh"
+#include "fresh.cuh"
 
 // A thread takes one vector of a row (16 bytes of gate, 16 of up), or one element where rows do not
 // allow that. float32 inside, rounded once.
@@ -22,8 +23,8 @@ __global__ void __launch_bounds__(kThreads) silu_mul_kernel(SiluMulParams p) {
     const int64_t row = item / per_row, at = static_cast<int64_t>(item % per_row) * N;
     const T* const gate_row = static_cast<const T*>(p.gate_up) + row * 2 * p.F;
     float gate[N], up[N];
-    load<N>(gate_row + at, gate);
-    load<N>(gate_row + p.F + at, up);
+    read_fresh<N>(gate_row + at, gate);
+    read_fresh<N>(gate_row + p.F + at, up);
 #pragma unroll
     for (int j = 0; j < N; ++j) up[j] = swiglu(gate[j], up[j]);
     store<N>(static_cast<T*>(p.out) + row * p.F + at, up);
