@@ -175,8 +175,8 @@ __device__ __forceinline__ void packed_product(const Weights& weights, int C, co
   if (scales)
     row_scale = reinterpret_cast<const float*>(scales + block_bytes(kFormat, C) -
                                                64)[row % static_cast<int>(kBlockRows)];
-  wait_for_previous_kernel();  // weights are nobody's output: they may come before
   let_next_kernel_start();
+  wait_for_previous_kernel();  // weights are nobody's output: they may come before
 
   float totals[kOutputs] = {};
   const int first_m = threadIdx.x / kRows, step = blockDim.x / kRows;
