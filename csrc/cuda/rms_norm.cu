@@ -10,7 +10,8 @@
 //
 // Floor: 2 C elements a row (add_rms_norm 4 C) over 3.35 TB/s: for [256, 2048] bf16 0.6 us (1.3 us)
 // on an H100; at decode's few rows only latency is left: one read of memory, one barrier. So the
-// first kKept vectors of a thread stay in registers, which is all of them up to C = 4096 (bf16).
+// first kKept vectors of a thread stay in registers, which is all of them up to C = 4096 (bf16),
+// and their weights come with them.
 namespace voxkern {
 namespace {
 
@@ -41,7 +42,18 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(RmsNormParams p) {
 #pragma unroll
     for (int j = 0; j < N; ++j) squares = fmaf(values[j], values[j], squares);
   };
+  // As it stands in memory: made floats right here, it would be waited for before x is asked for.
+  using Raw = std::conditional_t<N == 1, T, uint4>;
+  const auto weight_of = [&](int64_t i) -> Raw {
+    return *reinterpret_cast<const Raw*>(weight + i * N);
+  };
   float kept[kKept][N];
+  Raw weights[kKept];
+#pragma unroll
+  for (int k = 0; k < kKept; ++k) {
+    const int64_t i = threadIdx.x + static_cast<int64_t>(k) * blockDim.x;
+    if (i < vectors) weights[k] = weight_of(i);
+  }
 #pragma unroll
   for (int k = 0; k < kKept; ++k) {
     const int64_t i = threadIdx.x + static_cast<int64_t>(k) * blockDim.x;
@@ -55,9 +67,9 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(RmsNormParams p) {
 
   const float sum = block_reduce(squares, partials, Add());
   const float scale = rms_scale(sum, p.C, p.eps);
-  const auto give = [&](int64_t i, const float (&values)[N]) {
+  const auto give = [&](int64_t i, const float (&values)[N], Raw raw) {
     float results[N];
-    load<N>(weight + i * N, results);
+    load<N>(reinterpret_cast<const T*>(&raw), results);
 #pragma unroll
     for (int j = 0; j < N; ++j) results[j] = values[j] * scale * results[j];
     store<N>(out + i * N, results);
@@ -65,12 +77,13 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(RmsNormParams p) {
 #pragma unroll
   for (int k = 0; k < kKept; ++k) {
     const int64_t i = threadIdx.x + static_cast<int64_t>(k) * blockDim.x;
-    if (i < vectors) give(i, kept[k]);
+    if (i < vectors) give(i, kept[k], weights[k]);
   }
   for (int64_t i = rest; i < vectors; i += blockDim.x) {
     float values[N];
+    const Raw raw = weight_of(i);
     read_fresh<N>((residual ? residual : x) + i * N, values);
-    give(i, values);
+    give(i, values, raw);
   }
 }
 
