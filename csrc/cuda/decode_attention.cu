@@ -52,7 +52,7 @@ void run(const DecodeAttentionParams& p, const Partials& partials, cudaStream_t 
   if (partials.splits == 1) return;
   launch(combine_kernel<T>,
          {.grid = dim3(static_cast<unsigned>(p.Hq), static_cast<unsigned>(p.B)),
-          .block = dim3(block_size(p.D, 128)),
+          .block = dim3(block_size(divide_up(p.D, 2), 128)),
           .stream = stream,
           .overlaps_previous = true},
          p, partials);

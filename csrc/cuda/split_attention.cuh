@@ -89,21 +89,49 @@ struct State {
   float largest, sum;
 };
 
-// The n splits of one query head of a sequence to its result.
+// The n splits of `heads` query heads of a sequence, from row `row` on, to their results. A warp
+// takes kColumns times 32 columns of a head and has kTerms of each under way.
 template <typename T>
 __device__ __forceinline__ void combine(const DecodeAttentionParams& p, const Partials& partials,
-                                        int64_t row, int n) {
-  const float* const states = partials.states + row * partials.splits * 2;
-  const float* const sums = partials.sums + row * partials.splits * p.D;
-  float largest = __ldcg(states), sum = 0;
-  for (int i = 1; i < n; ++i) largest = fmaxf(largest, __ldcg(states + 2 * i));
-  for (int i = 0; i < n; ++i)
-    sum = fmaf(__ldcg(states + 2 * i + 1), expf(__ldcg(states + 2 * i) - largest), sum);
-  for (int column = threadIdx.x; column < p.D; column += blockDim.x) {
-    float total = 0;
-    for (int i = 0; i < n; ++i)
-      total = fmaf(__ldcg(sums + i * p.D + column), expf(__ldcg(states + 2 * i) - largest), total);
-    static_cast<T*>(p.out)[row * p.D + column] = from_float<T>(total / sum);
+                                        int64_t row, int heads, int n) {
+  constexpr int kColumns = 2, kTerms = 16;
+  const int D = static_cast<int>(p.D), lane = threadIdx.x % kWarp;
+  const int chunks = (D + kColumns * kWarp - 1) / (kColumns * kWarp);
+  for (int task = threadIdx.x / kWarp; task < heads * chunks; task += blockDim.x / kWarp) {
+    const int64_t r = row + task / chunks;
+    const float* const states = partials.states + r * partials.splits * 2;
+    const float* const sums = partials.sums + r * partials.splits * D;
+    int column[kColumns];
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) column[c] = (task % chunks * kColumns + c) * kWarp + lane;
+    float largest = __ldcg(states), sum = 0, total[kColumns] = {};
+    for (int i = lane; i < n; i += kWarp) largest = fmaxf(largest, __ldcg(states + 2 * i));
+    largest = warp_reduce(largest, Max());
+    for (int first = 0; first < n; first += kTerms) {
+      // Beyond the end, the last split's, which is not used.
+      float terms[kTerms][kColumns];
+#pragma unroll
+      for (int u = 0; u < kTerms; ++u)
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c)
+          terms[u][c] = __ldcg(sums + (first + u < n ? first + u : n - 1) * D +
+                               (column[c] < D ? column[c] : D - 1));
+      const int mine = first + lane % kTerms < n ? first + lane % kTerms : n - 1;
+      const float share = __ldcg(states + 2 * mine + 1);
+      const float factor = expf(__ldcg(states + 2 * mine) - largest);
+#pragma unroll
+      for (int u = 0; u < kTerms; ++u) {
+        const float factor_u = __shfl_sync(kWholeWarp, factor, u);
+        const float share_u = __shfl_sync(kWholeWarp, share, u);
+        if (first + u >= n) continue;
+        sum = fmaf(share_u, factor_u, sum);
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) total[c] = fmaf(terms[u][c], factor_u, total[c]);
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c)
+      if (column[c] < D) static_cast<T*>(p.out)[r * D + column[c]] = from_float<T>(total[c] / sum);
   }
 }
 
@@ -344,20 +372,19 @@ __global__ void __launch_bounds__(kSplit, kAppend ? 2 : 3)
       __threadfence();
     }
     __syncthreads();
-    if (is_last)
-      for (int g = 0; g < queries; ++g) combine<T>(p, partials, b * p.Hq + head + g, splits);
+    if (is_last) combine<T>(p, partials, b * p.Hq + head, queries, splits);
   }
 }
 
-// One block takes a query head of a sequence, a thread columns of its result.
+// One block takes a query head of a sequence.
 template <typename T>
 __global__ void combine_kernel(DecodeAttentionParams p, Partials partials) {
   let_next_kernel_start();
   wait_for_previous_kernel();
   const int64_t b = blockIdx.y, room = p.M * p.S;
-  const int64_t length = p.seq_lens[b] < room ? p.seq_lens[b] : room;
+  const int64_t keys = __ldcg(p.seq_lens + b), length = keys < room ? keys : room;
   const int splits = static_cast<int>((length + kSplit - 1) / kSplit);
-  if (splits > 1) combine<T>(p, partials, b * p.Hq + blockIdx.x, splits);
+  if (splits > 1) combine<T>(p, partials, b * p.Hq + blockIdx.x, 1, splits);
 }
 
 }  // namespace
