@@ -191,11 +191,12 @@ __global__ void __launch_bounds__(kSplit, kAppend ? 2 : 3)
     if (slot >= 0) new_place = ((slot / S * p.Hkv + h) * S + slot % S) * D;
     is_new = __ballot_sync(kWholeWarp, lane < count && my_place == new_place);
   }
+  // Of a warp with keys: under no condition, or each read would be waited for before the next. Past
+  // the last key it is the first one, in the new key's slot what was there; neither is used.
   const auto read = [&](const void* pages, int step, RowSlice& slice) {
     const int key = step * kRows + lane / L;
-    const int64_t place = __shfl_sync(kWholeWarp, my_place, key);
-    if (key < count && !(is_new >> key & 1))
-      slice.read(static_cast<const T*>(pages) + place, lane, D);
+    const int64_t place = __shfl_sync(kWholeWarp, my_place, key < count ? key : 0);
+    slice.read(static_cast<const T*>(pages) + place, lane, D);
   };
   RowSlice rows[kAtOnce] = {};
   float cos[kSize], sin[kSize];
