@@ -42,6 +42,10 @@ struct Partials {
   unsigned* counters;  // of blocks that are done, for each sequence and part of the heads, from 0
 };
 
+// As load_fresh(), one element.
+__device__ __forceinline__ float load_fresh_one(const float* p) { return __ldcg(p); }
+__device__ __forceinline__ bf16 load_fresh_one(const bf16* p) { return {__ldcg(&p->bits)}; }
+
 // What a lane holds of a row of D elements: N in a row, from column N lane on, of one chunk, or
 // of kChunks that are L lanes apart.
 template <typename T, int N, int L>
@@ -59,7 +63,7 @@ struct Slice {
     for (int c = 0; c < kChunks; ++c) {
       const int at = column(lane, c * N);
       if constexpr (N == 1)
-        raw[c] = at < D ? row[at] : from_float<T>(0.0f);
+        raw[c] = at < D ? load_fresh_one(row + at) : from_float<T>(0.0f);
       else
         raw[c] = load_fresh(row + at);
     }
