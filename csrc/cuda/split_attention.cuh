@@ -58,12 +58,15 @@ struct Slice {
   using Raw = std::conditional_t<N == 1, T, uint4>;
   Raw raw[kChunks];
 
+  // With kPartners, the columns that those are turned with.
+  template <bool kPartners = false>
   __device__ __forceinline__ void read(const T* row, int lane, int D) {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-      const int at = column(lane, c * N);
+      const int here = column(lane, c * N), half = D / 2;
+      const int at = !kPartners ? here : here < half ? here + half : here - half;
       if constexpr (N == 1)
-        raw[c] = at < D ? load_fresh_one(row + at) : from_float<T>(0.0f);
+        raw[c] = here < D ? load_fresh_one(row + at) : from_float<T>(0.0f);
       else
         raw[c] = load_fresh(row + at);
     }
@@ -139,21 +142,6 @@ __device__ __forceinline__ void combine(const DecodeAttentionParams& p, const Pa
   }
 }
 
-// Column `column` of a head's row, turned, for the N columns from there on.
-template <typename T, int N>
-__device__ __forceinline__ void read_rotated(const T* row, int column, int half,
-                                             const float (&cos)[N], const float (&sin)[N],
-                                             float (&out)[N]) {
-  const bool in_low = column < half;
-  float mine[N], other[N];
-  load<N>(row + column, mine);
-  load<N>(row + (in_low ? column + half : column - half), other);
-#pragma unroll
-  for (int j = 0; j < N; ++j)
-    out[j] = rounded<T>(in_low ? rotated_low(mine[j], other[j], cos[j], sin[j])
-                               : rotated_high(other[j], mine[j], cos[j], sin[j]));
-}
-
 template <typename T, int N, int L, bool kAppend>
 __global__ void __launch_bounds__(kSplit, kAppend ? 2 : 3)
     attend_kernel(DecodeAttentionParams p, Partials partials, AppendKvParams append) {
@@ -221,49 +209,61 @@ __global__ void __launch_bounds__(kSplit, kAppend ? 2 : 3)
   }
   if (split * kSplit >= length && split > 0) return;  // the whole block
 
-  // The new key and its value.
+  // Queries and the new key and its value: all are asked for before one is used. Those past the
+  // last are the last, which is not used.
   VOX_SHARED(T[2][kMaxElementwise], fresh);
+  float q[kQueries][kSize];
   if constexpr (kAppend) {
-    const T* const k = static_cast<const T*>(append.k) + b * append.k_stride + h * D;
-    const T* const v = static_cast<const T*>(append.v) + b * append.v_stride + h * D;
-    const int half = D / 2;
-    for (int i = threadIdx.x; i < half; i += kSplit) {
-      const float low = to_float(k[i]), high = to_float(k[i + half]);
+    const int half = D / 2, i = static_cast<int>(threadIdx.x) < half ? threadIdx.x : half - 1;
+    const T* const k = static_cast<const T*>(append.k) + b * append.k_stride + h * D + i;
+    const T* const v = static_cast<const T*>(append.v) + b * append.v_stride + h * D + i;
+    const T k_low = load_fresh_one(k), k_high = load_fresh_one(k + half);
+    const T v_low = load_fresh_one(v), v_high = load_fresh_one(v + half);
+    RowSlice mine[kQueries], partners[kQueries];
+#pragma unroll
+    for (int g = 0; g < kQueries; ++g) {
+      const int64_t query = head + (g < queries ? g : queries - 1);
+      const T* const row = static_cast<const T*>(p.q) + b * p.q_stride + query * D;
+      mine[g].read(row, lane, D);
+      partners[g].template read<true>(row, lane, D);
+    }
+    const float low = to_float(k_low), high = to_float(k_high);
+    if (i == static_cast<int>(threadIdx.x)) {
       fresh[0][i] = from_float<T>(rotated_low(low, high, table[i], table[half + i]));
       fresh[0][i + half] = from_float<T>(rotated_high(low, high, table[i], table[half + i]));
-      fresh[1][i] = v[i];
-      fresh[1][i + half] = v[i + half];
+      fresh[1][i] = v_low;
+      fresh[1][i + half] = v_high;
+    }
+#pragma unroll
+    for (int g = 0; g < kQueries; ++g) {
+      float own[kSize], other[kSize];
+      mine[g].get(own);
+      partners[g].get(other);
+#pragma unroll
+      for (int j = 0; j < kSize; ++j)
+        q[g][j] = rounded<T>(RowSlice::column(lane, j) < half
+                                 ? rotated_low(own[j], other[j], cos[j], sin[j])
+                                 : rotated_high(other[j], own[j], cos[j], sin[j])) *
+                  p.scale;
     }
     __syncthreads();
     if (split == 0 && first_query == 0 && new_place >= 0)
-      for (int i = threadIdx.x; i < D; i += kSplit) {
-        static_cast<T*>(append.k_pages)[new_place + i] = fresh[0][i];
-        static_cast<T*>(append.v_pages)[new_place + i] = fresh[1][i];
+      for (int column = threadIdx.x; column < D; column += kSplit) {
+        static_cast<T*>(append.k_pages)[new_place + column] = fresh[0][column];
+        static_cast<T*>(append.v_pages)[new_place + column] = fresh[1][column];
       }
-  }
-
-  float q[kQueries][kSize];
+  } else {
 #pragma unroll
-  for (int g = 0; g < kQueries; ++g)
+    for (int g = 0; g < kQueries; ++g) {
+      const int64_t query = head + (g < queries ? g : queries - 1);
+      const T* const row = static_cast<const T*>(p.q) + b * p.q_stride + query * D;
 #pragma unroll
-    for (int c = 0; c < kSize; c += N) {
-      const int column = RowSlice::column(lane, c);
-      float values[N] = {};
-      if (g < queries && column < D) {
-        const T* const head_row = static_cast<const T*>(p.q) + b * p.q_stride + (head + g) * D;
-        if constexpr (kAppend) {
-          float cos_c[N], sin_c[N];
-#pragma unroll
-          for (int j = 0; j < N; ++j) cos_c[j] = cos[c + j], sin_c[j] = sin[c + j];
-          read_rotated<T, N>(head_row, column, D / 2, cos_c, sin_c, values);
-        } else {
-#pragma unroll
-          for (int j = 0; j < N; ++j) values[j] = to_float(head_row[column + j]);
-        }
+      for (int j = 0; j < kSize; ++j) {
+        const int column = RowSlice::column(lane, j);
+        q[g][j] = (N > 1 || column < D ? to_float(load_fresh_one(row + column)) : 0.0f) * p.scale;
       }
-#pragma unroll
-      for (int j = 0; j < N; ++j) q[g][c + j] = values[j] * p.scale;
     }
+  }
 
   for (int step = 0; step < L; step += kAtOnce) {
     if (step * kRows >= count) break;
