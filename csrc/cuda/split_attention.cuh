@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kSplit, kAppend ? 2 : 3)
   VOX_DYNAMIC_SHARED(float, sums);                                 // [kWarps, kQueries, D]
   VOX_SHARED(float[kWarps][kWarp][kQueries], weights);
   VOX_SHARED(State[kWarps][kQueries], states);
-  const int D = static_cast<int>(p.D), S = static_cast<int>(p.S);
+  const int D = N == 1 ? static_cast<int>(p.D) : N * L, S = static_cast<int>(p.S);
   const int group = static_cast<int>(p.Hq / p.Hkv);
   const int parts = (group + kQueries - 1) / kQueries;
   const int h = blockIdx.y / parts, first_query = blockIdx.y % parts * kQueries;
