@@ -302,7 +302,7 @@ def decode_backbone(
         eps: of every norm.
         positions: `[B]` int64, the row of `rope_table` for each token.
         slots: `[B]` int64, `page * S + offset` of each token; nothing is written for a negative
-            one.
+            one. No row may attend to a slot that is written for another in the same call.
         k_pages, v_pages: `[L, P, num_kv_heads, S, D]`; written in place.
         page_table: `[B, M]` int32, as in `prefill_attention`, the same for all layers.
         seq_lens: `[B]` int32, keys of each sequence, its new one included.
