@@ -56,22 +56,34 @@ __global__ void __launch_bounds__(kThreads) depth_attention_kernel(DepthAttentio
   wait_for_previous_kernel();
 
   const T* const row = static_cast<const T*>(p.qkv) + b * (p.Hq + 2 * p.Hkv) * D;
-  const auto read_turned = [&](const T* from, float (&out)[N]) {
-    float mine[N], other[N];
-    unpack<T>(load_fresh(from + column), mine);
-    unpack<T>(load_fresh(from + partner), other);
+  // All reads under no condition and before any is used: they take the time of one. Those of heads
+  // past the last are the last's, which is not used.
+  const T* const k_row = row + (p.Hq + h) * D;
+  const uint4 new_k = load_fresh(k_row + column), k_partner = load_fresh(k_row + partner);
+  const uint4 new_v = load_fresh(k_row + p.Hkv * D + column);
+  uint4 mine[kQueries], partners[kQueries];
+#pragma unroll
+  for (int g = 0; g < kQueries; ++g) {
+    const T* const q_row = row + (head + (g < queries ? g : queries - 1)) * D;
+    mine[g] = load_fresh(q_row + column);
+    partners[g] = load_fresh(q_row + partner);
+  }
+  const auto turn = [&](uint4 raw, uint4 raw_partner, float (&out)[N]) {
+    float own[N], other[N];
+    unpack<T>(raw, own);
+    unpack<T>(raw_partner, other);
 #pragma unroll
     for (int j = 0; j < N; ++j)
-      out[j] = rounded<T>(in_low ? rotated_low(mine[j], other[j], cos[j], sin[j])
-                                 : rotated_high(other[j], mine[j], cos[j], sin[j]));
+      out[j] = rounded<T>(in_low ? rotated_low(own[j], other[j], cos[j], sin[j])
+                                 : rotated_high(other[j], own[j], cos[j], sin[j]));
   };
 #pragma unroll
   for (int s = 0; s < kSteps; ++s)
     if (key_of(s) == position) {
       float turned[N];
-      read_turned(row + (p.Hq + h) * D, turned);
+      turn(new_k, k_partner, turned);
       k[s] = pack<T>(turned);
-      v[s] = load_fresh(row + (p.Hq + p.Hkv + h) * D + column);
+      v[s] = new_v;
       if (first_query == 0) {
         *reinterpret_cast<uint4*>(k_cache + p.position * D) = k[s];
         *reinterpret_cast<uint4*>(v_cache + p.position * D) = v[s];
@@ -80,8 +92,7 @@ __global__ void __launch_bounds__(kThreads) depth_attention_kernel(DepthAttentio
   float q[kQueries][N];
 #pragma unroll
   for (int g = 0; g < kQueries; ++g) {
-    if (g >= queries) break;
-    read_turned(row + (head + g) * D, q[g]);
+    turn(mine[g], partners[g], q[g]);
 #pragma unroll
     for (int j = 0; j < N; ++j) q[g][j] *= p.scale;
   }
