@@ -52,8 +52,11 @@ class Target:
         return None
 
     def few(self, count: int) -> int:
-        """`count`, or a quarter of it where every thread of a kernel is a fiber."""
-        return count // 4 if self.backend == "simt" else count
+        """`count`, or less: a quarter of it where every thread of a kernel is a fiber, a sixteenth
+        where every operation of a kernel is some of Python's."""
+        if self.backend == "simt":
+            return count // 4
+        return -(-count // 16) if (self.backend, self.device) == ("triton", "cpu") else count
 
     def run(self, name: str, *args):
         """Call op `name` here; its CPU arguments, mutated ones too, and result are on the CPU."""

@@ -36,7 +36,8 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_embed_frames(target, shape, dtype):
-    args = case(*shape, dtype)
+    tokens, *sizes = shape
+    args = case(target.few(tokens) if tokens > 9 else tokens, *sizes, dtype)
     assert_close(target.run("embed_frames", *args), reference("embed_frames", *args))
 
 
