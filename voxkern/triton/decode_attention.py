@@ -1,0 +1,159 @@
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from voxkern.triton.checks import check_attention, check_operand
+from voxkern.triton.language import dot, load, store, tile
+
+SPLIT = 128
+"""Keys of a program. A constant, so that neither batch nor pages change a result."""
+
+
+@triton.jit
+def attend_kernel(
+    q,
+    q_stride,
+    k_pages,
+    v_pages,
+    page_table,
+    seq_lens,
+    scale,
+    sums,
+    states,
+    Hkv,
+    S,
+    M,
+    splits,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A program takes SPLIT keys of a sequence and a key/value head, for all of its query heads.
+
+    It leaves the weighted sum of its values, unnormalised, and the largest score and the sum of the
+    weights that go with it. Float32 throughout.
+    """
+    split = tl.program_id(0)
+    h = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    length = tl.minimum(tl.load(seq_lens + b), M * S)
+    if split * SPLIT >= length:
+        return
+    key = split * SPLIT + tl.arange(0, SPLIT)
+    inside = key < length
+    page = tl.load(page_table + b * M + key // S, mask=inside, other=0).to(tl.int64)
+    place = ((page * Hkv + h) * S + key % S) * D
+    column = tl.arange(0, BLOCK_D)
+    whole = inside[:, None] & (column < D)[None, :]
+    k = load(k_pages + place[:, None] + column[None, :], whole)
+    v = load(v_pages + place[:, None] + column[None, :], whole)
+
+    g = tl.arange(0, BLOCK_G)
+    rows = (g < GROUP)[:, None] & (column < D)[None, :]
+    queries = load(q + b * q_stride + (h * GROUP + g)[:, None] * D + column[None, :], rows)
+    scores = dot(queries * scale, tl.trans(k), tl.zeros((BLOCK_G, SPLIT), tl.float32))
+    scores = tl.where(inside[None, :], scores, float("-inf"))
+    largest = tl.max(scores, 1)
+    weights = tl.exp(scores - largest[:, None])
+    total = dot(weights, v, tl.zeros((BLOCK_G, BLOCK_D), tl.float32))
+
+    row = ((b * Hkv + h) * GROUP + g) * splits + split
+    tl.store(sums + row[:, None] * D + column[None, :], total, mask=rows)
+    tl.store(states + row * 2, largest, mask=g < GROUP)
+    tl.store(states + row * 2 + 1, tl.sum(weights, 1), mask=g < GROUP)
+
+
+@triton.jit
+def combine_kernel(
+    sums, states, seq_lens, out, Hq, S, M, splits, D, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """A program takes a query head of a sequence, its splits one after the other."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)
+    length = tl.minimum(tl.load(seq_lens + row // Hq), M * S)
+    largest, weight = float("-inf"), 0.0
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for split in range(0, tl.cdiv(length, SPLIT)):
+        at = row * splits + split
+        theirs = tl.load(states + at * 2)
+        new = tl.maximum(largest, theirs)
+        old_factor, factor = tl.exp(largest - new), tl.exp(theirs - new)
+        part = tl.load(sums + at * D + column, mask=column < D, other=0.0)
+        total = total * old_factor + part * factor
+        weight = weight * old_factor + tl.load(states + at * 2 + 1) * factor
+        largest = new
+    store(out + row * D + column, total / tl.where(length > 0, weight, 1.0), column < D)
+
+
+def launch_decode_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    out: Tensor,
+) -> None:
+    batch, heads, head_dim = q.shape
+    _, kv_heads, page_size, _ = k_pages.shape
+    pages = page_table.shape[1]
+    splits = triton.cdiv(pages * page_size, SPLIT)
+    if not out.numel():
+        return
+    sums = torch.empty(batch, heads, splits, head_dim, dtype=torch.float32, device=q.device)
+    states = torch.empty(batch, heads, splits, 2, dtype=torch.float32, device=q.device)
+    if splits:
+        attend_kernel[(splits, kv_heads, batch)](
+            q,
+            q.stride(0),
+            k_pages,
+            v_pages,
+            page_table,
+            seq_lens,
+            scale,
+            sums,
+            states,
+            kv_heads,
+            page_size,
+            pages,
+            splits,
+            GROUP=heads // kv_heads,
+            D=head_dim,
+            SPLIT=SPLIT,
+            BLOCK_G=tile(heads // kv_heads),
+            BLOCK_D=tile(head_dim, 16),
+            num_warps=4,
+        )
+    combine_kernel[(batch * heads,)](
+        sums,
+        states,
+        seq_lens,
+        out,
+        heads,
+        page_size,
+        pages,
+        splits,
+        head_dim,
+        SPLIT=SPLIT,
+        BLOCK_D=tile(head_dim),
+        num_warps=1,
+    )
+
+
+def decode_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+) -> Tensor:
+    check_attention(q, k_pages, v_pages, page_table)
+    check_operand(seq_lens, "seq_lens", q, torch.int32, "[B]", page_table.shape[:1])
+    check_operand(page_table, "page_table", q, torch.int32, "[B, M]", (q.shape[0], None))
+    out = q.new_empty(q.shape)
+    launch_decode_attention(q, k_pages, v_pages, page_table, seq_lens, scale, out)
+    return out

@@ -1,0 +1,153 @@
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from voxkern.triton.checks import check_attention, check_operand
+from voxkern.triton.language import INTERPRETED, dot, narrow, store, tile
+
+BLOCK_K = 32
+"""Keys at a time. A constant, so that neither batch, chunks nor pages change a result."""
+
+
+@triton.jit
+def prefill_attention_kernel(
+    q,
+    q_stride,
+    k_pages,
+    v_pages,
+    page_table,
+    cu_seqlens,
+    seq_lens,
+    scale,
+    out,
+    B,
+    Hq,
+    Hkv,
+    S,
+    M,
+    D: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A program takes BLOCK_Q queries of a sequence and a head, and the keys from the first to the
+    last that one of them sees, BLOCK_K at a time (FlashAttention's online softmax).
+
+    The host does not know the sequences' lengths: the grid has room for the most tiles there may
+    be, and each program finds its own. Keys that a query does not see change no bit of its result.
+    Scores and sums are float32; weights are rounded to the values' dtype, their sum is not.
+    """
+    b = tl.arange(0, BLOCK_B)
+    starts = tl.load(cu_seqlens + b, mask=b < B, other=0)
+    ends = tl.load(cu_seqlens + b + 1, mask=b < B, other=0)
+    tiles = (ends - starts + BLOCK_Q - 1) // BLOCK_Q
+    behind = tl.cumsum(tiles, 0)  # tiles up to each sequence's last
+    sequence = tl.sum((behind <= tl.program_id(0)).to(tl.int32), 0)
+    if sequence >= B:
+        return
+    mine = b == sequence
+    first = (tl.program_id(0) - tl.sum(tl.where(mine, behind - tiles, 0), 0)) * BLOCK_Q
+    start = tl.sum(tl.where(mine, starts, 0), 0)
+    queries = tl.sum(tl.where(mine, ends - starts, 0), 0)
+    length = tl.minimum(tl.load(seq_lens + sequence), M * S)
+    table = page_table + sequence.to(tl.int64) * M
+
+    head = tl.program_id(1)
+    kv_head = head // (Hq // Hkv)
+    query = first + tl.arange(0, BLOCK_Q)
+    column = tl.arange(0, BLOCK_D)
+    real = (query < queries)[:, None] & (column < D)[None, :]
+    token = (start + query).to(tl.int64)[:, None]
+    rows = tl.load(q + token * q_stride + head * D + column[None, :], mask=real, other=0.0)
+    position = length - queries + query
+
+    largest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    weight = tl.zeros((BLOCK_Q,), tl.float32)
+    total = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+    last = tl.minimum(length, length - queries + first + BLOCK_Q)
+    for begin in range(0, last, BLOCK_K):
+        key = begin + tl.arange(0, BLOCK_K)
+        page = tl.load(table + key // S, mask=key < last, other=0).to(tl.int64)
+        place = ((page * Hkv + kv_head) * S + key % S) * D
+        inside = (key < last)[:, None] & (column < D)[None, :]
+        k = tl.load(k_pages + place[:, None] + column[None, :], mask=inside, other=0.0)
+        v = tl.load(v_pages + place[:, None] + column[None, :], mask=inside, other=0.0)
+        scores = dot(rows, tl.trans(k), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)) * scale
+        scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
+        new = tl.maximum(largest, tl.max(scores, 1))
+        weights = tl.exp(scores - new[:, None])
+        factor = tl.exp(largest - new)
+        weight = weight * factor + tl.sum(weights, 1)
+        total = dot(narrow(weights, v.dtype), v, total * factor[:, None])
+        largest = new
+    place = out + (token * Hq + head) * D + column[None, :]
+    store(place, total / weight[:, None], real)
+
+
+def block_q(dtype: torch.dtype) -> int:
+    """Rows of a program: for tensor cores; in float32 as many as registers hold."""
+    if INTERPRETED.value:
+        return 64
+    return 64 if dtype == torch.bfloat16 else 16
+
+
+def launch_prefill_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    cu_seqlens: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    out: Tensor,
+) -> None:
+    tokens, heads, head_dim = q.shape
+    _, kv_heads, page_size, _ = k_pages.shape
+    batch, pages = page_table.shape
+    block = block_q(q.dtype)
+    if not out.numel():
+        return
+    # All sequences but one may fill no tile.
+    prefill_attention_kernel[(tokens // block + batch, heads)](
+        q,
+        q.stride(0),
+        k_pages,
+        v_pages,
+        page_table,
+        cu_seqlens,
+        seq_lens,
+        scale,
+        out,
+        batch,
+        heads,
+        kv_heads,
+        page_size,
+        pages,
+        D=head_dim,
+        BLOCK_B=tile(batch),
+        BLOCK_Q=block,
+        BLOCK_K=BLOCK_K,
+        BLOCK_D=tile(head_dim, 16),
+        num_warps=4,
+        num_stages=2,
+    )
+
+
+def prefill_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    cu_seqlens: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+) -> Tensor:
+    check_attention(q, k_pages, v_pages, page_table)
+    batch = page_table.shape[0]
+    check_operand(cu_seqlens, "cu_seqlens", q, torch.int32, "[B + 1]", (batch + 1,))
+    check_operand(seq_lens, "seq_lens", q, torch.int32, "[B]", (batch,))
+    out = q.new_empty(q.shape)
+    launch_prefill_attention(q, k_pages, v_pages, page_table, cu_seqlens, seq_lens, scale, out)
+    return out
