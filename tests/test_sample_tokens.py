@@ -221,7 +221,7 @@ def test_keeps_what_transformers_keeps(chain):
 @pytest.mark.parametrize("chain", [*CHAINS, {}], ids=str)
 def test_frequencies_are_the_probabilities(target, chain):
     """Pearson's chi-square over 20000 seeds, against transformers' distribution."""
-    draws, vocab_size = target.few(20000), 24
+    draws, vocab_size = max(target.few(20000), 5000), 24
     logits = torch.randn(1, vocab_size)
     probabilities = transformers_probabilities(logits, chain)[0]
     codes = draw(target, logits.expand(draws, -1), **chain)
@@ -350,7 +350,7 @@ def test_draws_are_independent(target):
 
 
 def test_a_row_does_not_depend_on_its_batch(target):
-    rows = 65
+    rows = max(target.few(65), 9)
     logits = torch.randn(rows, 513)
     parameters = mixed_parameters(rows, 513)
     together = draw(target, logits, **parameters)

@@ -1,0 +1,259 @@
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from voxkern.triton.checks import check, check_dim, check_float, check_operand
+from voxkern.triton.language import INTERPRETED, exp, tile, widen
+
+
+@triton.jit(do_not_specialize=["codebook", "W"])
+def sample_tokens_kernel(
+    logits,
+    logits_stride,
+    temperature,
+    top_k,
+    top_p,
+    min_p,
+    repetition_penalty,
+    history,
+    seeds,
+    frames,
+    out,
+    out_stride,
+    B,
+    V,
+    W,
+    codebook,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program takes a row's logits whole (under the interpreter ROWS rows, as one operation costs
+    it the same for all).
+
+    Each filter is a lowest logit that stays, found by bisection over the floats in their order: no
+    sort, and ties need no care. Weights are integers, so that their sums depend on no order. The
+    draw ranks codes by float32 scores, and those near the best, one by one, in float64.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    real = row < B
+    code = tl.arange(0, BLOCK)[None, :]
+    place = logits + row[:, None] * logits_stride + code
+    z = widen(tl.load(place, mask=real[:, None] & (code < V), other=float("-inf")))
+    z = tl.where(z == z, z, float("-inf"))
+
+    if W > 0:
+        seen = tl.zeros((ROWS, BLOCK), tl.int1)
+        for w in range(0, W):
+            seen = seen | (code == tl.load(history + row * W + w, mask=real, other=-1)[:, None])
+        penalty = tl.load(repetition_penalty + row, mask=real, other=1.0)[:, None]
+        quotient = tl.div_rn(z, tl.zeros_like(z) + penalty)
+        z = tl.where(seen, tl.where(z > 0, quotient, z * penalty), z)
+
+    first = tl.min(tl.where(z == tl.max(z, 1)[:, None], code, BLOCK), 1)
+    heat = tl.load(temperature + row, mask=real, other=0.0)
+    greedy = (heat > 0) == 0
+    z = tl.div_rn(z, tl.zeros_like(z) + tl.where(greedy, 1.0, heat)[:, None])
+    largest = tl.max(z, 1)
+    # Infinite scores tell nothing apart: all logits minus infinity, or a temperature near 0.
+    greedy = greedy | (tl.abs(largest) == float("inf"))
+    largest = tl.where(greedy, 0.0, largest)[:, None]
+
+    order = float_order(z)
+    k = tl.load(top_k + row, mask=real, other=0)
+    k = tl.where((k > 0) & (k < V), k, V + 1)
+    bound = tl.full((ROWS,), -2139095041, tl.int32)  # minus infinity's place in the order
+    if tl.min(k, 0) <= V:
+        bound = lowest_kept(order, tl.full((ROWS, BLOCK), 1, tl.uint32), k.to(tl.float64), bound)
+    p = tl.load(top_p + row, mask=real, other=1.0)
+    if tl.min(p, 0) < 1:
+        odds = exp(tl.minimum(z - largest, 0.0)) * 2147483648.0 + 0.5
+        odds = tl.where(order >= bound[:, None], odds, 0.0).to(tl.uint32)
+        limit = p.to(tl.float64) * tl.sum(odds.to(tl.int64), 1).to(tl.float64)
+        nucleus = lowest_kept(order, odds, limit, bound)
+        bound = tl.where(p < 1, nucleus, bound)
+    stays = order >= bound[:, None]
+    least = tl.load(min_p + row, mask=real, other=0.0).to(tl.float64)
+    if tl.max(least, 0) > 0:
+        lowest = tl.log(tl.where(least > 0, tl.minimum(least, 1.0), 1.0))
+        likely = z.to(tl.float64) - largest.to(tl.float64) >= lowest[:, None]
+        stays = stays & (likely | (least <= 0)[:, None])
+
+    u = uniform(row, real, seeds, frames, codebook, ROWS, BLOCK)
+    score = z - largest - tl.log(-tl.log(u))
+    score = tl.where(stays, score, float("-inf"))
+    # Scores of the front runners lie within 40 of 0: 1e-3 is far above their errors.
+    near = score >= tl.max(score, 1)[:, None] - 1e-3
+    best = tl.full((ROWS,), float("-inf"), tl.float64)
+    drawn = tl.zeros((ROWS,), tl.int32)
+    while tl.max(near.to(tl.int32)) > 0:
+        candidate = tl.min(tl.where(near, code, BLOCK), 1)
+        this = near & (code == candidate[:, None])
+        near = near & (code != candidate[:, None])
+        relative = tl.sum(tl.where(this, z, 0.0), 1).to(tl.float64) - tl.max(largest, 1)
+        luck = tl.sum(tl.where(this, u, 0.0), 1) + tl.where(candidate < BLOCK, 0.0, 0.5)
+        exact = relative - tl.log(-tl.log(luck.to(tl.float64)))
+        better = (exact > best) & (candidate < BLOCK)
+        best = tl.where(better, exact, best)
+        drawn = tl.where(better, candidate, drawn)
+    tl.store(out + row * out_stride, tl.where(greedy, first, drawn).to(tl.int64), mask=real)
+
+
+@triton.jit
+def float_order(a):
+    """Floats' places in the order of all floats, int32."""
+    bits = a.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def lowest_kept(order, weight, limit, low):
+    """Of each row, the lowest place above which weights sum to less than `limit`, or the largest
+    value's, if there is none; not below `low`."""
+    low = low.to(tl.int64)
+    high = tl.max(order, 1).to(tl.int64)
+    while tl.max(high - low, 0) > 0:
+        middle = low + (high - low) // 2
+        above = tl.sum(tl.where(order > middle[:, None], weight, 0).to(tl.int64), 1)
+        kept = above.to(tl.float64) < limit
+        low = tl.where(kept | (low >= high), low, middle + 1)
+        high = tl.where(kept, middle, high)
+    return low.to(tl.int32)
+
+
+@triton.jit
+def uniform(row, real, seeds, frames, codebook, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """`[ROWS, BLOCK]` in (0, 1): word i % 4 of counter i // 4 for code i, exactly in float32."""
+    seed = tl.load(seeds + row, mask=real, other=0)[:, None]
+    frame = tl.load(frames + row, mask=real, other=0)[:, None]
+    counter = tl.zeros((ROWS, BLOCK // 4), tl.uint32)
+    a, b, c, d = philox(
+        counter + tl.arange(0, BLOCK // 4)[None, :].to(tl.uint32),
+        counter + codebook.to(tl.uint32),
+        counter + frame.to(tl.uint32),
+        counter + (frame >> 32).to(tl.uint32),
+        seed.to(tl.uint32),
+        (seed >> 32).to(tl.uint32),
+    )
+    words = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+    return (words >> 9).to(tl.float32) * 1.1920928955078125e-07 + 5.9604644775390625e-08
+
+
+@triton.jit
+def philox(a, b, c, d, low, high):
+    """Philox 4x32-10 (Salmon et al. 2011): four words of counter and two of key to four words."""
+    for _ in tl.static_range(10):
+        a_high, a_low = tl.umulhi(a, 0xD2511F53), a * 0xD2511F53
+        c_high, c_low = tl.umulhi(c, 0xCD9E8D57), c * 0xCD9E8D57
+        a, b, c, d = c_high ^ b ^ low, c_low, a_high ^ d ^ high, a_low
+        low += 0x9E3779B9
+        high += 0xBB67AE85
+    return a, b, c, d
+
+
+def launch_sample_tokens(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    repetition_penalty: Tensor,
+    history: Tensor | None,
+    seeds: Tensor,
+    frames: Tensor,
+    codebook: int,
+    out: Tensor,
+) -> None:
+    """Rows of logits, and elements of `out`, may be apart."""
+    rows, vocab_size = logits.shape
+    if not rows:
+        return
+    block = tile(vocab_size, 4)
+    at_once = min(tile(rows), max(1, 2**18 // block)) if INTERPRETED.value else 1
+    sample_tokens_kernel[(triton.cdiv(rows, at_once),)](
+        logits,
+        logits.stride(0),
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        repetition_penalty,
+        seeds if history is None else history,
+        seeds,
+        frames,
+        out,
+        out.stride(0),
+        rows,
+        vocab_size,
+        0 if history is None else history.shape[1],
+        codebook,
+        ROWS=at_once,
+        BLOCK=block,
+        # 16 logits a thread: a search is a chain of sums over all of them.
+        num_warps=min(8, max(1, block // 512)),
+    )
+
+
+def check_rows(like: Tensor, rows: int, **named: tuple[Tensor, torch.dtype]) -> None:
+    for name, (t, dtype) in named.items():
+        check_operand(t, name, like, dtype, "[B]", (rows,))
+
+
+def check_sampling(
+    like: Tensor,
+    rows: int,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seeds: Tensor,
+    frames: Tensor,
+) -> None:
+    """The arguments of every op that draws."""
+    check_rows(
+        like,
+        rows,
+        temperature=(temperature, torch.float32),
+        top_k=(top_k, torch.int32),
+        top_p=(top_p, torch.float32),
+        min_p=(min_p, torch.float32),
+        seeds=(seeds, torch.int64),
+        frames=(frames, torch.int64),
+    )
+
+
+def sample_tokens(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    repetition_penalty: Tensor,
+    history: Tensor,
+    seeds: Tensor,
+    frames: Tensor,
+    codebook: int,
+) -> Tensor:
+    check_float(logits, "logits")
+    check_dim(logits, "logits", 2)
+    rows, vocab_size = logits.shape
+    fits = 1 <= vocab_size < 1 << 20
+    check(fits, f"logits: expected [B, V] with 1 <= V < 2^20, got {list(logits.shape)}")
+    check_sampling(logits, rows, temperature, top_k, top_p, min_p, seeds, frames)
+    check_rows(logits, rows, repetition_penalty=(repetition_penalty, torch.float32))
+    check_operand(history, "history", logits, torch.int64, "[B, W]", (rows, None))
+    out = logits.new_empty((rows,), dtype=torch.int64)
+    launch_sample_tokens(
+        logits.contiguous(),
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        repetition_penalty,
+        history,
+        seeds,
+        frames,
+        codebook,
+        out,
+    )
+    return out
