@@ -2,7 +2,9 @@
 
 `native` (the compiled extension), then `triton`, then `reference` (plain torch): the first that
 has an op on a device serves it, resolved once. The environment variable `VOXKERN_BACKEND` forces
-one for all devices; forcing one that is missing raises.
+one for all devices; forcing one that is missing raises. An op that a forced backend lacks, such as
+the codec's in Triton, runs its reference: an engine speaks on any backend, and on no other than
+the one that was asked for.
 """
 
 import functools
@@ -42,6 +44,10 @@ def why_missing(backend: str, device_type: str, op: str | None = None) -> str | 
     elif backend == "triton":
         if importlib.util.find_spec("voxkern.triton") is None:
             return "this version has no Triton kernels"
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed (pip install triton)"
+        if op and importlib.util.find_spec(f"voxkern.triton.{op}") is None:
+            return f"there is no Triton kernel of {op}"
         if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             return "Triton runs CPU tensors only under TRITON_INTERPRET=1"
     elif backend != "reference":
@@ -58,9 +64,9 @@ def backend_for(device_type: str, op: str | None = None) -> str:
     """
     forced = os.environ.get("VOXKERN_BACKEND")
     if forced:
-        if reason := why_missing(forced, device_type, op):
+        if reason := why_missing(forced, device_type):
             raise RuntimeError(f"VOXKERN_BACKEND={forced}: {reason}")
-        return forced
+        return "reference" if why_missing(forced, device_type, op) else forced
     return next(name for name in BACKENDS if why_missing(name, device_type, op) is None)
 
 
