@@ -1,0 +1,194 @@
+"""Compiles every Triton kernel at CSM-1B's shapes, and shows what each needs of a multiprocessor.
+
+    python tools/triton_check.py [--target cuda:90] [--dtype bfloat16] [--verbose]
+
+Needs Triton, no GPU: a model without memory (torch's meta device) runs its steps, and what would be
+launched is compiled instead, by Triton for sm_80 and sm_90, and for AMD's gfx942. Exits with 1 if a
+kernel does not compile, or spills registers where it must not: in bfloat16 and with packed weights.
+float32 is for comparing codes, not for speed.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ["VOXKERN_BACKEND"] = "triton"
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
+from csm_1b import CSM_1B
+
+from vox_serve.csm_weights import CsmWeights
+from vox_serve.kv_cache import CacheBatch, CacheSequence, KvCache
+from vox_serve.model import CsmModel
+from vox_serve.model_config import CsmConfig
+from vox_serve.sampling import SamplingParams, SamplingRows
+
+TARGETS = ("cuda:80", "cuda:90", "hip:gfx942")
+PRECISIONS = {
+    "float32": (torch.float32, "none"),
+    "bfloat16": (torch.bfloat16, "none"),
+    "int8": (torch.bfloat16, "int8"),
+    "int4": (torch.bfloat16, "int4"),
+}
+MULTIPROCESSOR_BYTES = {"cuda:80": 163 << 10, "cuda:90": 227 << 10, "hip:gfx942": 64 << 10}
+"""Shared memory that a block may have."""
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+def source_of(kernel: JITFunction, args: tuple, kwargs: dict) -> tuple[ASTSource, dict]:
+    """What Triton would compile for this launch, and with which options; memory is aligned."""
+    named = dict(zip(kernel.arg_names, args, strict=False))
+    named |= {n: v for n, v in kwargs.items() if n in kernel.arg_names}
+    options = {n: v for n, v in kwargs.items() if n not in kernel.arg_names}
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = named[parameter.name]
+        aligned = isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or (special and isinstance(value, int) and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+            continue
+        if isinstance(value, Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+        else:
+            signature[parameter.name] = "fp32"
+        if aligned and special:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+@contextlib.contextmanager
+def recording(record: Callable) -> Iterator[None]:
+    """`record(kernel, args, kwargs)` in the place of every launch."""
+    run = JITFunction.run
+    JITFunction.run = lambda self, *args, grid, warmup, **kwargs: record(self, args, kwargs)
+    try:
+        yield
+    finally:
+        JITFunction.run = run
+
+
+def run_steps(dtype: torch.dtype, quantize: str) -> None:
+    """A prompt's prefill, and frames at batches of 1 and 8."""
+    config = CsmConfig.from_json(CSM_1B)
+    device = torch.device("meta")
+    model = CsmModel(config, CsmWeights.empty(config, dtype, device, quantize))
+    for batch_size, tokens in ((1, 512), (1, 1), (8, 8)):
+        cache = KvCache(config.backbone, batch_size, dtype, device)
+        sequences = [CacheSequence() for _ in range(batch_size)]
+        count = tokens // batch_size
+        batch = CacheBatch.prefill(cache, sequences, [count] * batch_size)
+        if count == 1:
+            for sequence in sequences:
+                cache.extend(sequence, 127)
+            batch = CacheBatch.decode(cache, sequences)
+        frames = torch.zeros(tokens, config.num_codebooks + 1, dtype=torch.int64, device=device)
+        hidden = model.backbone_step(frames, frames.bool(), batch, cache)
+        rows = SamplingRows.of(
+            [SamplingParams()] * batch_size,
+            range(batch_size),
+            [0] * batch_size,
+            [[]] * batch_size,
+            device,
+        )
+        model.draw_frames(hidden, rows)
+
+
+def resources(compiled: object, target: str) -> tuple[int, int]:
+    """Registers of a thread, and bytes that it spills or keeps in local memory."""
+    if target.startswith("hip"):
+        text = compiled.asm["amdgcn"]
+        registers, spills = (
+            sum(int(n) for n in re.findall(rf"\.{name}:\s+(\d+)", text))
+            for name in ("vgpr_count", "vgpr_spill_count")
+        )
+        return registers, spills
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    return int(found[1]), int(found[2])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", action="append", choices=TARGETS)
+    parser.add_argument("--dtype", action="append", choices=PRECISIONS)
+    args = parser.parse_args()
+
+    launches: dict[str, dict[str, tuple]] = {}
+    for precision in args.dtype or PRECISIONS:
+
+        def record(kernel: JITFunction, args: tuple, kwargs: dict, precision=precision) -> None:
+            source, options = source_of(kernel, args, kwargs)
+            key = f"{source.hash()} {sorted(options.items())}"
+            launches.setdefault(key, (precision, source, options))
+
+        with recording(record), torch.inference_mode():
+            run_steps(*PRECISIONS[precision])
+    failed = False
+    print(f"{'kernel':24} {'first of':9} {'constants':44} ", end="")
+    print(f"{'target':11} {'warps':>5} {'registers':>9} {'shared':>7} {'spills':>6}")
+    for precision, source, options in launches.values():
+        for target in args.target or TARGETS:
+            constants = " ".join(
+                f"{source.fn.arg_names[i]}={value}"
+                for (i,), value in source.constants.items()
+                if source.fn.params[i].is_constexpr
+            )
+            print(f"{source.name:24} {precision:9} {constants:44} {target:11} ", end="", flush=True)
+            backend, arch = target.split(":")
+            gpu = (
+                GPUTarget(backend, int(arch), 32)
+                if backend == "cuda"
+                else GPUTarget(backend, arch, 64)
+            )
+            try:
+                compiled = triton.compile(source, target=gpu, options=options)
+                registers, spills = resources(compiled, target)
+                shared = compiled.metadata.shared
+            except Exception as error:
+                failed = True
+                print(f"does not compile: {error}")
+                continue
+            note = ""
+            if spills and precision != "float32":
+                note = " <- through memory"
+            if shared > MULTIPROCESSOR_BYTES[target]:
+                note += " <- more than there is"
+            failed |= bool(note)
+            print(f"{options.get('num_warps', 4):5} {registers:9} {shared:7} {spills:6}{note}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
