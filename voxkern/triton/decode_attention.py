@@ -6,9 +6,6 @@ from torch import Tensor
 from voxkern.triton.checks import check_attention, check_operand
 from voxkern.triton.language import dot, load, store, tile
 
-SPLIT = 128
-"""Keys of a program. A constant, so that neither batch nor pages change a result."""
-
 
 @triton.jit
 def attend_kernel(
@@ -21,6 +18,7 @@ def attend_kernel(
     scale,
     sums,
     states,
+    out,
     Hkv,
     S,
     M,
@@ -28,19 +26,21 @@ def attend_kernel(
     GROUP: tl.constexpr,
     D: tl.constexpr,
     SPLIT: tl.constexpr,
+    ALONE: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """A program takes SPLIT keys of a sequence and a key/value head, for all of its query heads.
 
     It leaves the weighted sum of its values, unnormalised, and the largest score and the sum of the
-    weights that go with it. Float32 throughout.
+    weights that go with it; or the result, if it is ALONE with its sequence and head. Float32
+    throughout.
     """
     split = tl.program_id(0)
     h = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     length = tl.minimum(tl.load(seq_lens + b), M * S)
-    if split * SPLIT >= length:
+    if (not ALONE) and split * SPLIT >= length:
         return
     key = split * SPLIT + tl.arange(0, SPLIT)
     inside = key < length
@@ -56,11 +56,16 @@ def attend_kernel(
     queries = load(q + b * q_stride + (h * GROUP + g)[:, None] * D + column[None, :], rows)
     scores = dot(queries * scale, tl.trans(k), tl.zeros((BLOCK_G, SPLIT), tl.float32))
     scores = tl.where(inside[None, :], scores, float("-inf"))
-    largest = tl.max(scores, 1)
+    largest = tl.where(length > 0, tl.max(scores, 1), 0.0)
     weights = tl.exp(scores - largest[:, None])
     total = dot(weights, v, tl.zeros((BLOCK_G, BLOCK_D), tl.float32))
 
-    row = ((b * Hkv + h) * GROUP + g) * splits + split
+    row = (b * Hkv + h) * GROUP + g
+    if ALONE:
+        total = tl.where(length > 0, total / tl.sum(weights, 1)[:, None], 0.0)
+        store(out + row[:, None] * D + column[None, :], total, rows)
+        return
+    row = row * splits + split
     tl.store(sums + row[:, None] * D + column[None, :], total, mask=rows)
     tl.store(states + row * 2, largest, mask=g < GROUP)
     tl.store(states + row * 2 + 1, tl.sum(weights, 1), mask=g < GROUP)
@@ -68,24 +73,46 @@ def attend_kernel(
 
 @triton.jit
 def combine_kernel(
-    sums, states, seq_lens, out, Hq, S, M, splits, D, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr
+    sums,
+    states,
+    seq_lens,
+    out,
+    Hq,
+    S,
+    M,
+    splits,
+    D,
+    SPLIT: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    """A program takes a query head of a sequence, its splits one after the other."""
+    """A program takes a query head of a sequence, AT_ONCE of its splits at a time."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
     length = tl.minimum(tl.load(seq_lens + row // Hq), M * S)
+    used = tl.cdiv(length, SPLIT)
     largest, weight = float("-inf"), 0.0
     total = tl.zeros((BLOCK_D,), tl.float32)
-    for split in range(0, tl.cdiv(length, SPLIT)):
+    for first in range(0, used, AT_ONCE):
+        split = first + tl.arange(0, AT_ONCE)
         at = row * splits + split
-        theirs = tl.load(states + at * 2)
-        new = tl.maximum(largest, theirs)
-        old_factor, factor = tl.exp(largest - new), tl.exp(theirs - new)
-        part = tl.load(sums + at * D + column, mask=column < D, other=0.0)
-        total = total * old_factor + part * factor
-        weight = weight * old_factor + tl.load(states + at * 2 + 1) * factor
+        theirs = tl.load(states + at * 2, mask=split < used, other=float("-inf"))
+        weights = tl.load(states + at * 2 + 1, mask=split < used, other=0.0)
+        inside = (split < used)[:, None] & (column < D)[None, :]
+        parts = tl.load(sums + at[:, None] * D + column[None, :], mask=inside, other=0.0)
+        new = tl.maximum(largest, tl.max(theirs, 0))
+        factors = tl.exp(theirs - new)
+        total = total * tl.exp(largest - new) + tl.sum(parts * factors[:, None], 0)
+        weight = weight * tl.exp(largest - new) + tl.sum(weights * factors, 0)
         largest = new
     store(out + row * D + column, total / tl.where(length > 0, weight, 1.0), column < D)
+
+
+def split_keys(head_dim: int) -> int:
+    """Keys of a program: 16 KB of keys and as much of values in float32, so that several programs
+    share a multiprocessor. A function of the width alone, so that neither batch nor pages change
+    a result."""
+    return max(16, 4096 // tile(head_dim, 16))
 
 
 def launch_decode_attention(
@@ -100,11 +127,14 @@ def launch_decode_attention(
     batch, heads, head_dim = q.shape
     _, kv_heads, page_size, _ = k_pages.shape
     pages = page_table.shape[1]
-    splits = triton.cdiv(pages * page_size, SPLIT)
+    split = split_keys(head_dim)
+    splits = triton.cdiv(pages * page_size, split)
     if not out.numel():
         return
-    sums = torch.empty(batch, heads, splits, head_dim, dtype=torch.float32, device=q.device)
-    states = torch.empty(batch, heads, splits, 2, dtype=torch.float32, device=q.device)
+    alone = splits == 1
+    places = 0 if alone else batch * heads * splits
+    sums = torch.empty(places * head_dim, dtype=torch.float32, device=q.device)
+    states = torch.empty(places * 2, dtype=torch.float32, device=q.device)
     if splits:
         attend_kernel[(splits, kv_heads, batch)](
             q,
@@ -116,17 +146,21 @@ def launch_decode_attention(
             scale,
             sums,
             states,
+            out,
             kv_heads,
             page_size,
             pages,
             splits,
             GROUP=heads // kv_heads,
             D=head_dim,
-            SPLIT=SPLIT,
+            SPLIT=split,
+            ALONE=alone,
             BLOCK_G=tile(heads // kv_heads),
             BLOCK_D=tile(head_dim, 16),
             num_warps=4,
         )
+    if alone:
+        return
     combine_kernel[(batch * heads,)](
         sums,
         states,
@@ -137,9 +171,10 @@ def launch_decode_attention(
         pages,
         splits,
         head_dim,
-        SPLIT=SPLIT,
+        SPLIT=split,
+        AT_ONCE=16,
         BLOCK_D=tile(head_dim),
-        num_warps=1,
+        num_warps=2,
     )
 
 

@@ -1,28 +1,58 @@
-"""Triton's interpreter, made quick enough for tests and fit for NumPy 2.4."""
+"""Triton's interpreter, put right and made quick enough for tests (of Triton 3.6 to 3.9)."""
 
-from collections.abc import Callable
+import dataclasses
+import functools
 from types import SimpleNamespace
 
+import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
 
 def prepare() -> None:
-    """Let the interpreter replace the language's functions once, not in every call of a helper.
+    """Mend the interpreter of this process.
 
-    That takes a millisecond, most of the time of a small kernel. What it replaces stays replaced:
-    a process that interprets compiles nothing. And NumPy 2.4 no longer takes the arrays of one
-    element for integers that Triton 3.6 gives it as bounds of loops.
+    What it lacks: rounding to bfloat16 to nearest (it truncates), products of bfloat16 (NumPy has
+    none), and loops whose bounds are arguments (NumPy 2.4 takes no array of one element for an
+    integer). What takes most of its time: replacing the language's functions anew for every call
+    of a helper, where once is enough, since a process that interprets compiles nothing; and
+    computing every sum of integers twice, to check for an overflow.
     """
-    patch: Callable = interpreter._patch_lang
-    patched = set()
+    builder = interpreter.InterpreterBuilder
+    convert, multiply = interpreter._convert_float, builder.create_dot
+    interpreter._convert_float = functools.partial(convert_float, convert)
+    builder.create_dot = functools.partialmethod(create_dot, multiply)
+    interpreter._patch_lang = functools.partial(patch_once, interpreter._patch_lang, set())
+    options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    interpreter.interpreter_builder.options = options
 
-    def once(fn: Callable) -> SimpleNamespace:
-        languages = {value for value in fn.__globals__.values() if value is tl or value is tl.core}
-        if not languages <= patched:
-            patch(fn)
-            patched.update(languages)
-            tl.tensor.__index__ = lambda self: self.handle.data.item()
-        return SimpleNamespace(restore=lambda: None)
 
-    interpreter._patch_lang = once
+def convert_float(convert, values, source, target, rounding):
+    """Bits of `target` for values of `source`; `convert` knows the other pairs."""
+    if (source, target) == (tl.bfloat16, tl.float32):
+        return values.astype(np.uint32) << 16
+    if (source, target) == (tl.float32, tl.bfloat16):
+        bits = np.ascontiguousarray(values).view(np.uint32)
+        nearest = bits + 0x7FFF + (bits >> 16 & 1)
+        return (np.where(np.isnan(values), 0x7FC00000, nearest) >> 16).astype(np.uint16)
+    return convert(values, source, target, rounding)
+
+
+def create_dot(builder, multiply, a, b, *rest):
+    return multiply(builder, widened(a), widened(b), *rest)
+
+
+def widened(operand):
+    if operand.dtype.scalar != tl.bfloat16:
+        return operand
+    bits = operand.data.astype(np.uint32) << 16
+    return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+
+def patch_once(patch, patched, fn):
+    languages = {value for value in fn.__globals__.values() if value is tl or value is tl.core}
+    if not languages <= patched:
+        patch(fn)
+        patched.update(languages)
+        tl.tensor.__index__ = lambda self: self.handle.data.item()
+    return SimpleNamespace(restore=lambda: None)

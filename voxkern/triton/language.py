@@ -21,39 +21,18 @@ def tile(size: int, least: int = 1) -> int:
 @triton.jit
 def load(pointer, mask):
     """Elements in float32, 0 where masked."""
-    return widen(tl.load(pointer, mask=mask, other=0.0))
+    return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def store(pointer, values, mask):
-    tl.store(pointer, narrow(values, pointer.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def widen(values):
-    """To float32."""
-    if INTERPRETED and values.dtype == tl.bfloat16:
-        bits = values.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
-        return bits.to(tl.float32, bitcast=True)
-    return values.to(tl.float32)
-
-
-@triton.jit
-def narrow(values, dtype: tl.constexpr):
-    """float32 to `dtype`, to nearest, ties to even; the interpreter's own conversion truncates."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = values.to(tl.uint32, bitcast=True)
-        bits = tl.where(values == values, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
-        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return values.to(dtype)
+    """Rounded to the elements' dtype."""
+    tl.store(pointer, values.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def dot(a, b, acc):
     """acc + a b, summed in float32: bfloat16 on tensor cores, float32 in float32."""
-    if INTERPRETED:  # NumPy has no bfloat16
-        a = widen(a)
-        b = widen(b)
     return tl.dot(a, b, acc, input_precision="ieee")
 
 

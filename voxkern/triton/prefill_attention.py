@@ -4,7 +4,7 @@ import triton.language as tl
 from torch import Tensor
 
 from voxkern.triton.checks import check_attention, check_operand
-from voxkern.triton.language import INTERPRETED, dot, narrow, store, tile
+from voxkern.triton.language import INTERPRETED, dot, store, tile
 
 BLOCK_K = 32
 """Keys at a time. A constant, so that neither batch, chunks nor pages change a result."""
@@ -80,7 +80,7 @@ def prefill_attention_kernel(
         weights = tl.exp(scores - new[:, None])
         factor = tl.exp(largest - new)
         weight = weight * factor + tl.sum(weights, 1)
-        total = dot(narrow(weights, v.dtype), v, total * factor[:, None])
+        total = dot(weights.to(v.dtype), v, total * factor[:, None])
         largest = new
     place = out + (token * Hq + head) * D + column[None, :]
     store(place, total / weight[:, None], real)

@@ -4,7 +4,7 @@ import triton.language as tl
 from torch import Tensor
 
 from voxkern.triton.checks import check_float, check_operand
-from voxkern.triton.language import load, narrow, store, tile, widen
+from voxkern.triton.language import load, store, tile
 
 
 @triton.jit
@@ -19,9 +19,10 @@ def rms_norm_kernel(x, residual, weight, out, C, eps, ADD: tl.constexpr, BLOCK: 
     inside = column < C
     values = load(x + at + column, inside)
     if ADD:
-        values = narrow(values + load(residual + at + column, inside), residual.dtype.element_ty)
+        values += load(residual + at + column, inside)
+        values = values.to(residual.dtype.element_ty)
         tl.store(residual + at + column, values, mask=inside)
-        values = widen(values)
+        values = values.to(tl.float32)
     scale = tl.rsqrt(tl.sum(values * values, 0) / C + eps)
     store(out + at + column, values * scale * load(weight + column, inside), inside)
 

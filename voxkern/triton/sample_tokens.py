@@ -4,7 +4,7 @@ import triton.language as tl
 from torch import Tensor
 
 from voxkern.triton.checks import check, check_dim, check_float, check_operand
-from voxkern.triton.language import INTERPRETED, exp, tile, widen
+from voxkern.triton.language import INTERPRETED, exp, tile
 
 
 @triton.jit(do_not_specialize=["codebook", "W"])
@@ -39,7 +39,7 @@ def sample_tokens_kernel(
     real = row < B
     code = tl.arange(0, BLOCK)[None, :]
     place = logits + row[:, None] * logits_stride + code
-    z = widen(tl.load(place, mask=real[:, None] & (code < V), other=float("-inf")))
+    z = tl.load(place, mask=real[:, None] & (code < V), other=float("-inf")).to(tl.float32)
     z = tl.where(z == z, z, float("-inf"))
 
     if W > 0:
