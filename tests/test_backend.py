@@ -1,0 +1,83 @@
+"""Which backend serves an op, and what is said where one is missing."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from voxkern import backend
+from voxkern.backend import OPS, backend_for, why_missing
+
+
+@pytest.fixture
+def force(monkeypatch):
+    """`force(name)`: as if VOXKERN_BACKEND had been set at the start."""
+
+    def to(name: str) -> None:
+        monkeypatch.setenv("VOXKERN_BACKEND", name)
+        backend_for.cache_clear()
+
+    yield to
+    backend_for.cache_clear()
+
+
+def test_every_op_has_a_reference():
+    for op in OPS:
+        assert callable(backend.implementation(op, "reference"))
+
+
+def test_a_forced_backend_serves(force):
+    force("reference")
+    assert {backend_for("cpu", op) for op in OPS} == {"reference"}
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "reason"),
+    [
+        ("opencl", "cpu", "there is no such backend: choose one of native, triton, reference"),
+        ("native", "xpu", "the extension was built without XPU kernels"),
+    ],
+)
+def test_forcing_a_missing_backend_says_why(force, name, device, reason):
+    force(name)
+    with pytest.raises(RuntimeError, match=f"VOXKERN_BACKEND={name}: {reason}"):
+        backend_for(device, OPS[0])
+
+
+def test_triton_needs_its_interpreter_for_cpu_tensors(force, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    why_missing.cache_clear()
+    force("triton")
+    with pytest.raises(RuntimeError, match="only under TRITON_INTERPRET=1"):
+        backend_for("cpu", OPS[0])
+    why_missing.cache_clear()
+
+
+def test_an_op_that_a_forced_backend_lacks_runs_its_reference(force, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(backend, "OPS", [*OPS, "new_op"])
+    force("triton")
+    assert backend_for("cuda", OPS[0]) == "triton"
+    assert backend_for("cuda", "new_op") == "reference"
+    assert why_missing("triton", "cuda", "new_op") == "there is no Triton kernel of new_op"
+
+
+def test_nothing_of_triton_is_imported_at_the_start():
+    code = (
+        "import sys, voxkern; voxkern.backend.backend_for('cuda'); print('triton' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "False\n"
+
+
+def test_the_table_of_this_machine():
+    result = subprocess.run(
+        [sys.executable, "-m", "voxkern"], capture_output=True, text=True, check=True
+    )
+    assert torch.__version__ in result.stdout
+    for op in OPS:
+        assert f"    {op} " in result.stdout
