@@ -21,7 +21,7 @@ EXTRA = $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "r
 CMAKE = PATH=$(CURDIR)/$(BIN):$$PATH cmake
 CONFIGURE = $(CMAKE) -S . -G Ninja -DVOXKERN_TORCH=$$($(RUN) -c 'import torch; print(torch.__path__[0])')
 
-.PHONY: build serve test simt cuda-check lint format bench peers sanitize clean
+.PHONY: build serve test simt cuda-check triton-check lint format bench peers sanitize clean
 
 build: $(VENV)/built
 
@@ -59,15 +59,21 @@ $(VENV)/simt: $(VENV)/torch tests/simt/CMakeLists.txt CMakeLists.txt $(CPP) $(CU
 	$(CMAKE) --build build/simt --target simt
 	touch $@
 
-# The op tests once more for each instruction set that the processor has besides its best.
+# The op tests once more for each instruction set that the processor has besides its best, and with
+# the Triton kernels interpreted.
 test: $(VENV)/test $(VENV)/simt
 	$(RUN) -m pytest -q tests
 	VOXKERN_ISA=baseline $(RUN) -m pytest -q $(OP_TESTS) -k 'not simt'
 	! grep -qw avx2 /proc/cpuinfo || VOXKERN_ISA=avx2 $(RUN) -m pytest -q $(OP_TESTS) -k 'not simt'
+	TRITON_INTERPRET=1 $(RUN) -m pytest -q $(OP_TESTS) tests/test_triton.py -k triton
 
 # Every CUDA kernel for every target: needs nvcc, no GPU.
 cuda-check: $(VENV)/torch
 	$(RUN) tools/cuda_check.py
+
+# Every Triton kernel at CSM-1B's shapes, for NVIDIA and AMD: needs no GPU.
+triton-check: $(VENV)/test
+	$(RUN) tools/triton_check.py
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check .

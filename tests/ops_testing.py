@@ -56,7 +56,11 @@ class Target:
         where every operation of a kernel is some of Python's."""
         if self.backend == "simt":
             return count // 4
-        return -(-count // 16) if (self.backend, self.device) == ("triton", "cpu") else count
+        return -(-count // 16) if self.interpreted else count
+
+    @property
+    def interpreted(self) -> bool:
+        return (self.backend, self.device) == ("triton", "cpu")
 
     def run(self, name: str, *args):
         """Call op `name` here; its CPU arguments, mutated ones too, and result are on the CPU."""

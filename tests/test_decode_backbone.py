@@ -249,7 +249,7 @@ def test_a_row_does_not_depend_on_the_others(target, packing, dtype):
     sizes = PACKED_SIZES[0] if packing else SIZES[0]
     arguments = packed(make(sizes, dtype, [3, 300, 17, 1, 64, 5]), packing)
     together, _, _ = run(target.run, arguments)
-    for b in range(6):
+    for b in (1,) if target.interpreted else range(6):
         alone, _, _ = run(target.run, of_rows(arguments, slice(b, b + 1)))
         assert torch.equal(alone[0], together[b])
     assert torch.equal(run(target.run, of_rows(arguments, slice(1, 4)))[0], together[1:4])

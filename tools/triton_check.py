@@ -37,7 +37,11 @@ from vox_serve.model import CsmModel
 from vox_serve.model_config import CsmConfig
 from vox_serve.sampling import SamplingParams, SamplingRows
 
-TARGETS = ("cuda:80", "cuda:90", "hip:gfx942")
+TARGETS = {
+    "cuda:80": GPUTarget("cuda", 80, 32),
+    "cuda:90": GPUTarget("cuda", 90, 32),
+    "hip:gfx942": GPUTarget("hip", "gfx942", 64),
+}
 PRECISIONS = {
     "float32": (torch.float32, "none"),
     "bfloat16": (torch.bfloat16, "none"),
