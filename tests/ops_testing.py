@@ -58,6 +58,10 @@ class Target:
             return count // 4
         return -(-count // 16) if self.interpreted else count
 
+    def at_most(self, limit: int, size: int) -> int:
+        """`size`, or `limit` if that is less and every program of a launch takes long."""
+        return min(limit, size) if self.interpreted else size
+
     @property
     def interpreted(self) -> bool:
         return (self.backend, self.device) == ("triton", "cpu")

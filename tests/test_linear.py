@@ -96,6 +96,7 @@ def test_a_row_does_not_depend_on_the_others(target, features, rows, dtype):
 )
 def test_many_rows_have_the_bits_of_few(target, batch, features, rows):
     """Prompts and large batches: whatever kernel takes them, and whatever its tiles."""
+    batch, rows = target.at_most(130, batch), target.at_most(1500, rows)
     x, weight = make((batch,), features, rows, torch.bfloat16)
     together = target.run("linear", x, weight)
     few = torch.cat([target.run("linear", part, weight) for part in x.split(16)])
@@ -127,7 +128,8 @@ def test_strided_rows(target):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("lead", "features", "rows"), PACKED_SHAPES)
 def test_packed(target, lead, features, rows, dtype, format):
-    x, weight = make(lead, features, rows, dtype)
+    lead = [target.at_most(200, rows_of_x) for rows_of_x in lead]
+    x, weight = make(lead, features, target.at_most(500, rows), dtype)
     packed = pack(weight, format)
     assert_packed(target, target.run("linear", x, packed), reference("linear", x, packed))
 
@@ -193,6 +195,7 @@ def test_packed_rows_do_not_depend_on_the_others(target, dtype, format):
 @pytest.mark.parametrize(("batch", "features"), [(4100, 544), (12, 2400), (3, 8480)])
 def test_packed_rows_alone_in_blocks_of_other_shapes(target, batch, features, format):
     """Many rows, and many columns: each divides the work in another way."""
+    batch = target.at_most(100, batch)
     x, weight = make((batch,), features, 16, torch.float32)
     packed = pack(weight, format)
     together = target.run("linear", x, packed)

@@ -41,7 +41,8 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_prefill_attention(target, shape, dtype):
-    args = case(*shape, dtype)
+    new, prefix, num_heads, *rest = shape
+    args = case(new, prefix, target.at_most(40, num_heads), *rest, dtype)
     got = target.run("prefill_attention", *args)
     assert got.is_contiguous()
     assert_close(got, reference("prefill_attention", *args))

@@ -25,6 +25,7 @@ def prepare() -> None:
     interpreter._patch_lang = functools.partial(patch_once, interpreter._patch_lang, set())
     options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
     interpreter.interpreter_builder.options = options
+    np.seterr(all="ignore")  # an infinity or NaN comes without a word, as on a GPU
 
 
 def convert_float(convert, values, source, target, rounding):

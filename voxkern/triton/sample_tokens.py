@@ -83,7 +83,7 @@ def sample_tokens_kernel(
     score = z - largest - tl.log(-tl.log(u))
     score = tl.where(stays, score, float("-inf"))
     # Scores of the front runners lie within 40 of 0: 1e-3 is far above their errors.
-    near = score >= tl.max(score, 1)[:, None] - 1e-3
+    near = (score >= tl.max(score, 1)[:, None] - 1e-3) & (greedy == 0)[:, None]
     best = tl.full((ROWS,), float("-inf"), tl.float64)
     drawn = tl.zeros((ROWS,), tl.int32)
     while tl.max(near.to(tl.int32)) > 0:
