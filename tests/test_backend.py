@@ -1,5 +1,6 @@
 """Which backend serves an op, and what is said where one is missing."""
 
+import os
 import subprocess
 import sys
 
@@ -11,15 +12,10 @@ from voxkern.backend import OPS, backend_for, why_missing
 
 
 @pytest.fixture
-def force(monkeypatch):
-    """`force(name)`: as if VOXKERN_BACKEND had been set at the start."""
-
-    def to(name: str) -> None:
-        monkeypatch.setenv("VOXKERN_BACKEND", name)
-        backend_for.cache_clear()
-
-    yield to
-    backend_for.cache_clear()
+def force():
+    before = backend.forced()
+    yield backend.force
+    backend.force(before)
 
 
 def test_every_op_has_a_reference():
@@ -30,6 +26,30 @@ def test_every_op_has_a_reference():
 def test_a_forced_backend_serves(force):
     force("reference")
     assert {backend_for("cpu", op) for op in OPS} == {"reference"}
+    assert force(None) == "reference"
+    assert backend_for("cpu", OPS[0]) == "native"
+
+
+def test_the_variable_forces_a_backend_from_the_start():
+    code = "from voxkern.backend import OPS, backend_for; print(backend_for('cpu', OPS[0]))"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "VOXKERN_BACKEND": "reference"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout == "reference\n"
+
+
+def test_without_its_files_triton_serves_nothing(force, monkeypatch, tmp_path):
+    """Old bytecode in a folder that is gone otherwise is no backend."""
+    (tmp_path / "triton" / "__pycache__").mkdir(parents=True)
+    monkeypatch.setattr("voxkern.__path__", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "voxkern.triton", raising=False)
+    why_missing.cache_clear()
+    assert why_missing("triton", "cuda") == "this version has no Triton kernels"
+    why_missing.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -41,7 +61,7 @@ def test_a_forced_backend_serves(force):
 )
 def test_forcing_a_missing_backend_says_why(force, name, device, reason):
     force(name)
-    with pytest.raises(RuntimeError, match=f"VOXKERN_BACKEND={name}: {reason}"):
+    with pytest.raises(RuntimeError, match=f"backend {name}: {reason}"):
         backend_for(device, OPS[0])
 
 

@@ -6,16 +6,32 @@ import pytest
 import torch
 
 from vox_serve import loading
+from voxkern import backend
 
 # conftest.py replaces it.
 choose_device = loading.choose_device
 
 
 @pytest.fixture
-def a_gpu_without_kernels(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(loading, "backend_for", lambda device: "reference")
-    monkeypatch.setattr(loading, "why_missing", lambda *_: "built without CUDA kernels")
+def a_gpu(monkeypatch):
+    """`a_gpu(*backends)`: as if torch saw one, and these backends ran there."""
+    reasons = {"native": "built without CUDA kernels", "triton": "Triton is not installed"}
+
+    def with_backends(*present: str) -> None:
+        def why_missing(backend: str, device: str, op: str | None = None) -> str | None:
+            assert device == "cuda"
+            return None if backend in (*present, "reference") else reasons[backend]
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(backend, "why_missing", why_missing)
+        monkeypatch.setattr(loading, "why_missing", why_missing)
+
+    backend._resolved.cache_clear()
+    before = backend.forced()
+    backend.force(None)
+    yield with_backends
+    backend.force(before)
+    backend._resolved.cache_clear()
 
 
 def test_no_gpu(monkeypatch):
@@ -24,23 +40,59 @@ def test_no_gpu(monkeypatch):
         loading.load_engine("demo", device="cuda")
 
 
-def test_asking_for_kernels_that_were_not_built(a_gpu_without_kernels):
-    with pytest.raises(ValueError, match="built without CUDA kernels; to build"):
+@pytest.mark.parametrize("present", [("native",), ("triton",), ("native", "triton")])
+def test_either_backend_makes_a_gpu_usable(a_gpu, present, caplog):
+    """Triton alone is what `pip install -e .` gives a machine without nvcc."""
+    a_gpu(*present)
+    assert choose_device() == "cuda"
+    assert backend.backend_for("cuda") == present[0]
+    assert not caplog.text
+
+
+def test_asking_for_a_gpu_that_no_kernels_run_on(a_gpu):
+    a_gpu()
+    said = r"built without CUDA kernels; Triton is not installed; .* install nvcc and run VOXKERN"
+    with pytest.raises(ValueError, match=f"device cuda: {said}"):
         loading.load_engine("demo", device="cuda")
 
 
-@pytest.mark.usefixtures("a_gpu_without_kernels")
-def test_auto_says_why_it_takes_no_gpu(caplog):
+def test_auto_says_why_it_takes_no_gpu(a_gpu, caplog):
     caplog.set_level(logging.WARNING, "vox_serve")
+    a_gpu()
     assert choose_device() == "cpu"
-    assert "The GPU is not used: built without CUDA kernels" in caplog.text
+    assert "The GPU is not used: built without CUDA kernels; Triton" in caplog.text
 
 
-@pytest.mark.usefixtures("a_gpu_without_kernels")
-def test_a_forced_backend_is_taken(monkeypatch, caplog):
-    monkeypatch.setenv("VOXKERN_BACKEND", "reference")
-    assert choose_device() == "cuda"
-    assert not caplog.text
+@pytest.mark.parametrize(("name", "device"), [("reference", "cuda"), ("native", "cpu")])
+def test_a_forced_backend_decides(a_gpu, name, device, caplog):
+    a_gpu("triton")
+    backend.force(name)
+    assert choose_device() == device
+    assert ("backend native: built without CUDA kernels" in caplog.text) == (device == "cpu")
+
+
+@pytest.mark.parametrize("quantize", ["none", "int4"])
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_what_is_loaded_for_a_gpu_does_not_depend_on_the_backend(
+    a_gpu, monkeypatch, dtype, quantize
+):
+    """Weights, packed or not, and the codec go to the device in the model's dtype."""
+    a_gpu("triton")
+    asked = []
+
+    def load_checkpoint(folder, dtype, device, allow_pickle, quantize, caches):
+        asked.append((dtype, device.type, quantize))
+
+    def load_codec(checkpoint, codec, precision):
+        asked.append(precision)
+        raise InterruptedError
+
+    monkeypatch.setattr(loading, "load_checkpoint", load_checkpoint)
+    monkeypatch.setattr(loading, "load_codec", load_codec)
+    with pytest.raises(InterruptedError):
+        loading.load_engine("demo", device="cuda", dtype=dtype, quantize=quantize)
+    name = "bfloat16" if dtype == "auto" else dtype
+    assert asked == [(getattr(torch, name), "cuda", quantize), name]
 
 
 @pytest.mark.parametrize(

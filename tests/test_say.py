@@ -12,11 +12,12 @@ from checkpoints import TinyShape, build_tiny
 from csm_reference import reference_generate
 from fake_engine import FakeEngine, fake_audio, fake_codes
 from test_runner import expected_pcm
-from vox_serve import say
+from vox_serve import loading, say
 from vox_serve.audio import wav_file
 from vox_serve.config import Config
 from vox_serve.prompt import Segment
 from vox_serve.sampling import SamplingParams
+from voxkern import backend
 
 
 class Loads:
@@ -134,6 +135,7 @@ def test_output_to_stdout(loads, capfdbinary):
         (["hello", "-o", "x.wav", "--temperature", "-1"], "--temperature: must be from 0 to 100"),
         (["hello", "-o", "x.wav", "--max_frames", "0"], "--max-frames: must be from 1 to 2048"),
         (["hello", "-o", "x.wav", "--greedy", "--temperature", "0.5"], "--greedy"),
+        (["hello", "-o", "x.wav", "--backend", "opencl"], "--backend: must be one of auto, native"),
         (["hello", "there", "-o", "x.wav"], "unrecognized arguments: there"),
         (["hello", "-o", "x.wav", "--port", "1"], "unrecognized arguments: --port"),
     ],
@@ -145,6 +147,42 @@ def test_wrong_usage_is_one_line_and_code_2(argv, said, no_loading, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("say: error: ")
     assert said in line
+
+
+@pytest.fixture
+def forced():
+    """What was forced before the test is again after it."""
+    before = backend.forced()
+    yield backend.forced
+    backend.force(before)
+
+
+@pytest.mark.parametrize(
+    ("flags", "variable", "said"),
+    [
+        (["--backend", "triton"], "", "say: error: --backend triton: no such thing here"),
+        (["--backend", "triton"], "reference", "say: error: --backend triton: no such thing here"),
+        ([], "triton", "say: error: VOXKERN_BACKEND=triton: no such thing here"),
+    ],
+)
+def test_a_backend_that_is_missing_is_one_line_and_code_2(
+    flags, variable, said, forced, monkeypatch, tmp_path, capsys
+):
+    """The flag comes before the variable; the model is not loaded."""
+    monkeypatch.setattr(backend, "why_missing", lambda name, *_: REASONS[name])
+    monkeypatch.setattr(loading, "load_engine", None)
+    backend.force(variable or None)
+    assert say.main(["hello", "-o", str(tmp_path / "out.wav"), *flags]) == 2
+    assert capsys.readouterr().err.splitlines() == [said]
+
+
+REASONS = {"triton": "no such thing here", "reference": None, "native": None}
+
+
+def test_a_backend_serves(forced, tmp_path, folder):
+    argv = ["hello", "-o", str(tmp_path / "out.wav"), "--model", str(folder), "--max_frames", "1"]
+    assert say.main([*argv, "--backend", "reference"]) == 0
+    assert forced() == backend.backend_for("cpu", "linear") == "reference"
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"\xff"])

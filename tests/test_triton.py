@@ -11,7 +11,7 @@ from vox_serve.engine import Request
 from vox_serve.loading import load_engine
 from vox_serve.prompt import Segment
 from vox_serve.sampling import SamplingParams
-from voxkern.backend import backend_for
+from voxkern.backend import backend_for, force, forced
 
 pytestmark = pytest.mark.skipif(
     Target("triton", "cpu").why_missing() is not None, reason="runs under TRITON_INTERPRET=1"
@@ -19,15 +19,11 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture
-def on_triton(monkeypatch):
+def on_triton():
     """From the call on, every op that has a Triton kernel runs it."""
-
-    def force() -> None:
-        monkeypatch.setenv("VOXKERN_BACKEND", "triton")
-        backend_for.cache_clear()
-
-    yield force
-    backend_for.cache_clear()
+    before = forced()
+    yield lambda: force("triton")
+    force(before)
 
 
 def test_greedy_codes_equal_transformers(tmp_path, on_triton):

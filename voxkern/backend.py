@@ -1,10 +1,10 @@
 """Which implementation of the ops runs on which kind of device.
 
 `native` (the compiled extension), then `triton`, then `reference` (plain torch): the first that
-has an op on a device serves it, resolved once. The environment variable `VOXKERN_BACKEND` forces
-one for all devices; forcing one that is missing raises. An op that a forced backend lacks, such as
-the codec's in Triton, runs its reference: an engine speaks on any backend, and on no other than
-the one that was asked for.
+has an op on a device serves it, resolved once. The environment variable `VOXKERN_BACKEND`, and
+`force` after it, have one serve all devices; an op on a device where that one is missing raises.
+An op that a forced backend lacks runs its reference: an engine speaks on any backend, and on no
+other than the one that was asked for.
 """
 
 import functools
@@ -26,6 +26,25 @@ if os.environ.get("VOXKERN_LIBRARY") and not _LIBRARY.exists():
     raise ImportError(f"VOXKERN_LIBRARY={os.environ['VOXKERN_LIBRARY']}: there is no such file")
 
 
+_forced = os.environ.get("VOXKERN_BACKEND") or None
+
+
+def force(backend: str | None) -> str | None:
+    """Have `backend` serve every op from now on; None lets the first serve that has it.
+
+    Returns:
+        What was forced until now.
+    """
+    global _forced
+    before, _forced = _forced, backend
+    return before
+
+
+def forced() -> str | None:
+    """The backend that serves every op because it was asked for."""
+    return _forced
+
+
 @functools.cache
 def why_missing(backend: str, device_type: str, op: str | None = None) -> str | None:
     """None if `backend` can run op `op`, or any op, on `device_type` ("cpu", "cuda", "meta"), else
@@ -42,7 +61,8 @@ def why_missing(backend: str, device_type: str, op: str | None = None) -> str | 
         if op and not has_kernel(f"voxkern::{op}", key):
             return f"the extension has no {key} kernel of {op}"
     elif backend == "triton":
-        if importlib.util.find_spec("voxkern.triton") is None:
+        package = importlib.util.find_spec("voxkern.triton")
+        if package is None or package.origin is None:  # a folder with nothing but old bytecode
             return "this version has no Triton kernels"
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed (pip install triton)"
@@ -55,17 +75,20 @@ def why_missing(backend: str, device_type: str, op: str | None = None) -> str | 
     return None
 
 
-@functools.cache
 def backend_for(device_type: str, op: str | None = None) -> str:
     """The backend that serves op `op`, or most of them, on `device_type`.
 
     Raises:
-        RuntimeError: `VOXKERN_BACKEND` names one that is missing here.
+        RuntimeError: one is forced that is missing there.
     """
-    forced = os.environ.get("VOXKERN_BACKEND")
+    return _resolved(device_type, op, _forced)
+
+
+@functools.cache
+def _resolved(device_type: str, op: str | None, forced: str | None) -> str:
     if forced:
         if reason := why_missing(forced, device_type):
-            raise RuntimeError(f"VOXKERN_BACKEND={forced}: {reason}")
+            raise RuntimeError(f"backend {forced}: {reason}")
         return "reference" if why_missing(forced, device_type, op) else forced
     return next(name for name in BACKENDS if why_missing(name, device_type, op) is None)
 

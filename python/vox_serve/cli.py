@@ -26,7 +26,17 @@ MAX_MESSAGE_CHARS = 500
 
 
 class CommandError(Exception):
-    """A command cannot go on; the message is one line for its user."""
+    """A command cannot go on; the message is one line for its user.
+
+    Attributes:
+        code: the exit code that says so; 2 for a wrong flag.
+    """
+
+    code = 1
+
+
+class WrongFlagError(CommandError):
+    code = 2
 
 
 class _OneSpelling(argparse.HelpFormatter):
@@ -124,7 +134,7 @@ def one_line(message: object) -> str:
 
 
 def run_command(prog: str, command: Callable[[], int]) -> int:
-    """Run a command's body, and turn whatever goes wrong into one line and exit code 1.
+    """Run a command's body, and turn whatever goes wrong into one line and an exit code.
 
     `VOX_SERVE_TRACEBACK=1` shows the traceback too.
     """
@@ -141,13 +151,14 @@ def run_command(prog: str, command: Callable[[], int]) -> int:
         known = isinstance(error, CommandError | OSError | ValueError) and str(error)
         message = error if known else f"{type(error).__name__}: {error}"
         print(f"{prog}: error: {one_line(message)}", file=sys.stderr)
-        return 1
+        return error.code if isinstance(error, CommandError) else 1
 
 
 def engine_of(config: Config) -> "Engine":
-    """The engine that the settings describe; sets the number of CPU threads too.
+    """The engine that the settings describe; sets the backend and the number of CPU threads too.
 
     Raises:
+        WrongFlagError: the backend is not to be had.
         ValueError, OSError: the model, its codec or the context cannot be had; one line says why.
     """
     import torch
@@ -156,6 +167,7 @@ def engine_of(config: Config) -> "Engine":
     from vox_serve.loading import load_engine
     from voxkern.backend import why_missing
 
+    force_backend(config)
     num_threads = config.num_threads
     if not why_missing("native", "cpu"):
         if num_threads is not None:
@@ -174,3 +186,25 @@ def engine_of(config: Config) -> "Engine":
         max_batch_size=config.max_batch_size,
         allow_pickle=config.allow_pickle,
     )
+
+
+def force_backend(config: Config) -> None:
+    """Have the backend of the settings, else that of VOXKERN_BACKEND, serve every op.
+
+    Raises:
+        WrongFlagError: it serves no device of the settings; the message says why.
+    """
+    import torch
+
+    from voxkern import backend
+
+    if config.backend != "auto":
+        backend.force(config.backend)
+    name = backend.forced()
+    devices = [config.device]
+    if config.device == "auto":
+        devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    reasons = [backend.why_missing(name, device) for device in devices] if name else [None]
+    if all(reasons):
+        asked = "VOXKERN_BACKEND=" if config.backend == "auto" else "--backend "
+        raise WrongFlagError(f"{asked}{name}: {'; '.join(dict.fromkeys(reasons))}")

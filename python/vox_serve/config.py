@@ -101,6 +101,12 @@ class Config:
     device: str = setting(
         "auto", MODEL, "auto takes a GPU if there is one", choices=("auto", "cpu", "cuda")
     )
+    backend: str = setting(
+        "auto",
+        MODEL,
+        "what runs the ops; auto takes the first of these that has an op, or VOXKERN_BACKEND's",
+        choices=("auto", "native", "triton", "reference"),
+    )
     dtype: str = setting(
         "auto",
         MODEL,

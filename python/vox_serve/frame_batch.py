@@ -14,7 +14,7 @@ from vox_serve.kv_cache import CacheRows, CacheSequence, KvCache
 from vox_serve.mimi import Mimi
 from vox_serve.model import CsmModel
 from vox_serve.sampling import SamplingParams, SamplingRows
-from voxkern.backend import backend_for
+from voxkern.backend import OPS, backend_for
 
 
 class Frames(NamedTuple):
@@ -60,7 +60,8 @@ class FrameBatch:
         self._sampling = SamplingRows.empty(max_rows, device)
         self._streams = mimi.init_state(max_rows)
         self._graphs = None
-        if device.type == "cuda" and backend_for("cuda") != "reference":  # that one waits
+        # The reference waits for the host: in a graph no op may be its.
+        if device.type == "cuda" and all(backend_for("cuda", op) != "reference" for op in OPS):
             from vox_serve.cuda_graphs import RowGraphs
 
             self._graphs = RowGraphs((self._run_backbone, self._run_draw), max_rows)

@@ -17,7 +17,7 @@ from vox_serve.model_config import CsmConfig
 from vox_serve.prompt import PromptBuilder
 from vox_serve.voices import default_context, load_context
 from vox_serve.weights import load_checkpoint, load_codec
-from voxkern.backend import backend_for, why_missing
+from voxkern.backend import backend_for, forced, why_missing
 
 logger = logging.getLogger("vox_serve")
 
@@ -121,15 +121,18 @@ def choose_device() -> str:
 
 
 def _why_no_gpu() -> str | None:
-    """None if there is a GPU that the kernels run on, or `VOXKERN_BACKEND` says to do without
-    them; else the reason."""
+    """None if there is a GPU that the kernels run on, or a backend is forced that runs there; else
+    the reason."""
     if not torch.cuda.is_available():
         return "torch sees no GPU here"
-    if os.environ.get("VOXKERN_BACKEND") or backend_for("cuda") != "reference":
+    if (backend := forced()) and (reason := why_missing(backend, "cuda")):
+        return f"backend {backend}: {reason}"
+    if backend or backend_for("cuda") != "reference":
         return None
     return (
-        f"{why_missing('native', 'cuda')}; to build them, install nvcc and run VOXKERN_CUDA=on "
-        "pip install --no-build-isolation -e . (VOXKERN_BACKEND=reference does without, slowly)"
+        f"{why_missing('native', 'cuda')}; {why_missing('triton', 'cuda')}; either will do: for "
+        "the first, install nvcc and run VOXKERN_CUDA=on pip install --no-build-isolation -e . "
+        "(--backend reference does without both, slowly)"
     )
 
 
