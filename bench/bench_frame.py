@@ -5,7 +5,8 @@ frame's: the boundary of a public megakernel benchmark for this model. On a GPU 
 CUDA graph on static buffers, replayed. The peer is transformers'
 `CsmForConditionalGeneration.generate` on the very same weights: milliseconds from one backbone step
 to the next, the prompt's left out. Beside packed weights it has bfloat16 ones; on a GPU it runs at
-batches of up to 8. `bench/run.py peers` has more programs.
+batches of up to 8. `bench/run.py peers` has more programs. Backends of ours take turns on the same
+tensors.
 
 `% roofline` is the time floor over the time taken: the weights and the cached keys and values from
 memory, each once where it is used, or the multiply-adds, whichever takes longer. `% past cache`
@@ -14,8 +15,10 @@ depth decoder to the next. `streams` is how many a frame of this batch serves in
 """
 
 import statistics
+from collections.abc import Sequence
 
 import torch
+from backends import compared, comparison, on
 from csm_1b import CACHED, FRAME_MS, frame_bytes
 from machine import last_cache_bytes
 from report import Report
@@ -26,6 +29,7 @@ from vox_serve.kv_cache import CacheBatch, CacheSequence, KvCache
 from vox_serve.model import CsmModel
 from vox_serve.model_config import CsmConfig
 from vox_serve.sampling import SamplingParams, SamplingRows
+from voxkern.backend import backend_for
 
 PRECISIONS = {
     "float32": (torch.float32, "none"),
@@ -38,9 +42,16 @@ MOST_PEER_BATCH = {"cpu": 1 << 30, "cuda": 8}
 
 
 class OurFrames:
-    """Frame after frame for `batch` sequences, each the one behind `CACHED` positions."""
+    """Frame after frame for `batch` sequences, each the one behind `CACHED` positions, on each of
+    some backends; None is whichever serves."""
 
-    def __init__(self, model: CsmModel, batch: int, timer: CpuTimer | GpuTimer | None = None):
+    def __init__(
+        self,
+        model: CsmModel,
+        batch: int,
+        timer: CpuTimer | GpuTimer | None = None,
+        backends: Sequence[str | None] = (None,),
+    ):
         self.model = model
         self.cache = KvCache(model.config.backbone, batch, model.dtype, model.device)
         self.cache.k_pages.normal_()
@@ -53,10 +64,12 @@ class OurFrames:
         self.codes = torch.randint(0, vocab - 3, shape, device=model.device)
         greedy = [SamplingParams(temperature=0)] * batch
         self.rows = SamplingRows.of(greedy, [0] * batch, model.device)
-        self._measure = (timer or CpuTimer()).prepare(self.frame, [()], calls=1)
+        timer = timer or CpuTimer()
+        self._measures = [timer.prepare(on(b, self.frame), [()], calls=1) for b in backends]
 
-    def frames_ms(self, frames: int) -> list[float]:
-        return [self._measure() for _ in range(frames)]
+    def frames_ms(self, frames: int, backend: int = 0) -> list[float]:
+        """Milliseconds of so many frames, on the backend of that index."""
+        return [self._measures[backend]() for _ in range(frames)]
 
     def frame(self) -> None:
         """From `codes` to the next frame's, in place."""
@@ -84,12 +97,14 @@ def run(
     precisions: list[str],
     batches: list[int],
     peer: bool,
+    backends: Sequence[str | None] = (None,),
 ) -> None:
     table = report.table(
         "frame",
         [
-            *("precision", "batch", "ms", "GB read", "% roofline", "% past cache"),
-            *("real-time factor", "streams", "transformers ms", "x transformers"),
+            *("precision", "batch", "backend", "ms", "GB read", "% roofline", "% past cache"),
+            *("real-time factor", "streams"),
+            *compared([*backends, "transformers"]),
         ],
     )
     for precision in precisions:
@@ -104,29 +119,31 @@ def run(
                 theirs = their_frames(report, config, model.weights, precision, batch, timer.device)
             else:
                 theirs = None
-            ours = OurFrames(model, batch, timer)
-            times: dict[str, list[float]] = {"ours": [], "theirs": [], "bandwidth": []}
+            ours = OurFrames(model, batch, timer, backends)
+            times: list[list[float]] = [[] for _ in (*backends, "transformers")]
+            bandwidths: list[float] = []
             for warm in (False, True, True, True):
-                ms = ours.frames_ms(4)
-                their_ms = theirs.frames_ms(4) if theirs else []
+                turn = [ours.frames_ms(4, i) for i in range(len(backends))]
+                turn.append(theirs.frames_ms(4) if theirs else [])
                 if warm:
-                    times["ours"] += ms
-                    times["theirs"] += their_ms
-                    times["bandwidth"] += [timer.bandwidth() for _ in range(3)]
-            ms = statistics.median(times["ours"])
-            bytes_per_ms = statistics.median(times["bandwidth"]) / 1e3
+                    for seen, more in zip(times, turn, strict=True):
+                        seen += more
+                    bandwidths += [timer.bandwidth() for _ in range(3)]
+            medians = [statistics.median(seen) if seen else None for seen in times]
+            ms = medians[0]
+            bytes_per_ms = statistics.median(bandwidths) / 1e3
             cached = cached_bytes(config, dtype, batch)
             arithmetic_ms = 2e3 * batch * plain / dtype.itemsize / rate
             floors = [
                 max((num_bytes + cached) / bytes_per_ms, arithmetic_ms)
                 for num_bytes in (read.total, read.from_memory(last_cache_bytes(timer.device)))
             ]
-            their_ms = statistics.median(times["theirs"]) if theirs else None
             table.add(
-                *(precision, batch, ms, (read.total + cached) / 1e9),
+                *(precision, batch, backends[0] or backend_for(timer.device), ms),
+                (read.total + cached) / 1e9,
                 *(100 * floor / ms for floor in floors),
                 *(ms / FRAME_MS, FRAME_MS / ms * batch),
-                *(their_ms, their_ms and their_ms / ms),
+                *comparison(medians),
             )
             ours = None
         del model, theirs

@@ -1,36 +1,57 @@
 """Every op at CSM-1B's shapes: time, bytes or operations per second, share of the roofline.
 
-Inputs rotate through several times the last-level cache where an op's own are large enough: in 64
-sets at most, so that what is tiny stays in a cache, as it does within a frame.
+Backends, and plain torch, take turns on the same inputs. What they are to the first is the ratio of
+their times: above 1 the first is faster. Inputs rotate through several times the last-level cache
+where an op's own are large enough: in 64 sets at most, so that what is tiny stays in a cache, as it
+does within a frame.
 """
 
 import statistics
+from collections.abc import Callable, Sequence
 
 import torch
+from backends import TORCH, compared, comparison, on
 from kernel_cases import Case, cases
 from report import Report
 from timing import CpuTimer, GpuTimer
 
 from vox_serve.model_config import CsmConfig
+from voxkern.backend import backend_for, why_missing
 
 MOST_SETS = 64
 
 
-def measure(case: Case, timer: CpuTimer | GpuTimer) -> tuple[float, float | None, float]:
-    """Median milliseconds of ours and of torch, None without one, and bytes per second, all timed
-    in turn."""
+def measure(
+    case: Case, calls: Sequence[Callable | None], timer: CpuTimer | GpuTimer
+) -> tuple[list[float | None], float]:
+    """Median milliseconds of each of the calls, None where there is none, and bytes per second, all
+    timed in turn."""
     sets = max(1, min(MOST_SETS, int(timer.rotate_bytes // case.num_bytes)))
     with torch.device(timer.device):
         inputs = [case.inputs() for _ in range(sets)]
-    timed = [timer.prepare(f, inputs) for f in (case.ours, case.torch) if f]
+    timed = [call and timer.prepare(call, inputs) for call in calls]
     times: list[list[float]] = [[] for _ in timed]
     bandwidths = []
     for _ in range(timer.rounds):
         bandwidths.append(timer.bandwidth())
         for measured, seen in zip(timed, times, strict=True):
-            seen.append(measured())
-    ours, *peer = (statistics.median(seen) for seen in times)
-    return ours, peer[0] if peer else None, statistics.median(bandwidths)
+            if measured:
+                seen.append(measured())
+    medians = [statistics.median(seen) if seen else None for seen in times]
+    return medians, statistics.median(bandwidths)
+
+
+def calls_of(
+    case: Case, backends: Sequence[str | None], device: str, report: Report
+) -> list[Callable | None]:
+    """What runs the case on each backend; None, and said, where one does not have the op."""
+    calls: list[Callable | None] = []
+    for name in backends:
+        reason = name not in (None, TORCH) and why_missing(name, device, case.op)
+        if reason:
+            report.leave_out(f"{case.op} on {name}", reason)
+        calls.append(None if reason else case.torch if name == TORCH else on(name, case.ours))
+    return calls
 
 
 def run(
@@ -40,10 +61,14 @@ def run(
     dtypes: list[torch.dtype],
     batches: list[int],
     only: list[str] | None,
+    backends: Sequence[str | None] = (None, TORCH),
 ) -> None:
     table = report.table(
         "kernels",
-        ["op", "shape", "dtype", "ms", "GB/s", "Gop/s", "% roofline", "torch ms", "x torch"],
+        [
+            *("op", "shape", "dtype", "backend", "ms", "GB/s", "Gop/s", "% roofline"),
+            *compared(backends),
+        ],
     )
     for dtype in dtypes:
         for batch in batches:
@@ -52,11 +77,16 @@ def run(
             for case in all_cases:
                 if only and case.op not in only:
                     continue
+                calls = calls_of(case, backends, timer.device, report)
+                if calls[0] is None:
+                    continue
                 rate = timer.rate(case.multiplied or dtype)
-                ms, peer_ms, bandwidth = measure(case, timer)
+                times, bandwidth = measure(case, calls, timer)
+                ms = times[0]
                 floor_ms = max(case.num_bytes / bandwidth, case.flops / rate) * 1e3
                 table.add(
                     *(case.op, case.shape, str(dtype).removeprefix("torch.")),
-                    *(ms, case.num_bytes / ms / 1e6, case.flops / ms / 1e6),
-                    *(100 * floor_ms / ms, peer_ms, peer_ms and peer_ms / ms),
+                    *(backends[0] or backend_for(timer.device, case.op), ms),
+                    *(case.num_bytes / ms / 1e6, case.flops / ms / 1e6, 100 * floor_ms / ms),
+                    *comparison(times),
                 )

@@ -18,6 +18,11 @@ Options:
                                which are all of it
     --rehearse                 the GPU's way of timing, on the CPU with a tiny model: shows that it
                                runs, and its figures mean nothing
+    --backend NAME[,NAME ...]  native, triton or reference serves every op (default: the first that
+                               has it, or VOXKERN_BACKEND's). Of several, kernels and frame measure
+                               all, the first against the others; kernels against torch too:
+                               --backend triton,native,torch (default: against torch). With
+                               --rehearse Triton runs under TRITON_INTERPRET=1
     --save FOLDER              write the results there as BENCH.json, and peers' plot beside them
                                (default: nowhere; peers: build/peers)
     --dtype float32,bfloat16   kernels, frame, codec, speech: which of them (default both; on a GPU
@@ -53,6 +58,7 @@ import argparse
 import statistics
 from pathlib import Path
 
+import backends
 import machine
 import torch
 from csm_1b import config_for
@@ -60,6 +66,7 @@ from report import Report
 from timing import timer_for
 
 import voxkern
+from voxkern.backend import backend_for, force
 
 BENCHES = ("roofline", "kernels", "frame", "codec", "speech")
 GPU_BENCHES = ("roofline", "kernels", "frame", "speech")
@@ -76,11 +83,14 @@ BATCHES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage="python bench/run.py BENCH [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("bench", choices=[*BENCHES, "all", "quantization", "peers"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--backend")
     parser.add_argument("--dtype")
     parser.add_argument("--quantize", default="none,int8,int4")
     parser.add_argument("--batch")
@@ -97,11 +107,18 @@ def main() -> None:
         parser.error(f"{args.bench} has no GPU yet")
     if args.device == "cuda" and not args.rehearse and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
+    if args.backend:
+        try:
+            args.backend = backends.chosen(args.backend, "cpu" if args.rehearse else args.device)
+        except ValueError as error:
+            parser.error(f"--backend {error}")
+        force(args.backend[0])
 
     if args.threads:
         voxkern.set_num_threads(args.threads)
     torch.set_num_threads(voxkern.num_threads())
     report = Report()
+    report.machine["backend"] = args.backend or backend_for("cpu" if args.rehearse else args.device)
     bandwidth = [] if on_gpu else read_bandwidths()
     try:
         run(report, args, on_gpu)
@@ -142,13 +159,16 @@ def run(report: Report, args: argparse.Namespace, on_gpu: bool) -> None:
     if "frame" in chosen:
         import bench_frame
 
-        bench_frame.run(report, timer, config, precisions, batches("frame"), peer=not args.no_peer)
+        ours = [name for name in args.backend or [None] if name != backends.TORCH]
+        peer = not args.no_peer
+        bench_frame.run(report, timer, config, precisions, batches("frame"), peer, ours)
     if "kernels" in chosen:
         import bench_kernels
 
         ops = args.ops.split(",") if args.ops else None
         dtypes = [getattr(torch, name) for name in names]
-        bench_kernels.run(report, timer, config, dtypes, batches("kernels"), ops)
+        beside = args.backend or [None, backends.TORCH]
+        bench_kernels.run(report, timer, config, dtypes, batches("kernels"), ops, beside)
     if "codec" in chosen:
         import bench_codec
 

@@ -72,7 +72,7 @@ class GpuTimer:
     """
 
     rounds = 15
-    graph_ms, most_calls = 2.0, 400
+    warm_calls, graph_ms, most_calls = 3, 2.0, 400
     head_start_cycles = 3_000_000
     """For so long the GPU waits before what is timed, so that the host has handed in all of it."""
 
@@ -120,10 +120,10 @@ class GpuTimer:
             for i in range(count):
                 call(*inputs[i % len(inputs)])
 
-        run(3)
+        run(self.warm_calls)
         self._cuda.synchronize()
         if calls is None:
-            estimate_ms = self._time_ms(lambda: run(5)) / 5
+            estimate_ms = self._time_ms(lambda: run(self.warm_calls)) / self.warm_calls
             fitting = int(self.graph_ms / max(estimate_ms, 1e-4))
             # Every input, and the first ones again where there is time.
             calls = max(1, min(self.most_calls, max(fitting, len(inputs))))
@@ -184,6 +184,6 @@ def timer_for(device: str, rehearse: bool) -> CpuTimer | GpuTimer:
     """The timer of a device, "cpu" or "cuda"; to rehearse, the GPU's on CPU tensors."""
     if rehearse:
         timer = GpuTimer(Rehearsal, "cpu", copy_bytes=1 << 16, matmul_size=64)
-        timer.rounds, timer.most_calls = 2, 3
+        timer.rounds, timer.warm_calls, timer.most_calls = 2, 1, 3
         return timer
     return GpuTimer() if device == "cuda" else CpuTimer()
