@@ -28,10 +28,10 @@ def on(backend: str | None, call: Callable) -> Callable:
     if backend is None:
         return call
 
-    def run(*args):
+    def run(*args, **kwargs):
         before = force(backend)
         try:
-            return call(*args)
+            return call(*args, **kwargs)
         finally:
             force(before)
 

@@ -13,6 +13,10 @@ Stages, in this order; each has a time limit, and what is left of `--seconds` is
     sanitize   compute-sanitizer's four tools, each shown to find a planted bug
     kernels    bench/run.py kernels: every op
     speech     bench/run.py speech: the engine's steps, codec and all
+    triton_ops, triton_engine, triton_frame, triton_kernels
+               the same with the Triton kernels, beside the CUDA kernels where those are built.
+               Last, for they compile some hundreds of kernels, into build/gpu_check/triton, where a
+               second run finds them
 
 A stage that fails stops no other, but without a build there is nothing to test. Results are written
 after every stage: RESULTS/CARD/gpu_check.json (`--results`, default bench/results) has what each
@@ -22,7 +26,8 @@ build/gpu_check. Exits with 1 if anything failed.
 Needs: Python with torch for CUDA, numpy, safetensors, tokenizers, transformers and pytest; a C++
 compiler, cmake, ninja and nvcc; compute-sanitizer. Without fastapi, uvicorn, python-multipart,
 soundfile, soxr or huggingface_hub the tests of what needs them are skipped: stage engine says so.
-With pytest-xdist the tests run side by side. No network.
+With pytest-xdist the tests run side by side. No network. The Triton stages need Triton, and nothing
+of CUDA but the driver: after `pip install -e .` a machine without nvcc takes those four.
 
 `--dry-run` is for a machine without a GPU: the build for one (`--arch`); tests are collected,
 planted bugs compiled, the sanitizers' cases run on the CPU, the benchmarks rehearsed on a tiny
@@ -38,6 +43,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -84,6 +90,10 @@ STAGES = {
     "sanitize": 130,
     "kernels": 120,
     "speech": 90,
+    "triton_ops": 120,
+    "triton_engine": 90,
+    "triton_frame": 60,
+    "triton_kernels": 120,
 }
 """Seconds; they add up to more than a run has, for most take a fraction."""
 
@@ -154,16 +164,24 @@ class Check:
             stage.what += f"; absent, so some tests are skipped: {', '.join(absent)}"
 
     def ops(self, stage: Stage) -> None:
-        ops = sorted(path.stem for path in (ROOT / "voxkern" / "reference").glob("*.py"))
-        files = [f"tests/test_{op}.py" for op in ops if (ROOT / f"tests/test_{op}.py").exists()]
         if self.args.dry_run:
-            return self.pytest(stage, [*files, "-k", "simt or opcheck", "--collect-only"], least=0)
-        self.pytest(stage, [*files, "-k", "native-cuda or opcheck"], least=100)
+            return self.pytest(stage, [*self.op_tests(), "-k", "simt or opcheck"], least=0)
+        self.pytest(stage, [*self.op_tests(), "-k", "native-cuda or opcheck"], least=100)
+
+    def triton_ops(self, stage: Stage) -> None:
+        self.pytest(stage, [*self.op_tests(), "-k", "triton"], least=100, at_once=12)
+
+    @staticmethod
+    def op_tests() -> list[str]:
+        ops = sorted(path.stem for path in (ROOT / "voxkern" / "reference").glob("*.py"))
+        return [f"tests/test_{op}.py" for op in ops if (ROOT / f"tests/test_{op}.py").exists()]
 
     def engine(self, stage: Stage) -> None:
-        only = ["--collect-only"] if self.args.dry_run else []
-        arguments = ["tests/test_cuda.py", "tests/test_engine.py", "-k", "cuda", *only]
-        self.pytest(stage, arguments, least=0 if only else 15)
+        files = ["tests/test_cuda.py", "tests/test_engine.py"]
+        self.pytest(stage, [*files, "-k", "cuda and not triton"], least=15)
+
+    def triton_engine(self, stage: Stage) -> None:
+        self.pytest(stage, ["tests/test_cuda.py", "-k", "triton"], least=8, at_once=12)
 
     def sanitize(self, stage: Stage) -> None:
         planted = WORK / "planted"
@@ -202,33 +220,53 @@ class Check:
     def speech(self, stage: Stage) -> None:
         self.bench(stage, ["--batch", "1", "--quantize", "none"])
 
-    def bench(self, stage: Stage, rehearsed: list[str]) -> None:
-        rest = ["--rehearse", *rehearsed] if self.args.dry_run else ["--device", "cuda"]
-        saved = WORK / f"{stage.name}.json"
+    def triton_frame(self, stage: Stage) -> None:
+        beside = ["--backend", self.triton_and_native(), "--no-peer"]
+        rehearsed = [*beside, "--batch", "1", "--quantize", "none"]
+        self.bench(stage, rehearsed, [*beside, "--batch", "1,64"])
+
+    def triton_kernels(self, stage: Stage) -> None:
+        beside = ["--backend", f"{self.triton_and_native()},torch"]
+        rehearsed = [*beside, "--batch", "1", "--ops", "rms_norm,append_kv,decode_attention"]
+        self.bench(stage, rehearsed, [*beside, "--batch", "1,64"])
+
+    def triton_and_native(self) -> str:
+        built = self.args.dry_run or (ROOT / "voxkern" / "_C_cuda.so").exists()
+        return "triton,native" if built else "triton"
+
+    def bench(self, stage: Stage, rehearsed: list[str], on_gpu: Sequence[str] = ()) -> None:
+        """A benchmark's options on the card, or in a dry run; its table has the stage's name."""
+        name = stage.name.removeprefix("triton_")
+        options = ["--rehearse", *rehearsed] if self.args.dry_run else ["--device", "cuda", *on_gpu]
+        folder = WORK / stage.name
+        saved = folder / f"{name}.json"
         saved.unlink(missing_ok=True)
-        command = [sys.executable, "bench/run.py", stage.name, "--save", WORK, *rest]
+        command = [sys.executable, "bench/run.py", name, "--save", folder, *options]
         code = self.command(stage, command)
         tables = json.loads(saved.read_text()) if saved.exists() else {}
         self.about = tables.pop("machine", self.about)
-        self.tables |= tables
-        rows = tables.get(stage.name, [])
+        left_out, rows = tables.pop("left out", []), tables.get(name, [])
+        if rows:
+            self.tables[stage.name] = rows
         stage.what = f"{len(rows)} rows"
-        if left_out := tables.pop("left out", []):
-            self.tables.pop("left out", None)
+        if left_out:
             stage.details["left out"] = left_out
             stage.what += f", {len(left_out)} left out"
         stage.result = "passed" if code == 0 and rows else "failed"
         if code != 0:
             self.fail(stage)
 
-    def pytest(self, stage: Stage, arguments: list[str], least: int) -> None:
-        """Run tests; fewer than `least` that passed is a failure too, and so is none at all."""
+    def pytest(self, stage: Stage, arguments: list[str], least: int, at_once: int = 6) -> None:
+        """Run tests, in a dry run collect them; fewer than `least` that passed is a failure too,
+        and so is none at all."""
+        if self.args.dry_run:
+            arguments = [*arguments, "--collect-only"]
         report = WORK / f"{stage.name}.xml"
         report.unlink(missing_ok=True)
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         command += [f"--junitxml={report}", *arguments]
         if importlib.util.find_spec("xdist") and "--collect-only" not in arguments:
-            command += ["-n", "6"]
+            command += ["-n", str(min(at_once, os.cpu_count() or 1))]
         code = self.command(stage, command)
         if "--collect-only" in arguments:
             stage.result, stage.what = ("failed" if code else "passed"), "collected"
@@ -252,6 +290,9 @@ class Check:
             "PYTHONPATH": os.pathsep.join([*path, os.environ.get("PYTHONPATH", "")]),
             "PYTHONUNBUFFERED": "1",
         }
+        if stage.name.startswith("triton"):
+            environment["TRITON_CACHE_DIR"] = str(WORK / "triton")
+            environment |= {"TRITON_INTERPRET": "1"} if self.args.dry_run else {}
         print("+", *(str(part) for part in command), flush=True)
         with (
             open(WORK / f"{log or stage.name}.log", "a") as file,
@@ -296,7 +337,7 @@ class Check:
     def summary(self) -> int:
         print()
         for stage in self.stages:
-            print(f"{stage.name:9} {stage.result:8} {stage.seconds:6.1f} s  {stage.what}")
+            print(f"{stage.name:14} {stage.result:8} {stage.seconds:6.1f} s  {stage.what}")
         for line in headlines(self.tables):
             print(line)
         print(self.save())

@@ -44,6 +44,11 @@ def headlines(tables: dict) -> list[str]:
                 f"frame, batch 1, {row['precision']}: {row['ms']:.3g} ms, "
                 f"{row['% roofline']:.0f} % of the floor"
             )
+    for row in tables.get("triton_frame", []):
+        if row["batch"] == 1:
+            native = row.get("native ms")
+            beside = f", with the CUDA kernels {native:.3g}" if native else ""
+            lines.append(f"frame, batch 1, {row['precision']}, Triton: {row['ms']:.3g} ms{beside}")
     for what, rows in (("without the codec", frames), ("in the engine", tables.get("speech", []))):
         if in_time := [row for row in rows if row["ms"] <= 80]:
             best = max(in_time, key=lambda row: row["streams"])

@@ -5,22 +5,39 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from backends import on
 from bench_frame import OurFrames, our_model
 from csm_1b import config_for
 from timing import GpuTimer
 
 from checkpoints import build_tiny
-from test_engine import GREEDY, SHAPES, TEXTS, random_context, run
+from test_engine import (
+    GREEDY,
+    PACKABLE,
+    SHAPES,
+    TEXTS,
+    random_context,
+    run,
+    share_of_equal_codes,
+)
 from vox_serve import say
 from vox_serve.audio import pcm16
 from vox_serve.engine import Request
 from vox_serve.loading import choose_device, load_engine
 from vox_serve.sampling import SamplingParams
-from voxkern.backend import backend_for
+from voxkern.backend import OPS, backend_for, why_missing
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
 NUM_FRAMES = 12
+
+
+@pytest.fixture(params=["native", "triton"])
+def backend(request) -> str:
+    """One of those that make a GPU worth it."""
+    if reason := why_missing(request.param, "cuda"):
+        pytest.skip(reason)
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -35,60 +52,66 @@ def requests(sampling, context=()) -> list[Request]:
     ]
 
 
-def test_the_kernels_are_there():
-    assert backend_for("cuda") == "native"
-    for op in ("linear", "decode_backbone", "decode_depth", "sample_tokens"):
-        assert backend_for("cuda", op) == "native"
+def spoken(
+    folder: str, device: str, asked: list[Request], quantize: str = "none"
+) -> dict[str, tuple]:
+    """By an engine of its own, in float32."""
+    engine = load_engine(folder, device=device, dtype="float32", quantize=quantize)
+    return run(engine, *asked)
+
+
+def test_every_op_has_a_kernel(backend):
+    """On the backend that was asked for, so that a frame of it is a graph."""
+    assert {on(backend, backend_for)("cuda", op) for op in OPS} == {backend}
 
 
 @pytest.mark.parametrize("with_context", [False, True], ids=["alone", "with context"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_greedy_codes_equal_the_cpus(tmp_path, shape, with_context):
+def test_greedy_codes_equal_the_cpus(tmp_path, backend, shape, with_context):
     folder = str(build_tiny(shape, seed=1).write(tmp_path))
-    context = random_context(shape) if with_context else []
-    both = [
-        run(
-            load_engine(folder, device=device, dtype="float32"),
-            *requests(lambda _: GREEDY, context),
-        )
-        for device in ("cpu", "cuda")
-    ]
-    for name, (codes, audio, reason) in both[0].items():
-        assert torch.equal(both[1][name][0], codes)
-        torch.testing.assert_close(both[1][name][1], audio, atol=1e-4, rtol=0)
-        assert both[1][name][2] == reason == "length"
+    asked = requests(lambda _: GREEDY, random_context(shape) if with_context else [])
+    cuda = on(backend, spoken)(folder, "cuda", asked)
+    for name, (codes, audio, reason) in spoken(folder, "cpu", asked).items():
+        assert torch.equal(cuda[name][0], codes)
+        torch.testing.assert_close(cuda[name][1], audio, atol=1e-4, rtol=0)
+        assert cuda[name][2] == reason == "length"
 
 
-def test_sampled_codes_equal_the_cpus(folder):
+def test_sampled_codes_equal_the_cpus(folder, backend):
     """The same seeds, the same draws."""
-    cpu, cuda = (
-        run(
-            load_engine(folder, device=device, dtype="float32"),
-            *requests(lambda i: SamplingParams(seed=i, repetition_penalty=1.2)),
-        )
-        for device in ("cpu", "cuda")
-    )
-    for name, (codes, _, _) in cpu.items():
+    asked = requests(lambda i: SamplingParams(seed=i, repetition_penalty=1.2))
+    cuda = on(backend, spoken)(folder, "cuda", asked)
+    for name, (codes, _, _) in spoken(folder, "cpu", asked).items():
         assert torch.equal(cuda[name][0], codes)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_request_gets_the_same_alone_and_in_a_batch(folder, dtype):
-    engine = load_engine(folder, device="cuda", dtype=dtype)
+def test_a_request_gets_the_same_alone_and_in_a_batch(folder, backend, dtype):
+    load, speak = on(backend, load_engine), on(backend, run)
+    engine = load(folder, device="cuda", dtype=dtype)
     asked = requests(lambda i: SamplingParams(seed=i))
-    together = run(engine, *asked)
+    together = speak(engine, *asked)
     for request in asked:
-        alone = run(engine, request)[request.id]
+        alone = speak(engine, request)[request.id]
         assert torch.equal(alone[0], together[request.id][0])
         assert torch.equal(alone[1], together[request.id][1])
 
 
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_packed_weights_are_read_alike(tmp_path, backend, quantize):
+    """By a GPU and a CPU; nearly, as in test_engine.py."""
+    folder = str(build_tiny(PACKABLE, seed=4).write(tmp_path))
+    asked = requests(lambda _: GREEDY)
+    cuda = on(backend, spoken)(folder, "cuda", asked, quantize)
+    assert share_of_equal_codes(cuda, spoken(folder, "cpu", asked, quantize)) > 0.95
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_frame_in_a_graph_is_the_frame(precision):
+def test_a_frame_in_a_graph_is_the_frame(backend, precision):
     """Nothing in it waits for the host: it can be captured, and replayed gives the same codes."""
     model = our_model(config_for(rehearse=True), precision, "cuda")
     timer = GpuTimer()
-    frames = OurFrames(model, 3, timer)
+    frames = OurFrames(model, 3, timer, [backend])
     assert not timer.without_graph
     start = torch.randint_like(frames.codes, 2000)
 
@@ -100,7 +123,7 @@ def test_a_frame_in_a_graph_is_the_frame(precision):
             made.append(frames.codes.clone())
         return torch.stack(made)
 
-    eager, k_pages = codes(frames.frame), frames.cache.k_pages.clone()
+    eager, k_pages = codes(on(backend, frames.frame)), frames.cache.k_pages.clone()
     replayed = codes(lambda: frames.frames_ms(1))
     assert torch.equal(replayed, eager)
     assert torch.equal(frames.cache.k_pages, k_pages)

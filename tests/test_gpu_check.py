@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import backends
 import bench_frame
 import bench_kernels
 import gpu_check
@@ -19,6 +20,8 @@ from timing import GpuTimer, Rehearsal, timer_for
 
 import small_ops
 from ops_testing import moved
+from voxkern import backend
+from voxkern.backend import implementation
 
 
 class Checked(gpu_check.Check):
@@ -62,8 +65,8 @@ def test_a_stage_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
     assert stages[1]["seconds"] < 30
     assert stages[2]["what"] == "ValueError: broken"
     shown = capsys.readouterr().out
-    assert "ops       failed" in shown
-    assert "kernels   passed" in shown
+    assert "ops            failed" in shown
+    assert "kernels        passed" in shown
 
 
 def test_all_that_passes_is_no_failure(tmp_path, monkeypatch):
@@ -144,6 +147,10 @@ def test_headlines_are_the_figures_asked_for():
     assert headlines({"speech": frames[1:]}) == [
         "real-time streams in the engine: 512 (batch 256, bfloat16, 40 ms)"
     ]
+    beside = [{"precision": "int4", "batch": b, "ms": 3.0, "native ms": 2.0} for b in (1, 64)]
+    assert headlines({"triton_frame": beside}) == [
+        "frame, batch 1, int4, Triton: 3 ms, with the CUDA kernels 2"
+    ]
     assert headlines({}) == []
 
 
@@ -216,7 +223,71 @@ def test_gpu_benches_rehearsed():
     kernels, frames = (table.rows for table in report.tables)
     assert {row[0] for row in kernels} == set(ops)
     assert [row[:2] for row in frames] == [(p, b) for p in ("bfloat16", "int8") for b in (1, 2)]
+    assert {row[3] for row in kernels} == {row[2] for row in frames} == {"native"}
     assert not timer.without_graph
+
+
+def test_backends_beside_each_other(monkeypatch):
+    """Each case runs on each of them; one that lacks an op has a dash, or no row if it is first."""
+    served = []
+
+    def reason(backend: str, device: str, op: str | None = None) -> str | None:
+        return "none of it" if (backend, op) == ("reference", "silu_mul") else None
+
+    def count(name: str, backend: str):
+        served.append((name, backend))
+        return implementation(name, backend)
+
+    monkeypatch.setattr(bench_kernels, "why_missing", reason)
+    monkeypatch.setattr(backend, "implementation", count)
+    timer, config = timer_for("cuda", rehearse=True), config_for(rehearse=True)
+    tables = []
+    for beside in (("native", "reference", "torch"), ("reference", "native")):
+        report = Report()
+        ops = ["rms_norm", "silu_mul"]
+        bench_kernels.run(report, timer, config, [torch.float32], [2], ops, beside)
+        tables.append(json.loads(report.json()))
+    (norm, silu), (alone,) = (table["kernels"] for table in tables)
+    assert set(served) == {(op, "native") for op in ops} | {("rms_norm", "reference")}
+    assert norm["backend"] == silu["backend"] == "native"
+    assert norm["x reference"] == norm["reference ms"] / norm["ms"]
+    assert (silu["reference ms"], silu["x reference"]) == (None, None)
+    assert silu["torch ms"] > 0
+    assert (alone["op"], alone["backend"]) == ("rms_norm", "reference")
+    assert tables[0]["left out"] == tables[1]["left out"] == ["silu_mul on reference: none of it"]
+    assert backend.forced() is None
+
+
+def test_a_frame_on_two_backends():
+    timer, config, report = timer_for("cuda", rehearse=True), config_for(rehearse=True), Report()
+    beside = ["native", "reference"]
+    bench_frame.run(report, timer, config, ["float32"], [1], peer=False, backends=beside)
+    (row,) = json.loads(report.json())["frame"]
+    assert row["backend"] == "native"
+    assert row["x reference"] == row["reference ms"] / row["ms"]
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        ("opencl", "opencl: there is no such backend"),
+        ("native,triton,torch", "triton: Triton runs CPU tensors only"),
+        ("torch,native", "torch,native: the first is measured"),
+        ("", ": there is no such backend"),
+    ],
+)
+def test_backends_that_cannot_be_measured(names, reason, monkeypatch):
+    monkeypatch.setattr(
+        backends,
+        "why_missing",
+        lambda name, device: {
+            "native": None,
+            "triton": "Triton runs CPU tensors only under TRITON_INTERPRET=1",
+        }.get(name, "there is no such backend: choose one of native, triton, reference"),
+    )
+    with pytest.raises(ValueError, match=reason):
+        backends.chosen(names, "cpu")
+    assert backends.chosen("native,torch,native", "cpu") == ["native", "torch"]
 
 
 def test_what_cannot_be_captured_is_timed_without_a_graph():
