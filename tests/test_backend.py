@@ -65,8 +65,13 @@ def test_forcing_a_missing_backend_says_why(force, name, device, reason):
         backend_for(device, OPS[0])
 
 
+needs_triton = pytest.mark.skipif(
+    why_missing("triton", "cuda") is not None, reason="Triton, or voxkern/triton, is not here"
+)
+
+
+@needs_triton
 def test_triton_needs_its_interpreter_for_cpu_tensors(force, monkeypatch):
-    pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     why_missing.cache_clear()
     force("triton")
@@ -75,8 +80,8 @@ def test_triton_needs_its_interpreter_for_cpu_tensors(force, monkeypatch):
     why_missing.cache_clear()
 
 
+@needs_triton
 def test_an_op_that_a_forced_backend_lacks_runs_its_reference(force, monkeypatch):
-    pytest.importorskip("triton")
     monkeypatch.setattr(backend, "OPS", [*OPS, "new_op"])
     force("triton")
     assert backend_for("cuda", OPS[0]) == "triton"
