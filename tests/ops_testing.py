@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from voxkern.backend import implementation, why_missing
+from voxkern.backend import has_kernel, implementation, why_missing
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -46,8 +46,7 @@ class Target:
             return why_missing(self.backend, self.device, op)
         if not SIMT_LIBRARY.exists():
             return "not built: make simt"
-        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-        if op and not has_kernel(f"voxkern_simt::{op}", "CPU"):
+        if op and not has_kernel(torch.ops.voxkern_simt, op, "CPU"):
             return f"{op} has no CUDA kernel"
         return None
 

@@ -89,6 +89,19 @@ def test_an_op_that_a_forced_backend_lacks_runs_its_reference(force, monkeypatch
     assert why_missing("triton", "cuda", "new_op") == "there is no Triton kernel of new_op"
 
 
+def test_an_op_that_the_extension_does_not_know_yet(monkeypatch):
+    """A new op is tried in Python first."""
+    monkeypatch.setattr(backend, "OPS", list(OPS))
+
+    @backend.op
+    def newest(x: torch.Tensor) -> torch.Tensor:
+        return x.new_empty(x.shape)
+
+    monkeypatch.setattr(backend, "implementation", lambda name, backend: lambda x: (name, backend))
+    assert why_missing("native", "cpu", "newest") == "the extension has no CPU kernel of newest"
+    assert newest(torch.ones(2)) == ("newest", "reference")
+
+
 def test_nothing_of_triton_is_imported_at_the_start():
     code = (
         "import sys, voxkern; voxkern.backend.backend_for('cuda'); print('triton' in sys.modules)"

@@ -53,12 +53,11 @@ def why_missing(backend: str, device_type: str, op: str | None = None) -> str | 
         if not _LIBRARY.exists():
             return "the extension is not built (pip install -e .)"
         key = "Meta" if device_type == "meta" else device_type.upper()
-        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-        if not any(has_kernel(f"voxkern::{name}", key) for name in OPS):
+        if not any(has_kernel(torch.ops.voxkern, name, key) for name in OPS):
             if device_type == "cuda" and _cuda_error:
                 return f"{_CUDA_LIBRARY.name} does not load: {_cuda_error}"
             return f"the extension was built without {key} kernels"
-        if op and not has_kernel(f"voxkern::{op}", key):
+        if op and not has_kernel(torch.ops.voxkern, op, key):
             return f"the extension has no {key} kernel of {op}"
     elif backend == "triton":
         package = importlib.util.find_spec("voxkern.triton")
@@ -73,6 +72,13 @@ def why_missing(backend: str, device_type: str, op: str | None = None) -> str | 
     elif backend != "reference":
         return f"there is no such backend: choose one of {', '.join(BACKENDS)}"
     return None
+
+
+def has_kernel(library: object, op: str, key: str) -> bool:
+    """Whether a library of ops, `torch.ops.<name>`, knows this one and has it for a dispatch key."""
+    return hasattr(library, op) and torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"{library.name}::{op}", key
+    )
 
 
 def backend_for(device_type: str, op: str | None = None) -> str:
@@ -123,7 +129,7 @@ def op(fake: Callable) -> Callable:
     """Declare an op: register the decorated fake kernel, and return the dispatching function."""
     name = fake.__name__
     OPS.append(name)
-    if _LIBRARY.exists():
+    if hasattr(torch.ops.voxkern, name):  # an extension that is older may lack it
         torch.library.register_fake(f"voxkern::{name}", on_one_device(fake))
 
     parameters = list(inspect.signature(fake).parameters)
