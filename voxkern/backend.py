@@ -75,7 +75,7 @@ def why_missing(backend: str, device_type: str, op: str | None = None) -> str | 
 
 
 def has_kernel(library: object, op: str, key: str) -> bool:
-    """Whether a library of ops, `torch.ops.<name>`, knows this one and has it for a dispatch key."""
+    """Whether a library of ops, `torch.ops.<name>`, has this one for a dispatch key."""
     return hasattr(library, op) and torch._C._dispatch_has_kernel_for_dispatch_key(
         f"{library.name}::{op}", key
     )
