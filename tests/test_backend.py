@@ -81,6 +81,17 @@ def test_triton_needs_its_interpreter_for_cpu_tensors(force, monkeypatch):
 
 
 @needs_triton
+@pytest.mark.parametrize(("capability", "serves"), [((7, 5), False), ((8, 0), True)])
+def test_triton_needs_a_gpu_that_it_compiles_for(monkeypatch, capability, serves):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    why_missing.cache_clear()
+    reason = None if serves else "Triton needs a GPU of capability 8.0, this one has 7.5"
+    assert why_missing("triton", "cuda") == reason
+    why_missing.cache_clear()
+
+
+@needs_triton
 def test_an_op_that_a_forced_backend_lacks_runs_its_reference(force, monkeypatch):
     monkeypatch.setattr(backend, "OPS", [*OPS, "new_op"])
     force("triton")

@@ -69,6 +69,10 @@ def why_missing(backend: str, device_type: str, op: str | None = None) -> str | 
             return f"there is no Triton kernel of {op}"
         if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             return "Triton runs CPU tensors only under TRITON_INTERPRET=1"
+        if device_type == "cuda" and torch.cuda.is_available() and not torch.version.hip:
+            major, minor = torch.cuda.get_device_capability()
+            if major < 8:
+                return f"Triton needs a GPU of capability 8.0, this one has {major}.{minor}"
     elif backend != "reference":
         return f"there is no such backend: choose one of {', '.join(BACKENDS)}"
     return None
