@@ -21,7 +21,7 @@ ABOUT = {"model": "fake", "device": "cpu", "dtype": "float32", "backend": "none"
 
 def serve(engine: FakeEngine, **settings) -> TestClient:
     config = Config(**settings)
-    runner = Runner(engine, config.max_batch_size + config.max_queue_size)
+    runner = Runner(engine, engine.max_batch_size + config.max_queue_size)
     return TestClient(create_app(runner, config, ABOUT), raise_server_exceptions=False)
 
 
@@ -333,7 +333,6 @@ def test_health_says_what_is_true(client):
         **ABOUT,
         "live_requests": 0,
         "waiting_requests": 0,
-        "max_batch_size": 8,
         "max_queue_size": 64,
     }
 

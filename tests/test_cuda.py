@@ -155,7 +155,7 @@ def test_the_server_speaks_what_the_engine_speaks(folder):
     engine, alone = (load_engine(folder, device="cuda", max_batch_size=3) for _ in range(2))
     bodies = [{"text": t, "seed": i, "streaming": i % 2 == 0} for i, t in enumerate(TEXTS)]
     with (
-        LiveServer(engine, max_batch_size=3, max_frames=NUM_FRAMES) as server,
+        LiveServer(engine, max_frames=NUM_FRAMES) as server,
         ThreadPoolExecutor(len(bodies)) as pool,
     ):
         answers = list(pool.map(lambda body: server.post(**body).read(), bodies))

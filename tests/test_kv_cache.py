@@ -3,13 +3,23 @@ import torch
 
 from checkpoints import TinyShape, build_tiny
 from vox_serve.kv_cache import PAGE_SIZE, CacheBatch, CacheRows, CacheSequence, KvCache
-from vox_serve.model_config import CsmConfig
+from vox_serve.model_config import CsmConfig, TransformerConfig
 
 
 @pytest.fixture
-def cache() -> KvCache:
-    config = CsmConfig.from_json(build_tiny(TinyShape(max_positions=5 * PAGE_SIZE - 3)).config)
-    return KvCache(config.backbone, 3, torch.float32, torch.device("cpu"))
+def config() -> TransformerConfig:
+    tiny = build_tiny(TinyShape(max_positions=5 * PAGE_SIZE - 3))
+    return CsmConfig.from_json(tiny.config).backbone
+
+
+@pytest.fixture
+def cache(config) -> KvCache:
+    return KvCache(config, 3, torch.float32, torch.device("cpu"))
+
+
+def test_what_a_sequence_takes(config, cache):
+    pages = cache.k_pages.nbytes + cache.v_pages.nbytes
+    assert 3 * KvCache.sequence_bytes(config, torch.float32) == pages
 
 
 def test_extend_takes_pages_as_they_are_needed(cache):

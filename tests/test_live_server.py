@@ -26,7 +26,7 @@ class LiveServer:
         config = Config(log_level="warning", **settings)
         listener = reserve_address("127.0.0.1", 0)
         self.port = listener.getsockname()[1]
-        self.runner = Runner(engine, config.max_batch_size + config.max_queue_size)
+        self.runner = Runner(engine, engine.max_batch_size + config.max_queue_size)
         app = create_app(self.runner, config, {})
         self.server = make_server(app, self.runner, config, listener)
         self.thread = threading.Thread(target=self.server.run, args=([listener],))
@@ -128,7 +128,7 @@ def test_a_client_may_leave_in_the_middle_of_its_body(errors):
 
 def test_a_client_that_left_the_line_is_never_spoken_to():
     engine = FakeEngine(num_frames=ENDLESS, max_batch_size=1, step_s=0.002)
-    with LiveServer(engine, max_batch_size=1, max_queue_size=1) as server:
+    with LiveServer(engine, max_queue_size=1) as server:
         first = server.post_raw(text="first")
         wait_until(lambda: server.runner.count_jobs() == (1, 0))
         second = server.post_raw(text="second")

@@ -71,6 +71,19 @@ def test_a_forced_backend_decides(a_gpu, name, device, caplog):
     assert ("backend native: built without CUDA kernels" in caplog.text) == (device == "cpu")
 
 
+@pytest.mark.parametrize(
+    ("sequence_bytes", "free_bytes", "expected"),
+    [
+        (2**26, None, 8),  # a CPU
+        (2**26, 80 * 2**30, 64),
+        (2**26, 4 * 2**30, 32),
+        (2**26, 2**20, 1),
+    ],
+)
+def test_the_batch_size_of_a_machine(sequence_bytes, free_bytes, expected):
+    assert loading.choose_batch_size(sequence_bytes, free_bytes) == expected
+
+
 @pytest.mark.parametrize("quantize", ["none", "int4"])
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_what_is_loaded_for_a_gpu_does_not_depend_on_the_backend(

@@ -132,7 +132,6 @@ def create_app(runner: Runner, config: Config, about: Mapping[str, Any]) -> Fast
             **about,
             "live_requests": live,
             "waiting_requests": waiting,
-            "max_batch_size": config.max_batch_size,
             "max_queue_size": config.max_queue_size,
         }
         return AsciiJSONResponse(state, 503 if runner.failure else 200)

@@ -175,7 +175,14 @@ class Config:
 
     host: str = setting("127.0.0.1", SERVER, "address to listen on")
     port: int = setting(8000, SERVER, "port to listen on; 0 takes a free one", low=0, high=65535)
-    max_batch_size: int = setting(8, SERVER, "requests spoken at the same time", low=1, high=1024)
+    max_batch_size: int | None = setting(
+        None,
+        SERVER,
+        "requests spoken at the same time",
+        low=1,
+        high=1024,
+        shown_default="8; on a GPU 64, or as many as half of its free memory holds",
+    )
     max_queue_size: int = setting(
         64, SERVER, "requests that may wait; more are answered 503", low=0, high=100_000
     )

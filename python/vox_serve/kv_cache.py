@@ -59,6 +59,13 @@ class KvCache:
         self._free = list(range(num_pages - 1, -1, -1))
         self._owners = [0] * num_pages
 
+    @staticmethod
+    def sequence_bytes(config: TransformerConfig, dtype: torch.dtype) -> int:
+        """Memory for the keys and values of `max_positions`."""
+        positions = -(-config.max_positions // PAGE_SIZE) * PAGE_SIZE
+        elements = 2 * config.num_layers * positions * config.num_kv_heads * config.head_dim
+        return elements * dtype.itemsize
+
     @property
     def num_free_pages(self) -> int:
         return len(self._free)

@@ -53,7 +53,7 @@ def serve(config: Config) -> int:
 
     print(f"Loading {config.model} ...", flush=True)
     engine = engine_of(config)
-    runner = Runner(engine, max_jobs=config.max_batch_size + config.max_queue_size)
+    runner = Runner(engine, max_jobs=engine.max_batch_size + config.max_queue_size)
     server = make_server(
         create_app(runner, config, about(engine, config)), runner, config, listener
     )
@@ -64,7 +64,7 @@ def serve(config: Config) -> int:
     return 0 if server.started else 1
 
 
-def about(engine: "Engine", config: Config) -> dict[str, str]:
+def about(engine: "Engine", config: Config) -> dict[str, str | int]:
     """What /health says of the engine."""
     from voxkern.backend import backend_for
 
@@ -75,6 +75,7 @@ def about(engine: "Engine", config: Config) -> dict[str, str]:
         "dtype": str(engine.model.dtype).removeprefix("torch."),
         "quantize": config.quantize,
         "backend": backend_for(device.type),
+        "max_batch_size": engine.max_batch_size,
     }
 
 

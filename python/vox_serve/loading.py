@@ -12,6 +12,7 @@ from vox_serve.checkpoint import read_json
 from vox_serve.csm_weights import PACKINGS, CsmWeights
 from vox_serve.engine import Engine
 from vox_serve.hub import resolve_model
+from vox_serve.kv_cache import KvCache
 from vox_serve.model import CsmModel
 from vox_serve.model_config import CsmConfig
 from vox_serve.prompt import PromptBuilder
@@ -34,7 +35,7 @@ def load_engine(
     weight_cache: str | None = None,
     codec: str | None = None,
     context: str | None = None,
-    max_batch_size: int = 8,
+    max_batch_size: int | None = None,
     allow_pickle: bool = False,
 ) -> Engine:
     """Load a model, its codec, tokenizer and context.
@@ -49,7 +50,7 @@ def load_engine(
             `cache_folders`).
         codec: folder, file or hub id of the codec, for a checkpoint that holds none.
         context: path of a context.json, "none", or None for the model folder's own prompts.
-        max_batch_size: requests that share a step.
+        max_batch_size: requests that share a step; None for `choose_batch_size`'s.
         allow_pickle: read ckpt.pt where there is no safetensors file.
 
     Raises:
@@ -78,10 +79,27 @@ def load_engine(
     else:
         segments = default_context(folder, mimi, config)
     prompts = PromptBuilder.from_folder(folder, config)
+    if max_batch_size is None:
+        free_bytes = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else None
+        sequence_bytes = KvCache.sequence_bytes(config.backbone, dtype)
+        max_batch_size = choose_batch_size(sequence_bytes, free_bytes)
     try:
         return Engine(CsmModel(config, checkpoint.weights), mimi, prompts, segments, max_batch_size)
     except torch.OutOfMemoryError as error:
         raise ValueError(f"max_batch_size {max_batch_size}: {error}") from None
+
+
+def choose_batch_size(sequence_bytes: int, free_bytes: int | None) -> int:
+    """Requests that share a step, where nobody says how many.
+
+    A step reads every weight once, for all of them: 64 sequences of 2048 positions take 4 GiB of
+    CSM-1B's keys and values. On a CPU more than a few are slower than speech anyway.
+
+    Args:
+        sequence_bytes: of keys and values, for the longest sequence.
+        free_bytes: of a GPU's memory, of which half is left to all else; None for a CPU.
+    """
+    return 8 if free_bytes is None else max(1, min(64, free_bytes // 2 // sequence_bytes))
 
 
 def codec_precision(device_type: str, dtype: torch.dtype, quantize: str) -> str:
