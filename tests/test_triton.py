@@ -1,5 +1,7 @@
 """A whole engine on the Triton backend, its kernels interpreted on the CPU: TRITON_INTERPRET=1."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -7,11 +9,12 @@ from checkpoints import TinyShape, build_tiny
 from csm_reference import reference_generate
 from ops_testing import Target
 from test_engine import GREEDY, run, run_one
+from vox_serve import loading
 from vox_serve.engine import Request
 from vox_serve.loading import load_engine
 from vox_serve.prompt import Segment
 from vox_serve.sampling import SamplingParams
-from voxkern.backend import backend_for, force, forced
+from voxkern.backend import OPS, backend_for, force, forced
 
 pytestmark = pytest.mark.skipif(
     Target("triton", "cpu").why_missing() is not None, reason="runs under TRITON_INTERPRET=1"
@@ -19,8 +22,10 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture
-def on_triton():
-    """From the call on, every op that has a Triton kernel runs it."""
+def on_triton(monkeypatch):
+    """From the call on, every op runs its Triton kernel; the codec is as precise as on a GPU."""
+    precision = partial(loading.codec_precision, "cuda")
+    monkeypatch.setattr(loading, "codec_precision", lambda _, *rest: precision(*rest))
     before = forced()
     yield lambda: force("triton")
     force(before)
@@ -30,7 +35,7 @@ def test_greedy_codes_equal_transformers(tmp_path, on_triton):
     tiny = build_tiny(seed=1)
     engine = load_engine(str(tiny.write(tmp_path)))
     on_triton()
-    assert backend_for("cpu", "decode_depth") == "triton"
+    assert {backend_for("cpu", op) for op in OPS} == {"triton"}
     context = [Segment(1, "Me.", torch.randint(0, 64, (3, tiny.shape.num_codebooks)))]
     codes, _, _ = run_one(engine, text="Hello.", context=context, sampling=GREEDY, max_frames=4)
     assert torch.equal(codes, reference_generate(tiny, [*context, Segment(0, "Hello.")], 4))

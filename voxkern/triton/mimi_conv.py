@@ -1,0 +1,113 @@
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from voxkern.triton.checks import check, check_dim, check_float, check_operand
+from voxkern.triton.language import load, tile
+from voxkern.triton.mimi_product import launch_mimi_product
+
+MOST_KEPT = 16
+"""Convolutions of one launch of `keep_past`, more than Mimi's decoder has with a past."""
+
+
+@triton.jit
+def keep_past_kernel(
+    pasts, xs, contexts, steps, widths, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """A program takes BLOCK_C columns of a stream's past of one convolution."""
+    for i in tl.static_range(len(pasts)):
+        if tl.program_id(1) == i:
+            context, width = contexts[i], widths[i]
+            past = pasts[i] + tl.program_id(0).to(tl.int64) * context * width
+            x = xs[i] + (tl.program_id(0).to(tl.int64) * steps[i] + steps[i] - context) * width
+            block = tl.arange(0, BLOCK_T)[:, None]
+            column = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+            inside = (block < context) & (column < width)
+            place = block * width + column
+            tl.store(past + place, load(x + place, inside), mask=inside)
+
+
+def keep_past(convs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Make of pasts `[B, context, C]` what comes behind x `[B, T, C]`, all contiguous.
+
+    A launch of its own for many convolutions: all programs of theirs have read the pasts.
+    """
+    kept = []
+    for past, x in convs:
+        if past.numel() and x.numel():
+            # Nothing is read where it is written, or one thread would be ahead of another.
+            kept.append((past, torch.cat((past, x), 1) if x.shape[1] < past.shape[1] else x))
+    for first in range(0, len(kept), MOST_KEPT):
+        pasts, xs = zip(*kept[first : first + MOST_KEPT], strict=True)
+        widest = max(past.shape[2] for past in pasts)
+        keep_past_kernel[(len(pasts[0]), len(pasts), triton.cdiv(widest, 128))](
+            pasts,
+            xs,
+            tuple(past.shape[1] for past in pasts),
+            tuple(x.shape[1] for x in xs),
+            tuple(past.shape[2] for past in pasts),
+            BLOCK_T=tile(max(past.shape[1] for past in pasts)),
+            BLOCK_C=128,
+            num_warps=4,
+        )
+
+
+def launch_mimi_conv(
+    x: Tensor,
+    past: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    add: Tensor | None,
+    dilation: int,
+    elu: bool,
+) -> Tensor:
+    """`mimi_conv` of contiguous tensors, checked, but the past is left for `keep_past`."""
+    check_conv(x, past, weight, bias, add, dilation)
+    out = x.new_empty(*x.shape[:2], len(bias))
+    launch_mimi_product(x, weight, out, past=past, dilation=dilation, elu=elu, bias=bias, add=add)
+    return out
+
+
+def check_conv(
+    x: Tensor, past: Tensor, weight: Tensor, bias: Tensor, add: Tensor | None, dilation: int
+) -> None:
+    check_operand(x, "x", x, torch.float32)
+    check_dim(x, "x", 3)
+    check_float(weight, "weight")
+    pair = 2 if weight.dtype == torch.bfloat16 else 1
+    check_dim(weight, "weight", 2 + pair)
+    check_dim(bias, "bias", 1)
+    (batch, steps, width), outputs = x.shape, len(bias)
+    columns = weight.shape[1] * pair
+    check(width >= 1, f"x: expected [B, T, C] with C >= 1, got shape {list(x.shape)}")
+    check(
+        columns >= width and columns % width == 0,
+        f"weight: expected columns in a multiple of C = {width}, got shape {list(weight.shape)}",
+    )
+    letters = "[N / 16, J C / 2, 16, 2]" if pair == 2 else "[N / 16, J C, 16]"
+    sizes = (-(-outputs // 16), columns // pair, 16, 2)[: 2 + pair]
+    check_operand(weight, "weight", x, weight.dtype, letters, sizes)
+    check(dilation >= 1, f"dilation: expected 1 or more, got {dilation}")
+    sizes = batch, (columns // width - 1) * dilation, width
+    check_operand(past, "past", x, torch.float32, "[B, (J - 1) dilation, C]", sizes)
+    check_operand(bias, "bias", x, torch.float32)
+    if add is not None:
+        check_operand(add, "add", x, torch.float32, "[B, T, N]", (batch, steps, outputs))
+
+
+def mimi_conv(
+    x: Tensor,
+    past: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    add: Tensor | None,
+    dilation: int,
+    elu: bool,
+) -> Tensor:
+    x, add = x.contiguous(), None if add is None else add.contiguous()
+    out = launch_mimi_conv(x, past, weight, bias, add, dilation, elu)
+    keep_past([(past, x)])
+    return out
