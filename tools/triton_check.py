@@ -29,10 +29,12 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
+from bench_codec import our_codecs, random_model
 from csm_1b import CSM_1B
 
 from vox_serve.csm_weights import CsmWeights
 from vox_serve.kv_cache import CacheBatch, CacheSequence, KvCache
+from vox_serve.loading import codec_precision
 from vox_serve.model import CsmModel
 from vox_serve.model_config import CsmConfig
 from vox_serve.sampling import SamplingParams, SamplingRows
@@ -67,22 +69,31 @@ def source_of(kernel: JITFunction, args: tuple, kwargs: dict) -> tuple[ASTSource
     named |= {n: v for n, v in kwargs.items() if n in kernel.arg_names}
     options = {n: v for n, v in kwargs.items() if n not in kernel.arg_names}
     signature, constants, attributes = {}, {}, {}
+
+    def type_of(value: object, place: tuple[int, ...], special: bool) -> str | tuple:
+        """Of an argument, or of a tuple's entry; what is special about it is written down."""
+        if isinstance(value, tuple):
+            return tuple(type_of(v, (*place, i), special) for i, v in enumerate(value))
+        if value is None or (special and isinstance(value, int) and value == 1):
+            constants[place] = value
+            return "constexpr"
+        aligned = isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
+        if aligned and special:
+            attributes[place] = [["tt.divisibility", 16]]
+        if isinstance(value, Tensor):
+            return POINTERS[value.dtype]
+        if isinstance(value, int):
+            return "i32" if -(2**31) <= value < 2**31 else "i64"
+        return "fp32"
+
     for i, parameter in enumerate(kernel.params):
         value = named[parameter.name]
-        aligned = isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
-        special = not parameter.do_not_specialize
-        if parameter.is_constexpr or (special and isinstance(value, int) and value == 1):
+        if parameter.is_constexpr:
             signature[parameter.name] = "constexpr"
-            constants[parameter.name] = value
-            continue
-        if isinstance(value, Tensor):
-            signature[parameter.name] = POINTERS[value.dtype]
-        elif isinstance(value, int):
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            constants[(i,)] = value
         else:
-            signature[parameter.name] = "fp32"
-        if aligned and special:
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            special = not parameter.do_not_specialize
+            signature[parameter.name] = type_of(value, (i,), special)
     return ASTSource(kernel, signature, constants, attributes), options
 
 
@@ -98,7 +109,7 @@ def recording(record: Callable) -> Iterator[None]:
 
 
 def run_steps(dtype: torch.dtype, quantize: str) -> None:
-    """A prompt's prefill, and frames at batches of 1 and 8."""
+    """A prompt's prefill, and frames at batches of 1 and 8, with the codec's."""
     config = CsmConfig.from_json(CSM_1B)
     device = torch.device("meta")
     model = CsmModel(config, CsmWeights.empty(config, dtype, device, quantize))
@@ -113,14 +124,14 @@ def run_steps(dtype: torch.dtype, quantize: str) -> None:
             batch = CacheBatch.decode(cache, sequences)
         frames = torch.zeros(tokens, config.num_codebooks + 1, dtype=torch.int64, device=device)
         hidden = model.backbone_step(frames, frames.bool(), batch, cache)
-        rows = SamplingRows.of(
-            [SamplingParams()] * batch_size,
-            range(batch_size),
-            [0] * batch_size,
-            [[]] * batch_size,
-            device,
-        )
+        rows = SamplingRows.of([SamplingParams()] * batch_size, [0] * batch_size, device)
         model.draw_frames(hidden, rows)
+
+    precision = codec_precision("cuda", dtype, quantize)
+    mimi = our_codecs(random_model(), [precision], "meta")[precision]
+    for batch_size in (1, 8):
+        codes = torch.zeros(batch_size, 1, config.num_codebooks, dtype=torch.int64, device=device)
+        mimi.decode_step(codes, mimi.init_state(batch_size))
 
 
 def resources(compiled: object, target: str) -> tuple[int, int]:
@@ -166,7 +177,7 @@ def main() -> int:
         for target in args.target or TARGETS:
             constants = " ".join(
                 f"{source.fn.arg_names[i]}={value}"
-                for (i,), value in source.constants.items()
+                for (i, *_), value in source.constants.items()
                 if source.fn.params[i].is_constexpr
             )
             print(f"{source.name:24} {precision:9} {constants:44} {target:11} ", end="", flush=True)
