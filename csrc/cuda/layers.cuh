@@ -3,8 +3,7 @@
 //
 //   norm, qkv | rope, append, attention | o, residual | norm, gate and up, SwiGLU | down, residual
 //
-// The attention is the op's own. Products that product() does not take (many rows, packed weights,
-// odd widths) are launches of rms_norm, linear and silu_mul. Either way results are rounded where
+// The attention is the op's own. Products that product() does not take (many rows, odd widths) are launches of rms_norm, linear and silu_mul. Either way results are rounded where
 // those store them.
 #pragma once
 
@@ -91,7 +90,7 @@ class Layers {
     ProductParams fused = of(residual, weight, weight.N, out);
     fused.before = Before::norm;
     fused.norm = norm;
-    if (takes(fused, weight)) return product(fused, stream);
+    if (takes(fused)) return product(fused, stream);
     normalise(norm, normed_, stream);
     project(normed_, weight, out, stream);
   }
@@ -104,18 +103,17 @@ class Layers {
             .C = weight.C,
             .x = x,
             .eps = p_.eps,
+            .format = weight.format,
             .weight = weight.data,
             .out = out};
   }
-  bool takes(const ProductParams& fused, const Weight& weight) const {
-    return !has_branch_ && weight.format == Format::plain && fits(fused);
-  }
+  bool takes(const ProductParams& fused) const { return !has_branch_ && fits(fused); }
 
   void project_and_add(const void* x, const Weight& weight, cudaStream_t stream) {
     ProductParams fused = of(x, weight, weight.N, residual);
     fused.after = After::add;
     fused.residual = residual;
-    if (takes(fused, weight)) return product(fused, stream);
+    if (takes(fused)) return product(fused, stream);
     project(x, weight, branch_, stream);
     has_branch_ = true;
   }
@@ -125,7 +123,7 @@ class Layers {
     fused.before = Before::norm;
     fused.norm = norm;
     fused.after = After::swiglu;
-    if (takes(fused, weight)) return product(fused, stream);
+    if (takes(fused)) return product(fused, stream);
     normalise(norm, normed_, stream);
     project(normed_, weight, gate_up_, stream);
     silu_mul({.dtype = dtype_, .rows = B_, .F = p_.F, .gate_up = gate_up_, .out = product_},

@@ -12,18 +12,6 @@
 namespace voxkern {
 namespace {
 
-constexpr int64_t kSystemBytes = 1024;  // of shared memory, that each block takes besides its own
-constexpr int64_t kStageBytes = sizeof(float) * kTileM * kWarps;
-
-// What a block may have besides the variables of stage().
-int64_t dynamic_limit() { return shared_bytes_limit() - kStageBytes; }
-
-// Whether a multiprocessor, which has all that a block may have, takes as many blocks at once.
-bool fit_together(int64_t blocks, int64_t shared_bytes) {
-  return blocks * (shared_bytes + kStageBytes + kSystemBytes) <=
-         shared_bytes_limit() + kSystemBytes;
-}
-
 int64_t rows_of_block(const ProductParams& p) { return p.M < kTileM ? p.M : kTileM; }
 
 // Vectors from one row of staged x to the next. In bfloat16 an odd number of chunks: then the two
@@ -32,12 +20,6 @@ template <typename T>
 int64_t staged_row(int64_t C) {
   const int64_t vectors = divide_up(C, kVector<T>);
   return sizeof(T) == 4 ? vectors : (divide_up(vectors, kLanes) | 1) * kLanes;
-}
-
-template <typename T>
-bool aligned(const ProductParams& p) {
-  return takes_vectors<T>(p.x, p.C) && takes_vectors<T>(p.weight, p.C) &&
-         (p.before == Before::nothing || takes_vectors<T>(p.norm, p.C));
 }
 
 struct Layout {
@@ -110,6 +92,7 @@ void run(const ProductParams& p, cudaStream_t stream) {
 }  // namespace
 
 bool fits(const ProductParams& p) {
+  if (p.format != Format::plain) return packed_fits(p);
   if (p.M > kTileM) return false;
   if (p.dtype == Dtype::bf16)
     return aligned<bf16>(p) && (p.before == Before::nothing || layout_bf16(p).plan.row > 0);
@@ -118,6 +101,7 @@ bool fits(const ProductParams& p) {
 
 void product(const ProductParams& p, cudaStream_t stream) {
   if (p.M == 0 || p.N == 0) return;
+  if (p.format != Format::plain) return packed_product(p, stream);
   if (p.before == Before::norm)
     p.after == After::swiglu ? run<true, Before::norm, After::swiglu>(p, stream)
                              : run<true, Before::norm, After::store>(p, stream);

@@ -1,226 +1,183 @@
-// Products with packed weights (csrc/weight.h) through the tensor cores, in parts for kernels to
-// put together: a warp's weights on their way into registers (PackedRange), integer dots of them
-// and quantized rows of x, with their scales (multiply), and a block's whole work, with functors
-// for where weights and x come from and where sums go (packed_product).
+// Products of few rows x with packed weights (packed_dots.cuh) that are read once, with the ends of
+// product_ends.cuh: what packed_product.cu launches.
 //
-// The unit is a range of 8 groups: 256 columns of 16 rows of W. A warp asks for all of it at once,
-// before it waits for anything: 4 KB in int8, 2 KB in int4, in 32 or 16 registers a lane. With one
-// row of x a thread has 64 registers, so that 32 warps of a multiprocessor have 128 or 64 KB under
-// way; with more it has about 100, and they have half of it. 18 to 64 KB keep the memory busy. x is
-// quantized meanwhile, once a block. One instruction then gives a group's dots with 8 rows of x.
-// Weights are the operand with 16 rows, so one row of x costs what 8 do.
+// A tile is 16 rows of W (with SwiGLU 16 of gate and 16 of up), whose ranges a block's warps take in
+// turns: one each of 2048 columns, or of the gate and up of 1024. W goes through a queue in shared
+// memory, as in product.cuh, of kSlots ranges a warp: asynchronous copies that only this warp reads,
+// across the tiles of a block, begun before the wait for the kernel in front. Pieces of 16 bytes
+// lie there in an order in which a half warp that reads an operand meets no bank twice.
 //
-// Lanes read whole packed lines: which of W's rows and columns an operand's rows and columns are is
-// free, as long as x and the sums know. With g = lane / 4 and t = lane % 4, rows 2 g and 2 g + 1 of
-// W are rows g and g + 8 there, so a lane's 8 bytes are neighbours, and chunks t and t + 4 (int8)
-// or the halves of chunk t (int4) are its columns.
-//
-// Sums: a group's dot is exact; a range's groups are added in their order, then ranges in theirs.
-// So a sum depends on x's row, W's row and C alone, whatever shape the block has.
+// x comes quantized, all of its columns once a block, from memory or from the normalised rows that
+// stage() leaves in shared memory. Then no warp waits for another but once a tile, where its ranges'
+// sums are added; they take turns with two places where a block has several tiles.
 #pragma once
 
-#include "quantize.cuh"
+#include "packed_dots.cuh"
+#include "product_ends.cuh"
 
 namespace voxkern {
 namespace {
 
-template <int kTileM>
-constexpr int kTiles = (kTileM + 7) / 8;
-
-// What a lane has of a range.
+// Of the queue, at most: 64 KB a block in int8, 51 in int4. So the queues of two blocks leave room
+// for one more beside them.
 template <Format kFormat>
-struct PackedRange {
-  static_assert(kFormat == Format::int8 || kFormat == Format::int4);
-  static constexpr int kLoads = kFormat == Format::int8 ? 2 : 1;
+constexpr int kSlots = kFormat == Format::int8 ? 2 : 3;
+template <Format kFormat>
+constexpr int kSlotBytes = kRange * static_cast<int>(group_bytes(kFormat) + scale_bytes(kFormat));
 
-  uint2 values[kRange][kLoads];
-  uint32_t codes;  // int4: of 4 of the range's 128 scales
+// How a launch lays out a block's shared memory: queue, quantized x and sums, staged x.
+struct PackedPlan {
+  int slots;          // of the queue
+  int sums;           // floats of one of the places for sums
+  int staged, row;    // where x is staged, in bytes; vectors from one of its rows to the next
+};
 
-  // Groups first .. first + groups - 1 of the 16 rows of C columns that `block` holds.
-  __device__ __forceinline__ void read(const char* block, int C, int first, int groups) {
-    const int lane = threadIdx.x % kWarp;
-    const char* const from =
-        block + static_cast<int64_t>(first) * group_bytes(kFormat) + lane % 4 * 64 + lane / 4 * 8;
-    const auto load = [&](int count) {
-#pragma unroll
-      for (int k = 0; k < kRange; ++k)
-#pragma unroll
-        for (int i = 0; i < kLoads; ++i) {
-          values[k][i] = {};
-          if (k < count) values[k][i] = load_stream8(from + k * group_bytes(kFormat) + i * 256);
-        }
-    };
-    if (groups == kRange)
-      load(kRange);
-    else
-      load(groups);
-    codes = 0;
-    if (kFormat == Format::int4 && lane < 4 * groups)
-      codes = load_stream4(block + C / kGroup * group_bytes(kFormat) + first * 16 + lane * 4);
+// A range in the queue, from where this lane's operands are.
+template <Format kFormat>
+struct PackedSlot {
+  const unsigned char *values, *codes;
+
+  __device__ __forceinline__ explicit PackedSlot(const unsigned char* slot) {
+    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+    values = slot + place(t * 4 + g / 2) * 16 + g % 2 * 8;
+    codes = slot + kRange * group_bytes(kFormat) + g * 2;
   }
+  // Of the pieces of 512 bytes, where the one that is at `piece` in memory lies.
+  static __device__ __forceinline__ int place(int piece) { return piece ^ (piece >> 2 & 2); }
 
-  // Group k as an operand. int4: each value as 16 times itself, which is the high half of a byte
-  // when its highest bit is turned over.
   __device__ __forceinline__ void operand(int k, uint32_t (&a)[4]) const {
-    if constexpr (kFormat == Format::int8) {
-      a[0] = values[k][0].x, a[1] = values[k][0].y, a[2] = values[k][1].x, a[3] = values[k][1].y;
-    } else {
-      const auto high = [](uint32_t w) { return (w & 0xf0f0f0f0) ^ 0x80808080; };
-      a[0] = high(values[k][0].x << 4), a[1] = high(values[k][0].y << 4);
-      a[2] = high(values[k][0].x), a[3] = high(values[k][0].y);
-    }
+    uint2 raw[kLoads<kFormat>];
+#pragma unroll
+    for (int i = 0; i < kLoads<kFormat>; ++i)
+      raw[i] = *reinterpret_cast<const uint2*>(values + (k * kLoads<kFormat> + i) * 256);
+    to_operand<kFormat>(raw, a);
   }
-
-  // int4: of rows 2 g and 2 g + 1 in group k, a 16th of their scales. The whole warp calls it.
   __device__ __forceinline__ float2 group_scales(int k) const {
-    const int g = threadIdx.x % kWarp / 4;
-    const uint32_t both = __shfl_sync(kWholeWarp, codes, 4 * k + g / 2) >> g % 2 * 16;
-    constexpr uint32_t kExponent = 116 << 23;  // of 2^(-7 - 4)
-    return {__uint_as_float((((both & 0x7f) << 19) + kExponent) | (both << 24 & 0x80000000)),
-            __uint_as_float((((both & 0x7f00) << 11) + kExponent) | (both << 16 & 0x80000000))};
+    return decode_scales(*reinterpret_cast<const uint16_t*>(codes + k * 16));
   }
 };
 
-// Where a block of warps * 32 threads keeps what packed_product needs, for up to kTileM rows of x
-// and a turn of slots * 8 groups.
-template <int kTileM>
-struct PackedShared {
-  static constexpr int kStride = 20;  // of a column of 16 sums: so the lanes meet no bank twice
-  int8_t* values;   // [groups, rows of x up to a power of two, 32], in the order of the operand
-  float* scales;    // [groups, kTileM]
-  float* partials;  // [slots, kBlocks, kTileM, kStride], sums of a range
+// kMost: rows of x, at most.
+template <typename T, Format kFormat, int kMost, Before before, After after>
+__global__ void __launch_bounds__(kThreads, kMost > 8 || sizeof(T) == 4 ? 2 : 3)
+    packed_product_kernel(ProductParams p, PackedPlan plan) {
+  constexpr int kOf = kProducts<after>, kRows = static_cast<int>(kBlockRows);
+  constexpr int kStride = PackedShared<kMost>::kStride;
+  static_assert(kMost * kRows <= kThreads);
+  VOX_DYNAMIC_SHARED(unsigned char, queue);
+  const int me = threadIdx.x, lane = me % kWarp, warp = me / kWarp;
+  const int C = static_cast<int>(p.C), groups = C / static_cast<int>(kGroup);
+  const int ranges = (groups + kRange - 1) / kRange, items = kOf * ranges;
+  const int tiles = static_cast<int>((p.N + kRows - 1) / kRows);
+  const int rows = kMost == 1 ? 1 : static_cast<int>(p.M), log_rows = log_up(rows);
+  const PackedShared<kMost> shared(queue + plan.slots * kWarps * kSlotBytes<kFormat>, ranges,
+                                   log_rows);
+  const int64_t block_size = block_bytes(kFormat, C);
+  const auto block_at = [&](int tile, int product) {
+    return static_cast<const char*>(p.weight) + (tile + product * tiles) * block_size;
+  };
+  const auto slot_at = [&](int slot) {
+    return queue + (slot * kWarps + warp) * kSlotBytes<kFormat>;
+  };
 
-  static size_t bytes(int slots, int blocks, int log_rows) {
-    return static_cast<size_t>(slots) * (kRange * ((kGroup << log_rows) + kTileM * 4) +
-                                         static_cast<size_t>(blocks) * kTileM * kStride * 4);
-  }
-  __device__ __forceinline__ PackedShared(unsigned char* raw, int slots, int log_rows)
-      : values(reinterpret_cast<int8_t*>(raw)),
-        scales(reinterpret_cast<float*>(raw + (slots * kRange * kGroup << log_rows))),
-        partials(scales + slots * kRange * kTileM) {}
-};
-
-// sums = of W's range, whose groups are `first` and after in shared memory, and of x's rows, 8 at a
-// time: rows 2 g (sums 0, 1) and 2 g + 1 of W, 2 t (sums 0, 2) and 2 t + 1 of x. Sums of rows past
-// x's last are anything. kUsed: how many times 8 rows there are, at most.
-template <int kUsed, Format kFormat, int kTileM>
-__device__ __forceinline__ void multiply(const PackedRange<kFormat>& w,
-                                         const PackedShared<kTileM>& shared, int first, int rows,
-                                         int log_rows, float (&sums)[kTiles<kTileM>][4]) {
-  const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+  // The next range to ask for.
+  int tile = warp < items ? blockIdx.x : tiles, item = warp, slot = 0;
+  const auto ask = [&] {
+    if (tile < tiles) {
+      const int product = kOf == 2 && item >= ranges;
+      const int first = (item - product * ranges) * kRange;
+      const char* const block = block_at(tile, product);
+      const char* const from =
+          block + static_cast<int64_t>(first) * group_bytes(kFormat) + lane * 16;
+      const int there = (groups - first) * static_cast<int>(group_bytes(kFormat)) - lane * 16;
+      unsigned char* const to = slot_at(slot) + PackedSlot<kFormat>::place(lane) * 16;
 #pragma unroll
-  for (int tile = 0; tile < kTiles<kTileM>; ++tile)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sums[tile][i] = 0;
-#pragma unroll
-  for (int k = 0; k < kRange; ++k) {
-    uint32_t a[4];
-    w.operand(k, a);
-    float2 row_scales;
-    if constexpr (kFormat == Format::int4) row_scales = w.group_scales(k);
-#pragma unroll
-    for (int tile = 0; tile < kUsed; ++tile) {
-      const int m = tile * 8 + g;
-      uint2 b = {};
-      if (m < rows)
-        b = *reinterpret_cast<const uint2*>(
-            shared.values + (((first + k) << log_rows) + m) * static_cast<int>(kGroup) + t * 8);
-      int32_t dots[4];
-      multiply_s8(dots, a, b.x, b.y, kMagicBits);
-      const float* const from = shared.scales + (first + k) * kTileM;
-      float2 x_scales;
-      if constexpr (kTileM > 1)
-        x_scales = *reinterpret_cast<const float2*>(from + tile * 8 + t * 2);
-      else
-        x_scales = {*from, 0};
-#pragma unroll
-      for (int i = 0; i < 4; i += kTileM > 1 ? 1 : 2) {
-        float scale = i % 2 ? x_scales.y : x_scales.x;
-        if constexpr (kFormat == Format::int4) scale *= i / 2 ? row_scales.y : row_scales.x;
-        // Spelt out, so that it is the same in whatever kernel.
-        sums[tile][i] = fmaf(__int_as_float(dots[i]) - kMagic, scale, sums[tile][i]);
+      for (int at = 0; at < kRange * group_bytes(kFormat); at += kWarp * 16)
+        copy_async_16(to + at, from + at, at < there);
+      if (kFormat == Format::int4 && lane < kRange)
+        copy_async_16(slot_at(slot) + kRange * group_bytes(kFormat) + lane * 16,
+                      block + groups * group_bytes(kFormat) + (first + lane) * 16,
+                      first + lane < groups);
+      item += kWarps;
+      if (item >= items) {
+        item = warp;
+        tile += gridDim.x;
       }
     }
-  }
-}
-
-// A block's product: 16 kBlocks rows of W and `rows` <= kTileM rows of x, of C columns. Warps take
-// ranges in turns, blockDim.x / 32 / kBlocks a turn; with a kTileM of 1, which leaves registers to
-// the weights, all in one. `weights(i)`: where the packed bytes of the i-th 16 rows of W begin,
-// null if there are none. `emit(row, m, sum)` of row < 16 kBlocks; row is threadIdx.x % (16
-// kBlocks). kOutputs: no less than 16 kBlocks kTileM / blockDim.x. Weights are read before the wait
-// for the kernel in front, x behind it.
-template <Format kFormat, int kBlocks, int kTileM, int kOutputs, typename Weights, typename Source,
-          typename Emit>
-__device__ __forceinline__ void packed_product(const Weights& weights, int C, const Source& source,
-                                               int rows, const Emit& emit) {
-  using Shared = PackedShared<kTileM>;
-  constexpr int kRows = kBlocks * static_cast<int>(kBlockRows);
-  VOX_DYNAMIC_SHARED(unsigned char, raw);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int slots = blockDim.x / kWarp / kBlocks, slot = warp / kBlocks;
-  const int groups = C / static_cast<int>(kGroup), log_rows = log_up(rows);
-  const Shared shared(raw, slots, log_rows);
-
-  const char* const block = weights(warp % kBlocks);
-  const auto in_range = [&](int turn) {  // groups that this warp has in the turn that begins there
-    const int left = block ? groups - turn - slot * kRange : 0;
-    return left < 0 ? 0 : left < kRange ? left : kRange;
+    commit_copies();
+    slot = slot + 1 == plan.slots ? 0 : slot + 1;
   };
-  PackedRange<kFormat> w;
-  w.read(block, C, slot * kRange, in_range(0));
-  const int row = threadIdx.x % kRows;
-  const char* const scales = weights(row / kBlockRows);
-  float row_scale = 0;
-  if (scales)
-    row_scale = reinterpret_cast<const float*>(scales + block_bytes(kFormat, C) -
-                                               64)[row % static_cast<int>(kBlockRows)];
+  for (int s = 0; s < plan.slots; ++s) ask();
+  // Of the column that this thread finishes.
+  const int at_m = me / kRows, at_n = me % kRows;
+  float row_scales[kOf] = {};
+  const auto read_scales = [&](int of_tile) {
+    if (at_m >= rows || of_tile >= tiles) return;
+#pragma unroll
+    for (int of = 0; of < kOf; ++of)
+      row_scales[of] = __uint_as_float(
+          load_stream4(block_at(of_tile, of) + block_size - 64 + at_n * sizeof(float)));
+  };
+  read_scales(blockIdx.x);
+  const uint4 norm_first = first_of_norm<T, before>(p);
   let_next_kernel_start();
-  wait_for_previous_kernel();  // weights are nobody's output: they may come before
+  wait_for_previous_kernel();
 
-  float totals[kOutputs] = {};
-  const int first_m = threadIdx.x / kRows, step = blockDim.x / kRows;
-  for (int turn = 0; turn < groups; turn += slots * kRange) {
-    const int left = groups - turn, in_turn = left < slots * kRange ? left : slots * kRange;
-    quantize_rows<kFormat, kTileM>(source, rows, log_rows, turn, in_turn, shared.values,
-                                   shared.scales);
-    __syncthreads();
-    float sums[kTiles<kTileM>][4];
-    if (in_range(turn) > 0) {
-      if (kTiles<kTileM> > 1 && rows <= kTileM / 2)
-        multiply<(kTiles<kTileM> + 1) / 2>(w, shared, slot * kRange, rows, log_rows, sums);
-      else
-        multiply<kTiles<kTileM>>(w, shared, slot * kRange, rows, log_rows, sums);
-      const int g = lane / 4, t = lane % 4;
-      float* const to = shared.partials + warp * kTileM * Shared::kStride + g * 2;
-#pragma unroll
-      for (int tile = 0; tile < kTiles<kTileM>; ++tile)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int m = tile * 8 + t * 2 + i;
-          if (m < rows)
-            *reinterpret_cast<float2*>(to + m * Shared::kStride) = {sums[tile][i],
-                                                                    sums[tile][i + 2]};
-        }
-    }
-    const int next = turn + slots * kRange;
-    if (kTileM > 1 && next < groups) w.read(block, C, next + slot * kRange, in_range(next));
-    __syncthreads();
-    const int used = (in_turn + kRange - 1) / kRange;
-#pragma unroll
-    for (int i = 0; i < kOutputs; ++i) {
-      const int m = first_m + i * step;
-      if (m >= rows) break;
-      const float* from = shared.partials + (row / 16 * kTileM + m) * Shared::kStride + row % 16;
-#pragma unroll 8
-      for (int s = 0; s < used; ++s) totals[i] += from[s * (kBlocks * kTileM * Shared::kStride)];
-    }
-    if (kTileM == 1) break;
+  if constexpr (before == Before::norm) {
+    uint4* const staged = reinterpret_cast<uint4*>(queue + plan.staged);
+    stage<T, before>(p, 0, rows, norm_first, staged, plan.row);
+    quantize_rows<kFormat, kMost>(StagedRows<T>{.x = staged, .row = plan.row}, rows, log_rows, 0,
+                                  groups, shared.values, shared.scales);
+  } else {
+    quantize_rows<kFormat, kMost>(
+        PlainRows<T>{.x = static_cast<const T*>(p.x), .C = C, .aligned = true}, rows, log_rows, 0,
+        groups, shared.values, shared.scales);
   }
+  __syncthreads();
+
+  int oldest = 0;
+  float* partials = shared.partials;
+  float* other = partials + plan.sums;
+  for (int at = blockIdx.x; at < tiles; at += gridDim.x) {
+    const int n = at * kRows + at_n;
+    const bool finishes = at_m < rows && n < p.N;
+    const float old = finishes ? old_value<T, after>(p, at_m, n) : 0;
+    for (int i = warp; i < items; i += kWarps) {
+      if (plan.slots == kSlots<kFormat>)
+        wait_copies<kSlots<kFormat> - 1>();
+      else if (plan.slots == 2)
+        wait_copies<1>();
+      else
+        wait_copies<0>();
+      __syncwarp();
+      float sums[kTiles<kMost>][4];
+      multiply<kFormat, kTiles<kMost>>(PackedSlot<kFormat>(slot_at(oldest)), shared,
+                                       (kOf == 2 && i >= ranges ? i - ranges : i) * kRange, rows,
+                                       log_rows, sums);
+      __syncwarp();
+      oldest = oldest + 1 == plan.slots ? 0 : oldest + 1;
+      ask();
+      store_sums<kMost>(sums, rows, partials + i * kMost * kStride);
+    }
+    __syncthreads();
+    float scales[kOf];
 #pragma unroll
-  for (int i = 0; i < kOutputs; ++i) {
-    const int m = first_m + i * step;
-    if (m < rows) emit(row, m, __fmul_rn(totals[i], row_scale));
+    for (int of = 0; of < kOf; ++of) scales[of] = row_scales[of];
+    read_scales(at + gridDim.x);
+    if (finishes) {
+      float totals[kOf] = {};
+#pragma unroll
+      for (int of = 0; of < kOf; ++of) {
+        const float* const from = partials + (of * ranges * kMost + at_m) * kStride + at_n;
+#pragma unroll 8
+        for (int r = 0; r < ranges; ++r) totals[of] += from[r * kMost * kStride];
+        totals[of] = __fmul_rn(totals[of], scales[of]);
+      }
+      finish<T, after>(p, at_m, n, totals, old);
+    }
+    float* const used = partials;
+    partials = other;
+    other = used;
   }
 }
 

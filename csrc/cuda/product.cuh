@@ -1,5 +1,6 @@
 // Products of few rows x with plain weights that are read once: what linear.cu launches. A packed
-// product has the same ends (product_ends.cuh) and a walk over tiles of its own.
+// product has the same ends (product_ends.cuh) and a walk over tiles of its own
+// (packed_product.cuh).
 //
 // bfloat16, in the tensor cores. A block takes kTileN rows of W at a time (with SwiGLU as many of
 // gate and of up), and kTileM rows of x. Each of its kWarps warps has an equal range of the
@@ -38,7 +39,6 @@ namespace {
 constexpr int kLanes = 4;  // that share a row of a chunk
 constexpr int kTileN = 8;
 constexpr int kInGroup = 4;
-constexpr int kBlocksEach = 2;
 constexpr int kSteps = 4;
 
 constexpr int kGroups = 4;          // of the queue, at most

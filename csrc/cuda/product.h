@@ -1,7 +1,8 @@
 // A product of few rows with what comes right before and right after it, for ops that are made of
-// others; linear.cu defines it.
+// others; linear.cu defines it, packed_product.cu for packed weights.
 #pragma once
 
+#include "../weight.h"
 #include "common.cuh"
 
 namespace voxkern {
@@ -20,6 +21,7 @@ struct ProductParams {
   Before before = Before::nothing;
   const void* norm = nullptr;  // [C], Before::norm's weight
   float eps = 0;
+  Format format = Format::plain;
   const void* weight;  // [N, C]; with SwiGLU [2 N, C], gate's rows first
   After after = After::store;
   const void* residual = nullptr;  // [M, N]
@@ -30,5 +32,8 @@ struct ProductParams {
 // Whether product() takes it.
 bool fits(const ProductParams& p);
 void product(const ProductParams& p, cudaStream_t stream);
+// The same of packed weights alone.
+bool packed_fits(const ProductParams& p);
+void packed_product(const ProductParams& p, cudaStream_t stream);
 
 }  // namespace voxkern

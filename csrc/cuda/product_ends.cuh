@@ -1,6 +1,7 @@
 // What comes before and after a product of few rows, in the same launch: x as it is or normalised,
 // in shared memory; the results stored, added to the residual, or SwiGLU of two of them. Each
-// rounds where the ops that it stands for store. Blocks have kThreads threads.
+// rounds where the ops that it stands for store. Blocks have kThreads threads. And what such blocks
+// find room for.
 #pragma once
 
 #include "elementwise.cuh"
@@ -15,6 +16,7 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kTileM = 16;
 constexpr int kAtOnce = 8;      // vectors of x that a thread reads at once
 constexpr int kRowsScaled = 4;  // rows that it scales at once
+constexpr int kBlocksEach = 2;  // of a multiprocessor
 
 // Rows, a vector of each, that it reads at once for their norms.
 template <typename T>
@@ -159,6 +161,24 @@ __device__ __forceinline__ void finish(const ProductParams& p, int64_t m, int64_
   if constexpr (after == After::add) result = rounded<T>(result) + old;
   if constexpr (after == After::swiglu) result = swiglu(rounded<T>(sums[0]), rounded<T>(sums[1]));
   static_cast<T*>(p.out)[m * p.N + n] = from_float<T>(result);
+}
+
+constexpr int64_t kSystemBytes = 1024;  // of shared memory, that each block takes besides its own
+constexpr int64_t kStageBytes = sizeof(float) * kTileM * kWarps;
+
+// What a block may have besides the variables of stage().
+inline int64_t dynamic_limit() { return shared_bytes_limit() - kStageBytes; }
+
+// Whether a multiprocessor, which has all that a block may have, takes as many blocks at once.
+inline bool fit_together(int64_t blocks, int64_t shared_bytes) {
+  return blocks * (shared_bytes + kStageBytes + kSystemBytes) <=
+         shared_bytes_limit() + kSystemBytes;
+}
+
+template <typename T>
+bool aligned(const ProductParams& p) {
+  return takes_vectors<T>(p.x, p.C) && takes_vectors<T>(p.weight, p.C) &&
+         (p.before == Before::nothing || takes_vectors<T>(p.norm, p.C));
 }
 
 }  // namespace

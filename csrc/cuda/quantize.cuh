@@ -1,5 +1,5 @@
 // Rows of x as int8 in shared memory, for products with packed weights: quantize.py's quantize_rows
-// bit for bit, in the order in which packed_product.cuh multiplies.
+// bit for bit, in the order in which packed_dots.cuh multiplies.
 #pragma once
 
 #include "../weight.h"
@@ -22,19 +22,33 @@ __host__ __device__ constexpr int log_up(int n) {
   return log;
 }
 
-// Rows of x as they stand in memory. `source` of quantize_rows and packed_product: Raw is what
-// comes of 8 columns, so that several can be on their way before the first is used.
+// 8 columns of a row of x as they stand in memory.
+template <typename T>
+struct RawColumns {
+  uint4 words[sizeof(T) / 2];
+
+  __device__ __forceinline__ void unpack_to(float (&out)[8]) const {
+    constexpr int kSize = kVector<T>;
+#pragma unroll
+    for (int i = 0; i < 8 / kSize; ++i) {
+      float part[kSize];
+      unpack<T>(words[i], part);
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) out[i * kSize + j] = part[j];
+    }
+  }
+};
+
+// Rows of x in memory. `source` of quantize_rows: what it reads can be on its way several times
+// before the first is used.
 template <typename T>
 struct PlainRows {
   const T* x;
   int64_t C;
   bool aligned;  // takes_vectors
 
-  struct Raw {
-    uint4 words[sizeof(T) / 2];
-  };
-  __device__ __forceinline__ Raw read(int m, int column) const {
-    Raw raw;
+  __device__ __forceinline__ RawColumns<T> read(int m, int column) const {
+    RawColumns<T> raw;
     const T* const from = x + m * C + column;
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i) {
@@ -49,15 +63,20 @@ struct PlainRows {
     }
     return raw;
   }
-  __device__ __forceinline__ void values(const Raw& raw, int, int, float (&out)[8]) const {
-    constexpr int kSize = kVector<T>;
+};
+
+// Rows of x in shared memory.
+template <typename T>
+struct StagedRows {
+  const uint4* x;
+  int row;  // vectors from one to the next
+
+  __device__ __forceinline__ RawColumns<T> read(int m, int column) const {
+    RawColumns<T> raw;
 #pragma unroll
-    for (int i = 0; i < 8 / kSize; ++i) {
-      float part[kSize];
-      unpack<T>(raw.words[i], part);
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) out[i * kSize + j] = part[j];
-    }
+    for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i)
+      raw.words[i] = x[m * row + column / kVector<T> + i];
+    return raw;
   }
 };
 
@@ -94,7 +113,7 @@ template <Format kFormat, int kTileM, typename Source>
 __device__ __forceinline__ void quantize_rows(const Source& source, int rows, int log_rows,
                                               int first, int groups, int8_t* values,
                                               float* scales) {
-  using Raw = typename Source::Raw;
+  using Raw = decltype(source.read(0, 0));
   constexpr int kFlight = kTileM == 1 ? 1 : 64 / static_cast<int>(sizeof(Raw));
   const int lane = threadIdx.x % kWarp;
   const int items = groups << (log_rows + 2);
@@ -120,7 +139,7 @@ __device__ __forceinline__ void quantize_rows(const Source& source, int rows, in
       if (base + i * static_cast<int>(blockDim.x) >= items) break;  // the whole warp
       const bool any = place(i, group, m);
       float x[8];
-      source.values(raw[i], m, (first + group) * kGroup + lane % 4 * 8, x);
+      raw[i].unpack_to(x);
       uint32_t bytes[2];
       const float scale = quantize_quarter(x, bytes);
       if (!any) continue;
