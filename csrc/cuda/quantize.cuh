@@ -22,15 +22,20 @@ __host__ __device__ constexpr int log_up(int n) {
   return log;
 }
 
-// 8 columns of a row of x as they stand in memory.
+// Columns of a group that a lane quantizes: few lanes share the group's scale, which takes a
+// division and more.
+constexpr int kColumns = 16;
+
+// Those of a row of x as they stand in memory.
 template <typename T>
 struct RawColumns {
-  uint4 words[sizeof(T) / 2];
+  static constexpr int kVectors = kColumns / kVector<T>;
+  uint4 words[kVectors];
 
-  __device__ __forceinline__ void unpack_to(float (&out)[8]) const {
+  __device__ __forceinline__ void unpack_to(float (&out)[kColumns]) const {
     constexpr int kSize = kVector<T>;
 #pragma unroll
-    for (int i = 0; i < 8 / kSize; ++i) {
+    for (int i = 0; i < kVectors; ++i) {
       float part[kSize];
       unpack<T>(words[i], part);
 #pragma unroll
@@ -51,7 +56,7 @@ struct PlainRows {
     RawColumns<T> raw;
     const T* const from = x + m * C + column;
 #pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i) {
+    for (int i = 0; i < RawColumns<T>::kVectors; ++i) {
       if (aligned) {
         raw.words[i] = load_fresh(from + i * kVector<T>);
       } else {
@@ -74,30 +79,27 @@ struct StagedRows {
   __device__ __forceinline__ RawColumns<T> read(int m, int column) const {
     RawColumns<T> raw;
 #pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i)
+    for (int i = 0; i < RawColumns<T>::kVectors; ++i)
       raw.words[i] = x[m * row + column / kVector<T> + i];
     return raw;
   }
 };
 
-// A quarter of a group: its values as bytes, in the order of columns, and the group's scale. The
-// four lanes that have a group are neighbours; the whole warp calls it.
-__device__ __forceinline__ float quantize_quarter(const float (&x)[8], uint32_t (&bytes)[2]) {
+// Half a group: its values as bytes, in the order of columns, and the group's scale. The two lanes
+// that have a group are neighbours; the whole warp calls it.
+__device__ __forceinline__ float quantize_half(const float (&x)[kColumns],
+                                               uint32_t (&bytes)[kColumns / 4]) {
   uint32_t largest = 0;  // bits of magnitudes are ordered as they are, NaN above all
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
+  for (int i = 0; i < kColumns; ++i) {
     const uint32_t bits = __float_as_uint(x[i]) & 0x7fffffff;
     largest = bits > largest ? bits : largest;
   }
-#pragma unroll
-  for (int lanes = 1; lanes < 4; lanes *= 2) {
-    const uint32_t other = __shfl_xor_sync(kWholeWarp, largest, lanes);
-    largest = other > largest ? other : largest;
-  }
-  const float magnitude = __uint_as_float(largest);
+  const uint32_t other = __shfl_xor_sync(kWholeWarp, largest, 1);
+  const float magnitude = __uint_as_float(other > largest ? other : largest);
   const float inverse = magnitude < 1e-30f ? 0.0f : 127.0f / magnitude;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
+  for (int i = 0; i < kColumns / 4; ++i) {
     uint32_t rounded[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j)
@@ -107,24 +109,24 @@ __device__ __forceinline__ float quantize_quarter(const float (&x)[8], uint32_t 
   return magnitude / 127.0f + magnitude * 0.0f;  // NaN of what is not finite
 }
 
-// Groups first .. first + groups - 1 of `rows` rows of x, by all threads of the block. A lane has 8
-// columns; rows of a group lie next to each other, as lanes of multiply() take them.
+// Groups first .. first + groups - 1 of `rows` rows of x, by all threads of the block; rows of a
+// group lie next to each other, as lanes of multiply() take them.
 template <Format kFormat, int kTileM, typename Source>
 __device__ __forceinline__ void quantize_rows(const Source& source, int rows, int log_rows,
                                               int first, int groups, int8_t* values,
                                               float* scales) {
   using Raw = decltype(source.read(0, 0));
-  constexpr int kFlight = kTileM == 1 ? 1 : 64 / static_cast<int>(sizeof(Raw));
-  const int lane = threadIdx.x % kWarp;
-  const int items = groups << (log_rows + 2);
+  constexpr int kFlight = 64 / static_cast<int>(sizeof(Raw));
+  const int lane = threadIdx.x % kWarp, half = lane % 2;
+  const int items = groups << (log_rows + 1);
   // A range's groups past the last: with a scale of 0, their dots do not matter.
   const int filled = (groups + kRange - 1) / kRange * kRange;
   for (int i = groups * kTileM + threadIdx.x; i < filled * kTileM; i += blockDim.x) scales[i] = 0;
   for (int base = threadIdx.x - lane; base < items; base += kFlight * blockDim.x) {
     const auto place = [&](int i, int& group, int& m) {  // whether there is one
       const int item = base + i * static_cast<int>(blockDim.x) + lane;
-      group = item >> (log_rows + 2);
-      m = item >> 2 & ((1 << log_rows) - 1);
+      group = item >> (log_rows + 1);
+      m = item >> 1 & ((1 << log_rows) - 1);
       return item < items && m < rows;
     };
     int group, m;
@@ -132,27 +134,26 @@ __device__ __forceinline__ void quantize_rows(const Source& source, int rows, in
 #pragma unroll
     for (int i = 0; i < kFlight; ++i) {
       raw[i] = {};
-      if (place(i, group, m)) raw[i] = source.read(m, (first + group) * kGroup + lane % 4 * 8);
+      if (place(i, group, m)) raw[i] = source.read(m, (first + group) * kGroup + half * kColumns);
     }
 #pragma unroll
     for (int i = 0; i < kFlight; ++i) {
       if (base + i * static_cast<int>(blockDim.x) >= items) break;  // the whole warp
       const bool any = place(i, group, m);
-      float x[8];
+      float x[kColumns];
       raw[i].unpack_to(x);
-      uint32_t bytes[2];
-      const float scale = quantize_quarter(x, bytes);
+      uint32_t bytes[kColumns / 4];
+      const float scale = quantize_half(x, bytes);
       if (!any) continue;
       uint32_t* const to = reinterpret_cast<uint32_t*>(values + ((group << log_rows) + m) *
                                                                     static_cast<int>(kGroup));
-      const int q = lane % 4;
       if constexpr (kFormat == Format::int8) {  // chunk c goes with c + 4
-        to[q % 2 * 4 + q / 2] = bytes[0];
-        to[q % 2 * 4 + q / 2 + 2] = bytes[1];
+#pragma unroll
+        for (int c = 0; c < kColumns / 4; ++c) to[c * 2 + half] = bytes[c];
       } else {
-        *reinterpret_cast<uint2*>(to + q * 2) = {bytes[0], bytes[1]};
+        *reinterpret_cast<uint4*>(to + half * 4) = {bytes[0], bytes[1], bytes[2], bytes[3]};
       }
-      if (q == 0) scales[group * kTileM + m] = scale;
+      if (half == 0) scales[group * kTileM + m] = scale;
     }
   }
 }
