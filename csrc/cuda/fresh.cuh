@@ -7,9 +7,13 @@
 namespace voxkern {
 namespace {
 
-__device__ __forceinline__ float read_fresh(const float* p) { return __ldcg(p); }
-__device__ __forceinline__ float read_fresh(const bf16* p) {
-  return to_float(bf16{__ldcg(&p->bits)});
+// As it stands in memory: made a float right away, it would be waited for right away.
+__device__ __forceinline__ float element_fresh(const float* p) { return __ldcg(p); }
+__device__ __forceinline__ bf16 element_fresh(const bf16* p) { return {__ldcg(&p->bits)}; }
+
+template <typename T>
+__device__ __forceinline__ float read_fresh(const T* p) {
+  return to_float(element_fresh(p));
 }
 
 // N elements in a row, as load() takes them.

@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, kMost > 8 || sizeof(T) == 4 ? 2 : 3)
   for (int at = blockIdx.x; at < tiles; at += gridDim.x) {
     const int n = at * kRows + at_n;
     const bool finishes = at_m < rows && n < p.N;
-    const float old = finishes ? old_value<T, after>(p, at_m, n) : 0;
+    const T old = finishes ? old_value<T, after>(p, at_m, n) : T{};
     for (int i = warp; i < items; i += kWarps) {
       if (plan.slots == kSlots<kFormat>)
         wait_copies<kSlots<kFormat> - 1>();

@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, kHigh || !kAligned || kNormSpills<be
   for (int at = blockIdx.x; at < tiles; at += gridDim.x, turn ^= 1) {
     const int at_m = me / kTileN, n = at * kTileN + me % kTileN;
     const bool finishes = me < kRowsM * kTileN && at_m < rows && n < N;
-    const float old = finishes ? old_value<bf16, after>(p, m + at_m, n) : 0;
+    const bf16 old = finishes ? old_value<bf16, after>(p, m + at_m, n) : bf16{};
 #pragma unroll
     for (int of = 0; of < kOf; ++of) {
       float sums[4] = {};

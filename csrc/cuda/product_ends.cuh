@@ -147,18 +147,18 @@ constexpr int kProducts = after == After::swiglu ? 2 : 1;
 
 // What the result of row m, column n is added to; to be read ahead of finish().
 template <typename T, After after>
-__device__ __forceinline__ float old_value(const ProductParams& p, int64_t m, int64_t n) {
+__device__ __forceinline__ T old_value(const ProductParams& p, int64_t m, int64_t n) {
   if constexpr (after == After::add)
-    return read_fresh(static_cast<const T*>(p.residual) + m * p.N + n);
-  return 0;
+    return element_fresh(static_cast<const T*>(p.residual) + m * p.N + n);
+  return {};
 }
 
 // The result of row m, column n, from its sums (gate's and up's with SwiGLU).
 template <typename T, After after>
 __device__ __forceinline__ void finish(const ProductParams& p, int64_t m, int64_t n,
-                                       const float (&sums)[kProducts<after>], float old) {
+                                       const float (&sums)[kProducts<after>], T old) {
   float result = sums[0];
-  if constexpr (after == After::add) result = rounded<T>(result) + old;
+  if constexpr (after == After::add) result = rounded<T>(result) + to_float(old);
   if constexpr (after == After::swiglu) result = swiglu(rounded<T>(sums[0]), rounded<T>(sums[1]));
   static_cast<T*>(p.out)[m * p.N + n] = from_float<T>(result);
 }
