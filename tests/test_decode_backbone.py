@@ -212,6 +212,19 @@ def test_bits_of_packed_weights_are_those_of_the_composed_ops(
     assert_same_bits(run(target.run, arguments), expected)
 
 
+# Rows of several ranges, the last one short, and several tiles to a block.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("packing", PACKINGS[:2], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 16, 17])
+def test_bits_of_many_packed_rows_are_those_of_the_composed_ops(target, rows, packing, dtype):
+    sizes = Sizes(L=2, C=288, F=544, Hq=10, Hkv=2, D=32, S=16)
+    arguments = packed(make(sizes, dtype, [*([3, 129, 20, 1, 128] * 4)[:rows]]), packing)
+    together = run(target.run, arguments)
+    assert_same_bits(together, run(lambda _, *args: composed(target.run, *args), arguments))
+    alone, _, _ = run(target.run, of_rows(arguments, slice(rows - 1, rows)))
+    assert torch.equal(alone[0], together[0][-1])
+
+
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
 @pytest.mark.parametrize("sizes", PACKED_SIZES, ids=str)
 def test_packed_is_near_the_reference(target, sizes, packing):
