@@ -1,5 +1,5 @@
-// Integer dots of packed weights (csrc/weight.h) and quantized rows of x, with their scales, through
-// the tensor cores: what packed_product.cuh (few rows) and packed_tiles.cuh (many) share.
+// Integer dots of packed weights (csrc/weight.h) and quantized rows of x, with their scales,
+// through the tensor cores: what packed_product.cuh (few rows) and packed_tiles.cuh (many) share.
 //
 // The unit is a range of 8 groups: 256 columns of 16 rows of W, 4 KB in int8 and 2 KB in int4. One
 // instruction gives a group's dots with 8 rows of x. Weights are the operand with 16 rows, so one
@@ -70,8 +70,7 @@ struct PackedShared {
 // in int4 group_scales(k), a 16th of those of rows 2 g and 2 g + 1; the whole warp calls them.
 template <Format kFormat, int kUsed, int kTileM, typename W>
 __device__ __forceinline__ void multiply(const W& w, const PackedShared<kTileM>& shared, int first,
-                                         int rows, int log_rows,
-                                         float (&sums)[kTiles<kTileM>][4]) {
+                                         int rows, int log_rows, float (&sums)[kTiles<kTileM>][4]) {
   const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int tile = 0; tile < kTiles<kTileM>; ++tile)

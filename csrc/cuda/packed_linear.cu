@@ -19,15 +19,15 @@ void launch_blocks(const LinearParams& p, cudaStream_t stream, bool overlaps_pre
   if (blocks > 65535)  // the grid's second dimension is 16 bits wide
     throw std::runtime_error("weight: packed, on CUDA expected at most " +
                              std::to_string(65535 * kBlocks * kBlockRows) + " rows");
-  launch(packed_tile_kernel<T, kFormat, kBlocks>,
-         {.grid = dim3(static_cast<unsigned>(divide_up(p.M, kTileM)),
-                       static_cast<unsigned>(blocks)),
-          .block = dim3(kThreads),
-          .shared_bytes = static_cast<size_t>(PackedShared<kTileM>::bytes(
-              kThreads / kWarp / kBlocks, kThreads / kWarp, log_rows)),
-          .stream = stream,
-          .overlaps_previous = overlaps_previous},
-         p);
+  launch(
+      packed_tile_kernel<T, kFormat, kBlocks>,
+      {.grid = dim3(static_cast<unsigned>(divide_up(p.M, kTileM)), static_cast<unsigned>(blocks)),
+       .block = dim3(kThreads),
+       .shared_bytes = static_cast<size_t>(
+           PackedShared<kTileM>::bytes(kThreads / kWarp / kBlocks, kThreads / kWarp, log_rows)),
+       .stream = stream,
+       .overlaps_previous = overlaps_previous},
+      p);
 }
 
 template <typename T, Format kFormat>

@@ -23,9 +23,10 @@ Layout layout(const ProductParams& p, int64_t each = kBlocksEach) {
   const int64_t items = ranges * (p.after == After::swiglu ? 2 : 1);
   const int64_t needed = of_block * divide_up(items, kWarps);
   const int64_t sums = items * kMost * Shared::kStride;
-  const int64_t x = Shared::bytes(ranges, of_block > 1 ? 2 * items : items,
-                                  log_up(static_cast<int>(p.M)));
-  const int64_t row = p.before == Before::norm ? p.C / kVector<T> | 4 : 0;  // other banks for others
+  const int64_t x =
+      Shared::bytes(ranges, of_block > 1 ? 2 * items : items, log_up(static_cast<int>(p.M)));
+  const int64_t row =
+      p.before == Before::norm ? p.C / kVector<T> | 4 : 0;  // other banks for others
   const int64_t staged = row * p.M * static_cast<int64_t>(sizeof(uint4));
   int64_t slots = needed < kSlots<kFormat> ? needed : kSlots<kFormat>;
   const auto bytes = [&] { return slots * kWarps * kSlotBytes<kFormat> + x + staged; };

@@ -1,15 +1,15 @@
 // Products of few rows x with packed weights (packed_dots.cuh) that are read once, with the ends of
 // product_ends.cuh: what packed_product.cu launches.
 //
-// A tile is 16 rows of W (with SwiGLU 16 of gate and 16 of up), whose ranges a block's warps take in
-// turns: one each of 2048 columns, or of the gate and up of 1024. W goes through a queue in shared
-// memory, as in product.cuh, of kSlots ranges a warp: asynchronous copies that only this warp reads,
-// across the tiles of a block, begun before the wait for the kernel in front. Pieces of 16 bytes
-// lie there in an order in which a half warp that reads an operand meets no bank twice.
+// A tile is 16 rows of W (with SwiGLU 16 of gate and 16 of up), whose ranges a block's warps take
+// in turns: one each of 2048 columns, or of the gate and up of 1024. W goes through a queue in
+// shared memory, as in product.cuh, of kSlots ranges a warp: asynchronous copies that only this
+// warp reads, across the tiles of a block, begun before the wait for the kernel in front. Pieces of
+// 16 bytes lie there in an order in which a half warp that reads an operand meets no bank twice.
 //
 // x comes quantized, all of its columns once a block, from memory or from the normalised rows that
-// stage() leaves in shared memory. Then no warp waits for another but once a tile, where its ranges'
-// sums are added; they take turns with two places where a block has several tiles.
+// stage() leaves in shared memory. Then no warp waits for another but once a tile, where its
+// ranges' sums are added; they take turns with two places where a block has several tiles.
 #pragma once
 
 #include "packed_dots.cuh"
@@ -27,9 +27,9 @@ constexpr int kSlotBytes = kRange * static_cast<int>(group_bytes(kFormat) + scal
 
 // How a launch lays out a block's shared memory: queue, quantized x and sums, staged x.
 struct PackedPlan {
-  int slots;          // of the queue
-  int sums;           // floats of one of the places for sums
-  int staged, row;    // where x is staged, in bytes; vectors from one of its rows to the next
+  int slots;        // of the queue
+  int sums;         // floats of one of the places for sums
+  int staged, row;  // where x is staged, in bytes; vectors from one of its rows to the next
 };
 
 // A range in the queue, from where this lane's operands are.
@@ -57,9 +57,18 @@ struct PackedSlot {
   }
 };
 
+// Blocks whose registers a multiprocessor has together: three where they do not spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+template <typename T, int kMost>
+constexpr int kResident = 2;
+#else
+template <typename T, int kMost>
+constexpr int kResident = kMost > 8 || sizeof(T) == 4 ? 2 : 3;
+#endif
+
 // kMost: rows of x, at most.
 template <typename T, Format kFormat, int kMost, Before before, After after>
-__global__ void __launch_bounds__(kThreads, kMost > 8 || sizeof(T) == 4 ? 2 : 3)
+__global__ void __launch_bounds__(kThreads, kResident<T, kMost>)
     packed_product_kernel(ProductParams p, PackedPlan plan) {
   constexpr int kOf = kProducts<after>, kRows = static_cast<int>(kBlockRows);
   constexpr int kStride = PackedShared<kMost>::kStride;
@@ -72,9 +81,10 @@ __global__ void __launch_bounds__(kThreads, kMost > 8 || sizeof(T) == 4 ? 2 : 3)
   const int rows = kMost == 1 ? 1 : static_cast<int>(p.M), log_rows = log_up(rows);
   const PackedShared<kMost> shared(queue + plan.slots * kWarps * kSlotBytes<kFormat>, ranges,
                                    log_rows);
-  const int64_t block_size = block_bytes(kFormat, C);
+  const int block_size = static_cast<int>(block_bytes(kFormat, C));
   const auto block_at = [&](int tile, int product) {
-    return static_cast<const char*>(p.weight) + (tile + product * tiles) * block_size;
+    return static_cast<const char*>(p.weight) +
+           static_cast<int64_t>(tile + product * tiles) * block_size;
   };
   const auto slot_at = [&](int slot) {
     return queue + (slot * kWarps + warp) * kSlotBytes<kFormat>;
@@ -87,8 +97,7 @@ __global__ void __launch_bounds__(kThreads, kMost > 8 || sizeof(T) == 4 ? 2 : 3)
       const int product = kOf == 2 && item >= ranges;
       const int first = (item - product * ranges) * kRange;
       const char* const block = block_at(tile, product);
-      const char* const from =
-          block + static_cast<int64_t>(first) * group_bytes(kFormat) + lane * 16;
+      const char* const from = block + first * static_cast<int>(group_bytes(kFormat)) + lane * 16;
       const int there = (groups - first) * static_cast<int>(group_bytes(kFormat)) - lane * 16;
       unsigned char* const to = slot_at(slot) + PackedSlot<kFormat>::place(lane) * 16;
 #pragma unroll
@@ -96,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, kMost > 8 || sizeof(T) == 4 ? 2 : 3)
         copy_async_16(to + at, from + at, at < there);
       if (kFormat == Format::int4 && lane < kRange)
         copy_async_16(slot_at(slot) + kRange * group_bytes(kFormat) + lane * 16,
-                      block + groups * group_bytes(kFormat) + (first + lane) * 16,
+                      block + groups * static_cast<int>(group_bytes(kFormat)) + (first + lane) * 16,
                       first + lane < groups);
       item += kWarps;
       if (item >= items) {
@@ -135,10 +144,9 @@ __global__ void __launch_bounds__(kThreads, kMost > 8 || sizeof(T) == 4 ? 2 : 3)
   }
   __syncthreads();
 
-  int oldest = 0;
-  float* partials = shared.partials;
-  float* other = partials + plan.sums;
-  for (int at = blockIdx.x; at < tiles; at += gridDim.x) {
+  int oldest = 0, turn = 0;
+  for (int at = blockIdx.x; at < tiles; at += gridDim.x, turn = plan.sums - turn) {
+    float* const partials = shared.partials + turn;
     const int n = at * kRows + at_n;
     const bool finishes = at_m < rows && n < p.N;
     const T old = finishes ? old_value<T, after>(p, at_m, n) : T{};
@@ -175,9 +183,6 @@ __global__ void __launch_bounds__(kThreads, kMost > 8 || sizeof(T) == 4 ? 2 : 3)
       }
       finish<T, after>(p, at_m, n, totals, old);
     }
-    float* const used = partials;
-    partials = other;
-    other = used;
   }
 }
 

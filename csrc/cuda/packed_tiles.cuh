@@ -1,7 +1,7 @@
 // Products of many rows of x with packed weights: a block takes 32 rows of x and 16 kBlocks of W,
-// whose warps take ranges (packed_dots.cuh) in turns. A warp asks for all of a range at once, before
-// it waits for anything: 4 KB in int8, 2 KB in int4, in 32 or 16 registers a lane. x is quantized
-// meanwhile, once a block and turn.
+// whose warps take ranges (packed_dots.cuh) in turns. A warp asks for all of a range at once,
+// before it waits for anything: 4 KB in int8, 2 KB in int4, in 32 or 16 registers a lane. x is
+// quantized meanwhile, once a block and turn.
 #pragma once
 
 #include "../linear.h"
@@ -121,7 +121,8 @@ __global__ void __launch_bounds__(kThreads, 2) packed_tile_kernel(LinearParams p
 #pragma unroll
   for (int i = 0; i < kOutputs; ++i) {
     const int at = first_m + i * kStep;
-    if (at < rows && n + row < N) out[at * N + row] = from_float<T>(__fmul_rn(totals[i], row_scale));
+    if (at < rows && n + row < N)
+      out[at * N + row] = from_float<T>(__fmul_rn(totals[i], row_scale));
   }
 }
 
