@@ -1,7 +1,7 @@
 #include "../decode_backbone.h"
 #include "layers.cuh"
 
-// A layer is five launches, for more than 16 rows nine. begin_kernel in front lets nothing start
+// A layer is five launches, for more than 16 rows eight. begin_kernel in front lets nothing start
 // before its own wait: all behind it may read the op's arguments and older keys before theirs. It
 // waits for nothing on the host, so a CUDA graph can hold it.
 //
@@ -16,7 +16,8 @@
 //
 // 82 launches for 16 layers, the start and the last norm; 580 us of memory's time. A launch costs
 // what its neighbours' prefetches do not hide of about 1.2 us: x through the norm, the last sums,
-// the end that the next one waits for.
+// the end that the next one waits for. Packed weights take the same launches, in 192, 128, 264 and
+// 128 blocks: 290 us of memory's time in int8, 155 in int4.
 namespace voxkern {
 namespace {
 

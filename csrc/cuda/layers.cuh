@@ -3,8 +3,8 @@
 //
 //   norm, qkv | rope, append, attention | o, residual | norm, gate and up, SwiGLU | down, residual
 //
-// The attention is the op's own. Products that product() does not take (many rows, odd widths) are launches of rms_norm, linear and silu_mul. Either way results are rounded where
-// those store them.
+// The attention is the op's own. Products that product() does not take (many rows, odd widths) are
+// launches of rms_norm, linear and silu_mul. Either way results are rounded where those store them.
 #pragma once
 
 #include "../cpu/arena.h"
