@@ -4,7 +4,7 @@ import triton.language as tl
 from torch import Tensor
 
 from voxkern.triton.checks import check_attention, check_operand
-from voxkern.triton.language import dot, load, store, tile
+from voxkern.triton.language import INTERPRETED, dot, load, store, tile
 
 
 @triton.jit
@@ -83,36 +83,44 @@ def combine_kernel(
     splits,
     D,
     SPLIT: tl.constexpr,
+    HEADS: tl.constexpr,
     AT_ONCE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A program takes a query head of a sequence, AT_ONCE of its splits at a time."""
-    row = tl.program_id(0).to(tl.int64)
+    """A program takes HEADS query heads of a sequence (1, but when interpreted), AT_ONCE of their
+    splits at a time."""
+    b = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
+    row = b * Hq + head
     column = tl.arange(0, BLOCK_D)
-    length = tl.minimum(tl.load(seq_lens + row // Hq), M * S)
+    length = tl.minimum(tl.load(seq_lens + b), M * S)
     used = tl.cdiv(length, SPLIT)
-    largest, weight = float("-inf"), 0.0
-    total = tl.zeros((BLOCK_D,), tl.float32)
+    largest = tl.full((HEADS,), float("-inf"), tl.float32)
+    weight = tl.zeros((HEADS,), tl.float32)
+    total = tl.zeros((HEADS, BLOCK_D), tl.float32)
     for first in range(0, used, AT_ONCE):
         split = first + tl.arange(0, AT_ONCE)
-        at = row * splits + split
-        theirs = tl.load(states + at * 2, mask=split < used, other=float("-inf"))
-        weights = tl.load(states + at * 2 + 1, mask=split < used, other=0.0)
-        inside = (split < used)[:, None] & (column < D)[None, :]
-        parts = tl.load(sums + at[:, None] * D + column[None, :], mask=inside, other=0.0)
-        new = tl.maximum(largest, tl.max(theirs, 0))
-        factors = tl.exp(theirs - new)
-        total = total * tl.exp(largest - new) + tl.sum(parts * factors[:, None], 0)
-        weight = weight * tl.exp(largest - new) + tl.sum(weights * factors, 0)
+        at = row[:, None] * splits + split[None, :]
+        there = (head < Hq)[:, None] & (split < used)[None, :]
+        theirs = tl.load(states + at * 2, mask=there, other=float("-inf"))
+        weights = tl.load(states + at * 2 + 1, mask=there, other=0.0)
+        inside = there[:, :, None] & (column < D)[None, None, :]
+        parts = tl.load(sums + at[:, :, None] * D + column[None, None, :], mask=inside, other=0.0)
+        new = tl.maximum(largest, tl.max(theirs, 1))
+        factors = tl.exp(theirs - new[:, None])
+        total = total * tl.exp(largest - new)[:, None] + tl.sum(parts * factors[:, :, None], 1)
+        weight = weight * tl.exp(largest - new) + tl.sum(weights * factors, 1)
         largest = new
-    store(out + row * D + column, total / tl.where(length > 0, weight, 1.0), column < D)
+    total = total / tl.where(length > 0, weight, 1.0)[:, None]
+    inside = (head < Hq)[:, None] & (column < D)[None, :]
+    store(out + row[:, None] * D + column[None, :], total, inside)
 
 
 def split_keys(head_dim: int) -> int:
     """Keys of a program: 16 KB of keys and as much of values in float32, so that several programs
     share a multiprocessor. A function of the width alone, so that neither batch nor pages change
     a result."""
-    return max(16, 4096 // tile(head_dim, 16))
+    return max(16, (16384 if INTERPRETED.value else 4096) // tile(head_dim, 16))
 
 
 def launch_decode_attention(
@@ -161,7 +169,8 @@ def launch_decode_attention(
         )
     if alone:
         return
-    combine_kernel[(batch * heads,)](
+    at_once = tile(heads) if INTERPRETED.value else 1
+    combine_kernel[(triton.cdiv(heads, at_once), batch)](
         sums,
         states,
         seq_lens,
@@ -172,6 +181,7 @@ def launch_decode_attention(
         splits,
         head_dim,
         SPLIT=split,
+        HEADS=at_once,
         AT_ONCE=16,
         BLOCK_D=tile(head_dim),
         num_warps=2,

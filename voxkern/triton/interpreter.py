@@ -14,9 +14,9 @@ def prepare() -> None:
 
     What it lacks: rounding to bfloat16 to nearest (it truncates), products of bfloat16 (NumPy has
     none), and loops whose bounds are arguments (NumPy 2.4 takes no array of one element for an
-    integer). What takes most of its time: replacing the language's functions anew for every call
-    of a helper, where once is enough, since a process that interprets compiles nothing; and
-    computing every sum of integers twice, to check for an overflow.
+    integer). What takes most of its time: products of transposed matrices; replacing the language's
+    functions anew for every call of a helper, where once is enough, since a process that interprets
+    compiles nothing; and computing every sum of integers twice, to check for an overflow.
     """
     builder = interpreter.InterpreterBuilder
     convert, multiply = interpreter._convert_float, builder.create_dot
@@ -40,14 +40,15 @@ def convert_float(convert, values, source, target, rounding):
 
 
 def create_dot(builder, multiply, a, b, *rest):
-    return multiply(builder, widened(a), widened(b), *rest)
+    return multiply(builder, prepared(a), prepared(b), *rest)
 
 
-def widened(operand):
-    if operand.dtype.scalar != tl.bfloat16:
-        return operand
-    bits = operand.data.astype(np.uint32) << 16
-    return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+def prepared(operand):
+    """In float32, and contiguous: NumPy multiplies a transposed batch element by element."""
+    data, dtype = operand.data, operand.dtype.scalar
+    if dtype == tl.bfloat16:
+        data, dtype = (data.astype(np.uint32) << 16).view(np.float32), tl.float32
+    return interpreter.TensorHandle(np.ascontiguousarray(data), dtype)
 
 
 def patch_once(patch, patched, fn):
