@@ -1,42 +1,28 @@
-"""A stack of Llama's layers for one token of each row: what decode_backbone and decode_depth
-share.
+"""A stack of Llama's layers for one token of each row: what decode_backbone and decode_depth share.
 
-Kernel after kernel without a wait on the host, so that a CUDA graph can hold it. Results are
-rounded where the composed ops store them.
+A layer of at most FEW_ROWS rows is four launches and the op's own attention:
+
+    norm, qkv | attention | o, residual | norm, gate and up, SwiGLU | down, residual
+
+With more rows norms and SwiGLU are launches of their own, and a packed weight takes one to quantize
+x, which does the norm or SwiGLU as well. Either way results are rounded where the composed ops
+store them. Nothing waits on the host, so that a CUDA graph can hold it.
+
+Programmatic dependent launch (Triton's launch_pdl) is left out: its instructions exist on NVIDIA
+from sm_90 on alone, and neither AMD's compiler nor the interpreter takes them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from voxkern.quantize import format_of, num_columns
-from voxkern.triton.append_kv import launch_append_kv
 from voxkern.triton.checks import check, check_dim, check_operand
-from voxkern.triton.decode_attention import launch_decode_attention
-from voxkern.triton.linear import check_matrix, launch_linear
-from voxkern.triton.rms_norm import launch_rms_norm
+from voxkern.triton.linear import FEW_ROWS, check_matrix, launch_linear, launch_product
+from voxkern.triton.packed_linear import launch_packed_linear
 from voxkern.triton.silu_mul import launch_silu_mul
-
-
-def project(x: Tensor, weight: Tensor, num_rows: int) -> Tensor:
-    """`[B, num_rows]`: without the rows that fill up a packed weight's last block."""
-    out = x.new_empty(x.shape[0], num_rows)
-    launch_linear(x, weight, out)
-    return out
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where keys and values go, and which of them each row attends to; as in `append_kv` and
-    `decode_attention`."""
-
-    positions: Tensor
-    slots: Tensor
-    k_pages: Tensor  # [L, P, Hkv, S, D]
-    v_pages: Tensor
-    page_table: Tensor
-    seq_lens: Tensor
 
 
 @dataclass(frozen=True)
@@ -55,19 +41,42 @@ class Layers:
     num_kv_heads: int
     eps: float
 
-    def run(self, residual: Tensor, places: Places) -> Tensor:
-        """The hidden states `[B, C]` after the last norm; `residual`, contiguous, is added to."""
-        branch = None
+    def run(
+        self,
+        residual: Tensor,
+        attend: Callable[[int, Tensor, Tensor], None],
+        keys_only: bool = False,
+    ) -> Tensor:
+        """`[B, C]` before the last norm, from as much, contiguous.
+
+        Args:
+            attend: writes its third argument `[B, Hq D]` from its second `[B, (Hq + 2 Hkv) D]`;
+                the first is the layer.
+            keys_only: of the last layer only the attention runs.
+        """
+        heads = self.num_heads + 2 * self.num_kv_heads
         for i in range(len(self.qkv)):
-            x = self._normalise(branch, residual, self.attn_norm[i])
-            attended = self._attend(x, i, places)
-            branch = project(attended.flatten(1), self.o[i], self.width)
-            x = self._normalise(branch, residual, self.mlp_norm[i])
-            gate_up = project(x, self.gate_up[i], 2 * num_columns(self.down))
-            product = x.new_empty(x.shape[0], num_columns(self.down))
-            launch_silu_mul(gate_up, product)
-            branch = project(product, self.down[i], self.width)
-        return self._normalise(branch, residual, self.norm)
+            qkv = self.project(residual, self.qkv[i], heads * self.head_dim, self.attn_norm[i])
+            attended = qkv.new_empty(len(qkv), self.num_heads * self.head_dim)
+            attend(i, qkv, attended)
+            if keys_only and i == len(self.qkv) - 1:
+                break
+            residual = self.project(attended, self.o[i], self.width, add=residual)
+            residual = self._feed(residual, self.mlp_norm[i], self.gate_up[i], self.down[i])
+        return residual
+
+    def project(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        num_rows: int,
+        norm: Tensor | None = None,
+        add: Tensor | None = None,
+    ) -> Tensor:
+        """`[B, num_rows]`: without the rows that fill up a packed weight's last block."""
+        out = x.new_empty(len(x), num_rows)
+        launch_linear(x, weight, out, norm, self.eps, add)
+        return out
 
     @property
     def width(self) -> int:
@@ -77,26 +86,19 @@ class Layers:
     def head_dim(self) -> int:
         return self.rope_table.shape[1]
 
-    def _normalise(self, branch: Tensor | None, residual: Tensor, weight: Tensor) -> Tensor:
-        """The norm of the residual, with a branch's output added first if there is one."""
-        out = torch.empty_like(residual)
-        if branch is None:
-            launch_rms_norm(residual, None, weight, self.eps, out)
+    def _feed(self, residual: Tensor, norm: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        ffn = num_columns(down)
+        product = residual.new_empty(len(residual), ffn)
+        if len(residual) <= FEW_ROWS and format_of(gate_up) == "none":
+            launch_product(residual, gate_up, product, norm, self.eps, swiglu=True)
         else:
-            launch_rms_norm(branch, residual, weight, self.eps, out)
-        return out
-
-    def _attend(self, x: Tensor, layer: int, places: Places) -> Tensor:
-        """`[B, Hq, D]`."""
-        heads = self.num_heads, self.num_kv_heads, self.num_kv_heads
-        qkv = project(x, self.qkv[layer], sum(heads) * self.head_dim)
-        q, k, v = qkv.view(len(x), sum(heads), self.head_dim).split(heads, 1)
-        k_pages, v_pages = places.k_pages[layer], places.v_pages[layer]
-        launch_append_kv(q, k, v, self.rope_table, places.positions, places.slots, k_pages, v_pages)
-        out = x.new_empty(q.shape)
-        scale = self.head_dim**-0.5
-        launch_decode_attention(q, k_pages, v_pages, places.page_table, places.seq_lens, scale, out)
-        return out
+            both = self.project(residual, gate_up, 2 * ffn, norm)
+            if format_of(down) != "none":
+                out = residual.new_empty(residual.shape)
+                launch_packed_linear(both, down, out, swiglu=True, add=residual)
+                return out
+            launch_silu_mul(both, product)
+        return self.project(product, down, self.width, add=residual)
 
     def check(self, like: Tensor, width: int) -> None:
         """Layers of that width, on the device and of the dtype of `like`."""

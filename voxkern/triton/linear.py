@@ -10,90 +10,202 @@ from torch import Tensor
 
 from voxkern.quantize import format_of, num_rows
 from voxkern.triton.checks import check, check_float, check_operand
-from voxkern.triton.language import INTERPRETED, dot, store, tile
+from voxkern.triton.language import INTERPRETED, MOST_ELEMENTS, dot, load, rounded, store, tile
 from voxkern.triton.packed_linear import check_packed, launch_packed_linear
+from voxkern.triton.rms_norm import launch_rms_norm, rms_scale
+from voxkern.triton.silu_mul import silu
 
 SPLITS = 4
+FEW_ROWS = 16
+"""Rows that share a tile, and so a launch that fuses what is around the product."""
 
 
 @triton.jit
 def linear_kernel(
     x,
+    norm,
     weight,
+    add,
     out,
     out_stride,
     M,
     N,
     C,
+    eps,
+    NORM: tl.constexpr,
+    ADD: tl.constexpr,
+    SWIGLU: tl.constexpr,
     SPLITS: tl.constexpr,
+    NORM_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """A program takes BLOCK_M rows of x and BLOCK_N of the weight, `[M, C]` and `[N, C]`.
 
     Each step reads SPLITS * BLOCK_K neighbouring columns, and a batch of SPLITS products keeps a
     sum of its own of each: one after the other they would take longer than the weight's bytes. So
     the order of an element's sum depends on the two constants and C.
+
+    With NORM x goes through the norm first, whose factors each program finds for itself. With ADD
+    the result is added to `[M, N]`. With SWIGLU the weight is `[2N, C]`, gate rows first, and a
+    program takes BLOCK_N of either. All round where the ops that they stand for store.
     """
     m = (tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))[None, :, None]
     n = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :, None]
     split = tl.arange(0, SPLITS)[:, None, None]
     place = split * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]
+    if NORM:
+        scales = rms_scales(x, M, C, eps, BLOCK_M, NORM_ROWS, BLOCK_C)[None, :, None]
     sums = tl.zeros((SPLITS, BLOCK_M, BLOCK_N), tl.float32)
-    for first in range(0, C, SPLITS * BLOCK_K):
-        column = first + place
-        a = tl.load(x + m * C + column, mask=(m < M) & (column < C), other=0.0)
-        b = tl.load(weight + n * C + column, mask=(n < N) & (column < C), other=0.0)
-        sums = dot(a, tl.permute(b, (0, 2, 1)), sums)
+    if SWIGLU:
+        ups = tl.zeros((SPLITS, BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, C, UNROLL * SPLITS * BLOCK_K):
+        for step in tl.static_range(UNROLL):
+            column = first + step * SPLITS * BLOCK_K + place
+            inside = (m < M) & (column < C)
+            a = tl.load(x + m * C + column, mask=inside, other=0.0)
+            if NORM:  # weights for each row anew: their loads are pipelined, and laid out, as x's
+                factors = load(norm + m * 0 + column, inside)
+                a = (a.to(tl.float32) * scales * factors).to(x.dtype.element_ty)
+            inside = (n < N) & (column < C)
+            b = tl.load(weight + n * C + column, mask=inside, other=0.0)
+            sums = dot(a, tl.permute(b, (0, 2, 1)), sums)
+            if SWIGLU:
+                b = tl.load(weight + (N + n) * C + column, mask=inside, other=0.0)
+                ups = dot(a, tl.permute(b, (0, 2, 1)), ups)
     m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    store(out + m * out_stride + n, tl.sum(sums, 0), (m < M) & (n < N))
+    inside = (m < M) & (n < N)
+    result = sum_splits(sums)
+    if SWIGLU:
+        result = silu(rounded(result, out)) * rounded(sum_splits(ups), out)
+    if ADD:
+        result = rounded(result, out) + load(add + m * N + n, inside)
+    store(out + m * out_stride + n, result, inside)
+
+
+@triton.jit
+def rms_scales(x, M, C, eps, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """`[BLOCK_M]` for the first rows of x, ROWS at a time."""
+    m = tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_C)[None, :]
+    scales = tl.zeros((BLOCK_M,), tl.float32)
+    for first in range(0, M, ROWS):
+        row = first + tl.arange(0, ROWS)
+        inside = (row < M)[:, None] & (column < C)
+        scale = rms_scale(load(x + row[:, None].to(tl.int64) * C + column, inside), C, eps)
+        scales += tl.sum(tl.where(m[:, None] == row[None, :], scale[None, :], 0.0), 1)
+    return scales
+
+
+@triton.jit
+def sum_splits(sums):
+    """Of `[SPLITS, BLOCK_M, BLOCK_N]`, in an order that no layout decides."""
+    rows: tl.constexpr = sums.shape[1]
+    columns: tl.constexpr = sums.shape[2]
+    for _ in tl.static_range(2):
+        sums = tl.sum(tl.reshape(sums, (2, sums.shape[0] // 2, rows, columns)), 0)
+    return tl.reshape(sums, (rows, columns))
 
 
 class Tiles(NamedTuple):
     block_k: int
     block_m: int
     block_n: int
+    unroll: int
+    norm_rows: int
     num_warps: int
     num_stages: int
 
 
-def tiles(rows: int, columns: int, dtype: torch.dtype) -> Tiles:
+def tiles(rows: int, columns: int, dtype: torch.dtype, norm: bool, swiglu: bool) -> Tiles:
     """block_k is the same for any number of rows, so that a row's bits are."""
     if INTERPRETED.value:  # few steps: an operation costs a small tile as much as a larger one
-        return Tiles(min(2048, tile(triton.cdiv(columns, SPLITS), 16)), 16, 64, 4, 1)
+        block_k = min(2048, tile(triton.cdiv(columns, SPLITS), 16))
+        return Tiles(block_k, 16, min(256, MOST_ELEMENTS // (SPLITS * block_k)), 1, 16, 4, 1)
+    norm_rows = min(4, tile(rows))  # more registers would not be free until the product begins
     if dtype == torch.float32:  # multiplied and added one by one, out of registers
-        return Tiles(32, 16, 16, 4, 3)
-    if rows <= 16:  # the weight's bytes are all: 28 KB of them under way for each program
-        return Tiles(32, 16, 16, 4, 8)
-    return Tiles(32, 64, 64, 8, 3)
+        return Tiles(32, 16, 16, 1, norm_rows, 4, 3)
+    if rows > FEW_ROWS:
+        return Tiles(32, 64, 64, 1, norm_rows, 8, 3)
+    if swiglu:  # 48 KB: all of CSM's 512 programs run at once, four on a multiprocessor
+        return Tiles(32, 16, 16, 1, norm_rows, 4, 4)
+    if norm:  # 60 KB with x and the norm's weight: gfx942 has no more
+        return Tiles(32, 16, 16, 1, norm_rows, 4, 6)
+    # The weight's bytes are all. One or two programs a multiprocessor have 32 KB of them each under
+    # way, and wait for one another's warps once for 8 KB.
+    return Tiles(32, 16, 16, 2, norm_rows, 4, 5)
 
 
-def launch_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out `[M, N]` of x `[M, C]`, contiguous, and a matrix; out's rows may be further apart."""
+def launch_product(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    add: Tensor | None = None,
+    swiglu: bool = False,
+) -> None:
+    """out `[M, N]` of x `[M, C]` and a plain weight; out's rows may be further apart.
+
+    With a norm or SwiGLU x has at most FEW_ROWS rows.
+    """
     if not out.numel():
         return
-    if format_of(weight) != "none":
-        return launch_packed_linear(x, weight, out)
     rows, columns = x.shape
-    t = tiles(rows, columns, x.dtype)
-    grid = triton.cdiv(weight.shape[0], t.block_n), triton.cdiv(rows, t.block_m)
+    t = tiles(rows, columns, x.dtype, norm is not None, swiglu)
+    grid = triton.cdiv(out.shape[1], t.block_n), triton.cdiv(rows, t.block_m)
     linear_kernel[grid](
         x,
+        x if norm is None else norm,
         weight,
+        x if add is None else add,
         out,
         out.stride(0),
         rows,
-        weight.shape[0],
+        out.shape[1],
         columns,
+        eps,
+        NORM=norm is not None,
+        ADD=add is not None,
+        SWIGLU=swiglu,
         SPLITS=SPLITS,
+        NORM_ROWS=0 if norm is None else t.norm_rows,
+        BLOCK_C=0 if norm is None else tile(columns),
         BLOCK_K=t.block_k,
         BLOCK_M=t.block_m,
         BLOCK_N=t.block_n,
+        UNROLL=t.unroll,
         num_warps=t.num_warps,
         num_stages=t.num_stages,
     )
+
+
+def launch_linear(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    add: Tensor | None = None,
+) -> None:
+    """out `[M, N]` of x `[M, C]` and a matrix, contiguous but for out, whose rows may be apart.
+
+    x goes through a norm of that weight first if there is one, and the rounded product is added to
+    `add` `[M, N]`.
+    """
+    if not out.numel():
+        return
+    if format_of(weight) != "none":
+        return launch_packed_linear(x, weight, out, norm=norm, eps=eps, add=add)
+    if norm is not None and len(x) > FEW_ROWS:
+        normed = torch.empty_like(x)
+        launch_rms_norm(x, None, norm, eps, normed)
+        x, norm = normed, None
+    launch_product(x, weight, out, norm, eps, add)
 
 
 def check_matrix(

@@ -10,26 +10,55 @@ from torch import Tensor
 
 from voxkern.quantize import BLOCK_ROWS, GROUP, format_of, packed_shape
 from voxkern.triton.checks import check, check_operand
-from voxkern.triton.language import INTERPRETED, load, store, tile
+from voxkern.triton.language import INTERPRETED, MOST_ELEMENTS, load, rounded, store, tile
+from voxkern.triton.rms_norm import rms_scale
+from voxkern.triton.silu_mul import silu
 
 
 @triton.jit
-def quantize_rows_kernel(x, values, scales, C, GROUPS: tl.constexpr, GROUP: tl.constexpr):
-    """A program takes a row of x: `[groups, 32]`."""
-    row = tl.program_id(0).to(tl.int64)
-    group = tl.arange(0, GROUPS)
-    column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    inside = column < C
-    wide = load(x + row * C + column, inside)
-    largest = tl.max(tl.abs(wide), 1)
+def quantize_rows_kernel(
+    x,
+    norm,
+    values,
+    scales,
+    M,
+    C,
+    eps,
+    NORM: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """A program takes ROWS rows of x (1, but when interpreted): `[ROWS, groups, 32]`.
+
+    With NORM they go through the norm first, with SWIGLU they are `[2C]`, gate first; rounded as
+    those ops store.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None, None]
+    group = tl.arange(0, GROUPS)[None, :, None]
+    column = group * GROUP + tl.arange(0, GROUP)[None, None, :]
+    inside = (row < M) & (column < C)
+    if SWIGLU:
+        gate = load(x + row * 2 * C + column, inside)
+        wide = rounded(silu(gate) * load(x + row * 2 * C + C + column, inside), x)
+    else:
+        wide = load(x + row * C + column, inside)
+    if NORM:
+        scale = rms_scale(tl.reshape(wide, (ROWS, GROUPS * GROUP)), C, eps)
+        wide = rounded(wide * scale[:, None, None] * load(norm + column, column < C), x)
+    largest = tl.max(tl.abs(wide), 2)
     inverse = tl.where(largest >= 1e-30, tl.div_rn(127.0, largest), 0.0)
-    steps = wide * inverse[:, None]
+    steps = wide * inverse[:, :, None]
     # Adding 1.5 * 2^23 leaves no place for fractions: to nearest, ties to even.
     whole = tl.where(tl.abs(steps) <= 127.5, steps + 12582912.0 - 12582912.0, 0.0)
     tl.store(values + row * C + column, whole.to(tl.int8), mask=inside)
     # Not a number if a value is not finite: so is its product with 0.
-    scale = tl.div_rn(largest, 127.0) + tl.sum(wide * 0.0, 1)
-    tl.store(scales + row * (C // GROUP) + group, scale, mask=group * GROUP < C)
+    scale = tl.div_rn(largest, 127.0) + tl.sum(wide * 0.0, 2)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    group = tl.arange(0, GROUPS)[None, :]
+    inside = (row < M) & (group * GROUP < C)
+    tl.store(scales + row * (C // GROUP) + group, scale, mask=inside)
 
 
 @triton.jit
@@ -37,6 +66,7 @@ def packed_linear_kernel(
     values,
     scales,
     weight,
+    add,
     out,
     out_stride,
     M,
@@ -44,46 +74,53 @@ def packed_linear_kernel(
     groups,
     block_bytes,
     INT4: tl.constexpr,
+    ADD: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """A program takes BLOCK_M rows of x and a block of 16 of the weight, STEP groups at a time.
+    """A program takes BLOCK_M rows of x and BLOCKS blocks of 16 of the weight (1, but when
+    interpreted), STEP groups at a time.
 
-    Their bytes are read in the order in which they lie, then turned to matrices `[32, 16]`.
+    Their bytes are read in the order in which they lie, then turned to matrices `[32, rows]`.
     Products of integers, and sums of 32 of them, are exact in tensor cores' float32.
     """
-    block = tl.program_id(0).to(tl.int64)
-    data = weight + block * block_bytes
     m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    r = tl.arange(0, BLOCK_ROWS)
+    n = tl.program_id(0).to(tl.int64) * (BLOCKS * BLOCK_ROWS) + tl.arange(0, BLOCKS * BLOCK_ROWS)
+    r = n % BLOCK_ROWS
+    mine = weight + n // BLOCK_ROWS * block_bytes
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[:, None]
+    data = weight + block * block_bytes
     u = tl.arange(0, STEP)
-    total = tl.zeros((BLOCK_M, BLOCK_ROWS), tl.float32)
+    total = tl.zeros((BLOCK_M, BLOCKS * BLOCK_ROWS), tl.float32)
     for first in range(0, groups, STEP):
         g = first + u
         rows = (m[None, :, None] < M) & (g[:, None, None] < groups)
         x = values + (m[None, :, None] * groups + g[:, None, None]) * 32
         if INT4:
-            byte = tl.arange(0, STEP * 256)
-            pairs = tl.load(data + first * 256 + byte, mask=first + byte // 256 < groups, other=0)
+            byte = first * 256 + tl.arange(0, STEP * 256)[None, :]
+            there = (block * BLOCK_ROWS < N) & (byte < groups * 256)
+            pairs = tl.load(data + byte, mask=there, other=0)
             place = tl.arange(0, 16)
             column = (place // 4 * 8 + place % 4)[None, None, :]
             low = as_matrices((pairs & 15).to(tl.int8) - 8, STEP)
             high = as_matrices((pairs >> 4).to(tl.int8) - 8, STEP)
             dots = integer_dot(tl.load(x + column, mask=rows, other=0), low)
             dots += integer_dot(tl.load(x + column + 4, mask=rows, other=0), high)
-            code = data + groups * 256 + g[:, None] * 16 + r[None, :]
-            code = tl.load(code, mask=g[:, None] < groups, other=0).to(tl.int32)
+            code = mine[None, :] + groups * 256 + g[:, None] * 16 + r[None, :]
+            there = (g[:, None] < groups) & (n[None, :] < N)
+            code = tl.load(code, mask=there, other=0).to(tl.int32)
             scale = (((code & 127) + 1920) << 19).to(tl.float32, bitcast=True)
             scale = tl.where(code > 127, -scale, scale)
         else:
-            byte = tl.arange(0, STEP * 512)
-            weights = data + first * 512 + byte
-            weights = tl.load(weights, mask=first + byte // 512 < groups, other=0)
+            byte = first * 512 + tl.arange(0, STEP * 512)[None, :]
+            there = (block * BLOCK_ROWS < N) & (byte < groups * 512)
+            weights = tl.load(data + byte, mask=there, other=0)
             column = tl.arange(0, 32)[None, None, :]
             matrices = as_matrices(weights, STEP)
             dots = integer_dot(tl.load(x + column, mask=rows, other=0), matrices)
-            scale = tl.full((STEP, BLOCK_ROWS), 1.0, tl.float32)
+            scale = tl.full((STEP, BLOCKS * BLOCK_ROWS), 1.0, tl.float32)
         x_scale = scales + m[None, :] * groups + g[:, None]
         rows = (m[None, :] < M) & (g[:, None] < groups)
         x_scale = tl.load(x_scale, mask=rows, other=0.0)
@@ -92,19 +129,23 @@ def packed_linear_kernel(
             total += tl.sum(tl.where(u[:, None, None] == i, terms, 0.0), 0)
     # The rows' scales, byte by byte: a weight may lie at any address.
     byte = tl.arange(0, 4)[None, :]
-    bits = tl.load(data + block_bytes - 64 + r[:, None] * 4 + byte).to(tl.uint8, bitcast=True)
+    bits = mine[:, None] + block_bytes - 64 + r[:, None] * 4 + byte
+    bits = tl.load(bits, mask=n[:, None] < N, other=0).to(tl.uint8, bitcast=True)
     bits = tl.sum(bits.to(tl.uint32) << (byte * 8).to(tl.uint32), 1)
     total *= bits.to(tl.uint32).to(tl.float32, bitcast=True)[None, :]
-    n = block * BLOCK_ROWS + r
-    store(out + m[:, None] * out_stride + n[None, :], total, (m < M)[:, None] & (n < N)[None, :])
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    if ADD:
+        total = rounded(total, out) + load(add + m[:, None] * N + n[None, :], inside)
+    store(out + m[:, None] * out_stride + n[None, :], total, inside)
 
 
 @triton.jit
-def as_matrices(flat, STEP: tl.constexpr):
-    """`[STEP, columns, 16]` of bytes in the order [STEP, columns / 4, 16 rows, 4]."""
-    columns: tl.constexpr = flat.numel // (STEP * 16)
-    blocks = tl.reshape(flat, (STEP, columns // 4, 16, 4))
-    return tl.reshape(tl.permute(blocks, (0, 1, 3, 2)), (STEP, columns, 16))
+def as_matrices(bytes, STEP: tl.constexpr):
+    """`[STEP, columns, blocks * 16]` of `[blocks, ..]` in the order [STEP, columns / 4, 16, 4]."""
+    blocks: tl.constexpr = bytes.shape[0]
+    columns: tl.constexpr = bytes.shape[1] // (STEP * 16)
+    parts = tl.permute(tl.reshape(bytes, (blocks, STEP, columns // 4, 16, 4)), (1, 2, 4, 0, 3))
+    return tl.reshape(parts, (STEP, columns, blocks * 16))
 
 
 @triton.jit
@@ -112,18 +153,39 @@ def integer_dot(a, b):
     return tl.dot(a.to(tl.float32).to(tl.bfloat16), b.to(tl.float32).to(tl.bfloat16))
 
 
-def launch_packed_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out `[M, N]` of x `[M, C]`, contiguous, and a packed matrix of at least N rows."""
-    rows, columns = x.shape
+def launch_packed_linear(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    swiglu: bool = False,
+    add: Tensor | None = None,
+) -> None:
+    """out `[M, N]` of x `[M, C]`, contiguous, and a packed matrix of at least N rows.
+
+    x goes through a norm of that weight first, if there is one, or, `[M, 2C]`, through silu_mul.
+    The rounded product is added to `add` `[M, N]`, if there is one.
+    """
+    rows, columns = len(x), x.shape[1] // (2 if swiglu else 1)
     values = torch.empty((rows, columns), dtype=torch.int8, device=x.device)
     scales = torch.empty((rows, columns // GROUP), dtype=torch.float32, device=x.device)
     if columns:
+        at_once = 1
+        if INTERPRETED.value:
+            at_once = min(tile(rows), max(1, MOST_ELEMENTS // tile(columns, GROUP)))
         # A contraction of a product and a sum to one rounding would not be the reference's.
-        quantize_rows_kernel[(rows,)](
+        quantize_rows_kernel[(triton.cdiv(rows, at_once),)](
             x,
+            x if norm is None else norm,
             values,
             scales,
+            rows,
             columns,
+            eps,
+            NORM=norm is not None,
+            SWIGLU=swiglu,
+            ROWS=at_once,
             GROUPS=tile(columns // GROUP),
             GROUP=GROUP,
             num_warps=4,
@@ -131,11 +193,17 @@ def launch_packed_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
         )
     # A program is a warp: its sums over groups need no other, and its bytes under way, three times
     # 8 groups of 16 rows, are 12 KB in int8, 6 KB in int4.
-    block_m, step = (32, tile(columns // GROUP)) if INTERPRETED.value else (16, 8)
-    packed_linear_kernel[(weight.shape[0], triton.cdiv(rows, block_m))](
+    blocks, block_m, step = 1, 16, 8
+    if INTERPRETED.value:
+        step = tile(columns // GROUP)
+        blocks = max(1, MOST_ELEMENTS // (step * BLOCK_ROWS * GROUP))
+        blocks = min(16, tile(weight.shape[0]), blocks)
+        block_m = min(tile(rows), MOST_ELEMENTS // (step * max(GROUP, blocks * BLOCK_ROWS)))
+    packed_linear_kernel[(triton.cdiv(weight.shape[0], blocks), triton.cdiv(rows, block_m))](
         values,
         scales,
         weight,
+        x if add is None else add,
         out,
         out.stride(0),
         rows,
@@ -143,7 +211,9 @@ def launch_packed_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
         columns // GROUP,
         weight.shape[1],
         INT4=format_of(weight) == "int4",
+        ADD=add is not None,
         BLOCK_ROWS=BLOCK_ROWS,
+        BLOCKS=blocks,
         BLOCK_M=block_m,
         STEP=step,
         num_warps=1,

@@ -4,27 +4,47 @@ import triton.language as tl
 from torch import Tensor
 
 from voxkern.triton.checks import check_float, check_operand
-from voxkern.triton.language import load, store, tile
+from voxkern.triton.language import INTERPRETED, load, rounded, store, sum_in_pairs, tile
 
 
 @triton.jit
-def rms_norm_kernel(x, residual, weight, out, C, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    """One program takes a row, all of it in registers.
+def rms_norm_kernel(
+    x,
+    residual,
+    weight,
+    out,
+    M,
+    C,
+    eps,
+    ADD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program takes ROWS rows of M, all of them in registers: 1, but when interpreted.
 
-    Squares are summed in float32. With ADD the sum with the residual is rounded before it is
-    squared, as it is stored. The result is rounded once.
+    With ADD the sum with the residual is rounded before it is squared, as it is stored. The result
+    is rounded once.
     """
-    at = tl.program_id(0).to(tl.int64) * C
-    column = tl.arange(0, BLOCK)
-    inside = column < C
-    values = load(x + at + column, inside)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    at = row * C + column
+    inside = (row < M) & (column < C)
+    values = load(x + at, inside)
     if ADD:
-        values += load(residual + at + column, inside)
-        values = values.to(residual.dtype.element_ty)
-        tl.store(residual + at + column, values, mask=inside)
-        values = values.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(values * values, 0) / C + eps)
-    store(out + at + column, values * scale * load(weight + column, inside), inside)
+        values = rounded(values + load(residual + at, inside), residual)
+        store(residual + at, values, inside)
+    scale = rms_scale(values, C, eps)[:, None]
+    store(out + at, values * scale * load(weight + column, column < C), inside)
+
+
+@triton.jit
+def rms_scale(values, C, eps):
+    """What the rows of `[M, BLOCK]`, zeros from column C on, are multiplied by.
+
+    Squares are summed in float32, in an order that depends on BLOCK alone: the norm's bits are the
+    same wherever it is computed. fma keeps a square from fusing with the sum behind it.
+    """
+    return tl.rsqrt(sum_in_pairs(tl.fma(values, values, 0.0)) / C + eps)
 
 
 def num_warps(columns: int) -> int:
@@ -37,18 +57,23 @@ def launch_rms_norm(
 ) -> None:
     """All contiguous; `residual` is added to, if there is one."""
     columns = weight.shape[0]
-    if out.numel():
-        rms_norm_kernel[(out.numel() // columns,)](
-            x,
-            x if residual is None else residual,
-            weight,
-            out,
-            columns,
-            eps,
-            ADD=residual is not None,
-            BLOCK=tile(columns),
-            num_warps=num_warps(columns),
-        )
+    if not out.numel():
+        return
+    rows = out.numel() // columns
+    at_once = min(16, tile(rows)) if INTERPRETED.value else 1
+    rms_norm_kernel[(triton.cdiv(rows, at_once),)](
+        x,
+        x if residual is None else residual,
+        weight,
+        out,
+        rows,
+        columns,
+        eps,
+        ADD=residual is not None,
+        ROWS=at_once,
+        BLOCK=tile(columns),
+        num_warps=num_warps(columns),
+    )
 
 
 def normalise(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:

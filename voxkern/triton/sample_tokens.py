@@ -21,19 +21,24 @@ def sample_tokens_kernel(
     frames,
     out,
     out_stride,
+    table,
+    embedded,
     B,
     V,
     W,
+    C,
     codebook,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     """A program takes a row's logits whole (under the interpreter ROWS rows, as one operation costs
     it the same for all).
 
     Each filter is a lowest logit that stays, found by bisection over the floats in their order: no
     sort, and ties need no care. Weights are integers, so that their sums depend on no order. The
-    draw ranks codes by float32 scores, and those near the best, one by one, in float64.
+    draw ranks codes by float32 scores, and those near the best, one by one, in float64. With a
+    BLOCK_C the drawn code's row of `table` `[K * V, C]` goes to `embedded` `[B, C]`.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     real = row < B
@@ -96,7 +101,14 @@ def sample_tokens_kernel(
         better = (exact > best) & (candidate < BLOCK)
         best = tl.where(better, exact, best)
         drawn = tl.where(better, candidate, drawn)
-    tl.store(out + row * out_stride, tl.where(greedy, first, drawn).to(tl.int64), mask=real)
+    drawn = tl.where(greedy, first, drawn).to(tl.int64)
+    tl.store(out + row * out_stride, drawn, mask=real)
+    if BLOCK_C:
+        column = tl.arange(0, BLOCK_C)[None, :]
+        inside = real[:, None] & (column < C)
+        place = (drawn + codebook * V)[:, None] * C + column
+        values = tl.load(table + place, mask=inside, other=0.0)
+        tl.store(embedded + row[:, None] * C + column, values, mask=inside)
 
 
 @triton.jit
@@ -157,18 +169,25 @@ def launch_sample_tokens(
     top_k: Tensor,
     top_p: Tensor,
     min_p: Tensor,
-    repetition_penalty: Tensor,
+    repetition_penalty: Tensor | None,
     history: Tensor | None,
     seeds: Tensor,
     frames: Tensor,
     codebook: int,
     out: Tensor,
+    table: Tensor | None = None,
+    embedded: Tensor | None = None,
 ) -> None:
-    """Rows of logits, and elements of `out`, may be apart."""
+    """Rows of logits, and elements of `out`, may be apart.
+
+    Without a history there is no penalty. The codes' rows of `table` `[K * V, C]` go to `embedded`
+    `[B, C]`, if these are given.
+    """
     rows, vocab_size = logits.shape
     if not rows:
         return
     block = tile(vocab_size, 4)
+    columns = 0 if table is None else table.shape[1]
     at_once = min(tile(rows), max(1, 2**18 // block)) if INTERPRETED.value else 1
     sample_tokens_kernel[(triton.cdiv(rows, at_once),)](
         logits,
@@ -177,18 +196,22 @@ def launch_sample_tokens(
         top_k,
         top_p,
         min_p,
-        repetition_penalty,
+        temperature if history is None else repetition_penalty,
         seeds if history is None else history,
         seeds,
         frames,
         out,
         out.stride(0),
+        logits if table is None else table,
+        logits if table is None else embedded,
         rows,
         vocab_size,
         0 if history is None else history.shape[1],
+        columns,
         codebook,
         ROWS=at_once,
         BLOCK=block,
+        BLOCK_C=tile(columns) if columns else 0,
         # 16 logits a thread: a search is a chain of sums over all of them.
         num_warps=min(8, max(1, block // 512)),
     )

@@ -3,17 +3,18 @@ import triton.language as tl
 from torch import Tensor
 
 from voxkern.triton.checks import check, check_float
-from voxkern.triton.language import exp, load, store
+from voxkern.triton.language import INTERPRETED, exp, load, store, tile
 
 BLOCK = 1024  # columns a program: 8 elements, 16 bytes of bfloat16, for each of 128 threads
 
 
 @triton.jit
-def silu_mul_kernel(gate_up, out, F, BLOCK: tl.constexpr):
-    """A program takes BLOCK columns of a row; float32 inside, rounded once."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < F
+def silu_mul_kernel(gate_up, out, M, F, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """A program takes BLOCK columns of ROWS rows of M (1, but when interpreted); float32 inside,
+    rounded once."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = (row < M) & (column < F)
     gate = load(gate_up + row * 2 * F + column, inside)
     up = load(gate_up + row * 2 * F + F + column, inside)
     store(out + row * F + column, silu(gate) * up, inside)
@@ -28,10 +29,13 @@ def silu(gate):
 
 def launch_silu_mul(gate_up: Tensor, out: Tensor) -> None:
     """Both contiguous."""
+    if not out.numel():
+        return
     columns = out.shape[-1]
-    if out.numel():
-        grid = out.numel() // columns, triton.cdiv(columns, BLOCK)
-        silu_mul_kernel[grid](gate_up, out, columns, BLOCK=BLOCK, num_warps=4)
+    rows = out.numel() // columns
+    at_once = min(256, tile(rows)) if INTERPRETED.value else 1
+    grid = triton.cdiv(rows, at_once), triton.cdiv(columns, BLOCK)
+    silu_mul_kernel[grid](gate_up, out, rows, columns, ROWS=at_once, BLOCK=BLOCK, num_warps=4)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
