@@ -218,7 +218,8 @@ def test_bits_of_packed_weights_are_those_of_the_composed_ops(
 @pytest.mark.parametrize("packing", PACKINGS[:2], ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 8, 9, 16, 17])
 def test_bits_of_many_packed_rows_are_those_of_the_composed_ops(target, rows, packing, dtype):
-    sizes = Sizes(L=2, C=288, F=544, Hq=10, Hkv=2, D=32, S=16)
+    layers, ffn = target.at_most(1, 2), target.at_most(96, 544)
+    sizes = Sizes(L=layers, C=288, F=ffn, Hq=10, Hkv=2, D=32, S=16)
     arguments = packed(make(sizes, dtype, [*([3, 129, 20, 1, 128] * 4)[:rows]]), packing)
     together = run(target.run, arguments)
     assert_same_bits(together, run(lambda _, *args: composed(target.run, *args), arguments))
