@@ -183,11 +183,14 @@ __global__ void __launch_bounds__(kSplit, kAppend ? 2 : 3)
     if (slot >= 0) new_place = ((slot / S * p.Hkv + h) * S + slot % S) * D;
     is_new = __ballot_sync(kWholeWarp, lane < count && my_place == new_place);
   }
-  // Of a warp with keys: under no condition, or each read would be waited for before the next. Past
-  // the last key it is the first one, in the new key's slot what was there; neither is used.
+  // Reads are under no condition of their own, or each would be waited for before the next: for a
+  // lane past the last key, and for the new key, whose slot nobody may have written yet, an older
+  // key is read, which is not used. A warp that has none reads nothing.
+  const unsigned older = __ballot_sync(kWholeWarp, lane < count) & ~is_new;
+  const int oldest = older ? __ffs(older) - 1 : 0;
+  my_place = __shfl_sync(kWholeWarp, my_place, older >> lane & 1 ? lane : oldest);
   const auto read = [&](const void* pages, int step, RowSlice& slice) {
-    const int key = step * kRows + lane / L;
-    const int64_t place = __shfl_sync(kWholeWarp, my_place, key < count ? key : 0);
+    const int64_t place = __shfl_sync(kWholeWarp, my_place, step * kRows + lane / L);
     slice.read(static_cast<const T*>(pages) + place, lane, D);
   };
   RowSlice rows[kAtOnce] = {};
@@ -195,7 +198,7 @@ __global__ void __launch_bounds__(kSplit, kAppend ? 2 : 3)
   const float* const table =
       kAppend ? append.rope_table + __ldcg(append.positions + b) * D : nullptr;
   if constexpr (kAppend) {
-    if (count > 0)
+    if (older)
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) read(p.k_pages, u, rows[u]);
 #pragma unroll
@@ -289,7 +292,7 @@ __global__ void __launch_bounds__(kSplit, kAppend ? 2 : 3)
         for (int g = 0; g < kQueries; ++g) weights[warp][key][g] = dots[g];
     }
   }
-  if (count > 0)
+  if (older)
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) read(p.v_pages, u, rows[u]);
   __syncwarp();
