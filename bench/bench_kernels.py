@@ -22,14 +22,26 @@ MOST_SETS = 64
 
 
 def measure(
-    case: Case, calls: Sequence[Callable | None], timer: CpuTimer | GpuTimer
+    case: Case,
+    calls: Sequence[Callable | None],
+    timer: CpuTimer | GpuTimer,
+    lost: Callable[[int, Exception], None],
 ) -> tuple[list[float | None], float]:
     """Median milliseconds of each of the calls, None where there is none, and bytes per second, all
-    timed in turn."""
+    timed in turn. One behind the first that raises is left out, and `lost` called with which and
+    why: what ours is compared with must not take ours with it."""
     sets = max(1, min(MOST_SETS, int(timer.rotate_bytes // case.num_bytes)))
     with torch.device(timer.device):
         inputs = [case.inputs() for _ in range(sets)]
-    timed = [call and timer.prepare(call, inputs) for call in calls]
+    timed: list[Callable[[], float] | None] = []
+    for i, call in enumerate(calls):
+        try:
+            timed.append(call and timer.prepare(call, inputs))
+        except Exception as error:
+            if i == 0:
+                raise
+            lost(i, error)
+            timed.append(None)
     times: list[list[float]] = [[] for _ in timed]
     bandwidths = []
     for _ in range(timer.rounds):
@@ -62,7 +74,9 @@ def run(
     batches: list[int],
     only: list[str] | None,
     backends: Sequence[str | None] = (None, TORCH),
+    packed_batches: list[int] | None = None,
 ) -> None:
+    """`packed_batches` are those of packed weights, None for all of `batches`."""
     table = report.table(
         "kernels",
         [
@@ -77,11 +91,18 @@ def run(
             for case in all_cases:
                 if only and case.op not in only:
                     continue
+                packed = case.multiplied == torch.int8
+                if packed and packed_batches is not None and batch not in packed_batches:
+                    continue
                 calls = calls_of(case, backends, timer.device, report)
                 if calls[0] is None:
                     continue
                 rate = timer.rate(case.multiplied or dtype)
-                times, bandwidth = measure(case, calls, timer)
+
+                def lost(i: int, error: Exception, case: Case = case) -> None:
+                    report.leave_out(f"{case.op} {case.shape} on {backends[i]}", error)
+
+                times, bandwidth = measure(case, calls, timer, lost)
                 ms = times[0]
                 floor_ms = max(case.num_bytes / bandwidth, case.flops / rate) * 1e3
                 table.add(

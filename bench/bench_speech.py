@@ -22,18 +22,19 @@ from timing import CpuTimer, GpuTimer
 from vox_serve.engine import Engine, Prompt, Request
 from vox_serve.loading import codec_precision
 from vox_serve.mimi import Mimi
+from vox_serve.model import CsmModel
 from vox_serve.model_config import CsmConfig
 
 TURNS, TURN_STEPS = 20, 3
-GPU_TURN_STEPS = 10
+GPU_TURNS, GPU_TURN_STEPS = 6, 10
 """More, since the first of a turn finds the frame done that was begun in the turn before."""
 
 
 class OurSpeech:
     """An engine with `batch` requests under way."""
 
-    def __init__(self, config: CsmConfig, precision: str, codec: Mimi, batch: int, device: str):
-        model = our_model(config, precision, device)
+    def __init__(self, model: CsmModel, codec: Mimi, batch: int):
+        config = model.config
         self.bytes = frame_bytes(model.weights).total
         self.batch = batch
         self.engine = Engine(model, codec, prompts=None, max_batch_size=batch)
@@ -68,12 +69,13 @@ def run(
     codec_of = {p: codec_precision(timer.device, *PRECISIONS[p]) for p in precisions}
     codecs = our_codecs(random_model(), sorted({*codec_of.values()}), timer.device)
     on_gpu = isinstance(timer, GpuTimer)
-    turns, steps = (timer.rounds, GPU_TURN_STEPS) if on_gpu else (TURNS, TURN_STEPS)
+    turns, steps = (min(timer.rounds, GPU_TURNS), GPU_TURN_STEPS) if on_gpu else (TURNS, TURN_STEPS)
     for side_by_side in [[p] for p in precisions] if on_gpu else [precisions]:
+        models = {p: our_model(config, p, timer.device) for p in side_by_side}
         for batch in batches:
             speech: dict[str, OurSpeech] = {}
             for p in side_by_side:
-                speech[p] = OurSpeech(config, p, codecs[codec_of[p]], batch, timer.device)
+                speech[p] = OurSpeech(models[p], codecs[codec_of[p]], batch)
             times: dict[str, list[float]] = {p: [] for p in speech}
             bandwidths: list[float] = []
             for _ in range(turns):
@@ -88,3 +90,4 @@ def run(
                     *(ours.bytes / 1e9, 100 * ours.bytes / bytes_per_ms / ms),
                     *(ms / FRAME_MS, FRAME_MS / ms * batch),
                 )
+            ours = None

@@ -1,6 +1,8 @@
 """Tables for people, one last line of JSON for programs."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import ClassVar
 
 import machine
@@ -11,8 +13,9 @@ class Table:
 
     WIDTHS: ClassVar = {"what": 24, "op": 17, "shape": 34, "program": 13, "packing": 19}
 
-    def __init__(self, name: str, columns: list[str]):
+    def __init__(self, name: str, columns: list[str], added: Callable[[], None]):
         self.name = name
+        self.added = added
         self.columns = columns
         self.rows: list[tuple] = []
 
@@ -24,6 +27,7 @@ class Table:
             self._show(self.columns)
         self.rows.append(values)
         self._show([_cell(v) for v in values])
+        self.added()
 
     def _show(self, cells: list[str]) -> None:
         widths = (max(self.WIDTHS.get(c, 9), len(c)) for c in self.columns)
@@ -43,6 +47,8 @@ class Report:
         self.machine = machine.describe()
         self.tables: list[Table] = []
         self.left_out: list[str] = []
+        self.path: Path | None = None
+        """Where all of it is written after every row: a run that is cut short keeps them."""
 
     def leave_out(self, what: str, why: object) -> None:
         """Said at once, and kept."""
@@ -52,8 +58,15 @@ class Report:
             print(f"left out: {line}", flush=True)
 
     def table(self, name: str, columns: list[str]) -> Table:
-        self.tables.append(Table(name, columns))
+        self.tables.append(Table(name, columns, self.save))
         return self.tables[-1]
+
+    def save(self) -> None:
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            whole = self.path.with_suffix(".new")
+            whole.write_text(self.json(indent=1) + "\n")
+            whole.replace(self.path)
 
     def json(self, indent: int | None = None) -> str:
         rows = {

@@ -32,6 +32,7 @@ Options:
     --batch 1,8,64             batch sizes (defaults: kernels 1,8,64; frame 1,2,4; codec 1,4;
                                speech 1; on a GPU kernels 1,8,64,256; frame 1,8,32,64,128,256,384,
                                512; speech 1,64,256,384)
+    --packed-batch 1,64        kernels: batch sizes with packed weights (default: all of --batch)
     --ops linear,silu_mul      kernels: only these ops
     --threads N                threads (default: the processors this process may use)
     --no-peer                  frame, codec: without transformers
@@ -50,7 +51,7 @@ is measured in turn within one run, for machines drift. Inputs rotate through mo
 last-level cache holds. `% roofline` is the time floor (bytes over the read bandwidth or operations
 over the multiply-add rate, whichever is longer, both measured in the same run) over the time taken.
 On a GPU the bandwidth is that of a copy, bytes read and written, and calls are replays of CUDA
-graphs, timed by events (bench/timing.py). An interrupted run keeps what it has.
+graphs, timed by events (bench/timing.py). A run that is cut short keeps the rows it has.
 The last line printed is JSON.
 """
 
@@ -63,7 +64,7 @@ import machine
 import torch
 from csm_1b import config_for
 from report import Report
-from timing import timer_for
+from timing import CpuTimer, GpuTimer, timer_for
 
 import voxkern
 from voxkern.backend import backend_for, force
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("--dtype")
     parser.add_argument("--quantize", default="none,int8,int4")
     parser.add_argument("--batch")
+    parser.add_argument("--packed-batch")
     parser.add_argument("--ops")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--no-peer", action="store_true")
@@ -118,11 +120,15 @@ def main() -> None:
         voxkern.set_num_threads(args.threads)
     torch.set_num_threads(voxkern.num_threads())
     report = Report()
+    report.path = path_of(args)
     report.machine["backend"] = args.backend or backend_for("cpu" if args.rehearse else args.device)
     bandwidth = [] if on_gpu else read_bandwidths()
+    timer = timer_for(args.device, args.rehearse)
     try:
-        run(report, args, on_gpu)
+        run(report, args, timer, on_gpu)
     finally:
+        for why in dict.fromkeys(getattr(timer, "without_graph", ())):
+            report.leave_out("a graph of some calls", why)
         if bandwidth:
             bandwidth = sorted(bandwidth + read_bandwidths())
             spread = (bandwidth[0], statistics.median(bandwidth), bandwidth[-1])
@@ -131,13 +137,16 @@ def main() -> None:
             )
         if args.device == "cuda":
             report.machine["gpu at the end"] = machine.nvidia_smi()
-        save(report, args)
+        report.save()
+        if report.path:
+            print(f"\n{report.path}")
+            plot(report)
         print(report.json(), flush=True)
 
 
-def run(report: Report, args: argparse.Namespace, on_gpu: bool) -> None:
+def run(report: Report, args: argparse.Namespace, timer: CpuTimer | GpuTimer, on_gpu: bool) -> None:
     """The chosen benches, into the report."""
-    timer, config = timer_for(args.device, args.rehearse), config_for(args.rehearse)
+    config = config_for(args.rehearse)
     benches = GPU_BENCHES if on_gpu else BENCHES
     chosen = benches if args.bench == "all" else (args.bench,)
     names = (args.dtype or ("bfloat16" if on_gpu else "float32,bfloat16")).split(",")
@@ -168,7 +177,8 @@ def run(report: Report, args: argparse.Namespace, on_gpu: bool) -> None:
         ops = args.ops.split(",") if args.ops else None
         dtypes = [getattr(torch, name) for name in names]
         beside = args.backend or [None, backends.TORCH]
-        bench_kernels.run(report, timer, config, dtypes, batches("kernels"), ops, beside)
+        packed = [int(b) for b in args.packed_batch.split(",")] if args.packed_batch else None
+        bench_kernels.run(report, timer, config, dtypes, batches("kernels"), ops, beside, packed)
     if "codec" in chosen:
         import bench_codec
 
@@ -187,8 +197,6 @@ def run(report: Report, args: argparse.Namespace, on_gpu: bool) -> None:
 
         only = args.only.split(",") if args.only else None
         peers.run(report, args.rounds, args.frames, only)
-    for why in dict.fromkeys(getattr(timer, "without_graph", ())):
-        report.leave_out("a graph of some calls", why)
 
 
 def read_bandwidths() -> list[float]:
@@ -201,23 +209,26 @@ def read_bandwidths() -> list[float]:
         return []
 
 
-def save(report: Report, args: argparse.Namespace) -> None:
+def path_of(args: argparse.Namespace) -> Path | None:
+    """Where the results go, None for nowhere."""
     folder = args.save
-    if args.bench == "peers":
+    if args.bench == "peers" and not folder:
         import peers
 
-        folder = folder or peers.FOLDER
-    if not folder:
+        folder = peers.FOLDER
+    return folder and folder / f"{args.bench}.json"
+
+
+def plot(report: Report) -> None:
+    """The picture of peers, beside their results."""
+    if report.path.stem != "peers" or not any(table.rows for table in report.tables):
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    results = folder / f"{args.bench}.json"
-    results.write_text(report.json(indent=1) + "\n")
-    print(f"\n{results}")
-    if args.bench == "peers" and any(table.rows for table in report.tables):
-        try:
-            print(peers.plot(results))
-        except RuntimeError as error:
-            print(f"plot: left out, {error}")
+    import peers
+
+    try:
+        print(peers.plot(report.path))
+    except RuntimeError as error:
+        print(f"plot: left out, {error}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ is timed without a graph, and said to be. Clocks are as found.
 import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 import roofline
@@ -94,8 +94,8 @@ class GpuTimer:
         return self.prepare(lambda: b.copy_(a), [()], 4)
 
     def bandwidth(self) -> float:
-        """Bytes per second read and written, now: the median of a few copies."""
-        return 2e3 * self._copy_bytes / statistics.median(self._copy() for _ in range(3))
+        """Bytes per second read and written, now, by a few copies."""
+        return 2e3 * self._copy_bytes / self._copy()
 
     def rate(self, dtype: torch.dtype) -> float:
         """Operations per second of a large product: torch's, of random data, without TF32."""
@@ -129,16 +129,34 @@ class GpuTimer:
             calls = max(1, min(self.most_calls, max(fitting, len(inputs))))
         graph = self._cuda.CUDAGraph()
         try:
-            with self._cuda.graph(graph):
+            with self._capture(graph):
                 run(calls)
         except RuntimeError as error:
-            if "out of memory" in str(error):
+            first = error.__context__ or error  # the end of a broken capture raises once more
+            if "out of memory" in str(first):
                 raise
-            self.without_graph.append(str(error).splitlines()[0])
+            self.without_graph.append(str(first).splitlines()[0])
             self._cuda.synchronize()
             return lambda: self._time_ms(lambda: run(calls)) / calls
         self._time_ms(graph.replay)
         return lambda: self._time_ms(graph.replay) / calls
+
+    @contextlib.contextmanager
+    def _capture(self, graph) -> Iterator[None]:
+        """What is called within goes into the graph.
+
+        Where that fails, so does the end of the capture, and torch leaves its own stream the
+        current one and the random generator in a state that it may be used in by captures alone:
+        every random tensor from then on would be an error. Both are put back.
+        """
+        generator = self._cuda.default_generators[self._cuda.current_device()]
+        state = generator.clone_state()
+        try:
+            with self._cuda.stream(self._cuda.current_stream()), self._cuda.graph(graph):
+                yield
+        except BaseException:
+            generator.graphsafe_set_state(state)
+            raise
 
     def _time_ms(self, work: Callable[[], None]) -> float:
         start, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
@@ -166,6 +184,27 @@ class Rehearsal:
     class CUDAGraph:
         def replay(self) -> None:
             pass
+
+    class Generator:
+        def clone_state(self) -> "Rehearsal.Generator":
+            return self
+
+        def graphsafe_set_state(self, state: "Rehearsal.Generator") -> None:
+            pass
+
+    default_generators = (Generator(),)
+
+    @staticmethod
+    def current_device() -> int:
+        return 0
+
+    @staticmethod
+    def current_stream() -> str:
+        return "current"
+
+    @staticmethod
+    def stream(stream: str) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext(stream)
 
     @staticmethod
     def graph(graph: CUDAGraph) -> contextlib.AbstractContextManager:
