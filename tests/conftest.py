@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ops_testing import ALL_TARGETS, targets
+from ops_testing import ALL_TARGETS, end_if_gpu_is_broken, targets
 from vox_serve import loading
 from voxkern.backend import OPS
 
@@ -25,6 +25,12 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _gpu_works_afterwards(request):
+    yield
+    end_if_gpu_is_broken(request.node.nodeid)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,6 +1,7 @@
 """What the op tests share: where to run, how near to the reference a result must be."""
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +130,18 @@ def targets(op: str | None = None) -> list[Target]:
 def reference(name: str, *args):
     """Op `name` by its specification."""
     return implementation(name, "reference")(*args)
+
+
+def end_if_gpu_is_broken(test: str) -> None:
+    """Ends the process if a kernel's fault has left CUDA unusable: the tests behind would all fail
+    for the fault of this one. pytest-xdist then names it, and goes on in another process."""
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except Exception as error:
+        print(f"{test} left the GPU unusable: {error}", file=sys.__stderr__, flush=True)
+        os._exit(1)
 
 
 def assert_close(got: Tensor, expected: Tensor) -> None:
