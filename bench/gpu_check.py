@@ -11,23 +11,26 @@ Stages, in this order; each has a time limit, and what is left of `--seconds` is
                CUDA graph, batches, the programs, the server
     frame      bench/run.py frame: whole frames
     sanitize   compute-sanitizer's four tools, each shown to find a planted bug
-    kernels    bench/run.py kernels: every op
-    speech     bench/run.py speech: the engine's steps, codec and all
+    kernels    bench/run.py kernels: every op at batches of 1, 8, 64 and 256, packed weights at two
+    speech     bench/run.py speech: the engine's steps, codec and all, at batches that show whether
+               400 streams are served in real time
     triton_ops, triton_engine, triton_frame, triton_kernels
-               the same with the Triton kernels, beside the CUDA kernels where those are built.
-               Last, for they compile some hundreds of kernels, into build/gpu_check/triton, where a
-               second run finds them
+               the same with the Triton kernels, beside the CUDA kernels where those are built. Only
+               where `--stages` names them: they compile some hundreds of kernels, into
+               build/gpu_check/triton, where a second run finds them
 
-A stage that fails stops no other, but without a build there is nothing to test. Results are written
-after every stage: RESULTS/CARD/gpu_check.json (`--results`, default bench/results) has what each
-gave, all benchmark tables, the card with its driver and clocks, and versions; logs are in
-build/gpu_check. Exits with 1 if anything failed.
+A stage that fails stops no other, but without a build there is nothing to test. A benchmark that
+its limit ends keeps the rows it has: it is "cut", which is no failure. Results are written after
+every stage, to RESULTS/CARD (`--results`, default bench/results): gpu_check.json has what each
+gave, all benchmark tables, the card with its driver and clocks, and versions; logs.tar.gz has every
+stage's output and pytest's reports, out of build/gpu_check. Exits with 1 if anything failed.
 
-Needs: Python with torch for CUDA, numpy, safetensors, tokenizers, transformers and pytest; a C++
-compiler, cmake, ninja and nvcc; compute-sanitizer. Without fastapi, uvicorn, python-multipart,
-soundfile, soxr or huggingface_hub the tests of what needs them are skipped: stage engine says so.
-With pytest-xdist the tests run side by side. No network. The Triton stages need Triton, and nothing
-of CUDA but the driver: after `pip install -e .` a machine without nvcc takes those four.
+Needs: Python with torch for CUDA, numpy, safetensors, tokenizers and pytest; a C++ compiler, cmake,
+ninja and nvcc; compute-sanitizer. Without transformers, fastapi, uvicorn, python-multipart,
+soundfile, soxr or huggingface_hub the tests of what needs them are skipped: stage build says so,
+and which versions are not those of pyproject.toml. With pytest-xdist the tests run side by side. No
+network. The Triton stages need Triton, and nothing of CUDA but the driver: after `pip install -e .`
+a machine without nvcc takes those four.
 
 `--dry-run` is for a machine without a GPU: the build for one (`--arch`); tests are collected,
 planted bugs compiled, the sanitizers' cases run on the CPU, the benchmarks rehearsed on a tiny
@@ -47,19 +50,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from gpu_results import card, counts_of, headlines
+import gpu_needs
+from gpu_results import card, counts_of, headlines, pack_logs
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "build" / "gpu_check"
 BUILD = ROOT / "build" / "gpu"
 GRACE_S = 10
 """For what is told to end, until it is killed."""
-NEEDED_PROGRAMS = ("cmake", "ninja", "nvcc", "c++")
-NEEDED_MODULES = ("torch", "numpy", "pytest", "safetensors", "tokenizers", "transformers")
-OPTIONAL_MODULES = (
-    *("fastapi", "uvicorn", "python_multipart", "httpx", "soundfile", "soxr", "huggingface_hub"),
-    *("tqdm", "xdist"),
-)
 
 
 @dataclass
@@ -69,7 +67,7 @@ class Stage:
     Attributes:
         name: in `--stages`.
         limit_s: no command of it runs longer.
-        result: "passed", "failed", or "left out".
+        result: "passed", "failed", "cut" (a benchmark out of time, with rows), or "left out".
         what: a few words for the table.
         details: for the JSON file.
     """
@@ -89,13 +87,15 @@ STAGES = {
     "frame": 110,
     "sanitize": 130,
     "kernels": 120,
-    "speech": 90,
+    "speech": 80,
     "triton_ops": 120,
     "triton_engine": 90,
     "triton_frame": 110,
     "triton_kernels": 120,
 }
-"""Seconds; they add up to more than a run has, for most take a fraction."""
+"""Seconds; they add up to more than a run has, for most take a fraction. In the order of worth:
+what comes last may find no time left."""
+DEFAULT_STAGES = [name for name in STAGES if not name.startswith("triton")]
 
 
 class Check:
@@ -108,8 +108,8 @@ class Check:
         self.about: dict = {}
         self.tables: dict = {}
         WORK.mkdir(parents=True, exist_ok=True)
-        for log in WORK.glob("*.log"):
-            log.unlink()
+        for old in (*WORK.glob("*.log"), *WORK.glob("*.xml")):
+            old.unlink()
 
     def run(self) -> int:
         for stage in self.stages:
@@ -125,13 +125,17 @@ class Check:
                     getattr(self, stage.name)(stage)
                 except Exception as error:  # a stage that breaks must not take the others with it
                     stage.result, stage.what = "failed", f"{type(error).__name__}: {error}"
+                except KeyboardInterrupt:  # what it has written is kept all the same
+                    stage.result, stage.what = "failed", "interrupted"
+                    self.save()
+                    raise
             stage.seconds = round(time.monotonic() - start, 1)
             print(f"=== {stage.name}: {stage.result}, {stage.what}", flush=True)
             self.save()
         return self.summary()
 
     def build(self, stage: Stage) -> None:
-        if missing := missing_needs():
+        if missing := gpu_needs.missing():
             stage.result, stage.what = "failed", f"not here: {', '.join(missing)}"
             return
         torch_path = Path(importlib.util.find_spec("torch").origin).parent
@@ -157,11 +161,13 @@ class Check:
             lines = (WORK / "machine.log").read_text().splitlines()
             self.about = json.loads(next(line for line in lines if line.startswith("{")))
         stage.details["versions"] = {
-            name: version_of(name) for name in ("nvcc", "cmake", "compute-sanitizer")
+            name: gpu_needs.version_of(name) for name in ("nvcc", "cmake", "compute-sanitizer")
         }
         stage.result, stage.what = "passed", f"for {self.args.arch or 'the GPU that is here'}"
-        if absent := [m for m in OPTIONAL_MODULES if not importlib.util.find_spec(m)]:
+        if absent := gpu_needs.absent():
             stage.what += f"; absent, so some tests are skipped: {', '.join(absent)}"
+        if others := gpu_needs.other_versions():
+            stage.what += f"; not as pyproject.toml wants, so tests may fail: {', '.join(others)}"
 
     def ops(self, stage: Stage) -> None:
         if self.args.dry_run:
@@ -215,10 +221,16 @@ class Check:
         self.bench(stage, ["--batch", "1", "--quantize", "none"])
 
     def kernels(self, stage: Stage) -> None:
-        self.bench(stage, ["--batch", "1"])
+        # Half of the cases have packed weights: few batches show how those do.
+        self.bench(stage, ["--batch", "1"], ["--packed-batch", "1,64"])
 
     def speech(self, stage: Stage) -> None:
-        self.bench(stage, ["--batch", "1", "--quantize", "none"])
+        # A model and its requests take longer to set up than to time.
+        self.bench(
+            stage,
+            ["--batch", "1", "--quantize", "none"],
+            ["--batch", "400,256", "--quantize", "none,int8"],
+        )
 
     def triton_frame(self, stage: Stage) -> None:
         beside = ["--backend", self.triton_and_native(), "--no-peer"]
@@ -255,6 +267,8 @@ class Check:
         stage.result = "passed" if code == 0 and rows else "failed"
         if code != 0:
             self.fail(stage)
+        if code is None and rows:
+            stage.result = "cut"
 
     def pytest(self, stage: Stage, arguments: list[str], least: int, at_once: int = 6) -> None:
         """Run tests, in a dry run collect them; fewer than `least` that passed is a failure too,
@@ -311,6 +325,9 @@ class Check:
                 stage.details["out of time"] = " ".join(str(part) for part in command[:3])
                 end_group(process)
                 return None
+            except KeyboardInterrupt:
+                end_group(process)
+                raise
 
     def fail(self, stage: Stage, log: str | None = None) -> None:
         lines = (WORK / f"{log or stage.name}.log").read_text(errors="replace").splitlines()
@@ -332,6 +349,7 @@ class Check:
         }
         path = folder / "gpu_check.json"
         path.write_text(json.dumps(results, indent=1) + "\n")
+        pack_logs(WORK, folder / "logs.tar.gz")
         return path
 
     def summary(self) -> int:
@@ -342,25 +360,6 @@ class Check:
             print(line)
         print(self.save())
         return int(any(stage.result == "failed" for stage in self.stages))
-
-
-def missing_needs() -> list[str]:
-    """Programs and modules without which nothing can be done here."""
-    if not shutil.which("nvcc"):  # where its installer puts it
-        os.environ["PATH"] += os.pathsep + "/usr/local/cuda/bin"
-    programs = [name for name in NEEDED_PROGRAMS if not shutil.which(name)]
-    return programs + [name for name in NEEDED_MODULES if not importlib.util.find_spec(name)]
-
-
-def version_of(program: str) -> str:
-    """What a program says of itself; empty if it is not there."""
-    try:
-        said = subprocess.run(
-            [program, "--version"], capture_output=True, text=True, timeout=20
-        ).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return " ".join(said.split())[-200:]
 
 
 def end_group(process: subprocess.Popen) -> None:
@@ -377,7 +376,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--stages", default=",".join(STAGES))
+    parser.add_argument("--stages", default=",".join(DEFAULT_STAGES))
     parser.add_argument("--seconds", type=float, default=570)
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--arch", default="", help="such as 90a; empty for the GPU that is here")
@@ -388,8 +387,10 @@ def main() -> int:
         parser.error(f"--stages: there is no {', '.join(unknown)}")
     if args.dry_run and not args.arch:
         args.arch = "90a"
-    # A shell that starts this in the background has it ignored, and so would all children.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A shell that starts this in the background has SIGINT ignored, and so would all children.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    gpu_needs.add_usual_places()
     return Check(args).run()
 
 

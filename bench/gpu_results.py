@@ -1,7 +1,9 @@
-"""What came of a run on a GPU, in a few words: the card, tests that failed, figures asked for."""
+"""What came of a run on a GPU: the card, tests that failed, figures asked for; and all its logs."""
 
+import io
 import re
 import subprocess
+import tarfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -15,6 +17,16 @@ def card(program: str = "nvidia-smi") -> str:
         found = ""
     name = (found.splitlines() or ["unknown"])[0].removeprefix("NVIDIA ")
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def pack_logs(folder: Path, archive: Path, most_bytes: int = 4 << 20) -> None:
+    """All logs and reports of a folder in one file, of each at most the last `most_bytes`."""
+    with tarfile.open(archive, "w:gz", compresslevel=6) as packed:
+        for path in sorted((*folder.glob("*.log"), *folder.glob("*.xml"))):
+            data = path.read_bytes()[-most_bytes:]
+            about = tarfile.TarInfo(path.name)
+            about.size, about.mtime = len(data), int(path.stat().st_mtime)
+            packed.addfile(about, io.BytesIO(data))
 
 
 def counts_of(report: Path) -> tuple[dict[str, int], list[str]]:

@@ -4,8 +4,8 @@
 
 A tool is believed only if it finds the bug that was planted for it, and nothing in the sound kernel
 beside it: PROGRAM is tests/sanitize/planted.cu, compiled. Then it watches tests/small_ops.py. The
-tools run side by side. Writes FILE after each; exits with 1 if one found something or could not
-look.
+tools run side by side. Writes FILE after each, and beside it what a tool said of the ops, as
+TOOL.log; exits with 1 if one found something or could not look.
 """
 
 import argparse
@@ -80,8 +80,8 @@ def watch(tool: str, command: tuple[str, ...], port: int, deadline: float, *opti
         return str(error), None
 
 
-def examine(tool: str, index: int, planted: str, deadline: float) -> dict:
-    """One tool's answers: sound kernel, planted bug, ops."""
+def examine(tool: str, index: int, planted: str, deadline: float, folder: Path) -> dict:
+    """One tool's answers: sound kernel, planted bug, ops; what it said of those in `folder`."""
     bug, options, for_ops = TOOLS[tool]
     port, start = 49152 + 100 * index, time.monotonic()
     # A planted kernel that does not end must not cost the ops their time.
@@ -89,6 +89,7 @@ def examine(tool: str, index: int, planted: str, deadline: float) -> dict:
     sound, _ = watch(tool, (planted, "sound"), port, soon, *options)
     found, _ = watch(tool, (planted, bug), port, soon, *options)
     ops, code = watch(tool, SMALL_OPS, port, deadline, *options, *for_ops)
+    (folder / f"{tool}.log").write_text(ops)
     counts = findings(sound), findings(found), findings(ops)
     result = verdict(*counts, ops_ok=code == 0)
     report = {
@@ -120,7 +121,7 @@ def main() -> int:
     reports, lock = [], threading.Lock()
 
     def run(index: int, tool: str) -> None:
-        report = examine(tool, index, args.planted, deadline)
+        report = examine(tool, index, args.planted, deadline, args.save.parent)
         with lock:
             reports.append(report)
             args.save.write_text(json.dumps(reports, indent=1))

@@ -10,6 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -170,6 +171,7 @@ def build_tiny(
             this index and not before. None: (practically) never.
         near_stop: at `stop_frame`, only the last codebook is not 0, which is no stop.
     """
+    pytest.importorskip("transformers", reason="no transformers to make a checkpoint with")
     from transformers import CsmConfig, CsmForConditionalGeneration
 
     tokenizer = tiny_tokenizer()

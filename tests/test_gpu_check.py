@@ -1,20 +1,25 @@
 """What a run on a GPU is made of, as far as no GPU is needed; nothing is timed."""
 
 import argparse
+import contextlib
 import json
+import subprocess
 import sys
+import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import backends
 import bench_frame
 import bench_kernels
 import gpu_check
+import gpu_needs
 import gpu_sanitize
 import pytest
 import torch
 from csm_1b import config_for
-from gpu_results import card, counts_of, headlines
+from gpu_results import card, counts_of, headlines, pack_logs
 from report import Report
 from timing import GpuTimer, Rehearsal, timer_for
 
@@ -44,6 +49,22 @@ class Checked(gpu_check.Check):
     def kernels(self, stage):
         stage.result = "passed"
 
+    def frame(self, stage):
+        """A benchmark with a row that does not end."""
+        stage.limit_s = 1
+        self.bench(stage, [])
+
+    def command(self, stage, command, log=None):
+        if stage.name == "frame":
+            folder = gpu_check.WORK / "frame"
+            folder.mkdir()
+            (folder / "frame.json").write_text('{"machine": {"cores": 2}, "frame": [{"batch": 3}]}')
+            command = [sys.executable, "-c", "import time; time.sleep(60)"]
+        return super().command(stage, command, log)
+
+    def speech(self, stage):
+        raise KeyboardInterrupt
+
 
 def checked(tmp_path, monkeypatch, *stages: str, seconds: float = 60) -> tuple[int, list[dict]]:
     monkeypatch.setattr(gpu_check, "WORK", tmp_path)
@@ -69,17 +90,63 @@ def test_a_stage_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
     assert "kernels        passed" in shown
 
 
+def test_a_benchmark_that_is_cut_keeps_its_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "headlines", lambda tables: [])
+    code, (stage,) = checked(tmp_path, monkeypatch, "frame")
+    assert (code, stage["result"], stage["what"]) == (0, "cut", "1 rows, out of time")
+    results = json.loads((tmp_path / "dry-run" / "gpu_check.json").read_text())
+    assert (results["frame"], results["machine"]) == ([{"batch": 3}], {"cores": 2})
+
+
+def test_all_logs_come_with_the_results(tmp_path, monkeypatch):
+    """Of a stage that failed, and of one that an end from outside has broken off."""
+    with pytest.raises(KeyboardInterrupt):
+        checked(tmp_path, monkeypatch, "ops", "speech", "kernels")
+    stages = json.loads((tmp_path / "dry-run" / "gpu_check.json").read_text())["stages"]
+    assert [s["what"] for s in stages] == ["first", "interrupted", ""]
+    with tarfile.open(tmp_path / "dry-run" / "logs.tar.gz") as logs:
+        assert logs.getnames() == ["ops.log"]
+        assert logs.extractfile("ops.log").read() == b"first\n"
+
+
+def test_of_a_long_log_the_end_is_kept(tmp_path):
+    (tmp_path / "a.log").write_text("beginning and end")
+    (tmp_path / "b.xml").write_text("<all/>")
+    pack_logs(tmp_path, tmp_path / "logs.tar.gz", most_bytes=7)
+    with tarfile.open(tmp_path / "logs.tar.gz") as logs:
+        kept = {name: logs.extractfile(name).read() for name in logs.getnames()}
+    assert kept == {"a.log": b"and end", "b.xml": b"<all/>"}
+
+
 def test_all_that_passes_is_no_failure(tmp_path, monkeypatch):
     assert checked(tmp_path, monkeypatch, "kernels")[0] == 0
 
 
 def test_without_a_build_nothing_is_tested(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_check, "NEEDED_PROGRAMS", ("no-such-program",))
+    monkeypatch.setattr(gpu_needs, "NEEDED_PROGRAMS", ("no-such-program",))
     monkeypatch.setenv("PATH", "")
     code, stages = checked(tmp_path, monkeypatch, "build", "kernels")
     assert code == 1
     assert stages[0]["what"] == "not here: no-such-program"
     assert (stages[1]["result"], stages[1]["what"]) == ("left out", "there is no build")
+
+
+def test_versions_that_pyproject_does_not_allow_are_said(tmp_path, monkeypatch):
+    here = {"torch": "2.11.0+cu130", "tokenizers": "0.20", "transformers": "5.17.0"}
+    monkeypatch.setattr(gpu_needs, "version", here.__getitem__)
+    monkeypatch.setattr(gpu_needs, "PackageNotFoundError", KeyError)
+    assert gpu_needs.other_versions() == [
+        "tokenizers 0.20 for >=0.21",
+        "transformers 5.17.0 for <6,>=5.18",
+    ]
+
+
+def test_programs_beside_the_interpreter_are_found(monkeypatch):
+    monkeypatch.setenv("PATH", "/bin")
+    gpu_needs.add_usual_places()
+    assert gpu_needs.os.environ["PATH"].split(":") == [
+        *(str(Path(sys.executable).parent), "/bin", "/usr/local/cuda/bin")
+    ]
 
 
 def test_a_stage_past_the_end_is_a_failure(tmp_path, monkeypatch):
@@ -189,6 +256,7 @@ def test_every_tool_is_given_its_planted_bug(tmp_path, monkeypatch, blind, capsy
     answers = {answer["tool"]: answer["result"] for answer in json.loads(save.read_text())}
     expected = dict.fromkeys(gpu_sanitize.TOOLS, "clean")
     assert answers == expected | ({blind: "the planted bug was not found"} if blind else {})
+    assert "SUMMARY: 0" in (tmp_path / "initcheck.log").read_text()
 
 
 def test_a_tool_that_does_not_end_is_ended_with_its_program(tmp_path, monkeypatch):
@@ -267,6 +335,68 @@ def test_a_frame_on_two_backends():
     assert row["x reference"] == row["reference ms"] / row["ms"]
 
 
+class Broken:
+    """A peer that raises."""
+
+    def frames_ms(self, frames):
+        raise RuntimeError("no kernel for it\nmore")
+
+
+def test_a_peer_that_raises_is_left_out_and_ours_goes_on(monkeypatch):
+    timer, config, report = timer_for("cuda", rehearse=True), config_for(rehearse=True), Report()
+    monkeypatch.setattr(bench_frame, "their_frames", lambda *_: Broken())
+    monkeypatch.setattr(bench_frame, "MOST_PEER_BATCH", {"cpu": 1})
+    bench_frame.run(report, timer, config, ["float32"], [1, 2], peer=True)
+
+    def prepare(call, inputs, calls=None, whole=timer.prepare):
+        if call is torch_way:
+            raise RuntimeError("no memory for it")
+        return whole(call, inputs, calls)
+
+    all_cases = bench_kernels.cases
+    torch_way: Callable = len
+
+    def two_cases(*args):
+        nonlocal torch_way
+        one, two = (case for case in all_cases(*args) if case.op in ("rms_norm", "silu_mul"))
+        torch_way = two.torch
+        return [one, two]
+
+    monkeypatch.setattr(bench_kernels, "cases", two_cases)
+    monkeypatch.setattr(timer, "prepare", prepare)
+    bench_kernels.run(report, timer, config, [torch.float32], [2], None)
+    tables = json.loads(report.json())
+    assert [(row["batch"], row["transformers ms"]) for row in tables["frame"]] == [
+        *((1, None), (2, None))
+    ]
+    norm, silu = tables["kernels"]
+    assert norm["torch ms"] > 0
+    assert silu["ms"] > 0
+    assert silu["torch ms"] is None
+    left_out = tables["left out"]
+    assert left_out[0] == "transformers beside float32 at batch 1: no kernel for it"
+    assert left_out[1].startswith("silu_mul [2, 2 x")
+    assert left_out[1].endswith("on torch: no memory for it")
+
+
+def test_packed_weights_at_some_batches():
+    timer, config, report = timer_for("cuda", rehearse=True), config_for(rehearse=True), Report()
+    where = ([1, 3], ["linear"], (None,), [3])
+    bench_kernels.run(report, timer, config, [torch.bfloat16], *where)
+    shapes = [row[1] for row in report.tables[0].rows]
+    assert {shape.split()[0] for shape in shapes if "[1," in shape}.isdisjoint({"int8", "int4"})
+    assert {"int8", "int4"} <= {shape.split()[0] for shape in shapes if "[3," in shape}
+
+
+def test_rows_are_written_as_they_come(tmp_path):
+    report = Report()
+    report.path = tmp_path / "new" / "rows.json"
+    table = report.table("rows", ["what", "ms"])
+    for n in (1, 2):
+        table.add("a", n)
+        assert len(json.loads(report.path.read_text())["rows"]) == n
+
+
 @pytest.mark.parametrize(
     ("names", "reason"),
     [
@@ -302,6 +432,76 @@ def test_what_cannot_be_captured_is_timed_without_a_graph():
     calls.clear()
     assert measure() > 0
     assert calls == [1, 2, 1]
+
+
+def test_a_failed_capture_leaves_stream_and_generator_as_they_were():
+    """As torch.cuda does without: the end of a capture that failed raises before it tidies up."""
+    now = {"stream": "current", "state": "plain"}
+
+    class Generator:
+        def clone_state(self):
+            return now["state"]
+
+        def graphsafe_set_state(self, state):
+            now["state"] = state
+
+    class Cuda(Rehearsal):
+        default_generators = (Generator(),)
+
+        @staticmethod
+        @contextlib.contextmanager
+        def stream(stream):
+            before = now["stream"]
+            now["stream"] = stream
+            try:
+                yield
+            finally:
+                now["stream"] = before
+
+        @staticmethod
+        @contextlib.contextmanager
+        def graph(graph):
+            now.update(stream="capturing", state="capturing")
+            try:
+                yield
+            finally:
+                raise RuntimeError("failed due to a previous error")
+
+    def call():
+        if now["stream"] == "capturing":
+            raise RuntimeError("waits for the host")
+
+    timer = GpuTimer(Cuda, "cpu", copy_bytes=64, matmul_size=8)
+    assert timer.prepare(call, [()], calls=1)() > 0
+    assert timer.without_graph == ["waits for the host"]
+    assert now == {"stream": "current", "state": "plain"}
+
+
+BROKEN_GPU = """
+import torch
+import ops_testing
+
+def synchronize():
+    raise RuntimeError("an illegal memory access")
+
+torch.cuda.synchronize = synchronize
+ops_testing.end_if_gpu_is_broken("without a GPU")
+torch.cuda.is_initialized = lambda: True
+ops_testing.end_if_gpu_is_broken("test_it")
+print("went on")
+"""
+
+
+def test_a_broken_gpu_ends_the_process_and_names_the_test():
+    folder = str(Path(__file__).parent)
+    ended = subprocess.run(
+        [sys.executable, "-c", BROKEN_GPU],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.endswith("test_it left the GPU unusable: an illegal memory access\n")
 
 
 def test_moved_views_share_memory_and_keep_their_strides():
