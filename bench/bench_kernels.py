@@ -76,7 +76,9 @@ def run(
     backends: Sequence[str | None] = (None, TORCH),
     packed_batches: list[int] | None = None,
 ) -> None:
-    """`packed_batches` are those of packed weights, None for all of `batches`."""
+    """`packed_batches` are those of packed weights, None for all of `batches`. A case of ours that
+    raises is left out, the others are measured, and at the end the first error is raised."""
+    broken: Exception | None = None
     table = report.table(
         "kernels",
         [
@@ -97,12 +99,17 @@ def run(
                 calls = calls_of(case, backends, timer.device, report)
                 if calls[0] is None:
                     continue
-                rate = timer.rate(case.multiplied or dtype)
 
                 def lost(i: int, error: Exception, case: Case = case) -> None:
                     report.leave_out(f"{case.op} {case.shape} on {backends[i]}", error)
 
-                times, bandwidth = measure(case, calls, timer, lost)
+                try:
+                    rate = timer.rate(case.multiplied or dtype)
+                    times, bandwidth = measure(case, calls, timer, lost)
+                except Exception as error:
+                    report.leave_out(f"{case.op} {case.shape}", error)
+                    broken = broken or error
+                    continue
                 ms = times[0]
                 floor_ms = max(case.num_bytes / bandwidth, case.flops / rate) * 1e3
                 table.add(
@@ -111,3 +118,5 @@ def run(
                     *(case.num_bytes / ms / 1e6, case.flops / ms / 1e6, 100 * floor_ms / ms),
                     *comparison(times),
                 )
+    if broken:
+        raise broken

@@ -278,7 +278,8 @@ class Check:
         report = WORK / f"{stage.name}.xml"
         report.unlink(missing_ok=True)
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        command += [f"--junitxml={report}", *arguments]
+        # A kernel that does not end shows in the log in which test it hangs.
+        command += ["-o", "faulthandler_timeout=60", f"--junitxml={report}", *arguments]
         if importlib.util.find_spec("xdist") and "--collect-only" not in arguments:
             command += ["-n", str(min(at_once, os.cpu_count() or 1))]
         code = self.command(stage, command)

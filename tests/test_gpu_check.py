@@ -141,6 +141,21 @@ def test_versions_that_pyproject_does_not_allow_are_said(tmp_path, monkeypatch):
     ]
 
 
+def test_the_build_says_what_is_not_as_it_should_be(tmp_path, monkeypatch):
+    class Built(Checked):
+        def command(self, stage, command, log=None):
+            return 0
+
+    monkeypatch.setattr(gpu_needs, "missing", list)
+    monkeypatch.setattr(gpu_needs, "absent", lambda: ["soxr"])
+    monkeypatch.setattr(gpu_needs, "other_versions", lambda: ["transformers 5.17.0 for >=5.18"])
+    monkeypatch.setitem(globals(), "Checked", Built)
+    _, (stage,) = checked(tmp_path, monkeypatch, "build")
+    assert stage["result"] == "passed"
+    assert "skipped: soxr" in stage["what"]
+    assert stage["what"].endswith("transformers 5.17.0 for >=5.18")
+
+
 def test_programs_beside_the_interpreter_are_found(monkeypatch):
     monkeypatch.setenv("PATH", "/bin")
     gpu_needs.add_usual_places()
@@ -377,6 +392,24 @@ def test_a_peer_that_raises_is_left_out_and_ours_goes_on(monkeypatch):
     assert left_out[0] == "transformers beside float32 at batch 1: no kernel for it"
     assert left_out[1].startswith("silu_mul [2, 2 x")
     assert left_out[1].endswith("on torch: no memory for it")
+
+
+def test_a_case_of_ours_that_raises_costs_no_other(monkeypatch):
+    timer, config, report = timer_for("cuda", rehearse=True), config_for(rehearse=True), Report()
+
+    def raising(*_):
+        raise RuntimeError("too many resources")
+
+    def cases(*args, all_cases=bench_kernels.cases):
+        chosen = [case for case in all_cases(*args) if case.op in ("rms_norm", "silu_mul")]
+        chosen[0].ours = raising
+        return chosen
+
+    monkeypatch.setattr(bench_kernels, "cases", cases)
+    with pytest.raises(RuntimeError, match="too many resources"):
+        bench_kernels.run(report, timer, config, [torch.float32], [2], None)
+    assert [row[0] for row in report.tables[0].rows] == ["silu_mul"]
+    assert report.left_out[0].endswith(": too many resources")
 
 
 def test_packed_weights_at_some_batches():
