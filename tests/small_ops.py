@@ -73,6 +73,13 @@ def cases() -> Iterator[tuple[str, tuple]]:
             for packing in sizes.PACKINGS[:2]:
                 arguments = sizes.packed(make(sizes.PACKED_SIZES[1], dtype), packing)
                 yield op, tuple(arguments.values())
+        # One row, and more than 8, have packed kernels of their own; columns of several ranges.
+        sizes = replace(test_decode_backbone.PACKED_SIZES[0], L=1, F=544)
+        for packing in test_decode_backbone.PACKINGS[:2]:
+            for rows in (1, 9):
+                arguments = test_decode_backbone.make(sizes, dtype, [3] * rows)
+                packed = test_decode_backbone.packed(arguments, packing)
+                yield "decode_backbone", tuple(packed.values())
         yield "mimi_conv", tuple(test_mimi_conv.make(test_mimi_conv.SIZES[1], dtype).values())
         yield "mimi_convs", tuple(test_mimi_convs.make(2, 3, dtype).values())
     yield (
