@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from backends import TORCH, compared, comparison, on
-from kernel_cases import Case, cases
+from codec_cases import codec_cases
+from kernel_case import Case
+from kernel_cases import cases
 from report import Report
 from timing import CpuTimer, GpuTimer
 
@@ -90,6 +92,11 @@ def run(
         for batch in batches:
             with torch.device(timer.device):
                 all_cases = cases(config, dtype, batch, timer.device)
+                if not only or any(op.startswith("mimi_") for op in only):
+                    try:
+                        all_cases += codec_cases(dtype, batch, timer.device)
+                    except ImportError as error:
+                        report.leave_out("the codec's ops", error)
             for case in all_cases:
                 if only and case.op not in only:
                     continue

@@ -2,17 +2,18 @@
 
 The peer is plain torch: what one would write without this library, on the same tensors (on dense
 keys and values instead of pages, on the bfloat16 weight instead of a packed one). On a GPU the
-whole decoders have none: their reference there is launches of thousands of small kernels.
+whole decoders have none: their reference there is launches of thousands of small kernels. The
+codec's ops, at its own sizes, are in codec_cases.py.
 """
 
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from csm_1b import num_tensor_bytes, transformer_bytes
+from kernel_case import Case
 from torch import Tensor
 
 from vox_serve.csm_weights import PACKINGS, CsmWeights
@@ -25,30 +26,6 @@ from voxkern.backend import implementation
 from voxkern.quantize import FORMATS, pack, packed_shape
 
 CACHED, PROMPT, PAGE = 512, 256, 16
-
-
-@dataclass
-class Case:
-    """One op at one shape.
-
-    Attributes:
-        op: its name.
-        shape: for the reader.
-        inputs: makes one set of inputs; sets beyond the first are made to defeat the caches.
-        ours, torch: called with one set; torch is None if there is nothing to compare with.
-        num_bytes: read and written at least once, per call.
-        flops: operations per call.
-        multiplied: what the operations are on, if not the dtype of the run.
-    """
-
-    op: str
-    shape: str
-    inputs: Callable[[], tuple]
-    ours: Callable
-    torch: Callable | None
-    num_bytes: float
-    flops: float = 0
-    multiplied: torch.dtype | None = None
 
 
 def cases(config: CsmConfig, dtype: torch.dtype, batch: int, device: str = "cpu") -> list[Case]:

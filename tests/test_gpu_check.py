@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import gpu_needs
 import gpu_sanitize
 import pytest
 import torch
+from codec_cases import codec_cases
 from csm_1b import config_for
 from gpu_results import card, counts_of, headlines, pack_logs
 from report import Report
@@ -310,6 +312,16 @@ def test_gpu_benches_rehearsed():
     assert not timer.without_graph
 
 
+def test_the_codecs_ops_are_measured():
+    """Each against its reference, on inputs that are alike."""
+    for case in codec_cases(torch.float32, 2, "cpu"):
+        inputs = case.inputs()
+        again = copy.deepcopy(inputs)
+        torch.testing.assert_close(case.ours(*inputs), case.torch(*again), rtol=1e-3, atol=1e-4)
+        assert case.num_bytes > 1e6
+        assert case.flops > 1e6
+
+
 def test_backends_beside_each_other(monkeypatch):
     """Each case runs on each of them; one that lacks an op has a dash, or no row if it is first."""
     served = []
@@ -379,7 +391,7 @@ def test_a_peer_that_raises_is_left_out_and_ours_goes_on(monkeypatch):
 
     monkeypatch.setattr(bench_kernels, "cases", two_cases)
     monkeypatch.setattr(timer, "prepare", prepare)
-    bench_kernels.run(report, timer, config, [torch.float32], [2], None)
+    bench_kernels.run(report, timer, config, [torch.float32], [2], ["rms_norm", "silu_mul"])
     tables = json.loads(report.json())
     assert [(row["batch"], row["transformers ms"]) for row in tables["frame"]] == [
         *((1, None), (2, None))
@@ -407,7 +419,7 @@ def test_a_case_of_ours_that_raises_costs_no_other(monkeypatch):
 
     monkeypatch.setattr(bench_kernels, "cases", cases)
     with pytest.raises(RuntimeError, match="too many resources"):
-        bench_kernels.run(report, timer, config, [torch.float32], [2], None)
+        bench_kernels.run(report, timer, config, [torch.float32], [2], ["rms_norm", "silu_mul"])
     assert [row[0] for row in report.tables[0].rows] == ["silu_mul"]
     assert report.left_out[0].endswith(": too many resources")
 

@@ -1,0 +1,71 @@
+"""The codec's ops at Mimi's size: a frame of every stream, random weights, the key window full.
+
+The peer is the op's reference, plain torch on the same tensors.
+"""
+
+import copy
+import functools
+
+import torch
+from backends import on
+from kernel_case import Case
+
+from vox_serve.mimi import Mimi
+
+
+@functools.cache
+def codec(precision: str, device: str) -> Mimi:
+    from bench_codec import our_codecs, random_model
+
+    return our_codecs(random_model(), [precision], device)[precision]
+
+
+def codec_cases(dtype: torch.dtype, batch: int, device: str) -> list[Case]:
+    """For `batch` streams, with the codec's weights in `dtype`; x and all that is kept are float32.
+
+    Inputs are made on torch's default device, which is to be `device`; each has weights of its own.
+
+    Raises:
+        ImportError: transformers, whose model makes the weights, is not here.
+    """
+    from bench_codec import layers
+
+    mimi = functools.partial(codec, str(dtype).removeprefix("torch."), device)
+    steps, width = mimi().config.latent_stride, mimi().config.hidden_size
+    attention, *convs = layers(mimi(), batch)
+
+    def transformer_inputs() -> tuple:
+        transformer = copy.deepcopy(mimi().decoder.transformer)
+        keys, values = (torch.randn(batch, *transformer.ring_shape) for _ in range(2))
+        positions = torch.full((batch,), 2 * transformer.window)
+        return transformer, torch.randn(batch, steps, width), positions, keys, values
+
+    def convs_inputs() -> tuple:
+        chain = copy.deepcopy(mimi().decoder.convs)
+        past = [torch.randn(batch, *context) for context in chain.contexts]
+        return chain, torch.randn(batch, steps, width), torch.zeros(batch, dtype=torch.bool), past
+
+    def call(layer, *inputs):
+        return layer(*inputs)
+
+    plain = on("reference", call)
+    return [
+        Case(
+            "mimi_transformer",
+            f"{batch} frames",
+            transformer_inputs,
+            call,
+            plain,
+            attention.num_bytes,
+            attention.operations,
+        ),
+        Case(
+            "mimi_convs",
+            f"{batch} frames",
+            convs_inputs,
+            call,
+            plain,
+            sum(layer.num_bytes for layer in convs),
+            sum(layer.operations for layer in convs),
+        ),
+    ]
