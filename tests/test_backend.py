@@ -92,6 +92,32 @@ def test_triton_needs_a_gpu_that_it_compiles_for(monkeypatch, capability, serves
 
 
 @needs_triton
+def test_the_interpreter_takes_no_gpu(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    why_missing.cache_clear()
+    assert why_missing("triton", "cpu") is None
+    assert why_missing("triton", "cuda") == "TRITON_INTERPRET=1 is for CPU tensors"
+    monkeypatch.undo()
+    why_missing.cache_clear()
+
+
+@needs_triton
+def test_triton_needs_a_c_compiler_on_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    why_missing.cache_clear()
+    assert why_missing("triton", "cuda").startswith("Triton needs a C compiler")
+    monkeypatch.setenv("CC", "icx")
+    why_missing.cache_clear()
+    assert why_missing("triton", "cuda") is None
+    monkeypatch.undo()
+    why_missing.cache_clear()
+
+
+@needs_triton
 def test_an_op_that_a_forced_backend_lacks_runs_its_reference(force, monkeypatch):
     monkeypatch.setattr(backend, "OPS", [*OPS, "new_op"])
     force("triton")

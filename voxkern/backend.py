@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,12 +68,17 @@ def why_missing(backend: str, device_type: str, op: str | None = None) -> str | 
             return "Triton is not installed (pip install triton)"
         if op and importlib.util.find_spec(f"voxkern.triton.{op}") is None:
             return f"there is no Triton kernel of {op}"
-        if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if device_type == "cpu" and not interpreted:
             return "Triton runs CPU tensors only under TRITON_INTERPRET=1"
+        if device_type == "cuda" and interpreted:
+            return "TRITON_INTERPRET=1 is for CPU tensors"
         if device_type == "cuda" and torch.cuda.is_available() and not torch.version.hip:
             major, minor = torch.cuda.get_device_capability()
             if major < 8:
                 return f"Triton needs a GPU of capability 8.0, this one has {major}.{minor}"
+            if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+                return "Triton needs a C compiler: gcc, clang, or what CC names"
     elif backend != "reference":
         return f"there is no such backend: choose one of {', '.join(BACKENDS)}"
     return None
@@ -108,7 +114,19 @@ def implementation(name: str, backend: str) -> Callable:
     """The function that runs op `name` on `backend`."""
     if backend == "native":
         return getattr(torch.ops.voxkern, name).default
-    return getattr(importlib.import_module(f"voxkern.{backend}.{name}"), name)
+    function = getattr(importlib.import_module(f"voxkern.{backend}.{name}"), name)
+    return on_its_device(function) if backend == "triton" else function
+
+
+def on_its_device(function: Callable) -> Callable:
+    """`function`, with its first argument's GPU as the current one, where Triton launches."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        with torch.cuda.device_of(next(iter((*args, *kwargs.values())))):
+            return function(*args, **kwargs)
+
+    return call
 
 
 def on_one_device(fake: Callable) -> Callable:
