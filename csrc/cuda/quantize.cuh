@@ -85,6 +85,14 @@ struct StagedRows {
   }
 };
 
+// m / 127 of m >= 0, rounded to nearest, NaN of what is not finite: a product, and what it leaves
+// over. The division has branches, which keep a thread's groups from being under way together.
+__device__ __forceinline__ float divide_by_127(float m) {
+  constexpr float kInverse = 1.0f / 127;
+  const float quotient = __fmul_rn(m, kInverse);
+  return fmaf(fmaf(-127.0f, quotient, m), kInverse, quotient);
+}
+
 // Half a group: its values as bytes, in the order of columns, and the group's scale. The two lanes
 // that have a group are neighbours; the whole warp calls it.
 __device__ __forceinline__ float quantize_half(const float (&x)[kColumns],
@@ -106,7 +114,7 @@ __device__ __forceinline__ float quantize_half(const float (&x)[kColumns],
       rounded[j] = __float_as_uint(__fmul_rn(x[4 * i + j], inverse) + kMagic) & 0xff;
     bytes[i] = rounded[0] | rounded[1] << 8 | rounded[2] << 16 | rounded[3] << 24;
   }
-  return magnitude / 127.0f + magnitude * 0.0f;  // NaN of what is not finite
+  return divide_by_127(magnitude);
 }
 
 // Groups first .. first + groups - 1 of `rows` rows of x, by all threads of the block; rows of a
