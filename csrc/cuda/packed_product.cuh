@@ -33,11 +33,13 @@ constexpr int kSlots = kFormat == Format::int8 ? 2 : 3;
 template <Format kFormat>
 constexpr int kSlotBytes = kRange * static_cast<int>(group_bytes(kFormat) + scale_bytes(kFormat));
 
-// How a launch lays out a block's shared memory: queue, quantized x and sums, staged x.
+// How a launch lays out a block's shared memory: queue, quantized x and sums, scales of W's rows,
+// staged x.
 struct PackedPlan {
-  int slots;        // of the queue
-  int sums;         // floats of one of the places for sums
-  int staged, row;  // where x is staged, in bytes; vectors from one of its rows to the next
+  int slots;           // of the queue
+  int sums;            // floats of one of the places for sums
+  int scales, staged;  // where those begin, in bytes
+  int row;             // vectors from one row of staged x to the next
 };
 
 // A range in the queue, from where this lane's operands are.
@@ -124,18 +126,19 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kMost>)
     commit_copies();
     slot = slot + 1 == plan.slots ? 0 : slot + 1;
   };
+  // The scales of all tiles, [tiles, kOf, 16], go with the first range of warp 0, which always has
+  // one. In registers they would be one more than there are, and a wait at each tile's end.
+  float* const row_scales = reinterpret_cast<float*>(queue + plan.scales);
+  if (warp == 0)
+    for (int i = lane;; i += kWarp) {
+      const int of_tile = blockIdx.x + i / (4 * kOf) * gridDim.x;
+      if (of_tile >= tiles) break;
+      copy_async_16(row_scales + i * 4,
+                    block_at(of_tile, i / 4 % kOf) + block_size - 64 + i % 4 * 16, true);
+    }
   for (int s = 0; s < plan.slots; ++s) ask();
   // Of the column that this thread finishes.
   const int at_m = me / kRows, at_n = me % kRows;
-  float row_scales[kOf] = {};
-  const auto read_scales = [&](int of_tile) {
-    if (at_m >= rows || of_tile >= tiles) return;
-#pragma unroll
-    for (int of = 0; of < kOf; ++of)
-      row_scales[of] = __uint_as_float(
-          load_stream4(block_at(of_tile, of) + block_size - 64 + at_n * sizeof(float)));
-  };
-  read_scales(blockIdx.x);
   const uint4 norm_first = first_of_norm<T, before>(p);
   let_next_kernel_start();
   wait_for_previous_kernel();
@@ -152,9 +155,9 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kMost>)
   }
   __syncthreads();
 
-  int oldest = 0, turn = 0;
-  for (int at = blockIdx.x; at < tiles; at += gridDim.x, turn = plan.sums - turn) {
-    float* const partials = shared.partials + turn;
+  int oldest = 0, done = 0;  // tiles
+  for (int at = blockIdx.x; at < tiles; at += gridDim.x, ++done) {
+    float* const partials = shared.partials + done % 2 * plan.sums;
     const int n = at * kRows + at_n;
     const bool finishes = at_m < rows && n < p.N;
     const T old = finishes ? old_value<T, after>(p, at_m, n) : T{};
@@ -176,10 +179,6 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kMost>)
       store_sums<kMost>(sums, rows, partials + i * kMost * kStride);
     }
     __syncthreads();
-    float scales[kOf];
-#pragma unroll
-    for (int of = 0; of < kOf; ++of) scales[of] = row_scales[of];
-    read_scales(at + gridDim.x);
     if (finishes) {
       float totals[kOf] = {};
 #pragma unroll
@@ -187,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kMost>)
         const float* const from = partials + (of * ranges * kMost + at_m) * kStride + at_n;
 #pragma unroll 8
         for (int r = 0; r < ranges; ++r) totals[of] += from[r * kMost * kStride];
-        totals[of] = __fmul_rn(totals[of], scales[of]);
+        totals[of] = __fmul_rn(totals[of], row_scales[(done * kOf + of) * kRows + at_n]);
       }
       finish<T, after>(p, at_m, n, totals, old);
     }
