@@ -33,6 +33,10 @@ constexpr int kSlots = kFormat == Format::int8 ? 2 : 3;
 template <Format kFormat>
 constexpr int kSlotBytes = kRange * static_cast<int>(group_bytes(kFormat) + scale_bytes(kFormat));
 
+// Sums that are read together, however few there are: an unrolled loop takes what is left of it one
+// by one, which is all of the 4 of 1024 columns.
+constexpr int kAddedAtOnce = 8;
+
 // How a launch lays out a block's shared memory: queue, quantized x and sums, scales of W's rows,
 // staged x.
 struct PackedPlan {
@@ -180,14 +184,24 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kMost>)
     }
     __syncthreads();
     if (finishes) {
+      const float* const from = partials + at_m * kStride + at_n;
       float totals[kOf] = {};
+      for (int first = 0; first < ranges; first += kAddedAtOnce) {
+        float sums[kOf][kAddedAtOnce];
 #pragma unroll
-      for (int of = 0; of < kOf; ++of) {
-        const float* const from = partials + (of * ranges * kMost + at_m) * kStride + at_n;
-#pragma unroll 8
-        for (int r = 0; r < ranges; ++r) totals[of] += from[r * kMost * kStride];
-        totals[of] = __fmul_rn(totals[of], row_scales[(done * kOf + of) * kRows + at_n]);
+        for (int of = 0; of < kOf; ++of)
+#pragma unroll
+          for (int r = 0; r < kAddedAtOnce; ++r)  // -0 changes no number, not even 0
+            sums[of][r] =
+                first + r < ranges ? from[(of * ranges + first + r) * kMost * kStride] : -0.0f;
+#pragma unroll
+        for (int of = 0; of < kOf; ++of)
+#pragma unroll
+          for (int r = 0; r < kAddedAtOnce; ++r) totals[of] += sums[of][r];
       }
+#pragma unroll
+      for (int of = 0; of < kOf; ++of)
+        totals[of] = __fmul_rn(totals[of], row_scales[(done * kOf + of) * kRows + at_n]);
       finish<T, after>(p, at_m, n, totals, old);
     }
   }
