@@ -30,6 +30,9 @@ namespace {
 // for one more beside them.
 template <Format kFormat>
 constexpr int kSlots = kFormat == Format::int8 ? 2 : 3;
+// Ranges a warp behind those, on their way to the second-level cache before the wait too: 64 KB a
+// block in int8, so that a tile of 8192 columns, or two pairs of 2048, are all asked for by then.
+constexpr int kAhead = 2;
 template <Format kFormat>
 constexpr int kSlotBytes = kRange * static_cast<int>(group_bytes(kFormat) + scale_bytes(kFormat));
 
@@ -106,6 +109,13 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kMost>)
 
   // The next range to ask for.
   int tile = warp < items ? blockIdx.x : tiles, item = warp, slot = 0;
+  const auto go_on = [&](int& of_tile, int& of_item) {
+    of_item += kWarps;
+    if (of_item >= items) {
+      of_item = warp;
+      of_tile += gridDim.x;
+    }
+  };
   const auto ask = [&] {
     if (tile < tiles) {
       const int product = kOf == 2 && item >= ranges;
@@ -121,11 +131,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kMost>)
         copy_async_16(slot_at(slot) + kRange * group_bytes(kFormat) + lane * 16,
                       block + groups * static_cast<int>(group_bytes(kFormat)) + (first + lane) * 16,
                       first + lane < groups);
-      item += kWarps;
-      if (item >= items) {
-        item = warp;
-        tile += gridDim.x;
-      }
+      go_on(tile, item);
     }
     commit_copies();
     slot = slot + 1 == plan.slots ? 0 : slot + 1;
@@ -141,6 +147,20 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kMost>)
                     block_at(of_tile, i / 4 % kOf) + block_size - 64 + i % 4 * 16, true);
     }
   for (int s = 0; s < plan.slots; ++s) ask();
+  if (lane == 0) {
+    int of_tile = tile, of_item = item;
+    for (int s = 0; s < kAhead && of_tile < tiles; ++s, go_on(of_tile, of_item)) {
+      const int product = kOf == 2 && of_item >= ranges;
+      const int first = (of_item - product * ranges) * kRange;
+      const int there = groups - first < kRange ? groups - first : kRange;
+      const char* const block = block_at(of_tile, product);
+      prefetch_l2(block + first * static_cast<int>(group_bytes(kFormat)),
+                  there * static_cast<int>(group_bytes(kFormat)));
+      if (kFormat == Format::int4)
+        prefetch_l2(block + groups * static_cast<int>(group_bytes(kFormat)) + first * 16,
+                    there * 16);
+    }
+  }
   // Of the column that this thread finishes.
   const int at_m = me / kRows, at_n = me % kRows;
   const uint4 norm_first = first_of_norm<T, before>(p);

@@ -83,6 +83,14 @@ __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// Bytes in a multiple of 16, as their address is, on their way to the second-level cache, from
+// Hopper on. That is where multiprocessors meet: what is written later is not missed.
+__device__ __forceinline__ void prefetch_l2(const void* p, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes));
+#endif
+}
+
 // 16 bytes that a kernel in front may have written, past the first-level cache, which may hold what
 // was there before. For one number __ldcg() does the same.
 __device__ __forceinline__ uint4 load_fresh(const void* p) {

@@ -351,6 +351,13 @@ template <int N>
 void wait_copies() {
   simt::wait_copies(N);
 }
+inline void prefetch_l2(const void* p, int bytes, VOX_SIMT_HERE) {
+  if (reinterpret_cast<uintptr_t>(p) % 16 || bytes <= 0 || bytes % 16)
+    simt::fail({"prefetch_l2", file, line}, "not in multiples of 16 bytes");
+  // For the address sanitizer.
+  const volatile char* const from = static_cast<const volatile char*>(p);
+  static_cast<void>(from[0]), static_cast<void>(from[bytes - 1]);
+}
 inline uint4 load_fresh(const void* p) { return load_stream(p); }
 inline void wait_for_previous_kernel(VOX_SIMT_HERE) {
   simt::wait_for_previous({"wait_for_previous_kernel", file, line});
