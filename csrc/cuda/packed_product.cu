@@ -22,22 +22,18 @@ Layout layout(const ProductParams& p, int64_t each = kBlocksEach) {
   const int64_t ranges = divide_up(p.C, kRange * kGroup);
   const int64_t products = p.after == After::swiglu ? 2 : 1, items = ranges * products;
   const int64_t needed = of_block * divide_up(items, kWarps);
-  const int64_t sums = items * kMost * Shared::kStride;
   const int64_t x =
       Shared::bytes(ranges, of_block > 1 ? 2 * items : items, log_up(static_cast<int>(p.M)));
   const int64_t scales = of_block * products * kBlockRows * static_cast<int64_t>(sizeof(float));
-  const int64_t row =
-      p.before == Before::norm ? p.C / kVector<T> | 4 : 0;  // other banks for others
-  const int64_t staged = row * p.M * static_cast<int64_t>(sizeof(uint4));
+  const int64_t staged =
+      p.before == Before::norm ? staged_row<T>(p.C) * p.M * static_cast<int64_t>(sizeof(uint4)) : 0;
   int64_t slots = needed < kSlots<kFormat> ? needed : kSlots<kFormat>;
   const auto bytes = [&] { return slots * kWarps * kSlotBytes<kFormat> + x + scales + staged; };
   while (slots > 1 && bytes() > dynamic_limit()) --slots;
   if (each > 1 && !fit_together(each, bytes())) return layout<T, kFormat, kMost>(p, each - 1);
   return {{.slots = static_cast<int>(slots),
-           .sums = static_cast<int>(of_block > 1 ? sums : 0),
            .scales = static_cast<int>(bytes() - staged - scales),
-           .staged = static_cast<int>(bytes() - staged),
-           .row = static_cast<int>(row)},
+           .staged = static_cast<int>(bytes() - staged)},
           blocks,
           bytes()};
 }

@@ -44,10 +44,14 @@ constexpr int kAddedAtOnce = 8;
 // staged x.
 struct PackedPlan {
   int slots;           // of the queue
-  int sums;            // floats of one of the places for sums
   int scales, staged;  // where those begin, in bytes
-  int row;             // vectors from one row of staged x to the next
 };
+
+// Vectors from one row of staged x to the next, which begins in other banks.
+template <typename T>
+__host__ __device__ constexpr int staged_row(int64_t C) {
+  return static_cast<int>(C / kVector<T> | 4);
+}
 
 // A range in the queue, from where this lane's operands are.
 template <Format kFormat>
@@ -169,9 +173,10 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kMost>)
 
   if constexpr (before == Before::norm) {
     uint4* const staged = reinterpret_cast<uint4*>(queue + plan.staged);
-    stage<T, before>(p, 0, rows, norm_first, staged, plan.row);
-    quantize_rows<kFormat, kMost>(StagedRows<T>{.x = staged, .row = plan.row}, rows, log_rows, 0,
-                                  groups, shared.values, shared.scales);
+    const int row = staged_row<T>(C);
+    stage<T, before>(p, 0, rows, norm_first, staged, row);
+    quantize_rows<kFormat, kMost>(StagedRows<T>{.x = staged, .row = row}, rows, log_rows, 0, groups,
+                                  shared.values, shared.scales);
   } else {
     quantize_rows<kFormat, kMost>(
         PlainRows<T>{.x = static_cast<const T*>(p.x), .C = C, .aligned = true}, rows, log_rows, 0,
@@ -181,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kMost>)
 
   int oldest = 0, done = 0;  // tiles
   for (int at = blockIdx.x; at < tiles; at += gridDim.x, ++done) {
-    float* const partials = shared.partials + done % 2 * plan.sums;
+    float* const partials = shared.partials + done % 2 * items * kMost * kStride;
     const int n = at * kRows + at_n;
     const bool finishes = at_m < rows && n < p.N;
     const T old = finishes ? old_value<T, after>(p, at_m, n) : T{};
