@@ -22,6 +22,9 @@ namespace {
 template <int kTileM>
 constexpr int kTiles = (kTileM + 7) / 8;
 
+template <Format kFormat>
+constexpr int kGroupBytes = static_cast<int>(group_bytes(kFormat));
+
 // Times 8 bytes of a group that a lane has, 256 bytes apart.
 template <Format kFormat>
 constexpr int kLoads = kFormat == Format::int8 ? 2 : 1;

@@ -34,7 +34,7 @@ constexpr int kSlots = kFormat == Format::int8 ? 2 : 3;
 // block in int8, so that a tile of 8192 columns, or two pairs of 2048, are all asked for by then.
 constexpr int kAhead = 2;
 template <Format kFormat>
-constexpr int kSlotBytes = kRange * static_cast<int>(group_bytes(kFormat) + scale_bytes(kFormat));
+constexpr int kSlotBytes = kRange * (kGroupBytes<kFormat> + static_cast<int>(scale_bytes(kFormat)));
 
 // Sums that are read together, however few there are: an unrolled loop takes what is left of it one
 // by one, which is all of the 4 of 1024 columns.
@@ -61,7 +61,7 @@ struct PackedSlot {
   __device__ __forceinline__ explicit PackedSlot(const unsigned char* slot) {
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
     values = slot + place(t * 4 + g / 2) * 16 + g % 2 * 8;
-    codes = slot + kRange * group_bytes(kFormat) + g * 2;
+    codes = slot + kRange * kGroupBytes<kFormat> + g * 2;
   }
   // Of the pieces of 512 bytes, where the one that is at `piece` in memory lies.
   static __device__ __forceinline__ int place(int piece) { return piece ^ (piece >> 2 & 2); }
@@ -125,15 +125,15 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kMost>)
       const int product = kOf == 2 && item >= ranges;
       const int first = (item - product * ranges) * kRange;
       const char* const block = block_at(tile, product);
-      const char* const from = block + first * static_cast<int>(group_bytes(kFormat)) + lane * 16;
-      const int there = (groups - first) * static_cast<int>(group_bytes(kFormat)) - lane * 16;
+      const char* const from = block + first * kGroupBytes<kFormat> + lane * 16;
+      const int there = (groups - first) * kGroupBytes<kFormat> - lane * 16;
       unsigned char* const to = slot_at(slot) + PackedSlot<kFormat>::place(lane) * 16;
 #pragma unroll
-      for (int at = 0; at < kRange * group_bytes(kFormat); at += kWarp * 16)
+      for (int at = 0; at < kRange * kGroupBytes<kFormat>; at += kWarp * 16)
         copy_async_16(to + at, from + at, at < there);
       if (kFormat == Format::int4 && lane < kRange)
-        copy_async_16(slot_at(slot) + kRange * group_bytes(kFormat) + lane * 16,
-                      block + groups * static_cast<int>(group_bytes(kFormat)) + (first + lane) * 16,
+        copy_async_16(slot_at(slot) + kRange * kGroupBytes<kFormat> + lane * 16,
+                      block + groups * kGroupBytes<kFormat> + (first + lane) * 16,
                       first + lane < groups);
       go_on(tile, item);
     }
@@ -158,11 +158,9 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kMost>)
       const int first = (of_item - product * ranges) * kRange;
       const int there = groups - first < kRange ? groups - first : kRange;
       const char* const block = block_at(of_tile, product);
-      prefetch_l2(block + first * static_cast<int>(group_bytes(kFormat)),
-                  there * static_cast<int>(group_bytes(kFormat)));
+      prefetch_l2(block + first * kGroupBytes<kFormat>, there * kGroupBytes<kFormat>);
       if (kFormat == Format::int4)
-        prefetch_l2(block + groups * static_cast<int>(group_bytes(kFormat)) + first * 16,
-                    there * 16);
+        prefetch_l2(block + groups * kGroupBytes<kFormat> + first * 16, there * 16);
     }
   }
   // Of the column that this thread finishes.

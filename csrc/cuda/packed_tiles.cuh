@@ -23,14 +23,14 @@ struct PackedRange {
   __device__ __forceinline__ void read(const char* block, int C, int first, int groups) {
     const int lane = threadIdx.x % kWarp;
     const char* const from =
-        block + static_cast<int64_t>(first) * group_bytes(kFormat) + lane % 4 * 64 + lane / 4 * 8;
+        block + static_cast<int64_t>(first) * kGroupBytes<kFormat> + lane % 4 * 64 + lane / 4 * 8;
     const auto load = [&](int count) {
 #pragma unroll
       for (int k = 0; k < kRange; ++k)
 #pragma unroll
         for (int i = 0; i < kLoads<kFormat>; ++i) {
           values[k][i] = {};
-          if (k < count) values[k][i] = load_stream8(from + k * group_bytes(kFormat) + i * 256);
+          if (k < count) values[k][i] = load_stream8(from + k * kGroupBytes<kFormat> + i * 256);
         }
     };
     if (groups == kRange)
@@ -39,7 +39,7 @@ struct PackedRange {
       load(groups);
     codes = 0;
     if (kFormat == Format::int4 && lane < 4 * groups)
-      codes = load_stream4(block + C / kGroup * group_bytes(kFormat) + first * 16 + lane * 4);
+      codes = load_stream4(block + C / kGroup * kGroupBytes<kFormat> + first * 16 + lane * 4);
   }
 
   __device__ __forceinline__ void operand(int k, uint32_t (&a)[4]) const {
