@@ -9,8 +9,8 @@
 namespace voxkern {
 namespace {
 
-constexpr int kWide = 8;  // blocks of 16 rows
-constexpr int64_t kMultiprocessors = 128;
+constexpr int kWide = 8;            // blocks of 16 rows
+constexpr int64_t kWideFrom = 128;  // blocks: nearly one a multiprocessor of an H100
 
 template <typename T, Format kFormat, int kBlocks>
 void launch_blocks(const LinearParams& p, cudaStream_t stream, bool overlaps_previous) {
@@ -32,7 +32,7 @@ void launch_blocks(const LinearParams& p, cudaStream_t stream, bool overlaps_pre
 
 template <typename T, Format kFormat>
 void run(const LinearParams& p, cudaStream_t stream, bool overlaps_previous) {
-  if (divide_up(p.weight.N, kWide * kBlockRows) * divide_up(p.M, kTileM) >= kMultiprocessors)
+  if (divide_up(p.weight.N, kWide * kBlockRows) * divide_up(p.M, kTileM) >= kWideFrom)
     launch_blocks<T, kFormat, kWide>(p, stream, overlaps_previous);
   else
     launch_blocks<T, kFormat, 1>(p, stream, overlaps_previous);

@@ -79,13 +79,8 @@ struct PackedSlot {
 };
 
 // Blocks whose registers a multiprocessor has together: three where they do not spill.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 template <typename T, int kMost>
-constexpr int kResident = 2;
-#else
-template <typename T, int kMost>
-constexpr int kResident = kMost > 8 || sizeof(T) == 4 ? 2 : 3;
-#endif
+constexpr int kResident = kMost > 8 || sizeof(T) == 4 || kMoreRegisters ? 2 : 3;
 
 // kMost: rows of x, at most.
 template <typename T, Format kFormat, int kMost, Before before, After after>

@@ -53,18 +53,13 @@ struct ProductPlan {
   int row;     // vectors from one row of staged x to the next; 0 if x is not staged
 };
 
-// Whether a norm in front needs more registers than three blocks of a multiprocessor have each.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-template <Before before>
-constexpr bool kNormSpills = before == Before::norm;
-#else
-template <Before>
-constexpr bool kNormSpills = false;
-#endif
+// Blocks whose registers a multiprocessor has together: three where they do not spill.
+template <bool kAligned, bool kHigh, Before before>
+constexpr int kResident = kHigh || !kAligned || (kMoreRegisters && before == Before::norm) ? 2 : 3;
 
 // kHigh: there are rows of x past the first 8.
 template <bool kAligned, bool kHigh, Before before, After after>
-__global__ void __launch_bounds__(kThreads, kHigh || !kAligned || kNormSpills<before> ? 2 : 3)
+__global__ void __launch_bounds__(kThreads, kResident<kAligned, kHigh, before>)
     bf16_product_kernel(ProductParams p, ProductPlan plan) {
   constexpr int kSize = kVector<bf16>, kRowsM = kHigh ? kTileM : kTileM / 2;
   constexpr int kOf = kProducts<after>;

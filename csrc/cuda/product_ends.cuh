@@ -18,6 +18,14 @@ constexpr int kAtOnce = 8;      // vectors of x that a thread reads at once
 constexpr int kRowsScaled = 4;  // rows that it scales at once
 constexpr int kBlocksEach = 2;  // of a multiprocessor
 
+// Whether ptxas takes more registers than elsewhere: there, what would be three blocks of a
+// multiprocessor is two, so that nothing spills.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool kMoreRegisters = true;
+#else
+constexpr bool kMoreRegisters = false;
+#endif
+
 // Rows, a vector of each, that it reads at once for their norms.
 template <typename T>
 constexpr int kRowsAtOnce = sizeof(T) == 4 ? 4 : 8;
