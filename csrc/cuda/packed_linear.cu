@@ -1,5 +1,5 @@
-// linear of packed weights. Up to 16 rows of x are packed_product.cu's; more than those, and rows
-// that it does not take, go 32 at a time (packed_tiles.cuh). Shapes of a block:
+// linear of packed weights. Up to 16 rows of x, in float32 8, are packed_product.cu's; more than
+// those, and rows that it does not take, go 32 at a time (packed_tiles.cuh). Shapes of a block:
 //
 // - 128 rows of W, so that x is read and quantized once for many of them.
 // - Where that would leave multiprocessors idle: 16 rows of W, 8 ranges at a time.

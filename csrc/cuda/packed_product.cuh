@@ -7,17 +7,20 @@
 // warp reads, across the tiles of a block, begun before the wait for the kernel in front. Pieces of
 // 16 bytes lie there in an order in which a half warp that reads an operand meets no bank twice.
 //
-// In int8 at batch 1 that is 64 KB of a block under way: all of CSM's qkv and o, all of the depth
-// decoder's gate and up (two blocks of 64 KB a multiprocessor), half of a tile of down. Two blocks
-// of the backbone's gate and up leave 79 KB of a multiprocessor, of which one of down takes 77; and
-// registers are for three blocks. Down's 8192 columns are 4 ranges a warp: twice the warps would
-// have no registers beside gate and up, and would begin to fetch when those end.
+// In int8 at batch 1 that is up to 64 KB of a block under way: all of CSM's qkv and o (32 KB, in
+// the depth decoder 16), all of the depth decoder's gate and up (two blocks of 64 KB a
+// multiprocessor), half of a tile of down. Its other half, and the backbone's second tile of gate
+// and up, are on their way to the second-level cache then (kAhead). Two blocks of the backbone's
+// gate and up leave 79 KB of a multiprocessor, of which one of down takes 77; and registers are for
+// three blocks. Down's 8192 columns are 4 ranges a warp: twice the warps would have no registers
+// beside gate and up, and would begin to fetch when those end.
 //
 // x comes quantized, all of its columns once a block, from memory or from the normalised rows that
 // stage() leaves in shared memory. Then no warp waits for another but once a tile, where its
 // ranges' sums are added; they take turns with two places where a block has several tiles. A warp
-// quantizes 512 columns in about 150 instructions: 8192 of them keep a block for some 600 cycles,
-// which each block of down spends after its wait, and 2048 for about 150.
+// quantizes 512 columns in about 150 instructions. Reckoned by those alone, 8192 columns keep a
+// block for some 600 cycles, which each block of down spends after its wait, and 2048 for about
+// 150; the latency of a division, a shuffle and what waits for them comes on top.
 #pragma once
 
 #include "packed_dots.cuh"
