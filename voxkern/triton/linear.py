@@ -129,8 +129,10 @@ def tiles(rows: int, columns: int, dtype: torch.dtype, norm: bool, swiglu: bool)
     norm_rows = min(4, tile(rows))  # more registers would not be free until the product begins
     if dtype == torch.float32:  # multiplied and added one by one, out of registers
         return Tiles(32, 16, 16, 1, norm_rows, 4, 3)
-    if rows > FEW_ROWS:  # a batch's splits lie side by side in a warp: more warps would repeat it
+    if rows > 64:  # a warp for each split: more would repeat what these do; two programs fit
         return Tiles(32, 64, 64, 1, norm_rows, 4, 3)
+    if rows > FEW_ROWS:  # one tile has them all: for the weight's bytes, 60 KB a program, three fit
+        return Tiles(32, 64, 16, 1, norm_rows, 4, 4)
     if swiglu:  # 48 KB: all of CSM's 512 programs run at once, four on a multiprocessor
         return Tiles(32, 16, 16, 1, norm_rows, 4, 4)
     if norm:  # 60 KB with x and the norm's weight: gfx942 has no more
