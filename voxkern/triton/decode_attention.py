@@ -7,7 +7,7 @@ from voxkern.triton.checks import check_attention, check_operand
 from voxkern.triton.language import INTERPRETED, dot, load, store, tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "splits"])
 def attend_kernel(
     q,
     q_stride,
@@ -71,7 +71,7 @@ def attend_kernel(
     tl.store(states + row * 2 + 1, tl.sum(weights, 1), mask=g < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "splits"])
 def combine_kernel(
     sums,
     states,

@@ -8,7 +8,7 @@ from torch import Tensor
 from voxkern.triton.language import INTERPRETED, MOST_ELEMENTS, load, rounded, store, tile
 
 
-@triton.jit(do_not_specialize=["position"])
+@triton.jit(do_not_specialize=["position", "count"])
 def depth_attention_kernel(
     qkv,
     rope_table,
@@ -17,7 +17,7 @@ def depth_attention_kernel(
     scale,
     out,
     position,
-    heads,
+    count,
     Hq,
     Hkv,
     K,
@@ -26,7 +26,8 @@ def depth_attention_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A program takes HEADS of all rows' query heads (1, but when interpreted) and all their keys.
+    """A program takes HEADS of all rows' `count` query heads (1, but when interpreted) and all
+    their keys.
 
     It rotates its queries and the new keys, and uses those from its registers; the first query head
     of a group also writes them, and their values, to the cache `[B, Hkv, K, D]`. Float32
@@ -36,7 +37,7 @@ def depth_attention_kernel(
     group = Hq // Hkv
     b, h = head // Hq, head % Hq
     column = tl.arange(0, BLOCK_D)[None, :]
-    inside = (head < heads) & (column < D)
+    inside = (head < count) & (column < D)
     low = column < D // 2
     partner = tl.where(low, column + D // 2, column - D // 2)
     angle = rope_table + position * D + tl.where(low, column, partner)

@@ -1,4 +1,8 @@
-"""What the kernels share: products, sums and exponentials, and how large their tiles are."""
+"""What the kernels share: products, sums and exponentials, and how large their tiles are.
+
+Triton compiles a kernel anew for an argument that is 1, or a multiple of 16, or not, which would
+take seconds in the middle of service. So numbers of rows, tokens and pages are `do_not_specialize`.
+"""
 
 import os
 

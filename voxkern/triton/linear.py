@@ -20,7 +20,7 @@ FEW_ROWS = 16
 """Rows that share a tile, and so a launch that fuses what is around the product."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def linear_kernel(
     x,
     norm,
@@ -53,7 +53,7 @@ def linear_kernel(
     the result is added to `[M, N]`. With SWIGLU the weight is `[2N, C]`, gate rows first, and a
     program takes BLOCK_N of either. All round where the ops that they stand for store.
     """
-    m = (tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))[None, :, None]
+    m = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M))[None, :, None]
     n = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :, None]
     split = tl.arange(0, SPLITS)[:, None, None]
     place = split * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]
@@ -66,9 +66,9 @@ def linear_kernel(
         for step in tl.static_range(UNROLL):
             column = first + step * SPLITS * BLOCK_K + place
             inside = (m < M) & (column < C)
-            a = tl.load(x + m * C + column, mask=inside, other=0.0)
+            a = tl.load(x + m.to(tl.int64) * C + column, mask=inside, other=0.0)
             if NORM:  # weights for each row anew: their loads are pipelined, and laid out, as x's
-                factors = load(norm + m * 0 + column, inside)
+                factors = load(norm + m.to(tl.int64) * 0 + column, inside)
                 a = (a.to(tl.float32) * scales * factors).to(x.dtype.element_ty)
             inside = (n < N) & (column < C)
             b = tl.load(weight + n * C + column, mask=inside, other=0.0)
@@ -126,7 +126,8 @@ def tiles(rows: int, columns: int, dtype: torch.dtype, norm: bool, swiglu: bool)
     if INTERPRETED.value:  # few steps: an operation costs a small tile as much as a larger one
         block_k = min(2048, tile(triton.cdiv(columns, SPLITS), 16))
         return Tiles(block_k, 16, min(256, MOST_ELEMENTS // (SPLITS * block_k)), 1, 16, 4, 1)
-    norm_rows = min(4, tile(rows))  # more registers would not be free until the product begins
+    # More registers, 64 of a thread, would not be free until the product begins.
+    norm_rows = max(1, min(4, tile(rows), 8192 // tile(columns)))
     if dtype == torch.float32:  # multiplied and added one by one, out of registers
         return Tiles(32, 16, 16, 1, norm_rows, 4, 3)
     if rows > 64:  # a warp for each split: more would repeat what these do; two programs fit

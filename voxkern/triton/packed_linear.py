@@ -15,7 +15,7 @@ from voxkern.triton.rms_norm import rms_scale
 from voxkern.triton.silu_mul import silu
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def quantize_rows_kernel(
     x,
     norm,
@@ -61,7 +61,7 @@ def quantize_rows_kernel(
     tl.store(scales + row * (C // GROUP) + group, scale, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def packed_linear_kernel(
     values,
     scales,

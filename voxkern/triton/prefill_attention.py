@@ -10,7 +10,7 @@ BLOCK_K = 32
 """Keys at a time. A constant, so that neither batch, chunks nor pages change a result."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "M"])
 def prefill_attention_kernel(
     q,
     q_stride,
@@ -126,7 +126,7 @@ def launch_prefill_attention(
         page_size,
         pages,
         D=head_dim,
-        BLOCK_B=tile(batch),
+        BLOCK_B=tile(batch, 64),
         BLOCK_Q=block,
         BLOCK_K=BLOCK_K,
         BLOCK_D=tile(head_dim, 16),

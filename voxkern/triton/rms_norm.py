@@ -7,7 +7,7 @@ from voxkern.triton.checks import check_float, check_operand
 from voxkern.triton.language import INTERPRETED, load, rounded, store, sum_in_pairs, tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def rms_norm_kernel(
     x,
     residual,

@@ -7,7 +7,10 @@ from voxkern.triton.checks import check, check_dim, check_float, check_operand
 from voxkern.triton.language import INTERPRETED, exp, tile
 
 
-@triton.jit(do_not_specialize=["codebook", "W"])
+@triton.jit(
+    do_not_specialize=["B", "W", "codebook"],
+    do_not_specialize_on_alignment=["out"],  # a column of the codes
+)
 def sample_tokens_kernel(
     logits,
     logits_stride,

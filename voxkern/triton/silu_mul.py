@@ -8,7 +8,7 @@ from voxkern.triton.language import INTERPRETED, exp, load, store, tile
 BLOCK = 1024  # columns a program: 8 elements, 16 bytes of bfloat16, for each of 128 threads
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def silu_mul_kernel(gate_up, out, M, F, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """A program takes BLOCK columns of ROWS rows of M (1, but when interpreted); float32 inside,
     rounded once."""
