@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 os.environ["VOXKERN_BACKEND"] = "triton"
@@ -64,21 +64,24 @@ POINTERS = {
 
 
 def source_of(kernel: JITFunction, args: tuple, kwargs: dict) -> tuple[ASTSource, dict]:
-    """What Triton would compile for this launch, and with which options; memory is aligned."""
+    """What Triton would compile for this launch, and with which options; storages are aligned."""
     named = dict(zip(kernel.arg_names, args, strict=False))
     named |= {n: v for n, v in kwargs.items() if n in kernel.arg_names}
     options = {n: v for n, v in kwargs.items() if n not in kernel.arg_names}
     signature, constants, attributes = {}, {}, {}
 
-    def type_of(value: object, place: tuple[int, ...], special: bool) -> str | tuple:
+    def type_of(value: object, place: tuple[int, ...], special: bool, align: bool) -> str | tuple:
         """Of an argument, or of a tuple's entry; what is special about it is written down."""
         if isinstance(value, tuple):
-            return tuple(type_of(v, (*place, i), special) for i, v in enumerate(value))
+            return tuple(type_of(v, (*place, i), special, align) for i, v in enumerate(value))
         if value is None or (special and isinstance(value, int) and value == 1):
             constants[place] = value
             return "constexpr"
-        aligned = isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
-        if aligned and special:
+        if isinstance(value, Tensor):
+            aligned = value.storage_offset() * value.element_size() % 16 == 0
+        else:
+            aligned = isinstance(value, int) and value % 16 == 0
+        if aligned and special and align:
             attributes[place] = [["tt.divisibility", 16]]
         if isinstance(value, Tensor):
             return POINTERS[value.dtype]
@@ -93,7 +96,8 @@ def source_of(kernel: JITFunction, args: tuple, kwargs: dict) -> tuple[ASTSource
             constants[(i,)] = value
         else:
             special = not parameter.do_not_specialize
-            signature[parameter.name] = type_of(value, (i,), special)
+            align = not parameter.do_not_specialize_on_alignment
+            signature[parameter.name] = type_of(value, (i,), special, align)
     return ASTSource(kernel, signature, constants, attributes), options
 
 
@@ -108,30 +112,48 @@ def recording(record: Callable) -> Iterator[None]:
         JITFunction.run = run
 
 
-def run_steps(dtype: torch.dtype, quantize: str) -> None:
-    """A prompt's prefill, and frames at batches of 1 and 8, with the codec's."""
+def empty_model(dtype: torch.dtype, quantize: str) -> CsmModel:
     config = CsmConfig.from_json(CSM_1B)
-    device = torch.device("meta")
-    model = CsmModel(config, CsmWeights.empty(config, dtype, device, quantize))
-    for batch_size, tokens in ((1, 512), (1, 1), (8, 8)):
-        cache = KvCache(config.backbone, batch_size, dtype, device)
-        sequences = [CacheSequence() for _ in range(batch_size)]
-        count = tokens // batch_size
-        batch = CacheBatch.prefill(cache, sequences, [count] * batch_size)
-        if count == 1:
-            for sequence in sequences:
-                cache.extend(sequence, 127)
-            batch = CacheBatch.decode(cache, sequences)
-        frames = torch.zeros(tokens, config.num_codebooks + 1, dtype=torch.int64, device=device)
-        hidden = model.backbone_step(frames, frames.bool(), batch, cache)
-        rows = SamplingRows.of([SamplingParams()] * batch_size, [0] * batch_size, device)
-        model.draw_frames(hidden, rows)
+    return CsmModel(config, CsmWeights.empty(config, dtype, torch.device("meta"), quantize))
 
+
+def prefill(model: CsmModel, counts: Sequence[int]) -> None:
+    """Prompts of so many tokens, as one ragged batch."""
+    cache = KvCache(model.config.backbone, len(counts), model.dtype, model.device)
+    batch = CacheBatch.prefill(cache, [CacheSequence() for _ in counts], counts)
+    frames = empty_frames(model, sum(counts))
+    model.backbone_step(frames, frames.bool(), batch, cache)
+
+
+def decode(model: CsmModel, rows: int) -> None:
+    """A frame of as many sequences."""
+    cache = KvCache(model.config.backbone, rows, model.dtype, model.device)
+    sequences = [CacheSequence() for _ in range(rows)]
+    for sequence in sequences:
+        cache.extend(sequence, 127)
+    batch = CacheBatch.decode(cache, sequences)
+    frames = empty_frames(model, rows)
+    hidden = model.backbone_step(frames, frames.bool(), batch, cache)
+    model.draw_frames(hidden, SamplingRows.of([SamplingParams()] * rows, [0] * rows, model.device))
+
+
+def empty_frames(model: CsmModel, count: int) -> Tensor:
+    columns = model.config.num_codebooks + 1
+    return torch.zeros(count, columns, dtype=torch.int64, device=model.device)
+
+
+def run_steps(dtype: torch.dtype, quantize: str) -> None:
+    """Of each of the tiles that a service meets: prefills, and frames, with the codec's."""
+    model = empty_model(dtype, quantize)
+    for counts in ((512,), (30, 20, 10), (5,)):
+        prefill(model, counts)
+    for rows in (1, 2, 8, 64):
+        decode(model, rows)
     precision = codec_precision("cuda", dtype, quantize)
     mimi = our_codecs(random_model(), [precision], "meta")[precision]
-    for batch_size in (1, 8):
-        codes = torch.zeros(batch_size, 1, config.num_codebooks, dtype=torch.int64, device=device)
-        mimi.decode_step(codes, mimi.init_state(batch_size))
+    for rows in (1, 8, 64):
+        codes = empty_frames(model, rows)[:, None, :-1]
+        mimi.decode_step(codes, mimi.init_state(rows))
 
 
 def resources(compiled: object, target: str) -> tuple[int, int]:
