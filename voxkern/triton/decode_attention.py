@@ -165,7 +165,7 @@ def launch_decode_attention(
             ALONE=alone,
             BLOCK_G=tile(heads // kv_heads),
             BLOCK_D=tile(head_dim, 16),
-            num_warps=4,
+            num_warps=4,  # 32 elements of keys and as many of values for each thread
         )
     if alone:
         return
@@ -182,9 +182,9 @@ def launch_decode_attention(
         head_dim,
         SPLIT=split,
         HEADS=at_once,
-        AT_ONCE=16,
+        AT_ONCE=16,  # of the 32 splits that CSM's longest sequence has
         BLOCK_D=tile(head_dim),
-        num_warps=2,
+        num_warps=2,  # 16 of a step's 1024 elements for each thread
     )
 
 

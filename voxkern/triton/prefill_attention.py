@@ -130,8 +130,8 @@ def launch_prefill_attention(
         BLOCK_Q=block,
         BLOCK_K=BLOCK_K,
         BLOCK_D=tile(head_dim, 16),
-        num_warps=4,
-        num_stages=2,
+        num_warps=4,  # 16 of 64 queries each, as many as a product of tensor cores takes
+        num_stages=2,  # the next keys and values come while these are multiplied
     )
 
 
