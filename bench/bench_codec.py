@@ -20,6 +20,7 @@ from csm_1b import FRAME_MS, num_tensor_bytes
 from report import Report
 from transformers import MimiConfig, MimiModel
 from transformers.cache_utils import DynamicCache
+from transformers.utils.logging import disable_progress_bar
 
 from vox_serve.mimi import Mimi, load_mimi
 
@@ -104,6 +105,7 @@ def random_model() -> MimiModel:
 
 def our_codecs(model: MimiModel, precisions: list[str], device: str = "cpu") -> dict[str, Mimi]:
     """Ours on its weights, at each precision."""
+    disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return {name: load_mimi(folder, name, device) for name in precisions}
