@@ -1,4 +1,4 @@
-"""Triton's interpreter, put right and made quick enough for tests (of Triton 3.6 to 3.9)."""
+"""Triton's interpreter, put right and made quick enough for tests (of Triton 3.6 to 3.8)."""
 
 import dataclasses
 import functools
