@@ -1,34 +1,22 @@
 """What a run on a GPU is made of, as far as no GPU is needed; nothing is timed."""
 
 import argparse
-import contextlib
-import copy
 import json
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-import backends
-import bench_frame
-import bench_kernels
 import gpu_check
 import gpu_needs
 import gpu_sanitize
 import pytest
 import torch
-from codec_cases import codec_cases
-from csm_1b import config_for
 from gpu_results import card, counts_of, headlines, pack_logs
-from report import Report
-from timing import GpuTimer, Rehearsal, timer_for
 
 import small_ops
 from ops_testing import moved
-from voxkern import backend
-from voxkern.backend import implementation
 
 
 class Checked(gpu_check.Check):
@@ -297,229 +285,6 @@ def test_the_sanitizers_cases_are_right(target):
     ran = small_ops.run(target)
     plain = {"append_kv", "decode_attention", "linear", "sample_tokens", "decode_depth"}
     assert plain <= ran.keys()
-
-
-def test_gpu_benches_rehearsed():
-    """Their way of timing, on CPU tensors of a tiny model: every case is called and has a row."""
-    timer, config, report = timer_for("cuda", rehearse=True), config_for(rehearse=True), Report()
-    ops = ["rms_norm", "decode_attention", "sample_tokens", "decode_backbone", "decode_depth"]
-    bench_kernels.run(report, timer, config, [torch.bfloat16], [1, 3], ops)
-    bench_frame.run(report, timer, config, ["bfloat16", "int8"], [1, 2], peer=False)
-    kernels, frames = (table.rows for table in report.tables)
-    assert {row[0] for row in kernels} == set(ops)
-    assert [row[:2] for row in frames] == [(p, b) for p in ("bfloat16", "int8") for b in (1, 2)]
-    assert {row[3] for row in kernels} == {row[2] for row in frames} == {"native"}
-    assert not timer.without_graph
-
-
-def test_the_codecs_ops_are_measured():
-    """Each against its reference, on inputs that are alike."""
-    for case in codec_cases(torch.float32, 2, "cpu"):
-        inputs = case.inputs()
-        again = copy.deepcopy(inputs)
-        torch.testing.assert_close(case.ours(*inputs), case.torch(*again), rtol=1e-3, atol=1e-4)
-        assert case.num_bytes > 1e6
-        assert case.flops > 1e6
-
-
-def test_backends_beside_each_other(monkeypatch):
-    """Each case runs on each of them; one that lacks an op has a dash, or no row if it is first."""
-    served = []
-
-    def reason(backend: str, device: str, op: str | None = None) -> str | None:
-        return "none of it" if (backend, op) == ("reference", "silu_mul") else None
-
-    def count(name: str, backend: str):
-        served.append((name, backend))
-        return implementation(name, backend)
-
-    monkeypatch.setattr(bench_kernels, "why_missing", reason)
-    monkeypatch.setattr(backend, "implementation", count)
-    timer, config = timer_for("cuda", rehearse=True), config_for(rehearse=True)
-    tables = []
-    for beside in (("native", "reference", "torch"), ("reference", "native")):
-        report = Report()
-        ops = ["rms_norm", "silu_mul"]
-        bench_kernels.run(report, timer, config, [torch.float32], [2], ops, beside)
-        tables.append(json.loads(report.json()))
-    (norm, silu), (alone,) = (table["kernels"] for table in tables)
-    assert set(served) == {(op, "native") for op in ops} | {("rms_norm", "reference")}
-    assert norm["backend"] == silu["backend"] == "native"
-    assert norm["x reference"] == norm["reference ms"] / norm["ms"]
-    assert (silu["reference ms"], silu["x reference"]) == (None, None)
-    assert silu["torch ms"] > 0
-    assert (alone["op"], alone["backend"]) == ("rms_norm", "reference")
-    assert tables[0]["left out"] == tables[1]["left out"] == ["silu_mul on reference: none of it"]
-    assert backend.forced() is None
-
-
-def test_a_frame_on_two_backends():
-    timer, config, report = timer_for("cuda", rehearse=True), config_for(rehearse=True), Report()
-    beside = ["native", "reference"]
-    bench_frame.run(report, timer, config, ["float32"], [1], peer=False, backends=beside)
-    (row,) = json.loads(report.json())["frame"]
-    assert row["backend"] == "native"
-    assert row["x reference"] == row["reference ms"] / row["ms"]
-
-
-class Broken:
-    """A peer that raises."""
-
-    def frames_ms(self, frames):
-        raise RuntimeError("no kernel for it\nmore")
-
-
-def test_a_peer_that_raises_is_left_out_and_ours_goes_on(monkeypatch):
-    timer, config, report = timer_for("cuda", rehearse=True), config_for(rehearse=True), Report()
-    monkeypatch.setattr(bench_frame, "their_frames", lambda *_: Broken())
-    monkeypatch.setattr(bench_frame, "MOST_PEER_BATCH", {"cpu": 1})
-    bench_frame.run(report, timer, config, ["float32"], [1, 2], peer=True)
-
-    def prepare(call, inputs, calls=None, whole=timer.prepare):
-        if call is torch_way:
-            raise RuntimeError("no memory for it")
-        return whole(call, inputs, calls)
-
-    all_cases = bench_kernels.cases
-    torch_way: Callable = len
-
-    def two_cases(*args):
-        nonlocal torch_way
-        one, two = (case for case in all_cases(*args) if case.op in ("rms_norm", "silu_mul"))
-        torch_way = two.torch
-        return [one, two]
-
-    monkeypatch.setattr(bench_kernels, "cases", two_cases)
-    monkeypatch.setattr(timer, "prepare", prepare)
-    bench_kernels.run(report, timer, config, [torch.float32], [2], ["rms_norm", "silu_mul"])
-    tables = json.loads(report.json())
-    assert [(row["batch"], row["transformers ms"]) for row in tables["frame"]] == [
-        *((1, None), (2, None))
-    ]
-    norm, silu = tables["kernels"]
-    assert norm["torch ms"] > 0
-    assert silu["ms"] > 0
-    assert silu["torch ms"] is None
-    left_out = tables["left out"]
-    assert left_out[0] == "transformers beside float32 at batch 1: no kernel for it"
-    assert left_out[1].startswith("silu_mul [2, 2 x")
-    assert left_out[1].endswith("on torch: no memory for it")
-
-
-def test_a_case_of_ours_that_raises_costs_no_other(monkeypatch):
-    timer, config, report = timer_for("cuda", rehearse=True), config_for(rehearse=True), Report()
-
-    def raising(*_):
-        raise RuntimeError("too many resources")
-
-    def cases(*args, all_cases=bench_kernels.cases):
-        chosen = [case for case in all_cases(*args) if case.op in ("rms_norm", "silu_mul")]
-        chosen[0].ours = raising
-        return chosen
-
-    monkeypatch.setattr(bench_kernels, "cases", cases)
-    with pytest.raises(RuntimeError, match="too many resources"):
-        bench_kernels.run(report, timer, config, [torch.float32], [2], ["rms_norm", "silu_mul"])
-    assert [row[0] for row in report.tables[0].rows] == ["silu_mul"]
-    assert report.left_out[0].endswith(": too many resources")
-
-
-def test_packed_weights_at_some_batches():
-    timer, config, report = timer_for("cuda", rehearse=True), config_for(rehearse=True), Report()
-    where = ([1, 3], ["linear"], (None,), [3])
-    bench_kernels.run(report, timer, config, [torch.bfloat16], *where)
-    shapes = [row[1] for row in report.tables[0].rows]
-    assert {shape.split()[0] for shape in shapes if "[1," in shape}.isdisjoint({"int8", "int4"})
-    assert {"int8", "int4"} <= {shape.split()[0] for shape in shapes if "[3," in shape}
-
-
-def test_rows_are_written_as_they_come(tmp_path):
-    report = Report()
-    report.path = tmp_path / "new" / "rows.json"
-    table = report.table("rows", ["what", "ms"])
-    for n in (1, 2):
-        table.add("a", n)
-        assert len(json.loads(report.path.read_text())["rows"]) == n
-
-
-@pytest.mark.parametrize(
-    ("names", "reason"),
-    [
-        ("opencl", "opencl: there is no such backend"),
-        ("native,triton,torch", "triton: Triton runs CPU tensors only"),
-        ("torch,native", "torch,native: the first is measured"),
-        ("", ": there is no such backend"),
-    ],
-)
-def test_backends_that_cannot_be_measured(names, reason, monkeypatch):
-    monkeypatch.setattr(
-        backends,
-        "why_missing",
-        lambda name, device: {
-            "native": None,
-            "triton": "Triton runs CPU tensors only under TRITON_INTERPRET=1",
-        }.get(name, "there is no such backend: choose one of native, triton, reference"),
-    )
-    with pytest.raises(ValueError, match=reason):
-        backends.chosen(names, "cpu")
-    assert backends.chosen("native,torch,native", "cpu") == ["native", "torch"]
-
-
-def test_what_cannot_be_captured_is_timed_without_a_graph():
-    class NoGraphs(Rehearsal):
-        @staticmethod
-        def graph(graph):
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
-
-    timer, calls = GpuTimer(NoGraphs, "cpu", copy_bytes=64, matmul_size=8), []
-    measure = timer.prepare(calls.append, [(1,), (2,)], calls=3)
-    assert timer.without_graph == ["operation not permitted when stream is capturing"]
-    calls.clear()
-    assert measure() > 0
-    assert calls == [1, 2, 1]
-
-
-def test_a_failed_capture_leaves_stream_and_generator_as_they_were():
-    """As torch.cuda does without: the end of a capture that failed raises before it tidies up."""
-    now = {"stream": "current", "state": "plain"}
-
-    class Generator:
-        def clone_state(self):
-            return now["state"]
-
-        def graphsafe_set_state(self, state):
-            now["state"] = state
-
-    class Cuda(Rehearsal):
-        default_generators = (Generator(),)
-
-        @staticmethod
-        @contextlib.contextmanager
-        def stream(stream):
-            before = now["stream"]
-            now["stream"] = stream
-            try:
-                yield
-            finally:
-                now["stream"] = before
-
-        @staticmethod
-        @contextlib.contextmanager
-        def graph(graph):
-            now.update(stream="capturing", state="capturing")
-            try:
-                yield
-            finally:
-                raise RuntimeError("failed due to a previous error")
-
-    def call():
-        if now["stream"] == "capturing":
-            raise RuntimeError("waits for the host")
-
-    timer = GpuTimer(Cuda, "cpu", copy_bytes=64, matmul_size=8)
-    assert timer.prepare(call, [()], calls=1)() > 0
-    assert timer.without_graph == ["waits for the host"]
-    assert now == {"stream": "current", "state": "plain"}
 
 
 BROKEN_GPU = """
