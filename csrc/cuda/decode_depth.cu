@@ -96,7 +96,7 @@ __global__ void look_up_kernel(DecodeDepthParams p, T* residual) {
 template <typename T>
 __global__ void __launch_bounds__(kSamplerThreads)
     draw_kernel(DecodeDepthParams p, int64_t codebook, const T* logits, T* residual) {
-  VOX_SHARED(SamplerShared, shared);
+  VOX_DYNAMIC_SHARED(SamplerShared, shared);
   wait_for_previous_kernel();
   let_next_kernel_start();
   const int64_t b = blockIdx.x, C = p.layers.C;
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kSamplerThreads)
       .frame = p.frames[b],
       .codebook = codebook,
   };
-  const int code = sample_row(logits + b * p.V, static_cast<int>(p.V), row, shared);
+  const int code = sample_row(logits + b * p.V, static_cast<int>(p.V), row, *shared);
   if (threadIdx.x == 0) p.out[b * p.K + codebook] = code;
   if (codebook + 1 < p.K)
     copy_row(static_cast<const T*>(p.audio_rows) + codebook * p.V * C, code, p.V, C,
@@ -225,6 +225,7 @@ void decode(const DecodeDepthParams& p, DepthBuffers& buffers, cudaStream_t stre
                                 .overlaps_previous = true};
   LaunchShape each_draw = each_row;
   each_draw.block = dim3(sampler_threads(p.V));
+  each_draw.shared_bytes = sampler_shared_bytes(p.V);
   const auto each = [&](int64_t items) -> LaunchShape {
     return {.grid = dim3(static_cast<unsigned>(divide_up(items, kThreads))),
             .block = dim3(kThreads),

@@ -19,7 +19,7 @@ namespace {
 
 template <typename T>
 __global__ void __launch_bounds__(kSamplerThreads) sample_tokens_kernel(SampleTokensParams p) {
-  VOX_SHARED(SamplerShared, shared);
+  VOX_DYNAMIC_SHARED(SamplerShared, shared);
   let_next_kernel_start();
   wait_for_previous_kernel();
   const int64_t b = blockIdx.x;
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kSamplerThreads) sample_tokens_kernel(SampleTo
       .codebook = p.codebook,
   };
   const int code =
-      sample_row(static_cast<const T*>(p.logits) + b * p.V, static_cast<int>(p.V), row, shared);
+      sample_row(static_cast<const T*>(p.logits) + b * p.V, static_cast<int>(p.V), row, *shared);
   if (threadIdx.x == 0) p.out[b] = code;
 }
 
@@ -45,6 +45,7 @@ void run(const SampleTokensParams& p, cudaStream_t stream) {
   launch(sample_tokens_kernel<T>,
          {.grid = dim3(static_cast<unsigned>(p.B)),
           .block = dim3(sampler_threads(p.V)),
+          .shared_bytes = sampler_shared_bytes(p.V),
           .stream = stream,
           .overlaps_previous = true},
          p);

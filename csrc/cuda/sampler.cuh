@@ -1,16 +1,21 @@
 // One row's draw by one block, as `sample_tokens` specifies it. sample_tokens calls it.
 //
-// A thread keeps its logits in registers. As on the CPU (csrc/cpu/sampler.h) each filter is a
-// lowest logit that stays: a logit stays in top-k if fewer than k are above it, in top-p if what is
-// above it weighs less than top_p of all. Weights are integers (1, or e^(z - largest) in units of
-// 2^-31), so their sums depend on no order; ties need no care and nothing is sorted. Both filters
-// are one search: weights go to buckets of near logits, every warp finds the bucket where the sum
-// crosses its limit, and the few logits of that bucket are compared with each other. Where they are
-// not few, the block bisects over the values in their order.
+// As on the CPU (csrc/cpu/sampler.h) each filter is a lowest logit that stays: a logit stays in
+// top-k if fewer than k are above it, in top-p if what is above it weighs less than top_p of all.
+// Weights are integers (1, or e^(z - largest) in units of 2^-31), so their sums depend on no order;
+// ties need no care and nothing is sorted. Both filters are one search: weights go to buckets of
+// near logits, every warp finds the bucket where the sum crosses its limit, and the few logits of
+// that bucket are compared with each other. Where they are not few, the block bisects over the
+// values in their order.
 //
 // Codes that stay, if they are few, are spread over the threads before random numbers are made for
 // them. The draw ranks them by float32 scores, then those near the best again in float64: it gives
 // the CPU's code.
+//
+// It runs once, on a multiprocessor that has just run something else: instructions come from the
+// second-level cache, and a code that is met twice costs less than two. So logits lie in shared
+// memory, where a loop can reach them, and what is long (logarithms, Philox, the search) is there
+// once, not once for each code that a thread has.
 #pragma once
 
 #include "../philox.h"
@@ -66,24 +71,30 @@ struct Buckets {
 struct Extremes {
   int32_t high, first, low;
 };
-struct Kept {
-  float z;
-  int32_t code;
-};
 struct Candidate {
   double score;
   int32_t code;
 };
-struct SamplerShared {
-  Buckets top_k, top_p;
+// Behind it, as many times kCodes as there are counters: the logits, then what is known of each.
+struct alignas(16) SamplerShared {
+  Candidate candidates[kSamplerThreads];
+  Buckets buckets[2];                       // of top-k, of top-p
   uint32_t penalised[kMaxVocabulary / 32];  // a bit a code
   Extremes extremes[kMaxWarps];
   Found found[2][kMaxWarps];
-  int kept_count;
-  Kept kept[kListed];
-  float best[kMaxWarps];
-  Candidate candidates[kMaxWarps];
+  int32_t best[kMaxWarps];  // as float_order
+  int kept_count, candidate_count;
+  int32_t kept[kListed];
 };
+
+__host__ __device__ __forceinline__ int sampler_padded(int V) {
+  return (V + kCodes - 1) / kCodes * kCodes;
+}
+
+// The dynamic shared memory of a block that calls sample_row.
+inline size_t sampler_shared_bytes(int64_t V) {
+  return sizeof(SamplerShared) + 2 * sizeof(float) * sampler_padded(static_cast<int>(V));
+}
 
 // A float's place in the order of all floats, as a signed integer, and back.
 __device__ __forceinline__ int32_t float_order(float a) {
@@ -96,49 +107,76 @@ __device__ __forceinline__ float float_at(int32_t order) {
 
 constexpr int32_t kLowestOrder = static_cast<int32_t>(0x807fffff);  // of minus infinity
 constexpr int32_t kHighestOrder = 0x7fffffff;
+constexpr float kLargestFloat = 0x1.fffffep127f;
 
 // The code of this thread's value s; neighbouring threads have neighbouring codes.
 __device__ __forceinline__ int held_code(int s) {
   return static_cast<int>((s / kCodes * blockDim.x + threadIdx.x) * kCodes) + s % kCodes;
 }
 
-// A row's scores: z = logit over temperature, minus infinity past its V codes. `low` and `high` are
-// the lowest finite and the largest score, as float_order.
+// The lowest score z with e^(z - largest) >= min_p, in float64 on its logarithm.
+__device__ __forceinline__ float min_p_bound(float min_p, float largest) {
+  const double log_p = log(min_p < 1 ? static_cast<double>(min_p) : 1.0);
+  int32_t order = float_order(static_cast<float>(largest + log_p));
+#pragma unroll 1
+  while (static_cast<double>(float_at(order)) - largest < log_p) ++order;
+#pragma unroll 1
+  while (static_cast<double>(float_at(order - 1)) - largest >= log_p) --order;
+  return float_at(order);
+}
+
+// A row's scores: z = logit over temperature, which may be no number: all comparisons with it are
+// false, as they should be. A thread has whole counters' codes, those past V minus infinity.
 struct Scores {
   int V;
-  float z[kHeld];
-  int32_t low, high;
+  float* z;              // [padded V]
+  uint32_t* weight;      // [padded V]; of the search that goes on
+  int32_t low;           // the lowest finite score, as float_order
   float largest, scale;  // buckets per unit below the largest
 
-  // f(s, code) for this thread's codes.
+  // f(first of kCodes codes), for all of this thread's.
   template <typename F>
   __device__ __forceinline__ void each(const F& f) const {
-#pragma unroll
-    for (int s = 0; s < kHeld; ++s)
-      if (const int code = held_code(s); code < V) f(s, code);
+#pragma unroll 1
+    for (int code = static_cast<int>(threadIdx.x) * kCodes; code < V;
+         code += static_cast<int>(blockDim.x) * kCodes)
+      f(code);
   }
   __device__ __forceinline__ int bucket(float a) const {
-    const float place = (largest - a) * scale;
-    return place < kBuckets - 1 ? static_cast<int>(place) : kBuckets - 1;
+    return static_cast<int>(fminf((largest - a) * scale, kBuckets - 1));
   }
 };
 
+__device__ __forceinline__ void load_words(const uint32_t* p, uint32_t (&out)[kCodes]) {
+  const uint4 a = *reinterpret_cast<const uint4*>(p);
+  out[0] = a.x;
+  out[1] = a.y;
+  out[2] = a.z;
+  out[3] = a.w;
+}
+
 // The lowest of the scores above which the weights sum to less than `limit`, by bisection.
-template <typename Weight>
-__device__ float bisect(const Scores& scores, const Weight& weight, double limit,
-                        Found (&found)[2][kMaxWarps]) {
+__device__ __forceinline__ float bisect(const Scores& scores, unsigned long long limit,
+                                        Found (&found)[2][kMaxWarps]) {
   const int warps = blockDim.x / kWarp;
   // Invariant: the answer is above `low`, and not above `high`, which occurs.
-  int32_t pivot = scores.low - 1, low = kLowestOrder - 1, high = scores.high;
+  int32_t pivot = scores.low - 1, low = kLowestOrder - 1, high = float_order(scores.largest);
   for (int step = 0; low + 1 < high; ++step) {
     Found mine = {0, kLowestOrder - 1, kHighestOrder};
-    scores.each([&](int s, int) {
-      const int32_t order = float_order(scores.z[s]);
-      if (order > pivot) {
-        mine.weight += weight(s);
-        mine.above = order < mine.above ? order : mine.above;
-      } else {
-        mine.below = order > mine.below ? order : mine.below;
+    scores.each([&](int code) {
+      float z[kCodes];
+      uint32_t weight[kCodes];
+      load<kCodes>(scores.z + code, z);
+      load_words(scores.weight + code, weight);
+#pragma unroll
+      for (int i = 0; i < kCodes; ++i) {
+        const int32_t order = float_order(z[i]);
+        if (order > pivot) {
+          mine.weight += weight[i];
+          mine.above = order < mine.above ? order : mine.above;
+        } else {
+          mine.below = order > mine.below ? order : mine.below;
+        }
       }
     });
     mine.weight = warp_reduce(mine.weight, Add());
@@ -149,13 +187,14 @@ __device__ float bisect(const Scores& scores, const Weight& weight, double limit
       if (threadIdx.x % kWarp == 0) all[threadIdx.x / kWarp] = mine;
       __syncthreads();
       mine = all[0];
+#pragma unroll 1
       for (int i = 1; i < warps; ++i) {
         mine.weight += all[i].weight;
         mine.below = all[i].below > mine.below ? all[i].below : mine.below;
         mine.above = all[i].above < mine.above ? all[i].above : mine.above;
       }
     }
-    if (static_cast<double>(mine.weight) < limit) {
+    if (mine.weight < limit) {
       if (mine.below <= low) return float_at(mine.above);
       high = mine.below;
     } else {
@@ -167,17 +206,32 @@ __device__ float bisect(const Scores& scores, const Weight& weight, double limit
   return float_at(high);
 }
 
-// The same by way of `buckets`, which are zeros; limit_of(sum of all weights) is at most that sum.
-// The largest score if the limit is not above 0. Two barriers.
-template <typename Weight, typename Limit>
-__device__ float lowest_kept(const Scores& scores, const Weight& weight, const Limit& limit_of,
-                             Buckets& buckets, Found (&found)[2][kMaxWarps]) {
+// The lowest score that top-p leaves of those not below `bound`, or top-k, by way of `buckets`,
+// which are zeros. The largest score if it leaves none. Two barriers.
+__device__ __forceinline__ float lowest_kept(const Scores& scores, bool by_odds, float bound,
+                                             const SamplerRow& row, Buckets& buckets,
+                                             Found (&found)[2][kMaxWarps]) {
   constexpr int kOfLane = kBuckets / kWarp;
-  scores.each([&](int s, int) {
-    const uint32_t w = weight(s);
-    const int bucket = scores.bucket(scores.z[s]);
-    if (w & 0xffff) atomicAdd(&buckets.sums[bucket], w & 0xffff);
-    if (w >> 16) atomicAdd(&buckets.sums[kBuckets + bucket], w >> 16);
+  scores.each([&](int code) {
+    float z[kCodes];
+    uint32_t weight[kCodes];
+    load<kCodes>(scores.z + code, z);
+#pragma unroll
+    for (int i = 0; i < kCodes; ++i) weight[i] = 1;
+    if (by_odds) {
+#pragma unroll
+      for (int i = 0; i < kCodes; ++i)
+        weight[i] = static_cast<uint32_t>(expf(z[i] - scores.largest) * 0x1p31f + 0.5f);
+    }
+#pragma unroll
+    for (int i = 0; i < kCodes; ++i) {
+      if (!(z[i] >= bound)) weight[i] = 0;
+      if (weight[i] == 0) continue;
+      uint32_t* const sums = buckets.sums + scores.bucket(z[i]);
+      atomicAdd(sums, weight[i] & 0xffff);
+      if (by_odds) atomicAdd(sums + kBuckets, weight[i] >> 16);
+    }
+    *reinterpret_cast<uint4*>(scores.weight + code) = {weight[0], weight[1], weight[2], weight[3]};
   });
   __syncthreads();
 
@@ -196,48 +250,62 @@ __device__ float lowest_kept(const Scores& scores, const Weight& weight, const L
     const unsigned long long other = __shfl_up_sync(kWholeWarp, above, delta);
     if (lane >= delta) above += other;
   }
-  const double limit = limit_of(__shfl_sync(kWholeWarp, above, kWarp - 1));
-  above -= mine;
-  int crossed = -1;
-  unsigned long long above_crossed = 0;
-#pragma unroll
-  for (int i = 0; i < kOfLane; ++i) {
-    const unsigned long long next = above + sums[i];
-    if (static_cast<double>(above) < limit && !(static_cast<double>(next) < limit)) {
-      crossed = lane * kOfLane + i;
-      above_crossed = above;
-    }
-    above = next;
+  // Sums are integers: below what they must be less than is below the next integer.
+  const unsigned long long total = __shfl_sync(kWholeWarp, above, kWarp - 1);
+  unsigned long long limit = row.top_k;
+  if (by_odds) {
+    const double share = ceil(static_cast<double>(row.top_p) * static_cast<double>(total));
+    limit = share > 0 ? static_cast<unsigned long long>(share) : 0;
   }
-  const unsigned lanes = __ballot_sync(kWholeWarp, crossed >= 0);
-  if (lanes == 0) return scores.largest;  // the whole block
-  crossed = __shfl_sync(kWholeWarp, crossed, __ffs(lanes) - 1);
-  above_crossed = __shfl_sync(kWholeWarp, above_crossed, __ffs(lanes) - 1);
+  limit = limit < total ? limit : total;
+  if (limit == 0) return scores.largest;  // the whole block
+  const int crossing = __ffs(__ballot_sync(kWholeWarp, above >= limit)) - 1;
+  above -= mine;
+  int crossed = lane * kOfLane;
+#pragma unroll
+  for (int i = 0; i < kOfLane - 1; ++i) {
+    mine = i == 0 ? above + sums[0] : mine + sums[i];
+    if (mine < limit) {
+      above = mine;
+      ++crossed;
+    }
+  }
+  crossed = __shfl_sync(kWholeWarp, crossed, crossing);
+  above = __shfl_sync(kWholeWarp, above, crossing);
 
-  scores.each([&](int s, int) {
-    const uint32_t w = weight(s);
-    if (w == 0 || scores.bucket(scores.z[s]) != crossed) return;
-    const int place = atomicAdd(&buckets.count, 1);
-    if (place < kWarp) buckets.near[place] = {float_order(scores.z[s]), w};
+  scores.each([&](int code) {
+    float z[kCodes];
+    load<kCodes>(scores.z + code, z);
+    unsigned here = 0;
+#pragma unroll
+    for (int i = 0; i < kCodes; ++i)
+      if (scores.bucket(z[i]) == crossed) here |= 1u << i;
+#pragma unroll 1
+    for (; here; here &= here - 1) {
+      const int other = code + __ffs(here) - 1;
+      const uint32_t weight = scores.weight[other];
+      if (weight == 0) continue;
+      const int place = atomicAdd(&buckets.count, 1);
+      if (place < kWarp) buckets.near[place] = {float_order(scores.z[other]), weight};
+    }
   });
   __syncthreads();
   const int count = buckets.count;
-  if (count > kWarp) return bisect(scores, weight, limit, found);
+  if (count > kWarp) return bisect(scores, limit, found);
   const Near my_near = lane < count ? buckets.near[lane] : Near{kLowestOrder - 1, 0};
+#pragma unroll 1
   for (int i = 0; i < count; ++i) {
     const Near other = buckets.near[i];
-    if (other.order > my_near.order) above_crossed += other.weight;
+    if (other.order > my_near.order) above += other.weight;
   }
-  const bool stays = lane < count && static_cast<double>(above_crossed) < limit;
+  const bool stays = lane < count && above < limit;
   return float_at(__reduce_min_sync(kWholeWarp, stays ? my_near.order : kHighestOrder));
 }
 
-// The exponential race of N codes of each thread, z minus infinity for those that take no part: the
-// winner, in every thread. Two barriers.
-template <int N, typename Code>
-__device__ int race(const float (&z)[N], const Code& code_of, float largest, const SamplerRow& row,
-                    SamplerShared& shared) {
-  const float lowest = __int_as_float(static_cast<int>(0xff800000));
+// The exponential race of the codes whose scores are not below `bound`: the `listed` in shared.kept
+// or, if that is negative, of all. The winner, in every thread. Two barriers.
+__device__ __forceinline__ int race(const Scores& scores, float bound, int listed,
+                                    const SamplerRow& row, SamplerShared& shared) {
   PhiloxWords words = {};
   int block = -1;
   const auto random = [&](int code) {
@@ -251,147 +319,178 @@ __device__ int race(const float (&z)[N], const Code& code_of, float largest, con
                    : i == 2 ? words.word[2]
                             : words.word[3]);
   };
-  float score[N], best = lowest;
-#pragma unroll
-  for (int s = 0; s < N; ++s) {
-    score[s] = z[s] > lowest ? z[s] - largest - logf(-logf(random(code_of(s)))) : lowest;
-    best = score[s] > best ? score[s] : best;
-  }
-  best = block_reduce(best, shared.best, Max());
-  // float32 scores of the front runners lie within 40 of 0: 1e-3 is far above their errors.
-  Candidate winner = {-1e300, kHighestOrder};
-#pragma unroll
-  for (int s = 0; s < N; ++s) {
-    if (!(score[s] >= best - 1e-3f)) continue;
-    const int code = code_of(s);
-    const double exact =
-        static_cast<double>(z[s]) - largest - log(-log(static_cast<double>(random(code))));
-    if (exact > winner.score) winner = {exact, code};
-  }
-  const auto better = [](const Candidate& a, const Candidate& b) {
-    return a.score > b.score || (a.score == b.score && a.code < b.code) ? a : b;
+  // f(code) for those of this thread; the same ones whenever it is called.
+  const auto each = [&](const auto& f) {
+    const int items = listed < 0 ? sampler_padded(scores.V) / kCodes : listed;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < items; i += blockDim.x) {
+      int code = listed < 0 ? i * kCodes : shared.kept[i];
+      const int end = listed < 0 ? code + kCodes : code + 1;
+#pragma unroll 1
+      for (; code < end; ++code)
+        if (scores.z[code] >= bound) f(code);
+    }
   };
-#pragma unroll
-  for (int offset = kWarp / 2; offset; offset /= 2) {
-    const Candidate other = {__shfl_xor_sync(kWholeWarp, winner.score, offset),
-                             __shfl_xor_sync(kWholeWarp, winner.code, offset)};
-    winner = better(winner, other);
-  }
-  const int warps = blockDim.x / kWarp;
-  if (warps > 1) {
-    if (threadIdx.x % kWarp == 0) shared.candidates[threadIdx.x / kWarp] = winner;
-    __syncthreads();
-    winner = shared.candidates[0];
-    for (int i = 1; i < warps; ++i) winner = better(winner, shared.candidates[i]);
+  float* const score = reinterpret_cast<float*>(scores.weight);  // which are no more needed
+  float best = -kLargestFloat;
+  each([&](int code) {
+    const float mine = scores.z[code] - scores.largest - logf(-logf(random(code)));
+    score[code] = mine;
+    best = mine > best ? mine : best;
+  });
+  const int warps = blockDim.x / kWarp, lane = threadIdx.x % kWarp;
+  int32_t order = __reduce_max_sync(kWholeWarp, float_order(best));
+  if (lane == 0) shared.best[threadIdx.x / kWarp] = order;
+  __syncthreads();
+  order = __reduce_max_sync(kWholeWarp, shared.best[lane < warps ? lane : 0]);
+  // float32 scores of the front runners lie within 40 of 0: 1e-3 is far above their errors.
+  const float close = float_at(order) - 1e-3f;
+  Candidate winner = {-1e300, kHighestOrder};
+  each([&](int code) {
+    if (!(score[code] >= close)) return;
+    double luck = static_cast<double>(random(code));
+#pragma unroll 1
+    for (int twice = 0; twice < 2; ++twice) luck = -log(luck);
+    const double exact = static_cast<double>(scores.z[code]) - scores.largest + luck;
+    if (exact > winner.score || (exact == winner.score && code < winner.code))
+      winner = {exact, code};
+  });
+  if (winner.code != kHighestOrder)
+    shared.candidates[atomicAdd(&shared.candidate_count, 1)] = winner;
+  __syncthreads();
+  winner = shared.candidates[0];
+#pragma unroll 1
+  for (int i = shared.candidate_count - 1; i > 0; --i) {
+    const Candidate other = shared.candidates[i];
+    if (other.score > winner.score || (other.score == winner.score && other.code < winner.code))
+      winner = other;
   }
   return winner.code;
 }
 
 // The code drawn, in every thread. For a one-dimensional block of whole warps, with V <= kHeld
-// times its threads; all of them call it, with the same arguments. A barrier must come before
-// `shared` (of any content) is used again. `logits` need no alignment.
+// times its threads and sampler_shared_bytes(V) at `shared`; all of them call it, with the same
+// arguments. A barrier must come before `shared` (of any content) is used again. `logits` need no
+// alignment.
 template <typename T>
-__device__ int sample_row(const T* logits, int V, const SamplerRow& row, SamplerShared& shared) {
-  const float lowest_float = __int_as_float(static_cast<int>(0xff800000));
+__device__ __forceinline__ int sample_row(const T* logits, int V, const SamplerRow& row,
+                                          SamplerShared& shared) {
+  const float infinity = __int_as_float(0x7f800000);
   Scores scores;
   scores.V = V;
+  scores.z = reinterpret_cast<float*>(&shared + 1);
+  scores.weight = reinterpret_cast<uint32_t*>(scores.z + sampler_padded(V));
+  // All in flight at once.
+  float held[kHeld];
 #pragma unroll
-  for (int s = 0; s < kHeld; ++s) scores.z[s] = lowest_float;
-  scores.each([&](int s, int code) { scores.z[s] = to_float(logits[code]); });
+  for (int s = 0; s < kHeld; ++s) {
+    const int code = held_code(s);
+    held[s] = code < V ? to_float(logits[code]) : -infinity;
+  }
+#pragma unroll
+  for (int s = 0; s < kHeld; s += kCodes) {
+    const float four[kCodes] = {held[s], held[s + 1], held[s + 2], held[s + 3]};
+    if (held_code(s) < V) store<kCodes>(scores.z + held_code(s), four);
+  }
+#pragma unroll 1
   for (unsigned i = threadIdx.x; i < 2 * kBuckets; i += blockDim.x)
-    shared.top_k.sums[i] = shared.top_p.sums[i] = 0;
-  if (threadIdx.x == 0) shared.top_k.count = shared.top_p.count = shared.kept_count = 0;
+    shared.buckets[0].sums[i] = shared.buckets[1].sums[i] = 0;
+  if (threadIdx.x == 0) {
+    shared.buckets[0].count = shared.buckets[1].count = 0;
+    shared.kept_count = shared.candidate_count = 0;
+  }
   if (row.W > 0) {
+#pragma unroll 1
     for (unsigned i = threadIdx.x; i < kMaxVocabulary / 32; i += blockDim.x)
       shared.penalised[i] = 0;
     __syncthreads();
+#pragma unroll 1
     for (int64_t w = threadIdx.x; w < row.W; w += blockDim.x) {
       const int64_t code = row.history[w];
-      if (code >= 0 && code < V) atomicOr(&shared.penalised[code / 32], 1u << code % 32);
+      if (code < 0 || code >= V) continue;
+      const uint32_t bit = 1u << code % 32;
+      if (atomicOr(&shared.penalised[code / 32], bit) & bit) continue;  // it has come before
+      const float a = scores.z[code];
+      scores.z[code] = a > 0 ? a / row.repetition_penalty : a * row.repetition_penalty;
     }
     __syncthreads();
-    scores.each([&](int s, int code) {
-      const float a = scores.z[s];
-      if (shared.penalised[code / 32] >> code % 32 & 1)
-        scores.z[s] = a > 0 ? a / row.repetition_penalty : a * row.repetition_penalty;
-    });
   }
 
   // The first of the largest, and the lowest that is finite.
-  int32_t high = kLowestOrder - 1, low = kHighestOrder, first = kHighestOrder;
-  scores.each([&](int s, int code) {
-    float& a = scores.z[s];
-    a = a == a ? a : lowest_float;
-    const int32_t order = float_order(a);
-    if (order > high) {
-      high = order;
-      first = code;
+  float high = -infinity, low = infinity;
+  int32_t first = static_cast<int32_t>(threadIdx.x) * kCodes;
+  scores.each([&](int code) {
+    float z[kCodes];
+    load<kCodes>(scores.z + code, z);
+#pragma unroll
+    for (int i = 0; i < kCodes; ++i) {
+      if (z[i] > high) {
+        high = z[i];
+        first = code + i;
+      }
+      if (z[i] > -infinity && z[i] < low) low = z[i];
     }
-    if (order > kLowestOrder && order < low) low = order;
   });
-  const int32_t of_warp = __reduce_max_sync(kWholeWarp, high);
-  first = __reduce_min_sync(kWholeWarp, high == of_warp ? first : kHighestOrder);
-  low = __reduce_min_sync(kWholeWarp, low);
-  if (threadIdx.x % kWarp == 0) shared.extremes[threadIdx.x / kWarp] = {of_warp, first, low};
+  const int warps = blockDim.x / kWarp, lane = threadIdx.x % kWarp;
+  Extremes all;
+  const auto combine = [&](int32_t my_high, int32_t my_first, int32_t my_low) {
+    all.high = __reduce_max_sync(kWholeWarp, my_high);
+    all.first = __reduce_min_sync(kWholeWarp, my_high == all.high ? my_first : kHighestOrder);
+    all.low = __reduce_min_sync(kWholeWarp, my_low);
+  };
+  combine(float_order(high + 0.0f), first, float_order(low));  // of two zeros the first too
+  if (lane == 0) shared.extremes[threadIdx.x / kWarp] = all;
   __syncthreads();
-  Extremes all = shared.extremes[0];
-  for (unsigned i = 1; i < blockDim.x / kWarp; ++i) {  // codes of a later warp may be lower
-    const Extremes other = shared.extremes[i];
-    if (other.high > all.high || (other.high == all.high && other.first < all.first)) {
-      all.high = other.high;
-      all.first = other.first;
-    }
-    all.low = other.low < all.low ? other.low : all.low;
-  }
+  const Extremes other = shared.extremes[lane < warps ? lane : 0];
+  combine(other.high, other.first, other.low);
   scores.largest = float_at(all.high) / row.temperature;
   // Infinite scores tell nothing apart: all logits minus infinity, or a temperature near 0.
   if (!(row.temperature > 0) || isinf(scores.largest)) return all.first;
-  scores.each([&](int s, int) { scores.z[s] /= row.temperature; });
-  const float lowest = float_at(all.low) / row.temperature;
-  scores.low = float_order(lowest);
-  scores.high = float_order(scores.largest);
-  // Below e^-32 of the best all goes to the last bucket.
-  const float spread = scores.largest - lowest < 32 ? scores.largest - lowest : 32;
-  scores.scale = kBuckets / (spread > 1e-6f ? spread : 1e-6f);
-
-  float bound = lowest_float;
-  const bool some = row.top_k > 0 && row.top_k < V;
-  if (some)
-    bound = lowest_kept(
-        scores, [](int) { return 1u; },
-        [&](unsigned long long) { return static_cast<double>(row.top_k); }, shared.top_k,
-        shared.found);
-  if (row.top_p < 1) {
-    uint32_t odds[kHeld] = {};
-    scores.each([&](int s, int) {
-      if (scores.z[s] >= bound)
-        odds[s] = static_cast<uint32_t>(expf(scores.z[s] - scores.largest) * 0x1p31f + 0.5f);
-    });
-    const auto limit = [&](unsigned long long total) {
-      return static_cast<double>(row.top_p) * static_cast<double>(total);
-    };
-    bound = lowest_kept(scores, [&](int s) { return odds[s]; }, limit, shared.top_p, shared.found);
-  }
-  if (!(some || row.top_p < 1 || row.min_p > 0))
-    return race(scores.z, held_code, scores.largest, row, shared);
-
-  // min-p alone is a bound on e^(z - largest): in float64 on its logarithm.
-  const double log_p =
-      row.min_p > 0 ? log(row.min_p < 1 ? static_cast<double>(row.min_p) : 1.0) : -1e300;
-  scores.each([&](int s, int code) {
-    float& z = scores.z[s];
-    if (z < bound || static_cast<double>(z) - scores.largest < log_p) z = lowest_float;
-    if (z == lowest_float) return;
-    const int place = atomicAdd(&shared.kept_count, 1);
-    if (place < kListed) shared.kept[place] = {z, code};
+  scores.each([&](int code) {
+    float z[kCodes];
+    load<kCodes>(scores.z + code, z);
+#pragma unroll
+    for (int i = 0; i < kCodes; ++i) z[i] /= row.temperature;
+    store<kCodes>(scores.z + code, z);
   });
-  __syncthreads();
-  const int count = shared.kept_count, me = static_cast<int>(threadIdx.x);
-  if (count > kListed || count > static_cast<int>(blockDim.x))
-    return race(scores.z, held_code, scores.largest, row, shared);
-  const Kept mine = me < count ? shared.kept[me] : Kept{lowest_float, 0};
-  const float z[1] = {mine.z};
-  return race(z, [&](int) { return mine.code; }, scores.largest, row, shared);
+
+  float bound = -kLargestFloat;
+  const bool filtered[2] = {row.top_k > 0 && row.top_k < V, row.top_p < 1};
+  if (filtered[0] || filtered[1]) {
+    const float lowest = float_at(all.low) / row.temperature;
+    scores.low = float_order(lowest);
+    // Below e^-32 of the best all goes to the last bucket.
+    const float spread = scores.largest - lowest < 32 ? scores.largest - lowest : 32;
+    scores.scale = kBuckets / (spread > 1e-6f ? spread : 1e-6f);
+#pragma unroll 1
+    for (int filter = 0; filter < 2; ++filter)
+      if (filter == 0 ? filtered[0] : filtered[1])
+        bound = lowest_kept(scores, filter == 1, bound, row, shared.buckets[filter], shared.found);
+  }
+  if (row.min_p > 0) {
+    const float other_bound = min_p_bound(row.min_p, scores.largest);
+    bound = other_bound > bound ? other_bound : bound;
+  }
+
+  int listed = -1;
+  if (bound > -kLargestFloat) {
+    scores.each([&](int code) {
+      float z[kCodes];
+      load<kCodes>(scores.z + code, z);
+      unsigned stay = 0;
+#pragma unroll
+      for (int i = 0; i < kCodes; ++i)
+        if (z[i] >= bound) stay |= 1u << i;
+      if (stay == 0) return;
+      int place = atomicAdd(&shared.kept_count, __popc(stay));
+#pragma unroll 1
+      for (; stay && place < kListed; stay &= stay - 1)
+        shared.kept[place++] = code + __ffs(stay) - 1;
+    });
+    __syncthreads();
+    if (shared.kept_count <= kListed) listed = shared.kept_count;
+  }
+  return race(scores, bound, listed, row, shared);
 }
 
 }  // namespace
