@@ -2,9 +2,10 @@
 
     python tools/cuda_check.py [--arch 90a] [--jobs 2] [FILE.cu ...]
 
-Needs nvcc and torch's headers, no GPU. Warnings are errors. Exits with 1 if a source does not
-compile, or if a kernel spills registers or keeps an array in local memory: both would send what
-should be registers through memory.
+Needs nvcc, binutils and torch's headers, no GPU. Warnings are errors. Exits with 1 if a source does
+not compile, or if a kernel spills registers or keeps an array in local memory: both would send what
+should be registers through memory. `text` is bytes of machine code: what is run once of it comes
+from the second-level cache, and a multiprocessor keeps some 128 KB, 32 KB of them near.
 """
 
 import argparse
@@ -28,7 +29,19 @@ ENTRY = re.compile(
 )
 
 
-def compile_source(source: Path, architectures: list[str]) -> subprocess.CompletedProcess:
+SECTION = re.compile(r"\] \.text\.(?P<name>\w+) +PROGBITS +\w+ +\w+ +(?P<bytes>[0-9a-f]+)")
+
+
+def text_bytes(cubin: Path) -> dict[str, int]:
+    """Of each kernel, by its mangled name."""
+    sections = subprocess.run(["readelf", "-SW", cubin], capture_output=True, text=True).stdout
+    return {m["name"]: int(m["bytes"], 16) for m in SECTION.finditer(sections)}
+
+
+def compile_source(
+    source: Path, architectures: list[str]
+) -> tuple[subprocess.CompletedProcess, dict[str, dict[str, int]]]:
+    """What nvcc said, and for each architecture each kernel's bytes of machine code."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             *("nvcc", "-c", "-std=c++20", "-Xptxas", "-v", "-Werror", "all-warnings"),
@@ -36,9 +49,14 @@ def compile_source(source: Path, architectures: list[str]) -> subprocess.Complet
             *("-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA"),
             *("-isystem", str(Path(torch.__file__).parent / "include")),
             *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures),
-            *("-o", f"{folder}/out.o", str(source)),
+            *("-keep", "--keep-dir", folder, "-o", f"{folder}/out.o", str(source)),
         ]
-        return subprocess.run(command, capture_output=True, text=True)
+        result = subprocess.run(command, capture_output=True, text=True)
+        text: dict[str, dict[str, int]] = {a: {} for a in architectures}
+        for a in architectures:
+            for cubin in Path(folder).glob(f"*_{a}.cubin"):
+                text[a].update(text_bytes(cubin))
+        return result, text
 
 
 def demangle(name: str) -> str:
@@ -56,10 +74,13 @@ def main() -> int:
     args = parser.parse_args()
     sources = args.sources or sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     failed = False
-    print(f"{'kernel':58} {'sm':>5} {'registers':>9} {'shared':>7} {'stack':>6} {'spills':>6}")
+    print(
+        f"{'kernel':58} {'sm':>5} {'registers':>9} {'shared':>7} {'stack':>6} {'spills':>6} "
+        f"{'text':>7}"
+    )
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         results = pool.map(lambda s: compile_source(s, args.arch or ARCHITECTURES), sources)
-        for source, result in zip(sources, results, strict=True):
+        for source, (result, text) in zip(sources, results, strict=True):
             if result.returncode:
                 failed = True
                 print(f"{source.name} does not compile:\n{result.stdout}{result.stderr}")
@@ -71,7 +92,8 @@ def main() -> int:
                 failed |= bad
                 print(
                     f"{demangle(entry['name']):58} {entry['arch']:>5} {entry['registers']:>9} "
-                    f"{shared[1] if shared else 0:>7} {entry['stack']:>6} {spills:>6}"
+                    f"{shared[1] if shared else 0:>7} {entry['stack']:>6} {spills:>6} "
+                    f"{text[entry['arch']][entry['name']]:>7}"
                     + (" <- through memory" if bad else "")
                 )
     return int(failed)
