@@ -243,6 +243,8 @@ def test_greedy_is_the_lowest_of_the_largest(target):
     assert (
         draw(target, -logits.abs(), temperature=0.0).tolist() == (-logits.abs()).argmax(-1).tolist()
     )
+    zeros = torch.tensor([[-1.0, -0.0, 0.0, -0.0]]).repeat(2, 1)  # two zeros are equal
+    assert draw(target, zeros, temperature=0.0).tolist() == [1, 1]
 
 
 def test_ties_stay_and_are_drawn_evenly(target):
@@ -259,17 +261,19 @@ def test_ties_stay_and_are_drawn_evenly(target):
     assert set(draw(target, equal, top_k=2, top_p=0.1, min_p=1.0).tolist()) == set(range(8))
 
 
-def test_near_ties_are_settled_in_float64(target):
+@pytest.mark.parametrize("other", [22, 6, 39])
+@pytest.mark.parametrize("limits", [{}, {"min_p": 1e-20}, {"top_p": 0.9999}], ids=str)
+def test_near_ties_are_settled_in_float64(target, other, limits):
     """Two codes whose scores differ by less than float32 arithmetic can tell."""
     rows, vocab_size = 2000, 40
     seeds, frames = torch.arange(rows), torch.zeros(rows, dtype=torch.int64)
     luck = -(-specification.uniform(seeds, frames, 0, vocab_size).log()).log()
     logits = torch.full((rows, vocab_size), -50.0)
     logits[:, 7] = 0.0
-    logits[:, 22] = (luck[:, 7] - luck[:, 22]).float()
-    args = arguments(logits, seeds=seeds, frames=frames)
+    logits[:, other] = (luck[:, 7] - luck[:, other]).float()
+    args = arguments(logits, seeds=seeds, frames=frames, **limits)
     expected = reference("sample_tokens", *args)
-    assert set(expected.tolist()) == {7, 22}
+    assert set(expected.tolist()) == {7, other}
     assert torch.equal(target.run("sample_tokens", *args), expected)
 
 
