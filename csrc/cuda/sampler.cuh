@@ -126,18 +126,19 @@ __device__ __forceinline__ int sample_row(const T* logits, int V, const SamplerR
   scores.V = V;
   scores.z = reinterpret_cast<float*>(&shared + 1);
   scores.weight = reinterpret_cast<uint32_t*>(scores.z + sampler_padded(V));
-  // All in flight at once.
-  float held[kHeld];
+  // All in flight at once: what turns them to floats asks no more which are there.
+  T held[kHeld];
   const int mine = static_cast<int>(threadIdx.x) * kCodes, next = blockDim.x * kCodes;
 #pragma unroll
   for (int s = 0; s < kHeld; ++s) {
     const int first_code = mine + s / kCodes * next;
     const T* const from = logits + first_code;
-    held[s] = s % kCodes < V - first_code ? to_float(from[s % kCodes]) : -infinity;
+    held[s] = s % kCodes < V - first_code ? from[s % kCodes] : from_float<T>(-infinity);
   }
 #pragma unroll
   for (int s = 0; s < kHeld; s += kCodes) {
-    const float four[kCodes] = {held[s], held[s + 1], held[s + 2], held[s + 3]};
+    const float four[kCodes] = {to_float(held[s]), to_float(held[s + 1]), to_float(held[s + 2]),
+                                to_float(held[s + 3])};
     const int first_code = mine + s / kCodes * next;
     if (first_code < V) store<kCodes>(scores.z + first_code, four);
   }
