@@ -16,9 +16,9 @@
 //
 // Instructions do. Counted in sm_90a's machine code for 2,051 codes, a warp runs some 1,500 of them
 // with top-p, 1,400 with top-k, 1,500 without a filter, 300 for the greedy draw; a scheduler has
-// two or three warps, so 3,400 clocks or 2 us but for the greedy draw. And they have to come: 20 of
+// two or three warps, so 3,400 clocks or 2 us but for the greedy draw. And they have to come: 22 of
 // the kernel's 31 KB with a filter, 5 for the greedy draw. At 250 clocks from the second-level
-// cache for each 128 bytes that would be 24 us and 6 if nothing were fetched ahead, and next to
+// cache for each 128 bytes that would be 26 us and 6 if nothing were fetched ahead, and next to
 // nothing where the multiprocessor still has them; nobody has measured which. So code is not
 // unrolled here where a loop does. 256 rows are two blocks a multiprocessor, all resident at once,
 // which share what is fetched.
