@@ -73,6 +73,15 @@ def cases() -> Iterator[tuple[str, tuple]]:
             for packing in sizes.PACKINGS[:2]:
                 arguments = sizes.packed(make(sizes.PACKED_SIZES[1], dtype), packing)
                 yield op, tuple(arguments.values())
+        # As one kernel, of heads of 64 and of 128.
+        for packing in ({}, *test_decode_depth.PACKINGS[:2]):
+            sizes = test_decode_depth.PERSISTENT_SIZES
+            if packing:
+                sizes = test_decode_depth.PACKED_PERSISTENT_SIZES
+            for size, rows in zip(sizes, (1, 8), strict=True):
+                arguments = test_decode_depth.make(size, dtype, rows)
+                arguments = test_decode_depth.packed(arguments, packing)
+                yield "decode_depth", (*arguments.values(), True)
         # One row, and more than 8, have packed kernels of their own; columns of several ranges.
         sizes = replace(test_decode_backbone.PACKED_SIZES[0], L=1, F=544)
         for packing in test_decode_backbone.PACKINGS[:2]:

@@ -38,6 +38,15 @@ PACKED_SIZES = [
     Sizes(K=32, V=41, L=2, Cb=64, C=96, F=160, Hq=4, Hkv=2, D=16),
     Sizes(K=6, V=33, L=1, Cb=32, C=32, F=32, Hq=16, Hkv=1, D=6),
 ]
+# What a kernel of its own may make a whole frame of: columns in vectors of 16 bytes, or packed.
+PERSISTENT_SIZES = [
+    Sizes(K=4, V=35, L=2, Cb=40, C=72, F=104, Hq=2, Hkv=1, D=64),
+    Sizes(K=3, V=35, L=1, Cb=24, C=40, F=48, Hq=2, Hkv=2, D=128),
+]
+PACKED_PERSISTENT_SIZES = [
+    Sizes(K=3, V=35, L=1, Cb=64, C=96, F=160, Hq=2, Hkv=1, D=64),
+    Sizes(K=3, V=35, L=2, Cb=32, C=32, F=96, Hq=1, Hkv=1, D=128),
+]
 MATRICES = ("projection", "qkv", "o", "gate_up", "down", "heads")
 PACKINGS = [
     dict.fromkeys(MATRICES, "int8"),
@@ -213,6 +222,19 @@ def test_a_row_does_not_depend_on_the_others(target, packing, dtype):
     assert torch.equal(run(target, of_rows(arguments, slice(2, 7))), batch[2:7])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("packing", [{}, *PACKINGS[:3]], ids=str)
+@pytest.mark.parametrize("which", [0, 1], ids=["heads of 64", "heads of 128"])
+def test_a_persistent_kernel_gives_the_same_codes(target, which, packing, dtype):
+    sizes = (PACKED_PERSISTENT_SIZES if packing else PERSISTENT_SIZES)[which]
+    arguments = packed(make(shortened(target, sizes, codebooks=3), dtype, 8), packing)
+    expected = run(target, arguments)
+    assert expected.min() >= 0
+    for rows in (1, 8) if target.interpreted else (1, 3, 8):
+        mine = of_rows(arguments, slice(0, rows)) | {"persistent": True}
+        assert torch.equal(run(target, mine), expected[:rows])
+
+
 def test_seed_and_frame_decide_the_draw(target):
     arguments = make(shortened(target, SIZES[0]), torch.float32, 1)
     arguments["temperature"].fill_(1.0)
@@ -300,7 +322,9 @@ def test_errors_of_packed_weights_name_the_tensor(name, weight, message):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype):
-    opcheck("decode_depth", *make(SIZES[2], dtype).values())
+    arguments = make(SIZES[2], dtype).values()
+    opcheck("decode_depth", *arguments)
+    opcheck("decode_depth", *arguments, True)
 
 
 @pytest.mark.parametrize("format", FORMATS)

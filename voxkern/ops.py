@@ -341,6 +341,7 @@ def decode_depth(
     min_p: Tensor,
     seeds: Tensor,
     frames: Tensor,
+    persistent: bool = False,
 ) -> Tensor:
     """The depth decoder: from codebook 0 to a whole frame, in one call.
 
@@ -366,9 +367,12 @@ def decode_depth(
         num_heads, num_kv_heads: query and key/value heads.
         eps: of every norm.
         temperature, top_k, top_p, min_p, seeds, frames: `[B]`, as in `sample_tokens`.
+        persistent: as one kernel for the whole frame, where the backend has one that takes these
+            sizes and rows. The codes are the same.
 
     Returns:
-        `[B, K]` int64, `code0` in column 0.
+        `[B, K]` int64, `code0` in column 0. A persistent kernel whose blocks wait for each other
+        in vain gives up: codes of columns 1 and more are then -1.
 
     Raises:
         RuntimeError: a shape or dtype does not fit; on the CPU also a code outside `0..V-1`.

@@ -33,8 +33,9 @@ def decode_depth(
     min_p: Tensor,
     seeds: Tensor,
     frames: Tensor,
+    persistent: bool = False,
 ) -> Tensor:
-    """The composition of the other ops, one position at a time.
+    """The composition of the other ops, one position at a time, `persistent` or not.
 
     Each layer's cache has one page per row, as long as a frame.
     """

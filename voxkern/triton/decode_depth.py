@@ -50,8 +50,9 @@ def decode_depth(
     min_p: Tensor,
     seeds: Tensor,
     frames: Tensor,
+    persistent: bool = False,
 ) -> Tensor:
-    """Nothing waits on the host to look at code0: a code outside reads the nearest row."""
+    """There is no persistent kernel. Nothing waits on the host to look at code0: a code outside reads the nearest row."""
     check_float(hidden, "hidden")
     check_dim(hidden, "hidden", 2)
     check_dim(projection, "projection", 2)
