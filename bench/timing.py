@@ -9,11 +9,13 @@ is timed without a graph, and said to be. Clocks are as found.
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property
 
 import roofline
 import torch
+
+from vox_serve.cuda_graphs import capture
 
 OPENMP_SPIN_S = 0.01
 """After a parallel op of torch's, its threads spin for some milliseconds and hold their cores."""
@@ -129,7 +131,7 @@ class GpuTimer:
             calls = max(1, min(self.most_calls, max(fitting, len(inputs))))
         graph = self._cuda.CUDAGraph()
         try:
-            with self._capture(graph):
+            with capture(graph, cuda=self._cuda):
                 run(calls)
         except RuntimeError as error:
             first = error.__context__ or error  # the end of a broken capture raises once more
@@ -140,23 +142,6 @@ class GpuTimer:
             return lambda: self._time_ms(lambda: run(calls)) / calls
         self._time_ms(graph.replay)
         return lambda: self._time_ms(graph.replay) / calls
-
-    @contextlib.contextmanager
-    def _capture(self, graph) -> Iterator[None]:
-        """What is called within goes into the graph.
-
-        Where that fails, so does the end of the capture, and torch leaves its own stream the
-        current one and the random generator in a state that it may be used in by captures alone:
-        every random tensor from then on would be an error. Both are put back.
-        """
-        generator = self._cuda.default_generators[self._cuda.current_device()]
-        state = generator.clone_state()
-        try:
-            with self._cuda.stream(self._cuda.current_stream()), self._cuda.graph(graph):
-                yield
-        except BaseException:
-            generator.graphsafe_set_state(state)
-            raise
 
     def _time_ms(self, work: Callable[[], None]) -> float:
         start, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
@@ -207,7 +192,7 @@ class Rehearsal:
         return contextlib.nullcontext(stream)
 
     @staticmethod
-    def graph(graph: CUDAGraph) -> contextlib.AbstractContextManager:
+    def graph(graph: CUDAGraph, pool: None) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext(graph)
 
     @staticmethod

@@ -12,14 +12,14 @@ from checkpoints import TinyShape, build_tiny
 from csm_reference import reference_generate, reference_trace
 from ops_testing import Target
 from vox_serve import engine as engine_module
-from vox_serve import loading
+from vox_serve import frame_batch, loading, model
 from vox_serve.cuda_graphs import rounded_rows
 from vox_serve.engine import Engine, Prompt, PromptTooLongError, Request
 from vox_serve.frame_batch import FrameBatch
 from vox_serve.loading import load_engine
 from vox_serve.prompt import Segment
 from vox_serve.sampling import SamplingParams
-from voxkern import backend
+from voxkern import backend, ops
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 GREEDY = SamplingParams(temperature=0)
@@ -435,6 +435,50 @@ def test_a_step_that_fails_is_the_last(engine, monkeypatch):
             broken.step()
     with pytest.raises(RuntimeError, match="failed in an earlier step"):
         broken.step()
+
+
+def test_a_frame_that_was_given_up_is_not_spoken(engine, monkeypatch):
+    """As where a persistent kernel's blocks wait for each other in vain: codes of -1."""
+    broken = Engine(engine.model, engine.mimi, engine.prompts)
+    for name in ("One.", "Two."):
+        broken.add(Request(text=name, sampling=GREEDY))
+    broken.step()
+
+    def draw(hidden, rows, persistent=False):
+        codes = torch.ones(len(hidden), engine.num_codebooks, dtype=torch.int64)
+        codes[1, 1:] = -1
+        return codes.to(hidden.device)
+
+    monkeypatch.setattr(engine.model, "draw_frames", draw)
+    monkeypatch.setattr(FrameBatch, "_run", lambda batch, function, rows: function(rows))
+    monkeypatch.setitem(engine_module.FRAMES_AHEAD, engine.model.device.type, 0)
+    with pytest.raises(RuntimeError, match="decode_depth's watchdog ended a frame"):
+        broken.step()
+    with pytest.raises(RuntimeError, match="failed in an earlier step"):
+        broken.step()
+
+
+def test_a_gpu_is_offered_a_persistent_depth_decoder(engine, monkeypatch):
+    """Of its CUDA kernels alone; it is the draw with that argument, and leaves the same codes."""
+    asked, whole = [], ops.decode_depth
+    monkeypatch.setattr(ops, "decode_depth", lambda *args: asked.append(args[-1]) or whole(*args))
+    batch = FrameBatch(engine.model, engine.mimi, engine._cache, 4)
+    monkeypatch.setattr(frame_batch, "backend_for", lambda device, op: "triton")
+    assert batch._alternatives() == []
+    monkeypatch.setattr(frame_batch, "backend_for", lambda device, op: "native")
+    (other,) = batch._alternatives()
+    assert other.of == batch._run_draw
+    assert other.max_rows == model.PERSISTENT_ROWS
+    results = []
+    with torch.inference_mode():
+        batch._hidden.normal_()
+        for function in (other.of, other.function):
+            batch._codes.zero_()
+            function(3)
+            results.append(other.result(3).clone())
+    assert asked == [False, True]
+    assert torch.equal(*results)
+    assert results[0].any()
 
 
 def test_pages_come_back_after_every_end(engine):

@@ -188,7 +188,7 @@ def test_backends_that_cannot_be_measured(names, reason, monkeypatch):
 def test_what_cannot_be_captured_is_timed_without_a_graph():
     class NoGraphs(Rehearsal):
         @staticmethod
-        def graph(graph):
+        def graph(graph, pool):
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     timer, calls = GpuTimer(NoGraphs, "cpu", copy_bytes=64, matmul_size=8), []
@@ -225,7 +225,7 @@ def test_a_failed_capture_leaves_stream_and_generator_as_they_were():
 
         @staticmethod
         @contextlib.contextmanager
-        def graph(graph):
+        def graph(graph, pool):
             now.update(stream="capturing", state="capturing")
             try:
                 yield

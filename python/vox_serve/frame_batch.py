@@ -5,14 +5,16 @@ sequence. So a frame needs nothing from the host, and a GPU can run it as a CUDA
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from vox_serve.cuda_graphs import Alternative, RowGraphs
 from vox_serve.kv_cache import CacheRows, CacheSequence, KvCache
 from vox_serve.mimi import Mimi
-from vox_serve.model import CsmModel
+from vox_serve.model import PERSISTENT_ROWS, CsmModel
 from vox_serve.sampling import SamplingParams, SamplingRows
 from voxkern.backend import OPS, backend_for
 
@@ -31,8 +33,18 @@ class Frames(NamedTuple):
     copied: torch.cuda.Event | None
 
     def wait(self) -> None:
+        """Until they are there.
+
+        Raises:
+            RuntimeError: the depth decoder gave a frame up: there is nothing to be spoken.
+        """
         if self.copied is not None:
             self.copied.synchronize()
+        if bool((self.codes < 0).any()):
+            raise RuntimeError(
+                "decode_depth's watchdog ended a frame: blocks of its persistent kernel waited for "
+                "each other in vain"
+            )
 
 
 class FrameBatch:
@@ -62,9 +74,8 @@ class FrameBatch:
         self._graphs = None
         # The reference waits for the host: in a graph no op may be its.
         if device.type == "cuda" and all(backend_for("cuda", op) != "reference" for op in OPS):
-            from vox_serve.cuda_graphs import RowGraphs
-
-            self._graphs = RowGraphs((self._run_backbone, self._run_draw), max_rows)
+            functions = self._run_backbone, self._run_draw
+            self._graphs = RowGraphs(functions, max_rows, self._alternatives())
 
     @torch.inference_mode()
     def join(
@@ -132,15 +143,29 @@ class FrameBatch:
         else:
             self._graphs(function, rows)
 
+    def _alternatives(self) -> list[Alternative]:
+        """Of a GPU. Rows not in use are greedy: their codes depend on their hidden states alone."""
+        if backend_for("cuda", "decode_depth") != "native":
+            return []
+        return [
+            Alternative(
+                "persistent depth decoder",
+                self._run_draw,
+                partial(self._run_draw, persistent=True),
+                lambda rows: self._codes[:rows],
+                PERSISTENT_ROWS,
+            )
+        ]
+
     def _run_backbone(self, rows: int) -> None:
         frames, mask = self.model.next_inputs(self._codes[:rows])
         batch = self._cache_rows.batch(rows)
         self._hidden[:rows] = self.model.backbone_step(frames, mask, batch, self.cache)
         self._cache_rows.advance(rows)
 
-    def _run_draw(self, rows: int) -> None:
+    def _run_draw(self, rows: int, persistent: bool = False) -> None:
         sampling = self._sampling.first(rows)
-        codes = self.model.draw_frames(self._hidden[:rows], sampling)
+        codes = self.model.draw_frames(self._hidden[:rows], sampling, persistent)
         sampling.advance(codes[:, 0])
         self._codes[:rows] = codes
         self._audio[:rows] = self.mimi.decode_step(codes[:, None], self._streams.first(rows))

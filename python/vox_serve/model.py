@@ -11,6 +11,10 @@ from vox_serve.sampling import SamplingRows
 from vox_serve.weights import CsmWeights
 from voxkern import ops
 
+PERSISTENT_ROWS = 8
+"""Most rows whose frames csrc/cuda/decode_depth.cu makes with one kernel: with more, `persistent`
+has no effect."""
+
 
 class _Layer(NamedTuple):
     """One backbone layer's weights: views of the stacked tensors."""
@@ -116,12 +120,13 @@ class CsmModel:
             x = ops.add_rms_norm(x, residual, layer.next_norm, c.norm_eps)
         return x
 
-    def draw_frames(self, hidden: Tensor, rows: SamplingRows) -> Tensor:
+    def draw_frames(self, hidden: Tensor, rows: SamplingRows, persistent: bool = False) -> Tensor:
         """Draw the next frame of every sequence.
 
         Args:
             hidden: `[B, C]`, from `backbone_step`.
             rows: sampling parameters of the B sequences.
+            persistent: as in `voxkern.ops.decode_depth`.
 
         Returns:
             `[B, K]` int64.
@@ -139,10 +144,10 @@ class CsmModel:
             rows.frames,
             codebook=0,
         )
-        return ops.decode_depth(*self.depth_arguments(hidden, code0, rows))
+        return ops.decode_depth(*self.depth_arguments(hidden, code0, rows), persistent)
 
     def depth_arguments(self, hidden: Tensor, code0: Tensor, rows: SamplingRows) -> tuple:
-        """The arguments of `voxkern.ops.decode_depth`, in its order."""
+        """The arguments of `voxkern.ops.decode_depth`, in its order, all but the last."""
         w, c = self.weights, self.config.depth
         return (
             hidden,

@@ -52,7 +52,8 @@ def decode_depth(
     frames: Tensor,
     persistent: bool = False,
 ) -> Tensor:
-    """There is no persistent kernel. Nothing waits on the host to look at code0: a code outside reads the nearest row."""
+    """There is no persistent kernel. Nothing waits on the host to look at code0: a code outside
+    reads the nearest row."""
     check_float(hidden, "hidden")
     check_dim(hidden, "hidden", 2)
     check_dim(projection, "projection", 2)
