@@ -6,7 +6,8 @@ CUDA graph on static buffers, replayed. The peer is transformers'
 `CsmForConditionalGeneration.generate` on the very same weights: milliseconds from one backbone step
 to the next, the prompt's left out. Beside packed weights it has bfloat16 ones; on a GPU it runs at
 batches of up to 8. `bench/run.py peers` has more programs. Backends of ours take turns on the same
-tensors.
+tensors; `persistent` is the native one with the depth decoder as one kernel, for as many rows as it
+takes.
 
 `% roofline` is the time floor over the time taken: the weights and the cached keys and values from
 memory, each once where it is used, or the multiply-adds, whichever takes longer. `% past cache`
@@ -15,10 +16,11 @@ depth decoder to the next. `streams` is how many a frame of this batch serves in
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from backends import compared, comparison, on
+from backends import PERSISTENT, compared, comparison, on
 from csm_1b import CACHED, FRAME_MS, frame_bytes
 from machine import last_cache_bytes
 from report import Report
@@ -26,7 +28,7 @@ from timing import CpuTimer, GpuTimer
 
 from vox_serve.csm_weights import CsmWeights
 from vox_serve.kv_cache import CacheBatch, CacheSequence, KvCache
-from vox_serve.model import CsmModel
+from vox_serve.model import PERSISTENT_ROWS, CsmModel
 from vox_serve.model_config import CsmConfig
 from vox_serve.sampling import SamplingParams, SamplingRows
 from voxkern.backend import backend_for
@@ -64,18 +66,29 @@ class OurFrames:
         self.codes = torch.randint(0, vocab - 3, shape, device=model.device)
         greedy = [SamplingParams(temperature=0)] * batch
         self.rows = SamplingRows.of(greedy, [0] * batch, model.device)
-        timer = timer or CpuTimer()
-        self._measures = [timer.prepare(on(b, self.frame), [()], calls=1) for b in backends]
+        self._timer, self._backends = timer or CpuTimer(), backends
+        self._measures: dict[int, Callable[[], float]] = {}
 
     def frames_ms(self, frames: int, backend: int = 0) -> list[float]:
-        """Milliseconds of so many frames, on the backend of that index."""
-        return [self._measures[backend]() for _ in range(frames)]
+        """Milliseconds of so many frames, on the backend of that index.
 
-    def frame(self) -> None:
+        Raises:
+            RuntimeError: the depth decoder gave one up.
+        """
+        if backend not in self._measures:
+            call = on(self._backends[backend], self.frame)
+            self._measures[backend] = self._timer.prepare(call, [()], calls=1)
+        times = [self._measures[backend]() for _ in range(frames)]
+        if bool((self.codes < 0).any()):
+            self.codes.clamp_(min=0)
+            raise RuntimeError("decode_depth's watchdog ended a frame")
+        return times
+
+    def frame(self, persistent: bool = False) -> None:
         """From `codes` to the next frame's, in place."""
         frames, mask = self.model.next_inputs(self.codes)
         hidden = self.model.backbone_step(frames, mask, self.places, self.cache)
-        self.codes.copy_(self.model.draw_frames(hidden, self.rows))
+        self.codes.copy_(self.model.draw_frames(hidden, self.rows, persistent))
 
 
 def our_model(config: CsmConfig, precision: str, device: str = "cpu") -> CsmModel:
@@ -120,23 +133,18 @@ def run(
             else:
                 theirs = None
             ours = OurFrames(model, batch, timer, backends)
-            times: list[list[float]] = [[] for _ in (*backends, "transformers")]
-            bandwidths: list[float] = []
-            for warm in (False, True, True, True):
-                turn = [ours.frames_ms(4, i) for i in range(len(backends))]
-                turn.append([])
-                try:
-                    turn[-1] += theirs.frames_ms(4) if theirs else []
-                except Exception as error:  # what ours is compared with must not take ours with it
-                    report.leave_out(f"transformers beside {precision} at batch {batch}", error)
-                    theirs, times[-1] = None, []
-                if warm:
-                    for seen, more in zip(times, turn, strict=True):
-                        seen += more
-                    bandwidths += [timer.bandwidth() for _ in range(3)]
-            medians = [statistics.median(seen) if seen else None for seen in times]
+            made_by: dict[str | None, Callable[[int], list[float]]] = {
+                name: partial(ours.frames_ms, backend=i)
+                for i, name in enumerate(backends)
+                if name != PERSISTENT or batch <= PERSISTENT_ROWS
+            }
+            if theirs:
+                made_by["transformers"] = theirs.frames_ms
+            where = f"beside {precision} at batch {batch}"
+            found, bandwidth = take_turns(report, timer, made_by, where)
+            medians = [found.get(name) for name in (*backends, "transformers")]
             ms = medians[0]
-            bytes_per_ms = statistics.median(bandwidths) / 1e3
+            bytes_per_ms = bandwidth / 1e3
             cached = cached_bytes(config, dtype, batch)
             arithmetic_ms = 2e3 * batch * plain / dtype.itemsize / rate
             floors = [
@@ -150,8 +158,41 @@ def run(
                 *(ms / FRAME_MS, FRAME_MS / ms * batch),
                 *comparison(medians),
             )
-            ours = None
+            ours = made_by = None
         del model, theirs
+
+
+def take_turns(
+    report: Report,
+    timer: CpuTimer | GpuTimer,
+    made_by: dict[str | None, Callable[[int], list[float]]],
+    where: str,
+) -> tuple[dict[str | None, float], float]:
+    """Median milliseconds of a frame by each, and bytes per second, all measured in turn. One
+    behind the first that raises is left out: what ours is compared with must not take ours with it.
+
+    Args:
+        made_by: the milliseconds of a number of frames.
+        where: said with what is left out.
+    """
+    first = next(iter(made_by))
+    times: dict[str | None, list[float]] = {name: [] for name in made_by}
+    bandwidths: list[float] = []
+    for warm in (False, True, True, True):
+        for name in list(times):
+            try:
+                seen = made_by[name](4)
+            except Exception as error:
+                if name == first:
+                    raise
+                report.leave_out(f"{name} {where}", error)
+                del times[name]
+            else:
+                times[name] += seen if warm else []
+        if warm:
+            bandwidths += [timer.bandwidth() for _ in range(3)]
+    medians = {name: statistics.median(seen) for name, seen in times.items()}
+    return medians, statistics.median(bandwidths)
 
 
 def their_frames(

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 import torch
-from backends import TORCH, compared, comparison, on
+from backends import PERSISTENT, TORCH, compared, comparison, on, served_by
 from codec_cases import codec_cases
 from kernel_case import Case
 from kernel_cases import cases
@@ -61,10 +61,13 @@ def calls_of(
     """What runs the case on each backend; None, and said, where one does not have the op."""
     calls: list[Callable | None] = []
     for name in backends:
-        reason = name not in (None, TORCH) and why_missing(name, device, case.op)
+        reason = name not in (None, TORCH) and why_missing(served_by(name), device, case.op)
         if reason:
             report.leave_out(f"{case.op} on {name}", reason)
-        calls.append(None if reason else case.torch if name == TORCH else on(name, case.ours))
+        if reason or (name == PERSISTENT and not case.may_persist):
+            calls.append(None)
+        else:
+            calls.append(case.torch if name == TORCH else on(name, case.ours))
     return calls
 
 

@@ -52,10 +52,13 @@ def headlines(tables: dict) -> list[str]:
     frames = tables.get("frame", [])
     for row in frames:
         if row["batch"] == 1:
-            lines.append(
+            line = (
                 f"frame, batch 1, {row['precision']}: {row['ms']:.3g} ms, "
                 f"{row['% roofline']:.0f} % of the floor"
             )
+            if persistent := row.get("persistent ms"):
+                line += f", persistent {persistent:.3g} ms (x {row['x persistent']:.3g})"
+            lines.append(line)
     for row in tables.get("triton_frame", []):
         if row["batch"] == 1:
             native = row.get("native ms")

@@ -18,6 +18,7 @@ class Case:
         num_bytes: read and written at least once, per call.
         flops: operations per call.
         multiplied: what the operations are on, if not the dtype of the run.
+        may_persist: whether `ours` takes an argument `persistent`, and it has a meaning here.
     """
 
     op: str
@@ -28,3 +29,4 @@ class Case:
     num_bytes: float
     flops: float = 0
     multiplied: torch.dtype | None = None
+    may_persist: bool = False

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vox_serve.csm_weights import PACKINGS, CsmWeights
 from vox_serve.kv_cache import CacheBatch, CacheSequence, KvCache
-from vox_serve.model import CsmModel
+from vox_serve.model import PERSISTENT_ROWS, CsmModel
 from vox_serve.model_config import CsmConfig, TransformerConfig
 from vox_serve.sampling import SamplingParams, SamplingRows
 from voxkern import ops
@@ -341,4 +341,5 @@ def _decode_depth(
         weights(quantize),
         2.0 * b * weights("none") / dtype.itemsize,
         torch.int8 if packed else dtype,
+        may_persist=b <= PERSISTENT_ROWS,
     )

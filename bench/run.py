@@ -21,8 +21,10 @@ Options:
     --backend NAME[,NAME ...]  native, triton or reference serves every op (default: the first that
                                has it, or VOXKERN_BACKEND's). Of several, kernels and frame measure
                                all, the first against the others; kernels against torch too:
-                               --backend triton,native,torch (default: against torch). With
-                               --rehearse Triton runs under TRITON_INTERPRET=1
+                               --backend triton,native,torch (default: against torch); and
+                               "persistent" is native with the depth decoder as one kernel
+                               (default on a GPU: beside native). With --rehearse Triton runs
+                               under TRITON_INTERPRET=1
     --save FOLDER              write the results there as BENCH.json, and peers' plot beside them
                                (default: nowhere; peers: build/peers)
     --dtype float32,bfloat16   kernels, frame, codec, speech: which of them (default both; on a GPU
@@ -161,6 +163,9 @@ def run(report: Report, args: argparse.Namespace, timer: CpuTimer | GpuTimer, on
             return [int(b) for b in args.batch.split(",")]
         return BATCHES[bench, "cuda" if on_gpu else "cpu"]
 
+    ours: list[str | None] = [None]
+    if on_gpu and backend_for(timer.device, "decode_depth") == "native":
+        ours.append(backends.PERSISTENT)
     if "roofline" in chosen:
         import roofline
 
@@ -168,15 +173,15 @@ def run(report: Report, args: argparse.Namespace, timer: CpuTimer | GpuTimer, on
     if "frame" in chosen:
         import bench_frame
 
-        ours = [name for name in args.backend or [None] if name != backends.TORCH]
+        beside = [name for name in args.backend or ours if name != backends.TORCH]
         peer = not args.no_peer
-        bench_frame.run(report, timer, config, precisions, batches("frame"), peer, ours)
+        bench_frame.run(report, timer, config, precisions, batches("frame"), peer, beside)
     if "kernels" in chosen:
         import bench_kernels
 
         ops = args.ops.split(",") if args.ops else None
         dtypes = [getattr(torch, name) for name in names]
-        beside = args.backend or [None, backends.TORCH]
+        beside = args.backend or [*ours, backends.TORCH]
         packed = [int(b) for b in args.packed_batch.split(",")] if args.packed_batch else None
         bench_kernels.run(report, timer, config, dtypes, batches("kernels"), ops, beside, packed)
     if "codec" in chosen:

@@ -15,6 +15,7 @@ from csm_1b import config_for
 from report import Report
 from timing import GpuTimer, Rehearsal, timer_for
 
+from vox_serve.model import PERSISTENT_ROWS, CsmModel
 from voxkern import backend
 from voxkern.backend import implementation
 
@@ -80,6 +81,47 @@ def test_a_frame_on_two_backends():
     (row,) = json.loads(report.json())["frame"]
     assert row["backend"] == "native"
     assert row["x reference"] == row["reference ms"] / row["ms"]
+
+
+def test_a_persistent_depth_decoder_beside_launches():
+    """For as many rows as it takes; among kernels it is decode_depth's alone."""
+    timer, config, report = timer_for("cuda", rehearse=True), config_for(rehearse=True), Report()
+    beside = [None, backends.PERSISTENT]
+    batches = [1, PERSISTENT_ROWS + 1]
+    bench_frame.run(report, timer, config, ["float32"], batches, peer=False, backends=beside)
+    ops = ["rms_norm", "decode_depth"]
+    bench_kernels.run(report, timer, config, [torch.float32], batches, ops, beside)
+    tables = json.loads(report.json())
+    for table, measured in (("frame", [True, False]), ("kernels", [False, True, False, False])):
+        rows = tables[table]
+        assert {row["backend"] for row in rows} == {"native"}
+        assert [row["persistent ms"] is not None for row in rows] == measured
+    row = tables["frame"][0]
+    assert row["x persistent"] == row["persistent ms"] / row["ms"]
+    assert "left out" not in tables
+
+
+def test_a_frame_that_was_given_up_is_not_measured(monkeypatch):
+    persistent_calls = []
+
+    def draw(model, hidden, rows, persistent=False, whole=CsmModel.draw_frames):
+        codes = whole(model, hidden, rows)
+        persistent_calls.extend([True] * persistent)
+        if len(persistent_calls) == 2:  # the last: replays of a rehearsal do nothing
+            codes[:, 1:] = -1
+        return codes
+
+    monkeypatch.setattr(CsmModel, "draw_frames", draw)
+    timer, config, report = timer_for("cuda", rehearse=True), config_for(rehearse=True), Report()
+    beside = ["native", backends.PERSISTENT]
+    bench_frame.run(report, timer, config, ["float32"], [1], peer=False, backends=beside)
+    tables = json.loads(report.json())
+    assert len(persistent_calls) == 2
+    assert tables["frame"][0]["ms"] > 0
+    assert tables["frame"][0]["persistent ms"] is None
+    assert tables["left out"] == [
+        "persistent beside float32 at batch 1: decode_depth's watchdog ended a frame"
+    ]
 
 
 class Broken:
@@ -168,6 +210,7 @@ def test_rows_are_written_as_they_come(tmp_path):
         ("opencl", "opencl: there is no such backend"),
         ("native,triton,torch", "triton: Triton runs CPU tensors only"),
         ("torch,native", "torch,native: the first is measured"),
+        ("persistent,native", "persistent,native: the first is measured"),
         ("", ": there is no such backend"),
     ],
 )
@@ -183,6 +226,7 @@ def test_backends_that_cannot_be_measured(names, reason, monkeypatch):
     with pytest.raises(ValueError, match=reason):
         backends.chosen(names, "cpu")
     assert backends.chosen("native,torch,native", "cpu") == ["native", "torch"]
+    assert backends.chosen("native,persistent", "cpu") == ["native", "persistent"]
 
 
 def test_what_cannot_be_captured_is_timed_without_a_graph():

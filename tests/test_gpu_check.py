@@ -223,6 +223,12 @@ def test_headlines_are_the_figures_asked_for():
     assert headlines({"triton_frame": beside}) == [
         "frame, batch 1, int4, Triton: 3 ms, with the CUDA kernels 2"
     ]
+    frames[0] |= {"persistent ms": 3.6, "x persistent": 0.9}
+    frames[1] |= {"persistent ms": None, "x persistent": None}
+    assert headlines({"frame": [frames[0], frames[1] | {"batch": 1}]})[:2] == [
+        "frame, batch 1, bfloat16: 4 ms, 70 % of the floor, persistent 3.6 ms (x 0.9)",
+        "frame, batch 1, bfloat16: 40 ms, 70 % of the floor",
+    ]
     assert headlines({}) == []
 
 
