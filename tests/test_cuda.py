@@ -1,6 +1,7 @@
 """The engine, the programs and the server on a GPU, against themselves on the CPU."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ from vox_serve import say
 from vox_serve.audio import pcm16
 from vox_serve.engine import Request
 from vox_serve.loading import choose_device, load_engine
-from vox_serve.sampling import SamplingParams
+from vox_serve.model import PERSISTENT_ROWS
+from vox_serve.sampling import SamplingParams, SamplingRows
 from voxkern.backend import OPS, backend_for, why_missing
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
@@ -112,7 +114,6 @@ def test_a_frame_in_a_graph_is_the_frame(backend, precision):
     model = our_model(config_for(rehearse=True), precision, "cuda")
     timer = GpuTimer()
     frames = OurFrames(model, 3, timer, [backend])
-    assert not timer.without_graph
     start = torch.randint_like(frames.codes, 2000)
 
     def codes(step) -> torch.Tensor:
@@ -125,9 +126,55 @@ def test_a_frame_in_a_graph_is_the_frame(backend, precision):
 
     eager, k_pages = codes(on(backend, frames.frame)), frames.cache.k_pages.clone()
     replayed = codes(lambda: frames.frames_ms(1))
+    assert not timer.without_graph
     assert torch.equal(replayed, eager)
     assert torch.equal(frames.cache.k_pages, k_pages)
     assert not torch.equal(eager[0], eager[1])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("precision", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("full_size", [False, True], ids=["small", "CSM-1B's"])
+def test_a_persistent_depth_decoder_draws_the_same(full_size, precision, temperature):
+    """Called, and replayed from a graph again and again, one behind the other."""
+    if reason := why_missing("native", "cuda"):
+        pytest.skip(reason)
+    config = config_for(rehearse=not full_size)
+    backbone = replace(config.backbone, num_layers=1)
+    model = our_model(replace(config, backbone=backbone, text_vocab_size=1), precision, "cuda")
+    draw = on("native", model.draw_frames)
+    every = torch.randn(PERSISTENT_ROWS + 1, backbone.dim, device="cuda").to(model.dtype)
+    for batch in (1, 3, PERSISTENT_ROWS, PERSISTENT_ROWS + 1):
+        hidden = every[:batch]
+        sampling = [SamplingParams(temperature=temperature)] * batch
+        rows = SamplingRows.of(sampling, range(batch), model.device)
+        expected = draw(hidden, rows)
+        assert expected.min() >= 0
+        assert torch.equal(draw(hidden, rows, persistent=True), expected)
+        codes = torch.empty_like(expected)
+        wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            codes.copy_(draw(hidden, rows, persistent=True))
+        for _ in range(200):
+            codes.fill_(-1)
+            graph.replay()
+            wrong += (codes != expected).sum()
+        assert wrong.item() == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_engine_finds_the_persistent_depth_decoder_right(folder, caplog, dtype):
+    """For each number of rows that has a graph, as it starts: it says which way it takes."""
+    if reason := why_missing("native", "cuda"):
+        pytest.skip(reason)
+    caplog.set_level("INFO", "vox_serve")
+    on("native", load_engine)(folder, device="cuda", dtype=dtype, max_batch_size=12)
+    said = [line for line in caplog.messages if line.startswith("persistent depth decoder")]
+    assert [line.split(":")[0] for line in said] == [
+        f"persistent depth decoder, {rows} rows" for rows in (8, 4, 2, 1)
+    ]
+    assert not [line for line in said if "left out" in line]
 
 
 def test_say_on_a_gpu_says_what_it_says_on_a_cpu(folder, tmp_path):
