@@ -14,14 +14,6 @@ namespace {
 
 int64_t rows_of_block(const ProductParams& p) { return p.M < kTileM ? p.M : kTileM; }
 
-// Vectors from one row of staged x to the next. In bfloat16 an odd number of chunks: then the two
-// rows that eight lanes read at once lie in different banks.
-template <typename T>
-int64_t staged_row(int64_t C) {
-  const int64_t vectors = divide_up(C, kVector<T>);
-  return sizeof(T) == 4 ? vectors : (divide_up(vectors, kLanes) | 1) * kLanes;
-}
-
 struct Layout {
   ProductPlan plan;
   int64_t blocks, shared_bytes;

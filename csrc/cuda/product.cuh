@@ -31,14 +31,11 @@
 // the end.
 #pragma once
 
-#include "product_ends.cuh"
+#include "weight_queue.cuh"
 
 namespace voxkern {
 namespace {
 
-constexpr int kLanes = 4;  // that share a row of a chunk
-constexpr int kTileN = 8;
-constexpr int kInGroup = 4;
 constexpr int kSteps = 4;
 
 constexpr int kGroups = 4;          // of the queue, at most
@@ -61,139 +58,20 @@ constexpr int kResident = kHigh || !kAligned || (kMoreRegisters && before == Bef
 template <bool kAligned, bool kHigh, Before before, After after>
 __global__ void __launch_bounds__(kThreads, kResident<kAligned, kHigh, before>)
     bf16_product_kernel(ProductParams p, ProductPlan plan) {
-  constexpr int kSize = kVector<bf16>, kRowsM = kHigh ? kTileM : kTileM / 2;
-  constexpr int kOf = kProducts<after>;
-  using Sums = float[kOf][kWarps][kRowsM][kTileN];
-  using Group = uint4[kInGroup][kThreads];
-  VOX_DYNAMIC_SHARED(Group, queue);
+  using Sums = TileSums<kHigh, after>;
+  VOX_DYNAMIC_SHARED(QueueGroup, queue);
   Sums* const partials = reinterpret_cast<Sums*>(queue + plan.groups);  // two
   uint4* const staged = reinterpret_cast<uint4*>(partials + 2);
-  const int me = threadIdx.x, lane = me % kWarp, warp = me / kWarp;
-  const int row = lane / kLanes, column = lane % kLanes;
-  const int N = static_cast<int>(p.N), C = static_cast<int>(p.C);
-  const int vectors = (C + kSize - 1) / kSize, tiles = (N + kTileN - 1) / kTileN;
-  const int chunks = (vectors + kLanes - 1) / kLanes, range = (chunks + kWarps - 1) / kWarps;
-  const int begin = warp * range, groups = queue_groups(C);
-  const int mine = chunks - begin < range ? chunks - begin : range;  // may be negative
   const int64_t m = static_cast<int64_t>(blockIdx.y) * kTileM;
   const int rows = p.M - m < kTileM ? static_cast<int>(p.M - m) : kTileM;
-  const bf16* const weight = static_cast<const bf16*>(p.weight);
-  const int my_vector = begin * kLanes + column;
-  // Of mine the chunks that have all their columns: groups of those need no looking at bounds.
-  const int whole =
-      kAligned ? (vectors / kLanes - begin < mine ? vectors / kLanes - begin : mine) : 0;
-
-  // The next group to ask for.
-  int tile = mine > 0 ? blockIdx.x : tiles, product = 0, chunk = 0, slot = 0;
-  const auto ask = [&] {
-    if (tile < tiles) {
-      const int n = tile * kTileN + row;
-      const bool there = n < N;
-      const bf16* const from = weight + static_cast<int64_t>(there ? n + product * N : 0) * C;
-      uint4* const to = &queue[slot][0][me];
-      const int first = my_vector + chunk * kLanes;
-      if (chunk + kInGroup <= whole) {
-#pragma unroll
-        for (int c = 0; c < kInGroup; ++c)
-          copy_async_16(to + c * kThreads, from + (first + c * kLanes) * kSize, there);
-      } else {
-        for (int c = 0; c < kInGroup && chunk + c < mine; ++c) {
-          const int i = first + c * kLanes;
-          const bool inside = there && i < vectors;
-          if constexpr (kAligned)
-            copy_async_16(to + c * kThreads, inside ? from + i * kSize : weight, inside);
-          else
-            to[c * kThreads] = inside ? read_vector<bf16, false>(from, i, C) : uint4{};
-        }
-      }
-      chunk += kInGroup;
-      if (chunk >= mine) {
-        chunk = 0;
-        if (++product == kOf) {
-          product = 0;
-          tile += gridDim.x;
-        }
-      }
-    }
-    commit_copies();
-    slot = slot + 1 == groups ? 0 : slot + 1;
-  };
-  for (int g = 0; g < groups; ++g) ask();
+  WeightQueue<kAligned, kGroups - 1, kGroups, OneMatrix> weights(
+      queue, queue_groups(p.C), gridDim.x, OneMatrix(p, kProducts<after>));
   const uint4 norm_first = first_of_norm<bf16, before>(p);
   let_next_kernel_start();
   wait_for_previous_kernel();
-
-  const bf16* const x = static_cast<const bf16*>(p.x) + m * C;
-  const uint4* my_x = staged + row * plan.row;
-  const uint4* high_x = my_x + 8 * plan.row;
-  if (plan.row) {
-    stage<bf16, before>(p, m, rows, norm_first, staged, plan.row);
-  } else {
-    my_x = reinterpret_cast<const uint4*>(x + static_cast<int64_t>(row) * C);
-    high_x = reinterpret_cast<const uint4*>(x + static_cast<int64_t>(row + 8) * C);
-  }
-  const auto read_x = [&](const uint4* from, int r, int i) -> uint4 {
-    if (r >= rows) return {};
-    if constexpr (kAligned) return plan.row ? from[i] : load_fresh(from + i);
-    return read_vector<bf16, false>(x + static_cast<int64_t>(r) * C, i, C);
-  };
-  const auto multiply = [&](float (&sums)[4], uint4 w, uint4 low, uint4 high) {
-    multiply_bf16(sums, {low.x, high.x, low.y, high.y}, w.x, w.y);
-    multiply_bf16(sums, {low.z, high.z, low.w, high.w}, w.z, w.w);
-  };
-
-  int turn = 0, oldest = 0;
-  for (int at = blockIdx.x; at < tiles; at += gridDim.x, turn ^= 1) {
-    const int at_m = me / kTileN, n = at * kTileN + me % kTileN;
-    const bool finishes = me < kRowsM * kTileN && at_m < rows && n < N;
-    const bf16 old = finishes ? old_value<bf16, after>(p, m + at_m, n) : bf16{};
-#pragma unroll
-    for (int of = 0; of < kOf; ++of) {
-      float sums[4] = {};
-      for (int first = 0; first < mine; first += kInGroup) {
-        if (groups == kGroups)
-          wait_copies<kGroups - 1>();
-        else
-          wait_copies<kGroups - 2>();
-        const uint4* const w = &queue[oldest][0][me];
-        const int i = my_vector + first * kLanes;
-        if (first + kInGroup <= whole) {
-          // Two by two: all at once would take more registers than three blocks leave.
-#pragma unroll
-          for (int c = 0; c < kInGroup; c += 2) {
-            uint4 low[2], high[2];
-#pragma unroll
-            for (int k = 0; k < 2; ++k) {
-              low[k] = read_x(my_x, row, i + (c + k) * kLanes);
-              high[k] = kHigh ? read_x(high_x, row + 8, i + (c + k) * kLanes) : uint4{};
-            }
-#pragma unroll
-            for (int k = 0; k < 2; ++k) multiply(sums, w[(c + k) * kThreads], low[k], high[k]);
-          }
-        } else {
-          for (int c = 0; c < kInGroup && first + c < mine; ++c) {
-            const int at_i = i + c * kLanes;
-            const bool inside = at_i < vectors;
-            multiply(sums, w[c * kThreads], inside ? read_x(my_x, row, at_i) : uint4{},
-                     kHigh && inside ? read_x(high_x, row + 8, at_i) : uint4{});
-          }
-        }
-        oldest = oldest + 1 == groups ? 0 : oldest + 1;
-        ask();
-      }
-#pragma unroll
-      for (int i = 0; i < kRowsM / 4; ++i)
-        partials[turn][of][warp][row + i / 2 * 8][column * 2 + i % 2] = sums[i];
-    }
-    __syncthreads();
-    if (!finishes) continue;
-    float totals[kOf] = {};
-#pragma unroll
-    for (int of = 0; of < kOf; ++of)
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) totals[of] += partials[turn][of][w][at_m][me % kTileN];
-    finish<bf16, after>(p, m + at_m, n, totals, old);
-  }
+  if (plan.row) stage<bf16, before>(p, m, rows, norm_first, staged, plan.row);
+  multiply_tiles<kAligned, kHigh, after>(p, m, rows, gridDim.x, weights, staged, plan.row,
+                                         partials);
 }
 
 template <bool kAligned, int kTile, Before before, After after>
