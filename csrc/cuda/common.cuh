@@ -55,26 +55,36 @@ namespace voxkern {
 //   fetch weights there while this one waits or computes.
 // - Multiprocessors divide their memory anew between the first-level cache and shared memory only
 //   when they are idle, so all these kernels ask for the same division.
+//
+// `resident`: all blocks run at once, so that they can wait for each other; more than there is room
+// for are an error. Such a kernel overlaps none.
 struct LaunchShape {
   dim3 grid, block;
   size_t shared_bytes = 0;
   cudaStream_t stream;
   bool overlaps_previous = false;
+  bool resident = false;
 };
 
 #ifdef VOX_SIMT
 
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), const LaunchShape& shape, Args&&... args) {
-  simt::launch_kernel(kernel,
-                      {shape.grid, shape.block, shape.shared_bytes, false, shape.overlaps_previous},
-                      std::forward<Args>(args)...);
+  simt::launch_kernel(
+      kernel,
+      {shape.grid, shape.block, shape.shared_bytes, shape.resident, shape.overlaps_previous},
+      std::forward<Args>(args)...);
 }
 
 // Of the device: few, so that grids that go by their number are tested; the smallest of our
 // targets.
 inline int64_t multiprocessors() { return 3; }
 inline int64_t shared_bytes_limit() { return 99 << 10; }
+// Of a resident kernel that a multiprocessor has at once.
+template <typename... Params>
+int64_t resident_blocks(void (*)(Params...), unsigned, int64_t shared_bytes) {
+  return shared_bytes_limit() / (shared_bytes + 1024);
+}
 
 #define VOX_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(simt::dynamic_shared())
 #define VOX_SHARED(type, name)                                                  \
@@ -129,19 +139,36 @@ inline bool prepare_kernel(const void* kernel) {
   return prepared[{kernel, device}] = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
 }
 
+// Of a resident kernel that a multiprocessor has at once; none where there are no such launches.
+template <typename... Params>
+int64_t resident_blocks(void (*kernel)(Params...), unsigned threads, int64_t shared_bytes) {
+  if (!device_attribute(cudaDevAttrCooperativeLaunch)) return 0;
+  prepare_kernel(reinterpret_cast<const void*>(kernel));
+  int blocks = 0;
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+                 &blocks, kernel, static_cast<int>(threads), static_cast<size_t>(shared_bytes)),
+             "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  return blocks;
+}
+
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), const LaunchShape& shape, Args&&... args) {
   const bool can_overlap = prepare_kernel(reinterpret_cast<const void*>(kernel));
-  cudaLaunchAttribute overlap = {};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attribute = {};
+  if (shape.resident) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  } else {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.grid;
   config.blockDim = shape.block;
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = shape.stream;
-  config.attrs = &overlap;
-  config.numAttrs = can_overlap && shape.overlaps_previous ? 1 : 0;
+  config.attrs = &attribute;
+  config.numAttrs = shape.resident || (can_overlap && shape.overlaps_previous) ? 1 : 0;
   check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), "kernel launch");
 }
 

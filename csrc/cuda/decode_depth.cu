@@ -1,7 +1,7 @@
 #include "../decode_depth.h"
-#include "../sample_tokens.h"
+#include "depth_rows.cuh"
 #include "layers.cuh"
-#include "sampler.cuh"
+#include "persistent_depth.h"
 
 // One position after the other. A layer is five launches (for more than 16 rows eight, in float32
 // with packed weights for more than 8), a position has two more: the head with the norm in front,
@@ -60,27 +60,14 @@ __global__ void places_kernel(DepthPlaces all, int64_t B, int64_t K, unsigned* c
   if (position == 0) all.page_table[b] = static_cast<int32_t>(b);
 }
 
-// out[:, 0] = code0.
-__global__ void begin_kernel(const int64_t* code0, int64_t B, int64_t K, int64_t* out) {
+// out[:, 0] = code0, the rest what nobody has drawn.
+__global__ void begin_kernel(const int64_t* code0, int64_t B, int64_t K, int64_t* out,
+                             unsigned* arrived) {
   wait_for_previous_kernel();
   let_next_kernel_start();
-  const int64_t b = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (b < B) out[b * K] = code0[b];
-}
-
-// The block copies row `code` of [V, C]; a code outside becomes zeros.
-template <typename T>
-__device__ __forceinline__ void copy_row(const T* rows, int64_t code, int64_t V, int64_t C, T* to) {
-  const bool there = code >= 0 && code < V;
-  const T* const from = rows + (there ? code * C : 0);
-  if (C % kVector<T> == 0 && reinterpret_cast<uintptr_t>(rows) % 16 == 0) {
-    for (int64_t i = threadIdx.x; i < C / kVector<T>; i += blockDim.x)
-      reinterpret_cast<uint4*>(to)[i] =
-          there ? reinterpret_cast<const uint4*>(from)[i] : uint4{0, 0, 0, 0};
-  } else {
-    for (int64_t i = threadIdx.x; i < C; i += blockDim.x)
-      to[i] = there ? from[i] : from_float<T>(0.0f);
-  }
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i == 0) *arrived = 0;
+  if (i < B * K) out[i] = i % K ? -1 : code0[i / K];
 }
 
 // A block takes a row: codebook 0 to the residual of position 1.
@@ -99,24 +86,7 @@ __global__ void __launch_bounds__(kSamplerThreads)
   VOX_DYNAMIC_SHARED(SamplerShared, shared);
   wait_for_previous_kernel();
   let_next_kernel_start();
-  const int64_t b = blockIdx.x, C = p.layers.C;
-  const SamplerRow row = {
-      .temperature = p.temperature[b],
-      .top_k = p.top_k[b],
-      .top_p = p.top_p[b],
-      .min_p = p.min_p[b],
-      .repetition_penalty = 1,
-      .history = nullptr,
-      .W = 0,
-      .seed = p.seeds[b],
-      .frame = p.frames[b],
-      .codebook = codebook,
-  };
-  const int code = sample_row(logits + b * p.V, static_cast<int>(p.V), row, *shared);
-  if (threadIdx.x == 0) p.out[b * p.K + codebook] = code;
-  if (codebook + 1 < p.K)
-    copy_row(static_cast<const T*>(p.audio_rows) + codebook * p.V * C, code, p.V, C,
-             residual + b * C);
+  draw_and_look_up(p, codebook, blockIdx.x, logits, residual, *shared);
 }
 
 // All that a frame needs besides its arguments.
@@ -128,6 +98,7 @@ struct DepthBuffers {
   float* splits;
   unsigned* counters;
   int64_t count;
+  unsigned* arrived;  // of persistent_depth()
 
   DepthBuffers(Arena& arena, const DecodeDepthParams& p) : layers(arena, p.layers, p.dtype, p.B) {
     const LayersParams& l = p.layers;
@@ -142,6 +113,7 @@ struct DepthBuffers {
     splits = arena.take<float>(decode_attention_workspace(paged(p, 0, 0)));
     count = append_and_attend_counters(paged(p, 0, 0));
     counters = arena.take<unsigned>(count);
+    arrived = arena.take<unsigned>(1);
   }
 
   // Of a layer.
@@ -190,6 +162,20 @@ struct DepthBuffers {
     };
   }
 
+  PersistentDepthParams persistent(const DecodeDepthParams& p) const {
+    return {
+        .op = p,
+        .residual = layers.residual,
+        .qkv = layers.qkv,
+        .attended = layers.attended,
+        .activated = layers.activated,
+        .logits = logits,
+        .k_cache = k_cache,
+        .v_cache = v_cache,
+        .arrived = arrived,
+    };
+  }
+
   AppendKvParams append(const DecodeDepthParams& p, int64_t position, int64_t layer) const {
     const LayersParams& l = p.layers;
     const int64_t stride = (l.Hq + 2 * l.Hkv) * l.D;
@@ -216,7 +202,8 @@ struct DepthBuffers {
 };
 
 template <typename T>
-void decode(const DecodeDepthParams& p, DepthBuffers& buffers, cudaStream_t stream) {
+void decode(const DecodeDepthParams& p, DepthBuffers& buffers, bool persistent,
+            cudaStream_t stream) {
   Layers& layers = buffers.layers;
   T* const residual = static_cast<T*>(layers.residual);
   const LaunchShape each_row = {.grid = dim3(static_cast<unsigned>(p.B)),
@@ -232,14 +219,15 @@ void decode(const DecodeDepthParams& p, DepthBuffers& buffers, cudaStream_t stre
             .stream = stream,
             .overlaps_previous = true};
   };
-  if (!fits(buffers.resident(p, 0, 0)))
+  const PersistentDepthParams at_once = buffers.persistent(p);
+  persistent = persistent && fits(at_once);
+  if (!persistent && !fits(buffers.resident(p, 0, 0)))
     launch(places_kernel, each(p.B * p.K), buffers.all, p.B, p.K, buffers.counters, buffers.count);
-  launch(begin_kernel, each(p.B), p.code0, p.B, p.K, p.out);
+  launch(begin_kernel, each(p.B * p.K), p.code0, p.B, p.K, p.out, buffers.arrived);
+  layers.project(p.hidden, p.projection, layers.residual, stream);
+  if (persistent) return persistent_depth(at_once, stream);
   for (int64_t position = 0; position < p.K; ++position) {
-    if (position == 0)
-      layers.project(p.hidden, p.projection, layers.residual, stream);
-    else if (position == 1)
-      launch(look_up_kernel<T>, each_row, p, residual);
+    if (position == 1) launch(look_up_kernel<T>, each_row, p, residual);
     layers.keys_only = position == 0;
     layers.run(
         [&](int64_t layer) {
@@ -267,10 +255,11 @@ int64_t decode_depth_workspace(const DecodeDepthParams& p) {
   return count.bytes();
 }
 
-void decode_depth(const DecodeDepthParams& p, cudaStream_t stream) {
+void decode_depth(const DecodeDepthParams& p, bool persistent, cudaStream_t stream) {
   Arena arena(p.workspace);
   DepthBuffers buffers(arena, p);
-  p.dtype == Dtype::f32 ? decode<float>(p, buffers, stream) : decode<bf16>(p, buffers, stream);
+  p.dtype == Dtype::f32 ? decode<float>(p, buffers, persistent, stream)
+                        : decode<bf16>(p, buffers, persistent, stream);
 }
 
 }  // namespace voxkern
@@ -284,7 +273,7 @@ Tensor decode_depth_cuda(Tensor hidden, Tensor code0, Tensor audio_rows, Tensor 
                          Tensor down, Tensor norm, Tensor heads, Tensor rope_table,
                          int64_t num_heads, int64_t num_kv_heads, double eps, Tensor temperature,
                          Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, Tensor frames,
-                         bool /*persistent*/) {
+                         bool persistent) {
   hidden = torch::stable::contiguous(hidden);
   DecodeDepthParams p =
       decode_depth_params(hidden, code0, audio_rows, projection, attn_norm, qkv, o, mlp_norm,
@@ -299,7 +288,7 @@ Tensor decode_depth_cuda(Tensor hidden, Tensor code0, Tensor audio_rows, Tensor 
       torch::stable::new_empty(hidden, {decode_depth_workspace(p)}, ScalarType::Byte);
   p.workspace = workspace.mutable_data_ptr();
   const OnDevice device(hidden);
-  decode_depth(p, device.stream);
+  decode_depth(p, persistent, device.stream);
   return out;
 }
 

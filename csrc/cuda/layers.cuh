@@ -36,6 +36,7 @@ class Layers {
  public:
   void* residual;          // [B, C], what run() begins with
   void *qkv, *attended;    // [B, (Hq + 2 Hkv) D], [B, Hq D]
+  void* activated;         // [B, F], of SwiGLU
   bool keys_only = false;  // of the last layer only the attention runs
 
   Layers(Arena& arena, const LayersParams& params, Dtype dtype, int64_t B)
@@ -49,7 +50,7 @@ class Layers {
     normed_ = take(p_.C);
     branch_ = take(p_.C);
     gate_up_ = take(2 * p_.F);
-    product_ = take(p_.F);
+    activated = take(p_.F);
   }
 
   // attend(layer) is the attention between `qkv` and `attended`.
@@ -62,7 +63,7 @@ class Layers {
       if (keys_only && layer == p_.L - 1) return;
       project_and_add(attended, matrix(p_.o, layer, dtype_), stream);
       feed(offset(p_.mlp_norm, layer * p_.C, dtype_), matrix(p_.gate_up, layer, dtype_), stream);
-      project_and_add(product_, matrix(p_.down, layer, dtype_), stream);
+      project_and_add(activated, matrix(p_.down, layer, dtype_), stream);
     }
   }
 
@@ -119,21 +120,21 @@ class Layers {
   }
 
   void feed(const void* norm, const Weight& weight, cudaStream_t stream) {
-    ProductParams fused = of(residual, weight, p_.F, product_);
+    ProductParams fused = of(residual, weight, p_.F, activated);
     fused.before = Before::norm;
     fused.norm = norm;
     fused.after = After::swiglu;
     if (takes(fused)) return product(fused, stream);
     normalise(norm, normed_, stream);
     project(normed_, weight, gate_up_, stream);
-    silu_mul({.dtype = dtype_, .rows = B_, .F = p_.F, .gate_up = gate_up_, .out = product_},
+    silu_mul({.dtype = dtype_, .rows = B_, .F = p_.F, .gate_up = gate_up_, .out = activated},
              stream);
   }
 
   const LayersParams p_;
   const Dtype dtype_;
   const int64_t B_;
-  void *normed_, *branch_, *gate_up_, *product_;
+  void *normed_, *branch_, *gate_up_;
   bool has_branch_ = false;  // the residual still lacks branch_
 };
 

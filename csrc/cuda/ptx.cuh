@@ -101,6 +101,25 @@ __device__ __forceinline__ uint4 load_fresh(const void* p) {
   return r;
 }
 
+// Between the blocks of a resident grid: adds, after all that the block wrote before the barrier in
+// front; reads, before all that it reads behind the next one.
+__device__ __forceinline__ void add_release(unsigned* p, unsigned value) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
+}
+__device__ __forceinline__ unsigned load_acquire(const unsigned* p) {
+  unsigned r;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(r) : "l"(p) : "memory");
+  return r;
+}
+// In a loop that waits for another block: nothing here, a fiber lets others run.
+__device__ __forceinline__ void let_others_run() {}
+// Of a clock.
+__device__ __forceinline__ uint64_t nanoseconds() {
+  uint64_t r;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(r));
+  return r;
+}
+
 // Programmatic dependent launch; common.cuh has the contract.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900

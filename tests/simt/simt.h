@@ -90,6 +90,8 @@ void let_next();
 void exchange(Site site, uint32_t mask, uint64_t value, uint64_t (&all)[32]);
 // Lets others run, in a loop that waits for memory to change.
 void pause();
+// A clock that goes on by a quarter of a second whenever somebody looks.
+uint64_t nanoseconds();
 // Records the error and ends the launch.
 [[noreturn]] void fail(Site site, const char* what);
 void* dynamic_shared();
@@ -359,6 +361,10 @@ inline void prefetch_l2(const void* p, int bytes, VOX_SIMT_HERE) {
   static_cast<void>(from[0]), static_cast<void>(from[bytes - 1]);
 }
 inline uint4 load_fresh(const void* p) { return load_stream(p); }
+inline void add_release(unsigned* p, unsigned value) { *p += value; }
+inline unsigned load_acquire(const unsigned* p) { return *p; }
+inline void let_others_run() { simt::pause(); }
+inline uint64_t nanoseconds() { return simt::nanoseconds(); }
 inline void wait_for_previous_kernel(VOX_SIMT_HERE) {
   simt::wait_for_previous({"wait_for_previous_kernel", file, line});
 }
