@@ -32,7 +32,7 @@ def run(name: str, order: str) -> str:
     "name",
     [
         *("sum", "neighbour", "warp", "copy", "grid", "product", "overlap", "overlap that lasts"),
-        "overlap behind a late start",
+        *("overlap behind a late start", "phases", "phases that lack a block"),
     ],
 )
 def test_a_sound_kernel_is_right(name, order):

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../../csrc/cuda/common.cuh"
+#include "../../csrc/cuda/grid_barrier.cuh"
 
 namespace voxkern {
 namespace {
@@ -146,6 +147,31 @@ __global__ void grid_kernel(int* arrived, int* out) {
   out[blockIdx.x * blockDim.x + threadIdx.x] = *arrived == static_cast<int>(gridDim.x);
 }
 
+// In phase k blocks 0 .. k % blocks count what those of the phase before counted, and one more.
+// kMissing: block 1 leaves without a word, and the others give up.
+template <bool kMissing>
+__global__ void phases_kernel(unsigned* arrived, int* counts, int* out) {
+  constexpr int kPhases = 7;
+  GridBarrier grid(arrived);
+  const int blocks = gridDim.x, me = blockIdx.x;
+  int expected = 0;
+  bool goes_on = !(kMissing && me == 1);
+  for (int k = 0; k < kPhases && goes_on; ++k) {
+    const int part = k % blocks + 1, before = k ? (k - 1) % blocks + 1 : 0;
+    if (me < part && (goes_on = grid.wait())) {
+      int sum = 1;
+      for (int b = 0; b < before; ++b) sum += counts[(k - 1) * blocks + b];
+      if (threadIdx.x == 0) counts[k * blocks + me] = sum;
+      grid.arrive();
+    }
+    grid.next_phase(part);
+    expected = expected * before + 1;
+  }
+  const bool right =
+      kMissing ? !goes_on : goes_on && grid.wait() && counts[(kPhases - 1) * blocks] == expected;
+  out[blockIdx.x * blockDim.x + threadIdx.x] = right;
+}
+
 // The first of two kernels writes, the second reads; kWait: after it has waited for the first.
 __global__ void first_kernel(int* out) { out[threadIdx.x] = 0; }
 template <bool kWait>
@@ -253,6 +279,14 @@ bool run(const std::string& name) {
     std::vector<int> out(4 * kThreads);
     int arrived = 0;
     simt::launch_kernel(grid_kernel, {4, kThreads, 0, name == "grid"}, &arrived, out.data());
+    simt::finish();
+    return all_ones(out);
+  }
+  if (name == "phases" || name == "phases that lack a block") {
+    std::vector<int> out(4 * kThreads), counts(7 * 4, -1);
+    unsigned arrived = 0;
+    auto* const kernel = name == "phases" ? phases_kernel<false> : phases_kernel<true>;
+    simt::launch_kernel(kernel, {4, kThreads, 0, true}, &arrived, counts.data(), out.data());
     simt::finish();
     return all_ones(out);
   }
