@@ -161,7 +161,7 @@ __global__ void phases_kernel(unsigned* arrived, int* counts, int* out) {
     if (me < part && (goes_on = grid.wait())) {
       int sum = 1;
       for (int b = 0; b < before; ++b) sum += counts[(k - 1) * blocks + b];
-      if (threadIdx.x == 0) counts[k * blocks + me] = sum;
+      if (threadIdx.x == kThreads - 1) counts[k * blocks + me] = sum;
       grid.arrive();
     }
     grid.next_phase(part);
