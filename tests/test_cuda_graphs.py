@@ -102,7 +102,10 @@ class Work:
 
     def graphs(self, max_rows: int, other: Callable | None = None) -> RowGraphs:
         alternative = Alternative(
-            "other", self.draw, other or self.other, lambda rows: self.result[:rows], 8
+            *("other", self.draw, other or self.other),
+            lambda rows: self.result.fill_(-1),
+            lambda rows: self.result[:rows],
+            8,
         )
         return RowGraphs([self.draw], max_rows, [alternative])
 
@@ -167,13 +170,24 @@ def test_one_whose_results_differ_is_left_out(gpu, caplog, broken_call):
     assert caplog.messages == ["other, 1 rows: left out: its results differ"]
 
 
-@pytest.mark.parametrize("when", ["called", "recorded"])
+def test_one_that_does_nothing_is_left_out(gpu, caplog):
+    work = Work(gpu)
+    assert work.kept(work.graphs(1, lambda rows: None), 1) == "draw"
+    assert caplog.messages == ["other, 1 rows: left out: its results differ"]
+
+
+@pytest.mark.parametrize("when", ["called", "recorded", "replayed"])
 def test_one_that_raises_is_left_out(gpu, caplog, when):
     work = Work(gpu)
 
+    def fail() -> None:
+        raise RuntimeError("too many blocks to be resident")
+
     def raising(rows: int) -> None:
+        if when == "replayed":
+            return gpu.run(fail) if gpu.recording else None
         if when == "called" or gpu.recording:
-            raise RuntimeError("too many blocks to be resident")
+            fail()
         work.other(rows)
 
     graphs = work.graphs(2, raising)

@@ -459,26 +459,28 @@ def test_a_frame_that_was_given_up_is_not_spoken(engine, monkeypatch):
 
 
 def test_a_gpu_is_offered_a_persistent_depth_decoder(engine, monkeypatch):
-    """Of its CUDA kernels alone; it is the draw with that argument, and leaves the same codes."""
+    """Of CUDA kernels in bfloat16 alone; it is the draw with that argument: the same codes."""
     asked, whole = [], ops.decode_depth
     monkeypatch.setattr(ops, "decode_depth", lambda *args: asked.append(args[-1]) or whole(*args))
     batch = FrameBatch(engine.model, engine.mimi, engine._cache, 4)
-    monkeypatch.setattr(frame_batch, "backend_for", lambda device, op: "triton")
-    assert batch._alternatives() == []
-    monkeypatch.setattr(frame_batch, "backend_for", lambda device, op: "native")
+    for served, dtype in (("triton", torch.bfloat16), ("native", torch.float32)):
+        monkeypatch.setattr(frame_batch, "backend_for", lambda device, op, name=served: name)
+        monkeypatch.setattr(engine.model, "dtype", dtype)
+        assert batch._alternatives() == []
+    monkeypatch.setattr(engine.model, "dtype", torch.bfloat16)
     (other,) = batch._alternatives()
     assert other.of == batch._run_draw
     assert other.max_rows == model.PERSISTENT_ROWS
     results = []
     with torch.inference_mode():
-        batch._hidden.normal_()
         for function in (other.of, other.function):
-            batch._codes.zero_()
+            other.prepare(3)
+            assert (other.result(3) == -1).all()
             function(3)
             results.append(other.result(3).clone())
     assert asked == [False, True]
     assert torch.equal(*results)
-    assert results[0].any()
+    assert len(results[0].unique()) > 9
 
 
 def test_pages_come_back_after_every_end(engine):

@@ -57,7 +57,7 @@ namespace voxkern {
 //   when they are idle, so all these kernels ask for the same division.
 //
 // `resident`: all blocks run at once, so that they can wait for each other; more than there is room
-// for are an error. Such a kernel overlaps none.
+// for are an error. It excludes `overlaps_previous`.
 struct LaunchShape {
   dim3 grid, block;
   size_t shared_bytes = 0;
@@ -78,7 +78,7 @@ void launch(void (*kernel)(Params...), const LaunchShape& shape, Args&&... args)
 
 // Of the device: few, so that grids that go by their number are tested; the smallest of our
 // targets.
-inline int64_t multiprocessors() { return 3; }
+inline int64_t multiprocessors() { return simt::multiprocessors(); }
 inline int64_t shared_bytes_limit() { return 99 << 10; }
 // Of a resident kernel that a multiprocessor has at once.
 template <typename... Params>

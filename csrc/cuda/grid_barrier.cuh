@@ -28,13 +28,14 @@ class GridBarrier {
     turn_ ^= 1;
     if (threadIdx.x == 0) {
       unsigned seen = load_acquire(arrived_);
-      uint64_t since = 0;
+      uint64_t waited = 0, last = 0;
       for (unsigned polls = 1; seen < expected_; ++polls) {
         let_others_run();
         if (polls % kPolls == 0) {
-          const uint64_t now = nanoseconds();
-          if (since == 0) since = now;
-          if (now - since > kPatience) atomicOr(arrived_, kGivenUp);
+          const uint64_t now = nanoseconds(), since = last ? now - last : 0;
+          waited += since < kMostSince ? since : kMostSince;
+          last = now;
+          if (waited > kPatience) atomicOr(arrived_, kGivenUp);
         }
         seen = load_acquire(arrived_);
       }
@@ -55,8 +56,9 @@ class GridBarrier {
 
  private:
   static constexpr unsigned kGivenUp = 1u << 31;  // more than ever arrive
-  static constexpr unsigned kPolls = 1024;        // from one look at the clock to the next
-  static constexpr uint64_t kPatience = 2'000'000'000;
+  static constexpr unsigned kPolls = 64;          // from one look at the clock to the next
+  // ns. A look adds but so much: a card that was halted meanwhile is no reason to give up.
+  static constexpr uint64_t kPatience = 2'000'000'000, kMostSince = 10'000'000;
 
   unsigned* const arrived_;
   unsigned expected_ = 0;

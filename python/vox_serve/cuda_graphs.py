@@ -23,15 +23,17 @@ class Alternative(NamedTuple):
 
     Attributes:
         name: for the log.
-        of: the function; what it leaves in `result` is right, and the same each time.
+        of: the function.
         function: the other way.
-        result: of a number of rows, what both are to leave the same.
+        prepare: of a number of rows, what comes before each replay of both.
+        result: likewise, what both are then to leave the same.
         max_rows: with more rows it is not tried.
     """
 
     name: str
     of: Callable[[int], None]
     function: Callable[[int], None]
+    prepare: Callable[[int], None]
     result: Callable[[int], Tensor]
     max_rows: int
 
@@ -87,21 +89,22 @@ class RowGraphs:
         self, graph: torch.cuda.CUDAGraph, other: Alternative, rows: int
     ) -> torch.cuda.CUDAGraph:
         """`graph`, or the alternative's if that leaves the same in less time."""
+        times: tuple[list[float], list[float]] = [], []
         try:
             graphs = graph, self._record(other.function, rows)
+            for _ in range(_WARM_REPLAYS + _TIMED_REPLAYS):
+                results = []
+                for each, seen in zip(graphs, times, strict=True):
+                    other.prepare(rows)
+                    seen.append(_replay_ms(each))
+                    results.append(other.result(rows).clone())
+                if not torch.equal(*results):
+                    logger.warning("%s, %d rows: left out: its results differ", other.name, rows)
+                    return graph
         except RuntimeError as error:
             first = error.__context__ or error  # the end of a broken capture raises once more
             logger.warning("%s, %d rows: left out: %s", other.name, rows, first)
             return graph
-        times: tuple[list[float], list[float]] = [], []
-        for _ in range(_WARM_REPLAYS + _TIMED_REPLAYS):
-            results = []
-            for each, seen in zip(graphs, times, strict=True):
-                seen.append(_replay_ms(each))
-                results.append(other.result(rows).clone())
-            if not torch.equal(*results):
-                logger.warning("%s, %d rows: left out: its results differ", other.name, rows)
-                return graph
         ms, other_ms = (statistics.median(seen[_WARM_REPLAYS:]) for seen in times)
         kept = int(other_ms < _FASTER * ms)
         logger.info(
@@ -135,7 +138,9 @@ def capture(graph, pool=None, cuda=torch.cuda) -> Iterator[None]:
 
 
 def _replay_ms(graph: torch.cuda.CUDAGraph) -> float:
+    """Of the second of two replays: the host hands it in while the first one runs."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    graph.replay()
     start.record()
     graph.replay()
     end.record()

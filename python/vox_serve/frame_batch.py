@@ -76,6 +76,7 @@ class FrameBatch:
         if device.type == "cuda" and all(backend_for("cuda", op) != "reference" for op in OPS):
             functions = self._run_backbone, self._run_draw
             self._graphs = RowGraphs(functions, max_rows, self._alternatives())
+            self._hidden.zero_()
 
     @torch.inference_mode()
     def join(
@@ -145,13 +146,22 @@ class FrameBatch:
 
     def _alternatives(self) -> list[Alternative]:
         """Of a GPU. Rows not in use are greedy: their codes depend on their hidden states alone."""
-        if backend_for("cuda", "decode_depth") != "native":
+        native = backend_for("cuda", "decode_depth") == "native"
+        if not native or self.model.dtype != torch.bfloat16:
             return []
+        generator = torch.Generator(self._hidden.device).manual_seed(0)
+        hidden = torch.empty_like(self._hidden).normal_(generator=generator)
+
+        def prepare(rows: int) -> None:
+            self._hidden.copy_(hidden)
+            self._codes.fill_(-1)
+
         return [
             Alternative(
                 "persistent depth decoder",
                 self._run_draw,
                 partial(self._run_draw, persistent=True),
+                prepare,
                 lambda rows: self._codes[:rows],
                 PERSISTENT_ROWS,
             )

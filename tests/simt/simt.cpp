@@ -33,6 +33,7 @@ namespace {
 constexpr size_t kStackBytes = 256 << 10;
 constexpr size_t kGuardBytes = 4096;
 constexpr long kPatience = 1 << 14;  // turns in which all threads but pause
+uint64_t now = 1;                     // nanoseconds
 constexpr size_t kMaxThreads = 1024;
 constexpr size_t kAhead = 3;  // launches that are overlapped
 
@@ -307,6 +308,7 @@ void run(const std::vector<Block*>& blocks, bool early = false) {
     }
     if (early && !progress) return;
     idle_turns = progress ? 0 : idle_turns + 1;
+    now += progress ? 0 : 1'000'000;
     if (live && (pausing ? idle_turns > kPatience : idle_turns > 0))
       return explain_deadlock(threads);
   }
@@ -397,7 +399,8 @@ void launch(const Launch& shape, void (*body)(const void*), std::shared_ptr<cons
   const auto count = [](dim3 n) { return static_cast<size_t>(n.x) * n.y * n.z; };
   const size_t threads = count(shape.block), total = count(shape.grid);
   if (threads == 0 || threads > kMaxThreads || total == 0 || shape.grid.y > 65535 ||
-      shape.grid.z > 65535 || shape.shared_bytes > (227 << 10))
+      shape.grid.z > 65535 || shape.shared_bytes > (227 << 10) ||
+      (shape.resident && shape.overlaps_previous))
     throw std::runtime_error("simt: no GPU takes such a launch");
   std::vector<dim3> indices;
   for (unsigned z = 0; z < shape.grid.z; ++z)
@@ -445,9 +448,11 @@ void sync_threads(Site site) { wait(State::barrier, site); }
 
 void pause() { wait(State::paused, {"__nanosleep", "", 0}); }
 
-uint64_t nanoseconds() {
-  static uint64_t now = 0;
-  return now += 250'000'000;
+uint64_t nanoseconds() { return now; }
+
+int multiprocessors() {
+  const char* const text = std::getenv("VOXKERN_SIMT_MULTIPROCESSORS");
+  return text ? std::atoi(text) : 3;
 }
 
 void fail(Site site, const char* what) {

@@ -90,8 +90,10 @@ void let_next();
 void exchange(Site site, uint32_t mask, uint64_t value, uint64_t (&all)[32]);
 // Lets others run, in a loop that waits for memory to change.
 void pause();
-// A clock that goes on by a quarter of a second whenever somebody looks.
+// A clock that goes on by a millisecond whenever all threads wait for memory to change.
 uint64_t nanoseconds();
+// Of the device: what VOXKERN_SIMT_MULTIPROCESSORS says, or 3.
+int multiprocessors();
 // Records the error and ends the launch.
 [[noreturn]] void fail(Site site, const char* what);
 void* dynamic_shared();
