@@ -31,7 +31,17 @@ def run(name: str, order: str) -> str:
 @pytest.mark.parametrize(
     "name",
     [
-        *("sum", "neighbour", "warp", "copy", "grid", "product", "overlap", "overlap that lasts"),
+        *(
+            "sum",
+            "first threads",
+            "neighbour",
+            "warp",
+            "copy",
+            "grid",
+            "product",
+            "overlap",
+            "overlap that lasts",
+        ),
         *("overlap behind a late start", "phases", "phases that lack a block"),
     ],
 )
@@ -44,6 +54,7 @@ def test_a_sound_kernel_is_right(name, order):
     [
         ("divergent barrier", "threads meet at different barriers: .*planted.cpp:.*planted.cpp:"),
         ("left before a barrier", r"__syncthreads .*, but .* thread \(50, 0, 0\) has ended"),
+        ("first threads that lack one", "threads meet at different barriers: .*planted.cpp:"),
         ("missing lane", "__shfl_sync .* with mask 0xffffffff, but .* has ended"),
         ("mask without its caller", "__any_sync .*: the mask lacks its caller"),
         ("outside the mask", "__shfl_sync .*: reads a lane outside the mask"),

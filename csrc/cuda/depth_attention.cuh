@@ -131,7 +131,7 @@ __device__ __forceinline__ bool attend(const DepthAttentionParams& p, int part, 
       if (lane % L == 0) scores[g][key] = dot;
     }
   }
-  __syncthreads();
+  sync_first<kAttentionThreads>();
 
   // Each warp finds out for itself what divides the weights.
   constexpr int kEach = kHeldKeys<L> / kWarp;
@@ -171,7 +171,7 @@ __device__ __forceinline__ bool attend(const DepthAttentionParams& p, int part, 
       if (lane < L) sums[warp][g][column + j] = acc[j];
     }
   }
-  __syncthreads();
+  sync_first<kAttentionThreads>();
   for (int i = threadIdx.x; i < queries * D; i += kAttentionThreads) {
     const int g = i / D;
     float sum = sums[0][g][i % D], all = total[0];

@@ -115,7 +115,7 @@ __device__ void stage(const ProductParams& p, int64_t m, int rows, uint4 norm_fi
         if (lane == 0) partials[first + k][warp] = sum;
       }
     }
-    __syncthreads();
+    sync_first<kThreads>();
     // Every warp finds the rows' scales for itself, a lane one of them.
     const int of = lane < rows ? lane : 0;
     float sum = partials[of][0];
@@ -147,7 +147,7 @@ __device__ void stage(const ProductParams& p, int64_t m, int rows, uint4 norm_fi
       }
     }
   }
-  __syncthreads();
+  sync_first<kThreads>();
 }
 
 template <After after>

@@ -101,6 +101,12 @@ __device__ __forceinline__ uint4 load_fresh(const void* p) {
   return r;
 }
 
+// A barrier of the block's first N threads, whole warps.
+template <int N>
+__device__ __forceinline__ void sync_first() {
+  asm volatile("bar.sync 1, %0;" ::"n"(N) : "memory");
+}
+
 // Between the blocks of a resident grid: adds, after all that the block wrote before the barrier in
 // front; reads, before all that it reads behind the next one.
 __device__ __forceinline__ void add_release(unsigned* p, unsigned value) {

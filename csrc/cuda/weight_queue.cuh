@@ -227,7 +227,7 @@ __device__ __forceinline__ void multiply_tiles(const ProductParams& p, int64_t m
       for (int i = 0; i < kRowsM / 4; ++i)
         partials[turn][of][warp][row + i / 2 * 8][column * 2 + i % 2] = sums[i];
     }
-    __syncthreads();
+    sync_first<kThreads>();
     if (!finishes) continue;
     float totals[kOf] = {};
 #pragma unroll

@@ -31,6 +31,21 @@ __global__ void neighbour_kernel(int* out) {
       places[(threadIdx.x + 1) % kThreads] == static_cast<int>(threadIdx.x + 1) % kThreads;
 }
 
+// The same of the first 64 alone, while the others wait for them; kMissing: one is not there.
+template <bool kMissing>
+__global__ void first_threads_kernel(int* out) {
+  VOX_SHARED(int[64], places);
+  const int me = threadIdx.x;
+  bool right = true;
+  if (me < 64 && !(kMissing && me == 50)) {
+    places[me] = me;
+    sync_first<64>();
+    right = places[(me + 33) % 64] == (me + 33) % 64;
+  }
+  __syncthreads();
+  out[me] = right;
+}
+
 // The same with a barrier, but the place is written again without one.
 __global__ void overwrite_kernel(int* out) {
   VOX_SHARED(int[kThreads], places);
@@ -241,6 +256,8 @@ struct Case {
 const std::map<std::string, Case> kCases = {
     {"neighbour", {neighbour_kernel<true>}},
     {"neighbour without barrier", {neighbour_kernel<false>}},
+    {"first threads", {first_threads_kernel<false>}},
+    {"first threads that lack one", {first_threads_kernel<true>}},
     {"overwrite without barrier", {overwrite_kernel}},
     {"late overwrite without barrier", {late_overwrite_kernel}},
     {"warp", {warp_kernel<true>}},

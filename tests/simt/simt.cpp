@@ -33,7 +33,7 @@ namespace {
 constexpr size_t kStackBytes = 256 << 10;
 constexpr size_t kGuardBytes = 4096;
 constexpr long kPatience = 1 << 14;  // turns in which all threads but pause
-uint64_t now = 1;                     // nanoseconds
+uint64_t now = 1;                    // nanoseconds
 constexpr size_t kMaxThreads = 1024;
 constexpr size_t kAhead = 3;  // launches that are overlapped
 
@@ -69,6 +69,7 @@ struct Fiber {
 
   State state = State::done;
   Site site{};
+  int barrier_count = 0;
   uint32_t mask = 0;
   uint64_t value = 0;
   uint64_t received[32];
@@ -217,18 +218,27 @@ bool same_site(const Site& a, const Site& b) {
          std::strcmp(a.operation, b.operation) == 0;
 }
 
-// Lets a block go on whose threads have all come to one barrier.
+// Lets threads of a block go on that have all come to one barrier.
 bool release_barrier(Block& block) {
-  for (int index : block.threads)
-    if (fibers[index]->state != State::barrier) return false;
-  for (int index : block.threads) {
-    if (!same_site(fibers[index]->site, fibers[block.threads[0]]->site)) {
-      error = "threads meet at different barriers: " + describe(*fibers[index]) + ", " +
-              describe(*fibers[block.threads[0]]);
+  const auto waits = [](int index) { return fibers[index]->state == State::barrier; };
+  const auto first = std::find_if(block.threads.begin(), block.threads.end(), waits);
+  if (first == block.threads.end()) return false;
+  const Fiber& one = *fibers[*first];
+  // Two barriers may be waited at: then the threads of the first are fewer than the block's.
+  const size_t count = one.barrier_count ? one.barrier_count : block.threads.size();
+  if (count > block.threads.size()) {
+    error = "a barrier of more threads than there are: " + describe(one);
+    return false;
+  }
+  for (size_t i = 0; i < count; ++i) {
+    const Fiber& other = *fibers[block.threads[i]];
+    if (other.state != State::barrier) return false;
+    if (!same_site(other.site, one.site)) {
+      error = "threads meet at different barriers: " + describe(other) + ", " + describe(one);
       return false;
     }
   }
-  for (int index : block.threads) fibers[index]->state = State::ready;
+  for (size_t i = 0; i < count; ++i) fibers[block.threads[i]]->state = State::ready;
   return true;
 }
 
@@ -444,7 +454,10 @@ void wait_for_previous(Site site) {
 
 void let_next() { self().block->lets_next = true; }
 
-void sync_threads(Site site) { wait(State::barrier, site); }
+void sync_threads(Site site, int count) {
+  self().barrier_count = count;
+  wait(State::barrier, site);
+}
 
 void pause() { wait(State::paused, {"__nanosleep", "", 0}); }
 

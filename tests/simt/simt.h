@@ -83,7 +83,8 @@ void finish();
 // Forgets it.
 void drop();
 
-void sync_threads(Site site);
+// Of all threads of the block, or of its first `count`.
+void sync_threads(Site site, int count = 0);
 void wait_for_previous(Site site);
 void let_next();
 // Waits for all lanes of `mask`; then all[lane] is what that lane put in.
@@ -363,6 +364,11 @@ inline void prefetch_l2(const void* p, int bytes, VOX_SIMT_HERE) {
   static_cast<void>(from[0]), static_cast<void>(from[bytes - 1]);
 }
 inline uint4 load_fresh(const void* p) { return load_stream(p); }
+template <int N>
+void sync_first(VOX_SIMT_HERE) {
+  static_assert(N % 32 == 0);
+  simt::sync_threads({"sync_first", file, line}, N);
+}
 inline void add_release(unsigned* p, unsigned value) { *p += value; }
 inline unsigned load_acquire(const unsigned* p) { return *p; }
 inline void let_others_run() { simt::pause(); }
