@@ -54,7 +54,8 @@ def compile_source(
         result = subprocess.run(command, capture_output=True, text=True)
         text: dict[str, dict[str, int]] = {a: {} for a in architectures}
         for a in architectures:
-            for cubin in Path(folder).glob(f"*_{a}.cubin"):
+            # nvcc does not name the architecture where there is one alone.
+            for cubin in Path(folder).glob(f"*_{a}.cubin" if len(architectures) > 1 else "*.cubin"):
                 text[a].update(text_bytes(cubin))
         return result, text
 
