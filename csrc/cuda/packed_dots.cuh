@@ -58,7 +58,7 @@ struct PackedShared {
   float* scales;    // [groups, kTileM]
   float* partials;  // [sums, kTileM, kStride], of a range and 16 rows of W each
 
-  static constexpr int64_t bytes(int64_t ranges, int64_t sums, int log_rows) {
+  static __host__ __device__ constexpr int64_t bytes(int64_t ranges, int64_t sums, int log_rows) {
     return ranges * kRange * ((kGroup << log_rows) + kTileM * 4) + sums * kTileM * kStride * 4;
   }
   __device__ __forceinline__ PackedShared(unsigned char* raw, int ranges, int log_rows)

@@ -24,16 +24,19 @@ Layout layout(const ProductParams& p, int64_t each = kBlocksEach) {
   const int64_t needed = of_block * divide_up(items, kWarps);
   const int64_t x =
       Shared::bytes(ranges, of_block > 1 ? 2 * items : items, log_up(static_cast<int>(p.M)));
-  const int64_t scales = of_block * products * kBlockRows * static_cast<int64_t>(sizeof(float));
-  const int64_t staged =
-      p.before == Before::norm ? staged_row<T>(p.C) * p.M * static_cast<int64_t>(sizeof(uint4)) : 0;
+  const int64_t staged = p.before == Before::norm
+                             ? packed_staged_row<T>(p.C) * p.M * static_cast<int64_t>(sizeof(uint4))
+                             : 0;
   int64_t slots = needed < kSlots<kFormat> ? needed : kSlots<kFormat>;
-  const auto bytes = [&] { return slots * kWarps * kSlotBytes<kFormat> + x + scales + staged; };
+  const auto bytes = [&]() -> int64_t {
+    const int queue = static_cast<int>(slots);
+    return x + staged +
+           (products == 2 ? PackedWeights<kFormat, After::swiglu>::bytes(queue)
+                          : PackedWeights<kFormat, After::store>::bytes(queue));
+  };
   while (slots > 1 && bytes() > dynamic_limit()) --slots;
   if (each > 1 && !fit_together(each, bytes())) return layout<T, kFormat, kMost>(p, each - 1);
-  return {{.slots = static_cast<int>(slots),
-           .scales = static_cast<int>(bytes() - staged - scales),
-           .staged = static_cast<int>(bytes() - staged)},
+  return {{.slots = static_cast<int>(slots), .staged = static_cast<int>(bytes() - staged)},
           blocks,
           bytes()};
 }

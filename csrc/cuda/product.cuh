@@ -64,8 +64,9 @@ __global__ void __launch_bounds__(kThreads, kResident<kAligned, kHigh, before>)
   uint4* const staged = reinterpret_cast<uint4*>(partials + 2);
   const int64_t m = static_cast<int64_t>(blockIdx.y) * kTileM;
   const int rows = p.M - m < kTileM ? static_cast<int>(p.M - m) : kTileM;
-  WeightQueue<kAligned, kGroups - 1, kGroups, OneMatrix> weights(
-      queue, queue_groups(p.C), gridDim.x, OneMatrix(p, kProducts<after>));
+  using Walk = OneMatrix<Format::plain, kProducts<after>>;
+  WeightQueue<kAligned, kGroups - 1, kGroups, Walk> weights(queue, queue_groups(p.C), gridDim.x,
+                                                            Walk(p));
   const uint4 norm_first = first_of_norm<bf16, before>(p);
   let_next_kernel_start();
   wait_for_previous_kernel();

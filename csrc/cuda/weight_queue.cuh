@@ -3,7 +3,7 @@
 // persistent_depth.cu for all of a frame's; product.cuh says why they are as they are.
 #pragma once
 
-#include "product_ends.cuh"
+#include "matrix_walk.cuh"
 
 namespace voxkern {
 namespace {
@@ -46,24 +46,6 @@ struct Share {
   }
 };
 
-// Whose rows go through a queue: `of` matrices [N, C], one behind the other, a tile of each in
-// turn.
-struct Matrix {
-  const bf16* weight;
-  int N, C, of;
-};
-
-// A walk over the matrices that a block multiplies with. This one is over one alone.
-struct OneMatrix {
-  Matrix matrix;
-  __device__ __forceinline__ OneMatrix(const ProductParams& p, int of)
-      : matrix{static_cast<const bf16*>(p.weight), static_cast<int>(p.N), static_cast<int>(p.C),
-               of} {}
-  __device__ __forceinline__ Matrix first() const { return matrix; }
-  // Whether there is one more.
-  __device__ __forceinline__ bool next(Matrix&) { return false; }
-};
-
 // kLeast to kMost groups long, as many as it is told. A lane's copies are for itself: no barriers.
 template <bool kAligned, int kLeast, int kMost, typename Walk>
 class WeightQueue {
@@ -79,7 +61,7 @@ class WeightQueue {
 
   // Where this lane's part of the oldest group is, kThreads vectors from chunk to chunk.
   __device__ __forceinline__ const uint4* wait() const {
-    wait_all_but<kMost - 1>(groups_ - 1);
+    wait_copies_but<kLeast - 1, kMost - 1>(groups_ - 1);
     return &queue_[oldest_][0][threadIdx.x];
   }
 
@@ -90,14 +72,6 @@ class WeightQueue {
   }
 
  private:
-  template <int kLeft>
-  static __device__ __forceinline__ void wait_all_but(int left) {
-    if constexpr (kLeft >= kLeast) {
-      if (left < kLeft) return wait_all_but<kLeft - 1>(left);
-    }
-    wait_copies<kLeft>();
-  }
-
   __device__ __forceinline__ void begin(const Matrix& matrix) {
     matrix_ = matrix;
     share_ = Share<kAligned>(matrix.C);
@@ -115,8 +89,9 @@ class WeightQueue {
     if (tile_ < tiles_) {
       const int n = tile_ * kTileN + threadIdx.x % kWarp / kLanes, C = matrix_.C;
       const bool there = n < matrix_.N;
+      const bf16* const weight = static_cast<const bf16*>(matrix_.weight);
       const bf16* const from =
-          matrix_.weight + static_cast<int64_t>(there ? n + product_ * matrix_.N : 0) * C;
+          weight + static_cast<int64_t>(there ? n + product_ * matrix_.N : 0) * C;
       uint4* const to = &queue_[slot_][0][threadIdx.x];
       const int first = share_.first + chunk_ * kLanes;
       if (chunk_ + kInGroup <= share_.whole) {
@@ -128,7 +103,7 @@ class WeightQueue {
           const int i = first + c * kLanes;
           const bool inside = there && i < share_.vectors;
           if constexpr (kAligned)
-            copy_async_16(to + c * kThreads, inside ? from + i * kSize : matrix_.weight, inside);
+            copy_async_16(to + c * kThreads, inside ? from + i * kSize : weight, inside);
           else
             to[c * kThreads] = inside ? read_vector<bf16, false>(from, i, C) : uint4{};
         }
