@@ -23,12 +23,13 @@ inline void* offset(void* p, int64_t elements, Dtype dtype) {
   return static_cast<char*>(p) + elements * element_bytes(dtype);
 }
 
+inline int64_t matrix_bytes(const Weight& weight, Dtype dtype) {
+  if (weight.format == Format::plain) return weight.N * weight.C * element_bytes(dtype);
+  return divide_up(weight.N, kBlockRows) * block_bytes(weight.format, weight.C);
+}
 // Matrix `at` of those in `weight`.
 inline Weight matrix(Weight weight, int64_t at, Dtype dtype) {
-  const int64_t bytes = weight.format == Format::plain ? weight.N * weight.C * element_bytes(dtype)
-                                                       : divide_up(weight.N, kBlockRows) *
-                                                             block_bytes(weight.format, weight.C);
-  weight.data = static_cast<const char*>(weight.data) + at * bytes;
+  weight.data = static_cast<const char*>(weight.data) + at * matrix_bytes(weight, dtype);
   return weight;
 }
 

@@ -1,8 +1,7 @@
-#include "depth_attention.cuh"
+#include "depth_products.cuh"
 #include "depth_rows.cuh"
 #include "grid_barrier.cuh"
-#include "persistent_depth.h"
-#include "weight_queue.cuh"
+#include "layers.cuh"
 
 // The depth decoder as one kernel whose blocks stay: for up to kMostRows rows in bfloat16. Its
 // codes are those of decode_depth.cu's launches, for it is made of the same parts.
@@ -22,14 +21,10 @@
 namespace voxkern {
 namespace {
 
-constexpr int kMostRows = 8;
-constexpr int kLeastGroups = 2, kMostGroups = 12;
 constexpr int64_t kStaticBytes = 1024;  // of variables that are not in the plan, at most
 
-using Sums = TileSums<false, After::swiglu>;
-
 struct Plan {
-  int groups;  // of the queue
+  int length;  // of the queue
   int64_t shared_bytes;
 };
 
@@ -39,70 +34,6 @@ int64_t most_row_blocks() {
   const int64_t share = multiprocessors() / 33;
   return share > 2 ? share : 2;
 }
-
-// A product of a layer or position, and how far it is to the next one's weight and norm.
-struct Phase {
-  ProductParams product;
-  int64_t weight_stride, norm_stride;  // elements
-};
-enum Kind { kQkv, kO, kGateUp, kDown, kHead, kKinds };
-
-struct Arguments {
-  PersistentDepthParams p;
-  Phase phases[kKinds];
-  DepthAttentionParams attention;  // of position 0, layer 0
-  int parts;                       // of a row's attention
-  int groups;                      // of the queue
-  int blocks;                      // that multiply; the others have the rows
-  int row_blocks;
-
-  // Blocks that take part in a product of N columns; in what has `parts` parts a row.
-  __device__ __forceinline__ int blocks_of(int64_t N) const {
-    const int tiles = static_cast<int>(divide_up(N, kTileN));
-    return tiles < blocks ? tiles : blocks;
-  }
-  __device__ __forceinline__ int blocks_of_rows(int parts) const {
-    const int items = parts * static_cast<int>(p.op.B);
-    return items < row_blocks ? items : row_blocks;
-  }
-};
-
-// The matrices of all positions in their order.
-class DepthWalk {
- public:
-  __device__ __forceinline__ explicit DepthWalk(const Arguments& all) : all_(all) {}
-
-  __device__ __forceinline__ Matrix first() const { return here(); }
-  __device__ __forceinline__ bool next(Matrix& matrix) {
-    const int K = static_cast<int>(all_.p.op.K), L = static_cast<int>(all_.p.op.layers.L);
-    if (position_ == K) return false;
-    // Of position 0's last layer only the keys are wanted.
-    if (kind_ == kHead || (position_ == 0 && layer_ == L - 1)) {
-      ++position_;
-      layer_ = 0;
-      kind_ = kQkv;
-    } else if (kind_ == kDown) {
-      kind_ = ++layer_ < L ? kQkv : kHead;
-    } else {
-      ++kind_;
-    }
-    if (position_ == K) return false;
-    matrix = here();
-    return true;
-  }
-
- private:
-  __device__ __forceinline__ Matrix here() const {
-    const Phase& phase = all_.phases[kind_];
-    const int64_t at = kind_ == kHead ? position_ - 1 : layer_;
-    return {static_cast<const bf16*>(phase.product.weight) + at * phase.weight_stride,
-            static_cast<int>(phase.product.N), static_cast<int>(phase.product.C),
-            kind_ == kGateUp ? 2 : 1};
-  }
-
-  const Arguments& all_;
-  int position_ = 0, layer_ = 0, kind_ = kQkv;
-};
 
 // Calls part.multiply<before, after>(kind, layer), part.attend(position, layer) and
 // part.draw(position) for all phases in their order, until one of them is false.
@@ -131,31 +62,25 @@ __device__ __forceinline__ void each_phase(const DecodeDepthParams& p, Part& par
   }
 }
 
-// A block's part in the products, all of whose blocks come first.
+// A block's part in the products, all of whose blocks come first. Products: of depth_products.cuh.
+template <typename Products>
 class ProductPart {
  public:
-  __device__ __forceinline__ ProductPart(const Arguments& all, QueueGroup* queue)
-      : all_(all),
-        partials_(reinterpret_cast<Sums*>(queue + all.groups)),
-        weights_(queue, all.groups, all.blocks, DepthWalk(all)),
-        grid_(all.p.arrived) {}
+  __device__ __forceinline__ ProductPart(const Arguments& all, unsigned char* shared)
+      : all_(all), products_(shared, all), grid_(all.p.arrived) {}
 
   template <Before before, After after>
   __device__ __forceinline__ bool multiply(int kind, int layer) {
-    ProductParams product = all_.phases[kind].product;
-    product.norm = static_cast<const bf16*>(product.norm) + layer * all_.phases[kind].norm_stride;
-    const int blocks = all_.blocks_of(product.N), rows = static_cast<int>(product.M);
-    if (static_cast<int>(blockIdx.x) < blocks) {
+    const Phase& phase = all_.phases[kind];
+    ProductParams product = phase.product;
+    product.norm = static_cast<const char*>(product.norm) + layer * phase.norm_stride;
+    if (static_cast<int>(blockIdx.x) < phase.blocks) {
       const uint4 norm_first = first_of_norm<bf16, before>(product);
       if (!grid_.wait()) return false;
-      uint4* const staged = reinterpret_cast<uint4*>(partials_ + 2);
-      const int row = staged_row<bf16>(product.C);
-      stage<bf16, before>(product, 0, rows, norm_first, staged, row);
-      multiply_tiles<true, false, after>(product, 0, rows, all_.blocks, weights_, staged, row,
-                                         reinterpret_cast<TileSums<false, after>*>(partials_));
+      products_.template multiply<before, after>(product, kind == kHead, all_.blocks, norm_first);
       grid_.arrive();
     }
-    grid_.next_phase(blocks);
+    grid_.next_phase(phase.blocks);
     return true;
   }
   __device__ __forceinline__ bool attend(int, int) {
@@ -169,8 +94,7 @@ class ProductPart {
 
  private:
   const Arguments& all_;
-  Sums* const partials_;  // two, and x behind them
-  WeightQueue<true, kLeastGroups, kMostGroups, DepthWalk> weights_;
+  Products products_;
   GridBarrier grid_;
 };
 
@@ -187,7 +111,7 @@ class RowPart {
 
   template <Before, After>
   __device__ __forceinline__ bool multiply(int kind, int) {
-    grid_.next_phase(all_.blocks_of(all_.phases[kind].product.N));
+    grid_.next_phase(all_.phases[kind].blocks);
     return true;
   }
   __device__ __forceinline__ bool attend(int position, int layer) {
@@ -242,12 +166,12 @@ class RowPart {
   GridBarrier grid_;
 };
 
-template <int L>
+template <int L, typename Products>
 __global__ void __launch_bounds__(kThreads, 1)
     persistent_depth_kernel(const __grid_constant__ Arguments all) {
-  VOX_DYNAMIC_SHARED(QueueGroup, shared);
+  VOX_DYNAMIC_SHARED(unsigned char, shared);
   if (static_cast<int>(blockIdx.x) < all.blocks) {
-    ProductPart part(all, shared);
+    ProductPart<Products> part(all, shared);
     each_phase(all.p.op, part);
   } else {
     RowPart<L> part(all, shared);
@@ -255,10 +179,32 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-void (*kernel_for(const PersistentDepthParams& p))(Arguments) {
-  if (p.op.layers.D == 8 * kVector<bf16>) return persistent_depth_kernel<8>;
-  if (p.op.layers.D == 16 * kVector<bf16>) return persistent_depth_kernel<16>;
+using Kernel = void (*)(Arguments);
+
+template <typename Products>
+Kernel kernel_for(int64_t D) {
+  if (D == 8 * kVector<bf16>) return persistent_depth_kernel<8, Products>;
+  if (D == 16 * kVector<bf16>) return persistent_depth_kernel<16, Products>;
   return nullptr;
+}
+
+// call.operator()<Products>() of what takes these weights; false if there is none.
+template <typename Call>
+bool with_products(const PersistentDepthParams& p, const Call& call) {
+  const LayersParams& l = p.op.layers;
+  const Format layers = l.qkv.format, heads = p.op.heads.format;
+  for (const Weight& weight : {l.o, l.gate_up, l.down})
+    if (weight.format != layers) return false;
+  const auto packed = [&]<Format kLayers>() {
+    return p.op.B == 1
+               ? call.template operator()<PackedProducts<kLayers, Format::int8, 1>>()
+               : call.template operator()<PackedProducts<kLayers, Format::int8, kMostRows>>();
+  };
+  if (layers == Format::plain && heads == Format::plain)
+    return call.template operator()<PlainProducts>();
+  if (heads != Format::int8) return false;
+  if (layers == Format::int8) return packed.template operator()<Format::int8>();
+  return layers == Format::int4 && packed.template operator()<Format::int4>();
 }
 
 DepthAttentionParams attention_of(const PersistentDepthParams& p) {
@@ -280,22 +226,61 @@ DepthAttentionParams attention_of(const PersistentDepthParams& p) {
   };
 }
 
-// With the longest queue that there is room for; no groups where there is none.
-Plan plan_for(const PersistentDepthParams& p) {
+// All but the queue's length.
+template <typename Products>
+Arguments arguments(const PersistentDepthParams& p) {
   const LayersParams& l = p.op.layers;
-  int64_t staged = 0;
-  for (const int64_t C : {l.C, l.Hq * l.D, l.F}) {
-    const int64_t bytes = p.op.B * staged_row<bf16>(C) * static_cast<int64_t>(sizeof(uint4));
-    staged = bytes > staged ? bytes : staged;
+  Arguments all = {.p = p, .attention = attention_of(p)};
+  all.parts = static_cast<int>(depth_attention_parts(all.attention));
+  const int64_t items = all.parts * p.op.B, most = most_row_blocks();
+  all.row_blocks = static_cast<int>(items < most ? items : most);
+  all.blocks = static_cast<int>(multiprocessors()) - all.row_blocks;
+  const auto phase = [&](const void* x, const void* norm, const Weight& weight, void* out,
+                         After after = After::store) {
+    const int64_t N = after == After::swiglu ? weight.N / 2 : weight.N;
+    const int64_t tiles = divide_up(N, Products::kTile);
+    return Phase{.product = {.dtype = Dtype::bf16,
+                             .M = p.op.B,
+                             .N = N,
+                             .C = weight.C,
+                             .x = x,
+                             .before = norm ? Before::norm : Before::nothing,
+                             .norm = norm,
+                             .eps = l.eps,
+                             .format = weight.format,
+                             .weight = weight.data,
+                             .after = after,
+                             .residual = after == After::add ? out : nullptr,
+                             .out = out},
+                 .weight_stride = matrix_bytes(weight, Dtype::bf16),
+                 .norm_stride = norm ? l.C * element_bytes(Dtype::bf16) : 0,
+                 .blocks = tiles < all.blocks ? static_cast<int>(tiles) : all.blocks};
+  };
+  all.phases[kQkv] = phase(p.residual, l.attn_norm, l.qkv, p.qkv);
+  all.phases[kO] = phase(p.attended, nullptr, l.o, p.residual, After::add);
+  all.phases[kGateUp] = phase(p.residual, l.mlp_norm, l.gate_up, p.activated, After::swiglu);
+  all.phases[kDown] = phase(p.activated, nullptr, l.down, p.residual, After::add);
+  all.phases[kHead] = phase(p.residual, l.norm, p.op.heads, p.logits);
+  return all;
+}
+
+// With the longest queue that there is room for; of no length where there is none.
+template <typename Products>
+Plan plan_for(const Arguments& all) {
+  int64_t rest = 0, least = static_cast<int64_t>(sampler_shared_bytes(all.p.op.V));
+  for (const Phase& phase : all.phases) {
+    const int64_t bytes = Products::rest_bytes(phase.product, all.blocks);
+    rest = bytes > rest ? bytes : rest;
   }
-  int64_t rest = 2 * static_cast<int64_t>(sizeof(Sums)) + staged;
-  for (const size_t bytes : {sizeof(DepthAttentionShared<bf16, 16>), sampler_shared_bytes(p.op.V)})
-    rest = static_cast<int64_t>(bytes) > rest ? static_cast<int64_t>(bytes) : rest;
-  for (int groups = kMostGroups; groups >= kLeastGroups; --groups) {
-    const int64_t bytes = groups * static_cast<int64_t>(sizeof(QueueGroup)) + rest;
+  if (constexpr int64_t bytes = sizeof(DepthAttentionShared<bf16, 16>); bytes > least)
+    least = bytes;
+  const Kernel kernel = kernel_for<Products>(all.attention.D);
+  for (int length = Products::kMost; length >= Products::kLeast; --length) {
+    const int64_t needed = Products::queue_bytes(length) + rest;
+    const int64_t bytes = needed > least ? needed : least;
     if (bytes + kStaticBytes <= shared_bytes_limit() &&
-        resident_blocks(kernel_for(p), kThreads, bytes) > 0)
-      return {groups, bytes};
+        resident_blocks(kernel, kThreads, bytes) > 0)
+      return {length, bytes};
   }
   return {};
 }
@@ -305,52 +290,33 @@ Plan plan_for(const PersistentDepthParams& p) {
 bool fits(const PersistentDepthParams& p) {
   const DecodeDepthParams& op = p.op;
   const LayersParams& l = op.layers;
+  const bool narrow = l.D == 8 * kVector<bf16>;
   if (op.dtype != Dtype::bf16 || op.B > kMostRows || l.L == 0 || op.V > kThreads * kHeld ||
-      !kernel_for(p) || op.K > (l.D == 8 * kVector<bf16> ? kHeldKeys<8> : kHeldKeys<16>))
+      (!narrow && l.D != 16 * kVector<bf16>) || op.K > (narrow ? kHeldKeys<8> : kHeldKeys<16>))
     return false;
   for (const Weight& weight : {l.qkv, l.o, l.gate_up, l.down, op.heads})
-    if (weight.format != Format::plain || !takes_vectors<bf16>(weight.data, weight.C)) return false;
+    if (!takes_vectors<bf16>(weight.data, weight.C)) return false;
   for (const void* norm : {l.attn_norm, l.mlp_norm, l.norm})
     if (!takes_vectors<bf16>(norm, l.C)) return false;
-  return plan_for(p).groups > 0;
+  return with_products(p, [&]<typename Products>() {
+    return plan_for<Products>(arguments<Products>(p)).length > 0;
+  });
 }
 
 void persistent_depth(const PersistentDepthParams& p, cudaStream_t stream) {
-  const Plan plan = plan_for(p);
-  const LayersParams& l = p.op.layers;
-  const auto product = [&](const void* x, const void* norm, const Weight& weight, void* out,
-                           After after = After::store) {
-    const int64_t N = after == After::swiglu ? weight.N / 2 : weight.N;
-    return Phase{{.dtype = Dtype::bf16,
-                  .M = p.op.B,
-                  .N = N,
-                  .C = weight.C,
-                  .x = x,
-                  .norm = norm,
-                  .eps = l.eps,
-                  .weight = weight.data,
-                  .residual = after == After::add ? out : nullptr,
-                  .out = out},
-                 weight.N * weight.C,
-                 norm ? l.C : 0};
-  };
-  Arguments all = {.p = p, .attention = attention_of(p), .groups = plan.groups};
-  all.parts = static_cast<int>(depth_attention_parts(all.attention));
-  const int64_t items = all.parts * p.op.B, most = most_row_blocks();
-  all.row_blocks = static_cast<int>(items < most ? items : most);
-  all.blocks = static_cast<int>(multiprocessors()) - all.row_blocks;
-  all.phases[kQkv] = product(p.residual, l.attn_norm, l.qkv, p.qkv);
-  all.phases[kO] = product(p.attended, nullptr, l.o, p.residual, After::add);
-  all.phases[kGateUp] = product(p.residual, l.mlp_norm, l.gate_up, p.activated, After::swiglu);
-  all.phases[kDown] = product(p.activated, nullptr, l.down, p.residual, After::add);
-  all.phases[kHead] = product(p.residual, l.norm, p.op.heads, p.logits);
-  launch(kernel_for(p),
-         {.grid = dim3(static_cast<unsigned>(multiprocessors())),
-          .block = dim3(kThreads),
-          .shared_bytes = static_cast<size_t>(plan.shared_bytes),
-          .stream = stream,
-          .resident = true},
-         all);
+  with_products(p, [&]<typename Products>() {
+    Arguments all = arguments<Products>(p);
+    const Plan plan = plan_for<Products>(all);
+    all.length = plan.length;
+    launch(kernel_for<Products>(p.op.layers.D),
+           {.grid = dim3(static_cast<unsigned>(multiprocessors())),
+            .block = dim3(kThreads),
+            .shared_bytes = static_cast<size_t>(plan.shared_bytes),
+            .stream = stream,
+            .resident = true},
+           all);
+    return true;
+  });
 }
 
 }  // namespace voxkern
