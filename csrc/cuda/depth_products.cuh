@@ -3,80 +3,16 @@
 // matrix.
 #pragma once
 
-#include "depth_attention.cuh"
+#include <algorithm>
+
+#include "depth_phases.cuh"
 #include "packed_queue.cuh"
-#include "persistent_depth.h"
 #include "weight_queue.cuh"
 
 namespace voxkern {
 namespace {
 
 constexpr int kMostRows = 8;
-
-// A product of a layer or position, and how far it is to the next one's weight and norm.
-struct Phase {
-  ProductParams product;
-  int64_t weight_stride, norm_stride;  // bytes
-  int blocks;                          // that have a tile of it
-};
-enum Kind { kQkv, kO, kGateUp, kDown, kHead, kKinds };
-
-struct Arguments {
-  PersistentDepthParams p;
-  Phase phases[kKinds];
-  DepthAttentionParams attention;  // of position 0, layer 0
-  int parts;                       // of a row's attention
-  int blocks;                      // that multiply; the others have the rows
-  int row_blocks;
-  int length;  // of the queue
-
-  // Blocks that take part in what has `parts` parts a row.
-  __device__ __forceinline__ int blocks_of_rows(int parts) const {
-    const int items = parts * static_cast<int>(p.op.B);
-    return items < row_blocks ? items : row_blocks;
-  }
-};
-
-// The matrices of all positions in their order.
-template <Format kLayers, Format kHeads>
-class DepthWalk {
- public:
-  static constexpr int kOf = 2;
-  static constexpr Format kFormats[] = {kLayers, kHeads};
-
-  __device__ __forceinline__ explicit DepthWalk(const Arguments& all) : all_(all) {}
-
-  __device__ __forceinline__ Matrix first() const { return here(); }
-  __device__ __forceinline__ bool next(Matrix& matrix) {
-    const int K = static_cast<int>(all_.p.op.K), L = static_cast<int>(all_.p.op.layers.L);
-    if (position_ == K) return false;
-    // Of position 0's last layer only the keys are wanted.
-    if (kind_ == kHead || (position_ == 0 && layer_ == L - 1)) {
-      ++position_;
-      layer_ = 0;
-      kind_ = kQkv;
-    } else if (kind_ == kDown) {
-      kind_ = ++layer_ < L ? kQkv : kHead;
-    } else {
-      ++kind_;
-    }
-    if (position_ == K) return false;
-    matrix = here();
-    return true;
-  }
-
- private:
-  __device__ __forceinline__ Matrix here() const {
-    const Phase& phase = all_.phases[kind_];
-    const int64_t at = kind_ == kHead ? position_ - 1 : layer_;
-    return {static_cast<const char*>(phase.product.weight) + at * phase.weight_stride,
-            static_cast<int>(phase.product.N), static_cast<int>(phase.product.C),
-            kind_ == kGateUp ? 2 : 1, kind_ == kHead ? kHeads : kLayers};
-  }
-
-  const Arguments& all_;
-  int position_ = 0, layer_ = 0, kind_ = kQkv;
-};
 
 // Of plain weights.
 class PlainProducts {
@@ -86,8 +22,8 @@ class PlainProducts {
   static constexpr int kLeast = 2, kMost = 12;  // of the queue's groups
   static constexpr int64_t kTile = kTileN;
 
-  // Of shared memory: the queue's, and behind it what this product needs of blocks that `blocks`
-  // share its tiles.
+  // Of shared memory: the queue's, and behind it what a product needs whose tiles `blocks` blocks
+  // share.
   static int64_t queue_bytes(int groups) {
     return groups * static_cast<int64_t>(sizeof(QueueGroup));
   }
@@ -140,7 +76,7 @@ class PackedProducts {
     const int64_t staged =
         p.before == Before::norm ? p.M * packed_staged_row<bf16>(p.C) * int64_t{sizeof(uint4)} : 0;
     const int64_t before = Shared::bytes(ranges, 0, log_rows) + staged;
-    return sums > before ? sums : before;
+    return std::max(sums, before);
   }
 
   __device__ __forceinline__ PackedProducts(unsigned char* shared, const Arguments& all)

@@ -1,7 +1,6 @@
 #include "depth_products.cuh"
 #include "depth_rows.cuh"
 #include "grid_barrier.cuh"
-#include "layers.cuh"
 
 // The depth decoder as one kernel whose blocks stay: for up to kMostRows rows in bfloat16. Its
 // codes are those of decode_depth.cu's launches, for it is made of the same parts.
@@ -13,54 +12,33 @@
 //
 // At batch 1 on an H100, us: a layer's weights take 16.6 of memory's time, a position 67.6. Behind
 // `down` come 4 barriers, two small products and an attention before gate and up begin to use what
-// is fetched: about 4 x 1.2 + 3. Two blocks with queues of 80 KB hold 160 KB of a multiprocessor,
-// which take 6.3 to come; so memory rests for 1 to 2 a layer, and for about 6 at the draw, where 3
-// more barriers come. That is 80 a position and 2.5 ms a frame, where memory alone takes 2.1; the
-// launches, which cannot fetch that far ahead, are reckoned at the same. Which is faster is
-// measured where they run.
+// is fetched: about 4 x 1.2 + 3. A queue of 192 KB a multiprocessor takes 7.5 to come, about as
+// long; so memory hardly rests in a layer, and for some 5 at the draw, where 3 more barriers come.
+// That is 75 a position and 2.3 ms a frame, where memory alone takes 2.1; the launches, which
+// cannot fetch that far ahead, are reckoned at 2.5.
+//
+// Packed, a position takes 34 of memory's time in int8 and 18 in int4, less than its phases one
+// after the other: 22 barriers are 26, and what each does between them (x to be read, normalised
+// and quantized, sums to be added, keys to be looked at) is reckoned at 1.5, 33 in all. So it is
+// some 60 a position and 1.8 ms a frame in either, if no phase waits for its weights. Tiles are of
+// 16 rows here: 64 of a grid's blocks have one of o and one of down besides 4 of gate and up, 290
+// KB a layer in int8 and 154 in int4, the others half of that. Of those, 192 and 102 KB are under
+// way ahead of a block. With 8 rows, x of down's 8192 columns and its sums take 94 KB; that leaves
+// 128 and 68. The launches have the same phases, about 1.2 apart, and less ahead.
+//
+// Which is faster is measured where they run.
 namespace voxkern {
 namespace {
 
 constexpr int64_t kStaticBytes = 1024;  // of variables that are not in the plan, at most
+// Of those that are, what the attention needs.
+constexpr int64_t kAttentionBytes =
+    std::max(sizeof(DepthAttentionShared<bf16, 8>), sizeof(DepthAttentionShared<bf16, 16>));
 
 struct Plan {
   int length;  // of the queue
   int64_t shared_bytes;
 };
-
-// Blocks for what lies between the products, at most: an H100's other 128 take a tile of o or of
-// down each.
-int64_t most_row_blocks() {
-  const int64_t share = multiprocessors() / 33;
-  return share > 2 ? share : 2;
-}
-
-// Calls part.multiply<before, after>(kind, layer), part.attend(position, layer) and
-// part.draw(position) for all phases in their order, until one of them is false.
-template <typename Part>
-__device__ __forceinline__ void each_phase(const DecodeDepthParams& p, Part& part) {
-  const int K = static_cast<int>(p.K), L = static_cast<int>(p.layers.L);
-#pragma unroll 1
-  for (int position = 0; position < K; ++position) {
-    // Behind the last layer comes the head.
-#pragma unroll 1
-    for (int layer = 0; layer < L + (position > 0); ++layer) {
-      const bool head = layer == L;
-      if (!part.template multiply<Before::norm, After::store>(head ? kHead : kQkv,
-                                                              head ? 0 : layer))
-        return;
-      if (head) break;
-      if (!part.attend(position, layer)) return;
-      if (position == 0 && layer == L - 1) break;
-#pragma unroll 1
-      for (int half = 0; half < 2; ++half) {
-        if (half && !part.template multiply<Before::norm, After::swiglu>(kGateUp, layer)) return;
-        if (!part.template multiply<Before::nothing, After::add>(half ? kDown : kO, layer)) return;
-      }
-    }
-    if (!part.draw(position)) return;
-  }
-}
 
 // A block's part in the products, all of whose blocks come first. Products: of depth_products.cuh.
 template <typename Products>
@@ -207,77 +185,17 @@ bool with_products(const PersistentDepthParams& p, const Call& call) {
   return layers == Format::int4 && packed.template operator()<Format::int4>();
 }
 
-DepthAttentionParams attention_of(const PersistentDepthParams& p) {
-  const LayersParams& l = p.op.layers;
-  return {
-      .dtype = p.op.dtype,
-      .B = p.op.B,
-      .Hq = l.Hq,
-      .Hkv = l.Hkv,
-      .D = l.D,
-      .K = p.op.K,
-      .position = 0,
-      .qkv = p.qkv,
-      .rope_table = l.rope_table,
-      .k_cache = p.k_cache,
-      .v_cache = p.v_cache,
-      .scale = 1.0f / sqrtf(static_cast<float>(l.D)),
-      .out = p.attended,
-  };
-}
-
-// All but the queue's length.
-template <typename Products>
-Arguments arguments(const PersistentDepthParams& p) {
-  const LayersParams& l = p.op.layers;
-  Arguments all = {.p = p, .attention = attention_of(p)};
-  all.parts = static_cast<int>(depth_attention_parts(all.attention));
-  const int64_t items = all.parts * p.op.B, most = most_row_blocks();
-  all.row_blocks = static_cast<int>(items < most ? items : most);
-  all.blocks = static_cast<int>(multiprocessors()) - all.row_blocks;
-  const auto phase = [&](const void* x, const void* norm, const Weight& weight, void* out,
-                         After after = After::store) {
-    const int64_t N = after == After::swiglu ? weight.N / 2 : weight.N;
-    const int64_t tiles = divide_up(N, Products::kTile);
-    return Phase{.product = {.dtype = Dtype::bf16,
-                             .M = p.op.B,
-                             .N = N,
-                             .C = weight.C,
-                             .x = x,
-                             .before = norm ? Before::norm : Before::nothing,
-                             .norm = norm,
-                             .eps = l.eps,
-                             .format = weight.format,
-                             .weight = weight.data,
-                             .after = after,
-                             .residual = after == After::add ? out : nullptr,
-                             .out = out},
-                 .weight_stride = matrix_bytes(weight, Dtype::bf16),
-                 .norm_stride = norm ? l.C * element_bytes(Dtype::bf16) : 0,
-                 .blocks = tiles < all.blocks ? static_cast<int>(tiles) : all.blocks};
-  };
-  all.phases[kQkv] = phase(p.residual, l.attn_norm, l.qkv, p.qkv);
-  all.phases[kO] = phase(p.attended, nullptr, l.o, p.residual, After::add);
-  all.phases[kGateUp] = phase(p.residual, l.mlp_norm, l.gate_up, p.activated, After::swiglu);
-  all.phases[kDown] = phase(p.activated, nullptr, l.down, p.residual, After::add);
-  all.phases[kHead] = phase(p.residual, l.norm, p.op.heads, p.logits);
-  return all;
-}
-
 // With the longest queue that there is room for; of no length where there is none.
 template <typename Products>
 Plan plan_for(const Arguments& all) {
-  int64_t rest = 0, least = static_cast<int64_t>(sampler_shared_bytes(all.p.op.V));
-  for (const Phase& phase : all.phases) {
-    const int64_t bytes = Products::rest_bytes(phase.product, all.blocks);
-    rest = bytes > rest ? bytes : rest;
-  }
-  if (constexpr int64_t bytes = sizeof(DepthAttentionShared<bf16, 16>); bytes > least)
-    least = bytes;
+  int64_t rest = 0;
+  for (const Phase& phase : all.phases)
+    rest = std::max(rest, Products::rest_bytes(phase.product, all.blocks));
+  const int64_t of_rows =
+      std::max(kAttentionBytes, static_cast<int64_t>(sampler_shared_bytes(all.p.op.V)));
   const Kernel kernel = kernel_for<Products>(all.attention.D);
   for (int length = Products::kMost; length >= Products::kLeast; --length) {
-    const int64_t needed = Products::queue_bytes(length) + rest;
-    const int64_t bytes = needed > least ? needed : least;
+    const int64_t bytes = std::max(Products::queue_bytes(length) + rest, of_rows);
     if (bytes + kStaticBytes <= shared_bytes_limit() &&
         resident_blocks(kernel, kThreads, bytes) > 0)
       return {length, bytes};
@@ -299,13 +217,13 @@ bool fits(const PersistentDepthParams& p) {
   for (const void* norm : {l.attn_norm, l.mlp_norm, l.norm})
     if (!takes_vectors<bf16>(norm, l.C)) return false;
   return with_products(p, [&]<typename Products>() {
-    return plan_for<Products>(arguments<Products>(p)).length > 0;
+    return plan_for<Products>(arguments(p, Products::kTile)).length > 0;
   });
 }
 
 void persistent_depth(const PersistentDepthParams& p, cudaStream_t stream) {
   with_products(p, [&]<typename Products>() {
-    Arguments all = arguments<Products>(p);
+    Arguments all = arguments(p, Products::kTile);
     const Plan plan = plan_for<Products>(all);
     all.length = plan.length;
     launch(kernel_for<Products>(p.op.layers.D),
