@@ -27,6 +27,7 @@ from vox_serve.engine import Request
 from vox_serve.loading import choose_device, load_engine
 from vox_serve.model import PERSISTENT_ROWS
 from vox_serve.sampling import SamplingParams, SamplingRows
+from voxkern import ops
 from voxkern.backend import OPS, backend_for, why_missing
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
@@ -154,25 +155,34 @@ def test_a_persistent_depth_decoder_draws_the_same(full_size, precision, tempera
         codes = torch.empty_like(expected)
         wrong = torch.zeros((), dtype=torch.int64, device="cuda")
         graph = torch.cuda.CUDAGraph()
+        arguments = model.depth_arguments(hidden, expected[:, 0].contiguous(), rows)
         with torch.cuda.graph(graph):
             codes.copy_(draw(hidden, rows, persistent=True))
+            # One right behind the other, whose first kernel may overlap the one in front.
+            again = [on("native", ops.decode_depth)(*arguments, True) for _ in range(2)]
         for _ in range(200):
-            codes.fill_(-1)
+            for made in (codes, *again):
+                made.fill_(-1)
             graph.replay()
-            wrong += (codes != expected).sum()
+            for made in (codes, *again):
+                wrong += (made != expected).sum()
         assert wrong.item() == 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_engine_finds_the_persistent_depth_decoder_right(folder, caplog, dtype):
-    """For each number of rows that has a graph, as it starts: it says which way it takes."""
+    """For each number of rows that has a graph, as it starts: it says which way it takes.
+
+    In float32 there is none.
+    """
     if reason := why_missing("native", "cuda"):
         pytest.skip(reason)
     caplog.set_level("INFO", "vox_serve")
     on("native", load_engine)(folder, device="cuda", dtype=dtype, max_batch_size=12)
     said = [line for line in caplog.messages if line.startswith("persistent depth decoder")]
     assert [line.split(":")[0] for line in said] == [
-        f"persistent depth decoder, {rows} rows" for rows in (8, 4, 2, 1)
+        f"persistent depth decoder, {rows} rows"
+        for rows in ((8, 4, 2, 1) if dtype == "bfloat16" else ())
     ]
     assert not [line for line in said if "left out" in line]
 

@@ -17,7 +17,7 @@
 //
 //   launch                    blocks     weights
 //   norm, qkv                    192      3.1 MB   0.9
-//   rope, append, attention        2         -     about 1
+//   rope, append, attention        4         -     about 1
 //   o, residual                  128      2.1 MB   0.6
 //   norm, gate, up, SwiGLU       264     33.6 MB  10.0
 //   down, residual               128     16.8 MB   5.0

@@ -60,7 +60,7 @@ __device__ __forceinline__ bool attend(const DepthAttentionParams& p, int part, 
   T* const v_cache = static_cast<T*>(p.v_cache) + cache;
 
   // Complete before the wait, but for the new one.
-  uint4 k[kKeySteps<L>], v[kKeySteps<L>];
+  uint4 k[kKeySteps<L>] = {}, v[kKeySteps<L>] = {};
 #pragma unroll
   for (int s = 0; s < kKeySteps<L>; ++s)
     if (const int key = first_key + s * kInStep; key < position) {

@@ -63,7 +63,9 @@ inline DepthAttentionParams attention_of(const PersistentDepthParams& p) {
 // All but the queue's length, with tiles of `tile` columns.
 inline Arguments arguments(const PersistentDepthParams& p, int64_t tile) {
   const LayersParams& l = p.op.layers;
-  Arguments all = {.p = p, .attention = attention_of(p)};
+  Arguments all = {};
+  all.p = p;
+  all.attention = attention_of(p);
   all.parts = static_cast<int>(depth_attention_parts(all.attention));
   const int64_t items = all.parts * p.op.B, most = most_row_blocks();
   all.row_blocks = static_cast<int>(items < most ? items : most);

@@ -97,8 +97,9 @@ class PackedProducts {
   __device__ __forceinline__ void multiply(const ProductParams& p, int blocks, uint4 norm_first) {
     const Shared shared(rest_, packed_ranges(static_cast<int>(p.C)),
                         log_up(kRows == 1 ? 1 : static_cast<int>(p.M)));
-    quantize_x<bf16, kFormat, kRows, before>(p, norm_first,
-                                             reinterpret_cast<uint4*>(shared.partials), shared);
+    // Four rows at once: more would take registers that nine warps do not have.
+    quantize_x<bf16, kFormat, kRows, before, 4>(p, norm_first,
+                                                reinterpret_cast<uint4*>(shared.partials), shared);
     multiply_packed_tiles<bf16, kFormat, kRows, after>(p, blocks, weights_, shared);
   }
 

@@ -8,6 +8,9 @@
 // A round trip is a store's way to the second-level cache, one addition there for each block, and
 // the poll that finds the last one: some 1.2 us on an H100.
 //
+// The last warp of a block does it, and should have no asynchronous copies of its own under way: a
+// release might wait for those.
+//
 // Whoever waits for longer than kPatience gives up for the whole grid: all blocks leave at their
 // next wait, and the kernel ends with what it has. A resident grid never waits as long.
 #pragma once
@@ -26,7 +29,7 @@ class GridBarrier {
   __device__ __forceinline__ bool wait() {
     VOX_SHARED(bool[2], goes_on);
     turn_ ^= 1;
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == blockDim.x - kWarp) {
       unsigned seen = load_acquire(arrived_);
       uint64_t waited = 0, last = 0;
       for (unsigned polls = 1; seen < expected_; ++polls) {
@@ -48,7 +51,7 @@ class GridBarrier {
   // The whole block: its part of this phase is written.
   __device__ __forceinline__ void arrive() const {
     __syncthreads();
-    if (threadIdx.x == 0) add_release(arrived_, 1);
+    if (threadIdx.x == blockDim.x - kWarp) add_release(arrived_, 1);
   }
 
   // All blocks, whether they took part or not: `blocks` did in the phase that ends here.

@@ -222,23 +222,23 @@ class PackedQueue {
 };
 
 // x's rows, normalised or not, quantized in shared memory; for all threads of the block, a barrier
-// at the end. staged: room for them before that, with a norm.
-template <typename T, Format kFormat, int kMost, Before before>
+// at the end. staged: room for them before that, with a norm, for which kRows are read at once.
+template <typename T, Format kFormat, int kMost, Before before, int kRows = kRowsAtOnce<T>>
 __device__ __forceinline__ void quantize_x(const ProductParams& p, uint4 norm_first, uint4* staged,
                                            const PackedShared<kMost>& shared) {
   const int rows = kMost == 1 ? 1 : static_cast<int>(p.M), log_rows = log_up(rows);
   const int groups = static_cast<int>(p.C) / static_cast<int>(kGroup);
   if constexpr (before == Before::norm) {
     const int row = packed_staged_row<T>(p.C);
-    stage<T, before>(p, 0, rows, norm_first, staged, row);
-    quantize_rows<kFormat, kMost>(StagedRows<T>{.x = staged, .row = row}, rows, log_rows, 0, groups,
-                                  shared.values, shared.scales);
+    stage<T, before, kRows>(p, 0, rows, norm_first, staged, row);
+    quantize_rows<kFormat, kMost, kThreads>(StagedRows<T>{.x = staged, .row = row}, rows, log_rows,
+                                            0, groups, shared.values, shared.scales);
   } else {
-    quantize_rows<kFormat, kMost>(
+    quantize_rows<kFormat, kMost, kThreads>(
         PlainRows<T>{.x = static_cast<const T*>(p.x), .C = p.C, .aligned = true}, rows, log_rows, 0,
         groups, shared.values, shared.scales);
   }
-  __syncthreads();
+  sync_first<kThreads>();
 }
 
 // out's columns of this block's tiles, one of `blocks` that share them, of all rows of x, which
@@ -272,7 +272,7 @@ __device__ __forceinline__ void multiply_packed_tiles(const ProductParams& p, in
       store_sums<kMost>(sums, rows, partials + i * kMost * kStride);
     }
     const float* const row_scales = weights.row_scales();
-    __syncthreads();
+    sync_first<kThreads>();
     if (!finishes) continue;
     const float* const from = partials + at_m * kStride + at_n;
     float totals[kOf] = {};

@@ -94,7 +94,8 @@ __global__ void __launch_bounds__(kThreads, 2) packed_tile_kernel(LinearParams p
   const int first_m = threadIdx.x / kRows;
   for (int turn = 0; turn < groups; turn += kSlots * kRange) {
     const int left = groups - turn, in_turn = left < kSlots * kRange ? left : kSlots * kRange;
-    quantize_rows<kFormat, kTileM>(x, rows, log_rows, turn, in_turn, shared.values, shared.scales);
+    quantize_rows<kFormat, kTileM, kThreads>(x, rows, log_rows, turn, in_turn, shared.values,
+                                             shared.scales);
     __syncthreads();
     if (in_range(turn) > 0) {
       float sums[kTiles<kTileM>][4];

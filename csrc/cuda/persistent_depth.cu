@@ -8,7 +8,7 @@
 // A phase is what is a launch there (norm and qkv, attention, o, gate and up, down; the head, the
 // draw), and a grid barrier lies between two. Weights depend on nothing, so a block's queue goes on
 // from matrix to matrix across all phases and positions: while blocks wait for each other, and
-// while two of them have the attention, the others fetch what they multiply with next.
+// while the few that have the rows attend or draw, the others fetch what they multiply with next.
 //
 // At batch 1 on an H100, us: a layer's weights take 16.6 of memory's time, a position 67.6. Behind
 // `down` come 4 barriers, two small products and an attention before gate and up begin to use what
@@ -30,17 +30,21 @@
 namespace voxkern {
 namespace {
 
-constexpr int64_t kStaticBytes = 1024;  // of variables that are not in the plan, at most
-// Of those that are, what the attention needs.
-constexpr int64_t kAttentionBytes =
-    std::max(sizeof(DepthAttentionShared<bf16, 8>), sizeof(DepthAttentionShared<bf16, 16>));
+constexpr int kBlockThreads = kThreads + kWarp;  // the last warp is at the grid's barriers alone
+constexpr int64_t kStaticBytes = 1024;           // of variables that are not in the plan, at most
 
 struct Plan {
   int length;  // of the queue
   int64_t shared_bytes;
 };
 
-// A block's part in the products, all of whose blocks come first. Products: of depth_products.cuh.
+// A block's part in the products, all of whose blocks come first. Products: of depth_products.cuh,
+// or nothing for the last warp.
+struct Nothing {
+  __device__ __forceinline__ Nothing(unsigned char*, const Arguments&) {}
+  template <Before, After>
+  __device__ __forceinline__ void multiply(const ProductParams&, bool, int, uint4) {}
+};
 template <typename Products>
 class ProductPart {
  public:
@@ -102,9 +106,12 @@ class RowPart {
     auto& shared = *static_cast<DepthAttentionShared<bf16, L>*>(shared_);
 #pragma unroll 1
     for (int i = me_; i < all_.parts * rows_; i += all_.row_blocks) {
-      if (!voxkern::attend<bf16, L>(p, i % all_.parts, i / all_.parts, shared,
-                                    [this] { return grid_.wait(); }))
-        return false;
+      const auto wait = [&] { return i > me_ || grid_.wait(); };
+      const bool goes_on =
+          threadIdx.x < kThreads
+              ? voxkern::attend<bf16, L>(p, i % all_.parts, i / all_.parts, shared, wait)
+              : wait();
+      if (!goes_on) return false;
       __syncthreads();
     }
     end_phase(all_.parts);
@@ -145,11 +152,16 @@ class RowPart {
 };
 
 template <int L, typename Products>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kBlockThreads, 1)
     persistent_depth_kernel(const __grid_constant__ Arguments all) {
+  static_assert(kThreads == kAttentionThreads);
   VOX_DYNAMIC_SHARED(unsigned char, shared);
-  if (static_cast<int>(blockIdx.x) < all.blocks) {
+  if (static_cast<int>(blockIdx.x) < all.blocks && threadIdx.x < kThreads) {
     ProductPart<Products> part(all, shared);
+    each_phase(all.p.op, part);
+    wait_copies<0>();  // where the grid gave up
+  } else if (static_cast<int>(blockIdx.x) < all.blocks) {
+    ProductPart<Nothing> part(all, shared);
     each_phase(all.p.op, part);
   } else {
     RowPart<L> part(all, shared);
@@ -192,12 +204,13 @@ Plan plan_for(const Arguments& all) {
   for (const Phase& phase : all.phases)
     rest = std::max(rest, Products::rest_bytes(phase.product, all.blocks));
   const int64_t of_rows =
-      std::max(kAttentionBytes, static_cast<int64_t>(sampler_shared_bytes(all.p.op.V)));
+      std::max({sizeof(DepthAttentionShared<bf16, 8>), sizeof(DepthAttentionShared<bf16, 16>),
+                sampler_shared_bytes(all.p.op.V)});
   const Kernel kernel = kernel_for<Products>(all.attention.D);
   for (int length = Products::kMost; length >= Products::kLeast; --length) {
     const int64_t bytes = std::max(Products::queue_bytes(length) + rest, of_rows);
     if (bytes + kStaticBytes <= shared_bytes_limit() &&
-        resident_blocks(kernel, kThreads, bytes) > 0)
+        resident_blocks(kernel, kBlockThreads, bytes) > 0)
       return {length, bytes};
   }
   return {};
@@ -209,7 +222,7 @@ bool fits(const PersistentDepthParams& p) {
   const DecodeDepthParams& op = p.op;
   const LayersParams& l = op.layers;
   const bool narrow = l.D == 8 * kVector<bf16>;
-  if (op.dtype != Dtype::bf16 || op.B > kMostRows || l.L == 0 || op.V > kThreads * kHeld ||
+  if (op.dtype != Dtype::bf16 || op.B > kMostRows || l.L == 0 || op.V > kBlockThreads * kHeld ||
       (!narrow && l.D != 16 * kVector<bf16>) || op.K > (narrow ? kHeldKeys<8> : kHeldKeys<16>))
     return false;
   for (const Weight& weight : {l.qkv, l.o, l.gate_up, l.down, op.heads})
@@ -217,7 +230,8 @@ bool fits(const PersistentDepthParams& p) {
   for (const void* norm : {l.attn_norm, l.mlp_norm, l.norm})
     if (!takes_vectors<bf16>(norm, l.C)) return false;
   return with_products(p, [&]<typename Products>() {
-    return plan_for<Products>(arguments(p, Products::kTile)).length > 0;
+    const Arguments all = arguments(p, Products::kTile);
+    return all.blocks > 0 && plan_for<Products>(all).length > 0;
   });
 }
 
@@ -228,7 +242,7 @@ void persistent_depth(const PersistentDepthParams& p, cudaStream_t stream) {
     all.length = plan.length;
     launch(kernel_for<Products>(p.op.layers.D),
            {.grid = dim3(static_cast<unsigned>(multiprocessors())),
-            .block = dim3(kThreads),
+            .block = dim3(kBlockThreads),
             .shared_bytes = static_cast<size_t>(plan.shared_bytes),
             .stream = stream,
             .resident = true},

@@ -57,7 +57,7 @@ __device__ __forceinline__ uint4 first_of_norm(const ProductParams& p) {
 
 // Rows m .. m + rows - 1 of x to shared memory, `stride` vectors apart, normalised or not; for all
 // threads of the block, a barrier at the end. Their vectors must be aligned.
-template <typename T, Before before>
+template <typename T, Before before, int kRows = kRowsAtOnce<T>>
 __device__ void stage(const ProductParams& p, int64_t m, int rows, uint4 norm_first, uint4* to,
                       int stride) {
   constexpr int kSize = kVector<T>;
@@ -89,7 +89,6 @@ __device__ void stage(const ProductParams& p, int64_t m, int rows, uint4 norm_fi
   } else {
     // In the order of rms_norm: a thread its vectors, then lanes, then warps.
     VOX_SHARED(float[kTileM][kWarps], partials);
-    constexpr int kRows = kRowsAtOnce<T>;
     const int warp = me / kWarp, lane = me % kWarp;
     for (int first = 0; first < rows; first += kRows) {
       float squares[kRows] = {};

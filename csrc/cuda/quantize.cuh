@@ -117,9 +117,9 @@ __device__ __forceinline__ float quantize_half(const float (&x)[kColumns],
   return divide_by_127(magnitude);
 }
 
-// Groups first .. first + groups - 1 of `rows` rows of x, by all threads of the block; rows of a
-// group lie next to each other, as lanes of multiply() take them.
-template <Format kFormat, int kTileM, typename Source>
+// Groups first .. first + groups - 1 of `rows` rows of x, by the block's first kThreads threads;
+// rows of a group lie next to each other, as lanes of multiply() take them.
+template <Format kFormat, int kTileM, int kThreads, typename Source>
 __device__ __forceinline__ void quantize_rows(const Source& source, int rows, int log_rows,
                                               int first, int groups, int8_t* values,
                                               float* scales) {
@@ -129,10 +129,10 @@ __device__ __forceinline__ void quantize_rows(const Source& source, int rows, in
   const int items = groups << (log_rows + 1);
   // A range's groups past the last: with a scale of 0, their dots do not matter.
   const int filled = (groups + kRange - 1) / kRange * kRange;
-  for (int i = groups * kTileM + threadIdx.x; i < filled * kTileM; i += blockDim.x) scales[i] = 0;
-  for (int base = threadIdx.x - lane; base < items; base += kFlight * blockDim.x) {
+  for (int i = groups * kTileM + threadIdx.x; i < filled * kTileM; i += kThreads) scales[i] = 0;
+  for (int base = threadIdx.x - lane; base < items; base += kFlight * kThreads) {
     const auto place = [&](int i, int& group, int& m) {  // whether there is one
-      const int item = base + i * static_cast<int>(blockDim.x) + lane;
+      const int item = base + i * kThreads + lane;
       group = item >> (log_rows + 1);
       m = item >> 1 & ((1 << log_rows) - 1);
       return item < items && m < rows;
@@ -146,7 +146,7 @@ __device__ __forceinline__ void quantize_rows(const Source& source, int rows, in
     }
 #pragma unroll
     for (int i = 0; i < kFlight; ++i) {
-      if (base + i * static_cast<int>(blockDim.x) >= items) break;  // the whole warp
+      if (base + i * kThreads >= items) break;  // the whole warp
       const bool any = place(i, group, m);
       float x[kColumns];
       raw[i].unpack_to(x);
