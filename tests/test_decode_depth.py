@@ -44,7 +44,7 @@ PERSISTENT_SIZES = [
     Sizes(K=3, V=35, L=1, Cb=24, C=40, F=48, Hq=2, Hkv=2, D=128),
 ]
 PACKED_PERSISTENT_SIZES = [
-    Sizes(K=3, V=35, L=1, Cb=64, C=96, F=288, Hq=2, Hkv=1, D=64),
+    Sizes(K=3, V=35, L=1, Cb=64, C=96, F=1056, Hq=2, Hkv=1, D=64),
     Sizes(K=3, V=35, L=2, Cb=32, C=32, F=96, Hq=1, Hkv=1, D=128),
 ]
 MATRICES = ("projection", "qkv", "o", "gate_up", "down", "heads")

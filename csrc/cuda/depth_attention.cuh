@@ -38,7 +38,8 @@ __host__ __device__ inline int64_t depth_attention_parts(const DepthAttentionPar
   return p.Hkv * divide_up(p.Hq / p.Hkv, kQueries);
 }
 
-// Part `part` of row b. wait() returns when qkv is there, or false: then so does this.
+// Part `part` of row b. wait() returns when qkv is there, or false: then so does this. `shared` may
+// be another part's right after it.
 template <typename T, int L, typename Wait>
 __device__ __forceinline__ bool attend(const DepthAttentionParams& p, int part, int64_t b,
                                        DepthAttentionShared<T, L>& shared, const Wait& wait) {

@@ -13,6 +13,8 @@ namespace voxkern {
 namespace {
 
 constexpr int kMostRows = 8;
+// That are read at once for their norms: more would take registers that nine warps do not have.
+constexpr int kRowsRead = kMoreRegisters ? 1 : 4;
 
 // Of plain weights.
 class PlainProducts {
@@ -42,7 +44,7 @@ class PlainProducts {
                                            uint4 norm_first) {
     uint4* const staged = reinterpret_cast<uint4*>(partials_ + 2);
     const int rows = static_cast<int>(p.M), row = staged_row<bf16>(p.C);
-    stage<bf16, before>(p, 0, rows, norm_first, staged, row);
+    stage<bf16, before, kRowsRead>(p, 0, rows, norm_first, staged, row);
     multiply_tiles<true, false, after>(p, 0, rows, blocks, weights_, staged, row,
                                        reinterpret_cast<TileSums<false, after>*>(partials_));
   }
@@ -97,9 +99,8 @@ class PackedProducts {
   __device__ __forceinline__ void multiply(const ProductParams& p, int blocks, uint4 norm_first) {
     const Shared shared(rest_, packed_ranges(static_cast<int>(p.C)),
                         log_up(kRows == 1 ? 1 : static_cast<int>(p.M)));
-    // Four rows at once: more would take registers that nine warps do not have.
-    quantize_x<bf16, kFormat, kRows, before, 4>(p, norm_first,
-                                                reinterpret_cast<uint4*>(shared.partials), shared);
+    quantize_x<bf16, kFormat, kRows, before, kRowsRead>(
+        p, norm_first, reinterpret_cast<uint4*>(shared.partials), shared);
     multiply_packed_tiles<bf16, kFormat, kRows, after>(p, blocks, weights_, shared);
   }
 

@@ -112,7 +112,6 @@ class RowPart {
               ? voxkern::attend<bf16, L>(p, i % all_.parts, i / all_.parts, shared, wait)
               : wait();
       if (!goes_on) return false;
-      __syncthreads();
     }
     end_phase(all_.parts);
     return true;
