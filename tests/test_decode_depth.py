@@ -226,6 +226,18 @@ def test_a_row_does_not_depend_on_the_others(target, packing, dtype):
     assert torch.equal(run(target, of_rows(arguments, slice(2, 7))), batch[2:7])
 
 
+def test_a_persistent_kernel_leaves_no_code_out(target):
+    """Of more than its blocks' threads hold, where there are as many."""
+    sizes = Sizes(K=2, V=3500, L=1, Cb=8, C=8, F=8, Hq=1, Hkv=1, D=64)
+    arguments = make(sizes, torch.bfloat16, 1) | {"temperature": torch.zeros(1)}
+    arguments["audio_rows"].zero_()
+    arguments["heads"].zero_()
+    arguments["heads"][0, -1] = 1
+    arguments["heads"][0, -2] = -1
+    got = run(target, arguments | {"persistent": True})
+    assert got[0, 1] in (3498, 3499)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("packing", [{}, *SERVED_PACKINGS, PACKINGS[2]], ids=str)
 @pytest.mark.parametrize("which", [0, 1], ids=["heads of 64", "heads of 128"])

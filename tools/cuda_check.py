@@ -34,7 +34,9 @@ SECTION = re.compile(r"\] \.text\.(?P<name>\w+) +PROGBITS +\w+ +\w+ +(?P<bytes>[
 
 def text_bytes(cubin: Path) -> dict[str, int]:
     """Of each kernel, by its mangled name."""
-    sections = subprocess.run(["readelf", "-SW", cubin], capture_output=True, text=True).stdout
+    sections = subprocess.run(
+        ["readelf", "-SW", cubin], capture_output=True, text=True, check=True
+    ).stdout
     return {m["name"]: int(m["bytes"], 16) for m in SECTION.finditer(sections)}
 
 

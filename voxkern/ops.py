@@ -372,7 +372,7 @@ def decode_depth(
 
     Returns:
         `[B, K]` int64, `code0` in column 0. A persistent kernel whose blocks wait for each other
-        in vain gives up: codes of columns 1 and more are then -1.
+        in vain gives up: what it has not drawn is then -1.
 
     Raises:
         RuntimeError: a shape or dtype does not fit; on the CPU also a code outside `0..V-1`.

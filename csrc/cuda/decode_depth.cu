@@ -7,7 +7,8 @@
 // with packed weights for more than 8), a position has two more: the head with the norm in front,
 // and a draw that also fetches the next position's row. The cache is [L, B, Hkv, K, D]; where
 // depth_attention does not take the heads it is pages of K positions, one a row. It waits for
-// nothing on the host, so a CUDA graph can hold it.
+// nothing on the host, so a CUDA graph can hold it. persistent_depth.cu has all of it but the
+// projection in one launch, for those who ask for that.
 //
 // begin_kernel, look_up_kernel and draw_kernel let nothing start before their own wait: all behind
 // them may read the op's arguments and places, and keys of the positions before theirs, ahead of

@@ -12,7 +12,7 @@
 namespace voxkern {
 namespace {
 
-constexpr int kMostRows = 8;
+constexpr int kMostRows = 8;  // PERSISTENT_ROWS of vox_serve/model.py
 // That are read at once for their norms: more would take registers that nine warps do not have.
 constexpr int kRowsRead = kMoreRegisters ? 1 : 4;
 

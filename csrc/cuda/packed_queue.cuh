@@ -86,6 +86,7 @@ class PackedQueue {
       : queue_(queue), slots_(slots), blocks_(blocks), walk_(walk) {
     begin(walk_.first());
     if (tile_ >= tiles_) skip();
+#pragma unroll 1
     for (int s = 0; s < slots; ++s) ask(s);
   }
 

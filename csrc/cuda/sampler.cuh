@@ -1,4 +1,4 @@
-// One row's draw by one block, as `sample_tokens` specifies it. sample_tokens calls it.
+// One row's draw by one block, as `sample_tokens` specifies it.
 //
 // sampler_filters.cuh finds the lowest score that stays. Codes that stay, if they are few, are
 // spread over the threads before random numbers are made for them. The draw ranks them by float32

@@ -56,6 +56,7 @@ class WeightQueue {
       : queue_(queue), groups_(groups), blocks_(blocks), walk_(walk), share_(0) {
     begin(walk_.first());
     if (tile_ >= tiles_) skip();
+#pragma unroll 1
     for (int g = 0; g < groups; ++g) ask();
   }
 

@@ -104,6 +104,8 @@ class RowGraphs:
         except RuntimeError as error:
             first = error.__context__ or error  # the end of a broken capture raises once more
             logger.warning("%s, %d rows: left out: %s", other.name, rows, first)
+            # A broken capture may leave the old one as if it were still being filled.
+            self._pool = torch.cuda.graph_pool_handle()
             return graph
         ms, other_ms = (statistics.median(seen[_WARM_REPLAYS:]) for seen in times)
         kept = int(other_ms < _FASTER * ms)

@@ -12,8 +12,8 @@ from vox_serve.weights import CsmWeights
 from voxkern import ops
 
 PERSISTENT_ROWS = 8
-"""Most rows whose frames csrc/cuda/decode_depth.cu makes with one kernel: with more, `persistent`
-has no effect."""
+"""Most rows whose frames CUDA makes with one kernel (kMostRows of csrc/cuda/depth_products.cuh):
+with more, `persistent` has no effect."""
 
 
 class _Layer(NamedTuple):
