@@ -41,13 +41,14 @@ struct Plan {
   int64_t shared_bytes;
 };
 
-// A block's part in the products, all of whose blocks come first. Products: of depth_products.cuh,
-// or nothing for the last warp.
+// The last warp's products.
 struct Nothing {
   __device__ __forceinline__ Nothing(unsigned char*, const Arguments&) {}
   template <Before, After>
   __device__ __forceinline__ void multiply(const ProductParams&, bool, int, uint4) {}
 };
+
+// A block's part in the products, all of whose blocks come first. Products: of depth_products.cuh.
 template <typename Products>
 class ProductPart {
  public:
