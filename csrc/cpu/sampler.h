@@ -10,23 +10,11 @@
 #pragma once
 
 #include "../philox.h"
+#include "../sampler_row.h"
 #include "vec.h"
 
 namespace voxkern {
 namespace {
-
-struct SamplerRow {
-  float temperature;
-  int32_t top_k;
-  float top_p;
-  float min_p;
-  float repetition_penalty;
-  const int64_t* history;  // [W]; may be null if W is 0
-  int64_t W;
-  int64_t seed;
-  int64_t frame;
-  int64_t codebook;
-};
 
 VOX_INLINE int64_t sampler_padded(int64_t V) { return (V + kWidth - 1) / kWidth * kWidth; }
 

@@ -220,13 +220,11 @@ void decode(const DecodeDepthParams& p, DepthBuffers& buffers, bool persistent,
             .stream = stream,
             .overlaps_previous = true};
   };
-  const PersistentDepthParams at_once = buffers.persistent(p);
-  persistent = persistent && fits(at_once);
-  if (!persistent && !fits(buffers.resident(p, 0, 0)))
+  if (!fits(buffers.resident(p, 0, 0)))
     launch(places_kernel, each(p.B * p.K), buffers.all, p.B, p.K, buffers.counters, buffers.count);
   launch(begin_kernel, each(p.B * p.K), p.code0, p.B, p.K, p.out, buffers.arrived);
   layers.project(p.hidden, p.projection, layers.residual, stream);
-  if (persistent) return persistent_depth(at_once, stream);
+  if (persistent && persistent_depth(buffers.persistent(p), stream)) return;
   for (int64_t position = 0; position < p.K; ++position) {
     if (position == 1) launch(look_up_kernel<T>, each_row, p, residual);
     layers.keys_only = position == 0;

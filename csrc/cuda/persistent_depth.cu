@@ -221,7 +221,7 @@ Plan plan_for(const Arguments& all) {
 
 }  // namespace
 
-bool fits(const PersistentDepthParams& p) {
+bool persistent_depth(const PersistentDepthParams& p, cudaStream_t stream) {
   const DecodeDepthParams& op = p.op;
   const LayersParams& l = op.layers;
   const bool narrow = l.D == 8 * kVector<bf16>;
@@ -233,17 +233,12 @@ bool fits(const PersistentDepthParams& p) {
   for (const void* norm : {l.attn_norm, l.mlp_norm, l.norm})
     if (!takes_vectors<bf16>(norm, l.C)) return false;
   return with_products(p, [&]<typename Products>() {
-    const Arguments all = arguments(p, Products::kTile);
-    return all.blocks > 0 && plan_for<Products>(all).length > 0;
-  });
-}
-
-void persistent_depth(const PersistentDepthParams& p, cudaStream_t stream) {
-  with_products(p, [&]<typename Products>() {
     Arguments all = arguments(p, Products::kTile);
+    if (all.blocks <= 0) return false;
     const Plan plan = plan_for<Products>(all);
+    if (plan.length == 0) return false;
     all.length = plan.length;
-    launch(kernel_for<Products>(p.op.layers.D),
+    launch(kernel_for<Products>(l.D),
            {.grid = dim3(static_cast<unsigned>(multiprocessors())),
             .block = dim3(kBlockThreads),
             .shared_bytes = static_cast<size_t>(plan.shared_bytes),

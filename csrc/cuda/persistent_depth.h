@@ -17,8 +17,7 @@ struct PersistentDepthParams {
   unsigned* arrived;        // 0
 };
 
-// Whether persistent_depth() takes it.
-bool fits(const PersistentDepthParams& p);
-void persistent_depth(const PersistentDepthParams& p, cudaStream_t stream);
+// False, and no launch, if it does not take these sizes, weights or this device.
+bool persistent_depth(const PersistentDepthParams& p, cudaStream_t stream);
 
 }  // namespace voxkern

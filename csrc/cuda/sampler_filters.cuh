@@ -10,23 +10,11 @@
 // values in their order.
 #pragma once
 
+#include "../sampler_row.h"
 #include "common.cuh"
 
 namespace voxkern {
 namespace {
-
-struct SamplerRow {
-  float temperature;
-  int32_t top_k;
-  float top_p;
-  float min_p;
-  float repetition_penalty;
-  const int64_t* history;  // [W]; may be null if W is 0
-  int64_t W;
-  int64_t seed;
-  int64_t frame;
-  int64_t codebook;
-};
 
 // Codes of a thread that lie next to each other: those of one Philox counter.
 constexpr int kCodes = 4;
