@@ -12,7 +12,7 @@ CUDA := $(wildcard csrc/cuda/*.cuh csrc/cuda/*.cu)
 SIMT := $(wildcard tests/simt/*.h tests/simt/*.cpp)
 PLANTED := tests/sanitize/planted.cu
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
-OP_TESTS := $(wildcard $(patsubst voxkern/reference/%.py,tests/test_%.py,$(wildcard voxkern/reference/*.py)))
+OP_TESTS := $(wildcard $(patsubst voxkern/reference/%.py,tests/ops/test_%.py,$(wildcard voxkern/reference/*.py)))
 
 # Prints an extra's requirements: installing them as '.[extra]' would build the extension again.
 EXTRA = $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(1)"])'
@@ -62,10 +62,10 @@ $(VENV)/simt: $(VENV)/torch tests/simt/CMakeLists.txt CMakeLists.txt $(CPP) $(CU
 # The op tests once more for each instruction set that the processor has besides its best, and with
 # the Triton kernels interpreted.
 test: $(VENV)/test $(VENV)/simt
-	$(RUN) -m pytest -q tests
+	$(RUN) -m pytest -q
 	VOXKERN_ISA=baseline $(RUN) -m pytest -q $(OP_TESTS) -k 'not simt'
 	! grep -qw avx2 /proc/cpuinfo || VOXKERN_ISA=avx2 $(RUN) -m pytest -q $(OP_TESTS) -k 'not simt'
-	TRITON_INTERPRET=1 $(RUN) -m pytest -q $(OP_TESTS) tests/test_triton.py -k triton
+	TRITON_INTERPRET=1 $(RUN) -m pytest -q $(OP_TESTS) tests/serve/test_triton.py -k triton
 
 # Every CUDA kernel for every target: needs nvcc, no GPU.
 cuda-check: $(VENV)/torch

@@ -7,8 +7,8 @@ Stages, in this order; each has a time limit, and what is left of `--seconds` is
     build      CMake and ninja, in build/gpu, for the GPU that is here; installed into voxkern/. A
                second run builds what has changed. The same sources and flags as `pip install`.
     ops        every op test on the GPU
-    engine     tests/test_cuda.py and test_engine.py: greedy codes equal to the CPU's, a frame as a
-               CUDA graph, batches, the programs, the server
+    engine     tests/serve/test_cuda.py and test_engine.py: greedy codes equal to the CPU's, a
+               frame as a CUDA graph, batches, the programs, the server
     frame      bench/run.py frame: whole frames
     sanitize   compute-sanitizer's four tools, each shown to find a planted bug
     kernels    bench/run.py kernels: every op at batches of 1, 8, 64 and 256, packed weights at two
@@ -180,14 +180,15 @@ class Check:
     @staticmethod
     def op_tests() -> list[str]:
         ops = sorted(path.stem for path in (ROOT / "voxkern" / "reference").glob("*.py"))
-        return [f"tests/test_{op}.py" for op in ops if (ROOT / f"tests/test_{op}.py").exists()]
+        files = [f"tests/ops/test_{op}.py" for op in ops]
+        return [file for file in files if (ROOT / file).exists()]
 
     def engine(self, stage: Stage) -> None:
-        files = ["tests/test_cuda.py", "tests/test_engine.py"]
+        files = ["tests/serve/test_cuda.py", "tests/serve/test_engine.py"]
         self.pytest(stage, [*files, "-k", "cuda and not triton"], least=15)
 
     def triton_engine(self, stage: Stage) -> None:
-        self.pytest(stage, ["tests/test_cuda.py", "-k", "triton"], least=8, at_once=12)
+        self.pytest(stage, ["tests/serve/test_cuda.py", "-k", "triton"], least=8, at_once=12)
 
     def sanitize(self, stage: Stage) -> None:
         planted = WORK / "planted"
@@ -198,7 +199,7 @@ class Check:
         if self.command(stage, command) != 0:
             return self.fail(stage)
         if self.args.dry_run:
-            command = [sys.executable, "tests/small_ops.py", "native-cpu"]
+            command = [sys.executable, "tests/support/sanitizer_cases.py", "native-cpu"]
             if self.command(stage, command) != 0:
                 return self.fail(stage)
             stage.result, stage.what = "passed", "planted bugs compile, the cases run on the CPU"
@@ -300,7 +301,7 @@ class Check:
             The exit status, None if the time was over.
         """
         limit = max(1.0, min(stage.limit_s, self.end - time.monotonic() - GRACE_S))
-        path = [str(ROOT / "python"), str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")]
+        path = [str(ROOT / folder) for folder in ("python", ".", "tests/support", "bench")]
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([*path, os.environ.get("PYTHONPATH", "")]),
             "PYTHONUNBUFFERED": "1",

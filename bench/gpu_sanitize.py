@@ -3,9 +3,10 @@
     python bench/gpu_sanitize.py --planted PROGRAM --save FILE [--seconds 120] [memcheck ...]
 
 A tool is believed only if it finds the bug that was planted for it, and nothing in the sound kernel
-beside it: PROGRAM is tests/sanitize/planted.cu, compiled. Then it watches tests/small_ops.py. The
-tools run side by side. Writes FILE after each, and beside it what a tool said of the ops, as
-TOOL.log; exits with 1 if one found something or could not look.
+beside it: PROGRAM is tests/sanitize/planted.cu, compiled. Then it watches
+tests/support/sanitizer_cases.py. The tools run side by side. Writes FILE after each,
+and beside it what a tool said of the ops, as TOOL.log; exits with 1 if one found something or could
+not look.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SMALL_OPS = (sys.executable, str(ROOT / "tests" / "small_ops.py"), "native-cuda")
+SMALL_OPS = (sys.executable, str(ROOT / "tests" / "support" / "sanitizer_cases.py"), "native-cuda")
 # Ours alone are watched, but for initcheck: what torch's kernels write is written all the same.
 OURS = ("--kernel-name", "kernel_substring=voxkern")
 TOOLS = {

@@ -1,6 +1,6 @@
 // simt_planted NAME: runs one small kernel. A sound one prints "right"; each of the others has a
 // bug, and either throws (its words are printed), prints "wrong" or is stopped by the sanitizer.
-// tests/test_simt.py says which.
+// tests/simt/test_simt.py says which.
 #include <cstdio>
 #include <map>
 #include <string>

@@ -25,7 +25,7 @@ TOLERANCE = {
 # The CUDA kernels, built for the host (tests/simt): ops of the namespace voxkern_simt.
 SIMT_LIBRARY = Path(
     os.environ.get("VOXKERN_SIMT_LIBRARY")
-    or Path(__file__).parents[1] / "build" / "simt" / "tests" / "simt" / "voxkern_simt.so"
+    or Path(__file__).parents[2] / "build" / "simt" / "tests" / "simt" / "voxkern_simt.so"
 ).absolute()
 if SIMT_LIBRARY.exists():
     torch.ops.load_library(str(SIMT_LIBRARY))

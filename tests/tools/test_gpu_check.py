@@ -15,7 +15,7 @@ import pytest
 import torch
 from gpu_results import card, counts_of, headlines, pack_logs
 
-import small_ops
+import sanitizer_cases
 from ops_testing import moved
 
 
@@ -281,14 +281,14 @@ def test_a_tool_that_does_not_end_is_ended_with_its_program(tmp_path, monkeypatc
 
 
 def test_planted_bugs_are_those_of_the_source():
-    source = (Path(__file__).parent / "sanitize" / "planted.cu").read_text()
+    source = (Path(__file__).parents[1] / "sanitize" / "planted.cu").read_text()
     for bug, *_ in gpu_sanitize.TOOLS.values():
         assert f'{{"{bug}", ' in source
     assert '{"sound", sound}' in source
 
 
 def test_the_sanitizers_cases_are_right(target):
-    ran = small_ops.run(target)
+    ran = sanitizer_cases.run(target)
     plain = {"append_kv", "decode_attention", "linear", "sample_tokens", "decode_depth"}
     assert plain <= ran.keys()
 
@@ -309,7 +309,7 @@ print("went on")
 
 
 def test_a_broken_gpu_ends_the_process_and_names_the_test():
-    folder = str(Path(__file__).parent)
+    folder = str(Path(__file__).parents[1] / "support")
     ended = subprocess.run(
         [sys.executable, "-c", BROKEN_GPU],
         cwd=folder,

@@ -1,6 +1,6 @@
 """Every op once or a few times on small cases, in one process: what compute-sanitizer watches.
 
-    python tests/small_ops.py native-cuda|native-cpu|simt-cpu
+    python tests/support/sanitizer_cases.py native-cuda|native-cpu|simt-cpu
 
 The cases are the op tests' own, few and small, for the tools slow a kernel down a hundredfold;
 results are held against the references, loosely: whether they are right is the op tests' matter.
@@ -9,10 +9,13 @@ results are held against the references, loosely: whether they are right is the 
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+
+sys.path.append(str(Path(__file__).parents[1] / "ops"))
 
 import test_append_kv
 import test_decode_attention

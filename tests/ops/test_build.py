@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 OBJECTS = sorted(
     path
     for path in ROOT.glob("build/cmake/CMakeFiles/voxkern_*.dir/**/*.o")
