@@ -1,5 +1,11 @@
+from pathlib import Path
+
 import pytest
 import torch
+
+# Failed asserts of support code show their values, as those of tests do. Must precede the imports.
+SUPPORT = Path(__file__).parent / "tests" / "support"
+pytest.register_assert_rewrite(*(path.stem for path in SUPPORT.glob("[a-z]*")))
 
 from ops_testing import ALL_TARGETS, end_if_gpu_is_broken, targets
 from vox_serve import loading

@@ -2,15 +2,9 @@ import pytest
 import torch
 
 from kv_testing import paged, random_sequences, strided_heads
+from op_cases.decode_attention import case
 from ops_testing import DTYPES, assert_close, opcheck, reference
 from voxkern import ops
-
-
-def case(lengths, heads, kv_heads, head_dim, page_size, dtype=torch.float32):
-    k, v = (random_sequences(lengths, kv_heads, head_dim, dtype) for _ in range(2))
-    q = strided_heads(len(lengths), heads, head_dim, dtype)
-    return q, *paged(k, v, page_size), head_dim**-0.5
-
 
 SHAPES = [
     # lengths, Hq, Hkv, D, S

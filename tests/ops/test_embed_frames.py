@@ -1,25 +1,9 @@
 import pytest
 import torch
 
+from op_cases.embed_frames import case
 from ops_testing import DTYPES, assert_close, opcheck, reference
 from voxkern import ops
-
-
-def case(tokens, codebooks, vocab_size, text_vocab_size, dim, dtype=torch.float32):
-    """Random frames; every masked entry holds an id that is in no table."""
-    frames = torch.randint(vocab_size, (tokens, codebooks + 1))
-    frames[:, -1] = torch.randint(text_vocab_size, (tokens,))
-    mask = torch.rand(tokens, codebooks + 1) < 0.7
-    frames[~mask] = torch.tensor([-1, 2**62, -(2**63), vocab_size + text_vocab_size]).repeat(
-        frames.numel()
-    )[: int((~mask).sum())]
-    return (
-        frames,
-        mask,
-        torch.randn(codebooks * vocab_size, dim).to(dtype),
-        torch.randn(text_vocab_size, dim).to(dtype),
-    )
-
 
 SHAPES = [
     # T, K, V, text vocabulary, C

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from op_cases.linear import make
 from ops_testing import DTYPES, assert_close, opcheck, reference
 from voxkern import ops
 from voxkern.quantize import FORMATS, pack, unpack
@@ -40,12 +41,6 @@ PACKED_SHAPES = [
     ((3,), 0, 4),
     ((), 64, 5),
 ]
-
-
-def make(lead, features, rows, dtype):
-    """x and a weight that keeps results near 1."""
-    weight = torch.randn(rows, features) / max(features, 1) ** 0.5
-    return torch.randn(*lead, features).to(dtype), weight.to(dtype)
 
 
 def assert_packed(target, got, expected):

@@ -3,35 +3,9 @@
 import pytest
 import torch
 
+from op_cases.mimi_convs import make
 from ops_testing import DTYPES, assert_close, opcheck, reference
 from voxkern.quantize import block_rows
-
-# value taken, value added, dilation, ELU, block in, block out, replicate; width in and out, taps.
-CHAIN = [
-    ((0, -1, 1, 0, 2, 1, 1), (12, 20, 3)),
-    ((1, -1, 3, 1, 1, 1, 1), (20, 8, 2)),
-    ((2, 1, 1, 1, 1, 1, 0), (8, 20, 1)),
-    ((3, -1, 1, 1, 1, 5, 0), (20, 30, 2)),
-    ((4, -1, 2, 0, 1, 1, 1), (6, 1, 4)),
-]
-
-
-def make(batch: int, blocks: int, dtype=torch.float32) -> dict:
-    """mimi_convs' arguments; every other stream begins."""
-    past, weights, biases = [], [], []
-    for (_, _, dilation, *_), (width, out, taps) in CHAIN:
-        weight = torch.randn(out, taps * width) / (taps * width) ** 0.5
-        weights.append(block_rows(weight.to(dtype)))
-        biases.append(torch.randn(out))
-        past.append(torch.randn(batch, (taps - 1) * dilation, width))
-    return {
-        "x": torch.randn(batch, 2 * blocks, 6),
-        "fresh": torch.arange(batch) % 2 == 0,
-        "past": past,
-        "weights": weights,
-        "biases": biases,
-        "plan": [number for step, _ in CHAIN for number in step],
-    }
 
 
 def run(call, arguments: dict) -> list[torch.Tensor]:

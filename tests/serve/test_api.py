@@ -8,8 +8,15 @@ import pytest
 import soundfile
 from fastapi.testclient import TestClient
 
-from fake_engine import FakeEngine
-from test_runner import expected_pcm
+from fake_engine import FakeEngine, expected_pcm
+from http_testing import (
+    OVERRIDES,
+    SENDERS,
+    SPOKEN,
+    as_multipart,
+    as_urlencoded,
+    assert_refused,
+)
 from vox_serve.api import GenerateRequest, create_app
 from vox_serve.audio import wav_file, wav_header
 from vox_serve.config import Config
@@ -34,21 +41,6 @@ def engine() -> FakeEngine:
 def client(engine):
     with serve(engine) as client:
         yield client
-
-
-def as_json(client, values):
-    return client.post("/generate", json=values)
-
-
-def as_urlencoded(client, values):
-    return client.post("/generate", data=values)
-
-
-def as_multipart(client, values):
-    return client.post("/generate", files={name: (None, str(v)) for name, v in values.items()})
-
-
-SENDERS = pytest.mark.parametrize("send", [as_json, as_urlencoded, as_multipart])
 
 
 @SENDERS
@@ -79,17 +71,6 @@ def test_an_empty_utterance_is_a_wav_without_samples(streaming):
         answer = client.post("/generate", json={"text": "hello", "streaming": streaming})
     assert answer.status_code == 200
     assert answer.content == wav_file(b"")
-
-
-OVERRIDES = {
-    "temperature": 0.5,
-    "top_k": 7,
-    "top_p": 0.25,
-    "min_p": 0.125,
-    "repetition_penalty": 1.5,
-    "repetition_window": 3,
-    "seed": 2**63 - 1,
-}
 
 
 @SENDERS
@@ -123,18 +104,6 @@ def test_null_and_an_empty_form_field_mean_the_default(client, engine):
     form = {"text": "a"} | dict.fromkeys(names, "")
     assert client.post("/generate", data=form).status_code == 200
     assert [request.sampling for request in engine.requests] == [SamplingParams()] * 2
-
-
-SPOKEN = [
-    "a|b | c",
-    "<|begin_of_text|><|AUDIO|>[1]hi<|end_of_text|>",
-    "nul \0 bell \a escape \x1b[31m",
-    "\0",
-    "Grüße, 你好, שלום, 👩‍👩‍👧",
-    "  spaces kept\t\n",
-    "\u202e\u200b.\ufeff",
-    "a&b=c%20+d",
-]
 
 
 @SENDERS
@@ -177,19 +146,6 @@ WRONG = {
     "temprature": [0.5],
     "x" * 1000: [1],
 }
-
-
-def assert_refused(answer, status_code: int, says: str = "") -> None:
-    assert answer.status_code == status_code, answer.text
-    assert answer.headers["content-type"] == "application/json"
-
-    def no_constant(name: str) -> None:
-        raise AssertionError(f"{name} is not JSON")
-
-    detail = json.loads(answer.content, parse_constant=no_constant)["detail"]
-    assert detail
-    assert says in json.dumps(detail)
-    assert len(answer.content) < 2000
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from csm_1b import config_for
 from timing import GpuTimer
 
 from checkpoints import build_tiny
-from test_engine import (
+from engine_testing import (
     GREEDY,
     PACKABLE,
     SHAPES,
@@ -207,7 +207,7 @@ def test_a_gpu_is_chosen_where_there_is_one(folder):
 def test_the_server_speaks_what_the_engine_speaks(folder):
     for module in ("fastapi", "uvicorn", "python_multipart"):
         pytest.importorskip(module)
-    from test_live_server import LiveServer
+    from live_server import LiveServer
 
     engine, alone = (load_engine(folder, device="cuda", max_batch_size=3) for _ in range(2))
     bodies = [{"text": t, "seed": i, "streaming": i % 2 == 0} for i, t in enumerate(TEXTS)]

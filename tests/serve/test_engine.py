@@ -1,8 +1,6 @@
 """The engine against transformers, code for code, and against itself in other company."""
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import zip_longest
 
 import pytest
 import torch
@@ -10,11 +8,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpoints import TinyShape, build_tiny
 from csm_reference import reference_generate, reference_trace
+from engine_testing import (
+    GREEDY,
+    PACKABLE,
+    SHAPES,
+    TEXTS,
+    random_context,
+    run,
+    run_one,
+    share_of_equal_codes,
+)
 from ops_testing import Target
 from vox_serve import engine as engine_module
 from vox_serve import frame_batch, loading, model
 from vox_serve.cuda_graphs import rounded_rows
-from vox_serve.engine import Engine, Prompt, PromptTooLongError, Request
+from vox_serve.engine import Engine, PromptTooLongError, Request
 from vox_serve.frame_batch import FrameBatch
 from vox_serve.loading import load_engine
 from vox_serve.prompt import Segment
@@ -22,8 +30,6 @@ from vox_serve.sampling import SamplingParams
 from voxkern import backend, ops
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-GREEDY = SamplingParams(temperature=0)
-TEXTS = ["Hello there.", "Ünïcödé, Γειά, 你好, 🎧!", "a|b <|end_of_text|> [1]", "I"]
 
 
 @pytest.fixture(scope="module")
@@ -32,52 +38,6 @@ def folder(tmp_path_factory):
         return str(tiny.write(tmp_path_factory.mktemp("checkpoint"), **layout))
 
     return write
-
-
-def run(engine: Engine, *requests: Request, prompts: Sequence[Prompt] = ()) -> dict[str, tuple]:
-    """All requests at once, to their ends: codes `[N, K]`, audio `[N * 1920]`, reason, by id."""
-    for request, prompt in zip_longest(requests, prompts):
-        engine.add(request, prompt)
-    codes = {request.id: [] for request in requests}
-    audio = {request.id: [] for request in requests}
-    reasons = {}
-    while engine.has_work:
-        for out in engine.step():
-            if out.codes is not None:
-                codes[out.request_id].append(out.codes)
-                audio[out.request_id].append(torch.from_numpy(out.audio))
-            if out.finish_reason:
-                reasons[out.request_id] = out.finish_reason
-    empty = torch.zeros(0, engine.num_codebooks, dtype=torch.int64)
-    return {
-        i: (
-            torch.stack(codes[i]) if codes[i] else empty,
-            torch.cat(audio[i]) if audio[i] else torch.zeros(0),
-            reasons[i],
-        )
-        for i in codes
-    }
-
-
-def run_one(engine: Engine, **fields) -> tuple:
-    request = Request(**fields)
-    return run(engine, request)[request.id]
-
-
-def random_context(shape: TinyShape) -> list[Segment]:
-    def codes(n: int):
-        return torch.randint(0, shape.audio_vocab_size - 3, (n, shape.num_codebooks))
-
-    return [Segment(0, "Who is it?", codes(7)), Segment(1, "Me.", codes(3))]
-
-
-SHAPES = {
-    "gqa": TinyShape(),
-    "mha": TinyShape(kv_heads=6, depth_kv_heads=4, num_codebooks=5),
-    "mqa": TinyShape(heads=4, kv_heads=1, head_dim=32, depth_heads=8, num_codebooks=8),
-    "32 codebooks": TinyShape(num_codebooks=32, audio_vocab_size=35),
-}
-PACKABLE = TinyShape(heads=4, depth_dim=64, depth_kv_heads=2, depth_ffn=96)
 
 
 @pytest.mark.parametrize("with_context", [False, True], ids=["alone", "with context"])
@@ -138,16 +98,6 @@ def test_greedy_codes_of_cuda_kernels_with_packed_weights_are_the_cpus(
     request.getfixturevalue("cuda_kernels_on_the_host")
     spoken = run(load_engine(path, quantize=quantize), *requests)
     assert share_of_equal_codes(spoken, expected) > 0.95
-
-
-def share_of_equal_codes(spoken: dict[str, tuple], expected: dict[str, tuple]) -> float:
-    """Of those up to the first that differs in each utterance, itself included."""
-    same = different = 0
-    for i, (codes, *_) in expected.items():
-        equal = (spoken[i][0] == codes).flatten()
-        same += int(equal.long().cumprod(0).sum())
-        different += int(not equal.all())
-    return same / (same + different)
 
 
 @pytest.mark.parametrize(

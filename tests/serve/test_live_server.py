@@ -4,61 +4,14 @@ import http.client
 import json
 import logging
 import socket
-import threading
 import time
 
 import pytest
 
-from fake_engine import FakeEngine
-from test_runner import ENDLESS, TIMEOUT_S, expected_pcm
+from fake_engine import ENDLESS, TIMEOUT_S, FakeEngine, expected_pcm
+from live_server import LiveServer, wait_until
 from vox_serve import launch
-from vox_serve.api import create_app
 from vox_serve.audio import wav_file, wav_header
-from vox_serve.config import Config
-from vox_serve.launch import make_server, reserve_address
-from vox_serve.runner import Runner
-
-
-class LiveServer:
-    """A server on a thread, on a free port."""
-
-    def __init__(self, engine: FakeEngine, **settings):
-        config = Config(log_level="warning", **settings)
-        listener = reserve_address("127.0.0.1", 0)
-        self.port = listener.getsockname()[1]
-        self.runner = Runner(engine, engine.max_batch_size + config.max_queue_size)
-        app = create_app(self.runner, config, {})
-        self.server = make_server(app, self.runner, config, listener)
-        self.thread = threading.Thread(target=self.server.run, args=([listener],))
-
-    def __enter__(self) -> "LiveServer":
-        self.thread.start()
-        wait_until(lambda: self.server.started)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        self.server.should_exit = True
-        self.thread.join(TIMEOUT_S)
-        assert not self.thread.is_alive()
-
-    def post(self, **body) -> http.client.HTTPResponse:
-        answer = http.client.HTTPResponse(self.post_raw(**body))
-        answer.begin()
-        return answer
-
-    def post_raw(self, **body) -> socket.socket:
-        """A socket to which the request was written, and no answer read. It holds little."""
-        content = json.dumps(body).encode()
-        raw = socket.socket()
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
-        raw.settimeout(TIMEOUT_S)
-        raw.connect(("127.0.0.1", self.port))
-        head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
-        raw.sendall(head.encode() + content)
-        return raw
 
 
 class Kept(logging.Handler):
@@ -82,13 +35,6 @@ def errors():
     yield kept.messages
     for logger in loggers:
         logger.removeHandler(kept)
-
-
-def wait_until(holds) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def test_the_first_chunk_is_the_header_and_the_first_frame():

@@ -4,18 +4,10 @@ import threading
 import numpy as np
 import pytest
 
-from fake_engine import FakeEngine, fake_audio
-from vox_serve.audio import pcm16
+from fake_engine import ENDLESS, TIMEOUT_S, FakeEngine, expected_pcm, fake_audio
 from vox_serve.engine import Request
 from vox_serve.runner import EngineFailure, QueueFull, RequestRefused, Runner
 from vox_serve.sampling import SamplingParams
-
-ENDLESS = 10**9
-TIMEOUT_S = 30
-
-
-def expected_pcm(text: str, num_frames: int, seed: int | None = None) -> bytes:
-    return b"".join(pcm16(fake_audio(text, seed, i)).tobytes() for i in range(num_frames))
 
 
 def run_with(engine: FakeEngine, scenario, max_jobs: int = 8):

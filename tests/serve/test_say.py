@@ -10,8 +10,7 @@ import torch
 
 from checkpoints import TinyShape, build_tiny
 from csm_reference import reference_generate
-from fake_engine import FakeEngine, fake_audio, fake_codes
-from test_runner import expected_pcm
+from fake_engine import FakeEngine, expected_pcm, fake_audio, fake_codes
 from vox_serve import loading, say
 from vox_serve.audio import wav_file
 from vox_serve.config import Config

@@ -10,7 +10,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from checkpoints import build_tiny
-from test_api import OVERRIDES, SENDERS, SPOKEN, assert_refused
+from http_testing import OVERRIDES, SENDERS, SPOKEN, assert_refused
 from vox_serve.api import create_app
 from vox_serve.audio import pcm16, wav_file
 from vox_serve.config import Config

@@ -7,8 +7,8 @@ import torch
 
 from checkpoints import TinyShape, build_tiny
 from csm_reference import reference_generate
+from engine_testing import GREEDY, run, run_one
 from ops_testing import Target
-from test_engine import GREEDY, run, run_one
 from vox_serve import loading
 from vox_serve.engine import Request
 from vox_serve.loading import load_engine

@@ -7,11 +7,14 @@ import zlib
 import numpy as np
 import torch
 
+from vox_serve.audio import pcm16
 from vox_serve.engine import FrameOutput, Prompt, PromptTooLongError, Request
 
 NUM_CODEBOOKS = 4
 FRAME_SAMPLES = 1920
 MAX_TEXT_CHARS = 2000
+ENDLESS = 10**9
+TIMEOUT_S = 30
 
 
 def fake_audio(text: str, seed: int | None, frame: int) -> np.ndarray:
@@ -100,3 +103,7 @@ class FakeEngine:
             reason = "length"
         audio = fake_audio(request.text, request.sampling.seed, frame)
         return FrameOutput(request.id, fake_codes(request.text, frame), audio, reason)
+
+
+def expected_pcm(text: str, num_frames: int, seed: int | None = None) -> bytes:
+    return b"".join(pcm16(fake_audio(text, seed, i)).tobytes() for i in range(num_frames))

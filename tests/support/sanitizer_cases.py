@@ -9,25 +9,24 @@ results are held against the references, loosely: whether they are right is the 
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).parents[1] / "ops"))
-
-import test_append_kv
-import test_decode_attention
-import test_decode_backbone
-import test_decode_depth
-import test_embed_frames
-import test_linear
-import test_mimi_conv
-import test_mimi_convs
-import test_mimi_transformer
-import test_prefill_attention
-import test_sample_tokens
+from op_cases import (
+    append_kv,
+    decode_attention,
+    decode_backbone,
+    decode_depth,
+    embed_frames,
+    linear,
+    mimi_conv,
+    mimi_convs,
+    mimi_transformer,
+    prefill_attention,
+    sample_tokens,
+)
 from ops_testing import ALL_TARGETS, DTYPES, Target, reference
 from voxkern.quantize import FORMATS, pack
 
@@ -44,31 +43,29 @@ def cases() -> Iterator[tuple[str, tuple]]:
             yield "add_rms_norm", (x, residual, torch.ones(width, dtype=dtype), 1e-5)
             yield "silu_mul", (torch.randn(3, 2 * width).to(dtype),)
         for head_dim in (64, 34):
-            yield "append_kv", test_append_kv.case(9, 4, 2, head_dim, 16, dtype)
+            yield "append_kv", append_kv.case(9, 4, 2, head_dim, 16, dtype)
             shape = (4, 2, head_dim, 16, dtype)
-            yield "decode_attention", test_decode_attention.case([1, 0, 33, 300], *shape)
-            yield "prefill_attention", test_prefill_attention.case([70, 1, 0], [5, 63, 9], *shape)
-        yield "embed_frames", test_embed_frames.case(5, 5, 17, 40, 33, dtype)
-        yield "embed_frames", test_embed_frames.case(3, 4, 9, 12, 64, dtype)
+            yield "decode_attention", decode_attention.case([1, 0, 33, 300], *shape)
+            yield "prefill_attention", prefill_attention.case([70, 1, 0], [5, 63, 9], *shape)
+        yield "embed_frames", embed_frames.case(5, 5, 17, 40, 33, dtype)
+        yield "embed_frames", embed_frames.case(3, 4, 9, 12, 64, dtype)
         for rows, features, columns in ((1, 1056, 50), (3, 33, 7), (17, 256, 40), (70, 128, 24)):
-            yield "linear", test_linear.make((rows,), features, columns, dtype)
+            yield "linear", linear.make((rows,), features, columns, dtype)
         for packing in FORMATS:
             for rows in (1, 5, 20):
-                x, weight = test_linear.make((rows,), 160, 40, dtype)
+                x, weight = linear.make((rows,), 160, 40, dtype)
                 yield "linear", (x, pack(weight, packing))
         for vocab in (2051, 33):
-            parameters = test_sample_tokens.mixed_parameters(4, vocab)
+            parameters = sample_tokens.mixed_parameters(4, vocab)
             yield (
                 "sample_tokens",
-                test_sample_tokens.arguments(
-                    torch.randn(4, vocab).to(dtype), **parameters, codebook=3
-                ),
+                sample_tokens.arguments(torch.randn(4, vocab).to(dtype), **parameters, codebook=3),
             )
         for make, sizes in (
-            (lambda s, d: test_decode_backbone.make(s, d, [1, 40, 300]), test_decode_backbone),
-            (lambda s, d: test_decode_depth.make(s, d, 3), test_decode_depth),
+            (lambda s, d: decode_backbone.make(s, d, [1, 40, 300]), decode_backbone),
+            (lambda s, d: decode_depth.make(s, d, 3), decode_depth),
         ):
-            op = sizes.__name__.removeprefix("test_")
+            op = sizes.__name__.removeprefix("op_cases.")
             # Heads of 64, as CSM's are, go in vectors, and in decode_depth by another kernel.
             wide = replace(sizes.SIZES[0], D=64)
             for plain in (*sizes.SIZES[1:3], replace(wide, K=4) if hasattr(wide, "K") else wide):
@@ -77,26 +74,26 @@ def cases() -> Iterator[tuple[str, tuple]]:
                 arguments = sizes.packed(make(sizes.PACKED_SIZES[1], dtype), packing)
                 yield op, tuple(arguments.values())
         # As one kernel, of heads of 64 and of 128.
-        for packing in ({}, *test_decode_depth.PACKINGS[:2]):
-            sizes = test_decode_depth.PERSISTENT_SIZES
+        for packing in ({}, *decode_depth.PACKINGS[:2]):
+            sizes = decode_depth.PERSISTENT_SIZES
             if packing:
-                sizes = test_decode_depth.PACKED_PERSISTENT_SIZES
+                sizes = decode_depth.PACKED_PERSISTENT_SIZES
             for size, rows in zip(sizes, (1, 8), strict=True):
-                arguments = test_decode_depth.make(size, dtype, rows)
-                arguments = test_decode_depth.packed(arguments, packing)
+                arguments = decode_depth.make(size, dtype, rows)
+                arguments = decode_depth.packed(arguments, packing)
                 yield "decode_depth", (*arguments.values(), True)
         # One row, and more than 8, have packed kernels of their own; columns of several ranges.
-        sizes = replace(test_decode_backbone.PACKED_SIZES[0], L=1, F=544)
-        for packing in test_decode_backbone.PACKINGS[:2]:
+        sizes = replace(decode_backbone.PACKED_SIZES[0], L=1, F=544)
+        for packing in decode_backbone.PACKINGS[:2]:
             for rows in (1, 9):
-                arguments = test_decode_backbone.make(sizes, dtype, [3] * rows)
-                packed = test_decode_backbone.packed(arguments, packing)
+                arguments = decode_backbone.make(sizes, dtype, [3] * rows)
+                packed = decode_backbone.packed(arguments, packing)
                 yield "decode_backbone", tuple(packed.values())
-        yield "mimi_conv", tuple(test_mimi_conv.make(test_mimi_conv.SIZES[1], dtype).values())
-        yield "mimi_convs", tuple(test_mimi_convs.make(2, 3, dtype).values())
+        yield "mimi_conv", tuple(mimi_conv.make(mimi_conv.SIZES[1], dtype).values())
+        yield "mimi_convs", tuple(mimi_convs.make(2, 3, dtype).values())
     yield (
         "mimi_transformer",
-        tuple(test_mimi_transformer.make(test_mimi_transformer.SIZES[0], [3, 0]).values()),
+        tuple(mimi_transformer.make(mimi_transformer.SIZES[0], [3, 0]).values()),
     )
 
 
