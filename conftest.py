@@ -18,13 +18,13 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_generate_tests(metafunc) -> None:
-    """`target`, a backend on a device: the tests of an op run on each that is here and has it."""
+    """Parametrize `target` (a backend on a device): op tests run on each that has the op here."""
     if "target" in metafunc.fixturenames:
         op = metafunc.module.__name__.removeprefix("test_")
         metafunc.parametrize("target", targets(op if op in OPS else None), ids=str)
 
 
-# The tensors are tiny: torch's threads would only wait for each other.
+# With tensors this small, more torch threads would only wait for each other.
 torch.set_num_threads(1)
 
 
@@ -41,7 +41,7 @@ def _gpu_works_afterwards(request):
 
 @pytest.fixture(scope="session", autouse=True)
 def _auto_is_cpu():
-    """Tests say which device they mean, whatever this machine has."""
+    """`auto` means the CPU on every machine: a test that wants another device names it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "choose_device", lambda: "cpu")
         yield

@@ -1,6 +1,6 @@
-// planted NAME: launches one small kernel. "sound" has no bug; each of the others has one, which
-// one of compute-sanitizer's tools must find before it is believed to find none in the ops
-// (bench/gpu_sanitize.py says which).
+// planted NAME: launches one small kernel. "sound" has no bug; each of the others has one bug,
+// which a tool of compute-sanitizer must report before its clean report on the ops counts
+// (bench/gpu_sanitize.py has the pairs).
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -11,25 +11,25 @@ namespace {
 
 constexpr int kThreads = 64;
 
-// Each thread adds its neighbour's place to its own.
+// Each thread adds its neighbour's element to its own.
 __global__ void sound(const int* in, int* out) {
-  __shared__ int places[kThreads];
-  places[threadIdx.x] = in[threadIdx.x];
+  __shared__ int elements[kThreads];
+  elements[threadIdx.x] = in[threadIdx.x];
   __syncthreads();
-  out[threadIdx.x] = places[threadIdx.x] + places[(threadIdx.x + 1) % kThreads];
+  out[threadIdx.x] = elements[threadIdx.x] + elements[(threadIdx.x + 1) % kThreads];
 }
 
-// memcheck: the last thread writes behind the end of the memory.
+// memcheck: the last thread writes past the end of the allocation.
 __global__ void out_of_bounds(const int* in, int* out) { out[threadIdx.x + 1] = in[threadIdx.x]; }
 
-// racecheck: no barrier between the writes and the reads of other warps.
+// racecheck: no barrier separates the writes from other warps' reads.
 __global__ void shared_race(const int* in, int* out) {
-  __shared__ int places[kThreads];
-  places[threadIdx.x] = in[threadIdx.x];
-  out[threadIdx.x] = places[(threadIdx.x + kThreads / 2) % kThreads];
+  __shared__ int elements[kThreads];
+  elements[threadIdx.x] = in[threadIdx.x];
+  out[threadIdx.x] = elements[(threadIdx.x + kThreads / 2) % kThreads];
 }
 
-// synccheck: half of each warp waits at a barrier that the other half does not come by.
+// synccheck: half of each warp waits at a barrier that the other half never reaches.
 __global__ void divergent_barrier(const int* in, int* out) {
   if (threadIdx.x % 32 < 16) __syncthreads();
   out[threadIdx.x] = in[threadIdx.x];
@@ -37,7 +37,7 @@ __global__ void divergent_barrier(const int* in, int* out) {
   out[threadIdx.x] += out[(threadIdx.x + 1) % kThreads];
 }
 
-// initcheck: the second half of what is read was never written.
+// initcheck: reads the second half of the input, which was never written.
 __global__ void uninitialised(const int* in, int* out) {
   out[threadIdx.x] = in[threadIdx.x + kThreads];
 }

@@ -1,7 +1,8 @@
 """Tiny random CSM checkpoints, made with transformers and written in every known layout.
 
-`build_tiny` makes the model, `TinyCsm.write` a checkpoint folder of it. The weights are scaled so
-that logits lie far apart: greedy codes in float32 then do not hang on the order of a sum.
+`build_tiny` makes the model, `TinyCsm.write` writes a checkpoint folder of it. The weights are
+scaled so that logits lie far apart: greedy codes in float32 then do not depend on the order of
+additions.
 """
 
 import functools
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from tiny_parts import SPECIAL_TOKENS, force_stop, tiny_tokenizer
 
-# Such that every frequency within a tiny model's reach is scaled or smoothed.
+# Chosen so that llama3 scales or smooths every frequency that a tiny model's positions reach.
 BACKBONE_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -36,10 +37,10 @@ DEPTH_ROPE = {
 
 @dataclass(frozen=True)
 class TinyShape:
-    """Sizes of a tiny CSM. Heads times head_dim need not be dim, as in transformers."""
+    """Sizes of a tiny CSM. As in transformers, heads * head_dim may differ from dim."""
 
     num_codebooks: int = 4
-    audio_vocab_size: int = 67  # the codec's 64 codes and CSM's 3 more
+    audio_vocab_size: int = 67  # the codec's 64 codes and 3 that CSM adds
     layers: int = 2
     dim: int = 64
     heads: int = 6
@@ -59,11 +60,11 @@ class TinyShape:
 
 @dataclass(frozen=True)
 class TinyCsm:
-    """A tiny model and what is written of it.
+    """A tiny model and the contents of its checkpoint.
 
     Attributes:
         model: transformers' `CsmForConditionalGeneration`, float32, eval.
-        tensors: the model's tensors by the names of a HF file; both audio tables are in it.
+        tensors: the model's tensors by their names in a HF file, both audio tables included.
         config: config.json as transformers writes it.
         tokenizer: `tokenizers.Tokenizer`.
     """
@@ -86,17 +87,17 @@ class TinyCsm:
         """Write a checkpoint folder.
 
         Args:
-            folder: made if it is missing.
+            folder: created if missing.
             layout: "hf" (model.safetensors, HF names), "sharded" (the shards and index that
-                config.json's `transformers_weights` names, beside a decoy model.safetensors in
-                original names with other values), "original" (model.safetensors, original names)
+                config.json's `transformers_weights` names, next to a decoy model.safetensors with
+                original names and other values), "original" (model.safetensors, original names)
                 or "pickle" (ckpt.pt, original names).
             rope_spelling: "parameters" (`rope_parameters`) or "scaling" (`rope_scaling` and
                 `rope_theta`).
             audio_tables: "both", "backbone" or "depth", for the HF layouts.
             codec: "inside" (`codec_model.*`, the HF layouts only), "mimi" (mimi.safetensors, HF
                 names) or None.
-            dtype: of the CSM tensors in the files; the codec stays float32.
+            dtype: dtype of the CSM tensors in the files; the codec stays float32.
 
         Returns:
             `folder`.
@@ -160,16 +161,16 @@ def build_tiny(
 ) -> TinyCsm:
     """A tiny random CSM with a tiny Mimi (24 kHz, 1,920 samples per frame) inside.
 
-    Cached: leave the result as it is.
+    Cached: do not modify the result.
 
     Args:
         shape: sizes.
-        seed: of the weights.
+        seed: seed of the weights.
         rope: "llama3" (the real checkpoint's scaling) or "default" (none).
-        tied: one audio table for both transformers; otherwise two that differ.
-        stop_frame: whatever the prompt, greedy and sampled generation gives an all-zero frame at
-            this index and not before. None: (practically) never.
-        near_stop: at `stop_frame`, only the last codebook is not 0, which is no stop.
+        tied: both transformers share one audio table; otherwise there are two that differ.
+        stop_frame: for any prompt, greedy and sampled generation gives an all-zero frame at this
+            index and not before. None: practically never.
+        near_stop: at `stop_frame` every code but the last is 0, which is not a stop frame.
     """
     pytest.importorskip("transformers", reason="no transformers to make a checkpoint with")
     from transformers import CsmConfig, CsmForConditionalGeneration
@@ -228,7 +229,7 @@ def build_tiny(
     with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(seed)
         model = CsmForConditionalGeneration(config).eval().requires_grad_(False)
-        # The names in a file and those of the module differ for the codec: let transformers name.
+        # The codec's tensor names in a file differ from the module's: transformers writes them.
         model.save_pretrained(folder)
         written = json.loads((Path(folder) / "config.json").read_text())
         tensors = _separated(load_file(Path(folder) / "model.safetensors"), tied)
@@ -240,7 +241,7 @@ def build_tiny(
 
 
 def original_tensors(hf: dict[str, Tensor], shape: TinyShape) -> dict[str, Tensor]:
-    """CSM tensors in HF names -> the original (torchtune) names, rotary rows interleaved."""
+    """CSM tensors in HF names -> the original (torchtune) names, with interleaved rotary rows."""
     plain = {
         "embed_text_tokens.weight": "text_embeddings.weight",
         "backbone_model.embed_tokens.embed_audio_tokens.weight": "audio_embeddings.weight",
@@ -278,7 +279,7 @@ def original_tensors(hf: dict[str, Tensor], shape: TinyShape) -> dict[str, Tenso
 
 
 def _interleave(weight: Tensor, head_dim: int) -> Tensor:
-    """Half-split rotary rows -> interleaved: the inverse of CSM's conversion to HF."""
+    """Half-split rotary rows -> interleaved rows: the inverse of CSM's conversion to HF."""
     rows, width = weight.shape
     halves = weight.view(rows // head_dim, 2, head_dim // 2, width)
     return halves.transpose(1, 2).reshape(rows, width)
@@ -289,7 +290,7 @@ def _rope(scaled: dict, rope: str) -> dict:
 
 
 def _separated(tensors: dict[str, Tensor], tied: bool) -> dict[str, Tensor]:
-    """Redraw every tensor at a scale at which each layer matters and logits lie apart."""
+    """Redraw every tensor at a scale that lets each layer matter and keeps logits far apart."""
     depth_table = "depth_decoder.model.embed_tokens.weight"
     backbone_table = "backbone_model.embed_tokens.embed_audio_tokens.weight"
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -315,7 +316,7 @@ def _separated(tensors: dict[str, Tensor], tied: bool) -> dict[str, Tensor]:
         else:
             out[name] = noise / torch.Size(size[1:]).numel() ** 0.5
     for name in shapes:
-        if name.endswith("codebook.embed_sum"):  # so that the code vectors have unit scale
+        if name.endswith("codebook.embed_sum"):  # gives the code vectors unit scale
             out[name] *= out[name.replace("embed_sum", "cluster_usage")][:, None]
     if tied:
         out[depth_table] = out[backbone_table].clone()

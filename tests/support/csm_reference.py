@@ -1,6 +1,7 @@
-"""transformers' CSM, run step by step under Sesame's stop rule: what the engine is compared with.
+"""The engine's oracle: transformers' CSM, run step by step with Sesame's stop rule.
 
-Every call recomputes the whole sequence without a KV cache, so it shares no trick with the engine.
+Every call recomputes the whole sequence without a KV cache, so it shares no shortcut with the
+engine.
 """
 
 from typing import NamedTuple
@@ -10,13 +11,13 @@ from torch import Tensor
 
 
 class Trace(NamedTuple):
-    """What the reference computed for each generated frame, a stop frame left out.
+    """The reference's results for each generated frame, except a stop frame.
 
     Attributes:
         codes: `[N, K]` int64, greedy.
         hidden: `[N, C]`, the backbone's last hidden state after its norm.
         logits: `[N, K, V]`.
-        stopped: an all-zero frame ended it (otherwise `max_frames`).
+        stopped: an all-zero frame ended generation (otherwise `max_frames` did).
     """
 
     codes: Tensor
@@ -26,7 +27,7 @@ class Trace(NamedTuple):
 
 
 def reference_tokens(tokenizer, speaker: int, text: str) -> list[int]:
-    """`<|begin_of_text|>[speaker]text<|end_of_text|>`, special strings in the text left as text."""
+    """`<|begin_of_text|>[speaker]text<|end_of_text|>`, special strings in `text` as plain text."""
     tokenizer.encode_special_tokens = True
     ids = tokenizer.encode(f"[{speaker}]{text}", add_special_tokens=False).ids
     return [
@@ -37,7 +38,7 @@ def reference_tokens(tokenizer, speaker: int, text: str) -> list[int]:
 
 
 def reference_prompt(tiny, segments) -> Tensor:
-    """The backbone's input embeddings `[1, T, C]` for segments with `speaker, text, codes`."""
+    """The backbone's input embeddings `[1, T, C]` of segments with `speaker, text, codes`."""
     parts = []
     for segment in segments:
         ids = torch.tensor([reference_tokens(tiny.tokenizer, segment.speaker, segment.text)])
@@ -54,7 +55,7 @@ def reference_prompt(tiny, segments) -> Tensor:
 def reference_frame(model, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """One greedy frame from the backbone's hidden state `[C]`: codes `[K]`, logits `[K, V]`."""
     logits = [model.lm_head(hidden)]
-    codes = [0, int(logits[0].argmax())]  # position 0 is a place for the hidden state
+    codes = [0, int(logits[0].argmax())]  # position 0 is where the hidden state goes
     for _ in range(model.config.num_codebooks - 1):
         out = model.depth_decoder(
             input_ids=torch.tensor([codes]),

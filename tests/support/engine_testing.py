@@ -1,4 +1,4 @@
-"""Running an engine to the end of its requests, and the models and texts to run it on."""
+"""Runs an engine until its requests end; texts and model shapes for that."""
 
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -15,7 +15,11 @@ TEXTS = ["Hello there.", "Ünïcödé, Γειά, 你好, 🎧!", "a|b <|end_of_t
 
 
 def run(engine: Engine, *requests: Request, prompts: Sequence[Prompt] = ()) -> dict[str, tuple]:
-    """All requests at once, to their ends: codes `[N, K]`, audio `[N * 1920]`, reason, by id."""
+    """Run all requests together until they end.
+
+    Returns:
+        codes `[N, K]`, audio `[N * 1920]` and finish reason by request id.
+    """
     for request, prompt in zip_longest(requests, prompts):
         engine.add(request, prompt)
     codes = {request.id: [] for request in requests}
@@ -61,7 +65,7 @@ PACKABLE = TinyShape(heads=4, depth_dim=64, depth_kv_heads=2, depth_ffn=96)
 
 
 def share_of_equal_codes(spoken: dict[str, tuple], expected: dict[str, tuple]) -> float:
-    """Of those up to the first that differs in each utterance, itself included."""
+    """Share of equal codes among those up to and including each utterance's first difference."""
     same = different = 0
     for i, (codes, *_) in expected.items():
         equal = (spoken[i][0] == codes).flatten()

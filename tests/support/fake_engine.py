@@ -14,17 +14,19 @@ NUM_CODEBOOKS = 4
 FRAME_SAMPLES = 1920
 MAX_TEXT_CHARS = 2000
 ENDLESS = 10**9
+"""Frames of an utterance that outlasts any test."""
 TIMEOUT_S = 30
+"""Limit for a wait that a correct server ends at once."""
 
 
 def fake_audio(text: str, seed: int | None, frame: int) -> np.ndarray:
-    """`[1920]` float32 in -1 to 1."""
+    """Samples `[1920]`, float32 in -1 to 1."""
     key = zlib.crc32(f"{text}|{seed}|{frame}".encode())
     return np.random.default_rng(key).uniform(-1, 1, FRAME_SAMPLES).astype(np.float32)
 
 
 def fake_codes(text: str, frame: int) -> torch.Tensor:
-    """`[K]` int64, never all zero."""
+    """Codes `[K]` int64, never all zero."""
     return torch.arange(NUM_CODEBOOKS) + frame + len(text)
 
 
@@ -32,10 +34,10 @@ class FakeEngine:
     """`vox_serve.engine.Engine`'s interface; one frame per request and step.
 
     Args:
-        num_frames: frames of every utterance, unless `max_frames` ends it first.
+        num_frames: frames in every utterance, unless `max_frames` ends it earlier.
         max_batch_size: requests that share a step.
-        step_s: how long a step takes.
-        prepare_s: how long `prepare` takes.
+        step_s: duration of a step.
+        prepare_s: duration of `prepare`.
         fail_at_step: the step that raises RuntimeError.
     """
 
@@ -106,4 +108,5 @@ class FakeEngine:
 
 
 def expected_pcm(text: str, num_frames: int, seed: int | None = None) -> bytes:
+    """16-bit PCM of an utterance that a `FakeEngine` speaks."""
     return b"".join(pcm16(fake_audio(text, seed, i)).tobytes() for i in range(num_frames))

@@ -1,4 +1,4 @@
-"""Requests to the server in each encoding, and how it refuses them."""
+"""Requests to the server in each encoding, and a check of its refusals."""
 
 import json
 

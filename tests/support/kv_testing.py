@@ -1,4 +1,4 @@
-"""Paged caches for the attention tests: pages scattered, everything unused NaN or garbage."""
+"""Paged KV caches for the attention tests: pages in random order, unused entries NaN or garbage."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,10 @@ GARBAGE_PAGE = 2**31 - 1
 
 
 def paged(k: list[Tensor], v: list[Tensor], page_size: int, spare_pages: int = 3) -> tuple:
-    """`k_pages, v_pages, page_table, seq_lens` that hold sequences of `[length, Hkv, D]`.
+    """`k_pages, v_pages, page_table, seq_lens` that hold sequences `[length, Hkv, D]`.
 
-    Page numbers are a random permutation; unused pages, and the slots past a sequence's end, hold
-    NaN; entries of the table past it hold a number that no pool of pages has.
+    Page numbers are a random permutation. Unused pages and the slots past a sequence's end hold
+    NaN; table entries past its end hold a page number outside any pool.
     """
     lengths = [len(sequence) for sequence in k]
     used = [-(-length // page_size) for length in lengths]

@@ -1,4 +1,4 @@
-"""A server on a thread and a real socket."""
+"""The HTTP server on a real socket."""
 
 import http.client
 import json
@@ -14,7 +14,7 @@ from vox_serve.runner import Runner
 
 
 class LiveServer:
-    """A server on a thread, on a free port."""
+    """A server in its own thread, on a free port."""
 
     def __init__(self, engine: FakeEngine, **settings):
         config = Config(log_level="warning", **settings)
@@ -44,7 +44,7 @@ class LiveServer:
         return answer
 
     def post_raw(self, **body) -> socket.socket:
-        """A socket to which the request was written, and no answer read. It holds little."""
+        """A socket with the request sent and no response read. Its receive buffer is small."""
         content = json.dumps(body).encode()
         raw = socket.socket()
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)

@@ -1,4 +1,4 @@
-"""Random Mimi models of transformers and moshi, small and without the silence of fresh weights."""
+"""Small random Mimi models from transformers and moshi, with every part made audible."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def random_hf_mimi(seed: int = 0, **settings):
 
     Args:
         seed: of the weights.
-        settings: on top of `TINY`.
+        settings: config fields that override `TINY`.
     """
     from transformers import MimiConfig, MimiModel
 
@@ -40,14 +40,14 @@ def random_hf_mimi(seed: int = 0, **settings):
 
 
 def save_hf_mimi(folder: Path, seed: int = 0, **settings):
-    """Write `random_hf_mimi` to a folder as transformers does. Returns the model."""
+    """Save `random_hf_mimi` with transformers to a folder and return the model."""
     model = random_hf_mimi(seed, **settings)
     model.save_pretrained(folder)
     return model
 
 
 def random_moshi_mimi(seed: int = 0):
-    """moshi's MimiModel of the sizes of `TINY`, with random weights, in eval mode."""
+    """moshi's MimiModel in the sizes of `TINY`, with random weights, in eval mode."""
     from moshi.models.loaders import get_mimi
 
     width, dim = TINY["hidden_size"], TINY["codebook_dim"]
@@ -106,7 +106,7 @@ def random_moshi_mimi(seed: int = 0):
 
 
 def moshi_file_tensors(model) -> dict[str, Tensor]:
-    """moshi's tensors by the names of its published files."""
+    """moshi's tensors under the names that its published files use."""
     return {
         name.replace("in_projs.0.weight", "in_proj_weight").replace("out_projs.0.", "out_proj."): (
             tensor.contiguous()
@@ -137,7 +137,7 @@ def hf_encode(model, audio: Tensor, num_codebooks: int | None = None) -> Tensor:
 
 
 def assert_same_audio(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    """Largest error at most `tolerance` of the loudest sample, or of 1."""
+    """The largest error is at most `tolerance` times the loudest sample or 1, whichever is more."""
     assert actual.shape == expected.shape
     assert actual.dtype == torch.float32
     error = (actual - expected).abs().max().item()
@@ -145,7 +145,7 @@ def assert_same_audio(actual: Tensor, expected: Tensor, tolerance: float = 1e-5)
 
 
 def _liven(model) -> None:
-    """Make every part audible: fresh layer scales and codebooks hide the transformers."""
+    """Redraw weights whose initial values (layer scales, codebooks) would mute the transformers."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "layer_scale" in name:
@@ -160,6 +160,6 @@ def _liven(model) -> None:
                 buffer[-1] *= 1e-6
             elif name.endswith("cluster_usage"):
                 buffer.uniform_(0.5, 2.0)
-                buffer[-1] = 1e-9  # below the floor of the division
+                buffer[-1] = 1e-9  # below the floor that the division clamps to
             elif name.endswith("initialized"):
                 buffer.fill_(1.0)

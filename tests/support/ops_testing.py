@@ -1,4 +1,4 @@
-"""What the op tests share: where to run, how near to the reference a result must be."""
+"""Shared by the op tests: targets (backend and device), tolerances, checks."""
 
 import os
 import sys
@@ -13,16 +13,16 @@ from voxkern.backend import has_kernel, implementation, why_missing
 
 DTYPES = (torch.float32, torch.bfloat16)
 
-# Reference and kernel accumulate in float32 in different orders, then round once: a few units in
-# the last place of float32, one of bfloat16 (2^-8 relative, where the two fall on either side of
-# a rounding boundary). The absolute part covers sums that cancel.
+# Reference and kernel accumulate in float32 in different orders, then round once: they differ by a
+# few ulps in float32 and by one in bfloat16 (2^-8 relative, if a rounding boundary lies between
+# them). The absolute part covers sums that cancel.
 TOLERANCE = {
     torch.float32: {"rtol": 2e-5, "atol": 2e-5},
     torch.bfloat16: {"rtol": 2**-7, "atol": 2**-8},
 }
 
 
-# The CUDA kernels, built for the host (tests/simt): ops of the namespace voxkern_simt.
+# The CUDA kernels compiled for the host (tests/simt), as ops of the namespace voxkern_simt.
 SIMT_LIBRARY = Path(
     os.environ.get("VOXKERN_SIMT_LIBRARY")
     or Path(__file__).parents[2] / "build" / "simt" / "tests" / "simt" / "voxkern_simt.so"
@@ -40,7 +40,7 @@ class Target:
         return f"{self.backend}-{self.device}"
 
     def why_missing(self, op: str | None = None) -> str | None:
-        """None if op `op`, or any, can run here, else the reason."""
+        """None if op `op` (any op if None) can run here, otherwise the reason."""
         if self.device == "cuda" and not torch.cuda.is_available():
             return "no CUDA device"
         if self.backend != "simt":
@@ -52,14 +52,14 @@ class Target:
         return None
 
     def few(self, count: int) -> int:
-        """`count`, or less: a quarter of it where every thread of a kernel is a fiber, a sixteenth
-        where every operation of a kernel is some of Python's."""
+        """`count` reduced for slow targets: to a quarter where each CUDA thread is a fiber, to a
+        sixteenth where Triton's interpreter runs each operation in Python."""
         if self.backend == "simt":
             return count // 4
         return -(-count // 16) if self.interpreted else count
 
     def at_most(self, limit: int, size: int) -> int:
-        """`size`, or `limit` if that is less and every program of a launch takes long."""
+        """`size`, capped at `limit` under Triton's interpreter, where each program is slow."""
         return min(limit, size) if self.interpreted else size
 
     @property
@@ -67,7 +67,8 @@ class Target:
         return (self.backend, self.device) == ("triton", "cpu")
 
     def run(self, name: str, *args):
-        """Call op `name` here; its CPU arguments, mutated ones too, and result are on the CPU."""
+        """Call op `name` on this target. Takes CPU arguments, updates mutated ones in place and
+        returns a CPU result."""
         if self.backend == "simt":
             function = getattr(torch.ops.voxkern_simt, name).default
         else:
@@ -79,23 +80,23 @@ class Target:
         return result.cpu() if isinstance(result, Tensor) else result
 
     def move(self, args: Sequence) -> tuple[list, list[tuple[Tensor, Tensor]]]:
-        """CPU arguments on the target's device, and what to copy back to have changes here."""
+        """CPU arguments on the target's device, and (here, there) pairs to copy changes back."""
         if self.device == "cpu":
             return list(args), []
         return moved(args, lambda memory: memory.to(self.device))
 
 
 def moved(args: Sequence, copy: Callable) -> tuple[list, list[tuple[Tensor, Tensor]]]:
-    """Arguments in other memory: views stay views, and those of one memory share the other.
+    """Arguments in copied memory. Views stay views; tensors that share memory share the copy.
 
-    So strides, offsets, alignment and overlap are on a GPU what a test made them on the CPU.
+    So strides, offsets, alignment and overlap on a GPU are those that the test chose on the CPU.
 
     Args:
-        args: tensors, lists of tensors, anything else.
-        copy: from all bytes of a storage to the same bytes elsewhere.
+        args: tensors, lists of tensors, or anything else, which is passed through.
+        copy: copies all bytes of a storage to other memory.
 
     Returns:
-        The arguments, and a pair of bytes, here and there, for each storage.
+        The arguments, and for each storage the pair (its bytes, their copy).
     """
     pairs: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -123,18 +124,18 @@ ALL_TARGETS = [
 
 
 def targets(op: str | None = None) -> list[Target]:
-    """Where `op` can run on this machine; pytest's header says why it lacks other targets."""
+    """Targets that can run `op` on this machine. pytest's header says why the others cannot."""
     return [target for target in ALL_TARGETS if target.why_missing(op) is None]
 
 
 def reference(name: str, *args):
-    """Op `name` by its specification."""
+    """Result of op `name`'s reference implementation."""
     return implementation(name, "reference")(*args)
 
 
 def end_if_gpu_is_broken(test: str) -> None:
-    """Ends the process if a kernel's fault has left CUDA unusable: the tests behind would all fail
-    for the fault of this one. pytest-xdist then names it, and goes on in another process."""
+    """End the process if a kernel's fault has left CUDA unusable: every later test would fail for
+    the fault of this one. pytest-xdist then reports this test and continues in a new process."""
     if not torch.cuda.is_initialized():
         return
     try:
@@ -149,7 +150,7 @@ def assert_close(got: Tensor, expected: Tensor) -> None:
 
 
 def opcheck(name: str, *args) -> None:
-    """Schema, mutation and fake kernel of the native op agree with what it does, on each device."""
+    """Check the native op's schema, mutations and fake kernel against its behaviour."""
     for target in targets(name):
         if target.backend == "native":
             args_there = tuple(target.move(args)[0])

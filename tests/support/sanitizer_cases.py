@@ -1,9 +1,9 @@
-"""Every op once or a few times on small cases, in one process: what compute-sanitizer watches.
+"""Small cases of every op in one process, for compute-sanitizer to watch.
 
     python tests/support/sanitizer_cases.py native-cuda|native-cpu|simt-cpu
 
-The cases are the op tests' own, few and small, for the tools slow a kernel down a hundredfold;
-results are held against the references, loosely: whether they are right is the op tests' matter.
+The cases use the op tests' arguments. They are few and small because the tools slow a kernel down a
+hundredfold. Results are compared with the references loosely; correctness is the op tests' job.
 """
 
 import sys
@@ -31,11 +31,11 @@ from ops_testing import ALL_TARGETS, DTYPES, Target, reference
 from voxkern.quantize import FORMATS, pack
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.03}
-"""Of the norm of a difference, as a share of the reference's."""
+"""Bounds on the norm of the difference, relative to the norm of the reference."""
 
 
 def cases() -> Iterator[tuple[str, tuple]]:
-    """Names of ops and their arguments."""
+    """Pairs of an op's name and arguments."""
     for dtype in DTYPES:
         for width in (64, 33):
             x, residual = torch.randn(2, 3, width).to(dtype)
@@ -66,14 +66,14 @@ def cases() -> Iterator[tuple[str, tuple]]:
             (lambda s, d: decode_depth.make(s, d, 3), decode_depth),
         ):
             op = sizes.__name__.removeprefix("op_cases.")
-            # Heads of 64, as CSM's are, go in vectors, and in decode_depth by another kernel.
+            # Heads of 64, CSM's width, are read as vectors, and use another kernel in decode_depth.
             wide = replace(sizes.SIZES[0], D=64)
             for plain in (*sizes.SIZES[1:3], replace(wide, K=4) if hasattr(wide, "K") else wide):
                 yield op, tuple(make(plain, dtype).values())
             for packing in sizes.PACKINGS[:2]:
                 arguments = sizes.packed(make(sizes.PACKED_SIZES[1], dtype), packing)
                 yield op, tuple(arguments.values())
-        # As one kernel, of heads of 64 and of 128.
+        # The whole frame as one persistent kernel, with heads of 64 and of 128.
         for packing in ({}, *decode_depth.PACKINGS[:2]):
             sizes = decode_depth.PERSISTENT_SIZES
             if packing:
@@ -82,7 +82,7 @@ def cases() -> Iterator[tuple[str, tuple]]:
                 arguments = decode_depth.make(size, dtype, rows)
                 arguments = decode_depth.packed(arguments, packing)
                 yield "decode_depth", (*arguments.values(), True)
-        # One row, and more than 8, have packed kernels of their own; columns of several ranges.
+        # 1 row and more than 8 rows have packed kernels of their own; F spans several ranges.
         sizes = replace(decode_backbone.PACKED_SIZES[0], L=1, F=544)
         for packing in decode_backbone.PACKINGS[:2]:
             for rows in (1, 9):
@@ -113,7 +113,7 @@ def check(op: str, got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 
 def run(target: Target) -> dict[str, int]:
-    """How often each op ran there; those that it has no kernel for are left out."""
+    """Run the cases there; returns the number of calls by op. Ops without a kernel are left out."""
     torch.manual_seed(0)
     ran: dict[str, int] = {}
     for op, args in cases():
@@ -122,7 +122,7 @@ def run(target: Target) -> dict[str, int]:
         expected = reference(op, *(copied(a) for a in args))
         try:
             got = target.run(op, *args)
-        except pytest.skip.Exception:  # packed weights, which no kernel takes yet
+        except pytest.skip.Exception:  # packed weights that no kernel supports yet
             continue
         dtypes = {a.dtype for a in args if isinstance(a, Tensor)}
         dtype = torch.bfloat16 if torch.bfloat16 in dtypes else torch.float32
@@ -136,7 +136,7 @@ def run(target: Target) -> dict[str, int]:
 
 def main(name: str) -> int:
     (target,) = [target for target in ALL_TARGETS if str(target) == name]
-    torch.set_num_threads(1)  # four tools side by side run one each
+    torch.set_num_threads(1)  # the four tools run side by side, one process each
     if reason := target.why_missing():
         print(f"{target}: {reason}")
         return 1

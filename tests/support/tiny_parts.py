@@ -4,12 +4,12 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-# The first two are Llama 3's; the others are what CSM calls two of Llama's reserved tokens.
+# The first two are Llama 3's; the others are CSM's names for two of Llama's reserved tokens.
 SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|AUDIO|>", "<|audio_eos|>")
 
 
 def tiny_tokenizer() -> Tokenizer:
-    """A byte-level BPE tokenizer with some merges and Llama 3's way of adding a BOS."""
+    """A byte-level BPE tokenizer with a few merges, which prepends a BOS as Llama 3's does."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -35,18 +35,18 @@ def force_stop(
 ) -> None:
     """Change CSM weights in place so that generation gives an all-zero frame at index `frame`.
 
-    Whatever the prompt. Some channels of the residual streams are taken out of every layer's
-    reach. In the backbone, one channel per state says how many frames there were: text writes
-    state 0, and codebook 0's codes fall into classes, of which state j allows only class j + 1,
-    whose audio rows write state j + 1. State `frame` allows only code 0. In the depth decoder, one
-    channel says whether the code before was 0, and lets the next be 0 only then.
+    This holds for any prompt. A few channels of the residual streams are made unwritable for all
+    layers. In the backbone they are a counter of frames, one channel per state: text sets state 0;
+    codebook 0's codes are divided into classes, state j allows only class j + 1, and that class's
+    audio rows set state j + 1. State `frame` allows only code 0. In the depth decoder, one channel
+    flags that the previous code was 0, and only then can the next one be 0.
 
     Args:
-        tensors: by HF names; the two audio tables may be one tensor or two equal ones.
+        tensors: by HF names; the two audio tables may be one tensor or two equal tensors.
         num_codebooks: K.
         frame: at least 0.
-        near: the last codebook (all but) never gives 0, so the frame is no stop, and generation
-            goes on.
+        near: the last codebook practically never gives 0, so the frame is not a stop frame and
+            generation continues.
     """
     if frame < 0:
         raise ValueError(f"frame: {frame} is negative")
@@ -80,7 +80,7 @@ def force_stop(
             continue
         rows = tensors[name].view(num_codebooks, vocab_size, dim)
         rows[..., : zero + 1] = 0
-        # A frame's rows add up to sqrt(K) times one row: so much must the state stand out.
+        # The sum of a frame's K rows is about sqrt(K) times one row; the state must exceed that.
         rows[0, torch.arange(1, vocab_size), classes[1:]] = 4 * num_codebooks**0.5
         if frame == 0:
             rows[0, :, 0] = 0

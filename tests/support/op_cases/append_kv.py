@@ -10,7 +10,7 @@ def rope_table(max_positions: int, head_dim: int, theta: float = 1e4) -> torch.T
 
 
 def case(tokens, heads, kv_heads, head_dim, page_size, dtype=torch.float32, max_positions=2048):
-    """Arguments with q, k, v views of one projection, pages full of NaN, distinct slots."""
+    """append_kv's arguments: q, k, v are views of one projection, pages are NaN, slots distinct."""
     num_pages = -(-tokens // page_size) + 2
     qkv = torch.randn(tokens, heads + 2 * kv_heads, head_dim).to(dtype)
     pages = torch.full((2, num_pages, kv_heads, page_size, head_dim), float("nan"), dtype=dtype)

@@ -11,7 +11,7 @@ from voxkern.quantize import pack
 
 @dataclass(frozen=True)
 class Sizes:
-    """A backbone over pages of S, in the letters of `voxkern.ops`."""
+    """Sizes of a backbone with pages of S tokens, in the letters of `voxkern.ops`."""
 
     L: int
     C: int
@@ -35,7 +35,7 @@ PACKINGS = [
     {"qkv": "int4", "down": "int8"},
     {"o": "int8", "gate_up": "int4"},
 ]
-# 96 rows of qkv, and 108: those do not fill their last block.
+# qkv has 96 rows, and 108, which do not fill the last block.
 PACKED_SIZES = [
     Sizes(L=2, C=96, F=160, Hq=4, Hkv=2, D=16, S=16),
     Sizes(L=1, C=32, F=32, Hq=16, Hkv=1, D=6, S=5),
@@ -43,7 +43,7 @@ PACKED_SIZES = [
 
 
 def make(sizes: Sizes, dtype: torch.dtype, lengths: list[int]) -> dict:
-    """decode_backbone's arguments; the new tokens' slots hold NaN, like all that is not used."""
+    """decode_backbone's arguments; the new tokens' slots hold NaN, as do all unused ones."""
     s, rows = sizes, len(lengths)
 
     def normal(*shape: int) -> Tensor:
@@ -52,7 +52,7 @@ def make(sizes: Sizes, dtype: torch.dtype, lengths: list[int]) -> dict:
     def norm(*shape: int) -> Tensor:
         return (1 + 0.1 * torch.randn(shape)).to(dtype)
 
-    # A page number means the same page in all layers: their heads side by side make the pages.
+    # A page number means the same page in all layers, so all layers' heads are paged together.
     heads = max(s.L, 1) * s.Hkv
     k, v = (random_sequences(lengths, heads, s.D, dtype) for _ in range(2))
     for sequence in (*k, *v):

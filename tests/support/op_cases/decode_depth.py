@@ -10,7 +10,7 @@ from voxkern.quantize import pack
 
 @dataclass(frozen=True)
 class Sizes:
-    """A depth decoder, in the letters of `voxkern.ops`."""
+    """Sizes of a depth decoder, in the letters of `voxkern.ops`."""
 
     K: int
     V: int
@@ -32,12 +32,12 @@ SIZES = [
     Sizes(K=33, V=35, L=1, Cb=40, C=40, F=40, Hq=2, Hkv=2, D=64),
     Sizes(K=6, V=35, L=1, Cb=40, C=40, F=40, Hq=4, Hkv=2, D=128),
 ]
-# Not all in multiples of 16; 41 codes and 108 rows of qkv do not fill their last block.
+# Not all multiples of 16: 41 codes, and 108 rows of qkv, do not fill the last block.
 PACKED_SIZES = [
     Sizes(K=32, V=41, L=2, Cb=64, C=96, F=160, Hq=4, Hkv=2, D=16),
     Sizes(K=6, V=33, L=1, Cb=32, C=32, F=32, Hq=16, Hkv=1, D=6),
 ]
-# What a kernel of its own may make a whole frame of: columns in vectors of 16 bytes, or packed.
+# Sizes that the persistent kernel supports: columns are whole 16-byte vectors, or packed.
 PERSISTENT_SIZES = [
     Sizes(K=4, V=35, L=2, Cb=40, C=72, F=104, Hq=5, Hkv=1, D=64),
     Sizes(K=3, V=35, L=1, Cb=24, C=40, F=48, Hq=2, Hkv=2, D=128),
@@ -60,7 +60,7 @@ WEIGHTS = (
 
 
 def make(sizes: Sizes, dtype: torch.dtype, rows: int = 3) -> dict:
-    """decode_depth's arguments. Logits have a deviation of some 5, so choices are clear-cut."""
+    """decode_depth's arguments. Logits have a standard deviation of about 5: choices are clear."""
     s = sizes
 
     def normal(*shape: int) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 
 
 def case(tokens, codebooks, vocab_size, text_vocab_size, dim, dtype=torch.float32):
-    """Random frames; every masked entry holds an id that is in no table."""
+    """embed_frames' arguments; every masked entry holds an id outside both tables."""
     frames = torch.randint(vocab_size, (tokens, codebooks + 1))
     frames[:, -1] = torch.randint(text_vocab_size, (tokens,))
     mask = torch.rand(tokens, codebooks + 1) < 0.7

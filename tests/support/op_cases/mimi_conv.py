@@ -9,7 +9,7 @@ from voxkern.quantize import block_rows
 
 @dataclass(frozen=True)
 class Sizes:
-    """In the letters of `voxkern.ops`; J taps."""
+    """Sizes in the letters of `voxkern.ops`; J taps."""
 
     B: int
     T: int
@@ -35,7 +35,7 @@ SIZES = [
 
 
 def make(s: Sizes, dtype=torch.float32, add=True, elu=True) -> dict:
-    """mimi_conv's arguments; the weight keeps results near 1."""
+    """mimi_conv's arguments, with a weight scaled to keep results near 1."""
     weight = torch.randn(s.N, s.J * s.C) / (s.J * s.C) ** 0.5
     return {
         "x": torch.randn(s.B, s.T, s.C),

@@ -4,7 +4,7 @@ import torch
 
 from voxkern.quantize import block_rows
 
-# value taken, value added, dilation, ELU, block in, block out, replicate; width in and out, taps.
+# (input value, added value, dilation, ELU, block in, block out, replicate), (width in, out, taps).
 CHAIN = [
     ((0, -1, 1, 0, 2, 1, 1), (12, 20, 3)),
     ((1, -1, 3, 1, 1, 1, 1), (20, 8, 2)),
@@ -15,7 +15,7 @@ CHAIN = [
 
 
 def make(batch: int, blocks: int, dtype=torch.float32) -> dict:
-    """mimi_convs' arguments; every other stream begins."""
+    """mimi_convs' arguments; every other stream is new."""
     past, weights, biases = [], [], []
     for (_, _, dilation, *_), (width, out, taps) in CHAIN:
         weight = torch.randn(out, taps * width) / (taps * width) ** 0.5

@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sizes:
-    """In the letters of `voxkern.ops`; W keys in a window."""
+    """Sizes in the letters of `voxkern.ops`; a window has W keys."""
 
     T: int
     C: int
@@ -33,8 +33,8 @@ SIZES = [
 
 
 def make(s: Sizes, positions: list[int], room: int = 0) -> dict:
-    """mimi_transformer's arguments, in rings that hold `room` steps more than they must. What no
-    query sees is NaN, like the new keys' slots."""
+    """mimi_transformer's arguments, with rings `room` steps longer than needed. Slots that no query
+    sees hold NaN, as do the new keys' slots."""
 
     def matrix(*shape: int) -> Tensor:
         return torch.randn(shape) / shape[-1] ** 0.5

@@ -16,7 +16,7 @@ def arguments(
     frames=0,
     codebook=0,
 ) -> tuple:
-    """The op's arguments; what is no tensor holds for every row."""
+    """sample_tokens' arguments; a scalar applies to every row."""
     rows = logits.shape[0]
 
     def column(value, dtype: torch.dtype) -> Tensor:
