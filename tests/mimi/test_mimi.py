@@ -53,14 +53,14 @@ SHAPES = {
 
 @pytest.fixture(scope="module", params=SHAPES)
 def pair(request, tmp_path_factory):
-    """A random model of transformers, and ours from its file."""
+    """A random transformers model, and ours loaded from its file."""
     folder = tmp_path_factory.mktemp(request.param)
     return save_hf_mimi(folder, **SHAPES[request.param]), load_mimi(folder)
 
 
 @pytest.fixture(scope="module")
 def real_window(tmp_path_factory):
-    """A small model whose window is the real one: 250 steps, 125 frames."""
+    """A small model with the real attention window: 250 steps, 125 frames."""
     folder = tmp_path_factory.mktemp("window")
     return save_hf_mimi(folder, sliding_window=250), load_mimi(folder)
 
@@ -78,7 +78,7 @@ def _seed():
 
 
 def stream(mimi, codes, chunks, state=None):
-    """Decode in chunks of the given sizes, the last one repeated."""
+    """Decode in chunks of these sizes; the last size repeats."""
     state = mimi.init_state(codes.shape[0]) if state is None else state
     chunks, parts = list(chunks), []
     while codes.shape[1]:
@@ -111,7 +111,7 @@ def test_stream_far_past_the_window(real_window, chunks):
     assert_same_audio(mimi.decode(codes), expected)
 
 
-def test_moshi_decodes_the_same(moshi_pair):
+def test_decode_equals_moshi(moshi_pair):
     moshi, mimi = moshi_pair
     codes = random_codes(2, 30)
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_moshi_decodes_the_same(moshi_pair):
 
 
 @pytest.mark.parametrize("samples", [1, 15, 16, 17, 16 * 30 - 1])
-def test_moshi_encodes_the_same_at_any_length(moshi_pair, samples):
+def test_encode_equals_moshi_at_any_length(moshi_pair, samples):
     moshi, mimi = moshi_pair
     audio = torch.randn(2, samples) * 0.3
     with torch.no_grad():
@@ -173,8 +173,8 @@ def test_codes_outside_a_codebook_are_clamped(pair):
 
 @pytest.mark.parametrize("chunks", [[1], [3], [1, 7, 0, 2, 11]])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_stream_is_the_whole_bit_for_bit(tmp_path, precision, chunks):
-    """Beside any other stream, too; 32 columns make some matrices pack."""
+def test_a_stream_equals_the_whole_decode_bit_for_bit(tmp_path, precision, chunks):
+    """In any batch, too. With 32 columns, some matrices are packed in int8."""
     save_hf_mimi(tmp_path)
     mimi = load_mimi(tmp_path, precision)
     codes = random_codes(3, 25)
@@ -184,7 +184,7 @@ def test_stream_is_the_whole_bit_for_bit(tmp_path, precision, chunks):
 
 
 @pytest.mark.parametrize(("precision", "least_db"), [("bfloat16", 35), ("int8", 30)])
-def test_lower_precision_is_near_the_exact_one(tmp_path, precision, least_db):
+def test_lower_precision_is_near_float32(tmp_path, precision, least_db):
     save_hf_mimi(tmp_path, hidden_size=64, intermediate_size=96, upsample_groups=64)
     exact, mimi = load_mimi(tmp_path), load_mimi(tmp_path, precision)
     matrices = [w.dtype for w in mimi.decoder.transformer.weights if w.dtype != torch.float32]
@@ -205,7 +205,7 @@ def test_unknown_precision_is_named(tmp_path):
         load_mimi(tmp_path, "int4")
 
 
-def test_later_codes_do_not_reach_back(pair):
+def test_decoding_is_causal(pair):
     _, mimi = pair
     codes = random_codes(1, 18)
     changed = codes.clone()
@@ -216,7 +216,7 @@ def test_later_codes_do_not_reach_back(pair):
     assert not torch.equal(before[:, split:], after[:, split:])
 
 
-def test_nothing_to_do(pair):
+def test_empty_inputs(pair):
     _, mimi = pair
     assert mimi.decode(random_codes(2, 0)).shape == (2, 0)
     assert mimi.decode(random_codes(0, 3)).shape == (0, 3 * mimi.config.frame_samples)

@@ -1,4 +1,4 @@
-"""Finding, naming and checking codec checkpoints."""
+"""Finding codec checkpoints, mapping their tensor names, checking their contents."""
 
 import json
 
@@ -132,13 +132,13 @@ def test_sizes_from_the_tensors(tmp_path, settings):
     (tmp_path / "config.json").unlink()
     (tmp_path / "model.safetensors").rename(tmp_path / "mimi.safetensors")
     mimi = load_mimi(tmp_path)
-    # Rates cannot be seen in a tensor; samples per frame can.
+    # Tensor shapes give samples per frame, not rates.
     assert mimi.config.frame_samples == expected.frame_samples
     codes = random_codes(1, 9)
     assert_same_audio(mimi.decode(codes), hf_decode(hf, codes))
 
 
-def test_which_file_of_a_folder(tmp_path, folder, tensors):
+def test_choice_of_file_in_a_folder(tmp_path, folder, tensors):
     assert find_codec_file(folder) == folder / "model.safetensors"
     csm = {"model_type": "csm", "codec_config": {**TINY, "model_type": "mimi"}}
     write_json(tmp_path / "config.json", csm)
@@ -181,7 +181,7 @@ def test_moshi_names_equal_transformers(tmp_path):
     write_json(tmp_path / "config.json", {"codec_config": TINY})
     mimi = load_mimi(tmp_path)
 
-    # Our names are transformers' names: its own loader must find every tensor there.
+    # Our names are transformers' names: its own loader must find every tensor.
     from vox_serve.mimi import checkpoint
 
     named = {

@@ -1,4 +1,4 @@
-"""Streams of the codec in the rows of one state, against each of them alone."""
+"""Codec streams in rows of one state, compared with each stream alone."""
 
 import pytest
 import torch
@@ -28,13 +28,13 @@ def mimi(folder):
 
 
 def on(device: str, folder, mimi: Mimi) -> Mimi:
-    """The codec of a folder on another device."""
+    """The codec on another device."""
     tensors = load_file(folder / "model.safetensors")
     return Mimi(mimi.config, {name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 def frames_of(mimi: Mimi, codes: Tensor) -> Tensor:
-    """Whole decoding, `[B, N, frame_samples]`."""
+    """Audio of a whole decode, `[B, N, frame_samples]`."""
     return mimi.decode(codes).unflatten(1, (codes.shape[1], -1))
 
 
@@ -66,8 +66,7 @@ def test_rows_at_different_positions(mimi):
 
 
 def test_rows_come_and_go(mimi):
-    """As in an engine: the live streams are the first rows; one that ends leaves its row to the
-    last."""
+    """As in an engine, live streams are the first rows; the last one moves into a freed row."""
     codes = random_codes(3, 30)
     whole = frames_of(mimi, codes)
     state, done = mimi.init_state(3), [0, 0, 0]
@@ -90,7 +89,7 @@ def test_rows_come_and_go(mimi):
     advance([2, 1, 0], 10)
 
 
-def test_a_new_stream_hears_nothing_of_what_was_in_its_row(mimi):
+def test_a_new_stream_ignores_its_rows_old_contents(mimi):
     codes = random_codes(2, 20)
     state = mimi.init_state(2)
     for part in (state.keys, state.values, *state.lefts):
@@ -101,8 +100,8 @@ def test_a_new_stream_hears_nothing_of_what_was_in_its_row(mimi):
     assert torch.equal(mimi.decode_step(codes, state), mimi.decode(codes))
 
 
-def test_a_step_waits_for_nothing(folder, mimi, monkeypatch):
-    """So a CUDA graph can hold it: on a device without memory it can look at no value."""
+def test_a_step_reads_no_value_on_the_host(folder, mimi, monkeypatch):
+    """So a CUDA graph can capture it. The meta device has no values to read."""
     monkeypatch.setattr("voxkern.backend.backend_for", lambda *_: "reference")
     nowhere = on("meta", folder, mimi)
     codes = torch.empty(2, 4, 8, dtype=torch.int64, device="meta")
@@ -112,11 +111,11 @@ def test_a_step_waits_for_nothing(folder, mimi, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_cuda_graph_holds_a_step(folder, mimi):
+def test_a_cuda_graph_captures_a_step(folder, mimi):
     there = on("cuda", folder, mimi)
     codes, state = random_codes(2, 30).cuda(), there.init_state(3)
     now, streams = codes[:, :1].clone(), state.first(2)
-    there.decode_step(now, streams)  # sets up what ops need that first run
+    there.decode_step(now, streams)  # warms up the ops before the capture
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

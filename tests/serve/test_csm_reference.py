@@ -1,4 +1,4 @@
-"""The yardstick itself: our step-by-step reference against transformers' own `generate`."""
+"""The engine's oracle, csm_reference, against transformers' own `generate`."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from vox_serve.prompt import Segment
 
 
 def generated(tiny, text: str, frames: int) -> torch.Tensor:
-    """Greedy codes of transformers' `generate`, `[N, K]`; it keeps its stop frame."""
+    """Greedy codes `[N, K]` of transformers' `generate`, stop frame included."""
     ids = torch.tensor([reference_tokens(tiny.tokenizer, 0, text)])
     return tiny.model.generate(
         input_ids=ids,
@@ -51,7 +51,7 @@ def test_reference_is_transformers_greedy(options, text):
 
 @pytest.mark.parametrize("num_codebooks", [4, 32])
 @pytest.mark.parametrize("stop_frame", [0, 1, 3])
-def test_stop_comes_whatever_the_prompt(num_codebooks, stop_frame):
+def test_the_stop_frame_does_not_depend_on_the_prompt(num_codebooks, stop_frame):
     tiny = build_tiny(TinyShape(num_codebooks=num_codebooks), stop_frame=stop_frame)
     context = Segment(1, "before", torch.randint(0, 64, (4, num_codebooks)))
     for segments in ([Segment(0, "a")], [Segment(1, "a longer text")], [context, Segment(0, "b")]):
@@ -60,8 +60,8 @@ def test_stop_comes_whatever_the_prompt(num_codebooks, stop_frame):
         assert codes.any(dim=1).all()
 
 
-def test_near_stop_goes_on():
-    """All codebooks but the last are 0: transformers stops there, Sesame does not."""
+def test_generation_continues_after_a_near_stop():
+    """All codebooks but the last are 0: transformers stops there, Sesame's code does not."""
     tiny = build_tiny(stop_frame=1, near_stop=True)
     ours = reference_trace(tiny, [Segment(0, "hello there")], 4)
     assert not ours.stopped

@@ -1,4 +1,4 @@
-"""The engine, the programs and the server on a GPU, against themselves on the CPU."""
+"""The engine, the command line and the server on a GPU, compared with the same on the CPU."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -37,7 +37,7 @@ NUM_FRAMES = 12
 
 @pytest.fixture(params=["native", "triton"])
 def backend(request) -> str:
-    """One of those that make a GPU worth it."""
+    """A backend with GPU kernels."""
     if reason := why_missing(request.param, "cuda"):
         pytest.skip(reason)
     return request.param
@@ -58,13 +58,13 @@ def requests(sampling, context=()) -> list[Request]:
 def spoken(
     folder: str, device: str, asked: list[Request], quantize: str = "none"
 ) -> dict[str, tuple]:
-    """By an engine of its own, in float32."""
+    """The results of a new float32 engine."""
     engine = load_engine(folder, device=device, dtype="float32", quantize=quantize)
     return run(engine, *asked)
 
 
 def test_every_op_has_a_kernel(backend):
-    """On the backend that was asked for, so that a frame of it is a graph."""
+    """The requested backend serves every op: a frame then fits in one CUDA graph."""
     assert {on(backend, backend_for)("cuda", op) for op in OPS} == {backend}
 
 
@@ -81,7 +81,7 @@ def test_greedy_codes_equal_the_cpus(tmp_path, backend, shape, with_context):
 
 
 def test_sampled_codes_equal_the_cpus(folder, backend):
-    """The same seeds, the same draws."""
+    """Equal seeds give equal draws on both devices."""
     asked = requests(lambda i: SamplingParams(seed=i, repetition_penalty=1.2))
     cuda = on(backend, spoken)(folder, "cuda", asked)
     for name, (codes, _, _) in spoken(folder, "cpu", asked).items():
@@ -89,7 +89,7 @@ def test_sampled_codes_equal_the_cpus(folder, backend):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_request_gets_the_same_alone_and_in_a_batch(folder, backend, dtype):
+def test_a_request_gives_the_same_alone_and_in_a_batch(folder, backend, dtype):
     load, speak = on(backend, load_engine), on(backend, run)
     engine = load(folder, device="cuda", dtype=dtype)
     asked = requests(lambda i: SamplingParams(seed=i))
@@ -101,8 +101,8 @@ def test_a_request_gets_the_same_alone_and_in_a_batch(folder, backend, dtype):
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
-def test_packed_weights_are_read_alike(tmp_path, backend, quantize):
-    """By a GPU and a CPU; nearly, as in test_engine.py."""
+def test_packed_weights_give_the_cpus_codes(tmp_path, backend, quantize):
+    """Up to rounding, for the reason that test_engine.py gives."""
     folder = str(build_tiny(PACKABLE, seed=4).write(tmp_path))
     asked = requests(lambda _: GREEDY)
     cuda = on(backend, spoken)(folder, "cuda", asked, quantize)
@@ -110,8 +110,8 @@ def test_packed_weights_are_read_alike(tmp_path, backend, quantize):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_frame_in_a_graph_is_the_frame(backend, precision):
-    """Nothing in it waits for the host: it can be captured, and replayed gives the same codes."""
+def test_a_captured_frame_equals_an_eager_one(backend, precision):
+    """A frame never waits for the host: it can be captured, and replays give the same codes."""
     model = our_model(config_for(rehearse=True), precision, "cuda")
     timer = GpuTimer()
     frames = OurFrames(model, 3, timer, [backend])
@@ -136,8 +136,8 @@ def test_a_frame_in_a_graph_is_the_frame(backend, precision):
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 @pytest.mark.parametrize("precision", ["bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("full_size", [False, True], ids=["small", "CSM-1B's"])
-def test_a_persistent_depth_decoder_draws_the_same(full_size, precision, temperature):
-    """Called, and replayed from a graph again and again, one behind the other."""
+def test_the_persistent_depth_decoder_draws_the_same_codes(full_size, precision, temperature):
+    """Called directly, and replayed many times from a graph that launches it back to back."""
     if reason := why_missing("native", "cuda"):
         pytest.skip(reason)
     config = config_for(rehearse=not full_size)
@@ -158,7 +158,7 @@ def test_a_persistent_depth_decoder_draws_the_same(full_size, precision, tempera
         arguments = model.depth_arguments(hidden, expected[:, 0].contiguous(), rows)
         with torch.cuda.graph(graph):
             codes.copy_(draw(hidden, rows, persistent=True))
-            # One right behind the other, whose first kernel may overlap the one in front.
+            # Back to back: the first kernel of a call may overlap the previous call.
             again = [on("native", ops.decode_depth)(*arguments, True) for _ in range(2)]
         for _ in range(200):
             for made in (codes, *again):
@@ -170,11 +170,8 @@ def test_a_persistent_depth_decoder_draws_the_same(full_size, precision, tempera
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_engine_finds_the_persistent_depth_decoder_right(folder, caplog, dtype):
-    """For each number of rows that has a graph, as it starts: it says which way it takes.
-
-    In float32 there is none.
-    """
+def test_an_engine_accepts_the_persistent_depth_decoder(folder, caplog, dtype):
+    """The engine logs its choice for each number of rows with a graph; float32 has no choice."""
     if reason := why_missing("native", "cuda"):
         pytest.skip(reason)
     caplog.set_level("INFO", "vox_serve")
@@ -187,7 +184,7 @@ def test_an_engine_finds_the_persistent_depth_decoder_right(folder, caplog, dtyp
     assert not [line for line in said if "left out" in line]
 
 
-def test_say_on_a_gpu_says_what_it_says_on_a_cpu(folder, tmp_path):
+def test_say_gives_the_same_codes_on_gpu_and_cpu(folder, tmp_path):
     said = []
     for device in ("cpu", "cuda"):
         path = tmp_path / f"{device}.npy"
@@ -199,7 +196,7 @@ def test_say_on_a_gpu_says_what_it_says_on_a_cpu(folder, tmp_path):
     assert said[0].tolist() == said[1].tolist()
 
 
-def test_a_gpu_is_chosen_where_there_is_one(folder):
+def test_a_gpu_is_the_default_device(folder):
     assert choose_device() == "cuda"
     assert load_engine(folder, device="cuda").model.dtype == torch.bfloat16
 

@@ -1,4 +1,4 @@
-"""The built-in voice, heard by an independent recogniser: Whisper tiny.en."""
+"""The built-in voice, transcribed by an independent recogniser: Whisper tiny.en."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from vox_serve.loading import load_engine
 from vox_serve.sampling import SamplingParams
 
 MAX_FRAMES = 125
-MAX_WER = 0.25  # a gate against regressions; MODEL_CARD.md has the voice's figures
+MAX_WER = 0.25  # word error rate, a gate against regressions; MODEL_CARD.md has the measured rates
 SENTENCES = (
     "Please take the second door on the left.",
     "The children played football in the park until the sun went down.",
@@ -47,7 +47,7 @@ def judge():
 
 
 @pytest.mark.parametrize("speaker", [0, 1])
-def test_sentences_end_by_themselves(spoken, speaker):
+def test_sentences_end_before_the_frame_limit(spoken, speaker):
     for text, (audio, codes) in zip(SENTENCES, spoken[speaker], strict=True):
         frames_per_word = len(codes) / len(text.split())
         assert len(codes) < MAX_FRAMES, text
@@ -75,7 +75,7 @@ def test_say_speaks_without_a_model_flag(judge, tmp_path):
 
 
 def test_checkpoint_is_an_ordinary_csm():
-    """transformers loads it whole, and speaks the same codes."""
+    """transformers loads every tensor and generates the same codes."""
     from tokenizers import Tokenizer
     from transformers import CsmForConditionalGeneration
 

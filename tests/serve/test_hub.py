@@ -1,7 +1,7 @@
-"""Names to folders: local ones, the hub (a stand-in), the hub's cache, and every way to fail.
+"""Resolving model names: local folders, the hub (a stand-in), the hub's cache, and each failure.
 
-Nothing here needs a network. The failures run the hub's real client, in a process of its own,
-because it reads its environment once.
+No test needs a network. The failures run the real huggingface_hub client in a subprocess because it
+reads its environment only once.
 """
 
 import http.server
@@ -65,7 +65,7 @@ def test_built_in_voice(tmp_path, monkeypatch):
         "x" * 5000,
     ],
 )
-def test_a_wrong_path_is_known_without_the_hub(tmp_path, monkeypatch, name):
+def test_a_wrong_path_is_refused_without_the_hub(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "_Hub", None)
     for resolve in (resolve_model, resolve_codec):
@@ -75,7 +75,7 @@ def test_a_wrong_path_is_known_without_the_hub(tmp_path, monkeypatch, name):
 
 
 class StandIn:
-    """The hub's two download functions over a local folder per repository."""
+    """huggingface_hub's two download functions, served from one local folder per repository."""
 
     def __init__(self, root: Path, cache: Path):
         self.root, self.cache = root, cache
@@ -141,7 +141,7 @@ def test_only_one_format_is_downloaded(stand_in):
 
 
 @pytest.mark.parametrize("layout", ["hf", "original"])
-def test_repository_without_a_word_about_its_weights(stand_in, layout):
+def test_a_repository_whose_config_names_no_weights(stand_in, layout):
     tiny = build_tiny()
     tiny.write(stand_in.root / "some" / "copy", layout, codec="mimi")
     folder = resolve_model("some/copy")
@@ -151,7 +151,7 @@ def test_repository_without_a_word_about_its_weights(stand_in, layout):
 
 
 def test_codec_repositories(stand_in):
-    """Mimi's own has its weights under the name that moshi's has a language model under."""
+    """kyutai/mimi has its codec under the file name that kyutai/moshi uses for a language model."""
     moshi_file = "tokenizer-e351c8d8-checkpoint125.safetensors"
     for repo, settings, files in (
         ("kyutai/mimi", {"model_type": "mimi"}, ["model.safetensors"]),
@@ -172,7 +172,7 @@ def test_codec_repositories(stand_in):
     assert stand_in.stored("kyutai/bare") == {moshi_file}
 
 
-def test_a_repository_that_is_no_model(stand_in):
+def test_a_repository_without_a_model(stand_in):
     (stand_in.root / "some" / "words").mkdir(parents=True)
     with pytest.raises(ModelNotFoundError, match=r"some/words lacks a file .*config.json"):
         resolve_model("some/words")
@@ -200,9 +200,9 @@ for name in sys.argv[1:]:
 
 
 def run_client(tmp_path, *names: str, **environ: str) -> list[str]:
-    """What the real client gives for each name ("codec": the default codec): folder or error.
+    """The real client's folder or error for each name ("codec" is the default codec).
 
-    Each within ten seconds, in one line.
+    Each must take less than ten seconds and be one line.
     """
     inherited = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
     inherited.pop("HF_HUB_CACHE", None)
@@ -233,7 +233,7 @@ def run_client(tmp_path, *names: str, **environ: str) -> list[str]:
 
 
 def fill_cache(tmp_path) -> Path:
-    """A repository some/model in the hub's cache, as the client lays it out."""
+    """Put a repository some/model into the hub's cache in the client's own layout."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     repo = tmp_path / "hf" / "hub" / "models--some--model"
     (repo / "refs").mkdir(parents=True)
@@ -271,7 +271,7 @@ REFUSALS = {
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
-    """A hub that is there and refuses every file."""
+    """A reachable hub that refuses every file."""
 
     def do_HEAD(self):
         repo = "/".join(self.path.split("/")[1:3])

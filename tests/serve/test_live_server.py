@@ -1,4 +1,4 @@
-"""What needs real sockets: chunks as they are made, clients that leave, a server that ends."""
+"""Behaviour that needs real sockets: streaming, clients that disconnect, shutdown."""
 
 import http.client
 import json
@@ -15,7 +15,7 @@ from vox_serve.audio import wav_file, wav_header
 
 
 class Kept(logging.Handler):
-    """Keeps what is logged."""
+    """Collects messages."""
 
     def __init__(self):
         super().__init__(logging.ERROR)
@@ -27,7 +27,7 @@ class Kept(logging.Handler):
 
 @pytest.fixture
 def errors():
-    """What the server logs as an error."""
+    """The messages that the server logs as errors."""
     kept = Kept()
     loggers = [logging.getLogger(name) for name in ("uvicorn.error", "vox_serve")]
     for logger in loggers:
@@ -42,14 +42,14 @@ def test_the_first_chunk_is_the_header_and_the_first_frame():
     with LiveServer(engine) as server:
         answer = server.post(text="hello", streaming=True)
         assert answer.getheader("transfer-encoding") == "chunked"
-        # The utterance never ends: what is read here was sent while it was made.
+        # The utterance never ends, so this chunk was sent during generation.
         assert answer.read1(1 << 20) == wav_header(None) + expected_pcm("hello", 1)
         answer.close()
         assert engine.saw_abort.wait(TIMEOUT_S)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_gone_client_stops_its_computation(streaming, errors):
+def test_a_disconnect_aborts_the_request(streaming, errors):
     engine = FakeEngine(num_frames=ENDLESS, step_s=0.002)
     with LiveServer(engine) as server:
         raw = server.post_raw(text="hello", streaming=streaming)
@@ -62,7 +62,7 @@ def test_a_gone_client_stops_its_computation(streaming, errors):
     assert errors == []
 
 
-def test_a_client_may_leave_in_the_middle_of_its_body(errors):
+def test_a_client_may_disconnect_while_sending_its_body(errors):
     engine = FakeEngine()
     with LiveServer(engine) as server:
         with socket.create_connection(("127.0.0.1", server.port), timeout=TIMEOUT_S) as raw:
@@ -72,7 +72,7 @@ def test_a_client_may_leave_in_the_middle_of_its_body(errors):
     assert [request.text for request in engine.requests] == ["next"]
 
 
-def test_a_client_that_left_the_line_is_never_spoken_to():
+def test_a_disconnect_removes_a_queued_request():
     engine = FakeEngine(num_frames=ENDLESS, max_batch_size=1, step_s=0.002)
     with LiveServer(engine, max_queue_size=1) as server:
         first = server.post_raw(text="first")
@@ -93,16 +93,16 @@ def test_a_client_that_left_the_line_is_never_spoken_to():
         wait_until(lambda: not engine.has_work)
 
 
-def test_a_slow_reader_stalls_no_other():
+def test_a_slow_reader_does_not_stall_the_others():
     engine = FakeEngine(num_frames=ENDLESS)
     with LiveServer(engine, max_frames=2048) as server:
-        slow = server.post(text="slow", streaming=True)  # 7.9 MB, more than the sockets hold
+        slow = server.post(text="slow", streaming=True)  # 7.9 MB, more than the sockets buffer
         others = [server.post(text=f"{i}", max_frames=2).read() for i in range(5)]
         assert others == [wav_file(expected_pcm(f"{i}", 2)) for i in range(5)]
         assert slow.read() == wav_header(None) + expected_pcm("slow", 2048)
 
 
-def test_an_engine_that_breaks_cuts_the_stream(errors):
+def test_a_failing_engine_cuts_the_stream(errors):
     with LiveServer(FakeEngine(num_frames=ENDLESS, fail_at_step=4)) as server:
         answer = server.post(text="hello", streaming=True)
         assert answer.status == 200
@@ -128,7 +128,7 @@ def test_stopping_the_server_ends_live_requests(streaming):
         raw.close()
 
 
-def test_a_body_is_refused_before_it_is_read_to_its_end():
+def test_a_large_body_is_refused_before_it_is_read_to_its_end():
     with LiveServer(FakeEngine()) as server:
         raw = socket.create_connection(("127.0.0.1", server.port), timeout=TIMEOUT_S)
         raw.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 2000000\r\n\r\n{")
@@ -144,7 +144,7 @@ def test_a_body_is_refused_before_it_is_read_to_its_end():
 
 
 @pytest.mark.parametrize("stalled_in", ["the body", "the answer"])
-def test_a_stalled_client_does_not_keep_the_server(stalled_in, monkeypatch, errors):
+def test_a_stalled_client_does_not_delay_shutdown(stalled_in, monkeypatch, errors):
     monkeypatch.setattr(launch, "SHUTDOWN_GRACE_S", 0.2)
     with LiveServer(FakeEngine(num_frames=ENDLESS), max_frames=2048) as server:
         if stalled_in == "the body":
@@ -152,7 +152,7 @@ def test_a_stalled_client_does_not_keep_the_server(stalled_in, monkeypatch, erro
             raw.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
         else:
             raw = server.post_raw(text="hello", streaming=True)
-            # All made, not all sent.
+            # Fully generated, partly sent.
             wait_until(lambda: [job.ended for job in server.runner._jobs.values()] == [True])
         wait_until(lambda: server.server.server_state.tasks)
         start = time.monotonic()

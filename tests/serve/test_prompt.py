@@ -1,4 +1,4 @@
-"""The backbone's input, compared with what transformers embeds for the same conversation."""
+"""The backbone's input embeddings, compared with transformers' for the same conversation."""
 
 from types import SimpleNamespace
 
@@ -34,7 +34,7 @@ def builder(tiny) -> PromptBuilder:
 
 
 def embed(tiny, frames: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Masked sum of the 33 embeddings, as the original does it, with transformers' tables."""
+    """Masked sum of the 33 embeddings, as in the original code, with transformers' tables."""
     model = tiny.model
     k, v = tiny.shape.num_codebooks, tiny.shape.audio_vocab_size
     offsets = torch.arange(k) * v
@@ -49,14 +49,14 @@ def test_tokens(text):
     tiny = build_tiny()
     got = builder(tiny).tokens(Segment(3, text))
     assert got == reference_tokens(tiny.tokenizer, 3, text)
-    # Byte-level BPE loses nothing, so that the inside decodes to the text itself.
+    # Byte-level BPE is lossless: the tokens between BOS and EOS decode to the text itself.
     assert tiny.tokenizer.decode(got[1:-1], skip_special_tokens=False) == f"[3]{text}"
 
 
 @pytest.mark.parametrize(
     "text", ["<|end_of_text|>", "a<|begin_of_text|>b <|AUDIO|><|audio_eos|> c"]
 )
-def test_special_strings_in_a_text_are_text(text):
+def test_special_strings_in_a_text_are_plain_text(text):
     tiny = build_tiny()
     tokens = builder(tiny).tokens(Segment(0, text))
     specials = {tiny.tokenizer.token_to_id(t) for t in ("<|AUDIO|>", "<|audio_eos|>")}
@@ -66,7 +66,7 @@ def test_special_strings_in_a_text_are_text(text):
     assert tiny.tokenizer.decode(tokens[1:-1]) == f"[0]{text}"
 
 
-def test_a_tokenizer_that_cuts_and_pads_does_neither():
+def test_truncation_and_padding_of_a_tokenizer_are_disabled():
     tiny = build_tiny()
     tokenizer = Tokenizer.from_str(tiny.tokenizer.to_str())
     tokenizer.enable_truncation(max_length=4)
@@ -95,7 +95,7 @@ def test_build_embeds_as_transformers_does(num_codebooks):
 
 
 def test_build_agrees_with_transformers_own_merge():
-    """The same conversation in HF's spelling: an audio token per frame, then the end of audio."""
+    """The conversation in HF's format: one audio token per frame, then an end-of-audio token."""
     tiny = build_tiny()
     model = tiny.model
     audio = torch.randn(1, 1, 4 * 1920) * 0.1
@@ -151,7 +151,7 @@ def test_no_segment():
 
 
 def plain_tokenizer() -> Tokenizer:
-    """One without Llama's special tokens."""
+    """A tokenizer without Llama's special tokens."""
     tokenizer = Tokenizer(models.WordLevel({"[": 0, "0": 1, "]": 2, "x": 3, "<s>": 4}, "x"))
     tokenizer.pre_tokenizer = pre_tokenizers.Punctuation("isolated")
     return tokenizer
@@ -171,7 +171,7 @@ def test_special_ids_from_settings(settings, bos, eos):
     assert prompts.tokens(Segment(0, "x")) == [bos, 0, 1, 2, 3, eos]
 
 
-def test_tokenizers_that_do_not_fit(tmp_path):
+def test_unsuitable_tokenizers_are_refused(tmp_path):
     config = SimpleNamespace(text_vocab_size=8, num_codebooks=4)
     with pytest.raises(CheckpointError, match=r"no <\|begin_of_text\|>"):
         PromptBuilder(plain_tokenizer(), config, {"eos_token_id": 1})

@@ -1,4 +1,4 @@
-"""The server on a real engine with a tiny checkpoint: HTTP's audio is the engine's."""
+"""The server with a real engine on a tiny checkpoint: HTTP returns the engine's audio."""
 
 import asyncio
 import io
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(folder) -> Engine:
-    """An engine beside the server's."""
+    """A second engine, for expected results."""
     return load_engine(str(folder))
 
 
@@ -50,7 +50,7 @@ def expected_wav(engine: Engine, text: str, **fields) -> bytes:
 
 
 @SENDERS
-def test_http_speaks_what_the_engine_speaks(send, client, alone):
+def test_http_returns_the_engines_audio(send, client, alone):
     values = {"text": "Hello there.", "speaker": 1, **OVERRIDES}
     answer = send(client, values)
     assert answer.status_code == 200
@@ -60,7 +60,7 @@ def test_http_speaks_what_the_engine_speaks(send, client, alone):
     assert streamed.content[44:] == answer.content[44:]
 
 
-def test_requests_at_the_same_time_get_what_they_get_alone(client, alone):
+def test_concurrent_requests_get_the_same_audio_as_alone(client, alone):
     def ask(seed: int) -> bytes:
         body = {"text": f"Number {seed}.", "seed": seed, "streaming": seed % 2 == 0}
         return client.post("/generate", json=body).content[44:]
@@ -93,7 +93,7 @@ def test_extreme_parameters_are_spoken(values, client):
         assert np.frombuffer(reader.readframes(NUM_FRAMES * 1920), "<i2").any()
 
 
-def test_a_text_beyond_the_context_names_the_numbers(client):
+def test_a_text_beyond_the_context_is_refused_with_the_numbers(client):
     answer = client.post("/generate", json={"text": "word " * 500})
     assert_refused(answer, 422, "256")
     long = client.post("/generate", json={"text": "x" * 250_000})
@@ -108,7 +108,7 @@ def test_health_describes_the_engine(client, folder):
     assert health["backend"] in ("native", "reference")
 
 
-def test_a_left_job_gives_its_pages_back(alone):
+def test_an_abandoned_job_frees_its_pages(alone):
     async def leave() -> None:
         runner = Runner(alone, max_jobs=4)
         runner.start()

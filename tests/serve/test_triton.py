@@ -1,4 +1,4 @@
-"""A whole engine on the Triton backend, its kernels interpreted on the CPU: TRITON_INTERPRET=1."""
+"""A whole engine on the Triton backend, interpreted on the CPU (TRITON_INTERPRET=1)."""
 
 from functools import partial
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def on_triton(monkeypatch):
-    """From the call on, every op runs its Triton kernel; the codec is as precise as on a GPU."""
+    """A function that puts every op on its Triton kernel. The codec has its GPU precision."""
     precision = partial(loading.codec_precision, "cuda")
     monkeypatch.setattr(loading, "codec_precision", lambda _, *rest: precision(*rest))
     before = forced()
@@ -45,7 +45,7 @@ def test_greedy_codes_equal_transformers(tmp_path, on_triton):
     ("dtype", "quantize"), [("float32", "none"), ("bfloat16", "none"), ("float32", "int4")]
 )
 def test_a_batch_changes_no_code(tmp_path, on_triton, dtype, quantize):
-    """Sampled too; and in float32 the native kernels draw the same codes."""
+    """Sampled codes do not change either, and in float32 they equal the native kernels'."""
     shape = TinyShape(heads=4, depth_dim=64, depth_kv_heads=2, depth_ffn=96)
     folder = str(build_tiny(shape, seed=4).write(tmp_path))
     engine = load_engine(folder, dtype=getattr(torch, dtype), quantize=quantize)

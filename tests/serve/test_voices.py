@@ -1,4 +1,4 @@
-"""Context from recordings and code files, compared with the codec's own encoding."""
+"""Context from recordings and code files, compared with the codec's encoding."""
 
 import json
 
@@ -34,7 +34,7 @@ def write_noise(path, seconds: float, rate_hz: int = 24000, channels: int = 1) -
 
 
 def transformers_codes(path) -> torch.Tensor:
-    """The recording through transformers' encoder, the waveform padded to whole frames first."""
+    """transformers' codes of the recording, padded to whole frames first."""
     audio = torch.from_numpy(read_audio(path))
     audio = torch.nn.functional.pad(audio, (0, -len(audio) % 1920))
     return build_tiny().model.codec_model.encode(audio[None, None]).audio_codes[0].T

@@ -28,7 +28,7 @@ CONFIG = CsmConfig.from_json(CSM_1B)
 DEPTH_STEPS = CONFIG.num_codebooks - 1
 
 
-def test_a_frame_reads_what_the_facts_say():
+def test_bytes_of_a_frame_match_csm_1bs_sizes():
     read = frame_bytes(CsmWeights.empty(CONFIG, torch.bfloat16, "meta"))
     backbone, depth, head, projection = 973e6, 111e6, 2048 * 2051, 2048 * 1024
     heads = DEPTH_STEPS * 1024 * 2051
@@ -38,7 +38,7 @@ def test_a_frame_reads_what_the_facts_say():
     assert read.total == read.once + DEPTH_STEPS * read.step
 
 
-def test_a_cache_saves_all_but_the_first_of_the_steps():
+def test_a_cache_saves_reads_of_all_steps_but_the_first():
     read = FrameBytes(once=1000, step=100, steps=31)
     assert read.from_memory(0) == read.total == 4100
     assert read.from_memory(40) == 1000 + 100 + 30 * 60
@@ -46,7 +46,7 @@ def test_a_cache_saves_all_but_the_first_of_the_steps():
 
 
 def test_llama_cpp_reads_our_weights_without_the_projection():
-    """Its frame: the same matrices, heads of whole blocks of rows, norms in float32."""
+    """The same matrices, but heads padded to whole blocks of rows, and norms in float32."""
     weights = CsmWeights.empty(CONFIG, torch.bfloat16, "meta")
     ours, theirs = frame_bytes(weights), llama_frame_bytes(CONFIG, "BF16")
     extra_rows = 2 * (HEAD_ROWS - CONFIG.audio_vocab_size)
@@ -70,12 +70,12 @@ def test_rows_are_whole_blocks_of_every_gguf_format(gguf_format):
         assert all(shape[-1] % 32 == 0 for shape in shapes.values())
         assert shapes["output.weight"][0] % 16 == 0
     exact = llama_frame_bytes(CONFIG, "BF16").total * BITS[gguf_format] / 16
-    # All but the norms' scales.
+    # Everything except the norms' scales, which stay float32.
     assert llama_frame_bytes(CONFIG, gguf_format).total == pytest.approx(exact, rel=1e-3)
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
-def test_rounds_give_every_peer_every_place_twice(n):
+def test_rounds_put_every_peer_in_every_position_twice(n):
     peers = [f"peer {i}" for i in range(n)]
     places = Counter()
     for index in range(2 * n):
@@ -89,12 +89,12 @@ def test_peers_of_a_group_fit_in_memory_together():
     for group in GROUPS:
         assert len(set(group)) == len(group)
         assert sum(peer.memory_bytes for peer in group) < 22e9
-        # A ratio needs ours beside it.
+        # Ratios need our own figure from the same group.
         assert all(Peer("voxkern", peer.precision) in group for peer in group)
 
 
-def test_ratios_and_shares_are_taken_within_a_round():
-    """A machine that is half as fast in one round changes neither."""
+def test_ratios_and_percentages_are_per_round():
+    """A round in which the machine runs at half speed changes neither."""
     read = FrameBytes(once=10**9, step=0, steps=31)
     ours = Rounds(read, "", ms=[100.0, 200.0, 100.0], bandwidth=[20e9, 10e9, 20e9])
     theirs = Rounds(read, "", ms=[300.0, 600.0, 250.0], bandwidth=ours.bandwidth)
@@ -103,15 +103,15 @@ def test_ratios_and_shares_are_taken_within_a_round():
     assert ours.percent_of_roofline(read.total) == pytest.approx(50.0)
 
 
-def test_working_sets_leave_out_caches_that_are_not_known():
+def test_working_sets_leave_out_unknown_caches():
     names = [name for name, _ in working_sets(0, 32 << 20, threads=2)]
     assert names == ["half of L3", "L3", "twice L3", "memory"]
     assert dict(working_sets(1 << 20, 0, threads=4))["half of L2 each"] == 2 << 20
 
 
 @pytest.mark.parametrize("packing", ["none", "int8", "int4"])
-def test_teacher_forced_logits_are_those_that_codes_are_drawn_from(packing):
-    """Greedy codes are the largest logits, utterance by utterance and frame by frame."""
+def test_teacher_forced_logits_are_the_sampled_logits(packing):
+    """Greedy codes are the argmax of the logits in every utterance and frame."""
     sizes = TransformerConfig(2, 64, 4, 2, 16, 96, 1e-5, 64, 1e4, None)
     config = CsmConfig(sizes, replace(sizes, dim=32), 4, 37, 50)
     plain = CsmWeights.random(config, torch.float32)
@@ -119,7 +119,7 @@ def test_teacher_forced_logits_are_those_that_codes_are_drawn_from(packing):
     prompts = random_speech(config).prompts[:2]
     long, short = _greedy(model, prompts[0], 3), _greedy(model, prompts[1], 1)
     logits = teacher_forced(model, Speech([prompts[1], prompts[0]], [short, long]))
-    # Step by step, the longer one first; behind each one's last frame there is a code 0 more.
+    # One row a step, longer utterance first; code0 has one more row after each last frame.
     drawn = torch.stack((long[0], short[0], long[1], long[2]))
     assert logits.code0.argmax(-1)[[0, 1, 2, 4]].tolist() == drawn[:, 0].tolist()
     assert len(logits.code0) == 6
@@ -139,7 +139,7 @@ def _greedy(model: CsmModel, prompt: Prompt, num_frames: int) -> torch.Tensor:
     return torch.cat(codes)
 
 
-def test_divergence_is_kl_and_agreement_of_the_largest():
+def test_divergence_is_kl_and_argmax_agreement():
     p = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]])
     q = torch.tensor([[0.25, 0.5, 0.25], [0.2, 0.2, 0.6]])
     kl = (0.5 * math.log(2) - 0.25 * math.log(2)) / 2
@@ -147,7 +147,7 @@ def test_divergence_is_kl_and_agreement_of_the_largest():
     assert divergence(p.log(), p.log() + 3) == pytest.approx((0.0, 100.0), abs=1e-6)
 
 
-def test_packed_weights_are_of_the_formats_asked_for():
+def test_weights_are_packed_in_the_requested_formats():
     config = CsmConfig.from_json({**CSM_1B, "text_vocab_size": 16})
     plain = CsmWeights.empty(config, torch.float32, "meta")
     asked = []
@@ -164,7 +164,7 @@ def test_packed_weights_are_of_the_formats_asked_for():
     assert weights.depth.norm.dtype == weights.backbone.down.dtype == torch.bfloat16
 
 
-def test_the_processor_is_named_as_proc_cpuinfo_has_it(tmp_path):
+def test_the_processor_name_comes_from_proc_cpuinfo(tmp_path):
     cpuinfo = tmp_path / "cpuinfo"
     one = "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n"
     cpuinfo.write_text(f"{one}\n{one.replace('AMD', 'another')}")
@@ -173,8 +173,8 @@ def test_the_processor_is_named_as_proc_cpuinfo_has_it(tmp_path):
     assert machine.processor(cpuinfo) == "Some Arm"
 
 
-def test_what_cannot_be_installed_is_said_once_and_the_rest_runs(monkeypatch, tmp_path):
-    """Offline, or without a compiler: a peer is left out, ours is not."""
+def test_a_failed_install_leaves_out_that_peer_alone(monkeypatch, tmp_path):
+    """A peer that cannot be installed (offline, no compiler) is left out and tried only once."""
     calls = []
 
     def run(command, **_):

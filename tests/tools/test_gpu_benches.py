@@ -1,4 +1,4 @@
-"""The benches of a GPU, their way of timing included, as far as no GPU is needed."""
+"""The GPU benchmarks and their timing code, as far as they need no GPU."""
 
 import contextlib
 import copy
@@ -21,7 +21,7 @@ from voxkern.backend import implementation
 
 
 def test_gpu_benches_rehearsed():
-    """Their way of timing, on CPU tensors of a tiny model: every case is called and has a row."""
+    """The GPU timing code on CPU tensors of a tiny model: every case is called and gets a row."""
     timer, config, report = timer_for("cuda", rehearse=True), config_for(rehearse=True), Report()
     ops = ["rms_norm", "decode_attention", "sample_tokens", "decode_backbone", "decode_depth"]
     bench_kernels.run(report, timer, config, [torch.bfloat16], [1, 3], ops)
@@ -33,8 +33,8 @@ def test_gpu_benches_rehearsed():
     assert not timer.without_graph
 
 
-def test_the_codecs_ops_are_measured():
-    """Each against its reference, on inputs that are alike."""
+def test_codec_cases_match_their_references():
+    """Ours and torch's version of each case agree on equal inputs."""
     for case in codec_cases(torch.float32, 2, "cpu"):
         inputs = case.inputs()
         again = copy.deepcopy(inputs)
@@ -43,8 +43,8 @@ def test_the_codecs_ops_are_measured():
         assert case.flops > 1e6
 
 
-def test_backends_beside_each_other(monkeypatch):
-    """Each case runs on each of them; one that lacks an op has a dash, or no row if it is first."""
+def test_kernels_on_several_backends(monkeypatch):
+    """Every backend runs every case; without the op, it gets a dash, or no row if it is first."""
     served = []
 
     def reason(backend: str, device: str, op: str | None = None) -> str | None:
@@ -83,8 +83,8 @@ def test_a_frame_on_two_backends():
     assert row["x reference"] == row["reference ms"] / row["ms"]
 
 
-def test_a_persistent_depth_decoder_beside_launches():
-    """For as many rows as it takes; among kernels it is decode_depth's alone."""
+def test_the_persistent_depth_decoder_has_its_own_column():
+    """It fills in batches that the kernel supports, and for kernels only decode_depth's rows."""
     timer, config, report = timer_for("cuda", rehearse=True), config_for(rehearse=True), Report()
     beside = [None, backends.PERSISTENT]
     batches = [1, PERSISTENT_ROWS + 1]
@@ -101,13 +101,13 @@ def test_a_persistent_depth_decoder_beside_launches():
     assert "left out" not in tables
 
 
-def test_a_frame_that_was_given_up_is_not_measured(monkeypatch):
+def test_a_frame_that_the_watchdog_ended_is_not_timed(monkeypatch):
     persistent_calls = []
 
     def draw(model, hidden, rows, persistent=False, whole=CsmModel.draw_frames):
         codes = whole(model, hidden, rows)
         persistent_calls.extend([True] * persistent)
-        if len(persistent_calls) == 2:  # the last: replays of a rehearsal do nothing
+        if len(persistent_calls) == 2:  # the last call, as replays in a rehearsal do nothing
             codes[:, 1:] = -1
         return codes
 
@@ -131,7 +131,7 @@ class Broken:
         raise RuntimeError("no kernel for it\nmore")
 
 
-def test_a_peer_that_raises_is_left_out_and_ours_goes_on(monkeypatch):
+def test_a_peer_that_raises_is_left_out_and_ours_is_measured(monkeypatch):
     timer, config, report = timer_for("cuda", rehearse=True), config_for(rehearse=True), Report()
     monkeypatch.setattr(bench_frame, "their_frames", lambda *_: Broken())
     monkeypatch.setattr(bench_frame, "MOST_PEER_BATCH", {"cpu": 1})
@@ -168,7 +168,7 @@ def test_a_peer_that_raises_is_left_out_and_ours_goes_on(monkeypatch):
     assert left_out[1].endswith("on torch: no memory for it")
 
 
-def test_a_case_of_ours_that_raises_costs_no_other(monkeypatch):
+def test_a_case_of_ours_that_raises_leaves_the_others_measured(monkeypatch):
     timer, config, report = timer_for("cuda", rehearse=True), config_for(rehearse=True), Report()
 
     def raising(*_):
@@ -186,7 +186,7 @@ def test_a_case_of_ours_that_raises_costs_no_other(monkeypatch):
     assert report.left_out[0].endswith(": too many resources")
 
 
-def test_packed_weights_at_some_batches():
+def test_packed_weights_have_their_own_batches():
     timer, config, report = timer_for("cuda", rehearse=True), config_for(rehearse=True), Report()
     where = ([1, 3], ["linear"], (None,), [3])
     bench_kernels.run(report, timer, config, [torch.bfloat16], *where)
@@ -195,7 +195,7 @@ def test_packed_weights_at_some_batches():
     assert {"int8", "int4"} <= {shape.split()[0] for shape in shapes if "[3," in shape}
 
 
-def test_rows_are_written_as_they_come(tmp_path):
+def test_rows_are_saved_as_they_are_added(tmp_path):
     report = Report()
     report.path = tmp_path / "new" / "rows.json"
     table = report.table("rows", ["what", "ms"])
@@ -229,7 +229,7 @@ def test_backends_that_cannot_be_measured(names, reason, monkeypatch):
     assert backends.chosen("native,persistent", "cpu") == ["native", "persistent"]
 
 
-def test_what_cannot_be_captured_is_timed_without_a_graph():
+def test_calls_that_cannot_be_captured_are_timed_without_a_graph():
     class NoGraphs(Rehearsal):
         @staticmethod
         def graph(graph, pool):
@@ -243,8 +243,8 @@ def test_what_cannot_be_captured_is_timed_without_a_graph():
     assert calls == [1, 2, 1]
 
 
-def test_a_failed_capture_leaves_stream_and_generator_as_they_were():
-    """As torch.cuda does without: the end of a capture that failed raises before it tidies up."""
+def test_a_failed_capture_restores_stream_and_generator():
+    """torch.cuda does not: its exit from a failed capture raises before it cleans up."""
     now = {"stream": "current", "state": "plain"}
 
     class Generator:

@@ -1,4 +1,4 @@
-"""What a run on a GPU is made of, as far as no GPU is needed; nothing is timed."""
+"""bench/gpu_check.py and gpu_sanitize.py, as far as they need no GPU; nothing is timed."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ from ops_testing import moved
 
 
 class Checked(gpu_check.Check):
-    """Stages that run a line of Python each."""
+    """A check whose stages run one line of Python each."""
 
     def ops(self, stage):
         code = self.command(stage, [sys.executable, "-c", "print('first'); raise SystemExit(3)"])
@@ -40,7 +40,7 @@ class Checked(gpu_check.Check):
         stage.result = "passed"
 
     def frame(self, stage):
-        """A benchmark with a row that does not end."""
+        """A benchmark that hangs after its first row."""
         stage.limit_s = 1
         self.bench(stage, [])
 
@@ -66,7 +66,7 @@ def checked(tmp_path, monkeypatch, *stages: str, seconds: float = 60) -> tuple[i
     return code, json.loads((tmp_path / "dry-run" / "gpu_check.json").read_text())["stages"]
 
 
-def test_a_stage_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
+def test_a_failed_stage_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     code, stages = checked(tmp_path, monkeypatch, "ops", "engine", "sanitize", "kernels")
     assert code == 1
     assert [s["result"] for s in stages] == ["failed", "failed", "failed", "passed"]
@@ -80,7 +80,7 @@ def test_a_stage_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
     assert "kernels        passed" in shown
 
 
-def test_a_benchmark_that_is_cut_keeps_its_rows(tmp_path, monkeypatch):
+def test_a_benchmark_out_of_time_keeps_its_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "headlines", lambda tables: [])
     code, (stage,) = checked(tmp_path, monkeypatch, "frame")
     assert (code, stage["result"], stage["what"]) == (0, "cut", "1 rows, out of time")
@@ -88,8 +88,8 @@ def test_a_benchmark_that_is_cut_keeps_its_rows(tmp_path, monkeypatch):
     assert (results["frame"], results["machine"]) == ([{"batch": 3}], {"cores": 2})
 
 
-def test_all_logs_come_with_the_results(tmp_path, monkeypatch):
-    """Of a stage that failed, and of one that an end from outside has broken off."""
+def test_results_include_all_logs(tmp_path, monkeypatch):
+    """The logs of a failed stage and of an interrupted one are packed too."""
     with pytest.raises(KeyboardInterrupt):
         checked(tmp_path, monkeypatch, "ops", "speech", "kernels")
     stages = json.loads((tmp_path / "dry-run" / "gpu_check.json").read_text())["stages"]
@@ -99,7 +99,7 @@ def test_all_logs_come_with_the_results(tmp_path, monkeypatch):
         assert logs.extractfile("ops.log").read() == b"first\n"
 
 
-def test_of_a_long_log_the_end_is_kept(tmp_path):
+def test_a_long_log_keeps_its_end(tmp_path):
     (tmp_path / "a.log").write_text("beginning and end")
     (tmp_path / "b.xml").write_text("<all/>")
     pack_logs(tmp_path, tmp_path / "logs.tar.gz", most_bytes=7)
@@ -108,11 +108,11 @@ def test_of_a_long_log_the_end_is_kept(tmp_path):
     assert kept == {"a.log": b"and end", "b.xml": b"<all/>"}
 
 
-def test_all_that_passes_is_no_failure(tmp_path, monkeypatch):
+def test_a_run_with_every_stage_passed_succeeds(tmp_path, monkeypatch):
     assert checked(tmp_path, monkeypatch, "kernels")[0] == 0
 
 
-def test_without_a_build_nothing_is_tested(tmp_path, monkeypatch):
+def test_a_failed_build_skips_the_other_stages(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_needs, "NEEDED_PROGRAMS", ("no-such-program",))
     monkeypatch.setenv("PATH", "")
     code, stages = checked(tmp_path, monkeypatch, "build", "kernels")
@@ -121,7 +121,7 @@ def test_without_a_build_nothing_is_tested(tmp_path, monkeypatch):
     assert (stages[1]["result"], stages[1]["what"]) == ("left out", "there is no build")
 
 
-def test_versions_that_pyproject_does_not_allow_are_said(tmp_path, monkeypatch):
+def test_versions_outside_pyprojects_ranges_are_listed(tmp_path, monkeypatch):
     here = {"torch": "2.11.0+cu130", "tokenizers": "0.20", "transformers": "5.17.0"}
     monkeypatch.setattr(gpu_needs, "version", here.__getitem__)
     monkeypatch.setattr(gpu_needs, "PackageNotFoundError", KeyError)
@@ -131,7 +131,7 @@ def test_versions_that_pyproject_does_not_allow_are_said(tmp_path, monkeypatch):
     ]
 
 
-def test_the_build_says_what_is_not_as_it_should_be(tmp_path, monkeypatch):
+def test_the_build_reports_absent_and_unsupported_packages(tmp_path, monkeypatch):
     class Built(Checked):
         def command(self, stage, command, log=None):
             return 0
@@ -146,7 +146,7 @@ def test_the_build_says_what_is_not_as_it_should_be(tmp_path, monkeypatch):
     assert stage["what"].endswith("transformers 5.17.0 for >=5.18")
 
 
-def test_programs_beside_the_interpreter_are_found(monkeypatch):
+def test_programs_next_to_the_interpreter_are_found(monkeypatch):
     monkeypatch.setenv("PATH", "/bin")
     gpu_needs.add_usual_places()
     assert gpu_needs.os.environ["PATH"].split(":") == [
@@ -154,12 +154,12 @@ def test_programs_beside_the_interpreter_are_found(monkeypatch):
     ]
 
 
-def test_a_stage_past_the_end_is_a_failure(tmp_path, monkeypatch):
+def test_a_stage_without_time_left_fails(tmp_path, monkeypatch):
     code, stages = checked(tmp_path, monkeypatch, "kernels", seconds=5)
     assert (code, stages[0]["what"]) == (1, "no time left")
 
 
-def test_the_shell_command_takes_its_options(capsys, monkeypatch):
+def test_the_shell_script_passes_its_options_on(capsys, monkeypatch):
     shell = Path(gpu_check.__file__).with_suffix(".sh")
     assert shell.stat().st_mode & 0o100
     assert "bench/gpu_check.py" in shell.read_text()
@@ -197,7 +197,7 @@ def test_the_card_names_a_folder(tmp_path):
     assert card(str(tmp_path / "none")) == "unknown"
 
 
-def test_headlines_are_the_figures_asked_for():
+def test_headlines_show_the_key_figures():
     frames = [
         {"precision": p, "batch": b, "ms": ms, "% roofline": 70.0, "streams": 80 / ms * b}
         for p, b, ms in (("bfloat16", 1, 4.0), ("bfloat16", 256, 40.0), ("bfloat16", 512, 90.0))
@@ -245,13 +245,13 @@ def test_headlines_are_the_figures_asked_for():
         ((0, 1, 0, False), "the ops failed under the tool"),
     ],
 )
-def test_a_tool_is_believed_if_it_finds_what_was_planted(counts, words):
+def test_a_tool_counts_only_if_it_finds_its_planted_bug(counts, words):
     assert gpu_sanitize.verdict(*counts) == words
 
 
 @pytest.mark.parametrize("blind", ["", "racecheck"])
-def test_every_tool_is_given_its_planted_bug(tmp_path, monkeypatch, blind, capsys):
-    """With a stand-in that finds something wherever the program's name is not "sound"."""
+def test_every_tool_runs_on_its_planted_bug(tmp_path, monkeypatch, blind, capsys):
+    """The stand-in for compute-sanitizer reports a finding unless the kernel is named "sound"."""
     script = (
         'tool=$2; for last in "$@"; do :; done; n=1\n'
         'case "$last" in sound|native-cuda) n=0;; esac\n'
@@ -270,7 +270,7 @@ def test_every_tool_is_given_its_planted_bug(tmp_path, monkeypatch, blind, capsy
     assert "SUMMARY: 0" in (tmp_path / "initcheck.log").read_text()
 
 
-def test_a_tool_that_does_not_end_is_ended_with_its_program(tmp_path, monkeypatch):
+def test_a_hanging_tool_is_killed_with_its_program(tmp_path, monkeypatch):
     left = tmp_path / "left"
     program(tmp_path, "compute-sanitizer", f"echo begun; (sleep 2; touch {left}) & wait")
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
@@ -280,14 +280,14 @@ def test_a_tool_that_does_not_end_is_ended_with_its_program(tmp_path, monkeypatc
     assert not left.exists()
 
 
-def test_planted_bugs_are_those_of_the_source():
+def test_planted_bugs_exist_in_the_source():
     source = (Path(__file__).parents[1] / "sanitize" / "planted.cu").read_text()
     for bug, *_ in gpu_sanitize.TOOLS.values():
         assert f'{{"{bug}", ' in source
     assert '{"sound", sound}' in source
 
 
-def test_the_sanitizers_cases_are_right(target):
+def test_the_sanitizer_cases_match_the_references(target):
     ran = sanitizer_cases.run(target)
     plain = {"append_kv", "decode_attention", "linear", "sample_tokens", "decode_depth"}
     assert plain <= ran.keys()

@@ -1,4 +1,4 @@
-"""That Triton compiles its kernels for a GPU, and when: no GPU is needed."""
+"""Triton compiles every kernel for GPUs, and recompiles only when it must. Needs no GPU."""
 
 import os
 import subprocess
@@ -53,8 +53,8 @@ def test_every_kernel_of_a_bfloat16_frame_compiles_for_hopper_and_spills_nothing
         assert f"\n{kernel} " in result.stdout
 
 
-def test_no_count_of_rows_or_pages_compiles_a_kernel_anew():
-    """But for the tiles that it chooses: a service would stand still for it."""
+def test_other_numbers_of_rows_or_pages_recompile_no_kernel():
+    """Only another choice of tiles does: a running server would stall while Triton compiles."""
     path = [ROOT / "tools", ROOT, ROOT / "python", *os.environ.get("PYTHONPATH", "").split(":")]
     environment = {**os.environ, "PYTHONPATH": ":".join(str(folder) for folder in path)}
     result = subprocess.run(

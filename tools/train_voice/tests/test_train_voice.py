@@ -1,4 +1,4 @@
-"""The built-in voice's training: what would spoil a run without anybody noticing."""
+"""Training of the built-in voice: faults that would ruin a run silently."""
 
 import json
 
@@ -77,7 +77,7 @@ def test_whitening_folds_into_the_first_convolution(small_codec):
     with torch.no_grad():
         expected = vocoder(states)
         made = vocoder.folded()(states.transpose(1, 2))
-    # All but the left edge, where the convolution pads with zeros before the whitening.
+    # Except the left edge, where the convolution pads with zeros before the whitening.
     torch.testing.assert_close(made[..., 11520:], expected[..., 11520:], rtol=1e-3, atol=1e-5)
 
 
@@ -86,7 +86,7 @@ def test_corruption_replaces_history_by_codes_of_other_frames():
     codes = torch.arange(1, 401).view(4, 100, 1) + torch.tensor([0, 1000, 2000])
     is_frame = torch.ones(4, 100, dtype=torch.bool)
     changed = train_lm.corrupt(codes, is_frame)
-    assert torch.equal(changed // 1000, codes // 1000)  # every code from its own codebook
+    assert torch.equal(changed // 1000, codes // 1000)  # every code still belongs to its codebook
     share = (changed != codes).float().mean((1, 2))
     assert 0.02 < share.mean() < 0.6
     semantic, acoustic = ((changed != codes)[..., k].float().mean() for k in (0, 1))
@@ -105,8 +105,8 @@ def test_every_frame_is_spoken_by_its_tokens():
     np.testing.assert_allclose(spans[:2, 3:], [[1, 0], [0.5, 0.5]])
     batch = lm_data.collate([example], 2)
     assert batch["codes"][0, 5].tolist() == [1, 2]
-    assert batch["targets"][0, 4].tolist() == [1, 2]  # the last token foretells the first frame
-    assert batch["targets"][0, 8].tolist() == [0, 0]  # and the last frame the stop
+    assert batch["targets"][0, 4].tolist() == [1, 2]  # the last token predicts the first frame
+    assert batch["targets"][0, 8].tolist() == [0, 0]  # and the last frame predicts the stop frame
     assert (batch["targets"][0, 9:] == -100).all()
 
 
@@ -130,7 +130,7 @@ def test_training_resumes(tmp_path, monkeypatch):
     steps, rates, value = run(2)
     assert (steps, rates[0]) == (4, 0.1)
     assert rates == sorted(rates, reverse=True)
-    more, rates, after = run(4)  # the peak rate is the first run's, not the decayed one
+    more, rates, after = run(4)  # the peak rate is the first run's, not its decayed one
     assert (more, after) == (8, pytest.approx(value + 4))
     assert rates[0] == 0.1
     rows = [json.loads(line) for line in (tmp_path / "toy.jsonl").read_text().splitlines()]
