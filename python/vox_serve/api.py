@@ -2,47 +2,30 @@
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import fields
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
+from pydantic.fields import FieldInfo
 
 from vox_serve import engine
-from vox_serve.config import Config, setting_of
+from vox_serve.config import Config, SpeechSettings
 from vox_serve.http_io import AsciiJSONResponse, SpeechResponse, read_fields
 from vox_serve.runner import EngineFailure, QueueFull, RequestRefused, Runner
-from vox_serve.sampling import SamplingParams
 
 MAX_SHOWN_ERRORS = 20
 
-_SETTINGS = {item.name: setting_of(item) for item in fields(Config)}
 
-
-def _override(name: str) -> Any:
-    """A field that overrides a setting for one request, with the setting's bounds."""
-    about = _SETTINGS[name]
-    return Field(default=None, description=about.help, ge=about.low, gt=about.above, le=about.high)
-
-
-class GenerateRequest(BaseModel):
+class _Utterance(BaseModel):
     """What to say. A field that is not given has the server's default."""
 
-    # A misspelt field would be ignored in silence otherwise.
+    # Without `forbid` a misspelt field would be ignored silently.
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    text: str = Field(description="what to say", min_length=1)
-    speaker: int = Field(default=0, description="whose voice", ge=0, le=1)
+    text: str = Field(description="text to say", min_length=1)
+    speaker: int = Field(default=0, description="id of the voice", ge=0, le=1)
     streaming: bool = Field(default=False, description="send the audio as it is made")
-    temperature: float | None = _override("temperature")
-    top_k: int | None = _override("top_k")
-    top_p: float | None = _override("top_p")
-    min_p: float | None = _override("min_p")
-    repetition_penalty: float | None = _override("repetition_penalty")
-    repetition_window: int | None = _override("repetition_window")
-    seed: int | None = _override("seed")
-    max_frames: int | None = _override("max_frames")
 
     @field_validator("text")
     @classmethod
@@ -53,14 +36,28 @@ class GenerateRequest(BaseModel):
 
     def to_engine(self, config: Config) -> engine.Request:
         """The engine's request, with `config`'s defaults."""
-        given = self.model_dump(exclude_none=True)
-        sampling = {name: given.get(name, value) for name, value in config.sampling.items()}
+        overrides = self.model_dump(exclude=set(_Utterance.model_fields))
+        speech = config.override(**overrides)
         return engine.Request(
             text=self.text,
             speaker=self.speaker,
-            sampling=SamplingParams(**sampling),
-            max_frames=given.get("max_frames", config.max_frames),
+            sampling=speech.sampling,
+            max_frames=speech.max_frames,
         )
+
+
+def _override(field: FieldInfo) -> Any:
+    """A request's field that overrides a setting, with the setting's bounds."""
+    kind = Annotated[field.annotation, *field.metadata] | None
+    return kind, Field(default=None, description=field.description)
+
+
+GenerateRequest = create_model(
+    "GenerateRequest",
+    __base__=_Utterance,
+    __doc__=_Utterance.__doc__,
+    **{name: _override(field) for name, field in SpeechSettings.model_fields.items()},
+)
 
 
 _BODY_SCHEMA = GenerateRequest.model_json_schema()

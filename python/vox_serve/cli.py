@@ -5,16 +5,18 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from pydantic.fields import FieldInfo
+
 from vox_serve.config import (
-    GROUPS,
     Config,
     ConfigError,
+    Settings,
     base_type,
+    choices,
+    limits,
     parse_value,
-    setting_of,
     shown_default,
 )
 
@@ -82,21 +84,19 @@ class CommandParser(argparse.ArgumentParser):
         """Add flag `--name`, with underscores and with dashes."""
         add_flag(self, name, **options)
 
-    def add_settings(self, groups: Sequence[str]) -> None:
+    def add_settings(self, *groups: type[Settings]) -> None:
         """Add a flag for every setting in `groups`; one not given is absent from the namespace."""
         for group in groups:
-            section = self.add_argument_group(GROUPS[group])
-            for item in fields(Config):
-                if setting_of(item).group == group:
-                    add_flag(section, item.name, **_flag_options(item))
+            section = self.add_argument_group(group.title)
+            for name, field in group.model_fields.items():
+                add_flag(section, name, dest=name, **_flag_options(name, field))
 
     def parse(self, argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
         """The command's own flags, and the config of the others and of the environment."""
         args = self.parse_args(argv)
-        names = {item.name for item in fields(Config)}
-        given = {name: value for name, value in vars(args).items() if name in names}
+        given = {name: value for name, value in vars(args).items() if name in Config.model_fields}
         try:
-            return args, Config.resolve(given, os.environ)
+            return args, Config(**given)
         except ConfigError as error:
             self.error(str(error))
 
@@ -108,23 +108,28 @@ def add_flag(parser: argparse._ActionsContainer, name: str, **options: Any) -> N
     parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), **options)
 
 
-def _flag_options(item: Any) -> dict[str, Any]:
-    about = setting_of(item)
-    limits = "" if about.choices else about.limits
-    notes = [note for note in (limits, f"default {shown_default(item)}") if note]
-    options = {"dest": item.name, "default": argparse.SUPPRESS}
-    if base_type(item) is bool:
-        return {**options, "action": argparse.BooleanOptionalAction, "help": about.help}
+def _flag_options(name: str, field: FieldInfo) -> dict[str, Any]:
+    if base_type(field) is bool:
+        return {
+            "default": argparse.SUPPRESS,
+            "action": argparse.BooleanOptionalAction,
+            "help": field.description,
+        }
 
     def convert(text: str) -> Any:
         try:
-            return parse_value(item, text)
+            return parse_value(name, text)
         except ConfigError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
-    help_text = f"{about.help} [{'; '.join(notes)}]"
-    metavar = "|".join(about.choices) or item.name.rpartition("_")[2].upper()
-    return {**options, "type": convert, "metavar": metavar, "help": help_text.replace("%", "%%")}
+    bounds = "" if choices(field) else limits(field)
+    notes = [note for note in (bounds, f"default {shown_default(field)}") if note]
+    return {
+        "default": argparse.SUPPRESS,
+        "type": convert,
+        "metavar": "|".join(choices(field)) or name.rpartition("_")[2].upper(),
+        "help": f"{field.description} [{'; '.join(notes)}]".replace("%", "%%"),
+    }
 
 
 def one_line(message: object) -> str:
@@ -175,17 +180,7 @@ def engine_of(config: Config) -> "Engine":
         num_threads = voxkern.num_threads()
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    return load_engine(
-        config.model,
-        device=config.device,
-        dtype=config.dtype,
-        quantize=config.quantize,
-        weight_cache=config.weight_cache,
-        codec=config.codec,
-        context=config.context,
-        max_batch_size=config.max_batch_size,
-        allow_pickle=config.allow_pickle,
-    )
+    return load_engine(**dict(config))
 
 
 def force_backend(config: Config) -> None:

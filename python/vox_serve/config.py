@@ -1,285 +1,295 @@
 """Every setting, declared once.
 
-Flags, environment variables, bounds and the documentation's table all come from `Config`'s
-fields. A value is taken from its flag, else from `VOX_SERVE_<FIELD>`, else it is the default.
-`python -m vox_serve.config` prints the table.
+Flags, environment variables, bounds, request fields and the documentation's table all come from
+the fields of `Config`. A flag or keyword takes precedence over the environment variable
+`VOX_SERVE_<FIELD>`, which takes precedence over the default. `python -m vox_serve.config` prints
+the table.
 """
 
-import math
+import os
 import types
 import typing
-from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 ENV_PREFIX = "VOX_SERVE_"
-MODEL, SAMPLING, SERVER = "model", "sampling", "server"
-GROUPS = {
-    MODEL: "model",
-    SAMPLING: "sampling (a request may override each of these)",
-    SERVER: "server",
-}
+DEFAULT_CODEC = "kyutai/mimi"
+DEFAULT_MAX_FRAMES = 1125  # 90 s, Sesame's own limit
 
 
 class ConfigError(ValueError):
-    """A setting has a value that it cannot take; the message names the setting."""
+    """A setting has an invalid value; the message names the setting."""
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What is known of a setting beside its name, type and default.
+class Shown:
+    """How the documentation writes a default or bounds whose values say little."""
 
-    Attributes:
-        group: one of `GROUPS`.
-        help: one sentence, without a full stop.
-        low, high: inclusive bounds; None is unbounded.
-        above: exclusive lower bound.
-        choices: all values that it may take; empty when any will do.
-        shown_default: how to write the default, where its value says little.
-        shown_limits: how to write the bounds, where their values say little.
-    """
-
-    group: str
-    help: str
-    low: float | None = None
-    high: float | None = None
-    above: float | None = None
-    choices: tuple[str, ...] = ()
-    shown_default: str | None = None
-    shown_limits: str | None = None
-
-    @property
-    def limits(self) -> str:
-        """The bounds in words; empty if there are none."""
-        if self.shown_limits:
-            return self.shown_limits
-        if self.choices:
-            return f"one of {', '.join(self.choices)}"
-        if self.above is not None:
-            return f"above {self.above}, at most {self.high}"
-        return "" if self.low is None else f"from {self.low} to {self.high}"
-
-    def admits(self, value: Any) -> bool:
-        if self.choices:
-            return value in self.choices
-        if isinstance(value, float) and not math.isfinite(value):
-            return False
-        return (
-            (self.low is None or value >= self.low)
-            and (self.above is None or value > self.above)
-            and (self.high is None or value <= self.high)
-        )
+    default: str | None = None
+    limits: str | None = None
 
 
-def setting(default: Any, group: str, help: str, **limits: Any) -> Any:
-    """A field of `Config`; `limits` are `Setting`'s other attributes."""
-    return field(default=default, metadata={"setting": Setting(group, help, **limits)})
-
-
-@dataclass(frozen=True)
-class Config:
-    """The settings of `vox-serve` and `say`.
+class Settings(BaseModel):
+    """A frozen group of settings that takes exact types: `port="80"` is an error.
 
     Raises:
-        ConfigError: a value has the wrong type or is out of its bounds.
+        ConfigError: an unknown setting, a wrong type, or a value out of bounds.
     """
 
-    model: str = setting(
-        "demo", MODEL, "built-in voice, local folder, or hub id such as sesame/csm-1b"
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+    title: ClassVar[str]
+
+    def __init__(self, **values: Any):
+        try:
+            super().__init__(**values)
+        except ValidationError as errors:
+            error = errors.errors()[0]
+            name = str(error["loc"][0])
+            if name not in type(self).model_fields:
+                raise ConfigError(f"{name} is not a setting") from None
+            field = type(self).model_fields[name]
+            raise ConfigError(_reason(f"{name} must be", field, error)) from None
+
+
+class ModelSettings(Settings):
+    title = "model"
+
+    model: str = Field(
+        "demo", description="built-in voice, local folder, or hub id such as sesame/csm-1b"
     )
-    codec: str = setting(
-        "kyutai/mimi",
-        MODEL,
-        "folder, file or hub id of the Mimi codec, for a checkpoint that holds none",
+    codec: str = Field(
+        DEFAULT_CODEC,
+        description="folder, file or hub id of the Mimi codec, for a checkpoint without one",
     )
-    context: str | None = setting(
+    context: Annotated[str | None, Shown("the model's own prompts, if it has any")] = Field(
         None,
-        MODEL,
-        "context.json whose segments come before every text; 'none' for no context",
-        shown_default="the model's own prompts, if it has any",
+        description="context.json whose segments come before every text; 'none' for no context",
     )
-    device: str = setting(
-        "auto", MODEL, "auto takes a GPU if there is one", choices=("auto", "cpu", "cuda")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto takes a GPU if there is one"
     )
-    backend: str = setting(
+    backend: Literal["auto", "native", "triton", "reference"] = Field(
         "auto",
-        MODEL,
-        "what runs the ops; auto takes the first of these that has an op, or VOXKERN_BACKEND's",
-        choices=("auto", "native", "triton", "reference"),
+        description="implementation of the ops; auto takes the first of these that has an op, or "
+        "VOXKERN_BACKEND's",
     )
-    dtype: str = setting(
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        MODEL,
-        "of weights and KV cache; auto is bfloat16, but float32 for a tiny model on a CPU",
-        choices=("auto", "float32", "bfloat16"),
+        description="dtype of weights and KV cache; auto is bfloat16, but float32 for a tiny "
+        "model on a CPU",
     )
-    quantize: str = setting(
+    quantize: Literal["none", "int8", "int4"] = Field(
         "none",
-        MODEL,
-        "packed weights; int4 keeps the heads in int8; both round the codec's decoder",
-        choices=("none", "int8", "int4"),
+        description="packed weights; int4 keeps the heads in int8; both round the codec's decoder",
     )
-    weight_cache: str | None = setting(
+    weight_cache: Annotated[
+        str | None,
+        Shown(".voxkern in the model's folder, else in ~/.cache/voxkern; none if small"),
+    ] = Field(
         None,
-        MODEL,
-        "folder where packed weights are kept, to be mapped into memory by later starts; 'none' "
-        "packs them at every start",
-        shown_default=".voxkern in the model's folder, else in ~/.cache/voxkern; none if small",
+        description="folder for packed weights, which later starts map into memory; 'none' packs "
+        "them at every start",
     )
-    num_threads: int | None = setting(
-        None,
-        MODEL,
-        "CPU threads of the kernels",
-        low=1,
-        high=1024,
-        shown_default="all that this process may use",
+    num_threads: Annotated[int | None, Shown("all that this process may use")] = Field(
+        None, description="CPU threads of the kernels", ge=1, le=1024
     )
-    allow_pickle: bool = setting(
-        False, MODEL, "read .pt checkpoints too (tensors only, never code)"
+    allow_pickle: bool = Field(
+        False, description="read .pt checkpoints too (tensors only, never code)"
     )
 
-    temperature: float = setting(
-        0.9, SAMPLING, "randomness of the draw; 0 is greedy", low=0, high=100
+
+class SamplingParams(Settings):
+    """One request's sampling parameters; `voxkern.ops.sample_tokens` defines each of them."""
+
+    temperature: float = Field(0.9, description="randomness of the draw; 0 is greedy", ge=0, le=100)
+    top_k: Annotated[int, Shown(limits="0 or more")] = Field(
+        50, description="most likely codes to keep; 0 keeps all", ge=0, le=2**31 - 1
     )
-    top_k: int = setting(
-        50,
-        SAMPLING,
-        "codes kept, the most likely first; 0 keeps all",
-        low=0,
-        high=2**31 - 1,
-        shown_limits="0 or more",
+    top_p: float = Field(1.0, description="probability mass to keep", gt=0, le=1)
+    min_p: float = Field(
+        0.0, description="lowest probability of a code, as a share of the largest", ge=0, le=1
     )
-    top_p: float = setting(1.0, SAMPLING, "probability mass kept", above=0, high=1)
-    min_p: float = setting(
-        0.0, SAMPLING, "least probability of a code, as a share of the largest", low=0, high=1
+    repetition_penalty: float = Field(
+        1.0, description="CTRL's penalty, on codebook 0; 1 is none", ge=0.01, le=100
     )
-    repetition_penalty: float = setting(
-        1.0, SAMPLING, "CTRL's penalty, on codebook 0; 1 is none", low=0.01, high=100
+    repetition_window: int = Field(
+        16, description="frames that the penalty looks back", ge=1, le=2048
     )
-    repetition_window: int = setting(
-        16, SAMPLING, "frames back that the penalty looks", low=1, high=2048
-    )
-    seed: int | None = setting(
-        None,
-        SAMPLING,
-        "same seed, same speech",
-        low=-(2**63),
-        high=2**63 - 1,
-        shown_limits="a signed 64-bit integer",
-        shown_default="a new one for every request",
-    )
-    # 90 s, Sesame's own limit.
-    max_frames: int = setting(
-        1125, SAMPLING, "longest utterance, in frames of 80 ms", low=1, high=2048
+    seed: Annotated[int | None, Shown("a new one for every request", "a signed 64-bit integer")] = (
+        Field(None, description="the same seed gives the same speech", ge=-(2**63), le=2**63 - 1)
     )
 
-    host: str = setting("127.0.0.1", SERVER, "address to listen on")
-    port: int = setting(8000, SERVER, "port to listen on; 0 takes a free one", low=0, high=65535)
-    max_batch_size: int | None = setting(
-        None,
-        SERVER,
-        "requests spoken at the same time",
-        low=1,
-        high=1024,
-        shown_default="8; on a GPU 64, or as many as half of its free memory holds",
-    )
-    max_queue_size: int = setting(
-        64, SERVER, "requests that may wait; more are answered 503", low=0, high=100_000
-    )
-    max_body_bytes: int = setting(
-        262_144, SERVER, "longest request body; a longer one is answered 413", low=1024, high=2**30
-    )
-    log_level: str = setting(
-        "info", SERVER, "what is logged", choices=("error", "warning", "info", "debug")
-    )
+    def resolved_seed(self) -> int:
+        """The seed, or a fresh random one."""
+        return int.from_bytes(os.urandom(8)) >> 1 if self.seed is None else self.seed
 
-    def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if value is None and is_optional(item):
-                continue
-            expected = base_type(item)
-            if expected is float and type(value) is int:
-                object.__setattr__(self, item.name, float(value))
-            elif type(value) is not expected:
-                raise ConfigError(f"{item.name} must be {_TYPE_WORDS[expected]}, got {value!r}")
-            if not setting_of(item).admits(value):
-                raise ConfigError(f"{item.name} must be {setting_of(item).limits}, got {value}")
+
+class SpeechSettings(SamplingParams):
+    """The settings that a request may override."""
+
+    title = "sampling (a request may override each of these)"
+
+    max_frames: int = Field(
+        DEFAULT_MAX_FRAMES, description="longest utterance, in frames of 80 ms", ge=1, le=2048
+    )
 
     @property
-    def sampling(self) -> dict[str, Any]:
-        """`SamplingParams`' fields, by name."""
-        in_group = (item.name for item in fields(self) if setting_of(item).group == SAMPLING)
-        return {name: getattr(self, name) for name in in_group if name != "max_frames"}
+    def sampling(self) -> SamplingParams:
+        return SamplingParams(**self.model_dump(include=set(SamplingParams.model_fields)))
 
-    @classmethod
-    def resolve(cls, given: Mapping[str, Any], environ: Mapping[str, str]) -> "Config":
-        """The config of flags `given` by field name, then of environment variables.
+    def override(self, **values: Any) -> "SpeechSettings":
+        """These settings with a request's own values; None keeps the setting.
 
         Raises:
-            ConfigError: see the class; for a variable the message names it.
+            ConfigError: see `Settings`.
         """
+        given = {name: value for name, value in values.items() if value is not None}
+        return SpeechSettings(**self.model_dump(include=set(SpeechSettings.model_fields)) | given)
+
+
+class ServerSettings(Settings):
+    title = "server"
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, description="port to listen on; 0 takes a free one", ge=0, le=65535)
+    max_batch_size: Annotated[
+        int | None, Shown("8; on a GPU 64, or as many as half of its free memory holds")
+    ] = Field(None, description="requests spoken at the same time", ge=1, le=1024)
+    max_queue_size: int = Field(
+        64, description="requests that may wait; more are answered 503", ge=0, le=100_000
+    )
+    max_body_bytes: int = Field(
+        262_144,
+        description="longest request body; a longer one is answered 413",
+        ge=1024,
+        le=2**30,
+    )
+    log_level: Literal["error", "warning", "info", "debug"] = Field(
+        "info", description="least severe messages to log"
+    )
+
+
+class Config(BaseSettings, ServerSettings, SpeechSettings, ModelSettings):
+    """The settings of `vox-serve`, `say` and `vox_serve.load`.
+
+    Keywords take precedence over environment variables.
+
+    Raises:
+        ConfigError: see `Settings`; for a variable the message names it.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True)
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: InitSettingsSource, **_: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, _Environment(settings_cls)
+
+
+class _Environment(EnvSettingsSource):
+    """Environment variables as typed values, for the fields that no keyword sets."""
+
+    def __call__(self) -> dict[str, Any]:
         values = {}
-        for item in fields(cls):
-            variable = ENV_PREFIX + item.name.upper()
-            if item.name in given:
-                values[item.name] = given[item.name]
-            elif environ.get(variable):
+        for name in Config.model_fields.keys() - self.current_state.keys():
+            variable = ENV_PREFIX + name.upper()
+            if text := self.env_vars.get(variable.lower()):
                 try:
-                    values[item.name] = parse_value(item, environ[variable])
+                    values[name] = parse_value(name, text)
                 except ConfigError as error:
                     raise ConfigError(f"environment variable {variable}: {error}") from None
-        return cls(**values)
+        return values
 
 
 _TYPE_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-_BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+_BOUND_ERRORS = (
+    "literal_error",
+    "finite_number",
+    "greater_than",
+    "greater_than_equal",
+    "less_than_equal",
+)
 
 
-def setting_of(item: Field) -> Setting:
-    return item.metadata["setting"]
+def base_type(field: FieldInfo) -> Any:
+    """The field's type without `| None`: str, int, float, bool or a Literal."""
+    kind = field.annotation
+    return typing.get_args(kind)[0] if isinstance(kind, types.UnionType) else kind
 
 
-def is_optional(item: Field) -> bool:
-    return isinstance(item.type, types.UnionType)
+def choices(field: FieldInfo) -> tuple[str, ...]:
+    """All values that the field takes; empty when it is not a Literal."""
+    kind = base_type(field)
+    return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
 
 
-def base_type(item: Field) -> type:
-    """The field's type, without `| None`."""
-    return typing.get_args(item.type)[0] if is_optional(item) else item.type
+def bound(field: FieldInfo, kind: Literal["ge", "gt", "le"]) -> Any:
+    """The field's lower bound, exclusive lower bound or upper bound; None if there is none."""
+    return next((getattr(item, kind) for item in field.metadata if hasattr(item, kind)), None)
 
 
-def parse_value(item: Field, text: str) -> Any:
-    """A setting's value from a flag's or a variable's text.
+def limits(field: FieldInfo) -> str:
+    """The bounds in words; empty if there are none."""
+    low, above, high = bound(field, "ge"), bound(field, "gt"), bound(field, "le")
+    if words := _shown(field).limits:
+        return words
+    if choices(field):
+        return f"one of {', '.join(choices(field))}"
+    if above is not None:
+        return f"above {above}, at most {high}"
+    return "" if low is None else f"from {low} to {high}"
+
+
+def shown_default(field: FieldInfo) -> str:
+    """The default as the documentation writes it."""
+    text = _shown(field).default or str(field.default)
+    return text.lower() if base_type(field) is bool else text
+
+
+def parse_value(name: str, text: str) -> Any:
+    """Convert the text of a flag or variable to the setting's type.
 
     Raises:
         ConfigError: it is of another type, or out of bounds. The message does not name the field.
     """
-    kind = base_type(item)
+    field = Config.model_fields[name]
+    kind = Annotated[field.annotation, field]
     try:
-        value = _BOOLEANS[text.strip().lower()] if kind is bool else kind(text)
-    except (ValueError, KeyError):
-        raise ConfigError(f"expected {_TYPE_WORDS[kind]}, got {text!r}") from None
-    if not setting_of(item).admits(value):
-        raise ConfigError(f"must be {setting_of(item).limits}, got {text}")
-    return value
-
-
-def shown_default(item: Field) -> str:
-    """The default, as documentation writes it."""
-    text = setting_of(item).shown_default or str(item.default)
-    return text.lower() if base_type(item) is bool else text
+        return TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False)).validate_strings(text)
+    except ValidationError as errors:
+        raise ConfigError(_reason("must be", field, errors.errors()[0])) from None
 
 
 def markdown_table() -> str:
     """All settings as one Markdown table."""
-    lines = ["| flag | default | values | what it does |", "| --- | --- | --- | --- |"]
-    for item in fields(Config):
-        about = setting_of(item)
-        default = about.shown_default or f"`{shown_default(item)}`"
-        values = about.limits or _TYPE_WORDS[base_type(item)]
-        lines.append(f"| `--{item.name}` | {default} | {values} | {about.help} |")
+    lines = ["| flag | default | values | effect |", "| --- | --- | --- | --- |"]
+    for name, field in Config.model_fields.items():
+        default = _shown(field).default or f"`{shown_default(field)}`"
+        values = limits(field) or _TYPE_WORDS[base_type(field)]
+        lines.append(f"| `--{name}` | {default} | {values} | {field.description} |")
     return "\n".join(lines)
+
+
+def _shown(field: FieldInfo) -> Shown:
+    return next((item for item in field.metadata if isinstance(item, Shown)), Shown())
+
+
+def _reason(must_be: str, field: FieldInfo, error: Any) -> str:
+    if error["type"] in _BOUND_ERRORS:
+        return f"{must_be} {limits(field)}, got {error['input']}"
+    return f"{must_be} {_TYPE_WORDS[base_type(field)]}, got {error['input']!r}"
 
 
 if __name__ == "__main__":

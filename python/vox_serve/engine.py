@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vox_serve.config import Config
+from vox_serve.config import DEFAULT_MAX_FRAMES
 from vox_serve.frame_batch import FrameBatch, Frames
 from vox_serve.kv_cache import CacheBatch, CacheSequence, KvCache, send
 from vox_serve.mimi import Mimi
@@ -51,7 +51,7 @@ class Request:
         speaker: 0 or more; the default voices are 0 and 1.
         context: earlier segments, oldest first; None for the engine's default context.
         sampling: how codes are drawn.
-        max_frames: stop after so many, 80 ms each; None for `Config`'s default.
+        max_frames: stop after so many, 80 ms each; None for `DEFAULT_MAX_FRAMES`.
         id: unique among the live requests.
     """
 
@@ -211,7 +211,7 @@ class Engine:
                 *prompt,
                 CacheSequence(),
                 request.sampling.resolved_seed(),
-                max_frames=min(request.max_frames or Config.max_frames, room),
+                max_frames=min(request.max_frames or DEFAULT_MAX_FRAMES, room),
             )
         )
 
@@ -309,7 +309,7 @@ class Engine:
         live.num_frames += 1
         reason = None
         if live.num_frames == live.max_frames:
-            wanted = live.request.max_frames or Config.max_frames
+            wanted = live.request.max_frames or DEFAULT_MAX_FRAMES
             reason = "length" if live.num_frames == wanted else "context"
             self.abort(live.request.id)
         # Copies: the rows are views of the whole batch's, in memory that the GPU writes to.

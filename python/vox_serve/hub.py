@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vox_serve.checkpoint import CODEC_FILE_PATTERNS, CheckpointError, read_json, shard_names
-from vox_serve.config import Config
+from vox_serve.config import DEFAULT_CODEC
 
-DEFAULT_CODEC = Config.codec
 BUILT_IN_VOICES = Path(__file__).parent / "builtin"
 """A folder for every voice that comes with the package."""
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vox_serve.cli import CommandError, CommandParser, engine_of, run_command
-from vox_serve.config import ENV_PREFIX, MODEL, SAMPLING, SERVER, Config
+from vox_serve.config import ENV_PREFIX, Config, ModelSettings, ServerSettings, SpeechSettings
 
 if TYPE_CHECKING:
     import uvicorn
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Flags are accepted with dashes too (--top-k). Each has an environment variable, "
         f"{ENV_PREFIX} and its name in capitals ({ENV_PREFIX}TOP_K), which the flag overrides.",
     )
-    parser.add_settings([MODEL, SAMPLING, SERVER])
+    parser.add_settings(ModelSettings, SpeechSettings, ServerSettings)
     _, config = parser.parse(argv)
     return run_command(PROG, lambda: serve(config))
 

@@ -5,11 +5,13 @@ import logging
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vox_serve.checkpoint import read_json
-from vox_serve.csm_weights import PACKINGS, CsmWeights
+from vox_serve.config import Config
+from vox_serve.csm_weights import CsmWeights
 from vox_serve.engine import Engine
 from vox_serve.hub import resolve_model
 from vox_serve.kv_cache import KvCache
@@ -26,59 +28,43 @@ SMALL_MODEL_PARAMETERS = 100_000_000
 """Below this a CPU runs float32 about as fast as anything: "auto" then means exact."""
 
 
-def load_engine(
-    model: str,
-    *,
-    device: str = "auto",
-    dtype: str | torch.dtype = "auto",
-    quantize: str = "none",
-    weight_cache: str | None = None,
-    codec: str | None = None,
-    context: str | None = None,
-    max_batch_size: int | None = None,
-    allow_pickle: bool = False,
-) -> Engine:
+def load_engine(model: str | Path, **settings: Any) -> Engine:
     """Load a model, its codec, tokenizer and context.
 
     Args:
         model: built-in voice, local folder or hub id.
-        device: "cpu", "cuda", or "auto": a GPU if torch sees one and the kernels run on it.
-        dtype: of weights and KV cache. "auto" is bfloat16, but float32 for a small model on a CPU.
-        quantize: "none", "int8" or "int4": which matrices are packed (`csm_weights.PACKINGS`),
-            and so the codec's precision.
-        weight_cache: folder for packed weights, "none", or None for the model's own folder (see
-            `cache_folders`).
-        codec: folder, file or hub id of the codec, for a checkpoint that holds none.
-        context: path of a context.json, "none", or None for the model folder's own prompts.
-        max_batch_size: requests that share a step; None for `choose_batch_size`'s.
-        allow_pickle: read ckpt.pt where there is no safetensors file.
+        settings: `Config`'s other fields by name; `dtype` may be a `torch.dtype` too.
 
     Raises:
-        ValueError, OSError: a part cannot be had or does not fit; one line says which and why.
+        ValueError, OSError: a setting is invalid, or a part is unavailable or does not fit; one
+            line names it and says why.
     """
-    if quantize not in PACKINGS:
-        raise ValueError(f"quantize must be one of {', '.join(PACKINGS)}, got {quantize}")
-    folder = resolve_model(model)
-    place = torch.device(choose_device() if device == "auto" else device)
+    if isinstance(settings.get("dtype"), torch.dtype):
+        settings["dtype"] = str(settings["dtype"]).removeprefix("torch.")
+    setting = Config(model=str(model), **settings)
+    folder = resolve_model(setting.model)
+    place = torch.device(choose_device() if setting.device == "auto" else setting.device)
     if place.type == "cuda" and (reason := _why_no_gpu()):
         raise ValueError(f"device cuda: {reason}")
     config = CsmConfig.from_json(read_json(folder / "config.json"))
     small = _num_parameters(config) < SMALL_MODEL_PARAMETERS
-    if dtype == "auto":
+    if setting.dtype == "auto":
         dtype = torch.float32 if place.type == "cpu" and small else torch.bfloat16
-    elif isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
+    else:
+        dtype = getattr(torch, setting.dtype)
 
-    caches = cache_folders(weight_cache, folder, small)
-    checkpoint = load_checkpoint(folder, dtype, place, allow_pickle, quantize, caches)
-    mimi = load_codec(checkpoint, codec, codec_precision(place.type, dtype, quantize))
-    if context == "none":
+    quantize = setting.quantize
+    caches = cache_folders(setting.weight_cache, folder, small)
+    checkpoint = load_checkpoint(folder, dtype, place, setting.allow_pickle, quantize, caches)
+    mimi = load_codec(checkpoint, setting.codec, codec_precision(place.type, dtype, quantize))
+    if setting.context == "none":
         segments = []
-    elif context is not None:
-        segments = load_context(context, mimi, config)
+    elif setting.context is not None:
+        segments = load_context(setting.context, mimi, config)
     else:
         segments = default_context(folder, mimi, config)
     prompts = PromptBuilder.from_folder(folder, config)
+    max_batch_size = setting.max_batch_size
     if max_batch_size is None:
         free_bytes = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else None
         sequence_bytes = KvCache.sequence_bytes(config.backbone, dtype)

@@ -1,56 +1,14 @@
 """How codes are drawn: one request's parameters, and the rows of tensors that the ops take."""
 
-import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vox_serve.config import Config, is_optional, setting_of
+from vox_serve.config import SamplingParams, bound
 
-_SETTINGS = {item.name: setting_of(item) for item in fields(Config)}
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """One request's sampling parameters; `voxkern.ops.sample_tokens` says what each does.
-
-    Defaults and bounds are `Config`'s.
-
-    Attributes:
-        temperature: 0 is greedy.
-        top_k: codes kept, 0 for all.
-        top_p: probability mass kept.
-        min_p: share of the most likely code's probability that a code must have.
-        repetition_penalty: on codebook 0 alone; 1 is none.
-        repetition_window: frames back that the penalty looks.
-        seed: any signed 64-bit integer, or None for a new one each time.
-
-    Raises:
-        ValueError: a value is out of its range; the message names the field.
-    """
-
-    temperature: float = Config.temperature
-    top_k: int = Config.top_k
-    top_p: float = Config.top_p
-    min_p: float = Config.min_p
-    repetition_penalty: float = Config.repetition_penalty
-    repetition_window: int = Config.repetition_window
-    seed: int | None = Config.seed
-
-    def __post_init__(self):
-        for item in fields(self):
-            value, about = getattr(self, item.name), _SETTINGS[item.name]
-            if value is None and is_optional(item):
-                continue
-            if not about.admits(value):
-                raise ValueError(f"{item.name} must be {about.limits}, got {value}")
-
-    def resolved_seed(self) -> int:
-        """The seed, or a fresh random one."""
-        return secrets.randbits(63) if self.seed is None else self.seed
+MAX_WINDOW_FRAMES = bound(SamplingParams.model_fields["repetition_window"], "le")
 
 
 class SamplingRows(NamedTuple):
@@ -85,7 +43,7 @@ class SamplingRows(NamedTuple):
             top_p=full(1, torch.float32),
             min_p=full(0, torch.float32),
             repetition_penalty=full(1, torch.float32),
-            history=full(-1, torch.int64, _SETTINGS["repetition_window"].high),
+            history=full(-1, torch.int64, MAX_WINDOW_FRAMES),
             seeds=full(0, torch.int64),
             frames=full(0, torch.int64),
             windows=full(1, torch.int64),

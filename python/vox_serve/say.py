@@ -6,16 +6,15 @@ python -m vox_serve.say "Hello." -o hello.wav
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from vox_serve.cli import CommandError, CommandParser, engine_of, run_command
-from vox_serve.config import MODEL, SAMPLING, Config
+from vox_serve.config import Config, ModelSettings, SpeechSettings
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from vox_serve.engine import Engine, Request
 
 PROG = "say"
@@ -33,14 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_flag("codes", metavar="NPY", help="write the frames too, int64 [N, K]")
     parser.add_flag("speaker", type=int, choices=(0, 1), default=0, help="whose voice [default 0]")
     parser.add_flag("greedy", action="store_true", help="temperature 0")
-    parser.add_settings([MODEL, SAMPLING])
+    parser.add_settings(ModelSettings, SpeechSettings)
     args, config = parser.parse(argv)
     if args.output is None and args.codes is None:
         parser.error("give -o out.wav")
     if args.greedy and config.temperature and "temperature" in args:
         parser.error("--greedy is --temperature 0: give one of the two")
     if args.greedy:
-        config = replace(config, temperature=0.0)
+        config = config.model_copy(update={"temperature": 0.0})
     text = args.text if args.text is not None else _read_stdin()
     if problem := _wrong_with(text):
         parser.error(problem)
@@ -71,15 +70,16 @@ def _say(
         if path is not None and path != "-":
             _check_writable(Path(path))
 
+    import numpy as np
+
     from vox_serve.audio import pcm16, wav_file
     from vox_serve.engine import Request
-    from vox_serve.sampling import SamplingParams
 
-    engine = engine_of(replace(config, max_batch_size=1))
+    engine = engine_of(config.model_copy(update={"max_batch_size": 1}))
     request = Request(
         text=text,
         speaker=speaker,
-        sampling=SamplingParams(**config.sampling),
+        sampling=config.sampling,
         max_frames=config.max_frames,
     )
     from tqdm import tqdm
@@ -112,7 +112,7 @@ def _check_writable(path: Path) -> None:
 
 def speak(
     engine: "Engine", request: "Request", on_frame: Callable[[], object] = lambda: None
-) -> tuple[np.ndarray, np.ndarray]:
+) -> "tuple[np.ndarray, np.ndarray]":
     """Run one request to its end on an idle engine.
 
     Args:
@@ -126,6 +126,8 @@ def speak(
     Raises:
         ValueError: the engine does not take the request.
     """
+    import numpy as np
+
     engine.add(request)
     audio, codes = [np.zeros(0, np.float32)], [np.zeros((0, engine.num_codebooks), np.int64)]
     while engine.has_work:

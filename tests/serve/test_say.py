@@ -2,7 +2,6 @@ import io
 import os
 import sys
 import wave
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -77,7 +76,15 @@ def test_flags_reach_the_engine(loads, tmp_path):
     line += "--temperature 0.5 --top-k 3 --top_p 0.5 --min-p 0.25 --repetition_penalty 2 "
     line += "--repetition-window 4"
     assert say.main(["hello", "-o", str(tmp_path / "out.wav"), *line.split()]) == 0
-    sampling = SamplingParams(0.5, 3, 0.5, 0.25, 2.0, 4, 7)
+    sampling = SamplingParams(
+        temperature=0.5,
+        top_k=3,
+        top_p=0.5,
+        min_p=0.25,
+        repetition_penalty=2.0,
+        repetition_window=4,
+        seed=7,
+    )
     assert loads.config == Config(
         model="M",
         context="c.json",
@@ -301,4 +308,4 @@ def test_a_prompt_beyond_the_context_is_one_line(folder, tmp_path, capsys):
 
 
 def test_sampling_flags_are_the_servers():
-    assert Config().sampling == vars(replace(SamplingParams()))
+    assert Config().sampling == SamplingParams()

@@ -119,7 +119,7 @@ def main():
     parser.add_argument("what", choices=["codec", "voice"])
     parser.add_argument("folder", type=Path, help="RUN, or the exported checkpoint")
     parser.add_argument("--sentences", type=int, default=50)
-    parser.add_argument("--temperature", type=float, default=SamplingParams.temperature)
+    parser.add_argument("--temperature", type=float, default=SamplingParams().temperature)
     parser.add_argument("--top-k", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="voice")
