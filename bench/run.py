@@ -70,6 +70,7 @@ from timing import CpuTimer, GpuTimer, timer_for
 
 import voxkern
 from voxkern.backend import backend_for, force
+from voxkern.console import quiet_on_closed_pipe
 
 BENCHES = ("roofline", "kernels", "frame", "codec", "speech")
 GPU_BENCHES = ("roofline", "kernels", "frame", "speech")
@@ -84,6 +85,7 @@ BATCHES = {
 }
 
 
+@quiet_on_closed_pipe()
 def main() -> None:
     parser = argparse.ArgumentParser(
         usage="python bench/run.py BENCH [options]",

@@ -11,6 +11,7 @@ from the second-level cache, and a multiprocessor keeps some 128 KB, 32 KB of th
 import argparse
 import concurrent.futures
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -103,4 +104,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    # voxkern.console needs the built package; without sockets, the signal's default will do.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())

@@ -1,11 +1,12 @@
-"""Compiles every Triton kernel at CSM-1B's shapes, and shows what each needs of a multiprocessor.
+"""Compile every Triton kernel at CSM-1B's shapes and list the GPU resources that each one uses.
 
     python tools/triton_check.py [--target cuda:90] [--dtype bfloat16] [--verbose]
 
-Needs Triton, no GPU: a model without memory (torch's meta device) runs its steps, and what would be
-launched is compiled instead, by Triton for sm_80 and sm_90, and for AMD's gfx942. Exits with 1 if a
-kernel does not compile, or spills registers where it must not: in bfloat16 and with packed weights.
-float32 is for comparing codes, not for speed.
+Needs Triton, but no GPU: a model without memory (torch's meta device) runs its steps, and every
+kernel that would be launched is compiled instead, for NVIDIA's sm_80 and sm_90 and AMD's gfx942.
+Exits with 1 if a kernel does not compile, needs more shared memory than a multiprocessor has, or
+spills registers in bfloat16 or with packed weights. float32 may spill: it is there to compare
+codes.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from vox_serve.loading import codec_precision
 from vox_serve.model import CsmModel
 from vox_serve.model_config import CsmConfig
 from vox_serve.sampling import SamplingParams, SamplingRows
+from voxkern.console import quiet_on_closed_pipe
 
 TARGETS = {
     "cuda:80": GPUTarget("cuda", 80, 32),
@@ -51,7 +53,7 @@ PRECISIONS = {
     "int4": (torch.bfloat16, "int4"),
 }
 MULTIPROCESSOR_BYTES = {"cuda:80": 163 << 10, "cuda:90": 227 << 10, "hip:gfx942": 64 << 10}
-"""Shared memory that a block may have."""
+"""Maximum shared memory per block."""
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -64,14 +66,14 @@ POINTERS = {
 
 
 def source_of(kernel: JITFunction, args: tuple, kwargs: dict) -> tuple[ASTSource, dict]:
-    """What Triton would compile for this launch, and with which options; storages are aligned."""
+    """The source and options that Triton would compile for this launch, if storages are aligned."""
     named = dict(zip(kernel.arg_names, args, strict=False))
     named |= {n: v for n, v in kwargs.items() if n in kernel.arg_names}
     options = {n: v for n, v in kwargs.items() if n not in kernel.arg_names}
     signature, constants, attributes = {}, {}, {}
 
     def type_of(value: object, place: tuple[int, ...], special: bool, align: bool) -> str | tuple:
-        """Of an argument, or of a tuple's entry; what is special about it is written down."""
+        """Type of an argument or a tuple's entry; records constants and alignment on the way."""
         if isinstance(value, tuple):
             return tuple(type_of(v, (*place, i), special, align) for i, v in enumerate(value))
         if value is None or (special and isinstance(value, int) and value == 1):
@@ -103,7 +105,7 @@ def source_of(kernel: JITFunction, args: tuple, kwargs: dict) -> tuple[ASTSource
 
 @contextlib.contextmanager
 def recording(record: Callable) -> Iterator[None]:
-    """`record(kernel, args, kwargs)` in the place of every launch."""
+    """Call `record(kernel, args, kwargs)` instead of every launch."""
     run = JITFunction.run
     JITFunction.run = lambda self, *args, grid, warmup, **kwargs: record(self, args, kwargs)
     try:
@@ -118,7 +120,7 @@ def empty_model(dtype: torch.dtype, quantize: str) -> CsmModel:
 
 
 def prefill(model: CsmModel, counts: Sequence[int]) -> None:
-    """Prompts of so many tokens, as one ragged batch."""
+    """Prefill prompts of `counts` tokens as one ragged batch."""
     cache = KvCache(model.config.backbone, len(counts), model.dtype, model.device)
     batch = CacheBatch.prefill(cache, [CacheSequence() for _ in counts], counts)
     frames = empty_frames(model, sum(counts))
@@ -126,7 +128,7 @@ def prefill(model: CsmModel, counts: Sequence[int]) -> None:
 
 
 def decode(model: CsmModel, rows: int) -> None:
-    """A frame of as many sequences."""
+    """Decode one frame of `rows` sequences."""
     cache = KvCache(model.config.backbone, rows, model.dtype, model.device)
     sequences = [CacheSequence() for _ in range(rows)]
     for sequence in sequences:
@@ -143,7 +145,7 @@ def empty_frames(model: CsmModel, count: int) -> Tensor:
 
 
 def run_steps(dtype: torch.dtype, quantize: str) -> None:
-    """Of each of the tiles that a service meets: prefills, and frames, with the codec's."""
+    """Run prefills, frames and codec steps at sizes that cover every tile a server uses."""
     model = empty_model(dtype, quantize)
     for counts in ((512,), (30, 20, 10), (5,)):
         prefill(model, counts)
@@ -157,7 +159,7 @@ def run_steps(dtype: torch.dtype, quantize: str) -> None:
 
 
 def resources(compiled: object, target: str) -> tuple[int, int]:
-    """Registers of a thread, and bytes that it spills or keeps in local memory."""
+    """Registers per thread, and bytes per thread that are spilled or kept in local memory."""
     if target.startswith("hip"):
         text = compiled.asm["amdgcn"]
         registers, spills = (
@@ -176,6 +178,7 @@ def resources(compiled: object, target: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+@quiet_on_closed_pipe()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", action="append", choices=TARGETS)
@@ -193,7 +196,7 @@ def main() -> int:
         with recording(record), torch.inference_mode():
             run_steps(*PRECISIONS[precision])
     failed = False
-    print(f"{'kernel':24} {'first of':9} {'constants':44} ", end="")
+    print(f"{'kernel':24} {'precision':9} {'constants':44} ", end="")
     print(f"{'target':11} {'warps':>5} {'registers':>9} {'shared':>7} {'spills':>6}")
     for precision, source, options in launches.values():
         for target in args.target or TARGETS:
@@ -219,9 +222,9 @@ def main() -> int:
                 continue
             note = ""
             if spills and precision != "float32":
-                note = " <- through memory"
+                note = " <- spills"
             if shared > MULTIPROCESSOR_BYTES[target]:
-                note += " <- more than there is"
+                note += " <- exceeds shared memory"
             failed |= bool(note)
             print(f"{options.get('num_warps', 4):5} {registers:9} {shared:7} {spills:6}{note}")
     return int(failed)

@@ -6,16 +6,16 @@ from voxkern import backend, ops  # noqa: F401  (backend loads the extension, op
 
 
 def num_threads() -> int:
-    """Threads that a native CPU op uses.
+    """Number of threads that a native CPU op uses.
 
-    `VOXKERN_NUM_THREADS`, else `OMP_NUM_THREADS`, else the processors that affinity and cgroup
-    leave to this process.
+    `VOXKERN_NUM_THREADS` if set, else `OMP_NUM_THREADS`, else the number of processors that CPU
+    affinity and the cgroup quota leave to this process.
     """
     return torch.ops.voxkern.num_threads()
 
 
 def set_num_threads(n: int) -> None:
-    """Let native CPU ops use `n` threads, 1 to 1024.
+    """Set the number of threads of native CPU ops, 1 to 1024.
 
     Raises:
         RuntimeError: `n` is out of range.

@@ -1,4 +1,4 @@
-"""What this machine has for the ops, and why: `python -m voxkern`."""
+"""`python -m voxkern`: the backends of this machine, which one serves each op, and why."""
 
 import importlib.metadata
 import importlib.util
@@ -10,15 +10,16 @@ import torch
 
 from voxkern import num_threads
 from voxkern.backend import BACKENDS, OPS, backend_for, why_missing
+from voxkern.console import quiet_on_closed_pipe
 
 
 def machine() -> dict[str, str]:
-    """What is here, by name."""
+    """Versions, devices and settings of this machine, by name."""
     native = why_missing("native", "cpu")
     facts = {"Python": platform.python_version(), "torch": torch.__version__}
     if native is None:
-        found = torch.ops.voxkern.cpu_isa()
-        facts["CPU kernels"] = f"{found}, {num_threads()} threads"
+        isa = torch.ops.voxkern.cpu_isa()
+        facts["CPU kernels"] = f"{isa}, {num_threads()} threads"
     else:
         facts["CPU kernels"] = f"none: {native}"
     if torch.cuda.is_available():
@@ -40,8 +41,8 @@ def machine() -> dict[str, str]:
     return facts
 
 
-def lines_of(device: str) -> list[str]:
-    """Which backends `device` has, and which of them serves each op."""
+def device_report(device: str) -> list[str]:
+    """Lines about one device: its backends, and the backend that serves each op."""
     lines = [f"  {b:18} {why_missing(b, device) or 'yes'}" for b in BACKENDS]
     try:
         served = {op: backend_for(device, op) for op in OPS}
@@ -50,18 +51,23 @@ def lines_of(device: str) -> list[str]:
     counts = Counter(served.values())
     lines.append(f"  {len(OPS)} ops: " + ", ".join(f"{n} by {b}" for b, n in counts.items()))
     for op, backend in served.items():
-        # Why not by a better backend that is here.
-        better = [b for b in BACKENDS[: BACKENDS.index(backend)] if not why_missing(b, device)]
-        reasons = "; ".join(filter(None, (why_missing(b, device, op) for b in better)))
+        # Reasons why no preferred backend of this device serves the op.
+        preferred = [b for b in BACKENDS[: BACKENDS.index(backend)] if not why_missing(b, device)]
+        reasons = "; ".join(filter(None, (why_missing(b, device, op) for b in preferred)))
         lines.append(f"    {op:18} {backend:10} {reasons}".rstrip())
     return lines
 
 
+@quiet_on_closed_pipe()
 def main() -> None:
     for name, value in machine().items():
         print(f"{name:20} {value}")
-    for device, here in (("cpu", True), ("cuda", torch.cuda.is_available())):
-        print(f"\n{device}" + ("" if here else " (not here)"), *lines_of(device), sep="\n")
+    for device, is_present in (("cpu", True), ("cuda", torch.cuda.is_available())):
+        print(
+            f"\n{device}" + ("" if is_present else " (not on this machine)"),
+            *device_report(device),
+            sep="\n",
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Which implementation of the ops runs on which kind of device.
+"""Chooses the backend that runs each op on each kind of device.
 
-`native` (the compiled extension), then `triton`, then `reference` (plain torch): the first that
-has an op on a device serves it, resolved once. The environment variable `VOXKERN_BACKEND`, and
-`force` after it, have one serve all devices; an op on a device where that one is missing raises.
-An op that a forced backend lacks runs its reference: an engine speaks on any backend, and on no
-other than the one that was asked for.
+Backends in order of preference: `native` (the compiled extension), `triton`, `reference` (plain
+torch). The first one that has the op on the device serves it; the choice is made once. The
+environment variable `VOXKERN_BACKEND`, or `force` later, makes one backend serve all devices; on a
+device where that backend is missing, every op raises. If a forced backend lacks an op, the
+reference runs it, so that an engine works on any backend and never silently uses a third one.
 """
 
 import functools
@@ -15,12 +15,16 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 BACKENDS = ("native", "triton", "reference")
 OPS: list[str] = []
-"""Names of all ops, in the order in which `voxkern.ops` declares them."""
+"""Names of all public ops, in the order of their declarations in `voxkern.ops`."""
 
 _LIBRARY = Path(os.environ.get("VOXKERN_LIBRARY") or Path(__file__).parent / "_C.so").absolute()
 if os.environ.get("VOXKERN_LIBRARY") and not _LIBRARY.exists():
@@ -31,25 +35,25 @@ _forced = os.environ.get("VOXKERN_BACKEND") or None
 
 
 def force(backend: str | None) -> str | None:
-    """Have `backend` serve every op from now on; None lets the first serve that has it.
+    """Make `backend` serve every op from now on; None restores the order of preference.
 
     Returns:
-        What was forced until now.
+        The backend that was forced until now, or None.
     """
     global _forced
-    before, _forced = _forced, backend
-    return before
+    previous, _forced = _forced, backend
+    return previous
 
 
 def forced() -> str | None:
-    """The backend that serves every op because it was asked for."""
+    """The backend that is forced to serve every op, or None."""
     return _forced
 
 
 @functools.cache
 def why_missing(backend: str, device_type: str, op: str | None = None) -> str | None:
-    """None if `backend` can run op `op`, or any op, on `device_type` ("cpu", "cuda", "meta"), else
-    the reason."""
+    """The reason why `backend` cannot run op `op` (any op, if None) on `device_type` ("cpu", "cuda"
+    or "meta"); None if it can."""
     if backend == "native":
         if not _LIBRARY.exists():
             return "the extension is not built (pip install -e .)"
@@ -62,7 +66,7 @@ def why_missing(backend: str, device_type: str, op: str | None = None) -> str | 
             return f"the extension has no {key} kernel of {op}"
     elif backend == "triton":
         package = importlib.util.find_spec("voxkern.triton")
-        if package is None or package.origin is None:  # a folder with nothing but old bytecode
+        if package is None or package.origin is None:  # a folder that holds only stale bytecode
             return "this version has no Triton kernels"
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed (pip install triton)"
@@ -84,18 +88,18 @@ def why_missing(backend: str, device_type: str, op: str | None = None) -> str | 
     return None
 
 
-def has_kernel(library: object, op: str, key: str) -> bool:
-    """Whether a library of ops, `torch.ops.<name>`, has this one for a dispatch key."""
+def has_kernel(library: Any, op: str, key: str) -> bool:
+    """True if a library `torch.ops.<name>` has a kernel of `op` for this dispatch key."""
     return hasattr(library, op) and torch._C._dispatch_has_kernel_for_dispatch_key(
         f"{library.name}::{op}", key
     )
 
 
 def backend_for(device_type: str, op: str | None = None) -> str:
-    """The backend that serves op `op`, or most of them, on `device_type`.
+    """The backend that serves op `op` (if None: the preferred one for any op) on `device_type`.
 
     Raises:
-        RuntimeError: one is forced that is missing there.
+        RuntimeError: the forced backend is missing on that device.
     """
     return _resolved(device_type, op, _forced)
 
@@ -118,24 +122,24 @@ def implementation(name: str, backend: str) -> Callable:
     return on_its_device(function) if backend == "triton" else function
 
 
-def on_its_device(function: Callable) -> Callable:
-    """`function`, with its first argument's GPU as the current one, where Triton launches."""
+def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
+    """Wrap `function` to make the GPU of its first argument current: Triton launches there."""
 
     @functools.wraps(function)
-    def call(*args, **kwargs):
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
         with torch.cuda.device_of(next(iter((*args, *kwargs.values())))):
             return function(*args, **kwargs)
 
     return call
 
 
-def on_one_device(fake: Callable) -> Callable:
-    """`fake`, but refusing a real tensor beside a meta one: torch sends such a call here, and the
-    result would be real memory that nobody filled."""
+def on_one_device(fake: Callable[P, R]) -> Callable[P, R]:
+    """Wrap `fake` to refuse a mix of real and meta tensors: torch dispatches such a call to the
+    fake kernel, which would return real but uninitialised memory."""
     parameters = list(inspect.signature(fake).parameters)
 
     @functools.wraps(fake)
-    def check(*args, **kwargs):
+    def check(*args: P.args, **kwargs: P.kwargs) -> R:
         named = {**dict(zip(parameters, args, strict=False)), **kwargs}
         devices = {name: a.device for name, a in named.items() if isinstance(a, torch.Tensor)}
         first = next(iter(devices.values()))
@@ -147,18 +151,18 @@ def on_one_device(fake: Callable) -> Callable:
     return check
 
 
-def op(fake: Callable) -> Callable:
-    """Declare an op: register the decorated fake kernel, and return the dispatching function."""
+def op(fake: Callable[P, R]) -> Callable[P, R]:
+    """Declare an op: register the decorated fake kernel and return the dispatching function."""
     name = fake.__name__
     OPS.append(name)
-    if hasattr(torch.ops.voxkern, name):  # an extension that is older may lack it
+    if hasattr(torch.ops.voxkern, name):  # an older extension may lack it
         torch.library.register_fake(f"voxkern::{name}", on_one_device(fake))
 
     parameters = list(inspect.signature(fake).parameters)
 
     @functools.wraps(fake)
-    def call(*args, **kwargs):
-        first = args[0] if args else kwargs[parameters[0]]
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        first: Any = args[0] if args else kwargs[parameters[0]]
         return implementation(name, backend_for(first.device.type, name))(*args, **kwargs)
 
     return call
@@ -168,8 +172,8 @@ _CUDA_LIBRARY = _LIBRARY.with_name("_C_cuda.so")
 _cuda_error = ""
 if _LIBRARY.exists():
     torch.ops.load_library(str(_LIBRARY))
-    # It needs the libraries of a torch with CUDA, of the version that it was built with; without
-    # them there are still the CPU's kernels.
+    # The CUDA library needs the libraries of a CUDA torch, of the version that it was built with;
+    # if they are missing, the CPU kernels still work.
     if torch.version.cuda and _CUDA_LIBRARY.exists():
         try:
             torch.ops.load_library(str(_CUDA_LIBRARY))

@@ -1,14 +1,15 @@
-"""The public API: one function per op, whatever the backend.
+"""The public API: one function per op, for all backends.
 
-An op's signature and docstring are its public API. Its body is its fake (meta) kernel: shapes
-and dtypes of the result, nothing else; the decorator registers it and returns a function that
-calls the backend chosen for the device (see `voxkern.backend`).
+An op's signature and docstring are its public API. Its body is its fake (meta) kernel: it computes
+only the shape and dtype of the result. The decorator registers it and returns a function that calls
+the backend chosen for the device (see `voxkern.backend`).
 
 Letters: B sequences, T tokens, K codebooks, V audio vocabulary, C model width, F feed-forward
 width, Hq / Hkv query and key/value heads, D head width, P pages, S page size, L layers.
-Floating-point tensors are float32 or bfloat16, all of one op alike unless stated; every kernel
-accumulates in float32 and rounds once, when it stores. What is said to be a *matrix* may also be
-packed, whatever the others are: `voxkern.quantize.pack` of the shape that is given.
+Floating-point tensors are float32 or bfloat16, the same for all tensors of a call unless stated;
+every kernel accumulates in float32 and rounds once, when it stores. A weight called a *matrix* may
+also be packed, whatever the other dtypes are: the result of `voxkern.quantize.pack` on a weight of
+the given shape.
 """
 
 import torch
@@ -41,7 +42,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
 
     Args:
         x: `[..., C]`, the output of a transformer branch.
-        residual: `[..., C]`, contiguous; updated in place. The norm is of its rounded value.
+        residual: `[..., C]`, contiguous; updated in place, rounded, then normalised.
         weight: `[C]`.
         eps: added to the mean square.
 
@@ -62,15 +63,15 @@ def append_kv(
     k_pages: Tensor,
     v_pages: Tensor,
 ) -> None:
-    """Rotate q and k, and write k and v to their slots of the paged KV cache.
+    """Rotate q and k, and write k and v to their slots in the paged KV cache.
 
     Rotary embedding in the half-split layout (Su et al. 2021, https://arxiv.org/abs/2104.09864;
     element i pairs with element i + D/2).
 
     Args:
-        q: `[T, Hq, D]`; rotated in place. q, k and v may be views of one projection: only the
+        q: `[T, Hq, D]`; rotated in place. q, k and v may be views of one projection: only their
             last two dimensions must be contiguous.
-        k: `[T, Hkv, D]`; left as it is.
+        k: `[T, Hkv, D]`; unchanged.
         v: `[T, Hkv, D]`.
         rope_table: `[max_positions, D]` float32, cosines in columns `0..D/2`, sines in the rest.
         positions: `[T]` int64, the row of `rope_table` for each token.
@@ -79,7 +80,7 @@ def append_kv(
         v_pages: `[P, Hkv, S, D]`; written in place.
 
     Raises:
-        RuntimeError: a shape or dtype does not fit; on the CPU also a position or a slot outside
+        RuntimeError: a shape or dtype is wrong; on the CPU also a position or a slot outside
             its table.
     """
 
@@ -96,9 +97,9 @@ def prefill_attention(
 ) -> Tensor:
     """Causal grouped-query attention of ragged prompts over paged keys and values.
 
-    Sequence b owns the queries `cu_seqlens[b] .. cu_seqlens[b + 1]`; they are the last ones of
-    its `seq_lens[b]` positions, so a prompt can continue a cached prefix. Their keys and values
-    are already in the pages (`append_kv`). Online softmax (Dao et al. 2022,
+    Sequence b owns the queries `cu_seqlens[b] .. cu_seqlens[b + 1]`. They are the last of its
+    `seq_lens[b]` positions, so a prompt can continue a cached prefix. Their keys and values must
+    already be in the pages (`append_kv`). Online softmax (Dao et al. 2022,
     https://arxiv.org/abs/2205.14135).
 
     Args:
@@ -109,14 +110,14 @@ def prefill_attention(
         page_table: `[B, M]` int32, the pages of each sequence in order; entries past its length
             are not read.
         cu_seqlens: `[B + 1]` int32, from 0 to T.
-        seq_lens: `[B]` int32, keys of each sequence, its new ones included.
+        seq_lens: `[B]` int32, keys of each sequence, including the new ones.
         scale: factor on `q . k`, usually `D ** -0.5`.
 
     Returns:
         `[T, Hq, D]`, contiguous.
 
     Raises:
-        RuntimeError: a shape or dtype does not fit; on the CPU also a page or length outside its
+        RuntimeError: a shape or dtype is wrong; on the CPU also a page or length outside its
             table.
     """
     return q.new_empty(q.shape)
@@ -145,7 +146,7 @@ def decode_attention(
         `[B, Hq, D]`, contiguous.
 
     Raises:
-        RuntimeError: a shape or dtype does not fit; on the CPU also a page or length outside its
+        RuntimeError: a shape or dtype is wrong; on the CPU also a page or length outside its
             table.
     """
     return q.new_empty(q.shape)
@@ -171,27 +172,27 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     Each output element is summed in an order that depends on C alone, so a row's result does not
     depend on the other rows: a request gets the same codes alone and in a batch.
 
-    A packed weight is multiplied with x rounded to int8, in groups of 32 columns
-    (`voxkern.quantize.quantize_rows`): exact integer products within a group, groups added in
-    float32 in ascending order. Every instruction set gives the same bits then. A row with a value
-    that is not finite gives NaN.
+    With a packed weight, x is rounded to int8 in groups of 32 columns
+    (`voxkern.quantize.quantize_rows`): integer products within a group are exact, and groups are
+    added in float32 in ascending order, so every instruction set gives the same bits. A row with a
+    value that is not finite gives NaN.
 
     Args:
         x: `[..., C]`.
         weight: matrix `[N, C]`, contiguous.
 
     Returns:
-        `[..., N]`, contiguous; N of a packed weight is a multiple of 16.
+        `[..., N]`, contiguous; for a packed weight, N is a multiple of 16.
 
     Raises:
-        RuntimeError: a shape or dtype does not fit; the message names the tensor.
+        RuntimeError: a shape or dtype is wrong; the message names the tensor.
     """
     return x.new_empty((*x.shape[:-1], num_rows(weight)))
 
 
 @op
 def embed_frames(frames: Tensor, mask: Tensor, audio_table: Tensor, text_table: Tensor) -> Tensor:
-    """Sum of the embeddings of a frame's audio codes and its text token, where the mask is set.
+    """Sum of the embeddings of a frame's audio codes and text token, where the mask is set.
 
     Args:
         frames: `[T, K + 1]` int64, audio codes in columns `0..K-1`, a text id in column K.
@@ -200,7 +201,7 @@ def embed_frames(frames: Tensor, mask: Tensor, audio_table: Tensor, text_table: 
         text_table: `[text vocabulary, C]`.
 
     Returns:
-        `[T, C]`; zeros for a row without any set entry.
+        `[T, C]`; zeros for a row with no set entry.
 
     Raises:
         RuntimeError: on the CPU, a set entry outside its table.
@@ -225,20 +226,20 @@ def sample_tokens(
 
     Order: logits to float32, repetition penalty, temperature, top-k, top-p, min-p, draw.
 
-    - Repetition penalty (Keskar et al. 2019, https://arxiv.org/abs/1909.05858): each distinct
-      code in `history` once, a positive logit divided by it, any other multiplied.
+    - Repetition penalty (Keskar et al. 2019, https://arxiv.org/abs/1909.05858): applied once to
+      each distinct code in `history`; a positive logit is divided by it, any other multiplied.
     - Temperature 0 is greedy: the largest penalised logit, the lowest code among equals.
-    - Top-k keeps the k largest logits and those equal to the k-th. 0 keeps all.
-    - Top-p (Holtzman et al. 2019, https://arxiv.org/abs/1904.09751) keeps a code if the
-      probability of all codes strictly more likely than it, after top-k, is below `top_p`; so
-      ties stay, and the most likely always does. 1 keeps all.
+    - Top-k keeps the k largest logits and all that equal the k-th. 0 keeps all.
+    - Top-p (Holtzman et al. 2019, https://arxiv.org/abs/1904.09751) keeps a code if the total
+      probability, after top-k, of the codes strictly more likely than it is below `top_p`. So ties
+      are kept together, and the most likely code is always kept. 1 keeps all.
     - Min-p keeps a code at least `min_p` times as likely as the most likely. 0 keeps all.
-    - The draw is an exponential race: `argmax(logit / temperature - log(-log(u)))` over the kept
-      codes, the lowest code among equals. For code i, `u = (x >> 9) * 2**-23 + 2**-24`, x being
+    - The draw is the Gumbel-max trick: `argmax(logit / temperature - log(-log(u)))` over the kept
+      codes, the lowest code among equals. For code i, `u = (x >> 9) * 2**-23 + 2**-24`, where x is
       word `i % 4` of Philox 4x32-10 (Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405)
       with key `(seed low, seed high)` and counter `(i // 4, codebook, frame low, frame high)`.
 
-    A NaN logit is treated as minus infinity. A row whose largest scaled logit is infinite (a
+    A NaN logit counts as minus infinity. A row whose largest scaled logit is infinite (a
     temperature near 0, or no finite logit) is greedy.
 
     Args:
@@ -247,12 +248,12 @@ def sample_tokens(
         top_k: `[B]` int32.
         top_p: `[B]` float32.
         min_p: `[B]` float32.
-        repetition_penalty: `[B]` float32; 1 is none.
+        repetition_penalty: `[B]` float32; 1 has no effect.
         history: `[B, W]` int64, the codes that the penalty applies to; -1 (or any code outside
-            `0..V-1`) is an empty place. W may be 0.
+            `0..V-1`) is an empty entry. W may be 0.
         seeds: `[B]` int64, one per request.
         frames: `[B]` int64, index of the frame within its request.
-        codebook: which codebook is drawn.
+        codebook: index of the codebook that is drawn.
 
     Returns:
         `[B]` int64.
@@ -284,8 +285,8 @@ def decode_backbone(
     """All layers of a transformer for one new token of each sequence, in one call.
 
     The layers are Llama's (Touvron et al. 2023, https://arxiv.org/abs/2302.13971): pre-norm,
-    rotary grouped-query attention over paged keys and values, SwiGLU; a norm behind the last.
-    In float32 the result is, bit for bit, that of `rms_norm`, then for each layer `linear`,
+    rotary grouped-query attention over paged keys and values, SwiGLU; a norm follows the last.
+    In float32 the result equals, bit for bit, that of `rms_norm`, then for each layer `linear`,
     `append_kv`, `decode_attention` with a scale of `D ** -0.5`, `linear`, `add_rms_norm`,
     `linear`, `silu_mul`, `linear` and `add_rms_norm`; in bfloat16 it is rounded where they store.
 
@@ -298,20 +299,20 @@ def decode_backbone(
         down: matrices `[L, C, F]`.
         norm: `[C]`.
         rope_table: `[max_positions, D]` float32, as in `append_kv`.
-        num_heads, num_kv_heads: query and key/value heads.
-        eps: of every norm.
+        num_heads, num_kv_heads: numbers of query and key/value heads.
+        eps: added to the mean square in every norm.
         positions: `[B]` int64, the row of `rope_table` for each token.
-        slots: `[B]` int64, `page * S + offset` of each token; nothing is written for a negative
-            one. No row may attend to a slot that is written for another in the same call.
+        slots: `[B]` int64, `page * S + offset` of each token; a negative slot is not written. No
+            row may attend to a slot that the same call writes for another row.
         k_pages, v_pages: `[L, P, num_kv_heads, S, D]`; written in place.
         page_table: `[B, M]` int32, as in `prefill_attention`, the same for all layers.
-        seq_lens: `[B]` int32, keys of each sequence, its new one included.
+        seq_lens: `[B]` int32, keys of each sequence, including the new one.
 
     Returns:
         `[B, C]`, contiguous: the hidden states after the last norm.
 
     Raises:
-        RuntimeError: a shape or dtype does not fit; on the CPU also a position, slot, page or
+        RuntimeError: a shape or dtype is wrong; on the CPU also a position, slot, page or
             length outside its table.
     """
     return x.new_empty(x.shape)
@@ -345,16 +346,16 @@ def decode_depth(
 ) -> Tensor:
     """The depth decoder: from codebook 0 to a whole frame, in one call.
 
-    Position 0 takes `projection(hidden)`; position p takes the audio row of codebook p - 1, and
-    its output through `heads[p - 1]` gives codebook p, drawn as in `sample_tokens` without a
-    repetition penalty. The layers are Llama's (pre-norm, rotary GQA,
+    Position 0 takes `projection(hidden)`. Position p takes the audio row of the code of codebook
+    p - 1; `heads[p - 1]` turns its output into logits, from which codebook p is drawn as in
+    `sample_tokens`, without a repetition penalty. The layers are Llama's (pre-norm, rotary GQA,
     SwiGLU); their KV cache lives for this call only.
 
     Args:
         hidden: `[B, Cb]`, the backbone's hidden states after its last norm.
         code0: `[B]` int64, codebook 0.
-        audio_rows: `[K * V, C]`, the depth decoder's embeddings of codes, already through the
-            projection; code c of codebook k is row `k * V + c`.
+        audio_rows: `[K * V, C]`, the depth decoder's embeddings of codes, with the projection
+            already applied; code c of codebook k is row `k * V + c`.
         projection: matrix `[C, Cb]`.
         attn_norm, mlp_norm: `[L, C]`.
         qkv: matrices `[L, (num_heads + 2 * num_kv_heads) * D, C]`, q rows first, then k, then v.
@@ -364,8 +365,8 @@ def decode_depth(
         norm: `[C]`.
         heads: matrices `[K - 1, V, C]`.
         rope_table: `[at least K, D]` float32, as in `append_kv`.
-        num_heads, num_kv_heads: query and key/value heads.
-        eps: of every norm.
+        num_heads, num_kv_heads: numbers of query and key/value heads.
+        eps: added to the mean square in every norm.
         temperature, top_k, top_p, min_p, seeds, frames: `[B]`, as in `sample_tokens`.
         persistent: as one kernel for the whole frame, where the backend has one that takes these
             sizes and rows. The codes are the same.
@@ -375,7 +376,7 @@ def decode_depth(
         in vain gives up: what it has not drawn is then -1.
 
     Raises:
-        RuntimeError: a shape or dtype does not fit; on the CPU also a code outside `0..V-1`.
+        RuntimeError: a shape or dtype is wrong; on the CPU also a code outside `0..V-1`.
     """
     return code0.new_empty((code0.shape[0], heads.shape[0] + 1))
 
@@ -392,29 +393,29 @@ def mimi_conv(
 ) -> Tensor:
     """A causal convolution of streams, block by block: Mimi's building block.
 
-    Output t is the product of the weight with blocks `t - (J - 1) dilation, .., t - dilation, t`,
-    side by side; blocks before x are the past. A strided convolution has several samples in a
-    block of x, a transposed one in a row of the output.
+    Output t is the product of the weight with the concatenated blocks
+    `t - (J - 1) dilation, .., t - dilation, t`; blocks before x come from the past. For a strided
+    convolution, a block of x holds several samples; for a transposed one, a row of the output does.
 
-    All is float32, but the weight may be bfloat16; then the blocks are rounded to bfloat16 too,
-    after the ELU. No output depends on T, on other outputs or on other streams.
+    All tensors are float32, except that the weight may be bfloat16; then the blocks are rounded to
+    bfloat16 too, after the ELU. No output depends on T, on other outputs or on other streams.
 
     Args:
-        x: `[B, T, C]`, C the width of a block.
-        past: `[B, (J - 1) * dilation, C]`, the blocks before x; in place, it becomes what comes
+        x: `[B, T, C]`, where C is the width of a block.
+        past: `[B, (J - 1) * dilation, C]`, the blocks before x; updated in place to the blocks
             before the next x.
         weight: `voxkern.quantize.block_rows` of `[N, J * C]`, the oldest block first.
         bias: `[N]`, contiguous.
-        add: `[B, T, N]`, summed to the output, or None.
-        dilation: blocks from tap to tap.
-        elu: whether x and the past pass through an ELU (Clevert et al. 2015,
-            https://arxiv.org/abs/1511.07289) first.
+        add: `[B, T, N]`, added to the output, or None.
+        dilation: distance between taps, in blocks.
+        elu: apply an ELU (Clevert et al. 2015, https://arxiv.org/abs/1511.07289) to x and the past
+            first.
 
     Returns:
         `[B, T, N]`, contiguous.
 
     Raises:
-        RuntimeError: a shape or dtype does not fit; the message names the tensor.
+        RuntimeError: a shape or dtype is wrong; the message names the tensor.
     """
     return x.new_empty((*x.shape[:2], bias.shape[0]))
 
@@ -428,23 +429,23 @@ def mimi_convs(
     biases: list[Tensor],
     plan: list[int],
 ) -> Tensor:
-    """Convolutions of streams one after another, each as `mimi_conv`: Mimi's SEANet in one call.
+    """A graph of convolutions of streams, each as `mimi_conv`: Mimi's SEANet in one call.
 
     Args:
         x: `[B, T, C]` samples, value 0. The output of convolution i is value i + 1.
-        fresh: `[B]` bool, the streams that begin.
-        past: for each convolution, as `mimi_conv` takes and leaves it.
-        weights, biases: likewise.
-        plan: seven integers for each convolution: the value that it takes; the one added to its
-            output, or -1; dilation; whether there is an ELU; samples in a block of its input (a
-            stride) and of its output (a transposed convolution's stride); whether a stream that
-            begins has the first sample for a past, over and over.
+        fresh: `[B]` bool, True for streams that begin with this call.
+        past: one past per convolution, read and updated as in `mimi_conv`.
+        weights, biases: one per convolution, as in `mimi_conv`.
+        plan: seven integers per convolution: index of its input value; index of the value added to
+            its output, or -1; dilation; 1 for an ELU; samples per block of its input (a stride);
+            samples per block of its output (a transposed convolution's stride); 1 if the past of a
+            stream that begins is its first sample, repeated.
 
     Returns:
         The last convolution's output, as samples.
 
     Raises:
-        RuntimeError: a shape, dtype or number does not fit; the message names the argument.
+        RuntimeError: a shape, dtype or number is wrong; the message names the argument.
     """
     values = [x]
     for i in range(len(weights)):
@@ -476,36 +477,37 @@ def mimi_transformer(
     """Mimi's transformer for the next T steps of streams: pre-norm, with a sliding window.
 
     A layer is `x += o(attention(qkv(norm(x))))`, `x += down(activation(up(norm(x))))` with
-    LayerNorms and rotary embedding in the half-split layout; there is no norm behind the last. A
-    query sees its own key and the `window - 1` before it. Keys and values lie in a ring, that of a
-    stream's step at position p in slot `p % capacity`; so what is where depends on positions alone,
-    and a stream that begins needs nothing cleared.
+    LayerNorms and rotary embedding in the half-split layout; no norm follows the last layer. A
+    query sees its own key and the `window - 1` before it. Keys and values are kept in a ring: the
+    step at position p is in slot `p % capacity`. So a slot depends on the position alone, and a
+    stream that begins needs nothing cleared.
 
-    All is float32, but matrices may be bfloat16, or packed; then what they are multiplied with is
-    rounded to bfloat16, or to int8 as in `linear`. No result depends on T or on other streams.
+    All tensors are float32, except that matrices may be bfloat16 or packed; then the activations
+    they multiply are rounded to bfloat16, or to int8 as in `linear`. No result depends on T or on
+    other streams.
 
     Args:
         x: `[B, T, C]`.
-        positions: `[B]` int64, of each stream's first step, 0 or more.
-        frequencies: `[D / 2]`, the angles of rotation per step.
-        norms: `[L, 4, C]`: scale and bias of the norm before attention, of the norm after it.
+        positions: `[B]` int64, position of each stream's first step, 0 or more.
+        frequencies: `[D / 2]`, angles of rotation per step.
+        norms: `[L, 4, C]`: scale and bias of the norm before attention, then of the norm after it.
         qkv: matrices `[L, (Hq + 2 Hkv) D, C]`, q rows first, then k, then v.
         qkv_bias: `[L, (Hq + 2 Hkv) D]`.
         o: matrices `[L, C, Hq D]`.
         o_bias: `[L, C]`.
         up: matrices `[L, F, C]`.
         down: matrices `[L, C, F]`.
-        eps: of the norms.
+        eps: added to the variance in every norm.
         activation: "gelu", "gelu_tanh", "relu" or "silu".
-        keys: `[B, L, Hkv, capacity, D]`, capacity at least `window - 1 + T`; the new ones are
-            written in place.
+        keys: `[B, L, Hkv, capacity, D]`, capacity at least `window - 1 + T`; new keys are written
+            in place.
         values: like keys.
-        window: keys that a query sees, itself included.
+        window: number of keys that a query sees, including its own.
 
     Returns:
         `[B, T, C]`, contiguous.
 
     Raises:
-        RuntimeError: a shape or dtype does not fit; on the CPU also a position below 0.
+        RuntimeError: a shape or dtype is wrong; on the CPU also a position below 0.
     """
     return x.new_empty(x.shape)

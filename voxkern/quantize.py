@@ -1,17 +1,17 @@
 """Packed weights: int8 and int4 matrices in the order in which the kernels read them.
 
-A packed weight is one contiguous tensor; its dtype tells the format. Rows go in blocks of 16, the
-last filled up with zeros; C is a multiple of 32.
+A packed weight is one contiguous tensor; its dtype identifies the format. Rows are grouped in
+blocks of 16, the last one padded with zeros; C is a multiple of 32.
 
-- "int8", int8 `[..., N / 16, 16 C + 64]`: symmetric, a scale for each row. Byte `64 i + 4 r + c` is
+- "int8", int8 `[..., N / 16, 16 C + 64]`: symmetric, one scale per row. Byte `64 i + 4 r + c` is
   row r's column `4 i + c`; 16 scales in float32 follow.
-- "int4", uint8 `[..., N / 16, 8 C + C / 2 + 64]`: symmetric, a scale for each row's group of 32
+- "int4", uint8 `[..., N / 16, 8 C + C / 2 + 64]`: symmetric, one scale per row and group of 32
   columns. Byte `64 i + 4 r + c` holds row r's columns `8 i + c`, in its low half, and
-  `8 i + 4 + c`, both 8 too large. Byte `16 g + r` of the next C / 2 is the scale of row r's group
-  g: a sign, 3 bits of exponent and 4 of mantissa, `(-1)^s 2^(e - 7) (1 + m / 16)`. 16 scales of
-  the rows in float32, which those are multiplied with, follow.
+  `8 i + 4 + c`, both with 8 added. Byte `16 g + r` of the next C / 2 is the scale of row r's group
+  g: a sign, 3 bits of exponent and 4 of mantissa, `(-1)^s 2^(e - 7) (1 + m / 16)`. 16 row scales in
+  float32 follow; a group's scale is multiplied by its row's.
 
-So four columns of 16 rows are 64 bytes, what one instruction multiplies by four values of x.
+So four columns of 16 rows are 64 bytes, which one instruction multiplies by four values of x.
 """
 
 import math
@@ -23,13 +23,14 @@ from torch import Tensor
 
 FORMATS = ("int8", "int4")
 LAYOUT_VERSION = 2
-"""Of `pack`'s results; to be raised with every change of them, so that none kept is misread."""
+"""Version of the packed layouts. Increase it with every change, so that no cached weight is
+misread."""
 BLOCK_ROWS = 16
 GROUP = 32
-"""Columns that share a scale: always in x, in the weight if it is int4."""
+"""Columns that share a scale: in x always, in the weight only for int4."""
 
 _CHUNK = 1 << 18
-"""Elements packed at a time, so that packing needs little memory besides its result."""
+"""Elements packed at a time, so that packing needs little memory beyond its result."""
 
 
 def format_of(weight: Tensor) -> str:
@@ -38,21 +39,22 @@ def format_of(weight: Tensor) -> str:
 
 
 def num_rows(weight: Tensor) -> int:
-    """N of `[..., N, C]`; of a packed weight with the rows that fill its last block."""
+    """N of `[..., N, C]`; for a packed weight, including the padding rows of its last block."""
     if format_of(weight) == "none":
         return weight.shape[-2]
     return BLOCK_ROWS * weight.shape[-2]
 
 
 def block_rows(weight: Tensor) -> Tensor:
-    """Rows in blocks of 16, unrounded, the last filled up with zeros: what `mimi_conv` takes.
+    """Arrange rows in blocks of 16, the last padded with zeros, as `mimi_conv` takes them. The
+    values do not change.
 
     Args:
         weight: `[N, C]`, float32 or bfloat16; C of bfloat16 is even.
 
     Returns:
-        `[N / 16, C, 16]` in float32, `[N / 16, C / 2, 16, 2]` in bfloat16: a column of 16 rows is
-        64 bytes, or two are.
+        `[N / 16, C, 16]` in float32, `[N / 16, C / 2, 16, 2]` in bfloat16: 16 rows of one column,
+        or in bfloat16 of two, are 64 bytes.
     """
     rows, columns = weight.shape
     blocks = torch.nn.functional.pad(weight, (0, 0, 0, -rows % BLOCK_ROWS))
@@ -66,7 +68,7 @@ def block_rows(weight: Tensor) -> Tensor:
 
 
 def unblock_rows(blocks: Tensor) -> Tensor:
-    """`[16 ceil(N / 16), C]` of what `block_rows` returns."""
+    """Undo `block_rows`: `[16 ceil(N / 16), C]`, with the padding rows."""
     if blocks.dim() == 3:
         blocks = blocks.unsqueeze(3)
     columns = blocks.shape[1] * blocks.shape[3]
@@ -85,7 +87,7 @@ def packed_shape(shape: torch.Size | tuple[int, ...], format: str) -> tuple[int,
     """The shape of `[..., N, C]` when packed.
 
     Raises:
-        ValueError: there is no such format, or C is no multiple of 32.
+        ValueError: the format is unknown, or C is not a multiple of 32.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be {' or '.join(FORMATS)}, got {format}")
@@ -98,19 +100,19 @@ def packed_shape(shape: torch.Size | tuple[int, ...], format: str) -> tuple[int,
 
 
 def pack(weight: Tensor, format: str) -> Tensor:
-    """A weight in a packed format, on its device.
+    """Pack a weight, on its device.
 
     Args:
         weight: `[..., N, C]`, floating point, C a multiple of 32.
         format: "int8" or "int4".
 
     Returns:
-        `packed_shape(weight.shape, format)`. Rounding to nearest, ties to even. int8 keeps each
-        row's largest magnitude. int4 gives a group the scale, of four tried, whose error is least
-        in squares.
+        `packed_shape(weight.shape, format)`. Rounds to nearest, ties to even. int8 maps each
+        row's largest magnitude to 127. int4 tries four scales per group and keeps the one with the
+        least squared error.
 
     Raises:
-        ValueError: there is no such format, C does not fit it, or a value is not finite.
+        ValueError: the format is unknown, C is not a multiple of 32, or a value is not finite.
     """
     shape = packed_shape(weight.shape, format)
     rows, columns = weight.shape[-2:]
@@ -129,7 +131,7 @@ def pack(weight: Tensor, format: str) -> Tensor:
         missing = len(part) * BLOCK_ROWS - len(values)
         pack_rows(torch.nn.functional.pad(values, (0, 0, 0, missing)), part)
 
-    _on_all_threads(
+    _run_in_parallel(
         pack_part,
         [
             (matrix, out, first)
@@ -142,18 +144,18 @@ def pack(weight: Tensor, format: str) -> Tensor:
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """The weight that `packed` stands for: float32 `[..., 16 ceil(N / 16), C]`."""
+    """The weight that `packed` represents: float32 `[..., 16 ceil(N / 16), C]`."""
     values, group_scales, row_scales = integers(packed)
     return values.float().mul_(group_scales.repeat_interleave(GROUP, -1)).mul_(row_scales)
 
 
 def integers(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What a packed weight holds, in the order of its rows and columns.
+    """The integers and scales of a packed weight, in the order of its rows and columns.
 
     Returns:
         values: int8 `[..., N, C]`, -8 to 7 or -128 to 127.
-        group_scales: float32 `[..., N, C / 32]`; ones in int8.
-        row_scales: float32 `[..., N, 1]`, which both are multiplied with.
+        group_scales: float32 `[..., N, C / 32]`; ones for int8.
+        row_scales: float32 `[..., N, 1]`. A weight is value * group scale * row scale.
     """
     int4 = format_of(packed) == "int4"
     value_bytes, scale_bytes = (256, 16) if int4 else (512, 0)  # of a group of 16 rows
@@ -173,10 +175,10 @@ def integers(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Activations as the kernels quantize them on the fly, for a product with a packed weight.
+    """Quantize activations as the kernels do on the fly, for a product with a packed weight.
 
-    Symmetric, a group of 32 columns at a time, rounded to nearest, ties to even. A group whose
-    values are all below 1e-30 is zero; one with a value that is not finite has the scale NaN.
+    Symmetric, per group of 32 columns, rounded to nearest, ties to even. A group whose magnitudes
+    are all below 1e-30 becomes zero; a group with a value that is not finite has the scale NaN.
 
     Args:
         x: `[..., C]`, C a multiple of 32.
@@ -193,10 +195,11 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return values.nan_to_num_(0).round_(), scales
 
 
-def _on_all_threads(work: Callable, jobs: Sequence[tuple], num_threads: int) -> None:
-    """Do jobs side by side, each on one of torch's threads.
+def _run_in_parallel(work: Callable, jobs: Sequence[tuple], num_threads: int) -> None:
+    """Run jobs in parallel, each on one thread.
 
-    One after the other, each on all threads, takes nearly three times as long: the ops are small.
+    Running them in sequence, each on all threads, takes nearly three times as long: the torch ops
+    are small.
     """
     if num_threads == 1 or len(jobs) == 1:
         for job in jobs:
@@ -212,7 +215,7 @@ def _on_all_threads(work: Callable, jobs: Sequence[tuple], num_threads: int) -> 
         with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as p:
             list(p.map(do, jobs))
     finally:
-        torch.set_num_threads(num_threads)  # the threads set it for others too
+        torch.set_num_threads(num_threads)  # the workers' setting is process-wide
 
 
 def _pack_int8(weight: Tensor, out: Tensor) -> None:
@@ -242,23 +245,26 @@ def _pack_int4(weight: Tensor, out: Tensor) -> None:
 
 
 def _int4_groups(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Integers -8 to 7 of groups `[32, N]`, in float32, their scales' codes `[N]` and the scales
-    of the rows, each of `num_groups` neighbouring groups.
+    """Quantize groups `[32, N]`, where `num_groups` neighbouring groups form a row.
 
-    The value of largest magnitude becomes about -8: the negative side has one step more. Which
-    fraction of it the step should be depends on the other values; the scale is then fitted to the
-    integers by least squares. Rows' scales are powers of two: they round nothing.
+    The value of largest magnitude maps to about -8, because the negative side has one more step.
+    The best ratio of that value to the step depends on the other values, so four are tried; each
+    scale is then fitted to its integers by least squares. Row scales are powers of two, so they
+    cause no rounding.
+
+    Returns:
+        Integers -8 to 7 in float32 `[32, N]`, codes of the group scales `[N]`, and row scales.
     """
     low, high = groups.amin(0), groups.amax(0)
     extreme = torch.where(high > -low, high, low)
     largest = extreme.abs().view(-1, num_groups).amax(1)
     if not math.isfinite(largest.max()):
         raise ValueError("weight: a value is not finite")
-    # So that largest / 7 is between 1 and 2 of them.
+    # The power of two for which largest / 7 is between 1 and 2 row scales.
     row_scales = torch.ldexp(torch.ones_like(largest), torch.frexp(largest / 7).exponent - 1)
     inverse = _inverse(row_scales).repeat_interleave(num_groups)
-    groups, extreme = groups * inverse, extreme * inverse  # exact, and far from overflow
-    best_values, best_scales, best_gain = None, None, None
+    groups, extreme = groups * inverse, extreme * inverse  # exact, and no overflow
+    best: tuple[Tensor, Tensor, Tensor] | None = None
     values, product = torch.empty_like(groups), torch.empty_like(groups)
     for steps in (8.0, 8.5, 7.5, 7.0):
         scales = _nearest_scale(extreme / -steps)
@@ -266,32 +272,36 @@ def _int4_groups(groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tenso
         dot = torch.mul(values, groups, out=product).sum(0)
         square = torch.mul(values, values, out=product).sum(0)
         scales = _nearest_scale(dot / square.clamp_min(1))
-        # How much less than the sum of squares the error is.
+        # Sum of squares minus squared error.
         gain = scales * (2 * dot - scales * square)
-        if best_values is None:
-            best_values, best_scales, best_gain = values.clone(), scales, gain
+        if best is None:
+            best = values.clone(), scales, gain
         else:
+            best_values, best_scales, best_gain = best
             better = gain > best_gain
             torch.where(better, values, best_values, out=best_values)
             best_scales = torch.where(better, scales, best_scales)
-            best_gain = torch.where(better, gain, best_gain)
+            best = best_values, best_scales, torch.where(better, gain, best_gain)
+    assert best is not None
+    best_values, best_scales, _ = best
     codes = best_scales.view(torch.int32) >> 19
     return best_values, codes.bitwise_and_(127).add_(best_scales.signbit(), alpha=128), row_scales
 
 
 def _nearest_scale(scales: Tensor) -> Tensor:
-    """Of those that a group can have."""
+    """Round to the nearest scale that a group can have, keeping the sign."""
     bits = scales.abs().clamp_(2**-7, 31 / 16).view(torch.int32)
     bits = bits.add_(1 << 18).bitwise_and_(-1 << 19)
     return bits.view(torch.float32).copysign_(scales)
 
 
 def _decode_scales(codes: Tensor) -> Tensor:
+    """Float32 values of group scale codes."""
     bits = (codes.int() & 127) + (120 << 4) << 19
     return bits.view(torch.float32) * torch.where(codes > 127, -1, 1)
 
 
 def _inverse(scales: Tensor) -> Tensor:
-    """`1 / scales`, and 0 where that is too large for float32: such values are zeros."""
+    """`1 / scales`, or 0 where that overflows float32: the values of such rows become zeros."""
     inverse = scales.reciprocal()
     return inverse.masked_fill_(inverse.isinf(), 0)

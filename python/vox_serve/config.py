@@ -293,4 +293,7 @@ def _reason(must_be: str, field: FieldInfo, error: Any) -> str:
 
 
 if __name__ == "__main__":
-    print(markdown_table())
+    from voxkern.console import quiet_on_closed_pipe
+
+    with quiet_on_closed_pipe():
+        print(markdown_table())

@@ -49,7 +49,7 @@ def test_every_kernel_of_a_bfloat16_frame_compiles_for_hopper_and_spills_nothing
         text=True,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    for kernel in ("linear_kernel", "sample_tokens_kernel", "mimi_product_kernel"):
+    for kernel in ("dense_gemm_kernel", "sample_tokens_kernel", "codec_gemm_kernel"):
         assert f"\n{kernel} " in result.stdout
 
 

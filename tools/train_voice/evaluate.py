@@ -28,6 +28,7 @@ from vox_serve.engine import Request
 from vox_serve.loading import load_engine
 from vox_serve.sampling import SamplingParams
 from vox_serve.say import speak
+from voxkern.console import quiet_on_closed_pipe
 
 MAX_FRAMES = 200  # 16 s: far beyond any of the sentences
 
@@ -114,6 +115,7 @@ def evaluate_voice(args, judge):
         report(args.folder.parent, results, texts, heard, args.show)
 
 
+@quiet_on_closed_pipe()
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["codec", "voice"])

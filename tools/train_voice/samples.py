@@ -19,6 +19,7 @@ from vox_serve.engine import Request
 from vox_serve.loading import load_engine
 from vox_serve.sampling import SamplingParams
 from vox_serve.say import speak
+from voxkern.console import quiet_on_closed_pipe
 
 SENTENCES = [TEST_SENTENCES[i] for i in (0, 11, 16, 29, 47)]
 
@@ -43,6 +44,7 @@ def draw_spectrograms(audios, path: Path):
     figure.savefig(path, dpi=90)
 
 
+@quiet_on_closed_pipe()
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint")

@@ -1,1 +1,1 @@
-"""The specification: every op in plain torch, the obvious way, accumulating in float32."""
+"""The specification: every op in plain, obvious torch, accumulating in float32."""

@@ -10,7 +10,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     values, group_scales, row_scales = integers(weight)
     x_values, x_scales = quantize_rows(x)
     groups = values.float().unflatten(-1, x_values.shape[-2:])
-    # Sums of integers below 2^24: exact, in whatever order.
+    # Sums of integers below 2^24 are exact in float32, in any order.
     dots = torch.einsum("...gc,ngc->...gn", x_values, groups)
     out = x_scales.new_zeros(*x.shape[:-1], len(values))
     for g in range(len(groups[0]) if len(groups) else 0):
@@ -20,12 +20,12 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def project(x: Tensor, weight: Tensor, num_rows: int) -> Tensor:
-    """`linear` without the rows that fill up a packed weight's last block."""
+    """`linear` without the padding rows of a packed weight's last block."""
     return linear(x, weight)[..., :num_rows]
 
 
 def project_float(x: Tensor, weight: Tensor, num_rows: int) -> Tensor:
-    """`project` of float32 x, which is rounded to bfloat16 first for a weight of that dtype."""
+    """`project` of float32 x; for a bfloat16 weight, x is rounded to bfloat16 first."""
     if weight.dtype == torch.bfloat16:
         x = x.to(torch.bfloat16).float()
         weight = weight.float()

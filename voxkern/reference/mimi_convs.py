@@ -12,7 +12,7 @@ def mimi_convs(
     biases: list[Tensor],
     plan: list[int],
 ) -> Tensor:
-    """The composition of `mimi_conv`s."""
+    """A composition of `mimi_conv` calls."""
     values = [x]
     for i, left in enumerate(past):
         source, add, dilation, elu, block_in, block_out, replicate = plan[7 * i : 7 * i + 7]

@@ -42,23 +42,24 @@ def mimi_transformer(
         low, high = heads.chunk(2, -1)
         return torch.cat((low * cos - high * sin, high * cos + low * sin), -1)
 
-    # What the queries see between them, oldest first; its positions may begin below 0.
+    # Positions that any query sees, oldest first; the first ones may be below 0.
     offsets = torch.arange(1 - window, steps, device=x.device)
     seen_at = positions[:, None] + offsets
-    behind = torch.arange(steps, device=x.device)[:, None] - offsets
-    seen = ((behind >= 0) & (behind < window)) & (seen_at >= 0)[:, None]
+    distance = torch.arange(steps, device=x.device)[:, None] - offsets
+    seen = ((distance >= 0) & (distance < window)) & (seen_at >= 0)[:, None]
     streams = torch.arange(len(x), device=x.device)[:, None]
 
     def append(ring: Tensor, new: Tensor) -> Tensor:
-        """Write `[B, Hkv, T, D]`; the keys or values `[B, Hkv, W - 1 + T, D]` at `seen_at`."""
+        """Write new `[B, Hkv, T, D]` to the ring; return `[B, Hkv, window - 1 + T, D]` at
+        `seen_at`."""
         ring[streams, :, steps_at % capacity] = new.transpose(1, 2)
-        held = ring[streams, :, seen_at % capacity].transpose(1, 2)
-        # A slot that no step was written to may hold anything, NaN too.
-        return held.masked_fill((seen_at < 0)[:, None, :, None], 0)
+        window_rows = ring[streams, :, seen_at % capacity].transpose(1, 2)
+        # A slot that no step has written may hold anything, including NaN.
+        return window_rows.masked_fill((seen_at < 0)[:, None, :, None], 0)
 
     for i in range(len(norms)):
         before, after = norms[i].unflatten(0, (2, 2))
-        normed = F.layer_norm(x, (width,), *before, eps)
+        normed = F.layer_norm(x, (width,), before[0], before[1], eps)
         heads = project_float(normed, qkv[i], qkv_bias.shape[1]) + qkv_bias[i]
         q, k, v = (
             heads.unflatten(-1, (-1, head_dim))
@@ -73,7 +74,7 @@ def mimi_transformer(
             enable_gqa=num_heads != num_kv_heads,
         )
         x = x + project_float(attended.transpose(1, 2).flatten(2), o[i], width) + o_bias[i]
-        normed = F.layer_norm(x, (width,), *after, eps)
+        normed = F.layer_norm(x, (width,), after[0], after[1], eps)
         hidden = ACTIVATIONS[activation](project_float(normed, up[i], num_columns(down[i])))
         x = x + project_float(hidden, down[i], width)
     return x

@@ -22,7 +22,7 @@ def prefill_attention(
 
 
 def sequence(pages: Tensor, page_row: Tensor, length: int) -> Tensor:
-    """`[length, Hkv, D]`: one sequence's keys or values, out of its pages."""
+    """Gather one sequence's keys or values `[length, Hkv, D]` from its pages."""
     page_size = pages.shape[2]
     used = page_row[: -(-length // page_size)].long()
     return pages[used].transpose(1, 2).flatten(0, 1)[:length]

@@ -19,10 +19,10 @@ def sample_tokens(
     frames: Tensor,
     codebook: int,
 ) -> Tensor:
-    """Each filter is a lowest logit that stays; the last is the largest of them.
+    """Each filter is a threshold on the logits; a code must pass the largest of them.
 
-    Sums of probabilities and the draw's scores are in float64, so that backends which sum in
-    another order agree code for code.
+    Sums of probabilities and the draw's scores are float64, so that backends that sum in another
+    order draw the same codes.
     """
     logits = penalise(
         logits.float().nan_to_num(float("-inf"), float("inf"), float("-inf")),
@@ -31,7 +31,7 @@ def sample_tokens(
     )
     greedy = ~(temperature > 0)
     scaled = logits / torch.where(greedy, 1.0, temperature)[:, None]
-    # Infinite scores tell nothing apart: all logits minus infinity, or a temperature near 0.
+    # Infinite scores cannot be ranked: all logits are minus infinity, or the temperature is near 0.
     greedy |= scaled.amax(-1).isinf()
     keep = kept(scaled, top_k, top_p, min_p)
     scores = relative(scaled) - (-uniform(seeds, frames, codebook, logits.shape[1]).log()).log()
@@ -42,7 +42,7 @@ def sample_tokens(
 def penalise(logits: Tensor, penalty: Tensor, history: Tensor) -> Tensor:
     vocab_size = logits.shape[1]
     inside = (history >= 0) & (history < vocab_size)
-    # One column more for the empty places, cut off again.
+    # Empty entries go to an extra column, which is dropped afterwards.
     seen = logits.new_zeros(logits.shape[0], vocab_size + 1, dtype=torch.bool)
     seen.scatter_(1, torch.where(inside, history, vocab_size), True)
     penalty = penalty[:, None]
@@ -51,14 +51,14 @@ def penalise(logits: Tensor, penalty: Tensor, history: Tensor) -> Tensor:
 
 
 def relative(scaled: Tensor) -> Tensor:
-    """Logits less the row's largest, float64; 0 there even if it is infinite."""
+    """Logits minus the row's largest, float64; 0 at the largest even if it is infinite."""
     scaled = scaled.double()
     largest = scaled.amax(-1, keepdim=True)
     return torch.where(scaled == largest, 0.0, scaled - largest)
 
 
 def kept(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """`[B, V]` bool: the codes that top-k, top-p and min-p leave."""
+    """`[B, V]` bool: the codes that pass top-k, top-p and min-p."""
     vocab_size = scaled.shape[1]
     ordered = relative(scaled).sort(-1, descending=True).values
     k = torch.where((top_k <= 0) | (top_k > vocab_size), vocab_size, top_k).long()
@@ -67,7 +67,7 @@ def kept(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     odds = ordered.exp().masked_fill(ordered < lowest, 0.0)
     sums = odds.cumsum(-1)
     more_likely = torch.cat((torch.zeros_like(sums[:, :1]), sums[:, :-1]), -1)
-    # Among equals the first one's sum counts: it decides whether their value is in.
+    # For equal values the first one's sum decides for all of them.
     nucleus = more_likely < top_p.double()[:, None] * sums[:, -1:]
     nucleus |= (top_p >= 1)[:, None]
     nucleus[:, 0] = True
@@ -77,7 +77,7 @@ def kept(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
 
 
 def uniform(seeds: Tensor, frames: Tensor, codebook: int, vocab_size: int) -> Tensor:
-    """`[B, V]` float64 in (0, 1): the draw's random numbers."""
+    """Random numbers of the draw: `[B, V]` float64 in (0, 1)."""
     blocks = torch.arange(-(-vocab_size // 4), device=seeds.device)
     counter = torch.broadcast_tensors(
         blocks,
@@ -85,15 +85,15 @@ def uniform(seeds: Tensor, frames: Tensor, codebook: int, vocab_size: int) -> Te
         (frames & _LOW)[:, None],
         (frames >> 32 & _LOW)[:, None],
     )
-    words = philox(counter, ((seeds & _LOW)[:, None], (seeds >> 32 & _LOW)[:, None]))
-    words = torch.stack(words, -1).flatten(1)[:, :vocab_size]
+    key = (seeds & _LOW)[:, None], (seeds >> 32 & _LOW)[:, None]
+    words = torch.stack(philox(counter, key), -1).flatten(1)[:, :vocab_size]
     return (words >> 9).double() * 2.0**-23 + 2.0**-24
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Philox 4x32-10: four words of counter and two of key to four random words.
+    """Philox 4x32-10: four random words from four counter and two key words.
 
-    Words are int64 tensors in 0..2^32-1; int64 products wrap, which leaves all 64 bits right.
+    Words are int64 tensors in 0..2^32-1; int64 products wrap, so all their 64 bits are right.
     """
     a, b, c, d = counter
     key0, key1 = key
@@ -110,7 +110,8 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor
 
 
 def first_largest(scores: Tensor) -> Tensor:
-    """Index of each row's largest score, the lowest among equals; `argmax` promises none."""
+    """Index of each row's largest score, the lowest among equals; `argmax` does not guarantee
+    that."""
     index = torch.arange(scores.shape[1], device=scores.device)
     is_largest = scores == scores.amax(-1, keepdim=True)
     return index.where(is_largest, scores.shape[1]).amin(-1)

@@ -1,7 +1,8 @@
 """The ops in Triton: for any GPU that Triton compiles for, and for CPU tensors under its
 interpreter (TRITON_INTERPRET=1).
 
-A file per op: the kernel, a `launch_*` that takes tensors as they are, and the op, which checks
-them first. `language.py` has what kernels share, `checks.py` what ops do, `mimi_product.py` and
-`mimi_attention.py` the codec's kernels. docs/kernels.md shows how one is added.
+One file per op: the kernel, a `launch_*` function that launches it without checks, and the op,
+which checks its tensors first. `language.py` has helpers for kernels, `checks.py` those for ops,
+`packed_gemm.py`, `codec_gemm.py` and `codec_attention.py` the kernels that several ops share.
+docs/kernels.md shows how to add an op.
 """

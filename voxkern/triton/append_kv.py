@@ -4,7 +4,7 @@ import triton.language as tl
 from torch import Tensor
 
 from voxkern.triton.checks import check, check_float, check_heads, check_operand, check_pages
-from voxkern.triton.language import load, store, tile
+from voxkern.triton.language import load, store, tile_size
 
 
 @triton.jit
@@ -28,9 +28,9 @@ def append_kv_kernel(
     BLOCK_KV: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
 ):
-    """One program takes a token: all heads of its q, k and v, as halves `[heads, D / 2]`.
+    """One program handles one token: all heads of its q, k and v, as halves `[heads, D / 2]`.
 
-    Angles and products are float32, rounded once.
+    Angles and products are float32; results are rounded once.
     """
     token = tl.program_id(0).to(tl.int64)
     half = D // 2
@@ -42,22 +42,22 @@ def append_kv_kernel(
 
     head = tl.arange(0, BLOCK_Q)[:, None]
     inside = (head < Hq) & in_half[None, :]
-    places = q + token * q_stride + head * D + column[None, :]
-    low, high = load(places, inside), load(places + half, inside)
-    store(places, low * cos - high * sin, inside)
-    store(places + half, high * cos + low * sin, inside)
+    pointers = q + token * q_stride + head * D + column[None, :]
+    low, high = load(pointers, inside), load(pointers + half, inside)
+    store(pointers, low * cos - high * sin, inside)
+    store(pointers + half, high * cos + low * sin, inside)
 
     slot = tl.load(slots + token)
     head = tl.arange(0, BLOCK_KV)[:, None]
     inside = (head < Hkv) & in_half[None, :] & (slot >= 0)
-    to = ((slot // S * Hkv + head) * S + slot % S) * D + column[None, :]
-    places = k + token * k_stride + head * D + column[None, :]
-    low, high = load(places, inside), load(places + half, inside)
-    store(k_pages + to, low * cos - high * sin, inside)
-    store(k_pages + to + half, high * cos + low * sin, inside)
-    places = v + token * v_stride + head * D + column[None, :]
-    store(v_pages + to, load(places, inside), inside)
-    store(v_pages + to + half, load(places + half, inside), inside)
+    offset = ((slot // S * Hkv + head) * S + slot % S) * D + column[None, :]
+    pointers = k + token * k_stride + head * D + column[None, :]
+    low, high = load(pointers, inside), load(pointers + half, inside)
+    store(k_pages + offset, low * cos - high * sin, inside)
+    store(k_pages + offset + half, high * cos + low * sin, inside)
+    pointers = v + token * v_stride + head * D + column[None, :]
+    store(v_pages + offset, load(pointers, inside), inside)
+    store(v_pages + offset + half, load(pointers + half, inside), inside)
 
 
 def launch_append_kv(
@@ -89,10 +89,10 @@ def launch_append_kv(
             kv_heads,
             head_dim,
             page_size,
-            BLOCK_Q=tile(heads),
-            BLOCK_KV=tile(kv_heads),
-            BLOCK_HALF=tile(head_dim // 2),
-            num_warps=4,  # 8 pairs a thread of the 1024 that CSM's queries have
+            BLOCK_Q=tile_size(heads),
+            BLOCK_KV=tile_size(kv_heads),
+            BLOCK_HALF=tile_size(head_dim // 2),
+            num_warps=4,  # 8 pairs per thread: CSM's queries have 1024
         )
 
 
@@ -109,8 +109,8 @@ def append_kv(
     check_float(q, "q")
     check_heads(q, "q", q)
     tokens, heads, head_dim = q.shape
-    apart = tokens <= 1 or q.stride(0) >= heads * head_dim
-    check(apart, "q: expected tokens that do not overlap")
+    disjoint = tokens <= 1 or q.stride(0) >= heads * head_dim
+    check(disjoint, "q: expected tokens that do not overlap")
     check(head_dim % 2 == 0, f"q: expected an even head width D, got shape {list(q.shape)}")
     check_pages(k_pages, v_pages, q)
     for name, t in (("k", k), ("v", v)):

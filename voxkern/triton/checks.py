@@ -1,4 +1,7 @@
-"""Checks of arguments, with the native ops' messages (csrc/check.h). They look at no value."""
+"""Argument checks with the same messages as the native ops (csrc/check.h).
+
+They read shapes, dtypes and devices, never values, so they do not wait for the device.
+"""
 
 from collections.abc import Sequence
 
@@ -25,11 +28,11 @@ def check_dim(t: Tensor, name: str, dim: int) -> None:
 
 
 def check_shape(t: Tensor, name: str, letters: str, sizes: Sequence[int | None]) -> None:
-    """`letters` spells the shape for the reader; None is any size."""
-    fits = t.dim() == len(sizes) and all(
+    """`letters` spells the expected shape for the reader; a size of None matches any."""
+    matches = t.dim() == len(sizes) and all(
         size in (None, mine) for size, mine in zip(sizes, t.shape, strict=True)
     )
-    if not fits:
+    if not matches:
         spelt = ", ".join("any" if size is None else str(size) for size in sizes)
         raise RuntimeError(f"{name}: expected shape {letters} = [{spelt}], got {list(t.shape)}")
 
@@ -42,7 +45,7 @@ def check_operand(
     letters: str | None = None,
     sizes: Sequence[int | None] = (),
 ) -> None:
-    """Contiguous, on the device of `like`, of this dtype, and of a shape if letters spell one."""
+    """Contiguous, on the device of `like`, of this dtype and, if `letters` is given, this shape."""
     check(t.device == like.device, f"{name}: on {t.device}, the op's first tensor on {like.device}")
     check(t.dtype == dtype, f"{name}: expected {dtype_name(dtype)}, got {dtype_name(t.dtype)}")
     check(t.is_contiguous(), f"{name}: expected a contiguous tensor")
@@ -53,7 +56,7 @@ def check_operand(
 def check_heads(
     t: Tensor, name: str, like: Tensor, letters: str = "", sizes: Sequence[int] = ()
 ) -> None:
-    """`[T, H, D]`, each token's heads contiguous; tokens may be further apart."""
+    """`[T, H, D]`: the heads of a token are contiguous, the stride between tokens is free."""
     check(t.device == like.device, f"{name}: on {t.device}, the op's first tensor on {like.device}")
     check(
         t.dtype == like.dtype,
@@ -67,11 +70,11 @@ def check_heads(
 
 
 def check_pages(k_pages: Tensor, v_pages: Tensor, q: Tensor) -> None:
-    """`[P, Hkv, S, D]` for heads like q's."""
+    """Pages `[P, Hkv, S, D]` with the head width and dtype of q."""
     sizes = (None, None, None, q.shape[2])
     check_operand(k_pages, "k_pages", q, q.dtype, "[P, Hkv, S, D]", sizes)
-    some = k_pages.shape[1] >= 1 and k_pages.shape[2] >= 1
-    check(some, f"k_pages: expected [P, Hkv, S, D], got {list(k_pages.shape)}")
+    not_empty = k_pages.shape[1] >= 1 and k_pages.shape[2] >= 1
+    check(not_empty, f"k_pages: expected [P, Hkv, S, D], got {list(k_pages.shape)}")
     check_operand(v_pages, "v_pages", q, q.dtype)
     check(
         v_pages.shape == k_pages.shape,
@@ -80,7 +83,7 @@ def check_pages(k_pages: Tensor, v_pages: Tensor, q: Tensor) -> None:
 
 
 def check_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor) -> None:
-    """What the attention ops share; Hq is a multiple of Hkv."""
+    """The arguments that both attention ops take; Hq is a multiple of Hkv."""
     check_float(q, "q")
     check_heads(q, "q", q)
     check_pages(k_pages, v_pages, q)

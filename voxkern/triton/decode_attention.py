@@ -4,7 +4,7 @@ import triton.language as tl
 from torch import Tensor
 
 from voxkern.triton.checks import check_attention, check_operand
-from voxkern.triton.language import INTERPRETED, dot, load, store, tile
+from voxkern.triton.language import INTERPRETED, dot, load, store, tile_size
 
 
 @triton.jit(do_not_specialize=["M", "splits"])
@@ -26,30 +26,30 @@ def attend_kernel(
     GROUP: tl.constexpr,
     D: tl.constexpr,
     SPLIT: tl.constexpr,
-    ALONE: tl.constexpr,
+    SINGLE_SPLIT: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A program takes SPLIT keys of a sequence and a key/value head, for all of its query heads.
+    """One program handles SPLIT keys of one sequence and key/value head, for all its query heads.
 
-    It leaves the weighted sum of its values, unnormalised, and the largest score and the sum of the
-    weights that go with it; or the result, if it is ALONE with its sequence and head. Float32
-    throughout.
+    It writes the unnormalised weighted sum of its values to `sums`, and the largest score and the
+    sum of weights to `states`. With SINGLE_SPLIT no other program shares the sequence and head,
+    and it writes the result to `out`. Float32 throughout.
     """
     split = tl.program_id(0)
     h = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     length = tl.minimum(tl.load(seq_lens + b), M * S)
-    if (not ALONE) and split * SPLIT >= length:
+    if (not SINGLE_SPLIT) and split * SPLIT >= length:
         return
     key = split * SPLIT + tl.arange(0, SPLIT)
     inside = key < length
     page = tl.load(page_table + b * M + key // S, mask=inside, other=0).to(tl.int64)
-    place = ((page * Hkv + h) * S + key % S) * D
+    offset = ((page * Hkv + h) * S + key % S) * D
     column = tl.arange(0, BLOCK_D)
-    whole = inside[:, None] & (column < D)[None, :]
-    k = load(k_pages + place[:, None] + column[None, :], whole)
-    v = load(v_pages + place[:, None] + column[None, :], whole)
+    mask = inside[:, None] & (column < D)[None, :]
+    k = load(k_pages + offset[:, None] + column[None, :], mask)
+    v = load(v_pages + offset[:, None] + column[None, :], mask)
 
     g = tl.arange(0, BLOCK_G)
     rows = (g < GROUP)[:, None] & (column < D)[None, :]
@@ -61,7 +61,7 @@ def attend_kernel(
     total = dot(weights, v, tl.zeros((BLOCK_G, BLOCK_D), tl.float32))
 
     row = (b * Hkv + h) * GROUP + g
-    if ALONE:
+    if SINGLE_SPLIT:
         total = tl.where(length > 0, total / tl.sum(weights, 1)[:, None], 0.0)
         store(out + row[:, None] * D + column[None, :], total, rows)
         return
@@ -84,11 +84,11 @@ def combine_kernel(
     D,
     SPLIT: tl.constexpr,
     HEADS: tl.constexpr,
-    AT_ONCE: tl.constexpr,
+    SPLITS_PER_STEP: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A program takes HEADS query heads of a sequence (1, but when interpreted), AT_ONCE of their
-    splits at a time."""
+    """Combine the splits. One program handles HEADS query heads of a sequence (1, more only under
+    the interpreter), SPLITS_PER_STEP splits at a time."""
     b = tl.program_id(1).to(tl.int64)
     head = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
     row = b * Hq + head
@@ -98,16 +98,18 @@ def combine_kernel(
     largest = tl.full((HEADS,), float("-inf"), tl.float32)
     weight = tl.zeros((HEADS,), tl.float32)
     total = tl.zeros((HEADS, BLOCK_D), tl.float32)
-    for first in range(0, used, AT_ONCE):
-        split = first + tl.arange(0, AT_ONCE)
-        at = row[:, None] * splits + split[None, :]
-        there = (head < Hq)[:, None] & (split < used)[None, :]
-        theirs = tl.load(states + at * 2, mask=there, other=float("-inf"))
-        weights = tl.load(states + at * 2 + 1, mask=there, other=0.0)
-        inside = there[:, :, None] & (column < D)[None, None, :]
-        parts = tl.load(sums + at[:, :, None] * D + column[None, None, :], mask=inside, other=0.0)
-        new = tl.maximum(largest, tl.max(theirs, 1))
-        factors = tl.exp(theirs - new[:, None])
+    for first in range(0, used, SPLITS_PER_STEP):
+        split = first + tl.arange(0, SPLITS_PER_STEP)
+        index = row[:, None] * splits + split[None, :]
+        mask = (head < Hq)[:, None] & (split < used)[None, :]
+        maxima = tl.load(states + index * 2, mask=mask, other=float("-inf"))
+        weights = tl.load(states + index * 2 + 1, mask=mask, other=0.0)
+        inside = mask[:, :, None] & (column < D)[None, None, :]
+        parts = tl.load(
+            sums + index[:, :, None] * D + column[None, None, :], mask=inside, other=0.0
+        )
+        new = tl.maximum(largest, tl.max(maxima, 1))
+        factors = tl.exp(maxima - new[:, None])
         total = total * tl.exp(largest - new)[:, None] + tl.sum(parts * factors[:, :, None], 1)
         weight = weight * tl.exp(largest - new) + tl.sum(weights * factors, 1)
         largest = new
@@ -117,10 +119,10 @@ def combine_kernel(
 
 
 def split_keys(head_dim: int) -> int:
-    """Keys of a program: 16 KB of keys and as much of values in float32, so that several programs
-    share a multiprocessor. A function of the width alone, so that neither batch nor pages change
-    a result."""
-    return max(16, (16384 if INTERPRETED.value else 4096) // tile(head_dim, 16))
+    """Keys per program: 16 KB of keys and 16 KB of values in float32, so that several programs fit
+    on a multiprocessor. It depends on the head width alone, so that neither the batch nor the page
+    table changes a result."""
+    return max(16, (16384 if INTERPRETED.value else 4096) // tile_size(head_dim, 16))
 
 
 def launch_decode_attention(
@@ -139,10 +141,10 @@ def launch_decode_attention(
     splits = triton.cdiv(pages * page_size, split)
     if not out.numel():
         return
-    alone = splits == 1
-    places = 0 if alone else batch * heads * splits
-    sums = torch.empty(places * head_dim, dtype=torch.float32, device=q.device)
-    states = torch.empty(places * 2, dtype=torch.float32, device=q.device)
+    single_split = splits == 1
+    parts = 0 if single_split else batch * heads * splits
+    sums = torch.empty(parts * head_dim, dtype=torch.float32, device=q.device)
+    states = torch.empty(parts * 2, dtype=torch.float32, device=q.device)
     if splits:
         attend_kernel[(splits, kv_heads, batch)](
             q,
@@ -162,15 +164,15 @@ def launch_decode_attention(
             GROUP=heads // kv_heads,
             D=head_dim,
             SPLIT=split,
-            ALONE=alone,
-            BLOCK_G=tile(heads // kv_heads),
-            BLOCK_D=tile(head_dim, 16),
-            num_warps=4,  # 32 elements of keys and as many of values for each thread
+            SINGLE_SPLIT=single_split,
+            BLOCK_G=tile_size(heads // kv_heads),
+            BLOCK_D=tile_size(head_dim, 16),
+            num_warps=4,  # 32 elements of keys and 32 of values per thread
         )
-    if alone:
+    if single_split:
         return
-    at_once = tile(heads) if INTERPRETED.value else 1
-    combine_kernel[(triton.cdiv(heads, at_once), batch)](
+    heads_per_program = tile_size(heads) if INTERPRETED.value else 1
+    combine_kernel[(triton.cdiv(heads, heads_per_program), batch)](
         sums,
         states,
         seq_lens,
@@ -181,10 +183,10 @@ def launch_decode_attention(
         splits,
         head_dim,
         SPLIT=split,
-        HEADS=at_once,
-        AT_ONCE=16,  # of the 32 splits that CSM's longest sequence has
-        BLOCK_D=tile(head_dim),
-        num_warps=2,  # 16 of a step's 1024 elements for each thread
+        HEADS=heads_per_program,
+        SPLITS_PER_STEP=16,  # CSM's longest sequence has 32 splits
+        BLOCK_D=tile_size(head_dim),
+        num_warps=2,  # 16 of a step's 1024 elements per thread
     )
 
 

@@ -1,7 +1,8 @@
-"""A layer is six or seven launches, with more than 16 rows nine or ten: layers.py has the products,
-append_kv is one, decode_attention one or, where a sequence may have more than one split, two.
+"""Each layer takes six or seven launches, nine or ten with more than 16 rows: the GEMMs of
+layers.py, one append_kv, and one decode_attention, or two launches of it if a sequence may have
+several splits.
 
-At batch 1 in bfloat16 on an H100, us a layer at 3.35 TB/s:
+Estimated us per layer at batch 1 in bfloat16 on an H100, at 3.35 TB/s (not measured):
 
     launch                  programs     weights
     norm, qkv                    192     12.6 MB   3.8
@@ -11,8 +12,8 @@ At batch 1 in bfloat16 on an H100, us a layer at 3.35 TB/s:
     norm, gate, up, SwiGLU       512     67.1 MB  20.0
     down, residual               128     33.6 MB  10.0
 
-For 16 layers and the last norm 113 launches (162 with an op each); 580 us of memory's time, and
-for each launch the one to two that pass before its first bytes come.
+16 layers and the last norm are 113 launches (162 with one launch per op). Memory traffic takes
+580 us; each launch adds the 1 to 2 us before its first bytes arrive.
 """
 
 import torch
@@ -64,11 +65,10 @@ def decode_backbone(
     check_operand(seq_lens, "seq_lens", x, torch.int32, "[B]", rows)
 
     def attend(layer: int, qkv: Tensor, attended: Tensor) -> None:
-        heads = num_heads, num_kv_heads, num_kv_heads
-        q, k, v = qkv.unflatten(1, (-1, rope_table.shape[1])).split(heads, 1)
+        q, k, v = layers.split_heads(qkv)
         k_layer, v_layer = k_pages[layer], v_pages[layer]
         launch_append_kv(q, k, v, rope_table, positions, slots, k_layer, v_layer)
-        out, scale = attended.view(q.shape), rope_table.shape[1] ** -0.5
+        out, scale = attended.view(q.shape), layers.head_dim**-0.5
         launch_decode_attention(q, k_layer, v_layer, page_table, seq_lens, scale, out)
 
     residual = layers.run(x.contiguous(), attend)

@@ -1,11 +1,11 @@
-"""append_kv and decode_attention of one position for keys that a program holds in its registers:
-the depth decoder's, whose cache lives for one call."""
+"""append_kv and decode_attention of one position in one launch, for the depth decoder: its cache
+lives for one call, and one program holds all keys of a head in registers."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from voxkern.triton.language import INTERPRETED, MOST_ELEMENTS, load, rounded, store, tile
+from voxkern.triton.language import INTERPRETED, MAX_ELEMENTS, load, rounded, store, tile_size
 
 
 @triton.jit(do_not_specialize=["position", "count"])
@@ -26,12 +26,12 @@ def depth_attention_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A program takes HEADS of all rows' `count` query heads (1, but when interpreted) and all
-    their keys.
+    """One program handles HEADS of the `count` query heads of all rows (1, more only under the
+    interpreter), with all their keys.
 
-    It rotates its queries and the new keys, and uses those from its registers; the first query head
-    of a group also writes them, and their values, to the cache `[B, Hkv, K, D]`. Float32
-    throughout, queries and keys rounded where append_kv stores them, the result once.
+    It rotates its queries and the new keys and uses them from registers. The first query head of
+    each group also writes the new keys and values to the cache `[B, Hkv, K, D]`. Float32
+    throughout: queries and keys are rounded as append_kv stores them, the result once.
     """
     head = tl.program_id(0).to(tl.int64) * HEADS + tl.arange(0, HEADS)[:, None]
     group = Hq // Hkv
@@ -52,16 +52,16 @@ def depth_attention_kernel(
     keys = load(new_k + column, inside) * cos + load(new_k + partner, inside) * sin
     keys = rounded(keys, qkv)
     values = load(new_k + Hkv * D + column, inside)
-    place = (b * Hkv + h // group) * K * D + column
+    offset = (b * Hkv + h // group) * K * D + column
     first = inside & (h % group == 0)
-    store(k_cache + place + position * D, keys, first)
-    store(v_cache + place + position * D, values, first)
+    store(k_cache + offset + position * D, keys, first)
+    store(v_cache + offset + position * D, values, first)
 
     key = tl.arange(0, BLOCK_K)[None, :, None]
-    place = place[:, None, :] + key * D
-    before = inside[:, None, :] & (key < position)
-    keys = tl.where(key == position, keys[:, None, :], load(k_cache + place, before))
-    values = tl.where(key == position, values[:, None, :], load(v_cache + place, before))
+    offset = offset[:, None, :] + key * D
+    cached = inside[:, None, :] & (key < position)
+    keys = tl.where(key == position, keys[:, None, :], load(k_cache + offset, cached))
+    values = tl.where(key == position, values[:, None, :], load(v_cache + offset, cached))
     scores = tl.sum(queries[:, None, :] * keys, 2)
     scores = tl.where(tl.arange(0, BLOCK_K)[None, :] <= position, scores, float("-inf"))
     weights = tl.exp(scores - tl.max(scores, 1)[:, None])
@@ -77,13 +77,15 @@ def launch_depth_attention(
     position: int,
     out: Tensor,
 ) -> None:
-    """out `[B, Hq D]` of qkv `[B, (Hq + 2 Hkv) D]` and caches `[B, Hkv, K, D]`, all contiguous."""
+    """Write out `[B, Hq D]` from qkv `[B, (Hq + 2 Hkv) D]` and caches `[B, Hkv, K, D]`, all
+    contiguous."""
     _, kv_heads, keys, head_dim = k_cache.shape
     rows, heads = out.shape[0], out.shape[1] // head_dim
-    at_once = 1
+    heads_per_program = 1
     if INTERPRETED.value:
-        at_once = min(tile(rows * heads), max(1, MOST_ELEMENTS // (tile(keys) * tile(head_dim))))
-    depth_attention_kernel[(triton.cdiv(rows * heads, at_once),)](
+        most = max(1, MAX_ELEMENTS // (tile_size(keys) * tile_size(head_dim)))
+        heads_per_program = min(tile_size(rows * heads), most)
+    depth_attention_kernel[(triton.cdiv(rows * heads, heads_per_program),)](
         qkv,
         rope_table,
         k_cache,
@@ -96,8 +98,8 @@ def launch_depth_attention(
         kv_heads,
         keys,
         head_dim,
-        HEADS=at_once,
-        BLOCK_K=tile(keys),
-        BLOCK_D=tile(head_dim),
-        num_warps=4,  # CSM's 32 keys and values of 128 are 64 registers of a thread
+        HEADS=heads_per_program,
+        BLOCK_K=tile_size(keys),
+        BLOCK_D=tile_size(head_dim),
+        num_warps=4,  # CSM's 32 keys and values of width 128 take 64 registers per thread
     )

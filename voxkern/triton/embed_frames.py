@@ -4,7 +4,7 @@ import triton.language as tl
 from torch import Tensor
 
 from voxkern.triton.checks import check, check_dim, check_float, check_operand, check_shape
-from voxkern.triton.language import INTERPRETED, load, store, tile
+from voxkern.triton.language import INTERPRETED, load, store, tile_size
 
 
 @triton.jit
@@ -21,14 +21,14 @@ def embed_frames_kernel(
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program takes BLOCK elements of a frame's sum.
+    """One program handles BLOCK elements of one frame's sum.
 
-    The loop over the frame's columns is unrolled: all ids, then all rows, are under way at once.
-    Rows are added in the order of the columns, in float32, rounded once.
+    The loop over the frame's columns is unrolled, so that all ids, then all rows, are in flight at
+    once. Rows are added in the order of the columns in float32; the sum is rounded once.
     """
     token = tl.program_id(0).to(tl.int64)
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < C
+    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = element < C
     total = tl.zeros((BLOCK,), tl.float32)
     for column in tl.static_range(COLUMNS):
         is_set = tl.load(mask + token * mask_stride + column) != 0
@@ -37,19 +37,20 @@ def embed_frames_kernel(
             table = audio_table + (row + column * V) * C
         else:
             table = text_table + row * C
-        total += load(table + place, inside & is_set)
-    store(out + token * C + place, total, inside)
+        total += load(table + element, inside & is_set)
+    store(out + token * C + element, total, inside)
 
 
 def block(columns: int) -> int:
-    """8 bytes of bfloat16 a thread: enough programs at one token. All of it when interpreted."""
-    return tile(columns) if INTERPRETED.value else min(512, tile(columns))
+    """Elements per program: 8 bytes of bfloat16 per thread, so that one token makes enough
+    programs. Under the interpreter, all of them."""
+    return tile_size(columns) if INTERPRETED.value else min(512, tile_size(columns))
 
 
 def launch_embed_frames(
     frames: Tensor, mask: Tensor, audio_table: Tensor, text_table: Tensor, out: Tensor
 ) -> None:
-    """frames and mask: the last dimension contiguous."""
+    """frames and mask need only their last dimension contiguous."""
     tokens, columns = frames.shape
     width = out.shape[1]
     if out.numel():

@@ -1,4 +1,4 @@
-"""Triton's interpreter, put right and made quick enough for tests (of Triton 3.6 to 3.8)."""
+"""Fixes for Triton's interpreter (3.6 to 3.8), which also make it fast enough for tests."""
 
 import dataclasses
 import functools
@@ -9,14 +9,16 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 
-def prepare() -> None:
-    """Mend the interpreter of this process.
+def patch_interpreter() -> None:
+    """Patch the interpreter of this process.
 
-    What it lacks: rounding to bfloat16 to nearest (it truncates), products of bfloat16 (NumPy has
-    none), and loops whose bounds are arguments (NumPy 2.4 takes no array of one element for an
-    integer). What takes most of its time: products of transposed matrices; replacing the language's
-    functions anew for every call of a helper, where once is enough, since a process that interprets
-    compiles nothing; and computing every sum of integers twice, to check for an overflow.
+    Fixes: rounding to bfloat16 to nearest (it truncates), products of bfloat16 (NumPy has none),
+    and loops whose bounds are arguments (NumPy 2.4 no longer converts a one-element array to an
+    integer).
+
+    Speed: it multiplies transposed matrices element by element; it replaces the language's
+    functions at every call of a helper, although once is enough in a process that compiles
+    nothing; and it computes every integer sum twice to detect overflow.
     """
     builder = interpreter.InterpreterBuilder
     convert, multiply = interpreter._convert_float, builder.create_dot
@@ -25,11 +27,12 @@ def prepare() -> None:
     interpreter._patch_lang = functools.partial(patch_once, interpreter._patch_lang, set())
     options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
     interpreter.interpreter_builder.options = options
-    np.seterr(all="ignore")  # an infinity or NaN comes without a word, as on a GPU
+    np.seterr(all="ignore")  # infinities and NaN are silent, as on a GPU
 
 
 def convert_float(convert, values, source, target, rounding):
-    """Bits of `target` for values of `source`; `convert` knows the other pairs."""
+    """Convert values of type `source` to the bits of `target`; `convert` handles the other
+    pairs."""
     if (source, target) == (tl.bfloat16, tl.float32):
         return values.astype(np.uint32) << 16
     if (source, target) == (tl.float32, tl.bfloat16):
@@ -40,11 +43,12 @@ def convert_float(convert, values, source, target, rounding):
 
 
 def create_dot(builder, multiply, a, b, *rest):
-    return multiply(builder, prepared(a), prepared(b), *rest)
+    return multiply(builder, contiguous_float(a), contiguous_float(b), *rest)
 
 
-def prepared(operand):
-    """In float32, and contiguous: NumPy multiplies a transposed batch element by element."""
+def contiguous_float(operand):
+    """bfloat16 as float32, and contiguous: NumPy multiplies a transposed batch element by
+    element."""
     data, dtype = operand.data, operand.dtype.scalar
     if dtype == tl.bfloat16:
         data, dtype = (data.astype(np.uint32) << 16).view(np.float32), tl.float32

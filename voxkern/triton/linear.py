@@ -1,4 +1,4 @@
-"""Products with plain weights here, with packed ones in packed_linear.py."""
+"""`linear`, and the GEMM with plain weights; packed_gemm.py has the one with packed weights."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,18 +10,18 @@ from torch import Tensor
 
 from voxkern.quantize import format_of, num_rows
 from voxkern.triton.checks import check, check_float, check_operand
-from voxkern.triton.language import INTERPRETED, MOST_ELEMENTS, dot, load, rounded, store, tile
-from voxkern.triton.packed_linear import check_packed, launch_packed_linear
+from voxkern.triton.language import INTERPRETED, MAX_ELEMENTS, dot, load, rounded, store, tile_size
+from voxkern.triton.packed_gemm import check_packed, launch_packed_gemm
 from voxkern.triton.rms_norm import launch_rms_norm, rms_scale
 from voxkern.triton.silu_mul import silu
 
 SPLITS = 4
-FEW_ROWS = 16
-"""Rows that share a tile, and so a launch that fuses what is around the product."""
+MAX_FUSED_ROWS = 16
+"""Rows that fit in one tile: up to here a launch can fuse a prologue (norm) and SwiGLU."""
 
 
 @triton.jit(do_not_specialize=["M"])
-def linear_kernel(
+def dense_gemm_kernel(
     x,
     norm,
     weight,
@@ -43,20 +43,21 @@ def linear_kernel(
     BLOCK_N: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """A program takes BLOCK_M rows of x and BLOCK_N of the weight, `[M, C]` and `[N, C]`.
+    """One program handles BLOCK_M rows of x `[M, C]` and BLOCK_N rows of the weight `[N, C]`.
 
-    Each step reads SPLITS * BLOCK_K neighbouring columns, and a batch of SPLITS products keeps a
-    sum of its own of each: one after the other they would take longer than the weight's bytes. So
-    the order of an element's sum depends on the two constants and C.
+    Each step reads SPLITS * BLOCK_K neighbouring columns as a batch of SPLITS products, each with
+    its own accumulator: one chain of products would take longer than loading the weight. So the
+    order of an element's sum depends on SPLITS, BLOCK_K and C alone.
 
-    With NORM x goes through the norm first, whose factors each program finds for itself. With ADD
-    the result is added to `[M, N]`. With SWIGLU the weight is `[2N, C]`, gate rows first, and a
-    program takes BLOCK_N of either. All round where the ops that they stand for store.
+    NORM is a prologue: x goes through the norm first, and each program computes the row scales
+    itself. ADD is an epilogue: the result is added to `add` `[M, N]`. With SWIGLU the weight is
+    `[2N, C]`, gate rows first, and a program handles BLOCK_N rows of either half. Values are
+    rounded where the ops that are fused would store them.
     """
     m = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M))[None, :, None]
     n = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :, None]
     split = tl.arange(0, SPLITS)[:, None, None]
-    place = split * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]
+    offset = split * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]
     if NORM:
         scales = rms_scales(x, M, C, eps, BLOCK_M, NORM_ROWS, BLOCK_C)[None, :, None]
     sums = tl.zeros((SPLITS, BLOCK_M, BLOCK_N), tl.float32)
@@ -64,10 +65,12 @@ def linear_kernel(
         ups = tl.zeros((SPLITS, BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, C, UNROLL * SPLITS * BLOCK_K):
         for step in tl.static_range(UNROLL):
-            column = first + step * SPLITS * BLOCK_K + place
+            column = first + step * SPLITS * BLOCK_K + offset
             inside = (m < M) & (column < C)
             a = tl.load(x + m.to(tl.int64) * C + column, mask=inside, other=0.0)
-            if NORM:  # weights for each row anew: their loads are pipelined, and laid out, as x's
+            # Load the norm's weight for each row again: the loads are then pipelined and laid out
+            # like those of x.
+            if NORM:
                 factors = load(norm + m.to(tl.int64) * 0 + column, inside)
                 a = (a.to(tl.float32) * scales * factors).to(x.dtype.element_ty)
             inside = (n < N) & (column < C)
@@ -89,7 +92,7 @@ def linear_kernel(
 
 @triton.jit
 def rms_scales(x, M, C, eps, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """`[BLOCK_M]` for the first rows of x, ROWS at a time."""
+    """Scales `[BLOCK_M]` of the first rows of x, computed ROWS rows at a time."""
     m = tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_C)[None, :]
     scales = tl.zeros((BLOCK_M,), tl.float32)
@@ -103,7 +106,7 @@ def rms_scales(x, M, C, eps, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, BLOCK_C:
 
 @triton.jit
 def sum_splits(sums):
-    """Of `[SPLITS, BLOCK_M, BLOCK_N]`, in an order that no layout decides."""
+    """Sum `[SPLITS, BLOCK_M, BLOCK_N]` over the splits, in an order that no layout changes."""
     rows: tl.constexpr = sums.shape[1]
     columns: tl.constexpr = sums.shape[2]
     for _ in tl.static_range(2):
@@ -122,28 +125,28 @@ class Tiles(NamedTuple):
 
 
 def tiles(rows: int, columns: int, dtype: torch.dtype, norm: bool, swiglu: bool) -> Tiles:
-    """block_k is the same for any number of rows, so that a row's bits are."""
-    if INTERPRETED.value:  # few steps: an operation costs a small tile as much as a larger one
-        block_k = min(2048, tile(triton.cdiv(columns, SPLITS), 16))
-        return Tiles(block_k, 16, min(256, MOST_ELEMENTS // (SPLITS * block_k)), 1, 16, 4, 1)
-    # More registers, 64 of a thread, would not be free until the product begins.
-    norm_rows = max(1, min(4, tile(rows), 8192 // tile(columns)))
-    if dtype == torch.float32:  # multiplied and added one by one, out of registers
+    """Tile sizes. block_k does not depend on `rows`, so neither do the bits of a row."""
+    if INTERPRETED.value:  # few steps: an operation on a small tile costs as much as on a large one
+        block_k = min(2048, tile_size(triton.cdiv(columns, SPLITS), 16))
+        return Tiles(block_k, 16, min(256, MAX_ELEMENTS // (SPLITS * block_k)), 1, 16, 4, 1)
+    # At most 64 registers per thread: more would not be free before the GEMM starts.
+    norm_rows = max(1, min(4, tile_size(rows), 8192 // tile_size(columns)))
+    if dtype == torch.float32:  # plain multiply-adds, from registers
         return Tiles(32, 16, 16, 1, norm_rows, 4, 3)
-    if rows > 64:  # a warp for each split: more would repeat what these do; two programs fit
+    if rows > 64:  # a warp per split: more would repeat the same work; two programs fit
         return Tiles(32, 64, 64, 1, norm_rows, 4, 3)
-    if rows > FEW_ROWS:  # one tile has them all: for the weight's bytes, 60 KB a program, three fit
+    if rows > MAX_FUSED_ROWS:  # one tile of rows, bound by weight bytes: 60 KB, three programs fit
         return Tiles(32, 64, 16, 1, norm_rows, 4, 4)
-    if swiglu:  # 48 KB: all of CSM's 512 programs run at once, four on a multiprocessor
+    if swiglu:  # 48 KB: all of CSM's 512 programs run at once, four per multiprocessor
         return Tiles(32, 16, 16, 1, norm_rows, 4, 4)
-    if norm:  # 60 KB with x and the norm's weight: gfx942 has no more
+    if norm:  # 60 KB with x and the norm's weight, near gfx942's limit of 64
         return Tiles(32, 16, 16, 1, norm_rows, 4, 6)
-    # The weight's bytes are all. One or two programs a multiprocessor have 32 KB of them each under
-    # way, and wait for one another's warps once for 8 KB.
+    # Bound by weight bytes alone. One or two programs per multiprocessor each keep 32 KB in flight,
+    # with one barrier per 8 KB.
     return Tiles(32, 16, 16, 2, norm_rows, 4, 5)
 
 
-def launch_product(
+def launch_dense_gemm(
     x: Tensor,
     weight: Tensor,
     out: Tensor,
@@ -152,16 +155,16 @@ def launch_product(
     add: Tensor | None = None,
     swiglu: bool = False,
 ) -> None:
-    """out `[M, N]` of x `[M, C]` and a plain weight; out's rows may be further apart.
+    """GEMM with a plain weight: out `[M, N]` from x `[M, C]`; out may have any row stride.
 
-    With a norm or SwiGLU x has at most FEW_ROWS rows.
+    A norm or SwiGLU needs at most MAX_FUSED_ROWS rows of x.
     """
     if not out.numel():
         return
     rows, columns = x.shape
     t = tiles(rows, columns, x.dtype, norm is not None, swiglu)
     grid = triton.cdiv(out.shape[1], t.block_n), triton.cdiv(rows, t.block_m)
-    linear_kernel[grid](
+    dense_gemm_kernel[grid](
         x,
         x if norm is None else norm,
         weight,
@@ -177,7 +180,7 @@ def launch_product(
         SWIGLU=swiglu,
         SPLITS=SPLITS,
         NORM_ROWS=0 if norm is None else t.norm_rows,
-        BLOCK_C=0 if norm is None else tile(columns),
+        BLOCK_C=0 if norm is None else tile_size(columns),
         BLOCK_K=t.block_k,
         BLOCK_M=t.block_m,
         BLOCK_N=t.block_n,
@@ -195,26 +198,26 @@ def launch_linear(
     eps: float = 0.0,
     add: Tensor | None = None,
 ) -> None:
-    """out `[M, N]` of x `[M, C]` and a matrix, contiguous but for out, whose rows may be apart.
+    """GEMM with a plain or packed weight: out `[M, N]` from x `[M, C]`.
 
-    x goes through a norm of that weight first if there is one, and the rounded product is added to
-    `add` `[M, N]`.
+    All are contiguous, except that out may have any row stride. If given, `norm` is the weight of a
+    norm that x goes through first, and the rounded product is added to `add` `[M, N]`.
     """
     if not out.numel():
         return
     if format_of(weight) != "none":
-        return launch_packed_linear(x, weight, out, norm=norm, eps=eps, add=add)
-    if norm is not None and len(x) > FEW_ROWS:
+        return launch_packed_gemm(x, weight, out, norm=norm, eps=eps, add=add)
+    if norm is not None and len(x) > MAX_FUSED_ROWS:
         normed = torch.empty_like(x)
         launch_rms_norm(x, None, norm, eps, normed)
         x, norm = normed, None
-    launch_product(x, weight, out, norm, eps, add)
+    launch_dense_gemm(x, weight, out, norm, eps, add)
 
 
 def check_matrix(
     weight: Tensor, name: str, like: Tensor, letters: str, sizes: Sequence[int | None]
 ) -> None:
-    """`[..., N, C]` of like's dtype, or packed; N may be None."""
+    """Check a matrix `[..., N, C]`, packed or of the dtype of `like`; N may be None (any)."""
     if format_of(weight) == "none":
         check_operand(weight, name, like, like.dtype, letters, sizes)
     else:

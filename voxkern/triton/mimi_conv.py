@@ -6,18 +6,18 @@ import triton.language as tl
 from torch import Tensor
 
 from voxkern.triton.checks import check, check_dim, check_float, check_operand
-from voxkern.triton.language import load, tile
-from voxkern.triton.mimi_product import launch_mimi_product
+from voxkern.triton.codec_gemm import launch_codec_gemm
+from voxkern.triton.language import load, tile_size
 
-MOST_KEPT = 16
-"""Convolutions of one launch of `keep_past`, more than Mimi's decoder has with a past."""
+MAX_PASTS = 16
+"""Convolutions per launch of `update_past`: more than Mimi's decoder has with a past."""
 
 
 @triton.jit
-def keep_past_kernel(
+def update_past_kernel(
     pasts, xs, contexts, steps, widths, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """A program takes BLOCK_C columns of a stream's past of one convolution."""
+    """One program handles BLOCK_C columns of one stream's past of one convolution."""
     for i in tl.static_range(len(pasts)):
         if tl.program_id(1) == i:
             context, width = contexts[i], widths[i]
@@ -26,30 +26,31 @@ def keep_past_kernel(
             block = tl.arange(0, BLOCK_T)[:, None]
             column = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
             inside = (block < context) & (column < width)
-            place = block * width + column
-            tl.store(past + place, load(x + place, inside), mask=inside)
+            offset = block * width + column
+            tl.store(past + offset, load(x + offset, inside), mask=inside)
 
 
-def keep_past(convs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Make of pasts `[B, context, C]` what comes behind x `[B, T, C]`, all contiguous.
+def update_past(convs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Set each past `[B, context, C]` to the blocks that precede the next x; x is `[B, T, C]`.
 
-    A launch of its own for many convolutions: all programs of theirs have read the pasts.
+    A separate launch for many convolutions: it runs after all their programs have read the pasts.
+    All tensors are contiguous.
     """
-    kept = []
+    updates = []
     for past, x in convs:
         if past.numel() and x.numel():
-            # Nothing is read where it is written, or one thread would be ahead of another.
-            kept.append((past, torch.cat((past, x), 1) if x.shape[1] < past.shape[1] else x))
-    for first in range(0, len(kept), MOST_KEPT):
-        pasts, xs = zip(*kept[first : first + MOST_KEPT], strict=True)
+            # If x is too short, copy first: a thread must not read what another may have written.
+            updates.append((past, torch.cat((past, x), 1) if x.shape[1] < past.shape[1] else x))
+    for first in range(0, len(updates), MAX_PASTS):
+        pasts, xs = zip(*updates[first : first + MAX_PASTS], strict=True)
         widest = max(past.shape[2] for past in pasts)
-        keep_past_kernel[(len(pasts[0]), len(pasts), triton.cdiv(widest, 128))](
+        update_past_kernel[(len(pasts[0]), len(pasts), triton.cdiv(widest, 128))](
             pasts,
             xs,
             tuple(past.shape[1] for past in pasts),
             tuple(x.shape[1] for x in xs),
             tuple(past.shape[2] for past in pasts),
-            BLOCK_T=tile(max(past.shape[1] for past in pasts)),
+            BLOCK_T=tile_size(max(past.shape[1] for past in pasts)),
             BLOCK_C=128,
             num_warps=4,
         )
@@ -64,10 +65,10 @@ def launch_mimi_conv(
     dilation: int,
     elu: bool,
 ) -> Tensor:
-    """`mimi_conv` of contiguous tensors, checked, but the past is left for `keep_past`."""
+    """Checked `mimi_conv` of contiguous tensors, without the update of the past (`update_past`)."""
     check_conv(x, past, weight, bias, add, dilation)
     out = x.new_empty(*x.shape[:2], len(bias))
-    launch_mimi_product(x, weight, out, past=past, dilation=dilation, elu=elu, bias=bias, add=add)
+    launch_codec_gemm(x, weight, out, past=past, dilation=dilation, elu=elu, bias=bias, add=add)
     return out
 
 
@@ -109,5 +110,5 @@ def mimi_conv(
 ) -> Tensor:
     x, add = x.contiguous(), None if add is None else add.contiguous()
     out = launch_mimi_conv(x, past, weight, bias, add, dilation, elu)
-    keep_past([(past, x)])
+    update_past([(past, x)])
     return out

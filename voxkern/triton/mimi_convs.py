@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from voxkern.triton.checks import check, check_dim, check_operand
-from voxkern.triton.mimi_conv import keep_past, launch_mimi_conv
+from voxkern.triton.mimi_conv import launch_mimi_conv, update_past
 
 
 def mimi_convs(
@@ -13,7 +13,7 @@ def mimi_convs(
     biases: list[Tensor],
     plan: list[int],
 ) -> Tensor:
-    """A launch for every convolution, and one at the end that keeps the pasts of all."""
+    """One launch per convolution, and one at the end that updates all pasts."""
     x = x.contiguous()
     check_dim(x, "x", 3)
     check_operand(x, "x", x, torch.float32)
@@ -39,7 +39,7 @@ def mimi_convs(
         check_dim(left, "past", 3)
         sizes = batch, None, width * block_in
         check_operand(left, "past", x, torch.float32, "[B, context, C]", sizes)
-        if replicate and length:  # few codecs have such streams: not worth a kernel
+        if replicate and length:  # only at the start of a stream, in few codecs: not worth a kernel
             first = samples[:, :1].repeat(1, 1, block_in)
             left.copy_(torch.where(fresh[:, None, None], first, left))
         blocks = samples.view(batch, length // block_in, width * block_in)
@@ -49,5 +49,5 @@ def mimi_convs(
         check(outputs % block_out == 0, f"biases: expected whole blocks of {block_out}")
         values.append(out.view(batch, out.shape[1] * block_out, outputs // block_out))
         convs.append((left, blocks))
-    keep_past(convs)
+    update_past(convs)
     return values[-1]

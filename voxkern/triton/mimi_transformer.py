@@ -1,10 +1,11 @@
 import torch
 from torch import Tensor
 
+from voxkern.layers import MimiLayers
 from voxkern.quantize import format_of, num_columns
 from voxkern.triton.checks import check, check_dim, check_operand
-from voxkern.triton.mimi_attention import launch_mimi_attention
-from voxkern.triton.mimi_product import launch_mimi_product
+from voxkern.triton.codec_attention import launch_codec_attention
+from voxkern.triton.codec_gemm import launch_codec_gemm
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 
@@ -26,35 +27,21 @@ def mimi_transformer(
     values: Tensor,
     window: int,
 ) -> Tensor:
-    """Five launches a layer: norm and qkv; rotation, the new keys and values, attention; o and the
-    residual; norm, up and activation; down and the residual."""
+    """Five launches per layer: norm and qkv; rotation, KV write and attention; o and residual;
+    norm, up and activation; down and residual."""
     x = x.contiguous()
-    if x.data_ptr() % 16:  # how wide its loads are says in which order a norm adds up
+    if x.data_ptr() % 16:  # the width of its loads changes the order of a norm's sums
         x = x.clone()
-    check_transformer(
-        x,
-        positions,
-        frequencies,
-        norms,
-        qkv,
-        qkv_bias,
-        o,
-        o_bias,
-        up,
-        down,
-        activation,
-        keys,
-        values,
-        window,
-    )
+    layers = MimiLayers(norms, qkv, qkv_bias, o, o_bias, up, down)
+    check_transformer(x, positions, frequencies, layers, activation, keys, values, window)
     batch, steps, _ = x.shape
     if not len(norms) or not x.numel():
         return x.clone()
     head_dim = keys.shape[4]
     num_heads = o.shape[2] // head_dim
 
-    at = positions[:, None] + torch.arange(steps, device=x.device)
-    angles = at[:, :, None] * frequencies
+    steps_at = positions[:, None] + torch.arange(steps, device=x.device)
+    angles = steps_at[:, :, None] * frequencies
     rotations = torch.cat((angles.cos(), angles.sin()), -1)
 
     out = torch.empty_like(x)
@@ -64,13 +51,13 @@ def mimi_transformer(
     for i in range(len(norms)):
         residual = out if i else x
         before, after = norms[i, :2], norms[i, 2:]
-        launch_mimi_product(residual, qkv[i], heads, norm=before, eps=eps, bias=qkv_bias[i])
-        launch_mimi_attention(
+        launch_codec_gemm(residual, qkv[i], heads, norm=before, eps=eps, bias=qkv_bias[i])
+        launch_codec_attention(
             heads, rotations, positions, keys[:, i], values[:, i], window, attended
         )
-        launch_mimi_product(attended.flatten(2), o[i], out, bias=o_bias[i], add=residual)
-        launch_mimi_product(out, up[i], hidden, norm=after, eps=eps, activation=activation)
-        launch_mimi_product(hidden, down[i], out, add=out)
+        launch_codec_gemm(attended.flatten(2), o[i], out, bias=o_bias[i], add=residual)
+        launch_codec_gemm(out, up[i], hidden, norm=after, eps=eps, activation=activation)
+        launch_codec_gemm(hidden, down[i], out, add=out)
     return out
 
 
@@ -78,29 +65,24 @@ def check_transformer(
     x: Tensor,
     positions: Tensor,
     frequencies: Tensor,
-    norms: Tensor,
-    qkv: Tensor,
-    qkv_bias: Tensor,
-    o: Tensor,
-    o_bias: Tensor,
-    up: Tensor,
-    down: Tensor,
+    layers: MimiLayers,
     activation: str,
     keys: Tensor,
     values: Tensor,
     window: int,
 ) -> None:
     check_operand(x, "x", x, torch.float32)
+    down, qkv_bias = layers.down, layers.qkv_bias
     for name, t, dim in (
         ("x", x, 3),
         ("frequencies", frequencies, 1),
-        ("norms", norms, 3),
+        ("norms", layers.norms, 3),
         ("qkv_bias", qkv_bias, 2),
         ("keys", keys, 5),
         ("down", down, 3),
     ):
         check_dim(t, name, dim)
-    (batch, steps, width), layers, head_dim = x.shape, len(norms), 2 * len(frequencies)
+    (batch, steps, width), depth, head_dim = x.shape, len(layers.norms), 2 * len(frequencies)
     _, _, kv_heads, capacity, _ = keys.shape
     ffn, ring = num_columns(down), "[B, L, Hkv, capacity, D]"
     check(width >= 1, f"x: expected [B, T, C] with C >= 1, got shape {list(x.shape)}")
@@ -115,27 +97,28 @@ def check_transformer(
         f"{list(qkv_bias.shape)}",
     )
     check(window >= 1, f"window: expected 1 or more, got {window}")
-    least = window - 1 + steps
+    minimum = window - 1 + steps
     check(
-        capacity >= least,
-        f"keys: expected {ring} with capacity >= window - 1 + T = {least}, got {list(keys.shape)}",
+        capacity >= minimum,
+        f"keys: expected {ring} with capacity >= window - 1 + T = {minimum}, got "
+        f"{list(keys.shape)}",
     )
     check_operand(positions, "positions", x, torch.int64, "[B]", (batch,))
-    kept = batch, layers, kv_heads, capacity, head_dim
+    ring_sizes = batch, depth, kv_heads, capacity, head_dim
     for name, t, letters, sizes in (
         ("frequencies", frequencies, "[D / 2]", (head_dim // 2,)),
-        ("keys", keys, ring, kept),
-        ("values", values, ring, kept),
-        ("norms", norms, "[L, 4, C]", (layers, 4, width)),
-        ("qkv_bias", qkv_bias, "[L, (Hq + 2 Hkv) D]", (layers, rows)),
-        ("o_bias", o_bias, "[L, C]", (layers, width)),
+        ("keys", keys, ring, ring_sizes),
+        ("values", values, ring, ring_sizes),
+        ("norms", layers.norms, "[L, 4, C]", (depth, 4, width)),
+        ("qkv_bias", qkv_bias, "[L, (Hq + 2 Hkv) D]", (depth, rows)),
+        ("o_bias", layers.o_bias, "[L, C]", (depth, width)),
     ):
         check_operand(t, name, x, torch.float32, letters, sizes)
     for name, t, letters, sizes in (
-        ("qkv", qkv, "[L, (Hq + 2 Hkv) D, C]", (layers, rows, width)),
-        ("o", o, "[L, C, Hq D]", (layers, width, heads * head_dim)),
-        ("up", up, "[L, F, C]", (layers, ffn, width)),
-        ("down", down, "[L, C, F]", (layers, width, ffn)),
+        ("qkv", layers.qkv, "[L, (Hq + 2 Hkv) D, C]", (depth, rows, width)),
+        ("o", layers.o, "[L, C, Hq D]", (depth, width, heads * head_dim)),
+        ("up", layers.up, "[L, F, C]", (depth, ffn, width)),
+        ("down", down, "[L, C, F]", (depth, width, ffn)),
     ):
         check(
             format_of(t) == "none",

@@ -4,10 +4,10 @@ import triton.language as tl
 from torch import Tensor
 
 from voxkern.triton.checks import check_attention, check_operand
-from voxkern.triton.language import INTERPRETED, dot, store, tile
+from voxkern.triton.language import INTERPRETED, dot, store, tile_size
 
 BLOCK_K = 32
-"""Keys at a time. A constant, so that neither batch, chunks nor pages change a result."""
+"""Keys per iteration. A constant, so that neither batch, chunks nor pages change a result."""
 
 
 @triton.jit(do_not_specialize=["B", "M"])
@@ -32,25 +32,25 @@ def prefill_attention_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A program takes BLOCK_Q queries of a sequence and a head, and the keys from the first to the
-    last that one of them sees, BLOCK_K at a time (FlashAttention's online softmax).
+    """One program handles BLOCK_Q queries of one sequence and head, and all keys up to the last one
+    that any of them sees, BLOCK_K at a time (FlashAttention's online softmax).
 
-    The host does not know the sequences' lengths: the grid has room for the most tiles there may
-    be, and each program finds its own. Keys that a query does not see change no bit of its result.
-    Scores and sums are float32; weights are rounded to the values' dtype, their sum is not.
+    The host does not know the sequences' lengths: the grid has room for the maximum number of
+    tiles, and each program finds its own. Masked keys change no bit of a query's result. Scores and
+    sums are float32; softmax weights are rounded to the values' dtype, their sum is not.
     """
     b = tl.arange(0, BLOCK_B)
     starts = tl.load(cu_seqlens + b, mask=b < B, other=0)
     ends = tl.load(cu_seqlens + b + 1, mask=b < B, other=0)
     tiles = (ends - starts + BLOCK_Q - 1) // BLOCK_Q
-    behind = tl.cumsum(tiles, 0)  # tiles up to each sequence's last
-    sequence = tl.sum((behind <= tl.program_id(0)).to(tl.int32), 0)
+    tile_ends = tl.cumsum(tiles, 0)
+    sequence = tl.sum((tile_ends <= tl.program_id(0)).to(tl.int32), 0)
     if sequence >= B:
         return
-    mine = b == sequence
-    first = (tl.program_id(0) - tl.sum(tl.where(mine, behind - tiles, 0), 0)) * BLOCK_Q
-    start = tl.sum(tl.where(mine, starts, 0), 0)
-    queries = tl.sum(tl.where(mine, ends - starts, 0), 0)
+    is_mine = b == sequence
+    first = (tl.program_id(0) - tl.sum(tl.where(is_mine, tile_ends - tiles, 0), 0)) * BLOCK_Q
+    start = tl.sum(tl.where(is_mine, starts, 0), 0)
+    queries = tl.sum(tl.where(is_mine, ends - starts, 0), 0)
     length = tl.minimum(tl.load(seq_lens + sequence), M * S)
     table = page_table + sequence.to(tl.int64) * M
 
@@ -58,9 +58,9 @@ def prefill_attention_kernel(
     kv_head = head // (Hq // Hkv)
     query = first + tl.arange(0, BLOCK_Q)
     column = tl.arange(0, BLOCK_D)
-    real = (query < queries)[:, None] & (column < D)[None, :]
+    valid = (query < queries)[:, None] & (column < D)[None, :]
     token = (start + query).to(tl.int64)[:, None]
-    rows = tl.load(q + token * q_stride + head * D + column[None, :], mask=real, other=0.0)
+    rows = tl.load(q + token * q_stride + head * D + column[None, :], mask=valid, other=0.0)
     position = length - queries + query
 
     largest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
@@ -70,10 +70,10 @@ def prefill_attention_kernel(
     for begin in range(0, last, BLOCK_K):
         key = begin + tl.arange(0, BLOCK_K)
         page = tl.load(table + key // S, mask=key < last, other=0).to(tl.int64)
-        place = ((page * Hkv + kv_head) * S + key % S) * D
+        offset = ((page * Hkv + kv_head) * S + key % S) * D
         inside = (key < last)[:, None] & (column < D)[None, :]
-        k = tl.load(k_pages + place[:, None] + column[None, :], mask=inside, other=0.0)
-        v = tl.load(v_pages + place[:, None] + column[None, :], mask=inside, other=0.0)
+        k = tl.load(k_pages + offset[:, None] + column[None, :], mask=inside, other=0.0)
+        v = tl.load(v_pages + offset[:, None] + column[None, :], mask=inside, other=0.0)
         scores = dot(rows, tl.trans(k), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)) * scale
         scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
         new = tl.maximum(largest, tl.max(scores, 1))
@@ -82,12 +82,12 @@ def prefill_attention_kernel(
         weight = weight * factor + tl.sum(weights, 1)
         total = dot(weights.to(v.dtype), v, total * factor[:, None])
         largest = new
-    place = out + (token * Hq + head) * D + column[None, :]
-    store(place, total / weight[:, None], real)
+    pointers = out + (token * Hq + head) * D + column[None, :]
+    store(pointers, total / weight[:, None], valid)
 
 
 def block_q(dtype: torch.dtype) -> int:
-    """Rows of a program: for tensor cores; in float32 as many as registers hold."""
+    """Queries per program: in bfloat16 to suit tensor cores, in float32 what registers hold."""
     if INTERPRETED.value:
         return 64
     return 64 if dtype == torch.bfloat16 else 16
@@ -109,7 +109,7 @@ def launch_prefill_attention(
     block = block_q(q.dtype)
     if not out.numel():
         return
-    # All sequences but one may fill no tile.
+    # Upper bound on the tiles: each sequence may end in a partial one.
     prefill_attention_kernel[(tokens // block + batch, heads)](
         q,
         q.stride(0),
@@ -126,12 +126,12 @@ def launch_prefill_attention(
         page_size,
         pages,
         D=head_dim,
-        BLOCK_B=tile(batch, 64),
+        BLOCK_B=tile_size(batch, 64),
         BLOCK_Q=block,
         BLOCK_K=BLOCK_K,
-        BLOCK_D=tile(head_dim, 16),
-        num_warps=4,  # 16 of 64 queries each, as many as a product of tensor cores takes
-        num_stages=2,  # the next keys and values come while these are multiplied
+        BLOCK_D=tile_size(head_dim, 16),
+        num_warps=4,  # 16 of 64 queries per warp, the rows of one tensor core instruction
+        num_stages=2,  # load the next keys and values while these are multiplied
     )
 
 

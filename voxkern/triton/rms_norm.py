@@ -4,7 +4,7 @@ import triton.language as tl
 from torch import Tensor
 
 from voxkern.triton.checks import check_float, check_operand
-from voxkern.triton.language import INTERPRETED, load, rounded, store, sum_in_pairs, tile
+from voxkern.triton.language import INTERPRETED, load, rounded, store, sum_in_pairs, tile_size
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -20,48 +20,49 @@ def rms_norm_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program takes ROWS rows of M, all of them in registers: 1, but when interpreted.
+    """One program holds ROWS of the M rows in registers (1, more only under the interpreter).
 
-    With ADD the sum with the residual is rounded before it is squared, as it is stored. The result
+    With ADD, the sum with the residual is rounded as it is stored before it is squared. The result
     is rounded once.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
-    at = row * C + column
+    offset = row * C + column
     inside = (row < M) & (column < C)
-    values = load(x + at, inside)
+    values = load(x + offset, inside)
     if ADD:
-        values = rounded(values + load(residual + at, inside), residual)
-        store(residual + at, values, inside)
+        values = rounded(values + load(residual + offset, inside), residual)
+        store(residual + offset, values, inside)
     scale = rms_scale(values, C, eps)[:, None]
-    store(out + at, values * scale * load(weight + column, column < C), inside)
+    store(out + offset, values * scale * load(weight + column, column < C), inside)
 
 
 @triton.jit
 def rms_scale(values, C, eps):
-    """What the rows of `[M, BLOCK]`, zeros from column C on, are multiplied by.
+    """Reciprocal root mean square of the rows of `[M, BLOCK]`, which are zero from column C on.
 
-    Squares are summed in float32, in an order that depends on BLOCK alone: the norm's bits are the
-    same wherever it is computed. fma keeps a square from fusing with the sum behind it.
+    Squares are summed in float32 in an order that depends on BLOCK alone, so that the norm has the
+    same bits in every kernel. The explicit fma keeps the compiler from fusing a square with the
+    sum that follows.
     """
     return tl.rsqrt(sum_in_pairs(tl.fma(values, values, 0.0)) / C + eps)
 
 
 def num_warps(columns: int) -> int:
-    """16 elements a thread: two 16-byte loads of bfloat16, and few lanes to sum over."""
-    return min(16, max(1, tile(columns) // 512))
+    """16 elements per thread: two 16-byte loads of bfloat16, and few lanes to sum over."""
+    return min(16, max(1, tile_size(columns) // 512))
 
 
 def launch_rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor
 ) -> None:
-    """All contiguous; `residual` is added to, if there is one."""
+    """Launch on contiguous tensors; x is added to `residual` first if one is given."""
     columns = weight.shape[0]
     if not out.numel():
         return
     rows = out.numel() // columns
-    at_once = min(16, tile(rows)) if INTERPRETED.value else 1
-    rms_norm_kernel[(triton.cdiv(rows, at_once),)](
+    rows_per_program = min(16, tile_size(rows)) if INTERPRETED.value else 1
+    rms_norm_kernel[(triton.cdiv(rows, rows_per_program),)](
         x,
         x if residual is None else residual,
         weight,
@@ -70,8 +71,8 @@ def launch_rms_norm(
         columns,
         eps,
         ADD=residual is not None,
-        ROWS=at_once,
-        BLOCK=tile(columns),
+        ROWS=rows_per_program,
+        BLOCK=tile_size(columns),
         num_warps=num_warps(columns),
     )
 

@@ -4,12 +4,12 @@ import triton.language as tl
 from torch import Tensor
 
 from voxkern.triton.checks import check, check_dim, check_float, check_operand
-from voxkern.triton.language import INTERPRETED, exp, tile
+from voxkern.triton.language import INTERPRETED, exp, tile_size
 
 
 @triton.jit(
     do_not_specialize=["B", "W", "codebook"],
-    do_not_specialize_on_alignment=["out"],  # a column of the codes
+    do_not_specialize_on_alignment=["out"],  # may be any column of the codes
 )
 def sample_tokens_kernel(
     logits,
@@ -35,62 +35,63 @@ def sample_tokens_kernel(
     BLOCK: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """A program takes a row's logits whole (under the interpreter ROWS rows, as one operation costs
-    it the same for all).
+    """One program holds all logits of a row (ROWS rows under the interpreter, where an operation on
+    more rows costs the same).
 
-    Each filter is a lowest logit that stays, found by bisection over the floats in their order: no
-    sort, and ties need no care. Weights are integers, so that their sums depend on no order. The
-    draw ranks codes by float32 scores, and those near the best, one by one, in float64. With a
-    BLOCK_C the drawn code's row of `table` `[K * V, C]` goes to `embedded` `[B, C]`.
+    Each filter is a threshold on the logits, found by bisection over the ordered floats: it needs
+    no sort, and ties need no special case. Probabilities are scaled to integers, so that the order
+    of their sums does not matter. The draw ranks codes by float32 scores, then those near the best
+    one by one in float64. With BLOCK_C, the drawn code's row of `table` `[K * V, C]` is copied to
+    `embedded` `[B, C]`.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    real = row < B
+    valid = row < B
     code = tl.arange(0, BLOCK)[None, :]
-    place = logits + row[:, None] * logits_stride + code
-    z = tl.load(place, mask=real[:, None] & (code < V), other=float("-inf")).to(tl.float32)
+    pointers = logits + row[:, None] * logits_stride + code
+    z = tl.load(pointers, mask=valid[:, None] & (code < V), other=float("-inf")).to(tl.float32)
     z = tl.where(z == z, z, float("-inf"))
 
     if W > 0:
         seen = tl.zeros((ROWS, BLOCK), tl.int1)
         for w in range(0, W):
-            seen = seen | (code == tl.load(history + row * W + w, mask=real, other=-1)[:, None])
-        penalty = tl.load(repetition_penalty + row, mask=real, other=1.0)[:, None]
+            seen = seen | (code == tl.load(history + row * W + w, mask=valid, other=-1)[:, None])
+        penalty = tl.load(repetition_penalty + row, mask=valid, other=1.0)[:, None]
         quotient = tl.div_rn(z, tl.zeros_like(z) + penalty)
         z = tl.where(seen, tl.where(z > 0, quotient, z * penalty), z)
 
     first = tl.min(tl.where(z == tl.max(z, 1)[:, None], code, BLOCK), 1)
-    heat = tl.load(temperature + row, mask=real, other=0.0)
+    heat = tl.load(temperature + row, mask=valid, other=0.0)
     greedy = (heat > 0) == 0
     z = tl.div_rn(z, tl.zeros_like(z) + tl.where(greedy, 1.0, heat)[:, None])
     largest = tl.max(z, 1)
-    # Infinite scores tell nothing apart: all logits minus infinity, or a temperature near 0.
+    # Infinite scores cannot be ranked: all logits are minus infinity, or the temperature is near 0.
     greedy = greedy | (tl.abs(largest) == float("inf"))
     largest = tl.where(greedy, 0.0, largest)[:, None]
 
     order = float_order(z)
-    k = tl.load(top_k + row, mask=real, other=0)
+    k = tl.load(top_k + row, mask=valid, other=0)
     k = tl.where((k > 0) & (k < V), k, V + 1)
-    bound = tl.full((ROWS,), -2139095041, tl.int32)  # minus infinity's place in the order
+    bound = tl.full((ROWS,), -2139095041, tl.int32)  # float_order(minus infinity)
     if tl.min(k, 0) <= V:
         bound = lowest_kept(order, tl.full((ROWS, BLOCK), 1, tl.uint32), k.to(tl.float64), bound)
-    p = tl.load(top_p + row, mask=real, other=1.0)
+    p = tl.load(top_p + row, mask=valid, other=1.0)
     if tl.min(p, 0) < 1:
         odds = exp(tl.minimum(z - largest, 0.0)) * 2147483648.0 + 0.5
         odds = tl.where(order >= bound[:, None], odds, 0.0).to(tl.uint32)
         limit = p.to(tl.float64) * tl.sum(odds.to(tl.int64), 1).to(tl.float64)
         nucleus = lowest_kept(order, odds, limit, bound)
         bound = tl.where(p < 1, nucleus, bound)
-    stays = order >= bound[:, None]
-    least = tl.load(min_p + row, mask=real, other=0.0).to(tl.float64)
+    kept = order >= bound[:, None]
+    least = tl.load(min_p + row, mask=valid, other=0.0).to(tl.float64)
     if tl.max(least, 0) > 0:
         lowest = tl.log(tl.where(least > 0, tl.minimum(least, 1.0), 1.0))
         likely = z.to(tl.float64) - largest.to(tl.float64) >= lowest[:, None]
-        stays = stays & (likely | (least <= 0)[:, None])
+        kept = kept & (likely | (least <= 0)[:, None])
 
-    u = uniform(row, real, seeds, frames, codebook, ROWS, BLOCK)
+    u = uniform(row, valid, seeds, frames, codebook, ROWS, BLOCK)
     score = z - largest - tl.log(-tl.log(u))
-    score = tl.where(stays, score, float("-inf"))
-    # Scores of the front runners lie within 40 of 0: 1e-3 is far above their errors.
+    score = tl.where(kept, score, float("-inf"))
+    # The best scores lie within 40 of 0, so 1e-3 is far above their rounding errors.
     near = (score >= tl.max(score, 1)[:, None] - 1e-3) & (greedy == 0)[:, None]
     best = tl.full((ROWS,), float("-inf"), tl.float64)
     drawn = tl.zeros((ROWS,), tl.int32)
@@ -105,26 +106,26 @@ def sample_tokens_kernel(
         best = tl.where(better, exact, best)
         drawn = tl.where(better, candidate, drawn)
     drawn = tl.where(greedy, first, drawn).to(tl.int64)
-    tl.store(out + row * out_stride, drawn, mask=real)
+    tl.store(out + row * out_stride, drawn, mask=valid)
     if BLOCK_C:
         column = tl.arange(0, BLOCK_C)[None, :]
-        inside = real[:, None] & (column < C)
-        place = (drawn + codebook * V)[:, None] * C + column
-        values = tl.load(table + place, mask=inside, other=0.0)
+        inside = valid[:, None] & (column < C)
+        offset = (drawn + codebook * V)[:, None] * C + column
+        values = tl.load(table + offset, mask=inside, other=0.0)
         tl.store(embedded + row[:, None] * C + column, values, mask=inside)
 
 
 @triton.jit
 def float_order(a):
-    """Floats' places in the order of all floats, int32."""
+    """Map floats to int32 values in the same order."""
     bits = a.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def lowest_kept(order, weight, limit, low):
-    """Of each row, the lowest place above which weights sum to less than `limit`, or the largest
-    value's, if there is none; not below `low`."""
+    """Bisect for each row's threshold in `order`: the lowest value, at least `low`, above which the
+    weights sum to less than `limit`; the row's maximum if there is none."""
     low = low.to(tl.int64)
     high = tl.max(order, 1).to(tl.int64)
     while tl.max(high - low, 0) > 0:
@@ -137,10 +138,11 @@ def lowest_kept(order, weight, limit, low):
 
 
 @triton.jit
-def uniform(row, real, seeds, frames, codebook, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """`[ROWS, BLOCK]` in (0, 1): word i % 4 of counter i // 4 for code i, exactly in float32."""
-    seed = tl.load(seeds + row, mask=real, other=0)[:, None]
-    frame = tl.load(frames + row, mask=real, other=0)[:, None]
+def uniform(row, valid, seeds, frames, codebook, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Random numbers `[ROWS, BLOCK]` in (0, 1), exact in float32: word i % 4 of counter i // 4 for
+    code i."""
+    seed = tl.load(seeds + row, mask=valid, other=0)[:, None]
+    frame = tl.load(frames + row, mask=valid, other=0)[:, None]
     counter = tl.zeros((ROWS, BLOCK // 4), tl.uint32)
     a, b, c, d = philox(
         counter + tl.arange(0, BLOCK // 4)[None, :].to(tl.uint32),
@@ -156,7 +158,8 @@ def uniform(row, real, seeds, frames, codebook, ROWS: tl.constexpr, BLOCK: tl.co
 
 @triton.jit
 def philox(a, b, c, d, low, high):
-    """Philox 4x32-10 (Salmon et al. 2011): four words of counter and two of key to four words."""
+    """Philox 4x32-10 (Salmon et al. 2011): four random words from four counter and two key
+    words."""
     for _ in tl.static_range(10):
         a_high, a_low = tl.umulhi(a, 0xD2511F53), a * 0xD2511F53
         c_high, c_low = tl.umulhi(c, 0xCD9E8D57), c * 0xCD9E8D57
@@ -181,18 +184,20 @@ def launch_sample_tokens(
     table: Tensor | None = None,
     embedded: Tensor | None = None,
 ) -> None:
-    """Rows of logits, and elements of `out`, may be apart.
+    """Draw a code per row. Rows of logits, and elements of `out`, may have any stride.
 
-    Without a history there is no penalty. The codes' rows of `table` `[K * V, C]` go to `embedded`
-    `[B, C]`, if these are given.
+    Without a history there is no penalty. If given, the drawn codes' rows of `table` `[K * V, C]`
+    are copied to `embedded` `[B, C]`.
     """
     rows, vocab_size = logits.shape
     if not rows:
         return
-    block = tile(vocab_size, 4)
+    block = tile_size(vocab_size, 4)
     columns = 0 if table is None else table.shape[1]
-    at_once = min(tile(rows), max(1, 2**18 // block)) if INTERPRETED.value else 1
-    sample_tokens_kernel[(triton.cdiv(rows, at_once),)](
+    rows_per_program = 1
+    if INTERPRETED.value:
+        rows_per_program = min(tile_size(rows), max(1, 2**18 // block))
+    sample_tokens_kernel[(triton.cdiv(rows, rows_per_program),)](
         logits,
         logits.stride(0),
         temperature,
@@ -212,15 +217,16 @@ def launch_sample_tokens(
         0 if history is None else history.shape[1],
         columns,
         codebook,
-        ROWS=at_once,
+        ROWS=rows_per_program,
         BLOCK=block,
-        BLOCK_C=tile(columns) if columns else 0,
-        # 16 logits a thread: a search is a chain of sums over all of them.
+        BLOCK_C=tile_size(columns) if columns else 0,
+        # 16 logits per thread: a bisection is a chain of sums over all logits.
         num_warps=min(8, max(1, block // 512)),
     )
 
 
 def check_rows(like: Tensor, rows: int, **named: tuple[Tensor, torch.dtype]) -> None:
+    """Check operands `[B]`, by name."""
     for name, (t, dtype) in named.items():
         check_operand(t, name, like, dtype, "[B]", (rows,))
 
@@ -235,7 +241,7 @@ def check_sampling(
     seeds: Tensor,
     frames: Tensor,
 ) -> None:
-    """The arguments of every op that draws."""
+    """Check the sampling arguments, which are the same for every op that draws."""
     check_rows(
         like,
         rows,

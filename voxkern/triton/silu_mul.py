@@ -3,15 +3,17 @@ import triton.language as tl
 from torch import Tensor
 
 from voxkern.triton.checks import check, check_float
-from voxkern.triton.language import INTERPRETED, exp, load, store, tile
+from voxkern.triton.language import INTERPRETED, exp, load, store, tile_size
 
-BLOCK = 1024  # columns a program: 8 elements, 16 bytes of bfloat16, for each of 128 threads
+BLOCK = 1024  # columns per program: 8 elements, 16 bytes of bfloat16, per thread of 128
 
 
 @triton.jit(do_not_specialize=["M"])
 def silu_mul_kernel(gate_up, out, M, F, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """A program takes BLOCK columns of ROWS rows of M (1, but when interpreted); float32 inside,
-    rounded once."""
+    """One program handles BLOCK columns of ROWS of the M rows (1, more only under the interpreter).
+
+    It computes in float32 and rounds once.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = (row < M) & (column < F)
@@ -22,20 +24,22 @@ def silu_mul_kernel(gate_up, out, M, F, ROWS: tl.constexpr, BLOCK: tl.constexpr)
 
 @triton.jit
 def silu(gate):
-    """By way of e^-|gate|, which cannot overflow."""
+    """Computed from e^-|gate|, which cannot overflow."""
     e = exp(-tl.abs(gate))
     return gate * tl.where(gate < 0, e, 1.0) / (1.0 + e)
 
 
 def launch_silu_mul(gate_up: Tensor, out: Tensor) -> None:
-    """Both contiguous."""
+    """Launch on contiguous tensors."""
     if not out.numel():
         return
     columns = out.shape[-1]
     rows = out.numel() // columns
-    at_once = min(256, tile(rows)) if INTERPRETED.value else 1
-    grid = triton.cdiv(rows, at_once), triton.cdiv(columns, BLOCK)
-    silu_mul_kernel[grid](gate_up, out, rows, columns, ROWS=at_once, BLOCK=BLOCK, num_warps=4)
+    rows_per_program = min(256, tile_size(rows)) if INTERPRETED.value else 1
+    grid = triton.cdiv(rows, rows_per_program), triton.cdiv(columns, BLOCK)
+    silu_mul_kernel[grid](
+        gate_up, out, rows, columns, ROWS=rows_per_program, BLOCK=BLOCK, num_warps=4
+    )
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-"""The codec's products `rows @ weight.T`, a launch each: it also makes the rows, by windows over
-blocks of samples, an ELU or a norm, and adds what follows, bias, activation and residual."""
+"""The codec's GEMM `rows @ weight.T`, with fused prologues (windows over blocks of samples, ELU,
+norm) and epilogues (bias, activation, residual)."""
 
 from typing import NamedTuple
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from voxkern.quantize import BLOCK_ROWS
 from voxkern.triton.checks import check
-from voxkern.triton.language import INTERPRETED, dot, exp, load, tile
+from voxkern.triton.language import INTERPRETED, dot, exp, load, tile_size
 
 
 @triton.jit(do_not_specialize=["M", "T"])
-def mimi_product_kernel(
+def codec_gemm_kernel(
     x,
     past,
     norm,
@@ -38,36 +38,37 @@ def mimi_product_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """A program takes BLOCK_M rows and BLOCK_N of the weight, of which it has SPLITS ranges of
-    BLOCK_K columns at a time: a product and a sum for each, so that none is a long chain.
+    """One program handles BLOCK_M rows of x and BLOCK_N rows of the weight. Each step covers SPLITS
+    ranges of BLOCK_K columns, each with its own product and accumulator, so that none is a long
+    chain.
 
-    Rows and sums are float32; a weight in bfloat16 is multiplied with rows rounded to it. past,
-    norm (`[2, K]`), bias and add may be None.
+    Rows and sums are float32; for a bfloat16 weight, rows are rounded to bfloat16 before the
+    product. past, norm (`[2, K]`), bias and add may be None.
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     x_row, out_row = m.to(tl.int64) * C, m.to(tl.int64) * N
     weight_row = n.to(tl.int64) * K
     if norm is not None:
-        every = tl.arange(0, triton.next_power_of_2(K))[None, :]
-        whole = load(x + x_row[:, None] + every, (m < M)[:, None] & (every < K))
+        columns = tl.arange(0, triton.next_power_of_2(K))[None, :]
+        whole = load(x + x_row[:, None] + columns, (m < M)[:, None] & (columns < K))
         mean = tl.sum(whole, 1) / K
-        apart = tl.where(every < K, whole - mean[:, None], 0.0)
-        factor = tl.rsqrt(tl.sum(apart * apart, 1) / K + eps)
+        centred = tl.where(columns < K, whole - mean[:, None], 0.0)
+        factor = tl.rsqrt(tl.sum(centred * centred, 1) / K + eps)
 
-    place = (tl.arange(0, SPLITS)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :])[:, None, :]
+    offset = (tl.arange(0, SPLITS)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :])[:, None, :]
     row, t = m[None, :, None], (m % T)[None, :, None]
     first_of_past = ((m // T).to(tl.int64) * context * C)[None, :, None]
     sums = tl.zeros((SPLITS, BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, K, SPLITS * BLOCK_K):
-        column = first + place
+        column = first + offset
         source = x + x_row[None, :, None] + column
         if past is not None:
-            # The row's window begins `context` blocks before its own, maybe in the past.
+            # The row's window begins `context` blocks before its own block, possibly in the past.
             block = column // C * dilation
-            of_x = x + x_row[None, :, None] + (block - context) * C
-            of_past = past + first_of_past + (t + block) * C
-            source = tl.where(t + block >= context, of_x, of_past) + column % C
+            from_x = x + x_row[None, :, None] + (block - context) * C
+            from_past = past + first_of_past + (t + block) * C
+            source = tl.where(t + block >= context, from_x, from_past) + column % C
         a = load(source, (row < M) & (column < K))
         if ELU:
             a = tl.where(a > 0, a, tl.exp(a) - 1.0)
@@ -77,8 +78,8 @@ def mimi_product_kernel(
         if BLOCKED:
             b = load_blocks(weight, first, K, SPLITS, BLOCK_K)
         else:
-            at = weight + weight_row[None, :, None] + column
-            b = tl.load(at, mask=(n[None, :, None] < N) & (column < K), other=0.0)
+            pointers = weight + weight_row[None, :, None] + column
+            b = tl.load(pointers, mask=(n[None, :, None] < N) & (column < K), other=0.0)
             b = tl.permute(b, (0, 2, 1))
         sums = dot(a.to(weight.dtype.element_ty), b, sums)
 
@@ -87,21 +88,21 @@ def mimi_product_kernel(
         total += load(bias + n, n < N)[None, :]
     if ACTIVATION is not None:
         total = activate(total, ACTIVATION)
-    place = out_row[:, None] + n[None, :]
+    offset = out_row[:, None] + n[None, :]
     inside = (m < M)[:, None] & (n < N)[None, :]
     if add is not None:
-        total += load(add + place, inside)
-    tl.store(out + place, total, mask=inside)
+        total += load(add + offset, inside)
+    tl.store(out + offset, total, mask=inside)
 
 
 @triton.jit
 def load_blocks(weight, first, K, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """`[SPLITS, BLOCK_K, 16]` of the program's block of `block_rows`, which holds a column of 16
-    rows after the other, or in bfloat16 pair after pair; read in the order in which it lies."""
+    """Load `[SPLITS, BLOCK_K, 16]` of the program's block of a `block_rows` weight in memory order:
+    column by column of 16 rows each, in bfloat16 two columns interleaved."""
     pair: tl.constexpr = 2 if weight.dtype.element_ty == tl.bfloat16 else 1
     element = tl.arange(0, SPLITS)[:, None] * (16 * BLOCK_K) + tl.arange(0, 16 * BLOCK_K)[None, :]
-    at = tl.program_id(1).to(tl.int64) * 16 * K + first * 16 + element
-    values = tl.load(weight + at, mask=first * 16 + element < 16 * K, other=0.0)
+    offset = tl.program_id(1).to(tl.int64) * 16 * K + first * 16 + element
+    values = tl.load(weight + offset, mask=first * 16 + element < 16 * K, other=0.0)
     values = tl.reshape(values, (SPLITS, BLOCK_K // pair, 16, pair))
     return tl.reshape(tl.permute(values, (0, 1, 3, 2)), (SPLITS, BLOCK_K, 16))
 
@@ -120,7 +121,7 @@ def activate(x, NAME: tl.constexpr):
 
 @triton.jit
 def sigmoid(x):
-    """By way of e^-|x|, which cannot overflow."""
+    """Computed from e^-|x|, which cannot overflow."""
     e = exp(-tl.abs(x))
     return tl.where(x < 0, e, 1.0) / (1.0 + e)
 
@@ -132,10 +133,10 @@ class Tiles(NamedTuple):
 
 
 def tiles(columns: int) -> Tiles:
-    """By the weight's columns alone: then the same code makes a row alone and among others, and the
-    same bits. A split is a warp and has two steps at the least."""
-    if INTERPRETED.value:  # an operation costs a small tile as much as a larger one
-        block_k = min(2048, tile(columns, 16))
+    """Tile sizes from the weight's columns alone, so that a row runs the same code, and gets the
+    same bits, alone and in a batch. Each split is one warp with at least two steps."""
+    if INTERPRETED.value:  # an operation on a small tile costs as much as on a large one
+        block_k = min(2048, tile_size(columns, 16))
         return Tiles(1, block_k, max(32, min(256, (1 << 14) // block_k)))
     splits = 1
     while splits < 8 and columns >= 128 * splits:
@@ -143,7 +144,7 @@ def tiles(columns: int) -> Tiles:
     return Tiles(splits, 32, 16)
 
 
-def launch_mimi_product(
+def launch_codec_gemm(
     x: Tensor,
     weight: Tensor,
     out: Tensor,
@@ -157,14 +158,14 @@ def launch_mimi_product(
     activation: str | None = None,
     add: Tensor | None = None,
 ) -> None:
-    """`out = activation(rows @ weight.T + bias) + add`; all contiguous.
+    """`out = activation(rows @ weight.T + bias) + add`, all contiguous.
 
     Args:
-        x: `[B, T, C]`, the rows; or with a past the blocks whose windows are, as in `mimi_conv`.
+        x: `[B, T, C]`, the rows; with a past, blocks whose windows are the rows, as in `mimi_conv`.
         weight: `[N, K]`, or the `block_rows` of it.
         out: `[B, T, N]`; may be `add`.
-        past, dilation, elu: as in `mimi_conv`, which leave the past as it is.
-        norm: `[2, C]`, scale and bias of a LayerNorm of the rows; eps is its.
+        past, dilation, elu: as in `mimi_conv`; the past is only read.
+        norm, eps: `[2, C]`, scale and bias of a LayerNorm of the rows, and its eps.
         add: `[B, T, N]`.
     """
     steps, width = x.shape[1:]
@@ -176,7 +177,7 @@ def launch_mimi_product(
         return
     t = tiles(columns)
     block_n = 64 if INTERPRETED.value and not blocked else BLOCK_ROWS
-    mimi_product_kernel[(triton.cdiv(rows, t.block_m), triton.cdiv(outputs, block_n))](
+    codec_gemm_kernel[(triton.cdiv(rows, t.block_m), triton.cdiv(outputs, block_n))](
         x,
         past if context else None,
         norm,
@@ -200,6 +201,6 @@ def launch_mimi_product(
         BLOCK_M=t.block_m,
         BLOCK_N=block_n,
         num_warps=t.splits,
-        # A step of float32 is 32 KB, of which AMD's have 64, of bfloat16 24 KB.
+        # A stage takes 32 KB in float32, 24 KB in bfloat16; AMD's GPUs have 64 KB.
         num_stages=3 if weight.dtype == torch.bfloat16 else 2,
     )

@@ -1,4 +1,4 @@
-"""Products with packed weights (voxkern/quantize.py has the formats): exact integers within a group
+"""GEMM with packed weights (formats in voxkern/quantize.py): exact integer products within a group
 of 32 columns, groups added in ascending order."""
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from voxkern.quantize import BLOCK_ROWS, GROUP, format_of, packed_shape
 from voxkern.triton.checks import check, check_operand
-from voxkern.triton.language import INTERPRETED, MOST_ELEMENTS, load, rounded, store, tile
+from voxkern.triton.language import INTERPRETED, MAX_ELEMENTS, load, rounded, store, tile_size
 from voxkern.triton.rms_norm import rms_scale
 from voxkern.triton.silu_mul import silu
 
@@ -31,10 +31,11 @@ def quantize_rows_kernel(
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """A program takes ROWS rows of x (1, but when interpreted): `[ROWS, groups, 32]`.
+    """Quantize x to int8. One program handles ROWS rows (1, more only under the interpreter) as
+    `[ROWS, groups, 32]`.
 
-    With NORM they go through the norm first, with SWIGLU they are `[2C]`, gate first; rounded as
-    those ops store.
+    With NORM the rows go through the norm first. With SWIGLU a row is `[2C]`, gate first, and goes
+    through silu_mul. Both round where those ops store.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None, None]
     group = tl.arange(0, GROUPS)[None, :, None]
@@ -51,10 +52,10 @@ def quantize_rows_kernel(
     largest = tl.max(tl.abs(wide), 2)
     inverse = tl.where(largest >= 1e-30, tl.div_rn(127.0, largest), 0.0)
     steps = wide * inverse[:, :, None]
-    # Adding 1.5 * 2^23 leaves no place for fractions: to nearest, ties to even.
+    # Adding 1.5 * 2^23 leaves no bits for a fraction: rounds to nearest, ties to even.
     whole = tl.where(tl.abs(steps) <= 127.5, steps + 12582912.0 - 12582912.0, 0.0)
     tl.store(values + row * C + column, whole.to(tl.int8), mask=inside)
-    # Not a number if a value is not finite: so is its product with 0.
+    # NaN if a value is not finite, because its product with 0 is NaN.
     scale = tl.div_rn(largest, 127.0) + tl.sum(wide * 0.0, 2)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     group = tl.arange(0, GROUPS)[None, :]
@@ -63,7 +64,7 @@ def quantize_rows_kernel(
 
 
 @triton.jit(do_not_specialize=["M"])
-def packed_linear_kernel(
+def packed_gemm_kernel(
     values,
     scales,
     weight,
@@ -81,16 +82,16 @@ def packed_linear_kernel(
     BLOCK_M: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """A program takes BLOCK_M rows of x and BLOCKS blocks of 16 of the weight (1, but when
-    interpreted), STEP groups at a time.
+    """One program handles BLOCK_M rows of x and BLOCKS blocks of 16 weight rows (1, more only under
+    the interpreter), STEP groups at a time.
 
-    Their bytes are read in the order in which they lie, then turned to matrices `[32, rows]`.
-    Products of integers, and sums of 32 of them, are exact in tensor cores' float32.
+    Weight bytes are loaded in memory order, then permuted to matrices `[32, rows]`. Integer
+    products and sums of 32 of them are exact in the float32 of tensor cores.
     """
     m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0).to(tl.int64) * (BLOCKS * BLOCK_ROWS) + tl.arange(0, BLOCKS * BLOCK_ROWS)
     r = n % BLOCK_ROWS
-    mine = weight + n // BLOCK_ROWS * block_bytes
+    row_block = weight + n // BLOCK_ROWS * block_bytes
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[:, None]
     data = weight + block * block_bytes
     u = tl.arange(0, STEP)
@@ -101,23 +102,23 @@ def packed_linear_kernel(
         x = values + (m[None, :, None] * groups + g[:, None, None]) * 32
         if INT4:
             byte = first * 256 + tl.arange(0, STEP * 256)[None, :]
-            there = (block * BLOCK_ROWS < N) & (byte < groups * 256)
-            pairs = tl.load(data + byte, mask=there, other=0)
-            place = tl.arange(0, 16)
-            column = (place // 4 * 8 + place % 4)[None, None, :]
+            inside = (block * BLOCK_ROWS < N) & (byte < groups * 256)
+            pairs = tl.load(data + byte, mask=inside, other=0)
+            byte_column = tl.arange(0, 16)
+            column = (byte_column // 4 * 8 + byte_column % 4)[None, None, :]
             low = as_matrices((pairs & 15).to(tl.int8) - 8, STEP)
             high = as_matrices((pairs >> 4).to(tl.int8) - 8, STEP)
             dots = integer_dot(tl.load(x + column, mask=rows, other=0), low)
             dots += integer_dot(tl.load(x + column + 4, mask=rows, other=0), high)
-            code = mine[None, :] + groups * 256 + g[:, None] * 16 + r[None, :]
-            there = (g[:, None] < groups) & (n[None, :] < N)
-            code = tl.load(code, mask=there, other=0).to(tl.int32)
+            code = row_block[None, :] + groups * 256 + g[:, None] * 16 + r[None, :]
+            inside = (g[:, None] < groups) & (n[None, :] < N)
+            code = tl.load(code, mask=inside, other=0).to(tl.int32)
             scale = (((code & 127) + 1920) << 19).to(tl.float32, bitcast=True)
             scale = tl.where(code > 127, -scale, scale)
         else:
             byte = first * 512 + tl.arange(0, STEP * 512)[None, :]
-            there = (block * BLOCK_ROWS < N) & (byte < groups * 512)
-            weights = tl.load(data + byte, mask=there, other=0)
+            inside = (block * BLOCK_ROWS < N) & (byte < groups * 512)
+            weights = tl.load(data + byte, mask=inside, other=0)
             column = tl.arange(0, 32)[None, None, :]
             matrices = as_matrices(weights, STEP)
             dots = integer_dot(tl.load(x + column, mask=rows, other=0), matrices)
@@ -128,9 +129,9 @@ def packed_linear_kernel(
         terms = dots * (scale[:, None, :] * x_scale[:, :, None])
         for i in tl.static_range(STEP):
             total += tl.sum(tl.where(u[:, None, None] == i, terms, 0.0), 0)
-    # The rows' scales, byte by byte: a weight may lie at any address.
+    # Load the row scales byte by byte: a weight may be at any address.
     byte = tl.arange(0, 4)[None, :]
-    bits = mine[:, None] + block_bytes - 64 + r[:, None] * 4 + byte
+    bits = row_block[:, None] + block_bytes - 64 + r[:, None] * 4 + byte
     bits = tl.load(bits, mask=n[:, None] < N, other=0).to(tl.uint8, bitcast=True)
     bits = tl.sum(bits.to(tl.uint32) << (byte * 8).to(tl.uint32), 1)
     total *= bits.to(tl.uint32).to(tl.float32, bitcast=True)[None, :]
@@ -142,7 +143,8 @@ def packed_linear_kernel(
 
 @triton.jit
 def as_matrices(bytes, STEP: tl.constexpr):
-    """`[STEP, columns, blocks * 16]` of `[blocks, ..]` in the order [STEP, columns / 4, 16, 4]."""
+    """Bytes `[blocks, ..]`, ordered [STEP, columns / 4, 16, 4], as `[STEP, columns, blocks *
+    16]`."""
     blocks: tl.constexpr = bytes.shape[0]
     columns: tl.constexpr = bytes.shape[1] // (STEP * 16)
     parts = tl.permute(tl.reshape(bytes, (blocks, STEP, columns // 4, 16, 4)), (1, 2, 4, 0, 3))
@@ -151,6 +153,7 @@ def as_matrices(bytes, STEP: tl.constexpr):
 
 @triton.jit
 def integer_dot(a, b):
+    """Product of int8 matrices on bfloat16 tensor cores; int8 values are exact in bfloat16."""
     return tl.dot(a.to(tl.float32).to(tl.bfloat16), b.to(tl.float32).to(tl.bfloat16))
 
 
@@ -163,17 +166,17 @@ class Tiles(NamedTuple):
 
 
 def tiles(rows: int, columns: int, blocks: int) -> Tiles:
-    """A program is a warp: its sums over groups need no other, and its bytes under way, three times
-    8 groups of 16 rows, are 12 KB in int8, 6 KB in int4."""
+    """Tile sizes. A program is one warp: its sums over groups need no other, and it keeps three
+    times 8 groups of 16 rows in flight, 12 KB in int8, 6 KB in int4."""
     if INTERPRETED.value:
-        step = tile(columns // GROUP)
-        blocks = min(16, tile(blocks), max(1, MOST_ELEMENTS // (step * BLOCK_ROWS * GROUP)))
-        most = MOST_ELEMENTS // (step * max(GROUP, blocks * BLOCK_ROWS))
-        return Tiles(blocks, min(tile(rows), most), step, 1, 4)
+        step = tile_size(columns // GROUP)
+        blocks = min(16, tile_size(blocks), max(1, MAX_ELEMENTS // (step * BLOCK_ROWS * GROUP)))
+        most = MAX_ELEMENTS // (step * max(GROUP, blocks * BLOCK_ROWS))
+        return Tiles(blocks, min(tile_size(rows), most), step, 1, 4)
     return Tiles(1, 16, 8, 1, 4)
 
 
-def launch_packed_linear(
+def launch_packed_gemm(
     x: Tensor,
     weight: Tensor,
     out: Tensor,
@@ -182,20 +185,21 @@ def launch_packed_linear(
     swiglu: bool = False,
     add: Tensor | None = None,
 ) -> None:
-    """out `[M, N]` of x `[M, C]`, contiguous, and a packed matrix of at least N rows.
+    """GEMM with a packed weight of at least N rows: out `[M, N]` from x `[M, C]`, contiguous.
 
-    x goes through a norm of that weight first, if there is one, or, `[M, 2C]`, through silu_mul.
-    The rounded product is added to `add` `[M, N]`, if there is one.
+    If given, `norm` is the weight of a norm that x goes through first; with `swiglu`, x is `[M,
+    2C]` and goes through silu_mul. If given, `add` `[M, N]` is added to the rounded product.
     """
     rows, columns = len(x), x.shape[1] // (2 if swiglu else 1)
     values = torch.empty((rows, columns), dtype=torch.int8, device=x.device)
     scales = torch.empty((rows, columns // GROUP), dtype=torch.float32, device=x.device)
     if columns:
-        at_once = 1
+        rows_per_program = 1
         if INTERPRETED.value:
-            at_once = min(tile(rows), max(1, MOST_ELEMENTS // tile(columns, GROUP)))
-        # A contraction of a product and a sum to one rounding would not be the reference's.
-        quantize_rows_kernel[(triton.cdiv(rows, at_once),)](
+            most = max(1, MAX_ELEMENTS // tile_size(columns, GROUP))
+            rows_per_program = min(tile_size(rows), most)
+        # Without contraction to fma: one rounding instead of two would differ from the reference.
+        quantize_rows_kernel[(triton.cdiv(rows, rows_per_program),)](
             x,
             x if norm is None else norm,
             values,
@@ -205,14 +209,14 @@ def launch_packed_linear(
             eps,
             NORM=norm is not None,
             SWIGLU=swiglu,
-            ROWS=at_once,
-            GROUPS=tile(columns // GROUP),
+            ROWS=rows_per_program,
+            GROUPS=tile_size(columns // GROUP),
             GROUP=GROUP,
-            num_warps=4,  # 16 elements a thread of CSM's 2048, as in rms_norm
+            num_warps=4,  # 16 elements per thread of CSM's 2048, as in rms_norm
             enable_fp_fusion=False,
         )
     t = tiles(rows, columns, weight.shape[0])
-    packed_linear_kernel[(triton.cdiv(weight.shape[0], t.blocks), triton.cdiv(rows, t.block_m))](
+    packed_gemm_kernel[(triton.cdiv(weight.shape[0], t.blocks), triton.cdiv(rows, t.block_m))](
         values,
         scales,
         weight,
@@ -238,7 +242,7 @@ def launch_packed_linear(
 def check_packed(
     weight: Tensor, name: str, like: Tensor, letters: str, sizes: Sequence[int | None]
 ) -> None:
-    """A packed weight whose plain shape is `sizes`, of which N may be None."""
+    """Check a packed weight whose unpacked shape is `sizes`; N may be None (any)."""
     columns = sizes[-1]
     check_operand(weight, name, like, weight.dtype)
     check(

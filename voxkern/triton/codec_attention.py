@@ -1,17 +1,18 @@
-"""Attention of the codec's transformer, with rotation and the new keys and values."""
+"""Attention of the codec's transformer, fused with rotary embedding and the write to the KV
+ring."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from voxkern.triton.language import INTERPRETED, dot, load, tile
+from voxkern.triton.language import INTERPRETED, dot, load, tile_size
 
 BLOCK_Q = 64 if INTERPRETED.value else 4
-"""Queries at a time: a frame's steps are two, and registers hold no more beside the keys."""
+"""Queries per iteration: a frame has two steps, and registers hold no more beside the keys."""
 
 
 @triton.jit(do_not_specialize=["T"])
-def mimi_attention_kernel(
+def codec_attention_kernel(
     qkv,
     rotations,
     positions,
@@ -30,13 +31,13 @@ def mimi_attention_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A program takes a stream and a key/value head: it writes the new keys and values to their
+    """One program handles one stream and key/value head. It writes the new keys and values to the
     ring, then attends with all queries, BLOCK_Q at a time, to BLOCK_K keys at a time (online
-    softmax). Float32 throughout. What it wrote it takes from qkv again, and so no thread reads what
-    another has written.
+    softmax). Float32 throughout. It reads the new keys and values from qkv again, so no thread
+    reads from the ring what another has just written.
 
-    Key p is in block p // BLOCK_K of the stream, wherever the call begins, and a key that a query
-    does not see changes no bit of its result: so neither does how a stream is cut.
+    Key p is in block p // BLOCK_K of the stream, wherever the call begins, and a key outside a
+    query's window changes no bit of its result. So the split of a stream into calls changes none.
     """
     group: tl.constexpr = HQ // HKV
     stride: tl.constexpr = (HQ + 2 * HKV) * D
@@ -54,27 +55,29 @@ def mimi_attention_kernel(
 
     for first in range(0, T, BLOCK_Q):
         t = first + tl.arange(0, BLOCK_Q)[:, None]
-        real = (t < T) & inside
+        valid = (t < T) & inside
         slot = ((position + t) % capacity) * D + column
-        k = rotated(new_keys + t * stride, rotations + t * D, column, D, real)
-        tl.store(keys + slot, k, mask=real)
-        tl.store(values + slot, load(new_values + t * stride + column, real), mask=real)
+        k = rotated(new_keys + t * stride, rotations + t * D, column, D, valid)
+        tl.store(keys + slot, k, mask=valid)
+        tl.store(values + slot, load(new_values + t * stride + column, valid), mask=valid)
 
     for first in range(0, T * group, BLOCK_Q):
         query = first + tl.arange(0, BLOCK_Q)
         t = query // group
         head = h * group + query % group
-        real = (t < T)[:, None] & inside
+        valid = (t < T)[:, None] & inside
         row = qkv + t[:, None] * stride + head[:, None] * D
-        q = rotated(row, rotations + t[:, None] * D, column, D, real) * scale
+        q = rotated(row, rotations + t[:, None] * D, column, D, valid) * scale
 
-        # From here on keys are counted from the first block's, which begins at `start`.
+        # From here on, keys are indexed relative to `start`, where the first block begins.
         seen_from = tl.maximum(position + first // group - window + 1, 0)
         start = seen_from // BLOCK_K * BLOCK_K
-        unseen = (seen_from - start).to(tl.int32)  # they may hold anything
+        unseen = (seen_from - start).to(tl.int32)  # keys before this may hold anything
         old = (position - start).to(tl.int32)
         end = old + tl.minimum((first + BLOCK_Q - 1) // group + 1, T)
-        whole = tl.maximum(old, 0) // BLOCK_K * BLOCK_K  # of blocks that are in the ring as a whole
+        whole = (
+            tl.maximum(old, 0) // BLOCK_K * BLOCK_K
+        )  # end of the blocks that are entirely in the ring
         first_slot = (start % capacity).to(tl.int32)
         state = (
             tl.full((BLOCK_Q,), float("-inf"), tl.float32),
@@ -98,19 +101,20 @@ def mimi_attention_kernel(
             v += load(new_values + step * stride + column, is_new)
             state = attend(q, k, v, (old + t)[:, None] - key[None, :], window, state)
         _, weight, total = state
-        place = out + ((b * T + t) * HQ + head)[:, None] * D + column
-        tl.store(place, total / weight[:, None], mask=real)
+        pointers = out + ((b * T + t) * HQ + head)[:, None] * D + column
+        tl.store(pointers, total / weight[:, None], mask=valid)
 
 
 @triton.jit
-def attend(q, k, v, behind, window, state):
-    """The largest score, the sum of the weights and that of the weighted values so far; a query
-    sees the keys that are 0 to `window - 1` behind it."""
+def attend(q, k, v, distance, window, state):
+    """One block of online softmax: update the largest score, the sum of the weights and the
+    weighted sum of the values. A query sees the keys at a distance of 0 to `window - 1` before
+    it."""
     largest, weight, total = state
-    scores = dot(q, tl.trans(k), tl.zeros(behind.shape, tl.float32))
-    scores = tl.where((behind >= 0) & (behind < window), scores, float("-inf"))
+    scores = dot(q, tl.trans(k), tl.zeros(distance.shape, tl.float32))
+    scores = tl.where((distance >= 0) & (distance < window), scores, float("-inf"))
     new = tl.maximum(largest, tl.max(scores, 1))
-    shift = tl.where(new == float("-inf"), 0.0, new)  # nothing seen yet
+    shift = tl.where(new == float("-inf"), 0.0, new)  # no key seen yet
     weights = tl.exp(scores - shift[:, None])
     factor = tl.exp(largest - shift)
     total = dot(weights, v, total * factor[:, None])
@@ -119,7 +123,8 @@ def attend(q, k, v, behind, window, state):
 
 @triton.jit
 def rotated(row, rotation, column, D: tl.constexpr, inside):
-    """Rows of a head, each element turned with the one half a row away; cosines, then sines."""
+    """Load rows of a head and rotate each element with its partner half a row away. `rotation`
+    holds cosines, then sines."""
     own = load(row + column, inside)
     other = load(row + (column + D // 2) % D, inside)
     cos = load(rotation + column % (D // 2), inside)
@@ -128,12 +133,12 @@ def rotated(row, rotation, column, D: tl.constexpr, inside):
 
 
 def block_k(head_dim: int) -> int:
-    """Keys of a block: 16 KB of them and as much of values, for a window of 250 in a few turns. By
-    the width alone, so that nothing else changes a result."""
-    return max(16, 4096 // tile(head_dim, 16))
+    """Keys per block: 16 KB of keys and 16 KB of values, so that a window of 250 takes few
+    iterations. It depends on the head width alone, so that nothing else changes a result."""
+    return max(16, 4096 // tile_size(head_dim, 16))
 
 
-def launch_mimi_attention(
+def launch_codec_attention(
     qkv: Tensor,
     rotations: Tensor,
     positions: Tensor,
@@ -142,19 +147,19 @@ def launch_mimi_attention(
     window: int,
     out: Tensor,
 ) -> None:
-    """One layer's.
+    """Attention of one layer.
 
     Args:
         qkv: `[B, T, Hq + 2 Hkv, D]`.
         rotations: `[B, T, D]`, cosines, then sines.
         positions: `[B]` int64.
-        keys, values: `[B, Hkv, capacity, D]`, a stream's contiguous, of one stride.
-        window: keys that a query sees.
+        keys, values: `[B, Hkv, capacity, D]`, contiguous within a stream, with equal strides.
+        window: number of keys that a query sees.
         out: `[B, T, Hq, D]`.
     """
     batch, steps, heads, head_dim = out.shape
     _, kv_heads, capacity, _ = keys.shape
-    mimi_attention_kernel[(batch, kv_heads)](
+    codec_attention_kernel[(batch, kv_heads)](
         qkv,
         rotations,
         positions,
@@ -171,11 +176,12 @@ def launch_mimi_attention(
         D=head_dim,
         BLOCK_Q=BLOCK_Q,
         BLOCK_K=256 if INTERPRETED.value else block_k(head_dim),
-        BLOCK_D=tile(head_dim, 16),
-        # Float32 is multiplied out of registers: with more warps, or two stages, some version of
-        # Triton spills.
+        BLOCK_D=tile_size(head_dim, 16),
+        # Float32 products run from registers: with more warps or two stages, some versions of
+        # Triton spill.
         num_warps=4,
         num_stages=1,
-        # Contracted here but not there, a key would be another from the ring than from qkv.
+        # If only one of the two rotations were contracted to fma, a key read from the ring would
+        # differ from the same key computed from qkv.
         enable_fp_fusion=False,
     )
