@@ -8,10 +8,10 @@ MODEL ?= demo
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
-CUDA := $(wildcard csrc/cuda/*.cuh csrc/cuda/*.cu)
+CUDA := $(wildcard csrc/cuda/*/*)
 SIMT := $(wildcard tests/simt/*.h tests/simt/*.cpp)
 PLANTED := tests/sanitize/planted.cu
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+CPP := $(wildcard csrc/*.cpp csrc/common/* csrc/params/* csrc/cpu/*/*)
 OP_TESTS := $(wildcard $(patsubst voxkern/reference/%.py,tests/ops/test_%.py,$(wildcard voxkern/reference/*.py)))
 
 # Prints an extra's requirements: installing them as '.[extra]' would build the extension again.

@@ -50,6 +50,7 @@ def compile_source(
             *("nvcc", "-c", "-std=c++20", "-Xptxas", "-v", "-Werror", "all-warnings"),
             *("-Xcompiler", "-Wall,-Wextra,-Wno-missing-field-initializers"),
             *("-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA"),
+            *("-I", str(ROOT / "csrc")),
             *("-isystem", str(Path(torch.__file__).parent / "include")),
             *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures),
             *("-keep", "--keep-dir", folder, "-o", f"{folder}/out.o", str(source)),
@@ -76,7 +77,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("sources", nargs="*", type=Path)
     args = parser.parse_args()
-    sources = args.sources or sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    sources = args.sources or sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
     failed = False
     print(
         f"{'kernel':58} {'sm':>5} {'registers':>9} {'shared':>7} {'stack':>6} {'spills':>6} "

@@ -12,7 +12,7 @@ from vox_serve.weights import CsmWeights
 from voxkern import ops
 
 PERSISTENT_ROWS = 8
-"""Most rows whose frames CUDA makes with one kernel (kMostRows of csrc/cuda/depth_products.cuh):
+"""Most rows whose frames CUDA makes with one kernel (kMostRows of cuda/decoder/depth_products.cuh):
 with more, `persistent` has no effect."""
 
 

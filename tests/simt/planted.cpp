@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/common.cuh"
-#include "../../csrc/cuda/grid_barrier.cuh"
+#include "cuda/runtime/common.cuh"
+#include "cuda/runtime/grid_barrier.cuh"
 
 namespace voxkern {
 namespace {

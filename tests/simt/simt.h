@@ -280,7 +280,7 @@ inline int __popc(uint32_t a) { return __builtin_popcount(a); }
 inline int __ffs(uint32_t a) { return __builtin_ffs(static_cast<int>(a)); }
 inline int __clz(uint32_t a) { return a ? __builtin_clz(a) : 32; }
 
-// What csrc/cuda/ptx.cuh says in PTX.
+// What csrc/cuda/runtime/ptx.cuh says in PTX.
 namespace voxkern {
 
 inline uint32_t bf16_bits(float a) {

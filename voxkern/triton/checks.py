@@ -1,4 +1,4 @@
-"""Argument checks with the same messages as the native ops (csrc/check.h).
+"""Argument checks with the same messages as the native ops (csrc/common/check.h).
 
 They read shapes, dtypes and devices, never values, so they do not wait for the device.
 """

@@ -1,0 +1,115 @@
+// The weight of linear layers, as every matrix product takes it: plain, or packed as
+// voxkern/quantize.py does it, in blocks of 16 rows that are read from their first byte to their
+// last. Rows past N are zeros.
+//
+//   int8, int8 [..., N / 16, 16 C + 64]. Byte 64 i + 4 r + c is row r's column 4 i + c; 16 scales
+//     of the rows in float32 follow.
+//   int4, uint8 [..., N / 16, 8 C + C / 2 + 64]. Byte 64 i + 4 r + c holds row r's columns 8 i + c,
+//     in its low half, and 8 i + 4 + c, both 8 too large. Byte 16 g + r of the next C / 2 is the
+//     scale of row r's columns 32 g .. 32 g + 31: a sign, 3 bits of exponent, 4 of mantissa,
+//     (-1)^s 2^(e - 7) (1 + m / 16). 16 scales of the rows in float32 follow, for those to be
+//     multiplied with.
+#pragma once
+
+#include "common/dtype.h"
+
+#ifdef __CUDACC__
+#define VOX_EVERYWHERE __host__ __device__
+#else
+#define VOX_EVERYWHERE
+#endif
+
+namespace voxkern {
+
+// plain: of the op's dtype. bf16: plain too, in an op whose activations are float32.
+enum class Format : int32_t { plain, bf16, int8, int4 };
+
+constexpr int64_t kBlockRows = 16;
+constexpr int64_t kGroup = 32;  // columns that share a scale: x's always, W's in int4
+
+// Of the values of 16 rows and 32 columns.
+VOX_EVERYWHERE constexpr int64_t group_bytes(Format format) {
+  return format == Format::int4 ? 256 : 512;
+}
+// Of the scales of 16 rows and 32 columns.
+VOX_EVERYWHERE constexpr int64_t scale_bytes(Format format) {
+  return format == Format::int4 ? 16 : 0;
+}
+// Of 16 rows.
+VOX_EVERYWHERE constexpr int64_t block_bytes(Format format, int64_t C) {
+  return C / kGroup * (group_bytes(format) + scale_bytes(format)) + 64;
+}
+
+// Matrices of one shape, one after the other.
+struct Weight {
+  Format format;
+  const void* data;  // [..., N, C], of the op's dtype or packed
+  int64_t N, C;
+};
+
+}  // namespace voxkern
+
+#ifndef VOX_ISA
+#include <vector>
+
+#include "common/check.h"
+
+namespace voxkern {
+
+// By dtype: plain weights are of the op's own.
+inline Format weight_format(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Byte: return Format::int4;
+    case ScalarType::Char: return Format::int8;
+    default: return Format::plain;
+  }
+}
+
+// C of a weight whose number of dimensions was checked.
+inline int64_t weight_columns(const Tensor& t) {
+  const int64_t last = t.size(t.dim() - 1);
+  switch (weight_format(t)) {
+    case Format::int4: return (last - 64) * 2 / 17;
+    case Format::int8: return (last - 64) / 16;
+    case Format::bf16:
+    case Format::plain: break;
+  }
+  return last;
+}
+
+// A weight whose plain shape is `sizes`, spelt by `letters`: they end in N and C, of which N may be
+// kAny. Then a packed weight's N is all that its blocks have room for.
+inline Weight weight_of(const Tensor& t, const char* name, const Tensor& like, const char* letters,
+                        std::initializer_list<int64_t> sizes) {
+  const Format format = weight_format(t);
+  const int64_t N = sizes.end()[-2], C = sizes.end()[-1];
+  check_operand(t, name, like, format == Format::plain ? like.scalar_type() : t.scalar_type());
+  if (format == Format::plain) {
+    check_shape(t, name, letters, sizes);
+    return {.format = format, .data = t.const_data_ptr(), .N = t.size(t.dim() - 2), .C = C};
+  }
+  check(C % kGroup == 0, name, ": packed, which needs columns in a multiple of 32, got ", C);
+  std::vector<int64_t> packed(sizes.begin(), sizes.end() - 2);
+  packed.push_back(N == kAny ? kAny : (N + kBlockRows - 1) / kBlockRows);
+  packed.push_back(block_bytes(format, C));
+  check_sizes(t, name, (std::string(letters) + " packed").c_str(), packed.data(), packed.size());
+  return {
+      .format = format,
+      .data = t.const_data_ptr(),
+      .N = N == kAny ? t.size(t.dim() - 2) * kBlockRows : N,
+      .C = C,
+  };
+}
+
+// The same where all else is float32: a weight may be bfloat16 too.
+inline Weight mixed_weight_of(const Tensor& t, const char* name, const Tensor& like,
+                              const char* letters, std::initializer_list<int64_t> sizes) {
+  if (t.scalar_type() != ScalarType::BFloat16) return weight_of(t, name, like, letters, sizes);
+  check_device(t, name, like);
+  Weight weight = weight_of(t, name, t, letters, sizes);
+  weight.format = Format::bf16;
+  return weight;
+}
+
+}  // namespace voxkern
+#endif

@@ -1,0 +1,185 @@
+#include "params/decode_backbone.h"
+
+#include "cpu/runtime/isa.h"
+
+#ifdef VOX_ISA
+#include "cpu/attention/split_attention.h"
+#include "cpu/ops/layers.h"
+#include "cpu/simd/rotary.h"
+
+// One run() of the team does the whole step; layers.h says how threads share a layer. In attention,
+// a thread with key/value heads of its own writes their keys and values of all sequences, then does
+// all their splits; else threads share first the one, then the splits of all sequences, then the
+// query heads, and meet in between. The last norm is split by row.
+namespace voxkern {
+namespace {
+
+// What the threads share.
+template <typename T>
+struct Shared {
+  LayerBuffers<T> layers;
+  SplitBuffers splits;
+
+  Shared(Arena& arena, const DecodeBackboneParams& p)
+      : layers(arena, p.layers, p.B), splits(arena, p.seq_lens, p.B, p.layers.Hq, p.layers.D) {}
+};
+
+// What a thread has for itself.
+template <typename T>
+struct Private {
+  LayerRows<T> rows;
+  float* scratch;  // SplitAttention's
+
+  Private(Arena& arena, const DecodeBackboneParams& p, const DecodeAttentionParams& attention)
+      : rows(arena, p.layers, p.B),
+        scratch(arena.take<float>(SplitAttention<T>::scratch_size(attention))) {}
+};
+
+// One layer's attention, as decode_attention takes it.
+template <typename T>
+DecodeAttentionParams attention_params(const DecodeBackboneParams& p, const LayerBuffers<T>& all,
+                                       int64_t layer) {
+  const LayersParams& l = p.layers;
+  const int64_t at = layer * p.P * l.Hkv * p.S * l.D;
+  return {
+      .dtype = p.dtype,
+      .B = p.B,
+      .Hq = l.Hq,
+      .Hkv = l.Hkv,
+      .D = l.D,
+      .S = p.S,
+      .M = p.M,
+      .q = all.qkv,
+      .q_stride = (l.Hq + 2 * l.Hkv) * l.D,
+      .k_pages = static_cast<const T*>(p.k_pages) + at,
+      .v_pages = static_cast<const T*>(p.v_pages) + at,
+      .page_table = p.page_table,
+      .seq_lens = p.seq_lens,
+      .scale = p.scale,
+      .out = all.attended,
+  };
+}
+
+// One thread's part of the call.
+template <typename T>
+class Worker {
+ public:
+  Worker(const DecodeBackboneParams& params, const Shared<T>& shared, const Private<T>& own,
+         int rank, int size)
+      : p_(params),
+        all_(shared),
+        own_(own),
+        rank_(rank),
+        size_(size),
+        layers_(params.layers, shared.layers, own.rows, rank, size) {}
+
+  void step() const {
+    const int64_t C = p_.layers.C;
+    __builtin_memcpy(own_.rows.residual, p_.x, p_.B * C * sizeof(T));
+    layers_.run(p_.B, [&](int64_t layer) { attend(layer); });
+    const Range mine = split(p_.B, 1, rank_, size_);
+    __builtin_memcpy(static_cast<T*>(p_.out) + mine.begin * C, own_.rows.normed + mine.begin * C,
+                     (mine.end - mine.begin) * C * sizeof(T));
+  }
+
+ private:
+  void attend(int64_t layer) const {
+    const DecodeAttentionParams params = attention_params<T>(p_, all_.layers, layer);
+    const SplitAttention<T> attention(params, all_.splits);
+    layers_.each_head(p_.B, [&](int64_t b, int64_t h) { append(layer, b, h); });
+    if (layers_.own_heads()) {
+      layers_.each_head(p_.B,
+                        [&](int64_t b, int64_t h) { attention.attend_heads(b, h, own_.scratch); });
+    } else {
+      Team::barrier();
+      attention.attend_part(rank_, size_, own_.scratch);
+      Team::barrier();
+      attention.combine_part(rank_, size_);
+    }
+  }
+
+  // What append_kv does for sequence b, key/value head h and its query heads.
+  void append(int64_t layer, int64_t b, int64_t h) const {
+    const LayersParams& l = p_.layers;
+    const int64_t D = l.D, group = l.Hq / l.Hkv, slot = p_.slots[b];
+    const float* const table = l.rope_table + p_.positions[b] * D;
+    T* const row = all_.layers.qkv + b * (l.Hq + 2 * l.Hkv) * D;
+    for (int64_t head = h * group; head < (h + 1) * group; ++head)
+      rotate(row + head * D, table, D, row + head * D);
+    if (slot < 0) return;
+    const int64_t page = layer * p_.P + slot / p_.S;
+    const int64_t at = ((page * l.Hkv + h) * p_.S + slot % p_.S) * D;
+    rotate(row + (l.Hq + h) * D, table, D, static_cast<T*>(p_.k_pages) + at);
+    __builtin_memcpy(static_cast<T*>(p_.v_pages) + at, row + (l.Hq + l.Hkv + h) * D, D * sizeof(T));
+  }
+
+  const DecodeBackboneParams& p_;
+  const Shared<T> all_;
+  const Private<T> own_;
+  const int rank_, size_;
+  const Layers<T> layers_;
+};
+
+template <typename T>
+void run(const DecodeBackboneParams& p) {
+  Arena count(nullptr);
+  Shared<T>(count, p);
+  void* const block = __builtin_malloc(count.bytes());
+  Arena arena(block);
+  const Shared<T> all(arena, p);
+  auto job = [&](int rank, int size) {
+    const DecodeAttentionParams attention = attention_params<T>(p, all.layers, 0);
+    Arena own_count(nullptr);
+    Private<T>(own_count, p, attention);
+    // Taken by the thread that uses it, so it lies in that processor's memory.
+    void* const own_block = __builtin_malloc(own_count.bytes());
+    Arena own_arena(own_block);
+    Worker<T>(p, all, Private<T>(own_arena, p, attention), rank, size).step();
+    __builtin_free(own_block);
+  };
+  run_team(job);
+  __builtin_free(block);
+}
+
+}  // namespace
+
+namespace VOX_ISA {
+void decode_backbone(const DecodeBackboneParams& p) {
+  p.dtype == Dtype::f32 ? run<float>(p) : run<bf16>(p);
+}
+}  // namespace VOX_ISA
+
+}  // namespace voxkern
+
+#else
+
+namespace voxkern {
+
+VOX_KERNEL(decode_backbone, DecodeBackboneParams)
+
+namespace {
+
+Tensor decode_backbone_cpu(Tensor x, Tensor attn_norm, Tensor qkv, Tensor o, Tensor mlp_norm,
+                           Tensor gate_up, Tensor down, Tensor norm, Tensor rope_table,
+                           int64_t num_heads, int64_t num_kv_heads, double eps, Tensor positions,
+                           Tensor slots, Tensor k_pages, Tensor v_pages, Tensor page_table,
+                           Tensor seq_lens) {
+  x = torch::stable::contiguous(x);
+  Tensor out = torch::stable::empty_like(x);
+  const DecodeBackboneParams p = decode_backbone_params(
+      x, attn_norm, qkv, o, mlp_norm, gate_up, down, norm, rope_table, num_heads, num_kv_heads, eps,
+      positions, slots, k_pages, v_pages, page_table, seq_lens, out);
+  check_places(p.positions, p.slots, p.B, rope_table.size(0), p.P * p.S);
+  check_page_table_values(p.page_table, p.seq_lens, p.B, p.M, p.S, p.P);
+  if (p.B > 0) decode_backbone(p);
+  return out;
+}
+
+}  // namespace
+}  // namespace voxkern
+
+STABLE_TORCH_LIBRARY_IMPL(voxkern, CPU, m) {
+  m.impl("decode_backbone", TORCH_BOX(&voxkern::decode_backbone_cpu));
+}
+
+#endif

@@ -1,0 +1,185 @@
+// One thread's part of a stack of layers, inside a run() of the team: what decode_backbone and
+// decode_depth share. Included by ISA passes too, which alone see Layers.
+//
+// A thread takes the same part of every matrix's rows each time. Where key/value heads can be
+// shared out evenly, it projects and attends with heads of its own, and all threads meet four times
+// a layer: after attention, o, gate and up, and down. Else parts of qkv are as equal as rows allow,
+// and all meet after qkv too. The norms are a few microseconds' work on data that every thread
+// needs next: each does them all, on residuals of its own. So it is with quantizing what a packed
+// weight is multiplied with, but for down's wide input, which is quantized where it is made.
+//
+// Results are rounded to the dtype where the composed ops would store them, so in float32 the
+// layers give what a composition of these ops gives, and no row depends on another.
+#pragma once
+
+#include "common/arena.h"
+#include "common/layers.h"
+#include "cpu/gemm/quantize.h"
+
+namespace voxkern {
+namespace {
+
+// What the threads share, for up to R rows.
+template <typename T>
+struct LayerBuffers {
+  T* branch;    // [R, C], what is added to the residual
+  T* qkv;       // [R, (Hq + 2 Hkv) D]
+  T* attended;  // [R, Hq D]
+  T* gate_up;   // [R, 2F]
+  T* product;   // [R, F]
+  QuantizedRows quantized_product;
+
+  LayerBuffers(Arena& arena, const LayersParams& p, int64_t R)
+      : quantized_product(arena, p.down.format == Format::plain ? 0 : R, p.F) {
+    branch = arena.take<T>(R * p.C);
+    qkv = arena.take<T>(R * (p.Hq + 2 * p.Hkv) * p.D);
+    attended = arena.take<T>(R * p.Hq * p.D);
+    gate_up = arena.take<T>(R * 2 * p.F);
+    product = arena.take<T>(R * p.F);
+  }
+};
+
+}  // namespace
+}  // namespace voxkern
+
+#ifdef VOX_ISA
+#include "cpu/gemm/project.h"
+#include "cpu/simd/norm.h"
+#include "cpu/simd/silu.h"
+
+namespace voxkern {
+namespace {
+
+// What a thread has for itself, for up to R rows.
+template <typename T>
+struct LayerRows {
+  T* residual;  // [R, C]
+  T* normed;    // [R, C]
+  QuantizedRows quantized;
+
+  // The widest input of a projection besides the layers' own has `width` columns.
+  LayerRows(Arena& arena, const LayersParams& p, int64_t R, int64_t width = 0)
+      : quantized(arena, R, widest(p, width)) {
+    residual = arena.take<T>(R * p.C);
+    normed = arena.take<T>(R * p.C);
+  }
+
+ private:
+  static int64_t widest(const LayersParams& p, int64_t width) {
+    if (p.C > width) width = p.C;
+    return p.Hq * p.D > width ? p.Hq * p.D : width;
+  }
+};
+
+template <typename T>
+class Layers {
+ public:
+  Layers(const LayersParams& params, const LayerBuffers<T>& shared, const LayerRows<T>& own,
+         int rank, int size)
+      : p_(params),
+        all_(shared),
+        own_(own),
+        rank_(rank),
+        size_(size),
+        own_heads_(params.Hkv % size == 0 && params.D % kPartRows == 0) {}
+
+  // Whether this thread itself projected all that its each_head() reads.
+  bool own_heads() const { return own_heads_; }
+
+  // f(b, kv_head) for this thread's share of B rows' key/value heads.
+  template <typename F>
+  void each_head(int64_t B, const F& f) const {
+    if (own_heads_) {
+      const Range mine = split(p_.Hkv, 1, rank_, size_);
+      for (int64_t b = 0; b < B; ++b)
+        for (int64_t h = mine.begin; h < mine.end; ++h) f(b, h);
+    } else {
+      const Range mine = split(B * p_.Hkv, 1, rank_, size_);
+      for (int64_t i = mine.begin; i < mine.end; ++i) f(i / p_.Hkv, i % p_.Hkv);
+    }
+  }
+
+  // This thread's part of out [rows, N] = x [rows, C] times the transpose of matrix `at`.
+  void project_part(const T* x, int64_t rows, const Weight& weight, int64_t at, T* out) const {
+    quantize_for(weight, x, rows);
+    project(x, own_.quantized, rows, weight, at, {part_of(weight.N)}, out);
+  }
+
+  // From `rows` rows of own.residual to own.normed. attend(layer) does this thread's part of the
+  // attention, each_head() of it or all threads together, from shared.qkv to shared.attended.
+  template <typename Attend>
+  void run(int64_t rows, const Attend& attend) const {
+    for (int64_t layer = 0; layer < p_.L; ++layer) {
+      normalise(layer ? all_.branch : own_.residual, layer, p_.attn_norm, layer, rows);
+      project_heads(layer, rows);
+      if (!own_heads_) Team::barrier();
+      attend(layer);
+      Team::barrier();
+      project_part(all_.attended, rows, p_.o, layer, all_.branch);
+      Team::barrier();
+      normalise(all_.branch, true, p_.mlp_norm, layer, rows);
+      gate_and_up(layer, rows);
+      Team::barrier();
+      project(all_.product, all_.quantized_product, rows, p_.down, layer, {part_of(p_.C)},
+              all_.branch);
+      Team::barrier();
+    }
+    normalise(p_.L ? all_.branch : own_.residual, p_.L, p_.norm, 0, rows);
+  }
+
+ private:
+  Range part_of(int64_t n, int64_t grain = kPartRows) const {
+    return split(n, grain, rank_, size_);
+  }
+
+  void quantize_for(const Weight& weight, const T* x, int64_t rows) const {
+    if (weight.format != Format::plain)
+      quantize(x, own_.quantized, rows, weight.C, 0, rows * weight.C);
+  }
+
+  void normalise(const T* x, bool add, const void* weight, int64_t at, int64_t rows) const {
+    for (int64_t i = 0; i < rows; ++i)
+      normalise_row(x + i * p_.C, add ? own_.residual + i * p_.C : nullptr,
+                    static_cast<const T*>(weight) + at * p_.C, own_.normed + i * p_.C, p_.C,
+                    p_.eps);
+  }
+
+  void project_heads(int64_t layer, int64_t rows) const {
+    if (!own_heads_) return project_part(own_.normed, rows, p_.qkv, layer, all_.qkv);
+    const Range mine = split(p_.Hkv, 1, rank_, size_);
+    const int64_t begin = mine.begin * p_.D, end = mine.end * p_.D, group = p_.Hq / p_.Hkv;
+    const int64_t k = p_.Hq * p_.D, v = k + p_.Hkv * p_.D;
+    const Range q_rows = {begin * group, end * group};
+    quantize_for(p_.qkv, own_.normed, rows);
+    project(own_.normed, own_.quantized, rows, p_.qkv, layer,
+            {q_rows, Range{k + begin, k + end}, Range{v + begin, v + end}}, all_.qkv);
+  }
+
+  // A thread's gate rows and the up rows that they are multiplied with are both its own.
+  void gate_and_up(int64_t layer, int64_t rows) const {
+    const int64_t F = p_.F;
+    const bool packed_down = p_.down.format != Format::plain;
+    const Range gates = part_of(F, packed_down ? kGroup : kPartRows);
+    const Range ups = {F + gates.begin, F + gates.end};
+    quantize_for(p_.gate_up, own_.normed, rows);
+    project(own_.normed, own_.quantized, rows, p_.gate_up, layer, {gates, ups}, all_.gate_up);
+    for (int64_t i = 0; i < rows; ++i) {
+      const T* const row = all_.gate_up + i * 2 * F;
+      silu_mul_row(row + gates.begin, row + ups.begin, all_.product + i * F + gates.begin,
+                   gates.end - gates.begin);
+      if (packed_down)
+        quantize(all_.product, all_.quantized_product, rows, F, i * F + gates.begin,
+                 i * F + gates.end);
+    }
+  }
+
+  const LayersParams& p_;
+  const LayerBuffers<T> all_;
+  const LayerRows<T> own_;
+  const int rank_, size_;
+  const bool own_heads_;
+};
+
+}  // namespace
+}  // namespace voxkern
+#endif

@@ -1,0 +1,284 @@
+#include "params/mimi_transformer.h"
+
+#include "cpu/runtime/isa.h"
+
+#ifdef VOX_ISA
+#include "cpu/attention/split_attention.h"
+#include "cpu/gemm/operand.h"
+#include "cpu/simd/activation.h"
+#include "cpu/simd/rotary.h"
+
+// One run() of the team does all layers. A thread takes the same part of every matrix's rows, and
+// some of the heads of the streams; all meet after each of them. Norms, and making them what a
+// product takes, are a few microseconds' work that every thread does for itself, on residuals of
+// its own.
+//
+// Query by query, keys are walked in blocks from the window's first one on: no order depends on how
+// a stream was cut into steps.
+namespace voxkern {
+namespace {
+
+using Params = MimiTransformerParams;
+
+// What the threads share. R = B T.
+struct Shared {
+  float* qkv;       // [R, (Hq + 2 Hkv) D]
+  float* attended;  // [R, Hq D]
+  float* branch;    // [R, C], what is added to the residual
+  Operand activated;
+
+  Shared(Arena& arena, const Params& p)
+      : qkv(arena.take<float>(p.B * p.T * p.qkv.N)),
+        attended(arena.take<float>(p.B * p.T * p.Hq * p.D)),
+        branch(arena.take<float>(p.B * p.T * p.C)),
+        activated(arena, p.down, p.B * p.T, arena.take<float>(p.B * p.T * p.F)) {}
+};
+
+// What a thread has for itself.
+struct Private {
+  float* residual;  // [R, C]
+  float* normed;    // [R, C]
+  Operand for_qkv, for_o, for_up;
+  float* query;  // [padded D]
+  float* sums;   // [padded D]
+
+  Private(Arena& arena, const Params& p, const Shared& all)
+      : residual(arena.take<float>(p.B * p.T * p.C)),
+        normed(arena.take<float>(p.B * p.T * p.C)),
+        for_qkv(arena, p.qkv, p.B * p.T, normed),
+        for_o(arena, p.o, p.B * p.T, all.attended),
+        for_up(arena, p.up, p.B * p.T, normed),
+        query(arena.take<float>(padded(p.D))),
+        sums(arena.take<float>(padded(p.D))) {}
+};
+
+inline void layer_norm_row(const float* x, const float* scale, const float* bias, float* out,
+                           int64_t C, float eps) {
+  const auto sum = [&](auto value) {
+    vfloat sums{};
+    int64_t i = 0;
+    for (; i + kWidth <= C; i += kWidth) sums += value(load(x + i));
+    float rest[kWidth] = {};
+    for (int64_t j = 0; i + j < C; ++j) rest[j] = value(splat(x[i + j]))[0];
+    return reduce_add(sums + load(rest)) / static_cast<float>(C);
+  };
+  const vfloat mean = splat(sum([](vfloat v) { return v; }));
+  const float variance = sum([&](vfloat v) { return (v - mean) * (v - mean); });
+  const vfloat factor = splat(1.0f / __builtin_sqrtf(variance + eps));
+  int64_t i = 0;
+  for (; i + kWidth <= C; i += kWidth)
+    store(out + i, fma((load(x + i) - mean) * factor, load(scale + i), load(bias + i)));
+  if (const int64_t n = C - i)
+    store_n(out + i,
+            fma((load_n(x + i, n) - mean) * factor, load_n(scale + i, n), load_n(bias + i, n)), n);
+}
+
+inline void add_row(float* x, const float* y, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] += y[i];
+}
+
+class Worker {
+ public:
+  Worker(const Params& p, const Shared& all, const Private& own, int rank, int size)
+      : p_(p), all_(all), own_(own), rank_(rank), size_(size), rows_(p.B * p.T) {}
+
+  void run() const {
+    __builtin_memcpy(own_.residual, p_.x, rows_ * p_.C * sizeof(float));
+    for (int64_t layer = 0; layer < p_.L; ++layer) {
+      normalise(layer, 0);
+      own_.for_qkv.prepare(p_.qkv, rows_, 0, rows_ * p_.C);
+      multiply_part(own_.for_qkv, p_.qkv, layer, p_.qkv_bias, all_.qkv);
+      Team::barrier();
+      attend(layer);
+      Team::barrier();
+      own_.for_o.prepare(p_.o, rows_, 0, rows_ * p_.o.C);
+      multiply_part(own_.for_o, p_.o, layer, p_.o_bias, all_.branch);
+      Team::barrier();
+      add_row(own_.residual, all_.branch, rows_ * p_.C);
+      normalise(layer, 2);
+      own_.for_up.prepare(p_.up, rows_, 0, rows_ * p_.C);
+      activate(layer);
+      Team::barrier();
+      multiply_part(all_.activated, p_.down, layer, nullptr, all_.branch);
+      Team::barrier();
+      add_row(own_.residual, all_.branch, rows_ * p_.C);
+    }
+    const Range mine = split(rows_, 1, rank_, size_);
+    __builtin_memcpy(p_.out + mine.begin * p_.C, own_.residual + mine.begin * p_.C,
+                     (mine.end - mine.begin) * p_.C * sizeof(float));
+  }
+
+ private:
+  void normalise(int64_t layer, int64_t which) const {
+    const float* const scale = p_.norms + (4 * layer + which) * p_.C;
+    for (int64_t r = 0; r < rows_; ++r)
+      layer_norm_row(own_.residual + r * p_.C, scale, scale + p_.C, own_.normed + r * p_.C, p_.C,
+                     p_.eps);
+  }
+
+  void multiply_part(const Operand& x, const Weight& weight, int64_t layer, const float* bias,
+                     float* out) const {
+    const Range part = split(weight.N, kPartRows, rank_, size_);
+    project(x, rows_, weight, layer, part, out);
+    if (!bias) return;
+    for (int64_t r = 0; r < rows_; ++r)
+      add_row(out + r * weight.N + part.begin, bias + layer * weight.N + part.begin,
+              part.end - part.begin);
+  }
+
+  // A thread prepares for `down` what it made of `up`.
+  void activate(int64_t layer) const {
+    const Range part = split(p_.F, kGroup, rank_, size_);
+    const int64_t n = part.end - part.begin;
+    project(own_.for_up, rows_, p_.up, layer, part, all_.activated.plain);
+    for (int64_t r = 0; r < rows_; ++r) {
+      const int64_t at = r * p_.F + part.begin;
+      float* const row = all_.activated.plain + at;
+      switch (p_.activation) {
+        case Activation::gelu: for_each_vector(row, n, [](vfloat v) { return gelu(v); }); break;
+        case Activation::gelu_tanh:
+          for_each_vector(row, n, [](vfloat v) { return gelu_tanh(v); });
+          break;
+        case Activation::relu: for_each_vector(row, n, [](vfloat v) { return relu(v); }); break;
+        case Activation::silu: for_each_vector(row, n, [](vfloat v) { return silu(v); }); break;
+      }
+      all_.activated.prepare(p_.down, rows_, at, at + n);
+    }
+  }
+
+  void attend(int64_t layer) const {
+    const Range mine = split(p_.B * p_.Hkv, 1, rank_, size_);
+    for (int64_t i = mine.begin; i < mine.end; ++i) attend_head(layer, i / p_.Hkv, i % p_.Hkv);
+  }
+
+  // Stream b's new keys and values of head h, then its queries that look there.
+  void attend_head(int64_t layer, int64_t b, int64_t h) const {
+    const int64_t D = p_.D, group = p_.Hq / p_.Hkv, position = p_.positions[b];
+    const int64_t ring = ((b * p_.L + layer) * p_.Hkv + h) * p_.capacity * D;
+    float *const keys = p_.keys + ring, *const values = p_.values + ring;
+    for (int64_t t = 0; t < p_.T; ++t) {
+      const float* const row = all_.qkv + (b * p_.T + t) * p_.qkv.N;
+      const int64_t at = (position + t) % p_.capacity * D;
+      rotate(row + (p_.Hq + h) * D, p_.rotations + (b * p_.T + t) * D, D, keys + at);
+      __builtin_memcpy(values + at, row + (p_.Hq + p_.Hkv + h) * D, D * sizeof(float));
+    }
+    for (int64_t t = 0; t < p_.T; ++t) {
+      const int64_t seen = position + t + 1, count = seen < p_.window ? seen : p_.window;
+      for (int64_t head = h * group; head < (h + 1) * group; ++head)
+        attend_query(b * p_.T + t, head, keys, values, (seen - count) % p_.capacity, count, t == 0);
+    }
+  }
+
+  // The keys are those of `count` slots from `slot` on.
+  void attend_query(int64_t r, int64_t head, const float* keys, const float* values, int64_t slot,
+                    int64_t count, bool first) const {
+    const int64_t D = p_.D, width = padded(D);
+    for (int64_t i = 0; i < width; ++i) own_.query[i] = own_.sums[i] = 0;
+    rotate(all_.qkv + r * p_.qkv.N + head * D, p_.rotations + r * D, D, own_.query);
+    for (int64_t i = 0; i < D; ++i) own_.query[i] *= p_.scale;
+    // Of the window's key i, where the ring may have come round to its begin.
+    const auto place = [&](int64_t i) {
+      return (slot + i < p_.capacity ? slot + i : slot + i - p_.capacity) * D;
+    };
+    SoftmaxState state;
+    for (int64_t begin = 0; begin < count; begin += kKeyBlock) {
+      const int64_t n = count - begin < kKeyBlock ? count - begin : kKeyBlock;
+      Block<float> block;
+      for (int64_t j = 0; j < n + kDots; ++j)
+        block.keys[j] = keys + place(begin + (j < n ? j : n - 1));
+      for (int64_t j = 0; j < n; ++j) block.values[j] = values + place(begin + j);
+      // A head's first query brings in the next block; a page is too short for the processor to.
+      const int64_t next = begin + n, fetched = first ? count - next : 0;
+      for (int64_t j = 0; j < kKeyBlock && j < fetched; ++j) {
+        fetch(keys + place(next + j), D);
+        fetch(values + place(next + j), D);
+      }
+      attend_block<1>(own_.query, width, block, n, D, &state, own_.sums);
+    }
+    const int64_t at = (r * p_.Hq + head) * D;
+    for (int64_t i = 0; i < D; ++i) all_.attended[at + i] = own_.sums[i] / state.sum;
+  }
+
+  const Params& p_;
+  const Shared& all_;
+  const Private& own_;
+  const int rank_, size_;
+  const int64_t rows_;
+};
+
+}  // namespace
+
+namespace VOX_ISA {
+void mimi_transformer(const MimiTransformerParams& p) {
+  Arena count(nullptr);
+  Shared(count, p);
+  void* const block = __builtin_malloc(count.bytes());
+  Arena arena(block);
+  const Shared all(arena, p);
+  auto job = [&](int rank, int size) {
+    Arena own_count(nullptr);
+    Private(own_count, p, all);
+    // Taken by the thread that uses it, so it lies in that processor's memory.
+    void* const own_block = __builtin_malloc(own_count.bytes());
+    Arena own_arena(own_block);
+    const Private own(own_arena, p, all);
+    Worker(p, all, own, rank, size).run();
+    __builtin_free(own_block);
+  };
+  run_team(job);
+  __builtin_free(block);
+}
+}  // namespace VOX_ISA
+
+}  // namespace voxkern
+
+#else
+
+#include <vector>
+
+namespace voxkern {
+
+VOX_KERNEL(mimi_transformer, MimiTransformerParams)
+
+namespace {
+
+// As torch computes them: the angle is a float32 product.
+std::vector<float> rotations(const MimiTransformerParams& p, const float* frequencies) {
+  std::vector<float> table(p.B * p.T * p.D);
+  float* row = table.data();
+  for (int64_t b = 0; b < p.B; ++b)
+    for (int64_t t = 0; t < p.T; ++t, row += p.D)
+      for (int64_t i = 0; i < p.D / 2; ++i) {
+        const float angle = static_cast<float>(p.positions[b] + t) * frequencies[i];
+        row[i] = std::cos(angle);
+        row[p.D / 2 + i] = std::sin(angle);
+      }
+  return table;
+}
+
+Tensor mimi_transformer_cpu(Tensor x, Tensor positions, Tensor frequencies, Tensor norms,
+                            Tensor qkv, Tensor qkv_bias, Tensor o, Tensor o_bias, Tensor up,
+                            Tensor down, double eps, std::string activation, Tensor keys,
+                            Tensor values, int64_t window) {
+  x = torch::stable::contiguous(x);
+  MimiTransformerParams p =
+      mimi_transformer_params(x, positions, frequencies, norms, qkv, qkv_bias, o, o_bias, up, down,
+                              eps, activation, keys, values, window);
+  for (int64_t b = 0; b < p.B; ++b)
+    check(p.positions[b] >= 0, "positions: stream ", b, " is at ", p.positions[b]);
+  const auto table = rotations(p, static_cast<const float*>(frequencies.const_data_ptr()));
+  p.rotations = table.data();
+  Tensor out = torch::stable::empty_like(x);
+  p.out = static_cast<float*>(out.mutable_data_ptr());
+  if (p.B * p.T > 0) mimi_transformer(p);
+  return out;
+}
+
+}  // namespace
+}  // namespace voxkern
+
+STABLE_TORCH_LIBRARY_IMPL(voxkern, CPU, m) {
+  m.impl("mimi_transformer", TORCH_BOX(&voxkern::mimi_transformer_cpu));
+}
+
+#endif

@@ -1,0 +1,265 @@
+#include "params/prefill_attention.h"
+
+#include "cpu/runtime/isa.h"
+
+#ifdef VOX_ISA
+#include "common/arena.h"
+#include "cpu/attention/attention.h"
+#include "cpu/runtime/team.h"
+
+// A work item is a run of queries of one sequence, for one key/value head and all query heads of
+// its group: up to kRows rows, of one query and head each. It walks the keys in blocks, each
+// unpacked once to float32 (keys transposed), and takes four rows at a time through scores, online
+// softmax and weighted sum, while the block lies in the cache. Items are handed out as threads come
+// free, the longest first.
+//
+// A row's arithmetic is the same whatever rows are beside it and wherever the run begins: a result
+// depends on the query and its keys alone. All of it is float32 (the query is scaled first), and
+// rounded when it is stored.
+namespace voxkern {
+namespace {
+
+constexpr int64_t kRows = 128;
+constexpr int kTileRows = 4;
+constexpr int kTileVectors = kWidth == 16 ? 4 : 2;
+
+// c = c * factors + a b for kTileRows rows of a and N vectors of columns; c = a b without factors.
+template <int N>
+VOX_INLINE void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                              int64_t depth, const float* factors, float* c, int64_t c_stride) {
+  vfloat acc[kTileRows][N] = {};
+  if (factors)
+    for (int r = 0; r < kTileRows; ++r)
+      for (int n = 0; n < N; ++n)
+        acc[r][n] = load(c + r * c_stride + n * kWidth) * splat(factors[r]);
+  for (int64_t d = 0; d < depth; ++d) {
+    vfloat columns[N];
+    for (int n = 0; n < N; ++n) columns[n] = load(b + d * b_stride + n * kWidth);
+    for (int r = 0; r < kTileRows; ++r)
+      for (int n = 0; n < N; ++n)
+        acc[r][n] = fma(splat(a[r * a_stride + d]), columns[n], acc[r][n]);
+  }
+  for (int r = 0; r < kTileRows; ++r)
+    for (int n = 0; n < N; ++n) store(c + r * c_stride + n * kWidth, acc[r][n]);
+}
+
+// The same for `columns` columns, a multiple of kWidth, of b and c, whose rows are `width` apart.
+void multiply(const float* a, int64_t a_stride, const float* b, int64_t columns, int64_t depth,
+              const float* factors, float* c, int64_t width) {
+  int64_t i = 0;
+  for (; i + kTileVectors * kWidth <= columns; i += kTileVectors * kWidth)
+    multiply_tile<kTileVectors>(a, a_stride, b + i, width, depth, factors, c + i, width);
+  for (; i < columns; i += kWidth)
+    multiply_tile<1>(a, a_stride, b + i, width, depth, factors, c + i, width);
+}
+
+// One step of a transposition: exchanges the squares of `half` x `half` off the diagonal.
+template <int half>
+VOX_INLINE void exchange(vfloat* rows) {
+  vint lane;
+  for (int i = 0; i < kWidth; ++i) lane[i] = i;
+  const vint first = lane + (((lane & half) != 0) & (kWidth - half));
+  for (int i = 0; i < kWidth; ++i) {
+    if (i & half) continue;
+    const vfloat a = rows[i], b = rows[i + half];
+    rows[i] = __builtin_shuffle(a, b, first);
+    rows[i + half] = __builtin_shuffle(a, b, first + half);
+  }
+  if constexpr (half > 1) exchange<half / 2>(rows);
+}
+
+// keys[r], D long, to columns j + r of `out` [D, kKeyBlock]; zeros where keys[r] is null.
+template <typename T>
+void transpose_keys(const T* const* keys, int64_t D, int64_t j, float* out) {
+  for (int64_t i = 0; i < D; i += kWidth) {
+    const int64_t n = D - i < kWidth ? D - i : kWidth;
+    vfloat rows[kWidth] = {};
+    for (int r = 0; r < kWidth; ++r) {
+      if (!keys[r]) break;
+      rows[r] = n < kWidth ? load_n(keys[r] + i, n) : load(keys[r] + i);
+    }
+    exchange<kWidth / 2>(rows);
+    for (int64_t r = 0; r < n; ++r) store(out + (i + r) * kKeyBlock + j, rows[r]);
+  }
+}
+
+// A thread's buffers, float32, for `rows` rows of queries.
+struct Buffers {
+  float* keys;    // [D, kKeyBlock]
+  float* scores;  // [kTileRows, kKeyBlock]
+  float* values;  // [kKeyBlock, width]
+  float* q;       // [rows, width], scaled
+  float* sums;    // [rows, width]
+  SoftmaxState* states;
+
+  Buffers(Arena& arena, int64_t rows, int64_t D) {
+    const int64_t width = padded(D);
+    keys = arena.take<float>(D * kKeyBlock);
+    scores = arena.take<float>(kTileRows * kKeyBlock);
+    values = arena.take<float>(kKeyBlock * width);
+    q = arena.take<float>(rows * width);
+    sums = arena.take<float>(rows * width);
+    states = arena.take<SoftmaxState>(rows);
+  }
+};
+
+template <typename T>
+struct Prefill {
+  const PrefillAttentionParams& p;
+  const int64_t group = p.Hq / p.Hkv;
+  const int64_t width = padded(p.D);
+  const int64_t run_queries = group < kRows ? kRows / group : 1;
+
+  int64_t runs(int64_t b) const {
+    return (p.cu_seqlens[b + 1] - p.cu_seqlens[b] + run_queries - 1) / run_queries;
+  }
+
+  void unpack(int64_t b, int64_t h, int64_t begin, int64_t count, const Buffers& buffers) const {
+    const T* k = static_cast<const T*>(p.k_pages);
+    const T* v = static_cast<const T*>(p.v_pages);
+    const T* keys[kKeyBlock] = {};
+    for_each_run(p.page_table + b * p.M, p.Hkv, p.S, p.D, h, begin, count,
+                 [&](int64_t j, int64_t place, int64_t n) {
+                   for (int64_t r = 0; r < n; ++r) {
+                     keys[j + r] = k + place + r * p.D;
+                     copy_row(v + place + r * p.D, 1.0f, buffers.values + (j + r) * width);
+                   }
+                 });
+    for (int64_t j = 0; j < count; j += kWidth) transpose_keys(keys + j, p.D, j, buffers.keys);
+  }
+
+  // x[0..D) * factor, padded with zeros.
+  VOX_INLINE void copy_row(const T* x, float factor, float* out) const {
+    int64_t i = 0;
+    for (; i + kWidth <= p.D; i += kWidth) store(out + i, load(x + i) * splat(factor));
+    if (i < p.D) store(out + i, load_n(x + i, p.D - i) * splat(factor));
+  }
+
+  // Queries first .. first + count of sequence b, counted from its first new one.
+  void attend(int64_t b, int64_t h, int64_t first, int64_t count, const Buffers& buffers) const {
+    const int64_t token = p.cu_seqlens[b] + first;
+    const int64_t new_tokens = p.cu_seqlens[b + 1] - p.cu_seqlens[b];
+    const int64_t position = p.seq_lens[b] - new_tokens + first;
+    const int64_t rows = count * group;
+    const int64_t tiled_rows = (rows + kTileRows - 1) / kTileRows * kTileRows;
+    __builtin_memset(buffers.q, 0, tiled_rows * width * sizeof(float));
+    __builtin_memset(buffers.sums, 0, tiled_rows * width * sizeof(float));
+    for (int64_t r = 0; r < tiled_rows; ++r) buffers.states[r] = {};
+    for (int64_t r = 0; r < rows; ++r)
+      copy_row(static_cast<const T*>(p.q) + (token + r / group) * p.q_stride +
+                   (h * group + r % group) * p.D,
+               p.scale, buffers.q + r * width);
+
+    const int64_t end = position + count;
+    for (int64_t begin = 0; begin < end; begin += kKeyBlock) {
+      const int64_t keys = end - begin < kKeyBlock ? end - begin : kKeyBlock;
+      unpack(b, h, begin, keys, buffers);
+      for (int64_t r = 0; r < rows; r += kTileRows) {
+        const int64_t last = r + kTileRows <= rows ? r + kTileRows - 1 : rows - 1;
+        const int64_t depth = visible(position + last / group, begin);
+        if (depth == 0) continue;
+        multiply(buffers.q + r * width, width, buffers.keys, padded(depth), p.D, nullptr,
+                 buffers.scores, kKeyBlock);
+        float factors[kTileRows];
+        for (int i = 0; i < kTileRows; ++i) {
+          const int64_t row = r + i < last ? r + i : last;
+          factors[i] = softmax_step(buffers.scores + i * kKeyBlock,
+                                    visible(position + row / group, begin), buffers.states[r + i]);
+        }
+        multiply(buffers.scores, kKeyBlock, buffers.values, width, depth, factors,
+                 buffers.sums + r * width, width);
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      T* out = static_cast<T*>(p.out) + ((token + r / group) * p.Hq + h * group + r % group) * p.D;
+      const vfloat sum = splat(buffers.states[r].sum);
+      int64_t i = 0;
+      for (; i + kWidth <= p.D; i += kWidth)
+        store(out + i, load(buffers.sums + r * width + i) / sum);
+      if (i < p.D) store_n(out + i, load(buffers.sums + r * width + i) / sum, p.D - i);
+    }
+  }
+
+  // How many keys of the block from `begin` on the query at `position` sees.
+  static int64_t visible(int64_t position, int64_t begin) {
+    const int64_t keys = position + 1 - begin;
+    return keys < 0 ? 0 : keys < kKeyBlock ? keys : kKeyBlock;
+  }
+
+  // Items of each sequence from its last queries back, for they see the most keys.
+  void run(int64_t* next_item, int64_t items) const {
+    const int64_t rows = (run_queries * group + kTileRows - 1) / kTileRows * kTileRows;
+    Arena count(nullptr);
+    Buffers(count, rows, p.D);
+    void* const memory = __builtin_malloc(count.bytes());
+    Arena arena(memory);
+    const Buffers buffers(arena, rows, p.D);
+    int64_t b = 0, before = 0;  // items of the sequences before b
+    for (;;) {
+      const int64_t item = __atomic_fetch_add(next_item, 1, __ATOMIC_RELAXED);
+      if (item >= items) break;
+      while (before + runs(b) * p.Hkv <= item) before += runs(b++) * p.Hkv;
+      const int64_t first = (runs(b) - 1 - (item - before) / p.Hkv) * run_queries;
+      const int64_t rest = p.cu_seqlens[b + 1] - p.cu_seqlens[b] - first;
+      attend(b, item % p.Hkv, first, rest < run_queries ? rest : run_queries, buffers);
+    }
+    __builtin_free(memory);
+  }
+};
+
+template <typename T>
+void run(const PrefillAttentionParams& p) {
+  const Prefill<T> prefill{.p = p};
+  int64_t items = 0, next_item = 0;
+  for (int64_t b = 0; b < p.B; ++b) items += prefill.runs(b) * p.Hkv;
+  auto job = [&](int, int) { prefill.run(&next_item, items); };
+  if (items == 1)
+    job(0, 1);
+  else if (items)
+    run_team(job);
+}
+
+}  // namespace
+
+namespace VOX_ISA {
+void prefill_attention(const PrefillAttentionParams& p) {
+  p.dtype == Dtype::f32 ? run<float>(p) : run<bf16>(p);
+}
+}  // namespace VOX_ISA
+
+}  // namespace voxkern
+
+#else
+
+namespace voxkern {
+
+VOX_KERNEL(prefill_attention, PrefillAttentionParams)
+
+namespace {
+
+Tensor prefill_attention_cpu(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table,
+                             Tensor cu_seqlens, Tensor seq_lens, double scale) {
+  check_dim(q, "q", 3);
+  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
+  const PrefillAttentionParams p =
+      prefill_attention_params(q, k_pages, v_pages, page_table, cu_seqlens, seq_lens, scale, out);
+  check_page_table_values(p.page_table, p.seq_lens, p.B, p.M, p.S, k_pages.size(0));
+  check(p.cu_seqlens[0] == 0 && p.cu_seqlens[p.B] == p.T, "cu_seqlens: expected 0 to T = ", p.T,
+        ", got ", p.cu_seqlens[0], " to ", p.cu_seqlens[p.B]);
+  for (int64_t b = 0; b < p.B; ++b) {
+    const int64_t new_tokens = int64_t{p.cu_seqlens[b + 1]} - p.cu_seqlens[b];
+    check(new_tokens >= 0 && new_tokens <= p.seq_lens[b], "cu_seqlens: expected 0 to ",
+          p.seq_lens[b], " new tokens of sequence ", b, ", as seq_lens says, got ", new_tokens);
+  }
+  prefill_attention(p);
+  return out;
+}
+
+}  // namespace
+}  // namespace voxkern
+
+STABLE_TORCH_LIBRARY_IMPL(voxkern, CPU, m) {
+  m.impl("prefill_attention", TORCH_BOX(&voxkern::prefill_attention_cpu));
+}
+
+#endif

@@ -1,0 +1,41 @@
+// One row of rms_norm and add_rms_norm; layers.h calls it too. Included by ISA passes alone.
+#pragma once
+
+#include "cpu/simd/vec.h"
+
+namespace voxkern {
+namespace {
+
+// The square sum runs over kWidth lanes of one accumulator. `residual` may be null; else its sum
+// with x is rounded to the dtype before it is squared, as a stored residual is.
+template <typename T>
+inline void normalise_row(const T* x, T* residual, const T* weight, T* out, int64_t C, float eps) {
+  vfloat squares{};
+  int64_t i = 0;
+  const auto add = [&](int64_t at, int64_t n) {
+    vfloat value = n < kWidth ? load_n(x + at, n) : load(x + at);
+    if (residual) {
+      value += n < kWidth ? load_n(residual + at, n) : load(residual + at);
+      if (n < kWidth) {
+        store_n(residual + at, value, n);
+        value = load_n(residual + at, n);
+      } else {
+        store(residual + at, value);
+        value = load(residual + at);
+      }
+    }
+    squares = fma(value, value, squares);
+  };
+  for (; i + kWidth <= C; i += kWidth) add(i, kWidth);
+  if (i < C) add(i, C - i);
+
+  const float scale = 1.0f / __builtin_sqrtf(reduce_add(squares) / static_cast<float>(C) + eps);
+  const T* source = residual ? residual : x;
+  for (i = 0; i + kWidth <= C; i += kWidth)
+    store(out + i, load(source + i) * splat(scale) * load(weight + i));
+  if (i < C)
+    store_n(out + i, load_n(source + i, C - i) * splat(scale) * load_n(weight + i, C - i), C - i);
+}
+
+}  // namespace
+}  // namespace voxkern

@@ -1,0 +1,30 @@
+// Rotary embedding in the half-split layout; included by ISA passes alone.
+#pragma once
+
+#include "cpu/simd/vec.h"
+
+namespace voxkern {
+namespace {
+
+// One head, x[0..D): pairs (i, i + D/2) turned by the angle whose cosine and sine are at i of
+// `table`'s first and second half. float32 inside, rounded once; `out` may be `x`.
+template <typename T>
+inline void rotate(const T* x, const float* table, int64_t D, T* out) {
+  const int64_t half = D / 2;
+  int64_t i = 0;
+  for (; i + kWidth <= half; i += kWidth) {
+    const vfloat low = load(x + i), high = load(x + half + i);
+    const vfloat cos = load(table + i), sin = load(table + half + i);
+    store(out + i, low * cos - high * sin);
+    store(out + half + i, high * cos + low * sin);
+  }
+  if (const int64_t n = half - i) {
+    const vfloat low = load_n(x + i, n), high = load_n(x + half + i, n);
+    const vfloat cos = load_n(table + i, n), sin = load_n(table + half + i, n);
+    store_n(out + i, low * cos - high * sin, n);
+    store_n(out + half + i, high * cos + low * sin, n);
+  }
+}
+
+}  // namespace
+}  // namespace voxkern

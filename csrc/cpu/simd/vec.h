@@ -1,0 +1,296 @@
+// The SIMD vocabulary of the CPU kernels: one vector of floats as wide as the pass's instruction
+// set has them, in GCC's vector extensions, with intrinsics only where those fall short. Included
+// by ISA passes alone; all of it has internal linkage (see isa.h).
+#pragma once
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/dtype.h"
+
+namespace voxkern {
+namespace {
+
+using bf16 = uint16_t;  // bits of a bfloat16
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float vfloat __attribute__((vector_size(4 * kWidth)));
+typedef int32_t vint __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t vuint __attribute__((vector_size(4 * kWidth)));
+typedef uint16_t vhalf __attribute__((vector_size(2 * kWidth)));
+typedef int8_t vquarter __attribute__((vector_size(kWidth)));
+
+#define VOX_INLINE inline __attribute__((always_inline))
+
+VOX_INLINE vfloat splat(float a) { return a - vfloat{}; }
+VOX_INLINE vint splat_int(int32_t a) { return a - vint{}; }
+
+VOX_INLINE vfloat as_float(vuint a) {
+  vfloat r;
+  __builtin_memcpy(&r, &a, sizeof r);
+  return r;
+}
+VOX_INLINE vuint as_uint(vfloat a) {
+  vuint r;
+  __builtin_memcpy(&r, &a, sizeof r);
+  return r;
+}
+
+VOX_INLINE float to_float(float a) { return a; }
+VOX_INLINE float to_float(bf16 a) {
+  const uint32_t bits = static_cast<uint32_t>(a) << 16;
+  float r;
+  __builtin_memcpy(&r, &bits, sizeof r);
+  return r;
+}
+
+// To nearest, ties to even; NaN stays NaN.
+VOX_INLINE bf16 to_bf16(float a) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &a, sizeof bits);
+  if (a != a) return static_cast<bf16>((bits >> 16) | 0x40);
+  return static_cast<bf16>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+VOX_INLINE vfloat load(const float* p) {
+  vfloat r;
+  __builtin_memcpy(&r, p, sizeof r);
+  return r;
+}
+VOX_INLINE vfloat load(const bf16* p) {
+  vhalf h;
+  __builtin_memcpy(&h, p, sizeof h);
+#if defined(__AVX512F__)
+  // GCC 12 converts in two halves; and its header makes it warn of the form without a mask.
+  const __m512i wide = _mm512_maskz_cvtepu16_epi32(0xffff, reinterpret_cast<__m256i>(h));
+  return as_float(reinterpret_cast<vuint>(wide) << 16);
+#else
+  return as_float(__builtin_convertvector(h, vuint) << 16);
+#endif
+}
+
+VOX_INLINE void store(float* p, vfloat a) { __builtin_memcpy(p, &a, sizeof a); }
+VOX_INLINE void store(bf16* p, vfloat a) {
+#if defined(__AVX512BF16__)
+  const __m256bh h = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(a));
+  __builtin_memcpy(p, &h, sizeof h);
+#else
+  const vuint bits = as_uint(a);
+  const vuint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const vuint quiet = (bits >> 16) | 0x40;
+  const vint nan = a != a;
+  const vuint mask = reinterpret_cast<vuint>(nan);
+  const vhalf h = __builtin_convertvector((rounded & ~mask) | (quiet & mask), vhalf);
+  __builtin_memcpy(p, &h, sizeof h);
+#endif
+}
+
+VOX_INLINE vint load_bytes(const int8_t* p) {
+  vquarter bytes;
+  __builtin_memcpy(&bytes, p, sizeof bytes);
+#if defined(__AVX512F__)
+  __m128i lanes;
+  __builtin_memcpy(&lanes, &bytes, sizeof lanes);
+  return reinterpret_cast<vint>(_mm512_maskz_cvtepi8_epi32(0xffff, lanes));
+#elif defined(__AVX2__)
+  __m128i lanes{};
+  __builtin_memcpy(&lanes, &bytes, sizeof bytes);
+  return reinterpret_cast<vint>(_mm256_cvtepi8_epi32(lanes));
+#else
+  return __builtin_convertvector(bytes, vint);
+#endif
+}
+// Lanes of -128 .. 127, as bytes.
+VOX_INLINE void store_bytes(int8_t* p, vint a) {
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm512_maskz_cvtepi32_epi8(0xffff, reinterpret_cast<__m512i>(a));
+#elif defined(__AVX2__)
+  const __m256i lanes = reinterpret_cast<__m256i>(a);
+  const __m128i halves =
+      _mm_packs_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
+  const __m128i bytes = _mm_packs_epi16(halves, halves);
+#else
+  const vquarter bytes = __builtin_convertvector(a, vquarter);
+#endif
+  __builtin_memcpy(p, &bytes, kWidth);
+}
+
+// The first n < kWidth elements; the others are zero and not read.
+template <typename T>
+VOX_INLINE vfloat load_n(const T* p, int64_t n) {
+  T buffer[kWidth] = {};
+  __builtin_memcpy(buffer, p, n * sizeof(T));
+  return load(buffer);
+}
+template <typename T>
+VOX_INLINE void store_n(T* p, vfloat a, int64_t n) {
+  T buffer[kWidth];
+  store(buffer, a);
+  __builtin_memcpy(p, buffer, n * sizeof(T));
+}
+
+VOX_INLINE float round_to(const float*, float a) { return a; }
+VOX_INLINE float round_to(const bf16*, float a) { return to_float(to_bf16(a)); }
+VOX_INLINE void store_one(float* p, float a) { *p = a; }
+VOX_INLINE void store_one(bf16* p, float a) { *p = to_bf16(a); }
+
+// a * b + c; fused where the instruction set has it (-ffp-contract).
+VOX_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) { return a * b + c; }
+
+// A product that the compiler must not fuse with the sum it goes into, so that every instruction
+// set rounds alike.
+VOX_INLINE vfloat unfused(vfloat product) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(product));
+#elif defined(__x86_64__)
+  asm("" : "+x"(product));
+#elif defined(__aarch64__)
+  asm("" : "+w"(product));
+#else
+  asm("" : "+m"(product));
+#endif
+  return product;
+}
+
+VOX_INLINE vfloat select(vint condition, vfloat yes, vfloat no) {
+  const vuint mask = reinterpret_cast<vuint>(condition);
+  return as_float((as_uint(yes) & mask) | (as_uint(no) & ~mask));
+}
+VOX_INLINE vfloat max(vfloat a, vfloat b) { return select(a > b, a, b); }
+VOX_INLINE bool any(vint condition) {
+#if defined(__AVX512F__)
+  const __m512i lanes = reinterpret_cast<__m512i>(condition);
+  return _mm512_test_epi32_mask(lanes, lanes) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8(reinterpret_cast<__m256i>(condition)) != 0;
+#else
+  int32_t found = 0;
+  for (int i = 0; i < kWidth; ++i) found |= condition[i];
+  return found != 0;
+#endif
+}
+
+// Sums pairs at halving distance: the order is part of every op's result.
+VOX_INLINE float reduce_add(vfloat a) {
+  float lanes[kWidth];
+  store(lanes, a);
+  for (int half = kWidth / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+VOX_INLINE float reduce_max(vfloat a) {
+  float lanes[kWidth];
+  store(lanes, a);
+  for (int half = kWidth / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i)
+      lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+  return lanes[0];
+}
+
+template <int... i>
+struct Lanes {
+  // One level of the lanes' sum: blocks of 2 * half lanes, a's then b's, become blocks of half.
+  template <int half>
+  static VOX_INLINE vfloat add_halves(vfloat a, vfloat b) {
+    return __builtin_shufflevector(a, b, (i / half * 2 * half + i % half)...) +
+           __builtin_shufflevector(a, b, (i / half * 2 * half + i % half + half)...);
+  }
+  // Every lane's partner, `half` away.
+  template <int half>
+  static VOX_INLINE vint swap(vint a) {
+    return __builtin_shufflevector(a, a, (i ^ half)...);
+  }
+};
+template <int n, int... i>
+struct LanesUpTo : LanesUpTo<n - 1, n - 1, i...> {};
+template <int... i>
+struct LanesUpTo<0, i...> : Lanes<i...> {};
+
+// Lane i of the result is reduce_add(chains[i]), for fewer instructions than that many calls.
+template <int half = kWidth / 2>
+VOX_INLINE vfloat reduce_each(const vfloat* chains) {
+  vfloat next[half];
+  for (int i = 0; i < half; ++i)
+    next[i] = LanesUpTo<kWidth>::add_halves<half>(chains[2 * i], chains[2 * i + 1]);
+  if constexpr (half == 1) {
+    return next[0];
+  } else {
+    return reduce_each<half / 2>(next);
+  }
+}
+
+template <int half = kWidth / 2>
+VOX_INLINE int32_t reduce_add(vint a) {
+  a += LanesUpTo<kWidth>::swap<half>(a);
+  if constexpr (half == 1) {
+    return a[0];
+  } else {
+    return reduce_add<half / 2>(a);
+  }
+}
+template <int half = kWidth / 2>
+VOX_INLINE int32_t reduce_max(vint a) {
+  const vint b = LanesUpTo<kWidth>::swap<half>(a);
+  a = a > b ? a : b;
+  if constexpr (half == 1) {
+    return a[0];
+  } else {
+    return reduce_max<half / 2>(a);
+  }
+}
+
+// e^a within 2 ulp for a in [-87, 88]; smaller inputs (minus infinity too) give 0, larger ones
+// e^88. Cody and Waite's reduction, Taylor to the 7th power.
+VOX_INLINE vfloat exp(vfloat a) {
+  const vint tiny = a < splat(-87.0f);
+  a = select(a > splat(88.0f), splat(88.0f), select(tiny, splat(-87.0f), a));
+  const vfloat magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const vfloat shifted = a * splat(1.44269504f) + magic;
+  const vfloat n = shifted - magic;
+  vfloat r = fma(n, splat(-0.693359375f), a);
+  r = fma(n, splat(2.12194440e-4f), r);
+  vfloat p = splat(1.0f / 5040);
+  p = fma(p, r, splat(1.0f / 720));
+  p = fma(p, r, splat(1.0f / 120));
+  p = fma(p, r, splat(1.0f / 24));
+  p = fma(p, r, splat(1.0f / 6));
+  p = fma(p, r, splat(0.5f));
+  p = fma(p, r, splat(1.0f));
+  p = fma(p, r, splat(1.0f));
+  const vuint exponent = (as_uint(shifted) - as_uint(magic)) << 23;
+  return select(tiny, vfloat{}, as_float(as_uint(p) + exponent));
+}
+
+// log a within 3 ulp for positive normal a, by the series of atanh.
+VOX_INLINE vfloat log(vfloat a) {
+  // a = 2^exponent * fraction, fraction in [sqrt(1/2), sqrt(2))
+  const vuint offset = as_uint(a) - 0x3f3504f3u;
+  const vint exponent = reinterpret_cast<vint>(offset) >> 23;
+  const vuint scaled = as_uint(a) - (reinterpret_cast<vuint>(exponent) << 23);
+  const vfloat f = as_float(scaled) - splat(1.0f);
+  const vfloat s = f / (splat(2.0f) + f);
+  const vfloat s2 = s * s;
+  vfloat p = splat(2.0f / 11);
+  p = fma(p, s2, splat(2.0f / 9));
+  p = fma(p, s2, splat(2.0f / 7));
+  p = fma(p, s2, splat(2.0f / 5));
+  p = fma(p, s2, splat(2.0f / 3));
+  // log(1 + f) = 2 s + s^3 p(s^2), and 2 s = f - f s: the large term f is exact.
+  const vfloat small = s * (s2 * p - f);
+  const vfloat n = __builtin_convertvector(exponent, vfloat);
+  return fma(n, splat(0.693359375f), fma(n, splat(-2.12194440e-4f), small) + f);
+}
+
+}  // namespace
+}  // namespace voxkern

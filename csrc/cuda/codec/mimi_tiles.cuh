@@ -1,0 +1,198 @@
+// Tiles of the codec's products, one a warp: what its lanes hold of W, and how they multiply it
+// with what they hold of x. mimi_product.cuh says how tiles make a product.
+#pragma once
+
+#include "cuda/runtime/common.cuh"
+#include "params/mimi_transformer.h"
+
+namespace voxkern {
+namespace {
+
+constexpr int kChunk = 32;
+constexpr int kMaxSplits = 8;
+constexpr int kRowsOfBlock = static_cast<int>(kBlockRows);
+
+struct MimiProduct {
+  int M, N, K;
+  const void* weight;  // [N, K], or in blocks
+  const float* bias;   // [N] or null
+  const float* add;    // [M, N] or null
+  float* out;          // [M, N]
+  bool activates;
+  Activation activation;  // comes before `add`
+  // Of the launch: ranges of columns, tiles of a block, tiles that all rows of x make.
+  int splits, tiles, tiles_m;
+};
+
+template <typename W, bool kBlocked>
+__device__ __forceinline__ W weight_at(const MimiProduct& p, int n, int k) {
+  if (n >= p.N || k >= p.K) return from_float<W>(0.0f);
+  constexpr int kPair = sizeof(W) == 2 ? 2 : 1;
+  int64_t at = static_cast<int64_t>(n) * p.K + k;
+  if constexpr (kBlocked)
+    at = ((static_cast<int64_t>(n / kRowsOfBlock) * (p.K / kPair) + k / kPair) * kRowsOfBlock +
+          n % kRowsOfBlock) *
+             kPair +
+         k % kPair;
+  return static_cast<const W*>(p.weight)[at];
+}
+
+// V columns of a row from k on, zeros behind its end.
+template <int V, bool kAligned>
+__device__ __forceinline__ void read_columns(const float* row, int k, int K, float (&out)[V]) {
+#pragma unroll
+  for (int i = 0; i < V; i += 4) {
+    if constexpr (kAligned) {
+      float4 four = {0, 0, 0, 0};
+      if (k < K) four = *reinterpret_cast<const float4*>(row + k + i);
+      out[i] = four.x, out[i + 1] = four.y, out[i + 2] = four.z, out[i + 3] = four.w;
+    } else {
+#pragma unroll
+      for (int j = i; j < i + 4; ++j) out[j] = k + j < K ? row[k + j] : 0.0f;
+    }
+  }
+}
+
+// 16 kA rows of W and 8 kB of x.
+template <bool kBlocked_, bool kAligned_, int kA, int kB, int kFlight_>
+struct Bf16Tile {
+  static constexpr bool kAligned = kAligned_;
+  static constexpr int kN = kRowsOfBlock * kA, kM = 8 * kB, kFlight = kFlight_;
+  static constexpr int kColumns = 8, kRows = kB;
+  // Word 2 i of 16 rows: the columns 2 i and 2 i + 1 of row 2 g; word 2 i + 1 those of row 2 g + 1.
+  struct Raw {
+    uint32_t words[kA][8];
+  };
+  float sums[kA][kB][4] = {};
+
+  static __device__ __forceinline__ int column(int lane) { return lane % 4 * kColumns; }
+  static __device__ __forceinline__ int row(int lane, int i) { return 8 * i + lane / 4; }
+
+  static __device__ __forceinline__ void read_weight(const MimiProduct& p, int n, int k, int lane,
+                                                     Raw& raw) {
+#pragma unroll
+    for (int a = 0; a < kA; ++a) {
+      const int first = n + kRowsOfBlock * a + lane / 4 * 2;
+      uint32_t (&words)[8] = raw.words[a];
+      if constexpr (!kAligned) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const auto bits = [&](int j) -> uint32_t {
+            return weight_at<bf16, kBlocked_>(p, first + i % 2, k + i / 2 * 2 + j).bits;
+          };
+          words[i] = bits(0) | bits(1) << 16;
+        }
+      } else if constexpr (kBlocked_) {
+        const bool there = first < p.N && k < p.K;  // row first + 1 is in the block in any case
+        const int64_t block = first / kRowsOfBlock;
+        const uint32_t* const from = static_cast<const uint32_t*>(p.weight) +
+                                     (block * (p.K / 2) + k / 2) * kRowsOfBlock +
+                                     first % kRowsOfBlock;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const uint2 two = there ? load_stream8(from + i * kRowsOfBlock) : uint2{0, 0};
+          words[2 * i] = two.x;
+          words[2 * i + 1] = two.y;
+        }
+      } else {
+        const bf16* const from =
+            static_cast<const bf16*>(p.weight) + static_cast<int64_t>(first) * p.K + k;
+        uint4 even = {}, odd = {};
+        if (first < p.N && k < p.K) even = load_stream(from);
+        if (first + 1 < p.N && k < p.K) odd = load_stream(from + p.K);
+        words[0] = even.x, words[2] = even.y, words[4] = even.z, words[6] = even.w;
+        words[1] = odd.x, words[3] = odd.y, words[5] = odd.z, words[7] = odd.w;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void multiply(const Raw& raw, const float (&x)[kB][8]) {
+#pragma unroll
+    for (int b = 0; b < kB; ++b) {
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) words[i] = bf16x2_bits(x[b][2 * i], x[b][2 * i + 1]);
+#pragma unroll
+      for (int a = 0; a < kA; ++a) {
+        const uint32_t (&w)[8] = raw.words[a];
+        multiply_bf16(sums[a][b], {w[0], w[1], w[2], w[3]}, words[0], words[1]);
+        multiply_bf16(sums[a][b], {w[4], w[5], w[6], w[7]}, words[2], words[3]);
+      }
+    }
+  }
+
+  // To [kM, pitch].
+  __device__ __forceinline__ void put(float* to, int pitch, int lane) {
+#pragma unroll
+    for (int a = 0; a < kA; ++a)
+#pragma unroll
+      for (int b = 0; b < kB; ++b)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          to[(8 * b + lane % 4 * 2 + i % 2) * pitch + kRowsOfBlock * a + lane / 4 * 2 + i / 2] =
+              sums[a][b][i];
+  }
+};
+
+// 16 rows of W and kM_ of x.
+template <bool kBlocked_, bool kAligned_, int kM_, int kFlight_>
+struct F32Tile {
+  static constexpr bool kAligned = kAligned_;
+  static constexpr int kN = kRowsOfBlock, kM = kM_, kFlight = kFlight_, kColumns = 4, kRows = kM;
+  // Blocks: [column][row], else [row][column].
+  struct Raw {
+    float values[4][4];
+  };
+  float sums[kM][4] = {};
+
+  static __device__ __forceinline__ int column(int lane) { return lane / 4 * kColumns; }
+  static __device__ __forceinline__ int row(int, int i) { return i; }
+
+  static __device__ __forceinline__ void read_weight(const MimiProduct& p, int n, int k, int lane,
+                                                     Raw& raw) {
+    const int first = n + lane % 4 * 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (!kAligned) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          raw.values[i][j] = kBlocked_ ? weight_at<float, true>(p, first + j, k + i)
+                                       : weight_at<float, false>(p, first + i, k + j);
+      } else {
+        const int64_t block = first / kRowsOfBlock, row = first + i;
+        const float* from = static_cast<const float*>(p.weight) + row * p.K + k;
+        if constexpr (kBlocked_)
+          from = static_cast<const float*>(p.weight) + (block * p.K + k + i) * kRowsOfBlock +
+                 first % kRowsOfBlock;
+        const bool there = (kBlocked_ ? first : row) < p.N && k < p.K;
+        unpack<float>(there ? load_stream(from) : uint4{0, 0, 0, 0}, raw.values[i]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void multiply(const Raw& raw, const float (&x)[kM][4]) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int r = 0; r < 4; ++r)
+          sums[m][r] = fmaf(x[m][i], kBlocked_ ? raw.values[i][r] : raw.values[r][i], sums[m][r]);
+  }
+
+  __device__ __forceinline__ void put(float* to, int pitch, int lane) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        float sum = sums[m][r];
+#pragma unroll
+        for (int offset = kWarp / 2; offset >= 4; offset /= 2)
+          sum += __shfl_xor_sync(kWholeWarp, sum, offset);
+        if (lane < 4) to[m * pitch + lane * 4 + r] = sum;
+      }
+  }
+};
+
+}  // namespace
+}  // namespace voxkern

@@ -1,0 +1,52 @@
+// What a block does with a row of the depth decoder between two positions: the draw of a code, and
+// the look-up of what it stands for.
+#pragma once
+
+#include "cuda/sampling/sampler.cuh"
+#include "params/decode_depth.h"
+
+namespace voxkern {
+namespace {
+
+// The block copies row `code` of [V, C]; a code outside becomes zeros.
+template <typename T>
+__device__ __forceinline__ void copy_row(const T* rows, int64_t code, int64_t V, int64_t C, T* to) {
+  const bool there = code >= 0 && code < V;
+  const T* const from = rows + (there ? code * C : 0);
+  if (C % kVector<T> == 0 && reinterpret_cast<uintptr_t>(rows) % 16 == 0) {
+    for (int64_t i = threadIdx.x; i < C / kVector<T>; i += blockDim.x)
+      reinterpret_cast<uint4*>(to)[i] =
+          there ? reinterpret_cast<const uint4*>(from)[i] : uint4{0, 0, 0, 0};
+  } else {
+    for (int64_t i = threadIdx.x; i < C; i += blockDim.x)
+      to[i] = there ? from[i] : from_float<T>(0.0f);
+  }
+}
+
+// Draws row b's code of `codebook`, and looks up its residual of the next position. For a block
+// that sample_row() takes.
+template <typename T>
+__device__ void draw_and_look_up(const DecodeDepthParams& p, int64_t codebook, int64_t b,
+                                 const T* logits, T* residual, SamplerShared& shared) {
+  const int64_t C = p.layers.C;
+  const SamplerRow row = {
+      .temperature = p.temperature[b],
+      .top_k = p.top_k[b],
+      .top_p = p.top_p[b],
+      .min_p = p.min_p[b],
+      .repetition_penalty = 1,
+      .history = nullptr,
+      .W = 0,
+      .seed = p.seeds[b],
+      .frame = p.frames[b],
+      .codebook = codebook,
+  };
+  const int code = sample_row(logits + b * p.V, static_cast<int>(p.V), row, shared);
+  if (threadIdx.x == 0) p.out[b * p.K + codebook] = code;
+  if (codebook + 1 < p.K)
+    copy_row(static_cast<const T*>(p.audio_rows) + codebook * p.V * C, code, p.V, C,
+             residual + b * C);
+}
+
+}  // namespace
+}  // namespace voxkern

@@ -1,0 +1,151 @@
+// A stack of layers for one token of each row: what decode_backbone and decode_depth share. A layer
+// of few rows is five launches:
+//
+//   norm, qkv | rope, append, attention | o, residual | norm, gate and up, SwiGLU | down, residual
+//
+// The attention is the op's own. Products that product() does not take (many rows, odd widths) are
+// launches of rms_norm, linear and silu_mul. Either way results are rounded where those store them.
+#pragma once
+
+#include "common/arena.h"
+#include "common/layers.h"
+#include "cuda/ops/ops.cuh"
+
+namespace voxkern {
+namespace {
+
+inline int64_t element_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+inline const void* offset(const void* p, int64_t elements, Dtype dtype) {
+  return static_cast<const char*>(p) + elements * element_bytes(dtype);
+}
+inline void* offset(void* p, int64_t elements, Dtype dtype) {
+  return static_cast<char*>(p) + elements * element_bytes(dtype);
+}
+
+inline int64_t matrix_bytes(const Weight& weight, Dtype dtype) {
+  if (weight.format == Format::plain) return weight.N * weight.C * element_bytes(dtype);
+  return divide_up(weight.N, kBlockRows) * block_bytes(weight.format, weight.C);
+}
+// Matrix `at` of those in `weight`.
+inline Weight matrix(Weight weight, int64_t at, Dtype dtype) {
+  weight.data = static_cast<const char*>(weight.data) + at * matrix_bytes(weight, dtype);
+  return weight;
+}
+
+class Layers {
+ public:
+  void* residual;          // [B, C], what run() begins with
+  void *qkv, *attended;    // [B, (Hq + 2 Hkv) D], [B, Hq D]
+  void* activated;         // [B, F], of SwiGLU
+  bool keys_only = false;  // of the last layer only the attention runs
+
+  Layers(Arena& arena, const LayersParams& params, Dtype dtype, int64_t B)
+      : p_(params), dtype_(dtype), B_(B) {
+    const auto take = [&](int64_t columns) -> void* {
+      return arena.take<char>(B * columns * element_bytes(dtype));
+    };
+    residual = take(p_.C);
+    qkv = take((p_.Hq + 2 * p_.Hkv) * p_.D);
+    attended = take(p_.Hq * p_.D);
+    normed_ = take(p_.C);
+    branch_ = take(p_.C);
+    gate_up_ = take(2 * p_.F);
+    activated = take(p_.F);
+  }
+
+  // attend(layer) is the attention between `qkv` and `attended`.
+  template <typename Attend>
+  void run(const Attend& attend, cudaStream_t stream) {
+    for (int64_t layer = 0; layer < p_.L; ++layer) {
+      project_normed(offset(p_.attn_norm, layer * p_.C, dtype_), matrix(p_.qkv, layer, dtype_), qkv,
+                     stream);
+      attend(layer);
+      if (keys_only && layer == p_.L - 1) return;
+      project_and_add(attended, matrix(p_.o, layer, dtype_), stream);
+      feed(offset(p_.mlp_norm, layer * p_.C, dtype_), matrix(p_.gate_up, layer, dtype_), stream);
+      project_and_add(activated, matrix(p_.down, layer, dtype_), stream);
+    }
+  }
+
+  // out = x [B, C] times the transpose of `weight`.
+  void project(const void* x, const Weight& weight, void* out, cudaStream_t stream) const {
+    linear({.dtype = dtype_, .M = B_, .x = x, .weight = weight, .out = out}, stream, true);
+  }
+
+  // out = the norm of the residual.
+  void normalise(const void* weight, void* out, cudaStream_t stream) {
+    rms_norm({.dtype = dtype_,
+              .rows = B_,
+              .C = p_.C,
+              .x = has_branch_ ? branch_ : residual,
+              .residual = has_branch_ ? residual : nullptr,
+              .weight = weight,
+              .out = out,
+              .eps = p_.eps},
+             stream);
+    has_branch_ = false;
+  }
+
+  // The norm of the residual through `weight`.
+  void project_normed(const void* norm, const Weight& weight, void* out, cudaStream_t stream) {
+    ProductParams fused = of(residual, weight, weight.N, out);
+    fused.before = Before::norm;
+    fused.norm = norm;
+    if (takes(fused)) return product(fused, stream);
+    normalise(norm, normed_, stream);
+    project(normed_, weight, out, stream);
+  }
+
+ private:
+  ProductParams of(const void* x, const Weight& weight, int64_t columns, void* out) const {
+    return {.dtype = dtype_,
+            .M = B_,
+            .N = columns,
+            .C = weight.C,
+            .x = x,
+            .eps = p_.eps,
+            .format = weight.format,
+            .weight = weight.data,
+            .out = out};
+  }
+  bool takes(const ProductParams& fused) const { return !has_branch_ && fits(fused); }
+
+  void project_and_add(const void* x, const Weight& weight, cudaStream_t stream) {
+    ProductParams fused = of(x, weight, weight.N, residual);
+    fused.after = After::add;
+    fused.residual = residual;
+    if (takes(fused)) return product(fused, stream);
+    project(x, weight, branch_, stream);
+    has_branch_ = true;
+  }
+
+  void feed(const void* norm, const Weight& weight, cudaStream_t stream) {
+    ProductParams fused = of(residual, weight, p_.F, activated);
+    fused.before = Before::norm;
+    fused.norm = norm;
+    fused.after = After::swiglu;
+    if (takes(fused)) return product(fused, stream);
+    normalise(norm, normed_, stream);
+    project(normed_, weight, gate_up_, stream);
+    silu_mul({.dtype = dtype_, .rows = B_, .F = p_.F, .gate_up = gate_up_, .out = activated},
+             stream);
+  }
+
+  const LayersParams p_;
+  const Dtype dtype_;
+  const int64_t B_;
+  void *normed_, *branch_, *gate_up_;
+  bool has_branch_ = false;  // the residual still lacks branch_
+};
+
+#ifdef VOX_HOST_PASS
+// What the attention takes.
+inline void check_attention(const LayersParams& p, int64_t B) {
+  check(p.D <= 256, "rope_table: on CUDA expected heads of at most 256 elements, got ", p.D);
+  check(B <= 65535, "on CUDA expected at most 65535 rows, got ", B);
+}
+#endif
+
+}  // namespace
+}  // namespace voxkern

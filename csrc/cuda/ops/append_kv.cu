@@ -1,0 +1,103 @@
+#include "cuda/runtime/common.cuh"
+#include "cuda/runtime/elementwise.cuh"
+#include "params/append_kv.h"
+
+// A block takes a token; a thread the pairs (i, i + D/2) of N neighbours of one head of q or k, or
+// 2 N elements of a head of v (N is a vector of 16 bytes, or one element where strides do not allow
+// that). float32 inside, rounded once. q and k go through the same code: k is rotated on its way
+// to its page.
+//
+// Floor: latency. A token of CSM's backbone is 10 KB, so 256 tokens are 0.8 us of an H100's memory;
+// every thread has its two loads and the table's in flight at once.
+namespace voxkern {
+namespace {
+
+constexpr int kThreads = 256;
+
+template <typename T, int N>
+__global__ void __launch_bounds__(kThreads) append_kv_kernel(AppendKvParams p) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  const int64_t t = blockIdx.x, half = p.D / 2;
+  const int per_head = static_cast<int>(half) / N, Hq = static_cast<int>(p.Hq),
+            Hkv = static_cast<int>(p.Hkv);
+  const float* const table = p.rope_table + p.positions[t] * p.D;
+  const int64_t slot = p.slots[t];
+  const int heads = Hq + (slot < 0 ? 0 : 2 * Hkv);
+  const int64_t page_at = slot < 0 ? 0 : slot / p.S * p.Hkv * p.S + slot % p.S;
+  for (int item = threadIdx.x; item < heads * per_head; item += blockDim.x) {
+    const int head = item / per_head, i = item % per_head * N;
+    const int64_t h = head < Hq ? head : head < Hq + Hkv ? head - Hq : head - Hq - Hkv;
+    const int64_t in_page = (page_at + h * p.S) * p.D;
+    const T* from;
+    T* to;
+    bool turned = true;
+    if (head < Hq) {
+      to = static_cast<T*>(p.q) + t * p.q_stride + h * p.D;
+      from = to;
+    } else if (head < Hq + Hkv) {
+      from = static_cast<const T*>(p.k) + t * p.k_stride + h * p.D;
+      to = static_cast<T*>(p.k_pages) + in_page;
+    } else {
+      from = static_cast<const T*>(p.v) + t * p.v_stride + h * p.D;
+      to = static_cast<T*>(p.v_pages) + in_page;
+      turned = false;
+    }
+    float low[N], high[N];
+    load<N>(from + i, low);
+    load<N>(from + half + i, high);
+    if (turned) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const float cos = table[i + j], sin = table[half + i + j], a = low[j], b = high[j];
+        low[j] = rotated_low(a, b, cos, sin);
+        high[j] = rotated_high(a, b, cos, sin);
+      }
+    }
+    store<N>(to + i, low);
+    store<N>(to + half + i, high);
+  }
+}
+
+template <typename T>
+void run(const AppendKvParams& p, cudaStream_t stream) {
+  const int64_t half = p.D / 2;
+  const bool vectors = takes_vectors<T>(p.q, half) && takes_vectors<T>(p.k, half) &&
+                       takes_vectors<T>(p.v, half) && takes_vectors<T>(p.k_pages, half) &&
+                       takes_vectors<T>(p.v_pages, half) && p.q_stride % kVector<T> == 0 &&
+                       p.k_stride % kVector<T> == 0 && p.v_stride % kVector<T> == 0;
+  const int64_t items = (p.Hq + 2 * p.Hkv) * (vectors ? half / kVector<T> : half);
+  launch(vectors ? append_kv_kernel<T, kVector<T>> : append_kv_kernel<T, 1>,
+         {.grid = dim3(static_cast<unsigned>(p.T)),
+          .block = dim3(block_size(items, kThreads)),
+          .stream = stream,
+          .overlaps_previous = true},
+         p);
+}
+
+}  // namespace
+
+void append_kv(const AppendKvParams& p, cudaStream_t stream) {
+  if (p.T == 0) return;
+  p.dtype == Dtype::f32 ? run<float>(p, stream) : run<bf16>(p, stream);
+}
+
+}  // namespace voxkern
+
+#ifdef VOX_HOST_PASS
+namespace voxkern {
+namespace {
+
+void append_kv_cuda(Tensor q, Tensor k, Tensor v, Tensor rope_table, Tensor positions, Tensor slots,
+                    Tensor k_pages, Tensor v_pages) {
+  const AppendKvParams p =
+      append_kv_params(q, k, v, rope_table, positions, slots, k_pages, v_pages);
+  const OnDevice device(q);
+  append_kv(p, device.stream);
+}
+
+}  // namespace
+}  // namespace voxkern
+
+VOX_CUDA_LIBRARY(m) { m.impl("append_kv", TORCH_BOX(&voxkern::append_kv_cuda)); }
+#endif

@@ -1,0 +1,298 @@
+#include "cuda/decoder/depth_rows.cuh"
+#include "cuda/decoder/layers.cuh"
+#include "cuda/decoder/persistent_depth.h"
+#include "params/decode_depth.h"
+
+// One position after the other. A layer is five launches (for more than 16 rows eight, in float32
+// with packed weights for more than 8), a position has two more: the head with the norm in front,
+// and a draw that also fetches the next position's row. The cache is [L, B, Hkv, K, D]; where
+// depth_attention does not take the heads it is pages of K positions, one a row. It waits for
+// nothing on the host, so a CUDA graph can hold it. persistent_depth.cu has all of it but the
+// projection in one launch, for those who ask for that.
+//
+// begin_kernel, look_up_kernel and draw_kernel let nothing start before their own wait: all behind
+// them may read the op's arguments and places, and keys of the positions before theirs, ahead of
+// its wait.
+//
+// At batch 1 in bfloat16 on an H100, us at 3.35 TB/s:
+//
+//   launch                    blocks     weights
+//   norm, qkv                    192      3.1 MB   0.9
+//   rope, append, attention        4         -     about 1
+//   o, residual                  128      2.1 MB   0.6
+//   norm, gate, up, SwiGLU       264     33.6 MB  10.0
+//   down, residual               128     16.8 MB   5.0
+//   norm, head (a position)      257      4.2 MB   1.3
+//   draw, look-up (a position)     1         -     1 (greedy) to 5
+//
+// 31 x 22 launches and 20 for the first position, whose last layer has but its keys to give: 702,
+// and 2.1 ms of memory's time. A launch costs what its neighbours' prefetches do not hide of about
+// 1.2 us; see product.cuh. Packed weights take the same launches, in 96, 64, 264 and 64 blocks and
+// 129 of the head: 1.05 ms of memory's time in int8, 0.56 in int4.
+//
+// With decode_backbone's a frame in int8 is 784 launches and 1.34 ms of memory's time: 2.3 ms if
+// prefetches hid nothing of their 1.2 us. The 1.2 us have no room for what each of its 143 products
+// with down does besides, to quantize 8192 columns: by its instructions 0.35 us, 0.05 ms in all.
+namespace voxkern {
+namespace {
+
+constexpr int kThreads = 256;
+
+// What pages of positions want to know of each position.
+struct DepthPlaces {
+  int64_t* positions;   // [K, B]
+  int64_t* slots;       // [K, B]
+  int32_t* seq_lens;    // [K, B]
+  int32_t* page_table;  // [B, 1]
+};
+
+// One thread a position and row.
+__global__ void places_kernel(DepthPlaces all, int64_t B, int64_t K, unsigned* counters,
+                              int64_t count) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  for (int64_t c = i; c < count; c += static_cast<int64_t>(gridDim.x) * blockDim.x) counters[c] = 0;
+  if (i >= B * K) return;
+  const int64_t position = i / B, b = i % B;
+  all.positions[i] = position;
+  all.slots[i] = b * K + position;
+  all.seq_lens[i] = static_cast<int32_t>(position + 1);
+  if (position == 0) all.page_table[b] = static_cast<int32_t>(b);
+}
+
+// out[:, 0] = code0, the rest what nobody has drawn.
+__global__ void begin_kernel(const int64_t* code0, int64_t B, int64_t K, int64_t* out,
+                             unsigned* arrived) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i == 0) *arrived = 0;
+  if (i < B * K) out[i] = i % K ? -1 : code0[i / K];
+}
+
+// A block takes a row: codebook 0 to the residual of position 1.
+template <typename T>
+__global__ void look_up_kernel(DecodeDepthParams p, T* residual) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const int64_t b = blockIdx.x, C = p.layers.C;
+  copy_row(static_cast<const T*>(p.audio_rows), p.code0[b], p.V, C, residual + b * C);
+}
+
+// A block takes a row: draws `codebook`, and looks up the next position's row.
+template <typename T>
+__global__ void __launch_bounds__(kSamplerThreads)
+    draw_kernel(DecodeDepthParams p, int64_t codebook, const T* logits, T* residual) {
+  VOX_DYNAMIC_SHARED(SamplerShared, shared);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  draw_and_look_up(p, codebook, blockIdx.x, logits, residual, *shared);
+}
+
+// All that a frame needs besides its arguments.
+struct DepthBuffers {
+  Layers layers;
+  DepthPlaces all;
+  void* logits;             // [B, V]
+  void *k_cache, *v_cache;  // [L, B, Hkv, K, D]
+  float* splits;
+  unsigned* counters;
+  int64_t count;
+  unsigned* arrived;  // of persistent_depth()
+
+  DepthBuffers(Arena& arena, const DecodeDepthParams& p) : layers(arena, p.layers, p.dtype, p.B) {
+    const LayersParams& l = p.layers;
+    all.positions = arena.take<int64_t>(p.K * p.B);
+    all.slots = arena.take<int64_t>(p.K * p.B);
+    all.seq_lens = arena.take<int32_t>(p.K * p.B);
+    all.page_table = arena.take<int32_t>(p.B);
+    logits = arena.take<char>(p.B * p.V * element_bytes(p.dtype));
+    const int64_t cache = l.L * p.B * l.Hkv * p.K * l.D * element_bytes(p.dtype);
+    k_cache = arena.take<char>(cache);
+    v_cache = arena.take<char>(cache);
+    splits = arena.take<float>(decode_attention_workspace(paged(p, 0, 0)));
+    count = append_and_attend_counters(paged(p, 0, 0));
+    counters = arena.take<unsigned>(count);
+    arrived = arena.take<unsigned>(1);
+  }
+
+  // Of a layer.
+  void* keys(const DecodeDepthParams& p, void* cache, int64_t layer) const {
+    const LayersParams& l = p.layers;
+    return offset(cache, layer * p.B * l.Hkv * p.K * l.D, p.dtype);
+  }
+
+  DepthAttentionParams resident(const DecodeDepthParams& p, int64_t position, int64_t layer) const {
+    const LayersParams& l = p.layers;
+    return {
+        .dtype = p.dtype,
+        .B = p.B,
+        .Hq = l.Hq,
+        .Hkv = l.Hkv,
+        .D = l.D,
+        .K = p.K,
+        .position = position,
+        .qkv = layers.qkv,
+        .rope_table = l.rope_table,
+        .k_cache = keys(p, k_cache, layer),
+        .v_cache = keys(p, v_cache, layer),
+        .scale = 1.0f / sqrtf(static_cast<float>(l.D)),
+        .out = layers.attended,
+    };
+  }
+
+  DecodeAttentionParams paged(const DecodeDepthParams& p, int64_t position, int64_t layer) const {
+    const LayersParams& l = p.layers;
+    return {
+        .dtype = p.dtype,
+        .B = p.B,
+        .Hq = l.Hq,
+        .Hkv = l.Hkv,
+        .D = l.D,
+        .S = p.K,
+        .M = 1,
+        .q = layers.qkv,
+        .q_stride = (l.Hq + 2 * l.Hkv) * l.D,
+        .k_pages = keys(p, k_cache, layer),
+        .v_pages = keys(p, v_cache, layer),
+        .page_table = all.page_table,
+        .seq_lens = all.seq_lens + position * p.B,
+        .scale = 1.0f / sqrtf(static_cast<float>(l.D)),
+        .out = layers.attended,
+    };
+  }
+
+  PersistentDepthParams persistent(const DecodeDepthParams& p) const {
+    return {
+        .op = p,
+        .residual = layers.residual,
+        .qkv = layers.qkv,
+        .attended = layers.attended,
+        .activated = layers.activated,
+        .logits = logits,
+        .k_cache = k_cache,
+        .v_cache = v_cache,
+        .arrived = arrived,
+    };
+  }
+
+  AppendKvParams append(const DecodeDepthParams& p, int64_t position, int64_t layer) const {
+    const LayersParams& l = p.layers;
+    const int64_t stride = (l.Hq + 2 * l.Hkv) * l.D;
+    return {
+        .dtype = p.dtype,
+        .T = p.B,
+        .Hq = l.Hq,
+        .Hkv = l.Hkv,
+        .D = l.D,
+        .S = p.K,
+        .q = layers.qkv,
+        .q_stride = stride,
+        .k = offset(layers.qkv, l.Hq * l.D, p.dtype),
+        .k_stride = stride,
+        .v = offset(layers.qkv, (l.Hq + l.Hkv) * l.D, p.dtype),
+        .v_stride = stride,
+        .rope_table = l.rope_table,
+        .positions = all.positions + position * p.B,
+        .slots = all.slots + position * p.B,
+        .k_pages = keys(p, k_cache, layer),
+        .v_pages = keys(p, v_cache, layer),
+    };
+  }
+};
+
+template <typename T>
+void decode(const DecodeDepthParams& p, DepthBuffers& buffers, bool persistent,
+            cudaStream_t stream) {
+  Layers& layers = buffers.layers;
+  T* const residual = static_cast<T*>(layers.residual);
+  const LaunchShape each_row = {.grid = dim3(static_cast<unsigned>(p.B)),
+                                .block = dim3(kThreads),
+                                .stream = stream,
+                                .overlaps_previous = true};
+  LaunchShape each_draw = each_row;
+  each_draw.block = dim3(sampler_threads(p.V));
+  each_draw.shared_bytes = sampler_shared_bytes(p.V);
+  const auto each = [&](int64_t items) -> LaunchShape {
+    return {.grid = dim3(static_cast<unsigned>(divide_up(items, kThreads))),
+            .block = dim3(kThreads),
+            .stream = stream,
+            .overlaps_previous = true};
+  };
+  if (!fits(buffers.resident(p, 0, 0)))
+    launch(places_kernel, each(p.B * p.K), buffers.all, p.B, p.K, buffers.counters, buffers.count);
+  launch(begin_kernel, each(p.B * p.K), p.code0, p.B, p.K, p.out, buffers.arrived);
+  layers.project(p.hidden, p.projection, layers.residual, stream);
+  if (persistent && persistent_depth(buffers.persistent(p), stream)) return;
+  for (int64_t position = 0; position < p.K; ++position) {
+    if (position == 1) launch(look_up_kernel<T>, each_row, p, residual);
+    layers.keys_only = position == 0;
+    layers.run(
+        [&](int64_t layer) {
+          const DepthAttentionParams resident = buffers.resident(p, position, layer);
+          if (fits(resident))
+            depth_attention(resident, stream);
+          else
+            append_and_attend(buffers.append(p, position, layer), buffers.paged(p, position, layer),
+                              buffers.splits, buffers.counters, stream);
+        },
+        stream);
+    if (position == 0) continue;
+    layers.project_normed(p.layers.norm, matrix(p.heads, position - 1, p.dtype), buffers.logits,
+                          stream);
+    launch(draw_kernel<T>, each_draw, p, position, static_cast<const T*>(buffers.logits), residual);
+  }
+}
+
+}  // namespace
+
+// Bytes that `p.workspace` must hold.
+int64_t decode_depth_workspace(const DecodeDepthParams& p) {
+  Arena count(nullptr);
+  DepthBuffers(count, p);
+  return count.bytes();
+}
+
+void decode_depth(const DecodeDepthParams& p, bool persistent, cudaStream_t stream) {
+  Arena arena(p.workspace);
+  DepthBuffers buffers(arena, p);
+  p.dtype == Dtype::f32 ? decode<float>(p, buffers, persistent, stream)
+                        : decode<bf16>(p, buffers, persistent, stream);
+}
+
+}  // namespace voxkern
+
+#ifdef VOX_HOST_PASS
+namespace voxkern {
+namespace {
+
+Tensor decode_depth_cuda(Tensor hidden, Tensor code0, Tensor audio_rows, Tensor projection,
+                         Tensor attn_norm, Tensor qkv, Tensor o, Tensor mlp_norm, Tensor gate_up,
+                         Tensor down, Tensor norm, Tensor heads, Tensor rope_table,
+                         int64_t num_heads, int64_t num_kv_heads, double eps, Tensor temperature,
+                         Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, Tensor frames,
+                         bool persistent) {
+  hidden = torch::stable::contiguous(hidden);
+  DecodeDepthParams p =
+      decode_depth_params(hidden, code0, audio_rows, projection, attn_norm, qkv, o, mlp_norm,
+                          gate_up, down, norm, heads, rope_table, num_heads, num_kv_heads, eps,
+                          temperature, top_k, top_p, min_p, seeds, frames);
+  check_attention(p.layers, p.B);
+  check(p.V <= kMaxVocabulary, "heads: on CUDA expected V <= ", kMaxVocabulary, ", got ", p.V);
+  Tensor out = torch::stable::new_empty(code0, {p.B, p.K});
+  if (p.B == 0) return out;
+  p.out = static_cast<int64_t*>(out.mutable_data_ptr());
+  Tensor workspace =
+      torch::stable::new_empty(hidden, {decode_depth_workspace(p)}, ScalarType::Byte);
+  p.workspace = workspace.mutable_data_ptr();
+  const OnDevice device(hidden);
+  decode_depth(p, persistent, device.stream);
+  return out;
+}
+
+}  // namespace
+}  // namespace voxkern
+
+VOX_CUDA_LIBRARY(m) { m.impl("decode_depth", TORCH_BOX(&voxkern::decode_depth_cuda)); }
+#endif

@@ -1,0 +1,116 @@
+#include "cuda/runtime/common.cuh"
+#include "params/embed_frames.h"
+
+// A block takes a frame and blockDim.x vectors of its columns (16 bytes, or single elements where
+// the tables do not allow that). The block first lists the rows that the mask leaves; then a thread
+// adds its columns of them in float32, in the order of the codebooks with the text last, and rounds
+// once. An id outside its table, which the host would have to read to refuse it, adds nothing.
+//
+// Floor: (K + 2) C elements a frame over 3.35 TB/s: 139 KB for CSM's frame in bf16, 11 us at 256
+// frames on an H100 (out of a 134 MB table: the second-level cache helps little). Latency at one
+// frame: ids, then kFlight rows at a time.
+namespace voxkern {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kFlight = 8;    // rows that a thread loads before it adds them
+constexpr int kListed = 128;  // rows listed at a time
+
+template <typename T, int N>
+__global__ void __launch_bounds__(kThreads) embed_frames_kernel(EmbedFramesParams p) {
+  VOX_SHARED(const T* [kListed], rows);
+  VOX_SHARED(int, count);
+  const int64_t t = blockIdx.y;
+  const int64_t at = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * N;
+
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  float sums[N] = {};
+  for (int64_t first = 0; first <= p.K; first += kListed) {
+    if (threadIdx.x < kWarp) {
+      int listed = 0;
+      for (int64_t k0 = first; k0 <= p.K && k0 < first + kListed; k0 += kWarp) {
+        const int64_t k = k0 + threadIdx.x, place = t * (p.K + 1) + k;
+        const bool marked = k <= p.K && p.mask[place];
+        const int64_t id = marked ? p.frames[place] : -1;
+        const bool used = id >= 0 && id < (k < p.K ? p.V : p.text_rows);
+        const unsigned all = __ballot_sync(kWholeWarp, used);
+        if (used)
+          rows[listed + __popc(all & ((1u << threadIdx.x) - 1))] =
+              k < p.K ? static_cast<const T*>(p.audio_table) + (k * p.V + id) * p.C
+                      : static_cast<const T*>(p.text_table) + id * p.C;
+        listed += __popc(all);
+      }
+      if (threadIdx.x == 0) count = listed;
+    }
+    __syncthreads();
+    if (at < p.C) {
+      for (int r = 0; r < count; r += kFlight) {
+        float values[kFlight][N];
+#pragma unroll
+        for (int i = 0; i < kFlight; ++i)
+          if (r + i < count) load<N>(rows[r + i] + at, values[i]);
+#pragma unroll
+        for (int i = 0; i < kFlight; ++i)
+#pragma unroll
+          for (int j = 0; j < N; ++j)
+            if (r + i < count) sums[j] += values[i][j];
+      }
+    }
+    if (first + kListed <= p.K) __syncthreads();
+  }
+  if (at < p.C) store<N>(static_cast<T*>(p.out) + t * p.C + at, sums);
+}
+
+template <typename T>
+void run(const EmbedFramesParams& p, cudaStream_t stream) {
+  const bool vectors = takes_vectors<T>(p.audio_table, p.C) &&
+                       takes_vectors<T>(p.text_table, p.C) && takes_vectors<T>(p.out, p.C);
+  const int64_t items = vectors ? p.C / kVector<T> : p.C;
+  const unsigned threads = block_size(items, kThreads);
+  // The grid's second dimension is 16 bits wide.
+  for (int64_t first = 0; first < p.T; first += 65535) {
+    EmbedFramesParams part = p;
+    part.T = p.T - first < 65535 ? p.T - first : 65535;
+    part.frames += first * (p.K + 1);
+    part.mask += first * (p.K + 1);
+    part.out = static_cast<T*>(p.out) + first * p.C;
+    launch(vectors ? embed_frames_kernel<T, kVector<T>> : embed_frames_kernel<T, 1>,
+           {.grid = dim3(static_cast<unsigned>(divide_up(items, threads)),
+                         static_cast<unsigned>(part.T)),
+            .block = dim3(threads),
+            .stream = stream,
+            .overlaps_previous = true},
+           part);
+  }
+}
+
+}  // namespace
+
+void embed_frames(const EmbedFramesParams& p, cudaStream_t stream) {
+  if (p.C == 0) return;
+  p.dtype == Dtype::f32 ? run<float>(p, stream) : run<bf16>(p, stream);
+}
+
+}  // namespace voxkern
+
+#ifdef VOX_HOST_PASS
+namespace voxkern {
+namespace {
+
+Tensor embed_frames_cuda(Tensor frames, Tensor mask, Tensor audio_table, Tensor text_table) {
+  frames = torch::stable::contiguous(frames);
+  mask = torch::stable::contiguous(mask);
+  check_dim(frames, "frames", 2);
+  check_dim(audio_table, "audio_table", 2);
+  Tensor out = torch::stable::new_empty(audio_table, {frames.size(0), audio_table.size(1)});
+  const OnDevice device(frames);
+  embed_frames(embed_frames_params(frames, mask, audio_table, text_table, out), device.stream);
+  return out;
+}
+
+}  // namespace
+}  // namespace voxkern
+
+VOX_CUDA_LIBRARY(m) { m.impl("embed_frames", TORCH_BOX(&voxkern::embed_frames_cuda)); }
+#endif

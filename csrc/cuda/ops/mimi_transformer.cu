@@ -1,0 +1,154 @@
+#include <climits>
+
+#include "common/arena.h"
+#include "cuda/codec/mimi_attention.cuh"
+#include "cuda/codec/mimi_rows.cuh"
+#include "params/mimi_transformer.h"
+
+// Five launches a layer: norm and qkv; rotation, the new keys and values, attention; o and the
+// residual; norm, up and activation; down and the residual. One before them makes the table of
+// rotations.
+namespace voxkern {
+namespace {
+
+// Within 1e-7 of torch's. The angle is reduced in double, to -pi / 4 .. pi / 4; then the
+// polynomials of Cephes (https://www.netlib.org/cephes). sinf() would need a stack.
+__device__ __forceinline__ void sine_and_cosine(float angle, float& sine, float& cosine) {
+  const double quarters = rint(static_cast<double>(angle) * 0.63661977236758134308);
+  const float r =
+      static_cast<float>(fma(quarters, -1.57079632679489661923, static_cast<double>(angle)));
+  const float s = r * r;
+  float odd = fmaf(s, -1.9515295891e-4f, 8.3321608736e-3f);
+  odd = fmaf(fmaf(s, odd, -1.6666654611e-1f), s * r, r);
+  float even = fmaf(s, 2.443315711809948e-5f, -1.388731625493765e-3f);
+  even = fmaf(fmaf(s, even, 4.166664568298827e-2f), s * s, fmaf(s, -0.5f, 1.0f));
+  const int quarter = static_cast<int>(static_cast<int64_t>(quarters) & 3);
+  sine = quarter % 2 ? even : odd;
+  cosine = quarter % 2 ? odd : even;
+  if (quarter >= 2) sine = -sine;
+  if (quarter == 1 || quarter == 2) cosine = -cosine;
+}
+
+// A thread takes an angle of a step.
+__global__ void rotations_kernel(MimiTransformerParams p, const float* frequencies, float* out) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t half = p.D / 2, row = i / half, f = i % half;
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  if (row >= p.B * p.T) return;
+  const float angle = static_cast<float>(p.positions[row / p.T] + row % p.T) * frequencies[f];
+  sine_and_cosine(angle, out[row * p.D + half + f], out[row * p.D + f]);
+}
+
+// What lies between launches. R = B T.
+struct Buffers {
+  float *rotations, *qkv, *attended, *hidden;  // [R, D], [R, (Hq + 2 Hkv) D], [R, Hq D], [R, F]
+
+  Buffers(Arena& arena, const MimiTransformerParams& p)
+      : rotations(arena.take<float>(p.B * p.T * p.D)),
+        qkv(arena.take<float>(p.B * p.T * p.qkv.N)),
+        attended(arena.take<float>(p.B * p.T * p.Hq * p.D)),
+        hidden(arena.take<float>(p.B * p.T * p.F)) {}
+};
+
+template <bool kNormed>
+void project(const Rows<kNormed>& rows, int64_t M, const Weight& weight, int64_t layer,
+             const float* bias, const float* add, float* out, const Activation* activation,
+             cudaStream_t stream) {
+  const bool is_bf16 = weight.format == Format::bf16;
+  const int64_t bytes = layer * weight.N * weight.C * (is_bf16 ? 2 : 4);
+  multiply<false>(
+      {
+          .M = static_cast<int>(M),
+          .N = static_cast<int>(weight.N),
+          .K = static_cast<int>(weight.C),
+          .weight = static_cast<const char*>(weight.data) + bytes,
+          .bias = bias ? bias + layer * weight.N : nullptr,
+          .add = add,
+          .out = out,
+          .activates = activation != nullptr,
+          .activation = activation ? *activation : Activation::relu,
+          .splits = 0,
+          .tiles = 0,
+          .tiles_m = 0,
+      },
+      is_bf16, rows, stream);
+}
+
+}  // namespace
+
+// Bytes that `workspace` must hold.
+int64_t mimi_transformer_workspace(const MimiTransformerParams& p) {
+  Arena count(nullptr);
+  Buffers(count, p);
+  return count.bytes();
+}
+
+void mimi_transformer(MimiTransformerParams p, const float* frequencies, void* workspace,
+                      cudaStream_t stream) {
+  if (p.B * p.T == 0) return;
+  Arena arena(workspace);
+  const Buffers buffers(arena, p);
+  p.rotations = buffers.rotations;
+  launch(rotations_kernel,
+         {.grid = dim3(static_cast<unsigned>(divide_up(p.B * p.T * p.D / 2, 128))),
+          .block = dim3(128),
+          .stream = stream,
+          .overlaps_previous = true},
+         p, frequencies, buffers.rotations);
+  const int64_t M = p.B * p.T;
+  const int C = static_cast<int>(p.C);
+  for (int64_t layer = 0; layer < p.L; ++layer) {
+    const float *const residual = layer ? p.out : p.x, *const norms = p.norms + layer * 4 * C;
+    project<true>({residual, C, norms, norms + C, p.eps}, M, p.qkv, layer, p.qkv_bias, nullptr,
+                  buffers.qkv, nullptr, stream);
+    attend(p, layer, buffers.qkv, buffers.attended, stream);
+    project<false>({buffers.attended, static_cast<int>(p.o.C), nullptr, nullptr, 0}, M, p.o, layer,
+                   p.o_bias, residual, p.out, nullptr, stream);
+    project<true>({p.out, C, norms + 2 * C, norms + 3 * C, p.eps}, M, p.up, layer, nullptr, nullptr,
+                  buffers.hidden, &p.activation, stream);
+    project<false>({buffers.hidden, static_cast<int>(p.F), nullptr, nullptr, 0}, M, p.down, layer,
+                   nullptr, p.out, p.out, nullptr, stream);
+  }
+}
+
+}  // namespace voxkern
+
+#ifdef VOX_HOST_PASS
+namespace voxkern {
+namespace {
+
+Tensor mimi_transformer_cuda(Tensor x, Tensor positions, Tensor frequencies, Tensor norms,
+                             Tensor qkv, Tensor qkv_bias, Tensor o, Tensor o_bias, Tensor up,
+                             Tensor down, double eps, std::string activation, Tensor keys,
+                             Tensor values, int64_t window) {
+  x = torch::stable::contiguous(x);
+  MimiTransformerParams p =
+      mimi_transformer_params(x, positions, frequencies, norms, qkv, qkv_bias, o, o_bias, up, down,
+                              eps, activation, keys, values, window);
+  const auto not_packed = [](const Weight& weight, const char* name) {
+    check(weight.format == Format::plain || weight.format == Format::bf16, name,
+          ": packed, which on CUDA the codec's transformer does not take");
+  };
+  not_packed(p.qkv, "qkv");
+  not_packed(p.o, "o");
+  not_packed(p.up, "up");
+  not_packed(p.down, "down");
+  check(p.D <= kMaxWidth, "keys: on CUDA expected heads of at most ", kMaxWidth,
+        " elements, got shape ", shape_string(keys));
+  check(p.B * p.T <= INT_MAX, "x: on CUDA expected B T below 2^31, got shape ", shape_string(x));
+  if (p.L == 0) return torch::stable::clone(x);
+  Tensor out = torch::stable::empty_like(x);
+  p.out = static_cast<float*>(out.mutable_data_ptr());
+  Tensor workspace = torch::stable::new_empty(x, {mimi_transformer_workspace(p)}, ScalarType::Byte);
+  const OnDevice device(x);
+  mimi_transformer(p, static_cast<const float*>(frequencies.const_data_ptr()),
+                   workspace.mutable_data_ptr(), device.stream);
+  return out;
+}
+
+}  // namespace
+}  // namespace voxkern
+
+VOX_CUDA_LIBRARY(m) { m.impl("mimi_transformer", TORCH_BOX(&voxkern::mimi_transformer_cuda)); }
+#endif

@@ -1,0 +1,46 @@
+// The kernels by their Params, for ops that are made of others. Each is defined in its own <op>.cu.
+#pragma once
+
+#include "cuda/runtime/common.cuh"
+
+// The host's pass alone calls them.
+#include "cuda/gemm/product.h"
+#include "params/append_kv.h"
+#include "params/decode_attention.h"
+#include "params/linear.h"
+#include "params/rms_norm.h"
+#include "params/silu_mul.h"
+
+namespace voxkern {
+
+void rms_norm(const RmsNormParams& p, cudaStream_t stream);
+void silu_mul(const SiluMulParams& p, cudaStream_t stream);
+// With `overlaps_previous`, the weight is read before the kernel in front has ended: it is not to
+// be what some kernel just made.
+void linear(const LinearParams& p, cudaStream_t stream, bool overlaps_previous);
+// The same of a packed weight alone, at an address in a multiple of 16 bytes.
+void packed_linear(const LinearParams& p, cudaStream_t stream, bool overlaps_previous);
+
+// append_kv, then decode_attention. For the lengths, pages, positions and slots, and for the pages
+// of keys but for those in `slots`, it does not wait: see launch()'s contract. `workspace` holds
+// decode_attention_workspace() floats, `counters` append_and_attend_counters() zeros, which are
+// zeros again when it is done.
+int64_t decode_attention_workspace(const DecodeAttentionParams& p);
+int64_t append_and_attend_counters(const DecodeAttentionParams& p);
+void append_and_attend(const AppendKvParams& append, const DecodeAttentionParams& p,
+                       float* workspace, unsigned* counters, cudaStream_t stream);
+
+// The same for keys and values of one call. For keys in front of `position` it does not wait.
+struct DepthAttentionParams {
+  Dtype dtype;
+  int64_t B, Hq, Hkv, D, K, position;
+  const void* qkv;          // [B, (Hq + 2 Hkv) D]
+  const float* rope_table;  // [positions, D]
+  void *k_cache, *v_cache;  // [B, Hkv, K, D]
+  float scale;
+  void* out;  // [B, Hq, D]
+};
+bool fits(const DepthAttentionParams& p);
+void depth_attention(const DepthAttentionParams& p, cudaStream_t stream);
+
+}  // namespace voxkern

@@ -1,0 +1,251 @@
+// The filters of a draw: the lowest of a row's scores that top-k, top-p and min-p leave.
+// sampler.cuh calls it.
+//
+// As on the CPU (csrc/cpu/sampler.h) each filter is a lowest logit that stays: a logit stays in
+// top-k if fewer than k are above it, in top-p if what is above it weighs less than top_p of all.
+// Weights are integers (1, or e^(z - largest) in units of 2^-31), so their sums depend on no order;
+// ties need no care and nothing is sorted. Both filters are one search: weights go to buckets of
+// near logits, every warp finds the bucket where the sum crosses its limit, and the few logits of
+// that bucket are compared with each other. Where they are not few, the block bisects over the
+// values in their order.
+#pragma once
+
+#include "common/sampler_row.h"
+#include "cuda/runtime/common.cuh"
+
+namespace voxkern {
+namespace {
+
+// Codes of a thread that lie next to each other: those of one Philox counter.
+constexpr int kCodes = 4;
+// Codes of a thread. A block of T threads takes up to kHeld T codes.
+constexpr int kHeld = 3 * kCodes;
+constexpr int kBuckets = 256;
+constexpr int kSamplerThreads = 512;
+constexpr int kMaxVocabulary = kSamplerThreads * kHeld;
+
+// Threads of a block for V codes: two counters each, which is soon done and leaves few warps to
+// meet at a barrier.
+inline unsigned sampler_threads(int64_t V) {
+  return block_size(divide_up(V, 2 * kCodes), kSamplerThreads);
+}
+
+// What one step of the bisection leaves of each warp.
+struct Found {
+  unsigned long long weight;  // of the values above the pivot
+  int32_t below, above;       // the nearest values at or below, and above it, as float_order
+};
+struct Near {
+  int32_t order;
+  uint32_t weight;
+};
+// Of one search.
+struct alignas(16) Buckets {
+  uint32_t sums[2 * kBuckets];  // of the weights' lower 16 bits, then of the upper
+  int count;
+  Near near[kWarp];
+};
+
+// A float's place in the order of all floats, as a signed integer, and back.
+__device__ __forceinline__ int32_t float_order(float a) {
+  const int32_t bits = __float_as_int(a);
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+__device__ __forceinline__ float float_at(int32_t order) {
+  return __int_as_float(order ^ ((order >> 31) & 0x7fffffff));
+}
+
+constexpr int32_t kLowestOrder = static_cast<int32_t>(0x807fffff);  // of minus infinity
+constexpr int32_t kHighestOrder = 0x7fffffff;
+constexpr float kLargestFloat = 0x1.fffffep127f;
+
+// The lowest score z with e^(z - largest) >= min_p, in float64 on its logarithm.
+__device__ __forceinline__ float min_p_bound(float min_p, float largest) {
+  const double log_p = log(min_p < 1 ? static_cast<double>(min_p) : 1.0);
+  int32_t order = float_order(static_cast<float>(largest + log_p));
+#pragma unroll 1
+  while (static_cast<double>(float_at(order)) - largest < log_p) ++order;
+#pragma unroll 1
+  while (static_cast<double>(float_at(order - 1)) - largest >= log_p) --order;
+  return float_at(order);
+}
+
+// A row's scores: z = logit over temperature, which may be no number: all comparisons with it are
+// false, as they should be. A thread has whole counters' codes, those past V minus infinity.
+struct Scores {
+  int V;
+  float* z;              // [padded V]
+  uint32_t* weight;      // [padded V]; of the search that goes on
+  int32_t low;           // the lowest finite score, as float_order
+  float largest, scale;  // buckets per unit below the largest
+
+  // f(first of kCodes codes), for all of this thread's.
+  template <typename F>
+  __device__ __forceinline__ void each(const F& f) const {
+#pragma unroll 1
+    for (int code = static_cast<int>(threadIdx.x) * kCodes; code < V;
+         code += static_cast<int>(blockDim.x) * kCodes)
+      f(code);
+  }
+  __device__ __forceinline__ int bucket(float a) const {
+    return static_cast<int>(fminf((largest - a) * scale, kBuckets - 1));
+  }
+};
+
+__device__ __forceinline__ void load_words(const uint32_t* p, uint32_t (&out)[kCodes]) {
+  const uint4 a = *reinterpret_cast<const uint4*>(p);
+  out[0] = a.x;
+  out[1] = a.y;
+  out[2] = a.z;
+  out[3] = a.w;
+}
+
+// The lowest of the scores above which the weights sum to less than `limit`, by bisection.
+__device__ __forceinline__ float bisect(const Scores& scores, unsigned long long limit,
+                                        Found (&found)[2][kMaxWarps]) {
+  const int warps = blockDim.x / kWarp;
+  // Invariant: the answer is above `low`, and not above `high`, which occurs.
+  int32_t pivot = scores.low - 1, low = kLowestOrder - 1, high = float_order(scores.largest);
+  for (int step = 0; low + 1 < high; ++step) {
+    Found mine = {0, kLowestOrder - 1, kHighestOrder};
+    scores.each([&](int code) {
+      float z[kCodes];
+      uint32_t weight[kCodes];
+      load<kCodes>(scores.z + code, z);
+      load_words(scores.weight + code, weight);
+#pragma unroll
+      for (int i = 0; i < kCodes; ++i) {
+        const int32_t order = float_order(z[i]);
+        if (order > pivot) {
+          mine.weight += weight[i];
+          mine.above = order < mine.above ? order : mine.above;
+        } else {
+          mine.below = order > mine.below ? order : mine.below;
+        }
+      }
+    });
+    mine.weight = warp_reduce(mine.weight, Add());
+    mine.below = __reduce_max_sync(kWholeWarp, mine.below);
+    mine.above = __reduce_min_sync(kWholeWarp, mine.above);
+    if (warps > 1) {
+      Found(&all)[kMaxWarps] = found[step % 2];
+      if (threadIdx.x % kWarp == 0) all[threadIdx.x / kWarp] = mine;
+      __syncthreads();
+      mine = all[0];
+#pragma unroll 1
+      for (int i = 1; i < warps; ++i) {
+        mine.weight += all[i].weight;
+        mine.below = all[i].below > mine.below ? all[i].below : mine.below;
+        mine.above = all[i].above < mine.above ? all[i].above : mine.above;
+      }
+    }
+    if (mine.weight < limit) {
+      if (mine.below <= low) return float_at(mine.above);
+      high = mine.below;
+    } else {
+      low = mine.above - 1;
+    }
+    pivot =
+        low + static_cast<int32_t>((static_cast<uint32_t>(high) - static_cast<uint32_t>(low)) / 2);
+  }
+  return float_at(high);
+}
+
+// The lowest score that top-p leaves of those not below `bound`, or top-k, by way of `buckets`,
+// which are zeros. The largest score if it leaves none. Two barriers.
+__device__ __forceinline__ float lowest_kept(const Scores& scores, bool by_odds, float bound,
+                                             const SamplerRow& row, Buckets& buckets,
+                                             Found (&found)[2][kMaxWarps]) {
+  constexpr int kOfLane = kBuckets / kWarp;
+  scores.each([&](int code) {
+    float z[kCodes];
+    uint32_t weight[kCodes];
+    load<kCodes>(scores.z + code, z);
+#pragma unroll
+    for (int i = 0; i < kCodes; ++i) weight[i] = 1;
+    if (by_odds) {
+#pragma unroll
+      for (int i = 0; i < kCodes; ++i)
+        weight[i] = static_cast<uint32_t>(expf(z[i] - scores.largest) * 0x1p31f + 0.5f);
+    }
+#pragma unroll
+    for (int i = 0; i < kCodes; ++i) {
+      if (!(z[i] >= bound)) weight[i] = 0;
+      if (weight[i] == 0) continue;
+      uint32_t* const sums = buckets.sums + scores.bucket(z[i]);
+      atomicAdd(sums, weight[i] & 0xffff);
+      if (by_odds) atomicAdd(sums + kBuckets, weight[i] >> 16);
+    }
+    *reinterpret_cast<uint4*>(scores.weight + code) = {weight[0], weight[1], weight[2], weight[3]};
+  });
+  __syncthreads();
+
+  const int lane = threadIdx.x % kWarp;
+  unsigned long long sums[kOfLane], mine = 0;
+#pragma unroll
+  for (int i = 0; i < kOfLane; ++i) {
+    const int bucket = lane * kOfLane + i;
+    sums[i] = (static_cast<unsigned long long>(buckets.sums[kBuckets + bucket]) << 16) +
+              buckets.sums[bucket];
+    mine += sums[i];
+  }
+  unsigned long long above = mine;  // so far with what is this lane's
+#pragma unroll
+  for (int delta = 1; delta < kWarp; delta *= 2) {
+    const unsigned long long other = __shfl_up_sync(kWholeWarp, above, delta);
+    if (lane >= delta) above += other;
+  }
+  // Sums are integers: below what they must be less than is below the next integer.
+  const unsigned long long total = __shfl_sync(kWholeWarp, above, kWarp - 1);
+  unsigned long long limit = row.top_k;
+  if (by_odds) {
+    const double share = ceil(static_cast<double>(row.top_p) * static_cast<double>(total));
+    limit = share > 0 ? static_cast<unsigned long long>(share) : 0;
+  }
+  limit = limit < total ? limit : total;
+  if (limit == 0) return scores.largest;  // the whole block
+  const int crossing = __ffs(__ballot_sync(kWholeWarp, above >= limit)) - 1;
+  above -= mine;
+  int crossed = lane * kOfLane;
+#pragma unroll
+  for (int i = 0; i < kOfLane - 1; ++i) {
+    mine = i == 0 ? above + sums[0] : mine + sums[i];
+    if (mine < limit) {
+      above = mine;
+      ++crossed;
+    }
+  }
+  crossed = __shfl_sync(kWholeWarp, crossed, crossing);
+  above = __shfl_sync(kWholeWarp, above, crossing);
+
+  scores.each([&](int code) {
+    float z[kCodes];
+    load<kCodes>(scores.z + code, z);
+    unsigned here = 0;
+#pragma unroll
+    for (int i = 0; i < kCodes; ++i)
+      if (scores.bucket(z[i]) == crossed) here |= 1u << i;
+#pragma unroll 1
+    for (; here; here &= here - 1) {
+      const int other = code + __ffs(here) - 1;
+      const uint32_t weight = scores.weight[other];
+      if (weight == 0) continue;
+      const int place = atomicAdd(&buckets.count, 1);
+      if (place < kWarp) buckets.near[place] = {float_order(scores.z[other]), weight};
+    }
+  });
+  __syncthreads();
+  const int count = buckets.count;
+  if (count > kWarp) return bisect(scores, limit, found);
+  const Near my_near = lane < count ? buckets.near[lane] : Near{kLowestOrder - 1, 0};
+#pragma unroll 1
+  for (int i = 0; i < count; ++i) {
+    const Near other = buckets.near[i];
+    if (other.order > my_near.order) above += other.weight;
+  }
+  const bool stays = lane < count && above < limit;
+  return float_at(__reduce_min_sync(kWholeWarp, stays ? my_near.order : kHighestOrder));
+}
+
+}  // namespace
+}  // namespace voxkern

@@ -1,0 +1,80 @@
+// decode_backbone: all layers of the backbone for one token of each sequence.
+#pragma once
+
+#include "common/layers.h"
+
+namespace voxkern {
+
+struct DecodeBackboneParams {
+  Dtype dtype;
+  int64_t B;
+  int64_t P, S, M;  // pages of a layer, page size, pages in a row of the table
+  const void* x;    // [B, C]
+  LayersParams layers;
+  const int64_t* positions;   // [B]
+  const int64_t* slots;       // [B], page * S + offset, negative for none
+  void* k_pages;              // [L, P, Hkv, S, D]
+  void* v_pages;              // [L, P, Hkv, S, D]
+  const int32_t* page_table;  // [B, M]
+  const int32_t* seq_lens;    // [B]
+  float scale;
+  void* out;  // [B, C]
+};
+
+}  // namespace voxkern
+
+#ifndef VOX_ISA
+#include <cmath>
+
+#include "common/kv_pages.h"
+
+namespace voxkern {
+
+// `x` and `out` contiguous. The values in positions, slots and page_table are not looked at.
+inline DecodeBackboneParams decode_backbone_params(
+    const Tensor& x, const Tensor& attn_norm, const Tensor& qkv, const Tensor& o,
+    const Tensor& mlp_norm, const Tensor& gate_up, const Tensor& down, const Tensor& norm,
+    const Tensor& rope_table, int64_t num_heads, int64_t num_kv_heads, double eps,
+    const Tensor& positions, const Tensor& slots, const Tensor& k_pages, const Tensor& v_pages,
+    const Tensor& page_table, const Tensor& seq_lens, const Tensor& out) {
+  const Dtype dtype = float_dtype(x, "x");
+  check_dim(x, "x", 2);
+  const int64_t B = x.size(0), C = x.size(1);
+  check(C >= 1, "x: expected [B, C] with C >= 1, got ", shape_string(x));
+  const LayersParams layers = layers_params(x, C, attn_norm, qkv, o, mlp_norm, gate_up, down, norm,
+                                            rope_table, num_heads, num_kv_heads, eps);
+  check_operand(positions, "positions", x, ScalarType::Long);
+  check_shape(positions, "positions", "[B]", {B});
+  check_operand(slots, "slots", x, ScalarType::Long);
+  check_shape(slots, "slots", "[B]", {B});
+  for (const auto& [pages, name] : {std::pair(&k_pages, "k_pages"), {&v_pages, "v_pages"}}) {
+    check_operand(*pages, name, x, x.scalar_type());
+    check_shape(*pages, name, "[L, P, Hkv, S, D]", {layers.L, kAny, layers.Hkv, kAny, layers.D});
+  }
+  check(k_pages.size(3) >= 1, "k_pages: expected a page size S >= 1, got ", shape_string(k_pages));
+  check(shape_string(v_pages) == shape_string(k_pages), "v_pages: expected k_pages' shape ",
+        shape_string(k_pages), ", got ", shape_string(v_pages));
+  check_page_table(page_table, seq_lens, x);
+  check(page_table.size(0) == B, "page_table: expected shape [B, M] with B = ", B, ", got ",
+        shape_string(page_table));
+  return {
+      .dtype = dtype,
+      .B = B,
+      .P = k_pages.size(1),
+      .S = k_pages.size(3),
+      .M = page_table.size(1),
+      .x = x.const_data_ptr(),
+      .layers = layers,
+      .positions = static_cast<const int64_t*>(positions.const_data_ptr()),
+      .slots = static_cast<const int64_t*>(slots.const_data_ptr()),
+      .k_pages = k_pages.mutable_data_ptr(),
+      .v_pages = v_pages.mutable_data_ptr(),
+      .page_table = static_cast<const int32_t*>(page_table.const_data_ptr()),
+      .seq_lens = static_cast<const int32_t*>(seq_lens.const_data_ptr()),
+      .scale = static_cast<float>(1 / std::sqrt(static_cast<double>(layers.D))),
+      .out = out.mutable_data_ptr(),
+  };
+}
+
+}  // namespace voxkern
+#endif
