@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from vox_serve import engine
 from vox_serve.config import Config, SpeechSettings
-from vox_serve.http_io import AsciiJSONResponse, SpeechResponse, read_fields
+from vox_serve.http_io import AsciiJSONResponse, read_fields, speech_response
 from vox_serve.runner import EngineFailure, QueueFull, RequestRefused, Runner
 
 MAX_SHOWN_ERRORS = 20
@@ -117,7 +117,8 @@ def create_app(runner: Runner, config: Config, about: Mapping[str, Any]) -> Fast
             wanted = validate(given)
         except ValidationError as error:
             raise RequestValidationError(error.errors()) from None
-        return SpeechResponse(runner.submit(wanted.to_engine(config)), wanted.streaming)
+        job = runner.submit(wanted.to_engine(config))
+        return await speech_response(job, wanted.streaming, request.receive)
 
     @app.get("/health", responses={503: {"description": "the engine cannot serve"}})
     async def health() -> Response:

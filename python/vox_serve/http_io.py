@@ -1,15 +1,17 @@
-"""HTTP below the routes: bodies to fields with a limit on their size, jobs to WAV answers."""
+"""HTTP below the routes: size-limited bodies to fields, jobs to WAV responses."""
 
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import ExitStack
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
 from fastapi import HTTPException, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive, Send
 
 from vox_serve.audio import wav_file, wav_header
 from vox_serve.runner import EngineFailure, Job
@@ -17,8 +19,6 @@ from vox_serve.runner import EngineFailure, Job
 logger = logging.getLogger("vox_serve")
 
 T = TypeVar("T")
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 MAX_FORM_FIELDS = 64
 
@@ -33,63 +33,59 @@ class AsciiJSONResponse(JSONResponse):
 async def read_fields(request: Request, max_bytes: int) -> tuple[dict[str, Any], bool]:
     """A request's fields, and whether they came as a form (all values are then text).
 
-    JSON is what says so, what has no content type, and what starts with `{`: `curl -d` labels any
-    body a form. A form field that is empty was not filled in, and is left out. So is JSON null.
+    A body is JSON if its content type says so or is missing, or if it starts with `{`: `curl -d`
+    labels any body a form. An empty form field was not filled in and is left out, and so is a JSON
+    null.
 
     Raises:
         HTTPException: 413, 415, or 400 for a body that is not what its type says.
     """
-    body = await _read_body(request, max_bytes)
+    request = _limited(request, max_bytes)
+    try:
+        body = await request.body()
+    except ClientDisconnect:  # nobody will read this response
+        raise HTTPException(400, "the body is cut short") from None
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "multipart/form-data":
-        return _form_fields(await _multipart_items(request, body)), True
-    if kind in ("", "application/json") or kind.endswith("+json") or body.lstrip()[:1] == b"{":
-        return _json_fields(body), False
-    if kind == "application/x-www-form-urlencoded":
-        try:
-            items = parse_qsl(
-                body.decode(),
-                keep_blank_values=True,
-                errors="strict",
-                max_num_fields=MAX_FORM_FIELDS,
-            )
-        except ValueError as error:
-            raise HTTPException(400, f"the form cannot be read: {error}") from None
-        return _form_fields(items), True
+    is_json = (
+        kind in ("", "application/json") or kind.endswith("+json") or body.lstrip()[:1] == b"{"
+    )
+    try:
+        if kind == "multipart/form-data":
+            limits = {"max_files": 0, "max_fields": MAX_FORM_FIELDS, "max_part_size": max_bytes + 1}
+            async with request.form(**limits) as form:
+                return _form_fields(form.multi_items()), True
+        if is_json:
+            return _json_fields(body), False
+        if kind == "application/x-www-form-urlencoded":
+            # Starlette's parser takes raw UTF-8 for Latin-1 and replaces invalid bytes silently.
+            strict = {"keep_blank_values": True, "errors": "strict"}
+            items = parse_qsl(body.decode(), max_num_fields=MAX_FORM_FIELDS, **strict)
+            return _form_fields(items), True
+    except ValueError as error:  # for multipart: the charset is one of Python's odd codecs
+        raise HTTPException(400, f"the form cannot be read: {error}") from None
     raise HTTPException(415, "send application/json or a form")
 
 
-async def _read_body(request: Request, max_bytes: int) -> bytes:
+def _limited(request: Request, max_bytes: int) -> Request:
+    """The request, whose body raises 413 as soon as it is longer than `max_bytes`."""
     refused = HTTPException(413, f"the body is longer than {max_bytes} bytes")
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared[:20]) > max_bytes:
         raise refused
-    body = bytearray()
-    try:
-        async for part in request.stream():
-            body += part
-            if len(body) > max_bytes:
-                raise refused
-    except ClientDisconnect:  # nobody will read this answer
-        raise HTTPException(400, "the body is cut short") from None
-    return bytes(body)
+    num_bytes = 0
+
+    async def receive() -> Message:
+        nonlocal num_bytes
+        message = await request.receive()
+        num_bytes += len(message.get("body", b""))
+        if num_bytes > max_bytes:
+            raise refused
+        return message
+
+    return Request(request.scope, receive)
 
 
-async def _multipart_items(request: Request, body: bytes) -> list[tuple[str, Any]]:
-    async def replay() -> dict[str, Any]:
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    copy = Request(request.scope, replay)
-    try:
-        async with copy.form(
-            max_files=0, max_fields=MAX_FORM_FIELDS, max_part_size=len(body) + 1
-        ) as form:
-            return form.multi_items()
-    except UnicodeError as error:  # the charset is one of Python's odd codecs
-        raise HTTPException(400, f"the form cannot be read: {error}") from None
-
-
-def _form_fields(items: list[tuple[str, Any]]) -> dict[str, Any]:
+def _form_fields(items: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     filled = [(name, value) for name, value in items if value != ""]
     fields = dict(filled)
     if len(fields) < len(filled):
@@ -109,56 +105,52 @@ def _json_fields(body: bytes) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-class SpeechResponse(Response):
+async def speech_response(job: Job, streaming: bool, receive: Receive) -> Response:
     """A job's audio as a WAV: whole, or in chunks as it is made.
 
-    Nothing is sent before the first frame, so that an error until then still gets its own status
-    code. A client that goes away ends the job.
+    No response exists before the first frame, so that an error until then still gets its own
+    status code. A client that disconnects ends the job.
 
     Args:
-        job: closed with the response.
+        job: closed here, or by the response that streams it.
         streaming: send the header with the first frame, then each frame.
+        receive: of the request, whose body has been read.
     """
+    with ExitStack() as stack:
+        stack.enter_context(job)
+        first = await _unless_gone(receive, anext(job, b""))
+        if streaming and first:
+            stack.pop_all()
+            return _SpeechStream(job, first)
+        rest = await _unless_gone(receive, _read(job))
+    return Response(wav_file((first or b"") + (rest or b"")), media_type="audio/wav")
 
-    media_type = "audio/wav"
 
-    def __init__(self, job: Job, streaming: bool):
-        super().__init__()
+class _SpeechStream(StreamingResponse):
+    def __init__(self, job: Job, first: bytes):
+        async def chunks() -> AsyncIterator[bytes]:
+            yield wav_header(None) + first
+            async for chunk in job:
+                yield chunk
+
+        super().__init__(chunks(), media_type="audio/wav")
         self.job = job
-        self.streaming = streaming
 
-    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        async def answer() -> None:
-            first = await anext(self.job, b"")
-            if self.streaming and first:
-                await self._stream(first, send)
-            else:
-                pcm = b"".join([first, *[chunk async for chunk in self.job]])
-                whole = Response(wav_file(pcm), media_type=self.media_type)
-                await whole(scope, receive, send)
-
+    async def stream_response(self, send: Send) -> None:
         with self.job:
-            await _unless_gone(receive, answer())
-
-    async def _stream(self, first: bytes, send: Send) -> None:
-        async def send_chunk(body: bytes, more: bool) -> None:
-            await send({"type": "http.response.body", "body": body, "more_body": more})
-
-        headers = [(b"content-type", self.media_type.encode())]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send_chunk(wav_header(None) + first, True)
-        try:
-            async for chunk in self.job:
-                await send_chunk(chunk, True)
-        except EngineFailure as error:
-            # The status is sent: a response without its last chunk tells the client.
-            logger.error("request %s was cut: %s", self.job.request.id, error)
-            return
-        await send_chunk(b"", False)
+            try:
+                await super().stream_response(send)
+            except EngineFailure as error:
+                # The status is sent: the missing last chunk tells the client.
+                logger.error("request %s was cut: %s", self.job.request.id, error)
 
 
-async def _unless_gone(receive: Receive, work: Awaitable[None]) -> None:
-    """Do the work; cancel it when the client disconnects."""
+async def _read(job: Job) -> bytes:
+    return b"".join([chunk async for chunk in job])
+
+
+async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of `work`; None, and `work` is cancelled, when the client disconnects."""
 
     async def gone() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -167,8 +159,7 @@ async def _unless_gone(receive: Receive, work: Awaitable[None]) -> None:
     tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if tasks[0].done():
-            tasks[0].result()
+        return tasks[0].result() if tasks[0].done() else None
     finally:
         for task in tasks:
             task.cancel()

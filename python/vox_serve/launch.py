@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PROG = "vox-serve"
 
 SHUTDOWN_GRACE_S = 5.0
-"""How long a server that ends waits for clients to take their answers."""
+"""Time that a stopping server gives its clients to read their responses."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,9 +117,9 @@ def make_server(
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             # Uvicorn waits for open responses before it ends the app: end them first.
             runner.request_stop()
-            # What is still open then waits for a client that neither sends nor reads.
-            loop = asyncio.get_running_loop()
-            timer = loop.call_later(SHUTDOWN_GRACE_S, self.hang_up)
+            # Then hang up on clients that neither send nor read. Uvicorn's own
+            # timeout_graceful_shutdown would cancel their tasks, and log a traceback for each.
+            timer = asyncio.get_running_loop().call_later(SHUTDOWN_GRACE_S, self.hang_up)
             await super().shutdown(sockets)
             timer.cancel()
 

@@ -1,10 +1,10 @@
-"""The engine on a thread of its own, its requests as async streams of PCM chunks.
+"""Runs the engine in its own thread and serves its requests as async streams of PCM chunks.
 
-One thread calls the engine; the event loop never waits for it. Commands go to the thread through
-one queue and run between two frames, audio comes back through one queue per job. Another thread
-tokenizes, so that a long text keeps no live request waiting. A job's queue holds at most its
+One thread calls the engine; the event loop never waits for it. Commands reach the thread through
+one queue and run between two frames; audio returns through one queue per job. Another thread
+tokenizes, so that a long text does not delay live requests. A job's queue holds at most its
 utterance, 3,840 bytes a frame: 4.3 MB at 90 s, however slow its reader is. An unread job counts
-against the limit on jobs, so memory is bounded as a whole.
+against the limit on jobs, so total memory is bounded.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ logger = logging.getLogger("vox_serve")
 
 
 class AnyEngine(Protocol):
-    """What the runner needs of `vox_serve.engine.Engine`."""
+    """The part of `vox_serve.engine.Engine` that the runner uses."""
 
     @property
     def has_work(self) -> bool: ...
@@ -38,32 +38,36 @@ class AnyEngine(Protocol):
 
 
 class RequestRefused(ValueError):  # noqa: N818
-    """The engine does not take this request; the message says why."""
+    """The engine rejects this request; the message says why."""
 
 
 class QueueFull(RuntimeError):  # noqa: N818
-    """As many requests as may wait are waiting."""
+    """The queue already holds as many requests as may wait."""
 
 
 class EngineFailure(RuntimeError):  # noqa: N818
-    """The engine serves no more; the message says why."""
+    """The engine can no longer serve; the message says why."""
 
 
 class Job:
-    """One request's PCM chunks, one per frame: an async iterator, to be used inside `with`.
+    """Async iterator over one request's PCM chunks, one per frame; use it inside `with`.
 
     Leaving the `with` block before the end aborts the request.
 
+    Args:
+        request: the request to run.
+        on_close: called with the job, from any thread, whenever it is given up; idempotent.
+
     Raises:
-        RequestRefused: on the first chunk, when the engine does not take the request.
-        EngineFailure: on any, when the engine stopped.
+        RequestRefused: on the first chunk, when the engine rejects the request.
+        EngineFailure: on any chunk, when the engine stopped.
     """
 
-    def __init__(self, runner: "Runner", request: "Request"):
+    def __init__(self, request: "Request", on_close: "Callable[[Job], None]"):
         self.request = request
         self.num_frames = 0
         self.ended = False
-        self._runner = runner
+        self._on_close = on_close
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[bytes | Exception | None] = asyncio.Queue()
 
@@ -87,15 +91,15 @@ class Job:
         return item
 
     def close(self) -> None:
-        """Give the job up: abort it unless it ended. Idempotent."""
-        self._runner._close(self)
+        """Give the job up; abort it unless it ended. Idempotent."""
+        self._on_close(self)
 
     def post(self, *items: bytes | Exception | None) -> None:
-        """Hand over chunks, then None or an exception as the end. From any thread."""
+        """Queue chunks; None or an exception ends the job. Callable from any thread."""
         try:
             self._loop.call_soon_threadsafe(self._receive, items)
-        except RuntimeError:  # the loop is closed: nobody listens any more
-            self._runner._close(self)
+        except RuntimeError:  # the loop is closed: the reader is gone
+            self._on_close(self)
 
     def _receive(self, items: Sequence[bytes | Exception | None]) -> None:
         for item in items:
@@ -107,11 +111,11 @@ class Job:
 
 
 class Runner:
-    """Runs an engine on a thread, and its `prepare` on another.
+    """Runs an engine in one thread and its `prepare` in another.
 
     Args:
-        engine: no one else may call it while the runner runs.
-        max_jobs: requests that may be open at once, spoken, waiting and unread together.
+        engine: nothing else may call it while the runner runs.
+        max_jobs: limit on open requests: live, waiting and unread together.
     """
 
     def __init__(self, engine: AnyEngine, max_jobs: int):
@@ -119,7 +123,7 @@ class Runner:
         self.max_jobs = max_jobs
         self.failure: str | None = None
         self._jobs: dict[str, Job] = {}
-        self._lock = threading.Lock()  # over `_jobs` and `failure`
+        self._lock = threading.Lock()  # guards `_jobs` and `failure`
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._tokenizing = ThreadPoolExecutor(1, "tokenizing")
@@ -128,26 +132,26 @@ class Runner:
         self._thread.start()
 
     def request_stop(self) -> None:
-        """End all jobs at once with `EngineFailure`, and the thread after its current step."""
+        """End all jobs now with `EngineFailure`, and the thread after its current step."""
         self._fail("the server is shutting down")
         self._commands.put(None)
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
 
     async def stop(self) -> None:
-        """`request_stop`, and wait for the threads."""
+        """Call `request_stop` and wait for the threads."""
         self.request_stop()
         await asyncio.to_thread(self._tokenizing.shutdown)
         if self._thread.ident is not None:
             await asyncio.to_thread(self._thread.join)
 
     def submit(self, request: "Request") -> Job:
-        """Put a request in line. Call it on the event loop that will read the job.
+        """Queue a request. Call this on the event loop that will read the job.
 
         Raises:
             QueueFull: `max_jobs` are open.
             EngineFailure: the engine stopped.
         """
-        job = Job(self, request)
+        job = Job(request, on_close=self._close)
         with self._lock:
             if self.failure:
                 raise EngineFailure(self.failure)
@@ -158,7 +162,7 @@ class Runner:
         return job
 
     def count_jobs(self) -> tuple[int, int]:
-        """Jobs that are being spoken, and jobs that wait for their first frame."""
+        """Count the jobs that are being spoken, and those that wait for their first frame."""
         with self._lock:
             open_jobs = [job for job in self._jobs.values() if not job.ended]
         live = sum(job.num_frames > 0 for job in open_jobs)
@@ -178,13 +182,13 @@ class Runner:
             job.post(EngineFailure(self.failure))
 
     def _prepare(self, job: Job) -> None:
-        """On the tokenizing thread."""
+        """Tokenize a job's request, then queue it for the engine. Runs in the tokenizing thread."""
         prompt = self._attempt(job, self.engine.prepare, job.request)
         if prompt is not None:
             self._commands.put(partial(self._attempt, job, self.engine.add, job.request, prompt))
 
     def _attempt(self, job: Job, call: Callable[..., T], *args: object) -> T | None:
-        """What the call returns; None if the job was given up, or ends here with an error."""
+        """Return the call's result; None if the job was given up or ends here with an error."""
         with self._lock:
             given_up = self._jobs.get(job.request.id) is not job
         if given_up:
@@ -198,7 +202,7 @@ class Runner:
             job.post(EngineFailure(f"the request failed: {type(error).__name__}: {error}"))
         return None
 
-    # Below: on the engine's thread only.
+    # The methods below run in the engine's thread only.
 
     def _run(self) -> None:
         try:
@@ -212,7 +216,7 @@ class Runner:
             self._fail("the engine's thread has ended")
 
     def _run_commands(self) -> bool:
-        """Run what waits, and wait if there is nothing else to do; False at the end."""
+        """Run queued commands, waiting for one when the engine is idle; False to stop."""
         while not (self._commands.empty() and self.engine.has_work):
             command = self._commands.get()
             if command is None:
@@ -221,11 +225,14 @@ class Runner:
         return True
 
     def _deliver(self, outputs: "Sequence[FrameOutput]") -> None:
-        for output in outputs:
-            job = self._jobs.get(output.request_id)
+        with self._lock:
+            jobs = [self._jobs.get(output.request_id) for output in outputs]
+        for job, output in zip(jobs, outputs, strict=True):
             if job is None:
                 continue
-            items = [] if output.audio is None else [pcm16(output.audio).tobytes()]
+            items: list[bytes | None] = []
+            if output.audio is not None:
+                items.append(pcm16(output.audio).tobytes())
             if output.finish_reason is not None:
                 items.append(None)
             job.post(*items)

@@ -7,6 +7,7 @@ import socket
 import time
 
 import pytest
+import uvicorn
 
 from fake_engine import ENDLESS, TIMEOUT_S, FakeEngine, expected_pcm
 from live_server import LiveServer, wait_until
@@ -26,15 +27,20 @@ class Kept(logging.Handler):
 
 
 @pytest.fixture
-def errors():
+def errors(monkeypatch):
     """The messages that the server logs as errors."""
     kept = Kept()
-    loggers = [logging.getLogger(name) for name in ("uvicorn.error", "vox_serve")]
-    for logger in loggers:
-        logger.addHandler(kept)
+    configure = uvicorn.Config.configure_logging
+
+    def configure_and_keep(config: uvicorn.Config) -> None:
+        configure(config)  # removes every handler of uvicorn's loggers
+        logging.getLogger("uvicorn.error").addHandler(kept)
+
+    monkeypatch.setattr(uvicorn.Config, "configure_logging", configure_and_keep)
+    logging.getLogger("vox_serve").addHandler(kept)
     yield kept.messages
-    for logger in loggers:
-        logger.removeHandler(kept)
+    for name in ("uvicorn.error", "vox_serve"):
+        logging.getLogger(name).removeHandler(kept)
 
 
 def test_the_first_chunk_is_the_header_and_the_first_frame():
