@@ -1,10 +1,10 @@
-"""Work on a GPU that is recorded once and then repeated with one launch."""
+"""CUDA graphs: GPU work that is recorded once and replayed with one launch."""
 
 import contextlib
 import logging
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,71 +12,73 @@ from torch import Tensor
 logger = logging.getLogger("vox_serve")
 
 TILE_ROWS = 16
-"""Rows that a product takes at a time: fewer cost it no less."""
+"""Rows of a GEMM tile: fewer rows cost the same."""
 
 _WARM_REPLAYS, _TIMED_REPLAYS = 2, 7
-_FASTER = 0.99  # of the other's time; what is nearer may be chance
+_MAX_TIME_RATIO = 0.99  # a smaller gain may be noise
+
+Key = TypeVar("Key", bound=Hashable)
 
 
-class Alternative(NamedTuple):
-    """Another way to do what one of the functions does, kept where it is right and faster.
+class Alternative(NamedTuple, Generic[Key]):
+    """Another way to do the work of one function, used where it is exact and faster.
 
     Attributes:
         name: for the log.
-        of: the function.
-        function: the other way.
-        prepare: of a number of rows, what comes before each replay of both.
-        result: likewise, what both are then to leave the same.
-        max_rows: with more rows it is not tried.
+        replaces: key of the function that it may replace.
+        function: the alternative; takes a number of rows.
+        prepare: called with the number of rows before each replay of either graph.
+        result: the tensor, for a number of rows, that both graphs must produce identically.
+        max_rows: the alternative is not tried with more rows.
     """
 
     name: str
-    of: Callable[[int], None]
+    replaces: Key
     function: Callable[[int], None]
     prepare: Callable[[int], None]
     result: Callable[[int], Tensor]
     max_rows: int
 
 
-class RowGraphs:
-    """Functions of a number of rows as CUDA graphs, one for each of a few numbers.
+class RowGraphs(Generic[Key]):
+    """CUDA graphs of functions of a number of rows, recorded for a few numbers of rows.
 
-    A number between them is rounded up: the functions must take rows that are not in use. What
-    they read and write besides must lie in tensors that outlive them, and they must not wait for
-    the GPU.
+    Other numbers are rounded up, so the functions must tolerate unused rows. Apart from rows, the
+    tensors that they read and write must outlive the graphs, and they must not wait for the GPU.
 
     Args:
-        functions: bound methods, whose objects are not kept. Called with a number of rows, twice
-            for each: libraries want to be called before they are recorded.
-        max_rows: the largest number.
-        alternatives: of some of the functions; called likewise. Replays of both graphs take turns,
-            and one of them is kept.
+        functions: the functions by key; no reference to them is kept. For each recorded number of
+            rows, each is called twice: libraries initialise in the first call, and the second is
+            recorded.
+        max_rows: the largest number of rows.
+        alternatives: other ways to do the work of some functions; called in the same way. The
+            replays of both graphs alternate, and the faster graph is kept.
     """
 
     def __init__(
         self,
-        functions: Sequence[Callable[[int], None]],
+        functions: Mapping[Key, Callable[[int], None]],
         max_rows: int,
-        alternatives: Sequence[Alternative] = (),
-    ):
+        alternatives: Sequence[Alternative[Key]] = (),
+    ) -> None:
         self._max_rows = max_rows
-        self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
-        # They never run side by side, and leave nothing there for one another. The largest comes
-        # first, or the others' memory would not do for it.
+        self._graphs: dict[tuple[Key, int], torch.cuda.CUDAGraph] = {}
+        # All graphs can share one pool: they never run side by side, and none needs memory that
+        # another left there. The largest is recorded first, so that its memory suffices for all.
         self._pool = torch.cuda.graph_pool_handle()
         rows = max_rows
         while rows:
-            for function in functions:
+            for key, function in functions.items():
                 graph = self._record(function, rows)
                 for other in alternatives:
-                    if other.of == function and rows <= other.max_rows:
-                        graph = self._faster(graph, other, rows)
-                self._graphs[function.__name__, rows] = graph
+                    if other.replaces == key and rows <= other.max_rows:
+                        graph = self._pick_faster(graph, other, rows)
+                self._graphs[key, rows] = graph
             rows = next((n for n in range(rows - 1, 0, -1) if rounded_rows(n, max_rows) == n), 0)
 
-    def __call__(self, function: Callable[[int], None], rows: int) -> None:
-        """Repeat what one of the functions does with so many rows, or some more."""
-        self._graphs[function.__name__, rounded_rows(rows, self._max_rows)].replay()
+    def __call__(self, key: Key, rows: int) -> None:
+        """Replay a function's graph for this many rows, or the next recorded number above."""
+        self._graphs[key, rounded_rows(rows, self._max_rows)].replay()
 
     def _record(self, function: Callable[[int], None], rows: int) -> torch.cuda.CUDAGraph:
         function(rows)
@@ -85,49 +87,51 @@ class RowGraphs:
             function(rows)
         return graph
 
-    def _faster(
-        self, graph: torch.cuda.CUDAGraph, other: Alternative, rows: int
+    def _pick_faster(
+        self, graph: torch.cuda.CUDAGraph, other: Alternative[Key], rows: int
     ) -> torch.cuda.CUDAGraph:
-        """`graph`, or the alternative's if that leaves the same in less time."""
+        """The alternative's graph if it is faster and its results are equal; otherwise `graph`."""
         times: tuple[list[float], list[float]] = [], []
         try:
             graphs = graph, self._record(other.function, rows)
             for _ in range(_WARM_REPLAYS + _TIMED_REPLAYS):
                 results = []
-                for each, seen in zip(graphs, times, strict=True):
+                for candidate, candidate_times in zip(graphs, times, strict=True):
                     other.prepare(rows)
-                    seen.append(_replay_ms(each))
+                    candidate_times.append(_replay_ms(candidate))
                     results.append(other.result(rows).clone())
                 if not torch.equal(*results):
                     logger.warning("%s, %d rows: left out: its results differ", other.name, rows)
                     return graph
         except RuntimeError as error:
-            first = error.__context__ or error  # the end of a broken capture raises once more
-            logger.warning("%s, %d rows: left out: %s", other.name, rows, first)
-            # A broken capture may leave the old one as if it were still being filled.
+            cause = error.__context__ or error  # ending a broken capture raises a second error
+            logger.warning("%s, %d rows: left out: %s", other.name, rows, cause)
+            # A broken capture may leave the old pool marked as being in a capture.
             self._pool = torch.cuda.graph_pool_handle()
             return graph
-        ms, other_ms = (statistics.median(seen[_WARM_REPLAYS:]) for seen in times)
-        kept = int(other_ms < _FASTER * ms)
+        ms, other_ms = (statistics.median(measured[_WARM_REPLAYS:]) for measured in times)
+        is_faster = other_ms < _MAX_TIME_RATIO * ms
         logger.info(
             "%s, %d rows: %s: %.3f ms, without it %.3f ms",
-            *(other.name, rows, "kept" if kept else "not kept", other_ms, ms),
+            *(other.name, rows, "kept" if is_faster else "not kept", other_ms, ms),
         )
-        return graphs[kept]
+        return graphs[int(is_faster)]
 
 
 @contextlib.contextmanager
-def capture(graph, pool=None, cuda=torch.cuda) -> Iterator[None]:
-    """What is called within goes into the graph.
+def capture(
+    graph: torch.cuda.CUDAGraph, pool: tuple[int, int] | None = None, cuda: Any = torch.cuda
+) -> Iterator[None]:
+    """Record the work that is launched in the `with` block into a graph.
 
-    Where that fails, so does the end of the capture, and torch leaves its own stream the current
-    one and the random generator in a state that it may be used in by captures alone: every random
-    tensor from then on would be an error. Both are put back.
+    If that fails, ending the capture fails as well, and torch leaves its capture stream current and
+    the random generator in capture mode, in which every later random tensor raises an error. Both
+    are restored here.
 
     Args:
-        graph: a `torch.cuda.CUDAGraph`.
-        pool: memory that it shares with other graphs; None for its own.
-        cuda: torch.cuda, or what stands in for it.
+        graph: the graph to record into.
+        pool: a memory pool shared with other graphs; None for a pool of its own.
+        cuda: `torch.cuda`, or a substitute in tests.
     """
     generator = cuda.default_generators[cuda.current_device()]
     state = generator.clone_state()
@@ -140,7 +144,7 @@ def capture(graph, pool=None, cuda=torch.cuda) -> Iterator[None]:
 
 
 def _replay_ms(graph: torch.cuda.CUDAGraph) -> float:
-    """Of the second of two replays: the host hands it in while the first one runs."""
+    """Milliseconds of the second of two replays, which the host launches during the first."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     graph.replay()
     start.record()
@@ -151,8 +155,8 @@ def _replay_ms(graph: torch.cuda.CUDAGraph) -> float:
 
 
 def rounded_rows(rows: int, max_rows: int) -> int:
-    """The next number of rows that has a graph: powers of two to 16, then multiples of 16, of 32
-    from 128 on, of 64 from 256 on, ..."""
+    """`rows` rounded up to a number that has a graph: powers of two to 16, then multiples of 16, of
+    32 from 128 on, of 64 from 256 on, ..., at most `max_rows`."""
     step = 1 << (rows - 1).bit_length()
     if rows > TILE_ROWS:
         step = max(TILE_ROWS, step // 8)

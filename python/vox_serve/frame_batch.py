@@ -1,12 +1,13 @@
-"""The sequences that speak together: their state on the device, and a frame of all of them.
+"""The sequences of a batch: their state on the device, and one frame of all of them.
 
-All that changes from frame to frame lies in tensors that are updated in place, a row for each
-sequence. So a frame needs nothing from the host, and a GPU can run it as a CUDA graph.
+The state that changes from frame to frame is kept in tensors that are updated in place, one row per
+sequence. So a frame needs no input from the host, and a GPU can run it as a CUDA graph.
 """
 
 from collections.abc import Callable
+from enum import Enum
 from functools import partial
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,14 +19,23 @@ from vox_serve.model import PERSISTENT_ROWS, CsmModel
 from vox_serve.sampling import SamplingParams, SamplingRows
 from voxkern.backend import OPS, backend_for
 
+Member = TypeVar("Member")
+
+
+class Half(Enum):
+    """The two halves of a frame."""
+
+    BACKBONE = "backbone"
+    DRAW = "draw"
+
 
 class Frames(NamedTuple):
-    """A frame of every row, on the CPU.
+    """One frame of every row, on the CPU.
 
     Attributes:
         codes: `[B, K]` int64.
         audio: `[B, frame_samples]` float32.
-        copied: of a GPU, after which the two are there; None if they are.
+        copied: recorded on a GPU after the copies of both; None on a CPU.
     """
 
     codes: Tensor
@@ -33,37 +43,37 @@ class Frames(NamedTuple):
     copied: torch.cuda.Event | None
 
     def wait(self) -> None:
-        """Until they are there.
+        """Wait for the copies from the GPU.
 
         Raises:
-            RuntimeError: the depth decoder gave a frame up: there is nothing to be spoken.
+            RuntimeError: the depth decoder gave up a frame, so it has no valid codes.
         """
         if self.copied is not None:
             self.copied.synchronize()
         if bool((self.codes < 0).any()):
             raise RuntimeError(
-                "decode_depth's watchdog ended a frame: blocks of its persistent kernel waited for "
-                "each other in vain"
+                "decode_depth's watchdog ended a frame: the blocks of its persistent kernel waited "
+                "for each other in vain"
             )
 
 
-class FrameBatch:
-    """Rows of state, the first `len(members)` in use, and the two halves of a frame.
+class FrameBatch(Generic[Member]):
+    """Rows of state, of which the first `len(members)` are used, and the two halves of a frame.
 
     Args:
         model: the two transformers.
         mimi: the codec, on the model's device.
         cache: keys and values of the backbone.
-        max_rows: rows that there is room for.
+        max_rows: most rows.
 
     Attributes:
-        members: whose the rows are, in their order.
+        members: the owner of each used row, in order.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: CsmModel, mimi: Mimi, cache: KvCache, max_rows: int):
+    def __init__(self, model: CsmModel, mimi: Mimi, cache: KvCache, max_rows: int) -> None:
         self.model, self.mimi, self.cache = model, mimi, cache
-        self.members: list[object] = []
+        self.members: list[Member] = []
         device, c = model.device, model.config
         self._codes = torch.zeros(max_rows, c.num_codebooks, dtype=torch.int64, device=device)
         self._hidden = torch.zeros(max_rows, c.backbone.dim, dtype=model.dtype, device=device)
@@ -71,28 +81,27 @@ class FrameBatch:
         self._cache_rows = CacheRows(cache, max_rows)
         self._sampling = SamplingRows.empty(max_rows, device)
         self._streams = mimi.init_state(max_rows)
-        self._graphs = None
-        # The reference waits for the host: in a graph no op may be its.
+        self._graphs: RowGraphs[Half] | None = None
+        # A graph cannot contain ops of the reference, which waits for the host.
         if device.type == "cuda" and all(backend_for("cuda", op) != "reference" for op in OPS):
-            functions = self._run_backbone, self._run_draw
-            self._graphs = RowGraphs(functions, max_rows, self._alternatives())
+            self._graphs = RowGraphs(self._functions(), max_rows, self._alternatives())
             self._hidden.zero_()
 
     @torch.inference_mode()
     def join(
         self,
-        member: object,
+        member: Member,
         sequence: CacheSequence,
         params: SamplingParams,
         seed: int,
         hidden: Tensor,
     ) -> None:
-        """Take in a sequence whose prompt is in the cache.
+        """Add a sequence whose prompt is in the cache.
 
         Args:
-            member: whose the row is.
-            sequence: its place in the cache, with pages for all frames to come.
-            params, seed: how its codes are drawn.
+            member: the owner of the row.
+            sequence: the sequence's pages, enough for all frames that follow.
+            params, seed: how the sequence's codes are drawn.
             hidden: `[C]`, the backbone's last hidden state.
         """
         row = len(self.members)
@@ -103,8 +112,8 @@ class FrameBatch:
         self.members.append(member)
 
     @torch.inference_mode()
-    def leave(self, member: object) -> None:
-        """Drop a member's row; the last one takes its place. Not between the halves of a frame."""
+    def leave(self, member: Member) -> None:
+        """Remove a member's row; the last row replaces it. Not between the halves of a frame."""
         row, last = self.members.index(member), len(self.members) - 1
         self.members[row] = self.members[last]
         self.members.pop()
@@ -116,18 +125,18 @@ class FrameBatch:
 
     @torch.inference_mode()
     def step_backbone(self) -> None:
-        """From every row's last frame to its next hidden state."""
+        """Turn every row's last frame into its next hidden state."""
         if self.members:
-            self._run(self._run_backbone, len(self.members))
+            self._run(Half.BACKBONE, len(self.members))
 
     @torch.inference_mode()
     def draw_frames(self) -> Frames:
-        """From every row's hidden state to its next frame.
+        """Turn every row's hidden state into its next frame.
 
-        On a GPU this returns before the frame is there, and the next may be begun meanwhile.
+        On a GPU this returns before the frame is finished, and the next one may be begun.
         """
         rows = len(self.members)
-        self._run(self._run_draw, rows)
+        self._run(Half.DRAW, rows)
         codes, audio = (
             tensor[:rows].to("cpu", non_blocking=True, copy=True)
             for tensor in (self._codes, self._audio)
@@ -138,14 +147,21 @@ class FrameBatch:
             copied.record()
         return Frames(codes, audio, copied)
 
-    def _run(self, function: Callable[[int], None], rows: int) -> None:
+    def _run(self, half: Half, rows: int) -> None:
         if self._graphs is None:
-            function(rows)
+            self._functions()[half](rows)
         else:
-            self._graphs(function, rows)
+            self._graphs(half, rows)
 
-    def _alternatives(self) -> list[Alternative]:
-        """Of a GPU. Rows not in use are greedy: their codes depend on their hidden states alone."""
+    def _functions(self) -> dict[Half, Callable[[int], None]]:
+        return {Half.BACKBONE: self._run_backbone, Half.DRAW: self._run_draw}
+
+    def _alternatives(self) -> list[Alternative[Half]]:
+        """Alternatives for the graphs of a GPU.
+
+        They are compared on unused rows, which are greedy: their codes depend on their hidden
+        states alone.
+        """
         native = backend_for("cuda", "decode_depth") == "native"
         if not native or self.model.dtype != torch.bfloat16:
             return []
@@ -158,12 +174,12 @@ class FrameBatch:
 
         return [
             Alternative(
-                "persistent depth decoder",
-                self._run_draw,
-                partial(self._run_draw, persistent=True),
-                prepare,
-                lambda rows: self._codes[:rows],
-                PERSISTENT_ROWS,
+                name="persistent depth decoder",
+                replaces=Half.DRAW,
+                function=partial(self._run_draw, persistent=True),
+                prepare=prepare,
+                result=lambda rows: self._codes[:rows],
+                max_rows=PERSISTENT_ROWS,
             )
         ]
 
@@ -174,8 +190,8 @@ class FrameBatch:
         self._cache_rows.advance(rows)
 
     def _run_draw(self, rows: int, persistent: bool = False) -> None:
-        sampling = self._sampling.first(rows)
+        sampling = self._sampling.view(rows)
         codes = self.model.draw_frames(self._hidden[:rows], sampling, persistent)
         sampling.advance(codes[:, 0])
         self._codes[:rows] = codes
-        self._audio[:rows] = self.mimi.decode_step(codes[:, None], self._streams.first(rows))
+        self._audio[:rows] = self.mimi.decode_step(codes[:, None], self._streams.view(rows))

@@ -1,6 +1,7 @@
-"""The paged KV cache: a pool of pages, page tables, prefixes that sequences share."""
+"""The paged KV cache: a pool of pages, page tables, prefixes shared by sequences."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,8 +11,8 @@ from vox_serve.model_config import TransformerConfig
 PAGE_SIZE = 16
 
 
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on a device, without waiting for what that one is about."""
+def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to a device without waiting for the work in flight there."""
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -19,11 +20,11 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 @dataclass
 class CacheSequence:
-    """One sequence's place in the cache.
+    """The pages of one sequence.
 
     Attributes:
-        length: positions written so far.
-        pages: page numbers, in order of position.
+        length: number of positions written so far.
+        pages: indices of its pages, in order of position.
     """
 
     length: int = 0
@@ -31,15 +32,15 @@ class CacheSequence:
 
 
 class KvCache:
-    """Keys and values of every layer in pages of 16 positions, `[L, P, Hkv, S, D]` each.
+    """Keys and values of every layer in pages of 16 positions: two tensors `[L, P, Hkv, S, D]`.
 
     A page belongs to one sequence, or is full and shared by the sequences forked from a prefix.
 
     Args:
-        config: of the transformer whose keys and values these are.
-        max_sequences: the pool has room for so many of `max_positions`.
-        dtype: of keys and values.
-        device: where they lie. On a CPU, memory is taken as it is first written.
+        config: sizes of the transformer.
+        max_sequences: the pool has room for this many sequences of `max_positions`.
+        dtype: dtype of keys and values.
+        device: device of the pages. On a CPU, the OS allocates memory when a page is first written.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class KvCache:
         max_sequences: int,
         dtype: torch.dtype,
         device: torch.device,
-    ):
+    ) -> None:
         self.max_positions = config.max_positions
         self.pages_per_sequence = -(-config.max_positions // PAGE_SIZE)
         num_pages = max_sequences * self.pages_per_sequence
@@ -61,7 +62,7 @@ class KvCache:
 
     @staticmethod
     def sequence_bytes(config: TransformerConfig, dtype: torch.dtype) -> int:
-        """Memory for the keys and values of `max_positions`."""
+        """Bytes of the keys and values of one sequence of `max_positions`."""
         positions = -(-config.max_positions // PAGE_SIZE) * PAGE_SIZE
         elements = 2 * config.num_layers * positions * config.num_kv_heads * config.head_dim
         return elements * dtype.itemsize
@@ -76,7 +77,7 @@ class KvCache:
         return page
 
     def extend(self, sequence: CacheSequence, count: int) -> range:
-        """Give `sequence` room for `count` more positions, and count them as written.
+        """Reserve pages for `count` more positions of `sequence`, and count these as written.
 
         Returns:
             The new positions.
@@ -90,7 +91,7 @@ class KvCache:
         return range(start, sequence.length)
 
     def reserve(self, sequence: CacheSequence, count: int) -> None:
-        """Give `sequence` the pages for `count` more positions, without counting them.
+        """Reserve pages for `count` more positions of `sequence`; its length stays the same.
 
         Raises:
             ValueError: the sequence would outgrow `max_positions`.
@@ -102,7 +103,7 @@ class KvCache:
             sequence.pages.append(self._take_page())
 
     def fork(self, prefix: CacheSequence) -> CacheSequence:
-        """A sequence that continues `prefix`: full pages are shared, a partial one is copied."""
+        """A new sequence after `prefix`: full pages are shared, a partial one is copied."""
         num_full = prefix.length // PAGE_SIZE
         fork = CacheSequence(prefix.length, prefix.pages[:num_full])
         for page in fork.pages:
@@ -115,7 +116,7 @@ class KvCache:
         return fork
 
     def release(self, sequence: CacheSequence) -> None:
-        """Give the sequence's pages back; a shared page goes with its last owner."""
+        """Free the sequence's pages; a shared page becomes free when its last owner releases it."""
         for page in sequence.pages:
             self._owners[page] -= 1
             if self._owners[page] == 0:
@@ -125,15 +126,16 @@ class KvCache:
 
 @dataclass(frozen=True)
 class CacheBatch:
-    """Where the tokens of one forward pass lie: the arguments that the attention ops take.
+    """Cache locations of the tokens of one forward pass, as arguments of the attention ops.
 
     Attributes:
-        positions: `[T]` int64, within each token's sequence.
-        slots: `[T]` int64, in the page pool.
+        positions: `[T]` int64, position of each token in its sequence.
+        slots: `[T]` int64, slot of each token in the page pool.
         page_table: `[B, M]` int32.
-        seq_lens: `[B]` int32, the new tokens included.
-        cu_seqlens: `[B + 1]` int32, each sequence's first token; None to decode one token each.
-        last_tokens: `[B]` int64, index of each sequence's last token; None like `cu_seqlens`.
+        seq_lens: `[B]` int32, including the new tokens.
+        cu_seqlens: `[B + 1]` int32, index of each sequence's first token; None when decoding one
+            token per sequence.
+        last_tokens: `[B]` int64, index of each sequence's last token; None if `cu_seqlens` is.
     """
 
     positions: Tensor
@@ -147,8 +149,10 @@ class CacheBatch:
     def prefill(
         cls, cache: KvCache, sequences: list[CacheSequence], counts: list[int]
     ) -> "CacheBatch":
-        """Room for `counts[b]` more tokens in every sequence, as one ragged batch."""
-        positions, slots, ends = [], [], [0]
+        """Extend sequence b by `counts[b]` tokens: one ragged batch."""
+        positions: list[int] = []
+        slots: list[int] = []
+        ends = [0]
         for sequence, count in zip(sequences, counts, strict=True):
             new = cache.extend(sequence, count)
             positions += new
@@ -157,8 +161,8 @@ class CacheBatch:
         width = max(len(s.pages) for s in sequences)
         table = [s.pages + [0] * (width - len(s.pages)) for s in sequences]
 
-        def tensor(values: list, dtype: torch.dtype) -> Tensor:
-            return send(torch.tensor(values, dtype=dtype), cache.device)
+        def tensor(values: list[Any], dtype: torch.dtype) -> Tensor:
+            return copy_to_device(torch.tensor(values, dtype=dtype), cache.device)
 
         return cls(
             positions=tensor(positions, torch.int64),
@@ -171,46 +175,46 @@ class CacheBatch:
 
     @classmethod
     def decode(cls, cache: KvCache, sequences: list[CacheSequence]) -> "CacheBatch":
-        """Room for one more token in every sequence."""
+        """Extend every sequence by one token."""
         batch = cls.prefill(cache, sequences, [1] * len(sequences))
         return replace(batch, cu_seqlens=None, last_tokens=None)
 
 
 class CacheRows:
-    """Sequences that grow by one position at a time, without a word from the host.
+    """Sequences that grow by one position per frame, without help from the host.
 
     Args:
-        cache: theirs.
-        max_rows: sequences that there is room for.
+        cache: the cache that holds the sequences.
+        max_rows: most sequences.
     """
 
-    def __init__(self, cache: KvCache, max_rows: int):
+    def __init__(self, cache: KvCache, max_rows: int) -> None:
         def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.zeros((max_rows, *shape), dtype=dtype, device=cache.device)
 
         self._positions = zeros(torch.int64)
-        self._steps = zeros(torch.int64)  # 1, or 0 in a row that is not in use
+        self._steps = zeros(torch.int64)  # 1, or 0 in an unused row
         self._page_table = zeros(torch.int32, cache.pages_per_sequence)
 
     def write(self, row: int, sequence: CacheSequence) -> None:
-        """Make a row that of a sequence which has pages for all that is to come."""
+        """Assign a row to a sequence, which must have pages for all its remaining positions."""
         pages = torch.tensor(sequence.pages, dtype=torch.int32)
-        self._page_table[row, : len(pages)] = send(pages, self._page_table.device)
+        self._page_table[row, : len(pages)] = copy_to_device(pages, self._page_table.device)
         self._positions[row] = sequence.length
         self._steps[row] = 1
 
     def clear(self, row: int) -> None:
-        """Take a row out of use: nothing is written for it."""
+        """Mark a row as unused: the ops write nothing for it."""
         self._positions[row] = 0
         self._steps[row] = 0
 
     def copy_row(self, source: int, target: int) -> None:
-        """Make one row in use what another is."""
+        """Overwrite one used row with another."""
         for tensor in (self._positions, self._page_table):
             tensor[target] = tensor[source]
 
     def batch(self, rows: int) -> CacheBatch:
-        """Where the next tokens of the first rows lie."""
+        """Cache locations of the next tokens of the first `rows` rows."""
         positions, table = self._positions[:rows], self._page_table[:rows]
         pages = table.gather(1, positions[:, None] // PAGE_SIZE)[:, 0]
         slots = torch.where(self._steps[:rows] > 0, pages * PAGE_SIZE + positions % PAGE_SIZE, -1)
@@ -224,5 +228,5 @@ class CacheRows:
         )
 
     def advance(self, rows: int) -> None:
-        """Count the next tokens of the first rows as written."""
+        """Count the next tokens of the first `rows` rows as written."""
         self._positions[:rows] += self._steps[:rows]

@@ -70,7 +70,14 @@ def load_engine(model: str | Path, **settings: Any) -> Engine:
         sequence_bytes = KvCache.sequence_bytes(config.backbone, dtype)
         max_batch_size = choose_batch_size(sequence_bytes, free_bytes)
     try:
-        return Engine(CsmModel(config, checkpoint.weights), mimi, prompts, segments, max_batch_size)
+        return Engine(
+            CsmModel(config, checkpoint.weights),
+            mimi,
+            prompts,
+            segments,
+            max_batch_size,
+            default_max_frames=setting.max_frames,
+        )
     except torch.OutOfMemoryError as error:
         raise ValueError(f"max_batch_size {max_batch_size}: {error}") from None
 

@@ -72,7 +72,7 @@ class SamplingRows(NamedTuple):
         for tensor in self:
             tensor[target] = tensor[source]
 
-    def first(self, rows: int) -> "SamplingRows":
+    def view(self, rows: int) -> "SamplingRows":
         """Views of the first rows."""
         return SamplingRows(*(tensor[:rows] for tensor in self))
 

@@ -54,7 +54,7 @@ def test_rows_at_different_positions(mimi):
     state = mimi.init_state(3)
     for i in (1, 2, 0):
         state.reset(0)
-        mimi.decode_step(codes[i : i + 1, : starts[i]], state.first(1))
+        mimi.decode_step(codes[i : i + 1, : starts[i]], state.view(1))
         state.copy_row(0, i)
     for frames in (1, 4, 5):
         now = [slice(start, start + frames) for start in starts]
@@ -74,7 +74,7 @@ def test_rows_come_and_go(mimi):
     def advance(rows: list[int], frames: int) -> None:
         for _ in range(frames):
             now = torch.stack([codes[i, done[i]] for i in rows])
-            audio = mimi.decode_step(now[:, None], state.first(len(rows)))
+            audio = mimi.decode_step(now[:, None], state.view(len(rows)))
             for samples, i in zip(audio, rows, strict=True):
                 assert torch.equal(samples, whole[i, done[i]])
                 done[i] += 1
@@ -105,7 +105,7 @@ def test_a_step_reads_no_value_on_the_host(folder, mimi, monkeypatch):
     monkeypatch.setattr("voxkern.backend.backend_for", lambda *_: "reference")
     nowhere = on("meta", folder, mimi)
     codes = torch.empty(2, 4, 8, dtype=torch.int64, device="meta")
-    audio = nowhere.decode_step(codes, nowhere.init_state(3).first(2))
+    audio = nowhere.decode_step(codes, nowhere.init_state(3).view(2))
     assert audio.is_meta
     assert audio.shape == (2, 4 * mimi.config.frame_samples)
 
@@ -114,7 +114,7 @@ def test_a_step_reads_no_value_on_the_host(folder, mimi, monkeypatch):
 def test_a_cuda_graph_captures_a_step(folder, mimi):
     there = on("cuda", folder, mimi)
     codes, state = random_codes(2, 30).cuda(), there.init_state(3)
-    now, streams = codes[:, :1].clone(), state.first(2)
+    now, streams = codes[:, :1].clone(), state.view(2)
     there.decode_step(now, streams)  # warms up the ops before the capture
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -1,4 +1,4 @@
-"""Which of two ways to do the same work is kept as a graph, on what stands in for a GPU."""
+"""RowGraphs keeps the faster of two equal graphs; on a fake GPU."""
 
 import contextlib
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from vox_serve.cuda_graphs import Alternative, RowGraphs
 
 
 class Gpu:
-    """A clock that only work moves; graphs are lists of calls. Patched into torch.cuda."""
+    """A fake GPU, patched into torch.cuda. Graphs are lists of calls; only work advances time."""
 
     def __init__(self, monkeypatch):
         self.now_ms, self.recording = 0.0, None
@@ -68,16 +68,16 @@ class Gpu:
             monkeypatch.setattr(torch.cuda, name, value)
 
     def run(self, call: Callable[[], None]) -> None:
-        """Now, or in replays of the graph that is recorded."""
+        """Run `call` now, or record it into the graph that is being captured."""
         self.recording.calls.append(call) if self.recording else call()
 
 
 class Work:
-    """Leaves the numbers of its rows in `result`, in one way or another.
+    """Two functions, `draw` and `other`, that write 1, 2, ... to the rows of `result`.
 
     Args:
-        ms, other_ms: what each call of a way takes in turn, the last one from then on.
-        code: of a number of calls made, what the other way adds to its first row.
+        ms, other_ms: durations of successive calls of each; the last one repeats.
+        code: maps the number of calls of `other` so far to an error in its first row.
     """
 
     def __init__(self, gpu: Gpu, ms=(5.0,), other_ms=(5.0,), code=lambda calls: 0):
@@ -102,17 +102,19 @@ class Work:
 
     def graphs(self, max_rows: int, other: Callable | None = None) -> RowGraphs:
         alternative = Alternative(
-            *("other", self.draw, other or self.other),
-            lambda rows: self.result.fill_(-1),
-            lambda rows: self.result[:rows],
-            8,
+            name="other",
+            replaces="draw",
+            function=other or self.other,
+            prepare=lambda rows: self.result.fill_(-1),
+            result=lambda rows: self.result[:rows],
+            max_rows=8,
         )
-        return RowGraphs([self.draw], max_rows, [alternative])
+        return RowGraphs({"draw": self.draw}, max_rows, [alternative])
 
     def kept(self, graphs: RowGraphs, rows: int) -> str:
-        """Which way a call takes."""
+        """Name of the function whose graph a call replays."""
         self.calls.clear()
-        graphs(self.draw, rows)
+        graphs("draw", rows)
         ((way, done),) = self.calls
         assert done >= rows
         return way
@@ -123,7 +125,7 @@ def gpu(monkeypatch) -> Gpu:
     return Gpu(monkeypatch)
 
 
-# The first calls of a way are slow; then one of many is.
+# The first calls are slow, and later a single one.
 @pytest.mark.parametrize(
     ("other_ms", "kept"),
     [
@@ -133,7 +135,7 @@ def gpu(monkeypatch) -> Gpu:
     ],
     ids=["faster", "slower", "as fast"],
 )
-def test_the_faster_is_kept(gpu, caplog, other_ms, kept):
+def test_the_faster_graph_is_kept(gpu, caplog, other_ms, kept):
     caplog.set_level("INFO", "vox_serve")
     work = Work(gpu, other_ms=other_ms)
     graphs = work.graphs(1)
@@ -143,7 +145,7 @@ def test_the_faster_is_kept(gpu, caplog, other_ms, kept):
     assert line == f"other, 1 rows: {word}: {other_ms[-1]:.3f} ms, without it 5.000 ms"
 
 
-def test_each_number_of_rows_has_its_own_choice(gpu):
+def test_each_number_of_rows_is_decided_separately(gpu):
     work = Work(gpu)
     times = {(way, rows): rows for way in ("draw", "other") for rows in (1, 2, 4, 8)}
     times["other", 2] = 1
@@ -162,22 +164,22 @@ def test_each_number_of_rows_has_its_own_choice(gpu):
 
 
 @pytest.mark.parametrize("broken_call", [1, 2, 5])
-def test_one_whose_results_differ_is_left_out(gpu, caplog, broken_call):
-    """The first call is none of a graph; a later one may be the first to go wrong."""
+def test_an_alternative_with_different_results_is_left_out(gpu, caplog, broken_call):
+    """Call 1 is not a replay; a later call may be the first to go wrong."""
     work = Work(gpu, other_ms=(1.0,), code=lambda calls: -2 if calls >= broken_call else 0)
     graphs = work.graphs(1)
     assert work.kept(graphs, 1) == "draw"
     assert caplog.messages == ["other, 1 rows: left out: its results differ"]
 
 
-def test_one_that_does_nothing_is_left_out(gpu, caplog):
+def test_an_alternative_that_does_nothing_is_left_out(gpu, caplog):
     work = Work(gpu)
     assert work.kept(work.graphs(1, lambda rows: None), 1) == "draw"
     assert caplog.messages == ["other, 1 rows: left out: its results differ"]
 
 
 @pytest.mark.parametrize("when", ["called", "recorded", "replayed"])
-def test_one_that_raises_is_left_out(gpu, caplog, when):
+def test_an_alternative_that_raises_is_left_out(gpu, caplog, when):
     work = Work(gpu)
 
     def fail() -> None:
@@ -198,8 +200,8 @@ def test_one_that_raises_is_left_out(gpu, caplog, when):
     ]
 
 
-def test_for_more_rows_nothing_is_measured(gpu, monkeypatch):
-    """Nor is anything called but to be recorded."""
+def test_above_max_rows_no_alternative_is_tried(gpu):
+    """There, functions are called only to be recorded."""
     work = Work(gpu, other_ms=(1.0,))
     graphs = work.graphs(20)
     assert {rows for way, rows in work.calls if way == "other"} == {1, 2, 4, 8}
@@ -208,9 +210,9 @@ def test_for_more_rows_nothing_is_measured(gpu, monkeypatch):
     assert [work.kept(graphs, n) for n in (8, 9, 20)] == ["other", "draw", "draw"]
 
 
-def test_functions_without_an_alternative_are_recorded_as_they_are(gpu):
+def test_functions_without_an_alternative_are_recorded(gpu):
     work = Work(gpu)
-    graphs = RowGraphs([work.draw, work.other], 4)
+    graphs = RowGraphs({"draw": work.draw, "other": work.other}, 4)
     assert work.calls == [(way, rows) for rows in (4, 2, 1) for way in ("draw", "other")]
-    graphs(work.other, 3)
+    graphs("other", 3)
     assert work.calls[-1] == ("other", 4)

@@ -23,7 +23,7 @@ from vox_serve import engine as engine_module
 from vox_serve import frame_batch, loading, model
 from vox_serve.cuda_graphs import rounded_rows
 from vox_serve.engine import Engine, PromptTooLongError, Request
-from vox_serve.frame_batch import FrameBatch
+from vox_serve.frame_batch import FrameBatch, Half
 from vox_serve.loading import load_engine
 from vox_serve.prompt import Segment
 from vox_serve.sampling import SamplingParams
@@ -219,7 +219,8 @@ def test_prefill_chunks_change_no_code(engine, alone, monkeypatch):
 def test_rows_not_in_use_change_no_code(engine, alone, monkeypatch):
     """A GPU takes a few sizes of batch alone, and fills them up with rows that nobody uses."""
     monkeypatch.setattr(
-        FrameBatch, "_run", lambda batch, function, rows: function(rounded_rows(rows, 4))
+        *(FrameBatch, "_run"),
+        lambda batch, half, rows: batch._functions()[half](rounded_rows(rows, 4)),
     )
     # Pages go from one request to the next, which takes some steps to get a row.
     monkeypatch.setitem(engine_module.PREFILL_CHUNK_TOKENS, engine.model.device.type, 5)
@@ -380,7 +381,7 @@ def test_a_step_that_fails_is_the_last(engine, monkeypatch):
     broken.step()
     with monkeypatch.context() as patch:
         patch.setattr(FrameBatch, "_run_draw", lambda *_: 1 / 0)
-        patch.setattr(FrameBatch, "_run", lambda batch, function, rows: batch._run_draw(rows))
+        patch.setattr(FrameBatch, "_run", lambda batch, half, rows: batch._run_draw(rows))
         with pytest.raises(ZeroDivisionError):
             broken.step()
     with pytest.raises(RuntimeError, match="failed in an earlier step"):
@@ -400,7 +401,9 @@ def test_a_frame_that_was_given_up_is_not_spoken(engine, monkeypatch):
         return codes.to(hidden.device)
 
     monkeypatch.setattr(engine.model, "draw_frames", draw)
-    monkeypatch.setattr(FrameBatch, "_run", lambda batch, function, rows: function(rows))
+    monkeypatch.setattr(
+        *(FrameBatch, "_run"), lambda batch, half, rows: batch._functions()[half](rows)
+    )
     monkeypatch.setitem(engine_module.FRAMES_AHEAD, engine.model.device.type, 0)
     with pytest.raises(RuntimeError, match="decode_depth's watchdog ended a frame"):
         broken.step()
@@ -419,11 +422,11 @@ def test_a_gpu_is_offered_a_persistent_depth_decoder(engine, monkeypatch):
         assert batch._alternatives() == []
     monkeypatch.setattr(engine.model, "dtype", torch.bfloat16)
     (other,) = batch._alternatives()
-    assert other.of == batch._run_draw
+    assert other.replaces == Half.DRAW
     assert other.max_rows == model.PERSISTENT_ROWS
     results = []
     with torch.inference_mode():
-        for function in (other.of, other.function):
+        for function in (batch._run_draw, other.function):
             other.prepare(3)
             assert (other.result(3) == -1).all()
             function(3)

@@ -1,4 +1,4 @@
-"""What a stream of the codec remembers between chunks."""
+"""The state of the codec's streams between chunks."""
 
 from typing import NamedTuple
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 
 class StreamState(NamedTuple):
-    """The state of B streams, of one half of the codec: rows of tensors, updated in place.
+    """The state of B streams in one half of the codec (encoder or decoder), updated in place.
 
-    From step to step nothing changes but what the tensors hold, so a CUDA graph can hold a step.
+    From step to step only the contents of the tensors change, so a CUDA graph can record a step.
     Rows are independent and may be at different positions.
 
     Fields:
-        positions: `[B]` int64, steps that the transformer has seen.
-        keys: `[B, L, Hkv, capacity, D]`, rings as `mimi_transformer` takes them.
+        positions: `[B]` int64, number of steps that the transformer has run.
+        keys: `[B, L, Hkv, capacity, D]`, ring buffers as `mimi_transformer` takes them.
         values: like keys.
-        lefts: left context of every convolution, `[B, context, width]`.
+        lefts: left context of each convolution, `[B, context, width]`.
     """
 
     positions: Tensor
@@ -28,20 +28,23 @@ class StreamState(NamedTuple):
     def batch_size(self) -> int:
         return self.positions.shape[0]
 
-    def first(self, count: int) -> "StreamState":
-        """The streams of the first `count` rows, as views: a step of them updates this state."""
+    def view(self, rows: int) -> "StreamState":
+        """Views of the first `rows` streams: a step on the views updates this state."""
         return StreamState(
-            *(part[:count] for part in self[:3]), tuple(left[:count] for left in self.lefts)
+            positions=self.positions[:rows],
+            keys=self.keys[:rows],
+            values=self.values[:rows],
+            lefts=tuple(left[:rows] for left in self.lefts),
         )
 
     @torch.inference_mode()
     def reset(self, row: int) -> None:
-        """Make a row a stream that has not begun. Keys of before it are not seen."""
+        """Make a row a stream that has not begun. It never attends to older keys in its row."""
         for part in (self.positions, *self.lefts):
             part[row].zero_()
 
     @torch.inference_mode()
     def copy_row(self, source: int, target: int) -> None:
-        """Make one row what another is."""
+        """Overwrite one row with another."""
         for part in (*self[:3], *self.lefts):
             part[target].copy_(part[source])

@@ -1,0 +1,70 @@
+"""What goes into the engine and what comes out: requests, prompts, frames."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from vox_serve.prompt import Segment
+from vox_serve.sampling import SamplingParams
+
+FinishReason = Literal["stop", "length", "context"]
+
+_request_ids = itertools.count()
+
+
+class PromptTooLongError(ValueError):
+    """The prompt leaves no room for a frame in the model's context."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A text to speak, and how to speak it.
+
+    Attributes:
+        text: spoken as it is; special tokens in it are plain text.
+        speaker: 0 or more; the default voices are 0 and 1.
+        context: earlier segments, oldest first; None for the engine's default context.
+        sampling: how codes are drawn.
+        max_frames: stop after this many frames of 80 ms; None for the engine's default.
+        id: unique among the live requests.
+    """
+
+    text: str
+    speaker: int = 0
+    context: Sequence[Segment] | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    max_frames: int | None = None
+    id: str = field(default_factory=lambda: f"request-{next(_request_ids)}")
+
+
+class Prompt(NamedTuple):
+    """A request's input to the backbone, without the engine's shared default context.
+
+    Attributes:
+        frames: `[T, K + 1]` int64, as returned by `PromptBuilder.build`.
+        mask: `[T, K + 1]` bool.
+    """
+
+    frames: Tensor
+    mask: Tensor
+
+
+class FrameOutput(NamedTuple):
+    """One frame of one request, or the request's end.
+
+    Attributes:
+        request_id: the request's id.
+        codes: `[K]` int64 on the CPU; None if the frame is a stop frame, which is not spoken.
+        audio: float32 `[1920]`, in -1 to 1 or slightly beyond; None if `codes` is.
+        finish_reason: None while more frames follow; "stop" if the model drew a stop frame,
+            "length" at `max_frames`, "context" if the model's context is full.
+    """
+
+    request_id: str
+    codes: Tensor | None
+    audio: np.ndarray | None
+    finish_reason: FinishReason | None
