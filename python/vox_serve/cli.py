@@ -1,11 +1,11 @@
-"""What the two commands share: flags from `Config`, errors in one line, the engine."""
+"""Shared by the commands: flags from `Config` and one-line errors."""
 
 import argparse
 import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from pydantic.fields import FieldInfo
 
@@ -20,25 +20,11 @@ from vox_serve.config import (
     shown_default,
 )
 
-if TYPE_CHECKING:
-    from vox_serve.engine import Engine
-
-
 MAX_MESSAGE_CHARS = 500
 
 
 class CommandError(Exception):
-    """A command cannot go on; the message is one line for its user.
-
-    Attributes:
-        code: the exit code that says so; 2 for a wrong flag.
-    """
-
-    code = 1
-
-
-class WrongFlagError(CommandError):
-    code = 2
+    """A command cannot continue; the message is one line for its user."""
 
 
 class _OneSpelling(argparse.HelpFormatter):
@@ -61,13 +47,13 @@ class _OneSpelling(argparse.HelpFormatter):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An argument parser with `Config`'s flags; a wrong one is reported in one line, exit code 2.
+    """An argument parser with `Config`'s flags; errors take one line and exit code 2.
 
     Args:
         prog: the command's name in messages.
-        description: what it does.
-        usage: the first line of `--help`.
-        epilog: what follows the flags in `--help`.
+        description: shown above the flags in `--help`.
+        usage: first line of `--help`.
+        epilog: shown below the flags in `--help`.
     """
 
     def __init__(self, prog: str, description: str, usage: str, epilog: str | None = None):
@@ -85,14 +71,14 @@ class CommandParser(argparse.ArgumentParser):
         add_flag(self, name, **options)
 
     def add_settings(self, *groups: type[Settings]) -> None:
-        """Add a flag for every setting in `groups`; one not given is absent from the namespace."""
+        """Add a flag for every setting in `groups`; those not given leave no attribute."""
         for group in groups:
             section = self.add_argument_group(group.title)
             for name, field in group.model_fields.items():
                 add_flag(section, name, dest=name, **_flag_options(name, field))
 
     def parse(self, argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
-        """The command's own flags, and the config of the others and of the environment."""
+        """Parse the command's own flags, and the config from flags and environment."""
         args = self.parse_args(argv)
         given = {name: value for name, value in vars(args).items() if name in Config.model_fields}
         try:
@@ -133,18 +119,18 @@ def _flag_options(name: str, field: FieldInfo) -> dict[str, Any]:
 
 
 def one_line(message: object) -> str:
-    """The message without line breaks, printable whatever it holds, and not without end."""
+    """The message without line breaks, always printable, of limited length."""
     text = textwrap.shorten(str(message), MAX_MESSAGE_CHARS, placeholder=" ...")
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def run_command(prog: str, command: Callable[[], int]) -> int:
-    """Run a command's body, and turn whatever goes wrong into one line and an exit code.
+    """Run a command's body; report an error as one line and an exit code, 2 for a wrong setting.
 
     `VOX_SERVE_TRACEBACK=1` shows the traceback too.
     """
-    # Otherwise torch's threads spin after each of the codec's ops and take the kernels' cores. It
-    # is read when torch is loaded, which is the command's part.
+    # Torch's threads would spin after each of the codec's ops and take the kernels' cores. Set
+    # here because the variable is read when the command loads torch.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return command()
@@ -156,50 +142,4 @@ def run_command(prog: str, command: Callable[[], int]) -> int:
         known = isinstance(error, CommandError | OSError | ValueError) and str(error)
         message = error if known else f"{type(error).__name__}: {error}"
         print(f"{prog}: error: {one_line(message)}", file=sys.stderr)
-        return error.code if isinstance(error, CommandError) else 1
-
-
-def engine_of(config: Config) -> "Engine":
-    """The engine that the settings describe; sets the backend and the number of CPU threads too.
-
-    Raises:
-        WrongFlagError: the backend is not to be had.
-        ValueError, OSError: the model, its codec or the context cannot be had; one line says why.
-    """
-    import torch
-
-    import voxkern
-    from vox_serve.loading import load_engine
-    from voxkern.backend import why_missing
-
-    force_backend(config)
-    num_threads = config.num_threads
-    if not why_missing("native", "cpu"):
-        if num_threads is not None:
-            voxkern.set_num_threads(num_threads)
-        num_threads = voxkern.num_threads()
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
-    return load_engine(**dict(config))
-
-
-def force_backend(config: Config) -> None:
-    """Have the backend of the settings, else that of VOXKERN_BACKEND, serve every op.
-
-    Raises:
-        WrongFlagError: it serves no device of the settings; the message says why.
-    """
-    import torch
-
-    from voxkern import backend
-
-    if config.backend != "auto":
-        backend.force(config.backend)
-    name = backend.forced()
-    devices = [config.device]
-    if config.device == "auto":
-        devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    reasons = [backend.why_missing(name, device) for device in devices] if name else [None]
-    if all(reasons):
-        asked = "VOXKERN_BACKEND=" if config.backend == "auto" else "--backend "
-        raise WrongFlagError(f"{asked}{name}: {'; '.join(dict.fromkeys(reasons))}")
+        return 2 if isinstance(error, ConfigError) else 1

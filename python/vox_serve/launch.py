@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vox_serve.cli import CommandError, CommandParser, engine_of, run_command
+from vox_serve.cli import CommandError, CommandParser, run_command
 from vox_serve.config import ENV_PREFIX, Config, ModelSettings, ServerSettings, SpeechSettings
+from vox_serve.speech import make_engine
 
 if TYPE_CHECKING:
     import uvicorn
@@ -52,7 +53,7 @@ def serve(config: Config) -> int:
     from vox_serve.runner import Runner
 
     print(f"Loading {config.model} ...", flush=True)
-    engine = engine_of(config)
+    engine = make_engine(config)
     runner = Runner(engine, max_jobs=engine.max_batch_size + config.max_queue_size)
     server = make_server(
         create_app(runner, config, about(engine, config)), runner, config, listener

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vox_serve.cli import CommandError, CommandParser, engine_of, run_command
+from vox_serve.cli import CommandError, CommandParser, run_command
 from vox_serve.config import Config, ModelSettings, SpeechSettings
+from vox_serve.speech import make_engine
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,7 +76,7 @@ def _say(
     from vox_serve.audio import pcm16, wav_file
     from vox_serve.engine import Request
 
-    engine = engine_of(config.model_copy(update={"max_batch_size": 1}))
+    engine = make_engine(config.model_copy(update={"max_batch_size": 1}))
     request = Request(
         text=text,
         speaker=speaker,

@@ -22,7 +22,7 @@ def no_loading(monkeypatch):
     def fail(config):
         raise AssertionError("loaded a model for a command that cannot succeed")
 
-    monkeypatch.setattr(launch, "engine_of", fail)
+    monkeypatch.setattr(launch, "make_engine", fail)
 
 
 def test_an_address_is_reserved_but_not_yet_answered():

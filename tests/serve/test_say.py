@@ -33,7 +33,7 @@ class Loads:
 @pytest.fixture
 def loads(monkeypatch) -> Loads:
     loads = Loads()
-    monkeypatch.setattr(say, "engine_of", loads)
+    monkeypatch.setattr(say, "make_engine", loads)
     return loads
 
 
@@ -42,7 +42,7 @@ def no_loading(monkeypatch):
     def fail(config):
         raise AssertionError("loaded a model for a command that cannot succeed")
 
-    monkeypatch.setattr(say, "engine_of", fail)
+    monkeypatch.setattr(say, "make_engine", fail)
 
 
 @pytest.fixture

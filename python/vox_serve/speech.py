@@ -1,0 +1,184 @@
+"""The Python API: `load` a voice, `say` a text, or `stream` it."""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
+
+from vox_serve.config import Config, ConfigError, SpeechSettings
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from vox_serve.engine import Engine, FrameOutput, Prompt, Request
+
+
+def load(model: str | os.PathLike[str] = "demo", **settings: Any) -> "Voice":
+    """Load a voice.
+
+    Environment variables (`VOX_SERVE_<FIELD>`) hold for settings that are not given, as they do
+    for the commands. The backend and the number of CPU threads are set for the whole process.
+
+    Args:
+        model: built-in voice, local folder, or hub id such as "sesame/csm-1b".
+        settings: the command line's settings by name, such as `dtype`, `quantize` or
+            `temperature`; docs/settings.md lists them. The server's have no effect, except that
+            `max_batch_size` limits the streams that advance together.
+
+    Raises:
+        ValueError: a setting is unknown or invalid, or the model does not fit; the message names
+            it.
+        OSError: the model, its codec or its context cannot be read or fetched.
+    """
+    # Read when torch is loaded: its idle threads would spin and take the kernels' cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    config = Config(model=os.fspath(model), **settings)
+    return Voice(make_engine(config), config)
+
+
+class Voice:
+    """A loaded model that speaks. Several streams may be open at once, in several threads too.
+
+    Each open stream gets the samples that it would get alone. Streams advance together: what one
+    is not asked for yet waits in memory, 7.7 kB a frame.
+
+    Args:
+        engine: nothing else may call it.
+        settings: the defaults of `say` and `stream`.
+    """
+
+    def __init__(self, engine: "Engine", settings: SpeechSettings):
+        self._engine = engine
+        self._settings = settings
+        self._lock = threading.Lock()  # guards the engine, but for its `prepare`
+        self._outputs: dict[str, deque[FrameOutput]] = {}
+        self._left: deque[str] = deque()  # ids of closed streams, to be aborted
+
+    @property
+    def sample_rate_hz(self) -> int:
+        return self._engine.sample_rate_hz
+
+    def say(self, text: str, speaker: int = 0, **overrides: Any) -> "np.ndarray":
+        """Speak a text.
+
+        Args:
+            text: the text, spoken as it is; not blank.
+            speaker: id of the speaker; the default voices are 0 and 1.
+            overrides: sampling settings for this call: `temperature`, `top_k`, `top_p`, `min_p`,
+                `repetition_penalty`, `repetition_window`, `seed`, `max_frames`.
+
+        Returns:
+            `[N]` float32 samples at `sample_rate_hz`, in -1 to 1 or slightly beyond; N may be 0.
+
+        Raises:
+            ValueError: an argument is unknown or invalid, or the text too long for the model's
+                context; the message names it.
+        """
+        import numpy as np
+
+        return np.concatenate([np.zeros(0, np.float32), *self.stream(text, speaker, **overrides)])
+
+    def stream(
+        self, text: str, speaker: int = 0, **overrides: Any
+    ) -> Generator["np.ndarray", None, None]:
+        """Speak a text in chunks, as they are made; together they are what `say` returns.
+
+        Arguments and errors are those of `say`. Errors are raised by this call; the computation
+        starts with the first chunk. Closing or dropping the generator aborts the rest.
+
+        Yields:
+            `[1920]` float32 samples, 80 ms.
+        """
+        request = self._request(text, speaker, overrides)
+        return self._run(request, self._engine.prepare(request))
+
+    def _request(self, text: str, speaker: int, overrides: dict[str, Any]) -> "Request":
+        from vox_serve.engine import Request
+
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"text must be a string that is not blank, got {text!r}")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError("text must be valid Unicode, without lone surrogates")
+        if type(speaker) is not int or speaker < 0:
+            raise ValueError(f"speaker must be a whole number from 0, got {speaker!r}")
+        speech = self._settings.override(**overrides)
+        return Request(text, speaker, sampling=speech.sampling, max_frames=speech.max_frames)
+
+    def _run(self, request: "Request", prompt: "Prompt") -> Generator["np.ndarray", None, None]:
+        outputs = self._outputs[request.id] = deque()
+        finished = False
+        try:
+            with self._lock:
+                self._engine.add(request, prompt)
+            while not finished:
+                with self._lock:
+                    while not outputs:
+                        self._step()
+                    output = outputs.popleft()
+                finished = output.finish_reason is not None
+                if output.audio is not None:
+                    yield output.audio
+        finally:
+            del self._outputs[request.id]
+            self._left.append(request.id)
+            # Garbage collection may run this within a step: then the next step aborts the request.
+            if self._lock.acquire(blocking=False):
+                self._abort_left()
+                self._lock.release()
+
+    def _step(self) -> None:
+        self._abort_left()
+        for output in self._engine.step():
+            if (outputs := self._outputs.get(output.request_id)) is not None:
+                outputs.append(output)
+
+    def _abort_left(self) -> None:
+        while self._left:
+            self._engine.abort(self._left.popleft())
+
+
+def make_engine(config: Config) -> "Engine":
+    """Load the engine that the settings describe; set the backend and the number of CPU threads.
+
+    Raises:
+        ConfigError: the backend is unavailable.
+        ValueError, OSError: the model, its codec or the context is unavailable; one line says why.
+    """
+    import torch
+
+    import voxkern
+    from vox_serve.loading import load_engine
+    from voxkern.backend import why_missing
+
+    force_backend(config)
+    num_threads = config.num_threads
+    if not why_missing("native", "cpu"):
+        if num_threads is not None:
+            voxkern.set_num_threads(num_threads)
+        num_threads = voxkern.num_threads()
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    return load_engine(**dict(config))
+
+
+def force_backend(config: Config) -> None:
+    """Force the backend of the settings, or else that of VOXKERN_BACKEND, for every op.
+
+    Raises:
+        ConfigError: it serves no device of the settings; the message says why.
+    """
+    import torch
+
+    from voxkern import backend
+
+    if config.backend != "auto":
+        backend.force(config.backend)
+    name = backend.forced()
+    devices: list[str] = [config.device]
+    if config.device == "auto":
+        devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    reasons = [backend.why_missing(name, device) for device in devices] if name else []
+    if reasons and all(reasons):
+        origin = "VOXKERN_BACKEND=" if config.backend == "auto" else "--backend "
+        raise ConfigError(f"{origin}{name}: {'; '.join(dict.fromkeys(map(str, reasons)))}")
