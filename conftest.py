@@ -1,4 +1,10 @@
+import os
 from pathlib import Path
+
+# The workers of pytest-xdist share the cores: one thread each, in processes that they start too.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("VOXKERN_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -37,7 +37,8 @@ def attention() -> torch.Tensor:
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
     # numpy's BLAS would start threads of its own under the limits that tests set.
-    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"} | environment
+    inherited = {k: v for k, v in os.environ.items() if k != "VOXKERN_NUM_THREADS"}
+    environment = inherited | {"OPENBLAS_NUM_THREADS": "1"} | environment
     return subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
     )
