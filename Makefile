@@ -50,7 +50,7 @@ $(VENV)/test: $(VENV)/built
 	touch $@
 
 $(VENV)/lint: $(VENV)/torch
-	$(BIN)/pip install --quiet $$($(call EXTRA,lint))
+	$(BIN)/pip install --quiet $$($(call EXTRA,lint)) $$($(DEPENDENCIES))
 	touch $@
 
 serve: $(VENV)/built
@@ -87,6 +87,7 @@ triton-check: $(VENV)/test
 lint: $(VENV)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP) $(CUDA) $(SIMT) $(PLANTED)
 
 format: $(VENV)/lint

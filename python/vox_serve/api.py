@@ -48,7 +48,7 @@ class _Utterance(BaseModel):
 
 def _override(field: FieldInfo) -> Any:
     """A request's field that overrides a setting, with the setting's bounds."""
-    kind = Annotated[field.annotation, *field.metadata] | None
+    kind = Annotated[field.annotation, *field.metadata] | None  # type: ignore[name-defined]
     return kind, Field(default=None, description=field.description)
 
 
@@ -74,7 +74,7 @@ _GENERATE_DOCS = {
         },
     }
 }
-_GENERATE_ANSWERS = {
+_GENERATE_ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"description": "24 kHz mono 16-bit WAV", "content": {"audio/wav": {}}},
     400: {"description": "the body cannot be read"},
     413: {"description": "the body is too long"},

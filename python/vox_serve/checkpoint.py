@@ -139,7 +139,7 @@ class TensorFiles:
             source = _Pickled(path) if path.suffix == ".pt" else _Safetensors(path)
             self._source |= dict.fromkeys(source.names, source)
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self._source
 
     @property

@@ -17,7 +17,6 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
-    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
@@ -193,7 +192,11 @@ class Config(BaseSettings, ServerSettings, SpeechSettings, ModelSettings):
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: InitSettingsSource, **_: Any
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        *_: Any,
+        **__: Any,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, _Environment(settings_cls)
 
@@ -265,7 +268,7 @@ def parse_value(name: str, text: str) -> Any:
         ConfigError: it is of another type, or out of bounds. The message does not name the field.
     """
     field = Config.model_fields[name]
-    kind = Annotated[field.annotation, field]
+    kind: Any = Annotated[field.annotation, field]
     try:
         return TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False)).validate_strings(text)
     except ValidationError as errors:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -205,18 +206,19 @@ class CsmWeights:
             out.copy_(ops.linear(rows.to(out), self.projection))
 
 
+Weights = TypeVar("Weights", CsmWeights, TransformerWeights)
+
+
 def _named(weights: CsmWeights | TransformerWeights, prefix: str) -> dict[str, Tensor]:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for field in fields(weights):
         name, value = f"{prefix}{field.name}", getattr(weights, field.name)
         tensors |= {name: value} if isinstance(value, Tensor) else _named(value, f"{name}.")
     return tensors
 
 
-def _with_named(
-    weights: CsmWeights | TransformerWeights, tensors: Mapping[str, Tensor], prefix: str
-) -> CsmWeights | TransformerWeights:
-    values = {}
+def _with_named(weights: Weights, tensors: Mapping[str, Tensor], prefix: str) -> Weights:
+    values: dict[str, Any] = {}
     for field in fields(weights):
         name, value = f"{prefix}{field.name}", getattr(weights, field.name)
         is_tensor = isinstance(value, Tensor)

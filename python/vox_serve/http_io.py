@@ -58,8 +58,7 @@ async def read_fields(request: Request, max_bytes: int) -> tuple[dict[str, Any],
             return _json_fields(body), False
         if kind == "application/x-www-form-urlencoded":
             # Starlette's parser takes raw UTF-8 for Latin-1 and replaces invalid bytes silently.
-            strict = {"keep_blank_values": True, "errors": "strict"}
-            items = parse_qsl(body.decode(), max_num_fields=MAX_FORM_FIELDS, **strict)
+            items = parse_qsl(body.decode(), True, errors="strict", max_num_fields=MAX_FORM_FIELDS)
             return _form_fields(items), True
     except ValueError as error:  # for multipart: the charset is one of Python's odd codecs
         raise HTTPException(400, f"the form cannot be read: {error}") from None

@@ -166,12 +166,12 @@ class _Explained:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, Exception):
             raise _explained(self.hub, error) from None
 
 
-def _explained(hub: _Hub, error: Exception) -> ModelNotFoundError:
+def _explained(hub: _Hub, error: BaseException) -> ModelNotFoundError:
     from huggingface_hub import errors
 
     repo, page = hub.repo, f"{hub.endpoint}/{hub.repo}"

@@ -104,6 +104,7 @@ class CsmModel:
         """Embedded prompt tokens `[T, C]` through the layers, op by op: their hidden states."""
         c = self.config.backbone
         scale = c.head_dim**-0.5
+        assert batch.cu_seqlens is not None  # only a decoding batch has none
         x = ops.rms_norm(residual, self.weights.backbone.attn_norm[0], c.norm_eps)
         for layer, k_pages, v_pages in zip(self._layers, cache.k_pages, cache.v_pages, strict=True):
             qkv = ops.linear(x, layer.qkv).unflatten(1, (-1, c.head_dim))
@@ -144,7 +145,8 @@ class CsmModel:
             rows.frames,
             codebook=0,
         )
-        return ops.decode_depth(*self.depth_arguments(hidden, code0, rows), persistent)
+        arguments = self.depth_arguments(hidden, code0, rows)
+        return ops.decode_depth(*arguments, persistent)  # type: ignore[call-arg]
 
     def depth_arguments(self, hidden: Tensor, code0: Tensor, rows: SamplingRows) -> tuple:
         """The arguments of `voxkern.ops.decode_depth`, in its order, all but the last."""

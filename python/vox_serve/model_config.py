@@ -217,6 +217,7 @@ def _transformer(
     if settings.get("num_key_value_heads", heads) is None:
         sizes["num_key_value_heads"] = heads
     positions = _whole(settings, "max_position_embeddings", where=where, default=default_positions)
+    scaling: RopeScaling | None
     if original:
         theta, scaling = _ROPE_THETA, _ROPE_SCALING
     else:

@@ -133,7 +133,7 @@ def speak(
     audio, codes = [np.zeros(0, np.float32)], [np.zeros((0, engine.num_codebooks), np.int64)]
     while engine.has_work:
         for output in engine.step():
-            if output.codes is not None:
+            if output.codes is not None and output.audio is not None:
                 audio.append(output.audio)
                 codes.append(output.codes.numpy()[None])
                 on_frame()

@@ -127,12 +127,13 @@ class WeightCache:
                 now_data = _verified(known_data, file)
                 if now_data is None:
                     return None
-                now = {}
+                now: dict[str, _Content] = {}
                 for name, path in self._sources.items():
                     with open(path, "rb") as source:
-                        now[name] = _verified(known[name], source)
-                if None in now.values():
-                    return None
+                        now_source = _verified(known[name], source)
+                    if now_source is None:
+                        return None
+                    now[name] = now_source
                 tensors = _map(file)
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return None
@@ -281,7 +282,7 @@ def _write(file: IO[bytes], tensors: Mapping[str, Tensor]) -> None:
     file.write(len(text).to_bytes(8, "little"))
     file.write(text)
     for name in order:
-        file.write(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+        file.write(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _map(file: IO[bytes]) -> dict[str, Tensor]:

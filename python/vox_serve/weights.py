@@ -223,7 +223,7 @@ def _read_layer(
 class _Scratch:
     """Memory for one matrix at a time: new memory for each takes longer than to fill it."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._memory = torch.empty(0)
 
     def __call__(self, shape: tuple[int, ...], device: torch.device) -> Tensor:

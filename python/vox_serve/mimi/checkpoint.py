@@ -163,7 +163,8 @@ def _config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> MimiConfig:
         found = {re.match(rf"{re.escape(prefix)}(\d+)\.", name) for name in shapes}
         return len({match[1] for match in found if match})
 
-    convs, units = [], []
+    convs: list[int] = []
+    units: list[int] = []
     for name in shapes:
         if match := re.fullmatch(r"decoder\.layers\.(\d+)\.(block\.1\.)?conv\.weight", name):
             (units if match[2] else convs).append(int(match[1]))

@@ -163,7 +163,7 @@ class MimiConfig:
             settings.get("codebook_dim"),
             f"vector_quantization_hidden_dimension = {vector_dim}",
         )
-        special = {
+        special: dict[str, Any] = {
             "sample_rate_hz": get("sampling_rate", cls.sample_rate_hz),
             "frame_rate_hz": get("frame_rate", get("_frame_rate")),
             "upsampling_ratios": tuple(get("upsampling_ratios") or cls.upsampling_ratios),
@@ -174,7 +174,8 @@ class MimiConfig:
             "has_encoder": settings.get("encoder_config", ...) is not None,
         }
         plain = set(cls.__dataclass_fields__) - set(special)
-        return cls(**special, **{name: get(name) for name in plain if get(name) is not None})
+        given: dict[str, Any] = {name: get(name) for name in plain if get(name) is not None}
+        return cls(**special, **given)
 
 
 def _require(holds: bool, name: str, value: object, expected: object) -> None:

@@ -1,6 +1,7 @@
 """The codec's building block, a causal convolution over blocks of samples, and chains of it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,9 +54,9 @@ class CausalConv:
         name: str,
         shape: tuple[int, int, int],
         *,
-        bias=True,
-        stride=1,
-        **how,
+        bias: bool = True,
+        stride: int = 1,
+        **how: Any,
     ) -> "CausalConv":
         """From the weight of a Conv1d, `shape` = `[Cout, Cin, kernel]`, stride | kernel."""
         weight = tensors(f"{name}.weight", *shape)
@@ -71,9 +72,9 @@ class CausalConv:
         channels: tuple[int, int],
         stride: int,
         *,
-        bias=True,
-        groups=1,
-        **how,
+        bias: bool = True,
+        groups: int = 1,
+        **how: Any,
     ) -> "CausalConv":
         """From the weight of a ConvTranspose1d, `[Cin, Cout / groups, 2 * stride]`."""
         c_in, c_out = channels

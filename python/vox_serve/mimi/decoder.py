@@ -20,7 +20,7 @@ class Decoder:
     def __init__(self, config: MimiConfig, tensors: TensorReader) -> None:
         width, stride = config.hidden_size, config.latent_stride
         replicate = config.pad_mode == "replicate"
-        self.upsample = None
+        self.upsample: DepthwiseUpsample | Chain | None = None
         if config.resamples and config.upsample_groups == width:
             self.upsample = DepthwiseUpsample(tensors("upsample.conv.weight", width, 1, 2 * stride))
         elif config.resamples:

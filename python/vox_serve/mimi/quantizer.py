@@ -29,10 +29,11 @@ class Quantizer:
         books = self.table.split(config.codebook_size)
         semantic.books, acoustic.books = books[: self.num_semantic], books[self.num_semantic :]
         self.device = self.table.device
-        self.project_out = None
+        self.project_out: Tensor | None = None
         if config.has_quantizer_projections:
             # One product for the sums of both chains, side by side.
-            self.project_out = torch.cat([chain.project_out for chain in self.chains], 1)
+            outs = [chain.project_out for chain in self.chains if chain.project_out is not None]
+            self.project_out = torch.cat(outs, 1)
         self.mask = self._sums_mask(len(books))
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -68,7 +69,7 @@ class Quantizer:
         """Args: latent `[B, N, C]`. Returns codes `[B, N, K]` int64, K = num_codebooks."""
         batch, frames, _ = latent.shape
         latent = latent.reshape(batch * frames, -1)
-        codes = []
+        codes: list[Tensor] = []
         for chain in self.chains:
             codes += chain.encode(latent, num_codebooks - len(codes))
         return torch.stack(codes, dim=-1).view(batch, frames, num_codebooks)
@@ -85,7 +86,8 @@ class _Chain:
             codebook = f"{name}.layers.{i}.codebook"
             usage = tensors(f"{codebook}.cluster_usage", size).clamp(min=USAGE_FLOOR)
             self.books.append(tensors(f"{codebook}.embed_sum", size, dim) / usage[:, None])
-        self.project_in = self.project_out = None
+        self.project_in: Tensor | None = None
+        self.project_out: Tensor | None = None
         if config.has_quantizer_projections:
             shape = dim, config.hidden_size, 1
             self.project_out = tensors(f"{name}.output_proj.weight", shape[1], dim, 1).squeeze(2)

@@ -65,11 +65,11 @@ class Transformer:
         """
         if not self.num_layers:
             return x
-        return ops.mimi_transformer(
+        return ops.mimi_transformer(  # type: ignore[call-arg]
             x,
             positions,
             self.frequencies,
-            *self.weights,
+            *self.weights,  # type: ignore[arg-type]
             self.eps,
             self.activation,
             keys,
