@@ -71,10 +71,9 @@ def hf_model(config: CsmConfig, weights: CsmWeights):
             "backbone_hidden_size": config.backbone.dim,
             "max_position_embeddings": 33,
         },
-        codec_config={"model_type": "mimi", "num_filters": 1, "num_hidden_layers": 0},
+        codec_config={"model_type": "mimi", "num_filters": 2, "num_hidden_layers": 0},
     )
-    with torch.device("meta"):
-        hf = transformers.CsmForConditionalGeneration(hf_config).eval()
+    # By the names of files: those of transformers' modules change between versions.
     tensors = {
         "embed_text_tokens.weight": w.text_table,
         "backbone_model.embed_tokens.embed_audio_tokens.weight": w.audio_table,
@@ -105,11 +104,14 @@ def hf_model(config: CsmConfig, weights: CsmWeights):
                 "post_attention_layernorm": t.mlp_norm[i],
             }
             tensors |= {f"{prefix}.layers.{i}.{n}.weight": x for n, x in layer.items()}
-    missing = hf.load_state_dict(tensors, strict=False, assign=True).missing_keys
+    hf, loaded = transformers.CsmForConditionalGeneration.from_pretrained(
+        None,
+        config=hf_config,
+        state_dict=tensors,
+        dtype=w.text_table.dtype,
+        output_loading_info=True,
+    )
+    missing = loaded["missing_keys"]
     assert all(name.startswith("codec_model.") for name in missing), missing
     hf.codec_model = None
-    for part in (hf.backbone_model, hf.depth_decoder.model):
-        part.rotary_emb = type(part.rotary_emb)(config=part.config)  # its buffers were meta
-    offsets = torch.arange(config.num_codebooks) * config.audio_vocab_size
-    hf.backbone_model.embed_tokens.audio_tokens_offsets = offsets
-    return hf
+    return hf.eval()

@@ -35,12 +35,12 @@ def builder(tiny) -> PromptBuilder:
 
 def embed(tiny, frames: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Masked sum of the 33 embeddings, as in the original code, with transformers' tables."""
-    model = tiny.model
+    tables = tiny.tensors
     k, v = tiny.shape.num_codebooks, tiny.shape.audio_vocab_size
     offsets = torch.arange(k) * v
-    table = model.backbone_model.embed_tokens.embed_audio_tokens.weight
+    table = tables["backbone_model.embed_tokens.embed_audio_tokens.weight"]
     audio = table[frames[:, :k] + offsets] * mask[:, :k, None]
-    text = model.embed_text_tokens(frames[:, k]) * mask[:, k, None]
+    text = tables["embed_text_tokens.weight"][frames[:, k]] * mask[:, k, None]
     return audio.sum(1) + text
 
 

@@ -23,34 +23,39 @@ SHAPES = {
 
 
 def transformers_weights(tiny) -> dict[str, torch.Tensor]:
-    """What the stacked tensors must be, taken from the transformers modules.
+    """The expected stacked tensors, made from the tensors of transformers' file.
 
     "depth_audio_rows" has not yet gone through the projection.
     """
-    model = tiny.model
+    tensors, shape = tiny.tensors, tiny.shape
     out = {
-        "text_table": model.embed_text_tokens.weight,
-        "audio_table": model.backbone_model.embed_tokens.embed_audio_tokens.weight,
-        "depth_audio_rows": model.depth_decoder.model.embed_tokens.weight,
-        "code0_head": model.lm_head.weight,
-        "projection": model.depth_decoder.model.inputs_embeds_projector.weight,
-        "code_heads": model.depth_decoder.codebooks_head.weight.transpose(1, 2),
+        "text_table": tensors["embed_text_tokens.weight"],
+        "audio_table": tensors["backbone_model.embed_tokens.embed_audio_tokens.weight"],
+        "depth_audio_rows": tensors["depth_decoder.model.embed_tokens.weight"],
+        "code0_head": tensors["lm_head.weight"],
+        "projection": tensors["depth_decoder.model.inputs_embeds_projector.weight"],
+        "code_heads": tensors["depth_decoder.codebooks_head.weight"].transpose(1, 2),
     }
-    for name, part in (("backbone", model.backbone_model), ("depth", model.depth_decoder.model)):
-        layers = part.layers
-        attention, mlp = [x.self_attn for x in layers], [x.mlp for x in layers]
-        stacked = {
-            "attn_norm": [x.input_layernorm.weight for x in layers],
-            "qkv": [
-                torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]) for a in attention
-            ],
-            "o": [a.o_proj.weight for a in attention],
-            "mlp_norm": [x.post_attention_layernorm.weight for x in layers],
-            "gate_up": [torch.cat([m.gate_proj.weight, m.up_proj.weight]) for m in mlp],
-            "down": [m.down_proj.weight for m in mlp],
+    for name, prefix, num_layers in (
+        ("backbone", "backbone_model", shape.layers),
+        ("depth", "depth_decoder.model", shape.depth_layers),
+    ):
+
+        def stacked(*keys: str, prefix=prefix, num_layers=num_layers) -> torch.Tensor:
+            layers = [f"{prefix}.layers.{i}" for i in range(num_layers)]
+            return torch.stack(
+                [torch.cat([tensors[f"{layer}.{key}.weight"] for key in keys]) for layer in layers]
+            )
+
+        out |= {
+            f"{name}.attn_norm": stacked("input_layernorm"),
+            f"{name}.qkv": stacked("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            f"{name}.o": stacked("self_attn.o_proj"),
+            f"{name}.mlp_norm": stacked("post_attention_layernorm"),
+            f"{name}.gate_up": stacked("mlp.gate_proj", "mlp.up_proj"),
+            f"{name}.down": stacked("mlp.down_proj"),
+            f"{name}.norm": tensors[f"{prefix}.norm.weight"],
         }
-        out |= {f"{name}.{key}": torch.stack(tensors) for key, tensors in stacked.items()}
-        out[f"{name}.norm"] = part.norm.weight
     return out
 
 

@@ -1,9 +1,11 @@
 """Small random Mimi models from transformers and moshi, with every part made audible."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 TINY = {
@@ -28,22 +30,28 @@ def random_hf_mimi(seed: int = 0, **settings):
     """transformers' MimiModel with random weights, in eval mode.
 
     Args:
-        seed: of the weights.
+        seed: seed of the weights.
         settings: config fields that override `TINY`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        return save_hf_mimi(Path(folder), seed, **settings)
+
+
+def save_hf_mimi(folder: Path, seed: int = 0, **settings):
+    """Save `random_hf_mimi` with transformers to a folder and return the model.
+
+    The weights are redrawn in the file: its tensor names are stable, while the names of
+    transformers' modules change between versions.
     """
     from transformers import MimiConfig, MimiModel
 
     torch.manual_seed(seed)
-    model = MimiModel(MimiConfig(**{**TINY, **settings})).eval()
-    _liven(model)
-    return model
-
-
-def save_hf_mimi(folder: Path, seed: int = 0, **settings):
-    """Save `random_hf_mimi` with transformers to a folder and return the model."""
-    model = random_hf_mimi(seed, **settings)
-    model.save_pretrained(folder)
-    return model
+    MimiModel(MimiConfig(**{**TINY, **settings})).save_pretrained(folder)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    _liven(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return MimiModel.from_pretrained(folder).eval()
 
 
 def random_moshi_mimi(seed: int = 0):
@@ -101,7 +109,7 @@ def random_moshi_mimi(seed: int = 0):
         },
         num_codebooks=TINY["num_quantizers"],
     )
-    _liven(model)
+    _liven(model.state_dict())
     return model
 
 
@@ -144,22 +152,24 @@ def assert_same_audio(actual: Tensor, expected: Tensor, tolerance: float = 1e-5)
     assert error <= tolerance * max(1.0, expected.abs().max().item()), error
 
 
-def _liven(model) -> None:
-    """Redraw weights whose initial values (layer scales, codebooks) would mute the transformers."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "layer_scale" in name:
-                parameter.uniform_(0.2, 0.8)
-            elif "norm" in name and name.endswith("weight"):
-                parameter.uniform_(0.5, 1.5)
-            elif name.endswith("bias"):
-                parameter.uniform_(-0.3, 0.3)
-        for name, buffer in model.named_buffers():
-            if name.endswith(("embed_sum", "embedding_sum")):
-                buffer.normal_()
-                buffer[-1] *= 1e-6
-            elif name.endswith("cluster_usage"):
-                buffer.uniform_(0.5, 2.0)
-                buffer[-1] = 1e-9  # below the floor that the division clamps to
-            elif name.endswith("initialized"):
-                buffer.fill_(1.0)
+def _liven(tensors: dict[str, Tensor]) -> None:
+    """Redraw weights whose initial values (layer scales, codebooks) would mute the transformers.
+
+    Args:
+        tensors: by their names in a file of either library; changed in place.
+    """
+    for name, tensor in tensors.items():
+        if "layer_scale" in name:
+            tensor.uniform_(0.2, 0.8)
+        elif "norm" in name and name.endswith("weight"):
+            tensor.uniform_(0.5, 1.5)
+        elif name.endswith("bias"):
+            tensor.uniform_(-0.3, 0.3)
+        elif name.endswith(("embed_sum", "embedding_sum")):
+            tensor.normal_()
+            tensor[-1] *= 1e-6
+        elif name.endswith("cluster_usage"):
+            tensor.uniform_(0.5, 2.0)
+            tensor[-1] = 1e-9  # below the floor that the division clamps to
+        elif name.endswith("initialized"):
+            tensor.fill_(1.0)
