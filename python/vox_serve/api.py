@@ -1,4 +1,4 @@
-"""The HTTP interface: its routes, its request model and its errors."""
+"""The HTTP interface: routes, request model and error responses."""
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -18,7 +18,7 @@ MAX_SHOWN_ERRORS = 20
 
 
 class _Utterance(BaseModel):
-    """What to say. A field that is not given has the server's default."""
+    """A text to say. Fields that are not given take the server's defaults."""
 
     # Without `forbid` a misspelt field would be ignored silently.
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -35,7 +35,7 @@ class _Utterance(BaseModel):
         return text
 
     def to_engine(self, config: Config) -> engine.Request:
-        """The engine's request, with `config`'s defaults."""
+        """Convert to the engine's request; `config` has the defaults."""
         overrides = self.model_dump(exclude=set(_Utterance.model_fields))
         speech = config.override(**overrides)
         return engine.Request(
@@ -74,23 +74,23 @@ _GENERATE_DOCS = {
         },
     }
 }
-_GENERATE_ANSWERS: dict[int | str, dict[str, Any]] = {
+_GENERATE_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"description": "24 kHz mono 16-bit WAV", "content": {"audio/wav": {}}},
     400: {"description": "the body cannot be read"},
     413: {"description": "the body is too long"},
     415: {"description": "the body is neither JSON nor a form"},
-    422: {"description": "a field is wrong, or the text too long for the model's context"},
+    422: {"description": "a field is invalid, or the text too long for the model's context"},
     503: {"description": "the queue is full, or the engine stopped"},
 }
 
 
-def create_app(runner: Runner, config: Config, about: Mapping[str, Any]) -> FastAPI:
-    """The application. It starts the runner and, at its end, stops it.
+def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -> FastAPI:
+    """Create the application, which starts the runner and stops it on shutdown.
 
     Args:
         runner: not started yet.
-        config: the defaults of requests, and limits.
-        about: what /health says of the engine: model, device, dtype, ...
+        config: defaults of requests, and limits.
+        description: the engine's part of /health: model, device, dtype, ...
     """
 
     @asynccontextmanager
@@ -104,7 +104,7 @@ def create_app(runner: Runner, config: Config, about: Mapping[str, Any]) -> Fast
     @app.post(
         "/generate",
         response_class=Response,
-        responses=_GENERATE_ANSWERS,
+        responses=_GENERATE_RESPONSES,
         openapi_extra=_GENERATE_DOCS,
     )
     async def generate(request: Request) -> Response:
@@ -127,23 +127,23 @@ def create_app(runner: Runner, config: Config, about: Mapping[str, Any]) -> Fast
         state = {
             "status": "failed" if runner.failure else "ok",
             **({"reason": runner.failure} if runner.failure else {}),
-            **about,
+            **description,
             "live_requests": live,
             "waiting_requests": waiting,
             "max_queue_size": config.max_queue_size,
         }
         return AsciiJSONResponse(state, 503 if runner.failure else 200)
 
-    _add_error_answers(app)
+    _add_error_handlers(app)
     return app
 
 
-def _add_error_answers(app: FastAPI) -> None:
-    """Every error is answered as `{"detail": ...}`."""
+def _add_error_handlers(app: FastAPI) -> None:
+    """Make every error response `{"detail": ...}`."""
 
     @app.exception_handler(RequestValidationError)
     async def wrong_field(_: Request, error: RequestValidationError) -> Response:
-        # Without pydantic's `input` and `ctx`: they may hold what JSON cannot, or megabytes.
+        # Leave out pydantic's `input` and `ctx`: they may hold megabytes, or values JSON cannot.
         detail = [
             {
                 "loc": ["body", *(str(part)[:100] for part in item["loc"])],

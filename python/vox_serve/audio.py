@@ -1,4 +1,4 @@
-"""Samples to 16-bit PCM and WAV, and audio files to samples."""
+"""Converts samples to 16-bit PCM and WAV, and audio files to samples."""
 
 import struct
 from pathlib import Path
@@ -7,23 +7,23 @@ import numpy as np
 
 SAMPLE_RATE_HZ = 24_000
 UNKNOWN_SIZE_BYTES = 0xFFFFFFFF
-"""Data size of a WAV whose end is not known yet.
+"""Data size in the header of a WAV whose length is not known yet.
 
-It is what ffmpeg writes to a pipe, and "read to the end" to ffmpeg (and so Chrome). The stdlib's
-`wave`, libsndfile and scipy cut it to what is there. With 0, `wave` finds no file and libsndfile
-an empty one.
+ffmpeg writes it to pipes and, like Chrome, reads it as "until the end". The stdlib's `wave`,
+libsndfile and scipy truncate it to the data present. With 0, `wave` rejects the file and libsndfile
+finds it empty.
 """
 
 
 class AudioError(ValueError):
-    """A file holds no audio that can be read; the message says which and why."""
+    """A file has no readable audio; the message names the file and the reason."""
 
 
 def pcm16(audio: np.ndarray) -> np.ndarray:
-    """Samples as 16-bit integers: `audio * 32768`, rounded half to even, clamped.
+    """Convert samples to 16-bit integers: `audio * 32768`, rounded half to even, clamped.
 
-    The scale is the one that readers of WAV divide by, so an unclipped sample comes back within
-    2**-16. NaN is silence.
+    WAV readers divide by the same scale, so an unclipped sample survives the round trip to within
+    2**-16. NaN becomes silence.
 
     Args:
         audio: float, any shape; full scale is -1 to 1.
@@ -36,11 +36,11 @@ def pcm16(audio: np.ndarray) -> np.ndarray:
 
 
 def wav_header(data_bytes: int | None, sample_rate_hz: int = SAMPLE_RATE_HZ) -> bytes:
-    """The 44 bytes before the samples of a mono 16-bit WAV.
+    """The 44-byte header of a mono 16-bit WAV.
 
     Args:
-        data_bytes: how many bytes of samples follow; None if that is not known yet.
-        sample_rate_hz: of the samples.
+        data_bytes: size of the samples that follow; None if it is not known yet.
+        sample_rate_hz: sample rate.
     """
     size = UNKNOWN_SIZE_BYTES if data_bytes is None else data_bytes
     riff_size = min(size + 36, UNKNOWN_SIZE_BYTES)
@@ -63,23 +63,23 @@ def wav_header(data_bytes: int | None, sample_rate_hz: int = SAMPLE_RATE_HZ) -> 
 
 
 def wav_file(pcm: bytes, sample_rate_hz: int = SAMPLE_RATE_HZ) -> bytes:
-    """A whole mono WAV of 16-bit little-endian samples; of none at all, too."""
+    """A complete mono WAV of 16-bit little-endian samples, possibly none."""
     return wav_header(len(pcm), sample_rate_hz) + pcm
 
 
 def read_audio(path: str | Path, sample_rate_hz: int = SAMPLE_RATE_HZ) -> np.ndarray:
-    """An audio file's samples, mixed to mono and resampled.
+    """Read an audio file's samples, mixed to mono and resampled.
 
     Args:
-        path: anything that libsndfile reads (WAV, FLAC, OGG, MP3, ...).
-        sample_rate_hz: of the result.
+        path: a file in any format that libsndfile reads (WAV, FLAC, OGG, MP3, ...).
+        sample_rate_hz: sample rate of the result.
 
     Returns:
         `[S]` float32, contiguous.
 
     Raises:
         FileNotFoundError: there is no such file.
-        AudioError: it holds no audio.
+        AudioError: it has no readable audio.
     """
     import soundfile
     import soxr
@@ -88,13 +88,16 @@ def read_audio(path: str | Path, sample_rate_hz: int = SAMPLE_RATE_HZ) -> np.nda
         raise FileNotFoundError(f"no such audio file: {path}")
     try:
         channels, file_rate_hz = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: headerless by its name
+    except (
+        soundfile.LibsndfileError,
+        TypeError,
+    ) as error:  # TypeError: a headerless format, by the file's name
         reason = getattr(error, "error_string", error)
         raise AudioError(f"cannot read audio from {path}: {reason}") from None
     if not len(channels):
         raise AudioError(f"{path} holds no samples")
     if not np.isfinite(channels).all():
-        raise AudioError(f"{path} holds samples that are no numbers")
+        raise AudioError(f"{path} holds samples that are not numbers")
     mono = channels.mean(axis=1)
     if file_rate_hz != sample_rate_hz:
         mono = soxr.resample(mono, file_rate_hz, sample_rate_hz)

@@ -24,14 +24,14 @@ MAX_FORM_FIELDS = 64
 
 
 class AsciiJSONResponse(JSONResponse):
-    """JSON that holds any text, lone surrogates too, as `\\u` escapes."""
+    """JSON with all non-ASCII text as `\\u` escapes, so that lone surrogates pass too."""
 
     def render(self, content: Any) -> bytes:
         return json.dumps(content, allow_nan=False).encode("ascii")
 
 
 async def read_fields(request: Request, max_bytes: int) -> tuple[dict[str, Any], bool]:
-    """A request's fields, and whether they came as a form (all values are then text).
+    """Read a request's fields; also return True if they came as a form (all values are then text).
 
     A body is JSON if its content type says so or is missing, or if it starts with `{`: `curl -d`
     labels any body a form. An empty form field was not filled in and is left out, and so is a JSON

@@ -27,7 +27,7 @@ SHUTDOWN_GRACE_S = 5.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; its exit code."""
+    """Run the command; return its exit code."""
     parser = CommandParser(
         PROG,
         description="Serve text-to-speech over HTTP: POST /generate, GET /health, GET /docs.",
@@ -41,12 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def serve(config: Config) -> int:
-    """Load the model and serve until interrupted; the exit code.
+    """Load the model and serve until interrupted; return the exit code.
 
     Raises:
-        CommandError: the address cannot be listened on.
+        CommandError: the address is invalid or in use.
     """
-    # Before the model is loaded: a port in use is known at once, and nobody takes it meanwhile.
+    # Bind before loading the model: a port in use is reported at once, and nobody takes it
+    # meanwhile.
     listener = reserve_address(config.host, config.port)
 
     from vox_serve.api import create_app
@@ -56,17 +57,17 @@ def serve(config: Config) -> int:
     engine = make_engine(config)
     runner = Runner(engine, max_jobs=engine.max_batch_size + config.max_queue_size)
     server = make_server(
-        create_app(runner, config, about(engine, config)), runner, config, listener
+        create_app(runner, config, describe(engine, config)), runner, config, listener
     )
     try:
         server.run(sockets=[listener])
-    except KeyboardInterrupt:  # how a server is meant to be ended
+    except KeyboardInterrupt:  # the normal way to stop a server
         return 0
     return 0 if server.started else 1
 
 
-def about(engine: "Engine", config: Config) -> dict[str, str | int]:
-    """What /health says of the engine."""
+def describe(engine: "Engine", config: Config) -> dict[str, str | int]:
+    """The engine's part of the answer to /health."""
     from voxkern.backend import backend_for
 
     device = engine.model.device
@@ -81,10 +82,10 @@ def about(engine: "Engine", config: Config) -> dict[str, str | int]:
 
 
 def reserve_address(host: str, port: int) -> socket.socket:
-    """A socket bound to the address, not yet listening.
+    """Bind a socket to the address, without listening yet.
 
     Raises:
-        CommandError: it is in use, not ours, or not an address.
+        CommandError: the address is in use, not of this machine, or invalid.
     """
     try:
         found = socket.getaddrinfo(
@@ -106,7 +107,7 @@ def reserve_address(host: str, port: int) -> socket.socket:
 def make_server(
     app: "FastAPI", runner: "Runner", config: Config, listener: socket.socket
 ) -> "uvicorn.Server":
-    """A server of `app` that says when it is ready, and at its end cuts live streams at once."""
+    """A server of `app` that prints when it is ready, and on shutdown cuts live streams at once."""
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -116,7 +117,7 @@ def make_server(
                 print(_greeting(url_of(listener)), flush=True)
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            # Uvicorn waits for open responses before it ends the app: end them first.
+            # Uvicorn waits for open responses before it stops the app: end them first.
             runner.request_stop()
             # Then hang up on clients that neither send nor read. Uvicorn's own
             # timeout_graceful_shutdown would cancel their tasks, and log a traceback for each.

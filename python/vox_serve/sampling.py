@@ -1,4 +1,4 @@
-"""How codes are drawn: one request's parameters, and the rows of tensors that the ops take."""
+"""Sampling parameters as rows of tensors, one row per sequence, as the ops take them."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,7 +14,7 @@ MAX_WINDOW_FRAMES = bound(SamplingParams.model_fields["repetition_window"], "le"
 class SamplingRows(NamedTuple):
     """Sampling parameters and recent codes of B sequences; see `voxkern.ops.sample_tokens`.
 
-    Rows change in place. A row's history is a ring over the columns below its window.
+    Rows are updated in place. A row's history is a ring buffer in its first `windows` columns.
     """
 
     temperature: Tensor
@@ -29,9 +29,9 @@ class SamplingRows(NamedTuple):
 
     @classmethod
     def empty(cls, rows: int, device: torch.device) -> "SamplingRows":
-        """So many rows, to be written; greedy until then.
+        """Allocate rows for `write` to fill; greedy until then.
 
-        Their histories have room for any window: where the ops run, no shape ever changes.
+        The histories have room for the largest window, so that the ops see constant shapes.
         """
 
         def full(value: float, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -53,14 +53,14 @@ class SamplingRows(NamedTuple):
     def of(
         cls, params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device
     ) -> "SamplingRows":
-        """Rows of sequences without a frame yet, one for each of the parameters and seeds."""
+        """Rows of new sequences, one for each pair of parameters and seed."""
         rows = cls.empty(len(params), device)
         for row, (p, seed) in enumerate(zip(params, seeds, strict=True)):
             rows.write(row, p, seed)
         return rows
 
     def write(self, row: int, params: SamplingParams, seed: int) -> None:
-        """Make a row that of a sequence without a frame yet."""
+        """Reset a row to a new sequence's parameters, without history."""
         for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
             getattr(self, name)[row] = getattr(params, name)
         self.history[row] = -1
@@ -77,6 +77,6 @@ class SamplingRows(NamedTuple):
         return SamplingRows(*(tensor[:rows] for tensor in self))
 
     def advance(self, code0: Tensor) -> None:
-        """Count a frame of every row, whose codebook 0 `[B]` was drawn."""
+        """Count a frame in every row and add its codebook 0, `[B]`, to the history."""
         self.history.scatter_(1, (self.frames % self.windows)[:, None], code0[:, None])
         self.frames.add_(1)

@@ -22,17 +22,19 @@ PROG = "say"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; its exit code."""
+    """Run the command; return its exit code."""
     parser = CommandParser(
         PROG,
         description="Say a text into a 24 kHz mono WAV file.",
         usage='python -m vox_serve.say ["text"] -o out.wav [flags]',
     )
-    parser.add_argument("text", nargs="?", help="what to say; read from stdin if it is not given")
+    parser.add_argument("text", nargs="?", help="text to say; read from stdin if not given")
     parser.add_argument("-o", "--output", metavar="WAV", help="the file to write; - is stdout")
     parser.add_flag("codes", metavar="NPY", help="write the frames too, int64 [N, K]")
-    parser.add_flag("speaker", type=int, choices=(0, 1), default=0, help="whose voice [default 0]")
-    parser.add_flag("greedy", action="store_true", help="temperature 0")
+    parser.add_flag(
+        "speaker", type=int, choices=(0, 1), default=0, help="id of the voice [default 0]"
+    )
+    parser.add_flag("greedy", action="store_true", help="same as --temperature 0")
     parser.add_settings(ModelSettings, SpeechSettings)
     args, config = parser.parse(argv)
     if args.output is None and args.codes is None:
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.greedy:
         config = config.model_copy(update={"temperature": 0.0})
     text = args.text if args.text is not None else _read_stdin()
-    if problem := _wrong_with(text):
+    if problem := _text_problem(text):
         parser.error(problem)
     return run_command(PROG, lambda: _say(text, args.speaker, args.output, args.codes, config))
 
@@ -54,7 +56,7 @@ def _read_stdin() -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _wrong_with(text: str) -> str | None:
+def _text_problem(text: str) -> str | None:
     if not text.strip():
         return "there is no text to say"
     try:
@@ -67,7 +69,7 @@ def _wrong_with(text: str) -> str | None:
 def _say(
     text: str, speaker: int, output: str | None, codes_path: str | None, config: Config
 ) -> int:
-    for path in (output, codes_path):  # before the long work, not after it
+    for path in (output, codes_path):  # fail before the long work, not after it
         if path is not None and path != "-":
             _check_writable(Path(path))
 
@@ -117,15 +119,15 @@ def speak(
     """Run one request to its end on an idle engine.
 
     Args:
-        engine: without other requests.
-        request: what to say.
+        engine: the engine, without other requests.
+        request: the request to run.
         on_frame: called after every frame.
 
     Returns:
         Samples `[S]` float32, and frames `[N, K]` int64; S and N may be 0.
 
     Raises:
-        ValueError: the engine does not take the request.
+        ValueError: the engine rejects the request.
     """
     import numpy as np
 

@@ -22,13 +22,13 @@ from vox_serve.config import Config
 from vox_serve.runner import Runner
 from vox_serve.sampling import SamplingParams
 
-ABOUT = {"model": "fake", "device": "cpu", "dtype": "float32", "backend": "none"}
+DESCRIPTION = {"model": "fake", "device": "cpu", "dtype": "float32", "backend": "none"}
 
 
 def serve(engine: FakeEngine, **settings) -> TestClient:
     config = Config(**settings)
     runner = Runner(engine, engine.max_batch_size + config.max_queue_size)
-    return TestClient(create_app(runner, config, ABOUT), raise_server_exceptions=False)
+    return TestClient(create_app(runner, config, DESCRIPTION), raise_server_exceptions=False)
 
 
 @pytest.fixture
@@ -162,13 +162,13 @@ def test_a_wrong_value_is_422_and_named(name, value, client):
     assert client.post("/generate", json={"text": "next"}).status_code == 200
 
 
-def test_a_name_that_is_no_text_is_422(client):
+def test_a_name_that_is_not_text_is_422(client):
     assert_refused(client.post("/generate", content=rb'{"text": "a", "\ud800": 1}'), 422)
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
 @pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "seed", "speaker", "text"])
-def test_numbers_that_are_none_are_422_and_named(name, value, client):
+def test_nan_and_infinity_are_422_and_named(name, value, client):
     body = f'{{"text": "a", "{name}": {value}}}'
     assert_refused(client.post("/generate", content=body), 422, name)
 
@@ -285,7 +285,7 @@ def test_health_says_what_is_true(client):
     assert answer.status_code == 200
     assert answer.json() == {
         "status": "ok",
-        **ABOUT,
+        **DESCRIPTION,
         "live_requests": 0,
         "waiting_requests": 0,
         "max_queue_size": 64,

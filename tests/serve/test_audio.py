@@ -20,7 +20,7 @@ def test_pcm16_keeps_shape_and_byte_order():
     assert pcm16(np.array([1 / 32768], np.float32)).tobytes() == b"\x01\x00"
 
 
-def test_pcm16_is_within_half_a_step_of_what_readers_give_back():
+def test_pcm16_survives_the_round_trip_within_half_a_step():
     audio = np.random.default_rng(0).uniform(-0.999, 0.999, 5000).astype(np.float32)
     back, rate_hz = soundfile.read(io.BytesIO(wav_file(pcm16(audio).tobytes())), dtype="float32")
     assert rate_hz == 24_000
@@ -92,5 +92,5 @@ def test_read_audio_says_what_is_wrong(tmp_path):
     for value in (np.nan, np.inf):
         samples[50] = value
         soundfile.write(tmp_path / "nan.wav", samples, 24_000, subtype="FLOAT")
-        with pytest.raises(AudioError, match=r"nan\.wav holds samples that are no numbers"):
+        with pytest.raises(AudioError, match=r"nan\.wav holds samples that are not numbers"):
             read_audio(tmp_path / "nan.wav")

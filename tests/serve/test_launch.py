@@ -38,7 +38,7 @@ def test_an_address_is_reserved_but_not_yet_answered():
     [(("0.0.0.0", 80), "http://127.0.0.1:80"), (("::", 80, 0, 0), "http://[::1]:80"),
      (("10.1.2.3", 8000), "http://10.1.2.3:8000")],
 )  # fmt: skip
-def test_the_url_is_one_that_a_client_here_can_use(address, url):
+def test_the_url_is_reachable_from_this_machine(address, url):
     class Bound:
         def getsockname(self):
             return address
@@ -93,7 +93,7 @@ def test_serving_needs_no_transformers():
 
 
 def _environment() -> dict[str, str]:
-    """This process's, with its import path: the package may be installed or not."""
+    """This process's environment with its import path: the package may not be installed."""
     path = os.pathsep.join(filter(None, sys.path))
     return {**os.environ, "PYTHONPATH": path, "VOX_SERVE_DEVICE": "cpu"}
 

@@ -175,7 +175,7 @@ def test_an_unread_job_stalls_no_other():
 
 
 def test_a_text_that_is_being_tokenized_stalls_no_live_request():
-    """A frame every millisecond goes on while texts of half a second each wait in line."""
+    """A live request keeps its frame per millisecond while texts take half a second each."""
     engine = FakeEngine(num_frames=ENDLESS, step_s=0.001)
 
     async def scenario(runner):

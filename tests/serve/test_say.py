@@ -19,7 +19,7 @@ from voxkern import backend
 
 
 class Loads:
-    """Stands in for loading: keeps the config, gives a fake engine."""
+    """Fake `make_engine`: records the config and returns a fake engine."""
 
     def __init__(self):
         self.engine = FakeEngine()
@@ -157,7 +157,7 @@ def test_wrong_usage_is_one_line_and_code_2(argv, said, no_loading, capsys):
 
 @pytest.fixture
 def forced():
-    """What was forced before the test is again after it."""
+    """Restores the forced backend after the test."""
     before = backend.forced()
     yield backend.forced
     backend.force(before)
@@ -174,7 +174,7 @@ def forced():
 def test_a_backend_that_is_missing_is_one_line_and_code_2(
     flags, variable, said, forced, monkeypatch, tmp_path, capsys
 ):
-    """The flag comes before the variable; the model is not loaded."""
+    """The flag takes precedence over the variable; the model is not loaded."""
     monkeypatch.setattr(backend, "why_missing", lambda name, *_: REASONS[name])
     monkeypatch.setattr(loading, "load_engine", None)
     backend.force(variable or None)
@@ -200,7 +200,7 @@ def test_stdin_without_text_is_wrong_usage(content, no_loading, stdin, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_what_cannot_be_written_is_known_before_the_work(no_loading, tmp_path, capsys):
+def test_an_unwritable_output_fails_before_the_work(no_loading, tmp_path, capsys):
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "missing" / "out.wav", tmp_path / "file" / "out.wav"):
         for argv in (["-o", str(path)], ["-o", "-", "--codes", str(path)]):
@@ -209,7 +209,7 @@ def test_what_cannot_be_written_is_known_before_the_work(no_loading, tmp_path, c
             assert line.startswith(f"say: error: cannot write {path}: ")
 
 
-def test_what_the_engine_says_is_one_line(loads, tmp_path, capsys):
+def test_an_engine_error_is_one_line(loads, tmp_path, capsys):
     out = tmp_path / "out.wav"
     assert say.main(["x" * 5000, "-o", str(out)]) == 1
     assert capsys.readouterr().err == "say: error: the prompt takes 5000 of 2000\n"

@@ -15,7 +15,7 @@ from vox_serve.api import create_app
 from vox_serve.audio import pcm16, wav_file
 from vox_serve.config import Config
 from vox_serve.engine import Engine, Request
-from vox_serve.launch import about
+from vox_serve.launch import describe
 from vox_serve.loading import load_engine
 from vox_serve.runner import Runner
 from vox_serve.sampling import SamplingParams
@@ -40,7 +40,7 @@ def client(folder):
     config = Config(model=str(folder), max_frames=NUM_FRAMES, max_batch_size=3)
     engine = load_engine(config.model, max_batch_size=config.max_batch_size)
     runner = Runner(engine, engine.max_batch_size + config.max_queue_size)
-    with TestClient(create_app(runner, config, about(engine, config))) as client:
+    with TestClient(create_app(runner, config, describe(engine, config))) as client:
         yield client
 
 
