@@ -112,5 +112,6 @@ sanitize: $(VENV)/test
 	UBSAN_OPTIONS=print_stacktrace=1 VOXKERN_LIBRARY=build/sanitize/_C.so \
 	VOXKERN_SIMT_LIBRARY=build/sanitize/tests/simt/voxkern_simt.so VOXKERN_SIMT_ORDER=descending $(RUN) -m pytest -q --capture=sys $(OP_TESTS)
 
+# Removes all that make has created, the environment included.
 clean:
-	rm -rf $(VENV) build voxkern/_C.so voxkern/_C_cuda.so
+	rm -rf $(VENV) build voxkern/_C.so voxkern/_C_cuda.so *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -26,7 +26,7 @@ def pytest_report_header() -> list[str]:
 def pytest_generate_tests(metafunc) -> None:
     """Parametrize `target` (a backend on a device): op tests run on each that has the op here."""
     if "target" in metafunc.fixturenames:
-        op = metafunc.module.__name__.removeprefix("test_")
+        op = metafunc.module.__name__.rpartition(".test_")[2]
         metafunc.parametrize("target", targets(op if op in OPS else None), ids=str)
 
 

@@ -1,4 +1,4 @@
-"""Which device a model is loaded to."""
+"""The choice of device, batch size and codec precision when a model is loaded."""
 
 import logging
 
@@ -14,7 +14,7 @@ choose_device = loading.choose_device
 
 @pytest.fixture
 def a_gpu(monkeypatch):
-    """`a_gpu(*backends)`: as if torch saw one, and these backends ran there."""
+    """`a_gpu(*backends)` pretends that torch sees a GPU on which these backends run."""
     reasons = {"native": "built without CUDA kernels", "triton": "Triton is not installed"}
 
     def with_backends(*present: str) -> None:
@@ -41,22 +41,22 @@ def test_no_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("present", [("native",), ("triton",), ("native", "triton")])
-def test_either_backend_makes_a_gpu_usable(a_gpu, present, caplog):
-    """Triton alone is what `pip install -e .` gives a machine without nvcc."""
+def test_either_backend_is_enough_for_a_gpu(a_gpu, present, caplog):
+    """`pip install -e .` gives a machine without nvcc Triton alone."""
     a_gpu(*present)
     assert choose_device() == "cuda"
     assert backend.backend_for("cuda") == present[0]
     assert not caplog.text
 
 
-def test_asking_for_a_gpu_that_no_kernels_run_on(a_gpu):
+def test_a_requested_gpu_without_kernels_is_an_error(a_gpu):
     a_gpu()
     said = r"built without CUDA kernels; Triton is not installed; .* install nvcc and run VOXKERN"
     with pytest.raises(ValueError, match=f"device cuda: {said}"):
         loading.load_engine("demo", device="cuda")
 
 
-def test_auto_says_why_it_takes_no_gpu(a_gpu, caplog):
+def test_auto_logs_why_it_uses_no_gpu(a_gpu, caplog):
     caplog.set_level(logging.WARNING, "vox_serve")
     a_gpu()
     assert choose_device() == "cpu"
@@ -80,15 +80,13 @@ def test_a_forced_backend_decides(a_gpu, name, device, caplog):
         (2**26, 2**20, 1),
     ],
 )
-def test_the_batch_size_of_a_machine(sequence_bytes, free_bytes, expected):
+def test_the_default_batch_size(sequence_bytes, free_bytes, expected):
     assert loading.choose_batch_size(sequence_bytes, free_bytes) == expected
 
 
 @pytest.mark.parametrize("quantize", ["none", "int4"])
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
-def test_what_is_loaded_for_a_gpu_does_not_depend_on_the_backend(
-    a_gpu, monkeypatch, dtype, quantize
-):
+def test_a_gpus_weights_do_not_depend_on_the_backend(a_gpu, monkeypatch, dtype, quantize):
     """Weights, packed or not, and the codec go to the device in the model's dtype."""
     a_gpu("triton")
     asked = []

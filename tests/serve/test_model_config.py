@@ -1,4 +1,4 @@
-"""config.json in either spelling, and rotary tables compared with transformers'."""
+"""config.json in both formats; rotary tables compared with transformers'."""
 
 import json
 
@@ -18,7 +18,7 @@ REAL_CONFIG = {
 
 
 def rope_reference(part, config: TransformerConfig) -> torch.Tensor:
-    """The table that transformers' rotary embedding makes."""
+    """The table of transformers' rotary embedding."""
     positions = torch.arange(config.max_positions)[None]
     cos, sin = part.rotary_emb(torch.zeros(1), positions)
     half = config.head_dim // 2
@@ -52,7 +52,7 @@ def test_published_shapes_of_config():
 
 
 def test_published_rope_is_the_same_in_both_formats():
-    """torchtune's 1 / 4 / 8192 and what transformers' config of sesame/csm-1b says."""
+    """torchtune's 1 / 4 / 8192 equals the values in transformers' config of sesame/csm-1b."""
     from transformers import CsmConfig as HfConfig
     from transformers.models.csm.modeling_csm import CsmRotaryEmbedding
 
@@ -82,7 +82,7 @@ def test_published_rope_is_the_same_in_both_formats():
 
 
 def test_config_without_rope_scaling_has_none():
-    """transformers' class default is no scaling, whatever the published model does."""
+    """transformers' class default is no scaling, although the published model has it."""
     settings = build_tiny(rope="default").config
     assert CsmConfig.from_json(settings).backbone.rope_theta == 10000.0
     stripped = json.loads(json.dumps(settings))
