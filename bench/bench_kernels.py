@@ -64,8 +64,10 @@ def calls_of(
         reason = name not in (None, TORCH) and why_missing(served_by(name), device, case.op)
         if reason:
             report.leave_out(f"{case.op} on {name}", reason)
-        if reason or (name == PERSISTENT and not case.may_persist):
+        if reason:
             calls.append(None)
+        elif name == PERSISTENT:
+            calls.append(case.persistent and on(served_by(name), case.persistent))
         else:
             calls.append(case.torch if name == TORCH else on(name, case.ours))
     return calls

@@ -18,7 +18,7 @@ class Case:
         num_bytes: read and written at least once, per call.
         flops: operations per call.
         multiplied: what the operations are on, if not the dtype of the run.
-        may_persist: whether `ours` takes an argument `persistent`, and it has a meaning here.
+        persistent: `ours` as one persistent kernel, None if there is none at this shape.
     """
 
     op: str
@@ -29,4 +29,4 @@ class Case:
     num_bytes: float
     flops: float = 0
     multiplied: torch.dtype | None = None
-    may_persist: bool = False
+    persistent: Callable | None = None

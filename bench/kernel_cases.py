@@ -23,6 +23,7 @@ from vox_serve.model_config import CsmConfig, TransformerConfig
 from vox_serve.sampling import SamplingParams, SamplingRows
 from voxkern import ops
 from voxkern.backend import implementation
+from voxkern.persistent import decode_depth_persistent
 from voxkern.quantize import FORMATS, pack, packed_shape
 
 CACHED, PROMPT, PAGE = 512, 256, 16
@@ -341,5 +342,5 @@ def _decode_depth(
         weights(quantize),
         2.0 * b * weights("none") / dtype.itemsize,
         torch.int8 if packed else dtype,
-        may_persist=b <= PERSISTENT_ROWS,
+        persistent=decode_depth_persistent if b <= PERSISTENT_ROWS else None,
     )

@@ -35,8 +35,15 @@ STABLE_TORCH_LIBRARY(VOX_LIBRARY, m) {
       "decode_depth(Tensor hidden, Tensor code0, Tensor audio_rows, Tensor projection, "
       "Tensor attn_norm, Tensor qkv, Tensor o, Tensor mlp_norm, Tensor gate_up, Tensor down, "
       "Tensor norm, Tensor heads, Tensor rope_table, int num_heads, int num_kv_heads, float eps, "
-      "Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, Tensor frames, "
-      "bool persistent=False) -> Tensor");
+      "Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, Tensor frames) "
+      "-> Tensor");
+  // decode_depth in one persistent kernel: CUDA only, for voxkern/persistent.py.
+  m.def(
+      "_decode_depth_persistent(Tensor hidden, Tensor code0, Tensor audio_rows, Tensor projection, "
+      "Tensor attn_norm, Tensor qkv, Tensor o, Tensor mlp_norm, Tensor gate_up, Tensor down, "
+      "Tensor norm, Tensor heads, Tensor rope_table, int num_heads, int num_kv_heads, float eps, "
+      "Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, Tensor frames) "
+      "-> Tensor");
   m.def(
       "mimi_conv(Tensor x, Tensor(a!) past, Tensor weight, Tensor bias, Tensor? add, int dilation, "
       "bool elu) -> Tensor");

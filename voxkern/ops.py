@@ -342,7 +342,6 @@ def decode_depth(
     min_p: Tensor,
     seeds: Tensor,
     frames: Tensor,
-    persistent: bool = False,
 ) -> Tensor:
     """The depth decoder: from codebook 0 to a whole frame, in one call.
 
@@ -368,12 +367,9 @@ def decode_depth(
         num_heads, num_kv_heads: numbers of query and key/value heads.
         eps: added to the mean square in every norm.
         temperature, top_k, top_p, min_p, seeds, frames: `[B]`, as in `sample_tokens`.
-        persistent: as one kernel for the whole frame, where the backend has one that takes these
-            sizes and rows. The codes are the same.
 
     Returns:
-        `[B, K]` int64, `code0` in column 0. A persistent kernel whose blocks wait for each other
-        in vain gives up: what it has not drawn is then -1.
+        `[B, K]` int64, `code0` in column 0.
 
     Raises:
         RuntimeError: a shape or dtype is wrong; on the CPU also a code outside `0..V-1`.

@@ -10,6 +10,7 @@ from vox_serve.model_config import CsmConfig
 from vox_serve.sampling import SamplingRows
 from vox_serve.weights import CsmWeights
 from voxkern import ops
+from voxkern.persistent import decode_depth_persistent
 
 PERSISTENT_ROWS = 8
 """Most rows whose frames CUDA makes with one kernel (kMostRows of cuda/decoder/depth_products.cuh):
@@ -127,7 +128,7 @@ class CsmModel:
         Args:
             hidden: `[B, C]`, from `backbone_step`.
             rows: sampling parameters of the B sequences.
-            persistent: as in `voxkern.ops.decode_depth`.
+            persistent: decode with `voxkern.persistent.decode_depth_persistent`.
 
         Returns:
             `[B, K]` int64.
@@ -146,10 +147,12 @@ class CsmModel:
             codebook=0,
         )
         arguments = self.depth_arguments(hidden, code0, rows)
-        return ops.decode_depth(*arguments, persistent)  # type: ignore[call-arg]
+        if persistent:
+            return decode_depth_persistent(*arguments)
+        return ops.decode_depth(*arguments)
 
     def depth_arguments(self, hidden: Tensor, code0: Tensor, rows: SamplingRows) -> tuple:
-        """The arguments of `voxkern.ops.decode_depth`, in its order, all but the last."""
+        """The arguments of `voxkern.ops.decode_depth`, in its order."""
         w, c = self.weights, self.config.depth
         return (
             hidden,

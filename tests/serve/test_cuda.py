@@ -27,8 +27,8 @@ from vox_serve.engine import Request
 from vox_serve.loading import choose_device, load_engine
 from vox_serve.model import PERSISTENT_ROWS
 from vox_serve.sampling import SamplingParams, SamplingRows
-from voxkern import ops
 from voxkern.backend import OPS, backend_for, why_missing
+from voxkern.persistent import decode_depth_persistent
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
@@ -159,7 +159,7 @@ def test_the_persistent_depth_decoder_draws_the_same_codes(full_size, precision,
         with torch.cuda.graph(graph):
             codes.copy_(draw(hidden, rows, persistent=True))
             # Back to back: the first kernel of a call may overlap the previous call.
-            again = [on("native", ops.decode_depth)(*arguments, True) for _ in range(2)]
+            again = [on("native", decode_depth_persistent)(*arguments) for _ in range(2)]
         for _ in range(200):
             for made in (codes, *again):
                 made.fill_(-1)

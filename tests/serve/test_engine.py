@@ -27,7 +27,7 @@ from vox_serve.frame_batch import FrameBatch, Half
 from vox_serve.loading import load_engine
 from vox_serve.prompt import Segment
 from vox_serve.sampling import SamplingParams
-from voxkern import backend, ops
+from voxkern import backend
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -412,9 +412,12 @@ def test_a_frame_that_was_given_up_is_not_spoken(engine, monkeypatch):
 
 
 def test_a_gpu_is_offered_a_persistent_depth_decoder(engine, monkeypatch):
-    """Of CUDA kernels in bfloat16 alone; it is the draw with that argument: the same codes."""
-    asked, whole = [], ops.decode_depth
-    monkeypatch.setattr(ops, "decode_depth", lambda *args: asked.append(args[-1]) or whole(*args))
+    """Of CUDA kernels in bfloat16 alone; it is the draw with that op: the same codes."""
+    persistent_calls, whole = [], model.decode_depth_persistent
+    monkeypatch.setattr(
+        *(model, "decode_depth_persistent"),
+        lambda *args: persistent_calls.append(args) or whole(*args),
+    )
     batch = FrameBatch(engine.model, engine.mimi, engine._cache, 4)
     for served, dtype in (("triton", torch.bfloat16), ("native", torch.float32)):
         monkeypatch.setattr(frame_batch, "backend_for", lambda device, op, name=served: name)
@@ -431,7 +434,7 @@ def test_a_gpu_is_offered_a_persistent_depth_decoder(engine, monkeypatch):
             assert (other.result(3) == -1).all()
             function(3)
             results.append(other.result(3).clone())
-    assert asked == [False, True]
+            assert len(persistent_calls) == (function == other.function)
     assert torch.equal(*results)
     assert len(results[0].unique()) > 9
 

@@ -28,10 +28,13 @@ from op_cases import (
     sample_tokens,
 )
 from ops_testing import ALL_TARGETS, DTYPES, Target, reference
+from voxkern.persistent import PERSISTENT_DEPTH
 from voxkern.quantize import FORMATS, pack
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.03}
 """Bounds on the norm of the difference, relative to the norm of the reference."""
+SPECIFIED_BY = {PERSISTENT_DEPTH: "decode_depth"}
+"""The public op that specifies each private op."""
 
 
 def cases() -> Iterator[tuple[str, tuple]]:
@@ -81,7 +84,7 @@ def cases() -> Iterator[tuple[str, tuple]]:
             for size, rows in zip(sizes, (1, 8), strict=True):
                 arguments = decode_depth.make(size, dtype, rows)
                 arguments = decode_depth.packed(arguments, packing)
-                yield "decode_depth", (*arguments.values(), True)
+                yield PERSISTENT_DEPTH, tuple(arguments.values())
         # 1 row and more than 8 rows have packed kernels of their own; F spans several ranges.
         sizes = replace(decode_backbone.PACKED_SIZES[0], L=1, F=544)
         for packing in decode_backbone.PACKINGS[:2]:
@@ -119,7 +122,7 @@ def run(target: Target) -> dict[str, int]:
     for op, args in cases():
         if target.why_missing(op):
             continue
-        expected = reference(op, *(copied(a) for a in args))
+        expected = reference(SPECIFIED_BY.get(op, op), *(copied(a) for a in args))
         try:
             got = target.run(op, *args)
         except pytest.skip.Exception:  # packed weights that no kernel supports yet

@@ -35,9 +35,8 @@ def decode_depth(
     min_p: Tensor,
     seeds: Tensor,
     frames: Tensor,
-    persistent: bool = False,
 ) -> Tensor:
-    """The composition of the other ops, one position at a time, `persistent` or not.
+    """The composition of the other ops, one position at a time.
 
     Each layer's cache has one page per row, as long as a frame.
     """

@@ -51,10 +51,8 @@ def decode_depth(
     min_p: Tensor,
     seeds: Tensor,
     frames: Tensor,
-    persistent: bool = False,
 ) -> Tensor:
-    """There is no persistent kernel. Nothing waits on the host to look at code0: a code outside
-    reads the nearest row."""
+    """`code0` is never checked on the host: a code outside the table reads the nearest row."""
     check_float(hidden, "hidden")
     check_dim(hidden, "hidden", 2)
     check_dim(projection, "projection", 2)

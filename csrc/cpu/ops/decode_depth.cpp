@@ -185,8 +185,7 @@ Tensor decode_depth_cpu(Tensor hidden, Tensor code0, Tensor audio_rows, Tensor p
                         Tensor attn_norm, Tensor qkv, Tensor o, Tensor mlp_norm, Tensor gate_up,
                         Tensor down, Tensor norm, Tensor heads, Tensor rope_table,
                         int64_t num_heads, int64_t num_kv_heads, double eps, Tensor temperature,
-                        Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, Tensor frames,
-                        bool /*persistent*/) {
+                        Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, Tensor frames) {
   hidden = torch::stable::contiguous(hidden);
   DecodeDepthParams p =
       decode_depth_params(hidden, code0, audio_rows, projection, attn_norm, qkv, o, mlp_norm,

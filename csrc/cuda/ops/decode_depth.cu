@@ -267,12 +267,12 @@ void decode_depth(const DecodeDepthParams& p, bool persistent, cudaStream_t stre
 namespace voxkern {
 namespace {
 
+template <bool kPersistent>
 Tensor decode_depth_cuda(Tensor hidden, Tensor code0, Tensor audio_rows, Tensor projection,
                          Tensor attn_norm, Tensor qkv, Tensor o, Tensor mlp_norm, Tensor gate_up,
                          Tensor down, Tensor norm, Tensor heads, Tensor rope_table,
                          int64_t num_heads, int64_t num_kv_heads, double eps, Tensor temperature,
-                         Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, Tensor frames,
-                         bool persistent) {
+                         Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, Tensor frames) {
   hidden = torch::stable::contiguous(hidden);
   DecodeDepthParams p =
       decode_depth_params(hidden, code0, audio_rows, projection, attn_norm, qkv, o, mlp_norm,
@@ -287,12 +287,15 @@ Tensor decode_depth_cuda(Tensor hidden, Tensor code0, Tensor audio_rows, Tensor 
       torch::stable::new_empty(hidden, {decode_depth_workspace(p)}, ScalarType::Byte);
   p.workspace = workspace.mutable_data_ptr();
   const OnDevice device(hidden);
-  decode_depth(p, persistent, device.stream);
+  decode_depth(p, kPersistent, device.stream);
   return out;
 }
 
 }  // namespace
 }  // namespace voxkern
 
-VOX_CUDA_LIBRARY(m) { m.impl("decode_depth", TORCH_BOX(&voxkern::decode_depth_cuda)); }
+VOX_CUDA_LIBRARY(m) {
+  m.impl("decode_depth", TORCH_BOX(&voxkern::decode_depth_cuda<false>));
+  m.impl("_decode_depth_persistent", TORCH_BOX(&voxkern::decode_depth_cuda<true>));
+}
 #endif
