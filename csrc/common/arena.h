@@ -1,4 +1,4 @@
-// Scratch memory in parts; included by ISA passes too.
+// A bump allocator for scratch memory. ISA passes include it too.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +10,8 @@
 namespace voxkern {
 namespace {
 
-// Hands out parts of a block of memory, each on cache lines of its own. With no block it only
-// counts. The address sanitizer sees the parts' ends as it sees a block's.
+// Carves a block of memory into parts, each on its own cache lines. Without a block it only counts
+// bytes. The address sanitizer detects overruns of a part as it does those of a heap block.
 class Arena {
  public:
   explicit Arena(void* block)
@@ -29,7 +29,7 @@ class Arena {
     return reinterpret_cast<T*>(part);
   }
 
-  // What a block must have for the parts taken so far, wherever it begins.
+  // Bytes that a block needs for the parts taken so far, however it is aligned.
   int64_t bytes() const { return used_ + 63; }
 
  private:

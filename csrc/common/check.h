@@ -1,5 +1,5 @@
-// Checks that name the tensor, what was expected and what came. Included by op headers, host side
-// only.
+// Argument checks whose errors name the tensor, the expectation and the actual value. Host only;
+// voxkern/triton/checks.py repeats the messages.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -19,8 +19,7 @@ namespace voxkern {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Throws what Python sees as a RuntimeError; the message, put together from the parts, names the
-// argument.
+// Throws a RuntimeError in Python. The message is the parts concatenated; it names the argument.
 template <typename... Parts>
 inline void check(bool condition, const Parts&... parts) {
   if (condition) return;
@@ -50,24 +49,24 @@ inline const char* dtype_name(ScalarType type) {
   }
 }
 
-// A dimension of any size, in check_shape.
+// Matches any size in check_shape.
 constexpr int64_t kAny = -1;
 
 inline void check_dim(const Tensor& t, const char* name, int64_t dim) {
   check(t.dim() == dim, name, ": expected ", dim, " dimensions, got shape ", shape_string(t));
 }
 
-// `letters` spells the expected shape for the reader.
+// `letters` spells the expected shape symbolically, for the error message.
 inline void check_sizes(const Tensor& t, const char* name, const char* letters,
                         const int64_t* sizes, int64_t dim) {
-  bool fits = t.dim() == dim;
+  bool matches = t.dim() == dim;
   std::string expected = "[";
   for (int64_t i = 0; i < dim; ++i) {
     const int64_t size = sizes[i];
-    fits = fits && (size == kAny || t.size(i) == size);
+    matches = matches && (size == kAny || t.size(i) == size);
     expected += (i ? ", " : "") + (size == kAny ? std::string("any") : std::to_string(size));
   }
-  check(fits, name, ": expected shape ", letters, " = ", expected, "], got ", shape_string(t));
+  check(matches, name, ": expected shape ", letters, " = ", expected, "], got ", shape_string(t));
 }
 
 // check_shape(w, "weight", "[C]", {C})
@@ -91,7 +90,7 @@ inline void check_device(const Tensor& t, const char* name, const Tensor& like) 
         ": on another device than the op's first tensor");
 }
 
-// float32 or bfloat16, as the kernels know it.
+// The kernels' Dtype of a float32 or bfloat16 tensor.
 inline Dtype float_dtype(const Tensor& t, const char* name) {
   const auto type = t.scalar_type();
   check(type == ScalarType::Float || type == ScalarType::BFloat16, name,
@@ -99,7 +98,8 @@ inline Dtype float_dtype(const Tensor& t, const char* name) {
   return type == ScalarType::Float ? Dtype::f32 : Dtype::bf16;
 }
 
-// Contiguous, on the device of `like` and of dtype `type`: what most operands must be.
+// Checks that t is contiguous, on the device of `like` and of dtype `type`, as most operands must
+// be.
 inline void check_operand(const Tensor& t, const char* name, const Tensor& like, ScalarType type) {
   check_device(t, name, like);
   check_dtype(t, name, type);

@@ -1,7 +1,13 @@
-// The floating-point types that kernels know. No torch here: ISA passes and device code include it.
+// The floating-point types of the kernels. No torch here: ISA passes and device code include it.
 #pragma once
 
 #include <cstdint>
+
+#ifdef __CUDACC__
+#define VOX_HOST_DEVICE __host__ __device__
+#else
+#define VOX_HOST_DEVICE
+#endif
 
 namespace voxkern {
 

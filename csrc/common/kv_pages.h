@@ -1,11 +1,12 @@
-// Checks that the ops on the paged KV cache share; host side only.
+// Checks shared by the ops on the paged KV cache. Host only.
 #pragma once
 
 #include "common/check.h"
 
 namespace voxkern {
 
-// [T, H, D], each token's heads contiguous; tokens may be further apart (a view of one projection).
+// Checks [T, H, D]. The heads of a token are contiguous; the stride between tokens is free, so that
+// t may be a view of a fused projection.
 inline void check_heads(const Tensor& t, const char* name, const Tensor& like) {
   check_device(t, name, like);
   check_dtype(t, name, like.scalar_type());
@@ -15,7 +16,7 @@ inline void check_heads(const Tensor& t, const char* name, const Tensor& like) {
         name, ": expected the last two dimensions to be contiguous");
 }
 
-// k_pages and v_pages, [P, Hkv, S, D] for heads like q's.
+// Checks k_pages and v_pages, [P, Hkv, S, D] with q's dtype and head width.
 inline void check_pages(const Tensor& k_pages, const Tensor& v_pages, const Tensor& q) {
   check_operand(k_pages, "k_pages", q, q.scalar_type());
   check_shape(k_pages, "k_pages", "[P, Hkv, S, D]", {kAny, kAny, kAny, q.size(2)});
@@ -26,7 +27,7 @@ inline void check_pages(const Tensor& k_pages, const Tensor& v_pages, const Tens
         shape_string(k_pages), ", got ", shape_string(v_pages));
 }
 
-// Hq is a multiple of Hkv.
+// Checks that Hq is a multiple of Hkv.
 inline void check_groups(const Tensor& q, const Tensor& k_pages) {
   check(q.size(1) >= 1 && q.size(1) % k_pages.size(1) == 0, "q: expected a multiple of k_pages' ",
         k_pages.size(1), " heads, got shape ", shape_string(q));
@@ -40,9 +41,9 @@ inline void check_page_table(const Tensor& page_table, const Tensor& seq_lens, c
   check_shape(seq_lens, "seq_lens", "[B]", {page_table.size(0)});
 }
 
-// What positions and slots say, where the host can read it.
-inline void check_places(const int64_t* positions, const int64_t* slots, int64_t T,
-                         int64_t max_positions, int64_t num_slots) {
+// Checks the values of positions and slots, for tensors that the host can read.
+inline void check_positions_and_slots(const int64_t* positions, const int64_t* slots, int64_t T,
+                                      int64_t max_positions, int64_t num_slots) {
   for (int64_t t = 0; t < T; ++t) {
     check(positions[t] >= 0 && positions[t] < max_positions, "positions: expected 0 to ",
           max_positions - 1, ", the rows of rope_table, got ", positions[t], " at index ", t);
@@ -51,7 +52,8 @@ inline void check_places(const int64_t* positions, const int64_t* slots, int64_t
   }
 }
 
-// What seq_lens and page_table say, where the host can read it: every page that is used exists.
+// Checks the values of seq_lens and page_table, for tensors that the host can read: every page in
+// use exists.
 inline void check_page_table_values(const int32_t* page_table, const int32_t* seq_lens, int64_t B,
                                     int64_t M, int64_t S, int64_t P) {
   for (int64_t b = 0; b < B; ++b) {

@@ -1,4 +1,4 @@
-// A stack of Llama's layers (pre-norm, rotary GQA, SwiGLU) and the norm behind them.
+// A stack of Llama layers (pre-norm, rotary GQA, SwiGLU) and the final norm.
 #pragma once
 
 #include "common/weight.h"
@@ -23,7 +23,7 @@ struct LayersParams {
 #ifndef VOX_ISA
 namespace voxkern {
 
-// Layers of width C, on the device and of the dtype of `like`.
+// Params of layers of width C, with the device and dtype of `like`.
 inline LayersParams layers_params(const Tensor& like, int64_t C, const Tensor& attn_norm,
                                   const Tensor& qkv, const Tensor& o, const Tensor& mlp_norm,
                                   const Tensor& gate_up, const Tensor& down, const Tensor& norm,

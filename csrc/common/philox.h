@@ -1,14 +1,10 @@
-// Philox 4x32-10, the counter-based random numbers of every draw, on every device (Salmon et al.
+// Philox 4x32-10, the counter-based random numbers of every draw on every device (Salmon et al.
 // 2011, https://doi.org/10.1145/2063384.2063405).
 #pragma once
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define VOX_HOST_DEVICE __host__ __device__
-#else
-#define VOX_HOST_DEVICE
-#endif
+#include "common/dtype.h"
 
 namespace voxkern {
 namespace {  // internal linkage: CPU kernels are compiled once per instruction set
@@ -32,7 +28,7 @@ VOX_HOST_DEVICE inline PhiloxWords philox(PhiloxWords counter, uint32_t key0, ui
   return {{a, b, c, d}};
 }
 
-// The words for codes 4 * block .. 4 * block + 3 of one draw.
+// The random words of codes 4 * block .. 4 * block + 3 of one draw.
 VOX_HOST_DEVICE inline PhiloxWords draw_words(int64_t seed, int64_t frame, int64_t codebook,
                                               int64_t block) {
   const uint64_t s = static_cast<uint64_t>(seed), f = static_cast<uint64_t>(frame);
@@ -41,7 +37,7 @@ VOX_HOST_DEVICE inline PhiloxWords draw_words(int64_t seed, int64_t frame, int64
   return philox(counter, static_cast<uint32_t>(s), static_cast<uint32_t>(s >> 32));
 }
 
-// In (0, 1), symmetric about 1/2, exact in float32.
+// A uniform number in (0, 1), symmetric about 1/2, exact in float32.
 VOX_HOST_DEVICE inline float uniform(uint32_t word) {
   return static_cast<float>(word >> 9) * 0x1p-23f + 0x1p-24f;
 }

@@ -1,7 +1,9 @@
-// How one row's code is drawn: what the samplers of all devices take.
+// The sampling parameters of one row, as the samplers of all devices take them.
 #pragma once
 
 #include <cstdint>
+
+#include "common/dtype.h"
 
 namespace voxkern {
 
@@ -17,5 +19,26 @@ struct SamplerRow {
   int64_t frame;
   int64_t codebook;
 };
+
+namespace {  // internal linkage: CPU kernels are compiled once per instruction set
+
+// Row b of an op's [B] sampling arguments, without a repetition penalty.
+template <typename Params>
+VOX_HOST_DEVICE inline SamplerRow sampler_row(const Params& p, int64_t b, int64_t codebook) {
+  return {
+      .temperature = p.temperature[b],
+      .top_k = p.top_k[b],
+      .top_p = p.top_p[b],
+      .min_p = p.min_p[b],
+      .repetition_penalty = 1.0f,
+      .history = nullptr,
+      .W = 0,
+      .seed = p.seeds[b],
+      .frame = p.frames[b],
+      .codebook = codebook,
+  };
+}
+
+}  // namespace
 
 }  // namespace voxkern

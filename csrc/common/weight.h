@@ -1,49 +1,43 @@
-// The weight of linear layers, as every matrix product takes it: plain, or packed as
-// voxkern/quantize.py does it, in blocks of 16 rows that are read from their first byte to their
-// last. Rows past N are zeros.
+// The weight of a linear layer, as every GEMM takes it: plain, or packed by voxkern/quantize.py
+// into blocks of 16 rows, each read from first byte to last. Rows past N are zeros.
 //
-//   int8, int8 [..., N / 16, 16 C + 64]. Byte 64 i + 4 r + c is row r's column 4 i + c; 16 scales
-//     of the rows in float32 follow.
-//   int4, uint8 [..., N / 16, 8 C + C / 2 + 64]. Byte 64 i + 4 r + c holds row r's columns 8 i + c,
-//     in its low half, and 8 i + 4 + c, both 8 too large. Byte 16 g + r of the next C / 2 is the
-//     scale of row r's columns 32 g .. 32 g + 31: a sign, 3 bits of exponent, 4 of mantissa,
-//     (-1)^s 2^(e - 7) (1 + m / 16). 16 scales of the rows in float32 follow, for those to be
-//     multiplied with.
+//   int8: int8 [..., N / 16, 16 C + 64]. Byte 64 i + 4 r + c is row r, column 4 i + c. Then the 16
+//     row scales in float32.
+//   int4: uint8 [..., N / 16, 8 C + C / 2 + 64]. Byte 64 i + 4 r + c holds row r's column 8 i + c
+//   in
+//     its low half and column 8 i + 4 + c in its high half, both stored plus 8. Byte 16 g + r of
+//     the next C / 2 is the scale of row r's columns 32 g .. 32 g + 31: one sign bit, 3 bits of
+//     exponent and 4 of mantissa, (-1)^s 2^(e - 7) (1 + m / 16). Then the 16 row scales in float32,
+//     by which the group scales are multiplied.
 #pragma once
 
 #include "common/dtype.h"
 
-#ifdef __CUDACC__
-#define VOX_EVERYWHERE __host__ __device__
-#else
-#define VOX_EVERYWHERE
-#endif
-
 namespace voxkern {
 
-// plain: of the op's dtype. bf16: plain too, in an op whose activations are float32.
+// plain: unpacked, in the op's dtype. bf16: unpacked bfloat16 in an op with float32 activations.
 enum class Format : int32_t { plain, bf16, int8, int4 };
 
 constexpr int64_t kBlockRows = 16;
-constexpr int64_t kGroup = 32;  // columns that share a scale: x's always, W's in int4
+constexpr int64_t kGroup = 32;  // columns that share a scale: always in x, in W for int4
 
-// Of the values of 16 rows and 32 columns.
-VOX_EVERYWHERE constexpr int64_t group_bytes(Format format) {
+// Bytes of the values of 16 rows and 32 columns.
+VOX_HOST_DEVICE constexpr int64_t group_bytes(Format format) {
   return format == Format::int4 ? 256 : 512;
 }
-// Of the scales of 16 rows and 32 columns.
-VOX_EVERYWHERE constexpr int64_t scale_bytes(Format format) {
+// Bytes of the group scales of 16 rows and 32 columns.
+VOX_HOST_DEVICE constexpr int64_t scale_bytes(Format format) {
   return format == Format::int4 ? 16 : 0;
 }
-// Of 16 rows.
-VOX_EVERYWHERE constexpr int64_t block_bytes(Format format, int64_t C) {
+// Bytes of a block of 16 rows, row scales included.
+VOX_HOST_DEVICE constexpr int64_t block_bytes(Format format, int64_t C) {
   return C / kGroup * (group_bytes(format) + scale_bytes(format)) + 64;
 }
 
-// Matrices of one shape, one after the other.
+// One or more matrices of the same shape, stored contiguously.
 struct Weight {
   Format format;
-  const void* data;  // [..., N, C], of the op's dtype or packed
+  const void* data;  // [..., N, C], in the op's dtype or packed
   int64_t N, C;
 };
 
@@ -56,7 +50,7 @@ struct Weight {
 
 namespace voxkern {
 
-// By dtype: plain weights are of the op's own.
+// The format by dtype: uint8 is int4, int8 is int8, all else is plain.
 inline Format weight_format(const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Byte: return Format::int4;
@@ -65,7 +59,7 @@ inline Format weight_format(const Tensor& t) {
   }
 }
 
-// C of a weight whose number of dimensions was checked.
+// The number of columns C. The caller has checked t.dim().
 inline int64_t weight_columns(const Tensor& t) {
   const int64_t last = t.size(t.dim() - 1);
   switch (weight_format(t)) {
@@ -77,8 +71,8 @@ inline int64_t weight_columns(const Tensor& t) {
   return last;
 }
 
-// A weight whose plain shape is `sizes`, spelt by `letters`: they end in N and C, of which N may be
-// kAny. Then a packed weight's N is all that its blocks have room for.
+// Checks and returns a weight of plain shape `sizes` = [..., N, C]; `letters` spells the shape for
+// the error message. N may be kAny; a packed weight then has all the rows of its blocks.
 inline Weight weight_of(const Tensor& t, const char* name, const Tensor& like, const char* letters,
                         std::initializer_list<int64_t> sizes) {
   const Format format = weight_format(t);
@@ -101,7 +95,7 @@ inline Weight weight_of(const Tensor& t, const char* name, const Tensor& like, c
   };
 }
 
-// The same where all else is float32: a weight may be bfloat16 too.
+// weight_of for ops with float32 activations, where a plain weight may also be bfloat16.
 inline Weight mixed_weight_of(const Tensor& t, const char* name, const Tensor& like,
                               const char* letters, std::initializer_list<int64_t> sizes) {
   if (t.scalar_type() != ScalarType::BFloat16) return weight_of(t, name, like, letters, sizes);

@@ -1,4 +1,4 @@
-// append_kv: rotate q and k, write k and v to their slots of the paged KV cache.
+// append_kv: rotates q and k, and writes k and v to their slots of the paged KV cache.
 #pragma once
 
 #include "common/dtype.h"

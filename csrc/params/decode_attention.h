@@ -1,4 +1,4 @@
-// decode_attention: one query per sequence over its paged keys and values.
+// decode_attention: attention of one query per sequence over its paged keys and values.
 #pragma once
 
 #include "common/dtype.h"

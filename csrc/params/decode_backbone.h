@@ -1,7 +1,8 @@
-// decode_backbone: all layers of the backbone for one token of each sequence.
+// decode_backbone: all layers of the backbone for one new token of each sequence.
 #pragma once
 
 #include "common/layers.h"
+#include "params/decode_attention.h"
 
 namespace voxkern {
 
@@ -21,6 +22,34 @@ struct DecodeBackboneParams {
   void* out;  // [B, C]
 };
 
+namespace {  // internal linkage: CPU kernels are compiled once per instruction set
+
+// The attention of one layer, from qkv [B, (Hq + 2 Hkv) D] to out [B, Hq D].
+inline DecodeAttentionParams attention_params(const DecodeBackboneParams& p, int64_t layer,
+                                              const void* qkv, void* out) {
+  const LayersParams& l = p.layers;
+  const int64_t element_bytes = p.dtype == Dtype::f32 ? 4 : 2;
+  const int64_t pages = layer * p.P * l.Hkv * p.S * l.D * element_bytes;
+  return {
+      .dtype = p.dtype,
+      .B = p.B,
+      .Hq = l.Hq,
+      .Hkv = l.Hkv,
+      .D = l.D,
+      .S = p.S,
+      .M = p.M,
+      .q = qkv,
+      .q_stride = (l.Hq + 2 * l.Hkv) * l.D,
+      .k_pages = static_cast<const char*>(p.k_pages) + pages,
+      .v_pages = static_cast<const char*>(p.v_pages) + pages,
+      .page_table = p.page_table,
+      .seq_lens = p.seq_lens,
+      .scale = p.scale,
+      .out = out,
+  };
+}
+
+}  // namespace
 }  // namespace voxkern
 
 #ifndef VOX_ISA
@@ -30,7 +59,7 @@ struct DecodeBackboneParams {
 
 namespace voxkern {
 
-// `x` and `out` contiguous. The values in positions, slots and page_table are not looked at.
+// `x` and `out` contiguous. Does not read the values of positions, slots and page_table.
 inline DecodeBackboneParams decode_backbone_params(
     const Tensor& x, const Tensor& attn_norm, const Tensor& qkv, const Tensor& o,
     const Tensor& mlp_norm, const Tensor& gate_up, const Tensor& down, const Tensor& norm,

@@ -1,4 +1,4 @@
-// decode_depth: the depth decoder, from codebook 0 to a whole frame.
+// decode_depth: the depth decoder, which completes a frame from its code of codebook 0.
 #pragma once
 
 #include "common/layers.h"
@@ -21,7 +21,7 @@ struct DecodeDepthParams {
   const int64_t* seeds;      // [B]
   const int64_t* frames;     // [B]
   int64_t* out;              // [B, K], code0 already in column 0
-  void* workspace;           // as large as the device's kernel wants it
+  void* workspace;           // its size depends on the device's kernel
 };
 
 }  // namespace voxkern
@@ -31,7 +31,7 @@ struct DecodeDepthParams {
 
 namespace voxkern {
 
-// `hidden` contiguous. The codes in code0 are not looked at; out and workspace are left null.
+// `hidden` contiguous. Leaves out and workspace null and does not read the values of code0.
 inline DecodeDepthParams decode_depth_params(
     const Tensor& hidden, const Tensor& code0, const Tensor& audio_rows, const Tensor& projection,
     const Tensor& attn_norm, const Tensor& qkv, const Tensor& o, const Tensor& mlp_norm,

@@ -1,4 +1,4 @@
-// embed_frames: the sum of a frame's audio rows and its text row, where the mask is set.
+// embed_frames: for each frame, the sum of the audio rows and the text row whose mask is set.
 #pragma once
 
 #include "common/dtype.h"

@@ -22,7 +22,7 @@ struct LinearParams {
 
 namespace voxkern {
 
-// What `linear` returns for x and weight, not filled.
+// The uninitialised result of `linear`.
 inline Tensor linear_out(const Tensor& x, const Tensor& weight) {
   check(x.dim() >= 1, "x: expected [..., C], got a scalar");
   check_dim(weight, "weight", 2);

@@ -1,4 +1,5 @@
-// mimi_conv: a causal convolution over blocks of samples, as a product with windows of its input.
+// mimi_conv: a causal convolution over blocks of samples, computed as a GEMM with windows of its
+// input.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +9,7 @@
 namespace voxkern {
 
 struct MimiConvParams {
-  Dtype dtype;  // the weight's
+  Dtype dtype;  // of the weight
   int64_t B, T, C, N;
   int64_t J, dilation;
   bool elu;
@@ -29,7 +30,7 @@ struct MimiConvParams {
 
 namespace voxkern {
 
-// All contiguous. `out` is left null.
+// All tensors contiguous. Leaves `out` null.
 inline MimiConvParams mimi_conv_params(const Tensor& x, const Tensor& past, const Tensor& weight,
                                        const Tensor& bias, const Tensor* add, int64_t dilation,
                                        bool elu) {

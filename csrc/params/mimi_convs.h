@@ -1,5 +1,4 @@
-// mimi_convs: convolutions of streams one after another, each a mimi_conv, by a plan. Host side
-// only.
+// mimi_convs: a sequence of mimi_conv calls described by a plan. Host only.
 #pragma once
 
 #include <vector>
@@ -8,13 +7,13 @@
 
 namespace voxkern {
 
-// What a convolution is, as it lies in the plan.
+// One convolution, in the layout of the plan (voxkern.ops.mimi_convs documents the fields).
 struct MimiConvStep {
   int64_t input, add, dilation, elu, block_in, block_out, replicate;
 };
 
-// The last convolution's output. conv(i, step, from, blocks, add) is that of convolution i for
-// `blocks`, which are the samples `from` seen as blocks; `add` may be null.
+// Returns the output of the last convolution. conv(i, step, from, blocks, add) computes convolution
+// i of `blocks`, a view of the samples `from` as blocks; `add` may be null.
 template <typename Conv>
 Tensor walk_convs(const Tensor& x, const Tensor& fresh, const std::vector<Tensor>& past,
                   const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
@@ -37,7 +36,7 @@ Tensor walk_convs(const Tensor& x, const Tensor& fresh, const std::vector<Tensor
   for (int64_t i = 0; i < n; ++i) {
     const MimiConvStep& step = steps[i];
     check(step.input >= 0 && step.input <= i && step.add >= -1 && step.add <= i,
-          "plan: convolution ", i, " takes what is not there yet");
+          "plan: convolution ", i, " reads an output that does not exist yet");
     check(step.block_in >= 1 && step.block_out >= 1, "plan: expected blocks of 1 or more");
     last_use[step.input] = i;
     if (step.add >= 0) last_use[step.add] = i;
@@ -60,7 +59,7 @@ Tensor walk_convs(const Tensor& x, const Tensor& fresh, const std::vector<Tensor
         step.block_out == 1
             ? out
             : torch::stable::view(out, {B, T * step.block_out, out.size(2) / step.block_out}));
-    // What is used no more makes room, on a CPU in its cache.
+    // Free the outputs that no later convolution reads; on a CPU this frees cache, too.
     for (int64_t j = 0; j <= i; ++j)
       if (last_use[j] <= i) values[j] = Tensor();
   }

@@ -1,5 +1,5 @@
-// mimi_transformer: the codec's transformer over some steps of each stream, with a window of keys.
-// A stream's keys lie in a ring: that of position p in slot p % capacity.
+// mimi_transformer: the codec's transformer over T steps of each stream, with a sliding window of
+// keys. The keys of a stream form a ring: position p is in slot p % capacity.
 #pragma once
 
 #include "common/weight.h"
@@ -12,7 +12,7 @@ struct MimiTransformerParams {
   int64_t B, T, C, L, F, Hq, Hkv, D;
   const float* x;            // [B, T, C]
   const int64_t* positions;  // [B]
-  const float* norms;        // [L, 4, C]: scale and bias before attention, scale and bias after
+  const float* norms;        // [L, 4, C]: scale, bias of the norm before attention, then after
   Weight qkv;                // [L, (Hq + 2 Hkv) D, C]
   const float* qkv_bias;     // [L, (Hq + 2 Hkv) D]
   Weight o;                  // [L, C, Hq D]
@@ -45,7 +45,8 @@ inline Activation activation_of(const std::string& name) {
   return Activation::silu;
 }
 
-// All contiguous. `out` and `rotations` are left null; the values in positions are not looked at.
+// All tensors contiguous. Leaves `out` and `rotations` null and does not read the values of
+// positions.
 inline MimiTransformerParams mimi_transformer_params(
     const Tensor& x, const Tensor& positions, const Tensor& frequencies, const Tensor& norms,
     const Tensor& qkv, const Tensor& qkv_bias, const Tensor& o, const Tensor& o_bias,

@@ -1,5 +1,5 @@
-// rms_norm and add_rms_norm: y = x / sqrt(mean(x^2) + eps) * weight, x the sum with a residual or
-// not.
+// rms_norm and add_rms_norm: out = x / sqrt(mean(x^2) + eps) * weight; add_rms_norm first adds a
+// residual to x.
 #pragma once
 
 #include "common/dtype.h"

@@ -1,4 +1,5 @@
-// sample_tokens: repetition penalty, temperature, top-k, top-p, min-p, draw; one code per row.
+// sample_tokens: draws one code per row after repetition penalty, temperature, top-k, top-p and
+// min-p.
 #pragma once
 
 #include "common/dtype.h"
@@ -28,7 +29,7 @@ struct SampleTokensParams {
 
 namespace voxkern {
 
-// The sampling arguments of every op that draws: contiguous [B] tensors.
+// Checks the sampling arguments of an op that draws: contiguous [B] tensors.
 inline void check_sampling(const Tensor& like, int64_t B, const Tensor& temperature,
                            const Tensor& top_k, const Tensor& top_p, const Tensor& min_p,
                            const Tensor& seeds, const Tensor& frames) {

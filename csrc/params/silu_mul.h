@@ -22,7 +22,7 @@ struct SiluMulParams {
 
 namespace voxkern {
 
-// What `silu_mul` returns for gate_up, not filled.
+// The uninitialised result of `silu_mul`.
 inline Tensor silu_mul_out(const Tensor& gate_up) {
   check(gate_up.dim() >= 1 && gate_up.size(gate_up.dim() - 1) % 2 == 0,
         "gate_up: expected [..., 2F], got shape ", shape_string(gate_up));

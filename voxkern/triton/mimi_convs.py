@@ -30,7 +30,7 @@ def mimi_convs(
         source, add, dilation, elu, block_in, block_out, replicate = plan[7 * i : 7 * i + 7]
         check(
             0 <= source <= i and -1 <= add <= i,
-            f"plan: convolution {i} takes what is not there yet",
+            f"plan: convolution {i} reads an output that does not exist yet",
         )
         check(block_in >= 1 and block_out >= 1, "plan: expected blocks of 1 or more")
         samples = values[source]

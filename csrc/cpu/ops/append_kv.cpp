@@ -56,7 +56,7 @@ void append_kv_cpu(Tensor q, Tensor k, Tensor v, Tensor rope_table, Tensor posit
                    Tensor k_pages, Tensor v_pages) {
   const AppendKvParams p =
       append_kv_params(q, k, v, rope_table, positions, slots, k_pages, v_pages);
-  check_places(p.positions, p.slots, p.T, rope_table.size(0), k_pages.size(0) * p.S);
+  check_positions_and_slots(p.positions, p.slots, p.T, rope_table.size(0), k_pages.size(0) * p.S);
   append_kv(p);
 }
 

@@ -35,31 +35,6 @@ struct Private {
         scratch(arena.take<float>(SplitAttention<T>::scratch_size(attention))) {}
 };
 
-// One layer's attention, as decode_attention takes it.
-template <typename T>
-DecodeAttentionParams attention_params(const DecodeBackboneParams& p, const LayerBuffers<T>& all,
-                                       int64_t layer) {
-  const LayersParams& l = p.layers;
-  const int64_t at = layer * p.P * l.Hkv * p.S * l.D;
-  return {
-      .dtype = p.dtype,
-      .B = p.B,
-      .Hq = l.Hq,
-      .Hkv = l.Hkv,
-      .D = l.D,
-      .S = p.S,
-      .M = p.M,
-      .q = all.qkv,
-      .q_stride = (l.Hq + 2 * l.Hkv) * l.D,
-      .k_pages = static_cast<const T*>(p.k_pages) + at,
-      .v_pages = static_cast<const T*>(p.v_pages) + at,
-      .page_table = p.page_table,
-      .seq_lens = p.seq_lens,
-      .scale = p.scale,
-      .out = all.attended,
-  };
-}
-
 // One thread's part of the call.
 template <typename T>
 class Worker {
@@ -84,7 +59,8 @@ class Worker {
 
  private:
   void attend(int64_t layer) const {
-    const DecodeAttentionParams params = attention_params<T>(p_, all_.layers, layer);
+    const DecodeAttentionParams params =
+        attention_params(p_, layer, all_.layers.qkv, all_.layers.attended);
     const SplitAttention<T> attention(params, all_.splits);
     layers_.each_head(p_.B, [&](int64_t b, int64_t h) { append(layer, b, h); });
     if (layers_.own_heads()) {
@@ -128,7 +104,8 @@ void run(const DecodeBackboneParams& p) {
   Arena arena(block);
   const Shared<T> all(arena, p);
   auto job = [&](int rank, int size) {
-    const DecodeAttentionParams attention = attention_params<T>(p, all.layers, 0);
+    const DecodeAttentionParams attention =
+        attention_params(p, 0, all.layers.qkv, all.layers.attended);
     Arena own_count(nullptr);
     Private<T>(own_count, p, attention);
     // Taken by the thread that uses it, so it lies in that processor's memory.
@@ -169,7 +146,7 @@ Tensor decode_backbone_cpu(Tensor x, Tensor attn_norm, Tensor qkv, Tensor o, Ten
   const DecodeBackboneParams p = decode_backbone_params(
       x, attn_norm, qkv, o, mlp_norm, gate_up, down, norm, rope_table, num_heads, num_kv_heads, eps,
       positions, slots, k_pages, v_pages, page_table, seq_lens, out);
-  check_places(p.positions, p.slots, p.B, rope_table.size(0), p.P * p.S);
+  check_positions_and_slots(p.positions, p.slots, p.B, rope_table.size(0), p.P * p.S);
   check_page_table_values(p.page_table, p.seq_lens, p.B, p.M, p.S, p.P);
   if (p.B > 0) decode_backbone(p);
   return out;

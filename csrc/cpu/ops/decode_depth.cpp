@@ -118,18 +118,7 @@ class Worker {
     Team::barrier();
     const Range mine = split(p_.B, 1, rank_, size_);
     for (int64_t b = mine.begin; b < mine.end; ++b) {
-      const SamplerRow row = {
-          .temperature = p_.temperature[b],
-          .top_k = p_.top_k[b],
-          .top_p = p_.top_p[b],
-          .min_p = p_.min_p[b],
-          .repetition_penalty = 1.0f,
-          .history = nullptr,
-          .W = 0,
-          .seed = p_.seeds[b],
-          .frame = p_.frames[b],
-          .codebook = codebook,
-      };
+      const SamplerRow row = sampler_row(p_, b, codebook);
       p_.out[b * p_.K + codebook] = sample_row(all_.logits + b * p_.V, p_.V, row, own_.sampler);
     }
   }

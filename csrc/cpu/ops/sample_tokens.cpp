@@ -16,18 +16,10 @@ void run(const SampleTokensParams& p) {
   parallel_for(p.B, 1, p.B * p.V * 16, [&](int64_t begin, int64_t end) {
     void* const scratch = __builtin_malloc(sampler_scratch_bytes(p.V));
     for (int64_t b = begin; b < end; ++b) {
-      const SamplerRow row = {
-          .temperature = p.temperature[b],
-          .top_k = p.top_k[b],
-          .top_p = p.top_p[b],
-          .min_p = p.min_p[b],
-          .repetition_penalty = p.repetition_penalty[b],
-          .history = p.history + b * p.W,
-          .W = p.W,
-          .seed = p.seeds[b],
-          .frame = p.frames[b],
-          .codebook = p.codebook,
-      };
+      SamplerRow row = sampler_row(p, b, p.codebook);
+      row.repetition_penalty = p.repetition_penalty[b];
+      row.history = p.history + b * p.W;
+      row.W = p.W;
       p.out[b] = sample_row(static_cast<const T*>(p.logits) + b * p.V, p.V, row, scratch);
     }
     __builtin_free(scratch);
