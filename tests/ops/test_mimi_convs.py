@@ -70,7 +70,7 @@ def test_a_stream_that_begins_repeats_its_first_sample(target):
         (lambda a: a["biases"].pop(), "biases: expected 5 entries"),
         (lambda a: a["plan"].__setitem__(0, 1), "plan: convolution 0 reads an output that does"),
         (lambda a: a["plan"].__setitem__(8, 2), "plan: convolution 1 reads an output that does"),
-        (lambda a: a["plan"].__setitem__(0, -1), "plan: convolution 0 takes"),
+        (lambda a: a["plan"].__setitem__(0, -1), "plan: convolution 0 reads an output that does"),
         (lambda a: a["plan"].__setitem__(4, 0), "plan: expected blocks of 1 or more"),
         (lambda a: a["plan"].__setitem__(4, 3), "x: expected whole blocks of 3"),
         (lambda a: a["plan"].__setitem__(26, 7), "biases: expected whole blocks of 7"),
