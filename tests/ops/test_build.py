@@ -66,6 +66,7 @@ def build(folder: Path, cuda: str, breaks: str = "nothing") -> subprocess.Comple
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cuda", "content"), [("on", "new\n"), ("off", None)])
 def test_both_libraries_lie_beside_the_sources(tmp_path, cuda, content):
     done = build(tmp_path, cuda)
@@ -75,6 +76,7 @@ def test_both_libraries_lie_beside_the_sources(tmp_path, cuda, content):
     assert (library.read_text() if library.exists() else None) == content
 
 
+@pytest.mark.slow
 def test_a_cuda_build_that_fails_leaves_the_cpu_kernels(tmp_path):
     done = build(tmp_path, "auto", breaks="auto")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -83,5 +85,6 @@ def test_a_cuda_build_that_fails_leaves_the_cpu_kernels(tmp_path):
     assert not (tmp_path / "voxkern" / "_C_cuda.so").exists()
 
 
+@pytest.mark.slow
 def test_a_cuda_build_that_was_asked_for_must_not_fail(tmp_path):
     assert build(tmp_path, "on", breaks="on").returncode != 0

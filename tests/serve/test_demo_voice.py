@@ -60,6 +60,7 @@ def test_speakers_differ_in_pitch(spoken):
     assert sorted(high)[len(high) // 2] > 1.3 * sorted(low)[len(low) // 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("speaker", [0, 1])
 def test_recogniser_understands(spoken, judge, speaker):
     heard = [judge.transcribe(audio) for audio, _ in spoken[speaker]]

@@ -42,7 +42,13 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("with_context", [False, True], ids=["alone", "with context"])
 @pytest.mark.parametrize("rope", ["llama3", "default"])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param(shape, id=name, marks=pytest.mark.slow if shape.num_codebooks > 8 else ())
+        for name, shape in SHAPES.items()
+    ],
+)
 @pytest.mark.parametrize("device", DEVICES)
 def test_greedy_codes_equal_transformers(folder, device, shape, rope, with_context):
     tiny = build_tiny(shape, seed=1, rope=rope)
@@ -72,6 +78,7 @@ def cuda_kernels_on_the_host(monkeypatch):
     monkeypatch.setattr(backend, "implementation", implementation)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cuda_kernels_on_the_host")
 @pytest.mark.parametrize("shape", ["gqa", "mqa"])
 def test_greedy_codes_of_cuda_kernels_equal_transformers(folder, shape):
@@ -84,6 +91,7 @@ def test_greedy_codes_of_cuda_kernels_equal_transformers(folder, shape):
         assert torch.equal(spoken[request.id][0], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_greedy_codes_of_cuda_kernels_with_packed_weights_are_the_cpus(
     folder, quantize, request, monkeypatch

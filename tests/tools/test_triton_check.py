@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "triton_check.py"
 
