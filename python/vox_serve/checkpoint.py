@@ -1,6 +1,6 @@
-"""The files of a checkpoint folder: which of them hold the weights, and reading tensors from them.
+"""Finds the weight files in a checkpoint folder and reads tensors from them.
 
-Nothing is unpickled unless the caller says so, and then only plain tensors.
+Nothing is unpickled unless the caller allows it, and then only plain tensors.
 """
 
 import json
@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-# Files with the codec alone; never taken for the model.
+# Files that hold only the codec; never mistaken for the model.
 CODEC_FILE_PATTERNS = ("mimi.safetensors", "tokenizer-*.safetensors")
 PICKLE_FILE = "ckpt.pt"
 CODEC_PREFIX = "codec_model."
@@ -22,14 +22,14 @@ _USUAL_FILES = (f"transformers{_INDEX_SUFFIX}", f"model{_INDEX_SUFFIX}", "model.
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message is one line that names the culprit."""
+    """An invalid checkpoint; the message is one line that names the file or tensor."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Parse a file that must hold a JSON object.
 
     Raises:
-        CheckpointError: the file is missing, is no JSON, or holds something else.
+        CheckpointError: the file is missing, is not JSON, or holds something else.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -45,16 +45,16 @@ def read_json(path: Path) -> dict[str, Any]:
 def weights_entry(config: Mapping[str, Any], files: Iterable[str]) -> str | None:
     """The file that holds the model's weights, or the index that names its shards.
 
-    A repository may hold the model twice, in transformers' format and in the original one. First
-    what config.json names as `transformers_weights`, then transformers' indexes, then
-    `model.safetensors` (either format), then a `.safetensors` file that is alone.
+    A repository may hold the model twice, in transformers' format and in the original one. The
+    first that exists is used: the file that config.json names as `transformers_weights`,
+    transformers' indexes, `model.safetensors` (either format), a single `.safetensors` file.
 
     Args:
-        config: config.json.
+        config: config.json, parsed.
         files: names of the files in the folder or repository, relative to it.
 
     Returns:
-        A name out of `files`, or None.
+        A name in `files`, or None.
     """
     files = set(files)
     named = config.get("transformers_weights")
@@ -67,15 +67,15 @@ def weights_entry(config: Mapping[str, Any], files: Iterable[str]) -> str | None
 
 
 def is_codec_file(name: str) -> bool:
-    """Whether a file is by its name the codec's."""
+    """True if a file's name marks it as the codec's."""
     return any(PurePosixPath(name).match(pattern) for pattern in CODEC_FILE_PATTERNS)
 
 
 def shard_names(index: Mapping[str, Any], index_name: str) -> list[str]:
-    """The files that an index names, relative to its folder.
+    """The shards that an index names, relative to its folder.
 
     Raises:
-        CheckpointError: no `weight_map`, or a file outside the folder.
+        CheckpointError: the index has no `weight_map`, or names a file outside its folder.
     """
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
@@ -84,7 +84,7 @@ def shard_names(index: Mapping[str, Any], index_name: str) -> list[str]:
     for name in names:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
-            raise CheckpointError(f"{index_name} names {name}, which is outside of its folder")
+            raise CheckpointError(f"{index_name} names {name}, which is outside its folder")
     return names
 
 
@@ -92,7 +92,7 @@ def find_weights(folder: Path, config: Mapping[str, Any], allow_pickle: bool) ->
     """The files that hold the model's weights (see `weights_entry`).
 
     Raises:
-        CheckpointError: there are none, a shard is missing, or only pickled ones and
+        CheckpointError: there are none, a shard is missing, or there are only pickled ones and
             `allow_pickle` is false.
     """
     files = [path.name for path in folder.iterdir()]
@@ -111,18 +111,18 @@ def find_weights(folder: Path, config: Mapping[str, Any], allow_pickle: bool) ->
     paths = [folder / name for name in shard_names(read_json(folder / entry), entry)]
     for path in paths:
         if not path.is_file():
-            raise CheckpointError(f"{folder / entry} names {path.name}, which is not there")
+            raise CheckpointError(f"{folder / entry} names {path.name}, which does not exist")
     return paths
 
 
 def find_codec(folder: Path) -> Path | None:
-    """The codec's own file in a model's folder, if there is one."""
+    """The codec's own file in a model's folder, or None."""
     found = (file for pattern in CODEC_FILE_PATTERNS for file in sorted(folder.glob(pattern)))
     return next(found, None)
 
 
 class TensorFiles:
-    """The tensors of one or more files by name, each read when it is asked for.
+    """The tensors of one or more files by name, each read on request.
 
     Args:
         paths: safetensors files, or one pickle file (`.pt`), which is opened with
@@ -147,14 +147,14 @@ class TensorFiles:
         return set(self._source)
 
     def read(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """A floating-point tensor, on the CPU, as it is in the file.
+        """Read a floating-point tensor to the CPU, in the file's dtype.
 
         Args:
-            name: of the tensor.
-            shape: what it must have.
+            name: name of the tensor.
+            shape: the expected shape; None to accept any.
 
         Raises:
-            CheckpointError: there is none of this name, or its shape or dtype is wrong.
+            CheckpointError: the tensor is missing, or its shape or dtype is wrong.
         """
         where = ", ".join(str(path) for path in self.paths)
         if name not in self._source:
@@ -171,9 +171,9 @@ class TensorFiles:
 
 
 class _Safetensors:
-    """A safetensors file that is mapped for as long as one of its tensors is in use.
+    """A safetensors file, mapped only while one of its tensors is in use.
 
-    Kept mapped, it would in the end lie in memory beside the weights read from it.
+    If it stayed mapped, its pages would in the end occupy memory next to the weights read from it.
     """
 
     def __init__(self, path: Path):
@@ -195,7 +195,7 @@ class _Pickled:
     def __init__(self, path: Path):
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # torch.load raises whatever the bytes make it raise
+        except Exception as error:  # which errors torch.load raises depends on the bytes
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(f"{path} cannot be read as plain tensors: {reason}") from None
         if not isinstance(tensors, dict):

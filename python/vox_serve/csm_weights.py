@@ -1,4 +1,4 @@
-"""CSM's weights as the ops take them: stacked over layers, fused where they are used together."""
+"""CSM's weights as the ops take them: stacked over layers, and fused if used together."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -12,30 +12,30 @@ from voxkern import ops
 from voxkern.quantize import BLOCK_ROWS, GROUP, format_of, pack, packed_shape
 
 MATRICES = ("qkv", "o", "gate_up", "down")
-"""Of a transformer's layers: those that may be packed."""
+"""The matrices of a transformer's layers that may be packed."""
 
 PACKINGS: dict[str, dict[str, str]] = {
     "none": {},
     "int8": {"backbone": "int8", "depth": "int8", "code_heads": "int8"},
     "int4": {"backbone": "int4", "depth": "int4", "code_heads": "int8"},
 }
-"""What `--quantize` packs, in which format of `voxkern.quantize`; "backbone" and "depth" are the
-matrices of their layers. The rest stays plain: embeddings, norms, the head of codebook 0, the
-projection."""
+"""The weights packed by each `--quantize` value, and their format in `voxkern.quantize`. "backbone"
+and "depth" are the matrices of their layers. All other weights stay plain: embeddings, norms, the
+head of codebook 0, the projection."""
 
 _CHUNK = 2048
-"""Rows of a table projected at a time, so that it needs little memory besides its result."""
+"""Rows of a table projected at a time, to need little memory beyond the result."""
 
 
 @dataclass(frozen=True)
 class TransformerWeights:
     """One transformer's weights, stacked over its L layers so that one op call can take them all.
 
-    The `MATRICES` may be packed. Their shapes are those of plain ones here.
+    The `MATRICES` may be packed; the shapes below are those of plain ones.
 
     Attributes:
         attn_norm: `[L, C]`.
-        qkv: `[L, (Hq + 2 Hkv) * D, C]`, q rows first, then k, then v; rotary halves split.
+        qkv: `[L, (Hq + 2 Hkv) * D, C]`, q rows first, then k, then v; half-split rotary pairs.
         o: `[L, C, Hq * D]`.
         mlp_norm: `[L, C]`.
         gate_up: `[L, 2F, C]`, gate rows first.
@@ -53,7 +53,7 @@ class TransformerWeights:
 
     @staticmethod
     def shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
-        """The plain shapes of a config's tensors, by name."""
+        """Plain (unpacked) shapes of a config's tensors, by name."""
         layers, dim = config.num_layers, config.dim
         return {
             "attn_norm": (layers, dim),
@@ -68,15 +68,15 @@ class TransformerWeights:
 
 @dataclass(frozen=True)
 class CsmWeights:
-    """All of CSM's weights, on one device and of one dtype, but for those that are packed.
+    """All of CSM's weights, on one device and of one dtype, except the packed ones.
 
     Attributes:
         backbone: predicts codebook 0, width C.
         depth: predicts the other codebooks, width Cd.
         text_table: `[text vocabulary, C]`.
         audio_table: `[K * V, C]`; code c of codebook k is row `k * V + c`.
-        depth_audio_rows: `[K * V, Cd]`, the depth decoder's table, which may be another one than
-            the backbone's, through the projection.
+        depth_audio_rows: `[K * V, Cd]`, the depth decoder's audio table (which may differ from the
+            backbone's) after the projection.
         code0_head: `[V, C]`.
         projection: `[Cd, C]`, from the backbone's width to the depth decoder's.
         code_heads: `[K - 1, V, Cd]`; head k predicts codebook k + 1; may be packed.
@@ -93,7 +93,7 @@ class CsmWeights:
 
     @staticmethod
     def shapes(config: CsmConfig) -> dict[str, tuple[int, ...]]:
-        """The plain shapes of a config's tensors outside the layers."""
+        """Plain (unpacked) shapes of a config's tensors outside the layers."""
         codes, dim = config.audio_vocab_size, config.backbone.dim
         return {
             "text_table": (config.text_vocab_size, dim),
@@ -112,10 +112,10 @@ class CsmWeights:
         device: torch.device | str = "cpu",
         quantize: str = "none",
     ) -> "CsmWeights":
-        """Uninitialised tensors of a config's shapes.
+        """Uninitialised tensors in a config's shapes.
 
         Raises:
-            ValueError: a matrix that `quantize`, a key of `PACKINGS`, names cannot be packed.
+            ValueError: a matrix that `quantize`, a key of `PACKINGS`, packs has unsuitable sizes.
         """
         packing = PACKINGS[quantize]
 
@@ -123,12 +123,12 @@ class CsmWeights:
             if format is None:
                 return torch.empty(shape, dtype=dtype, device=device)
             rows, columns = shape[-2:]
-            # Only the heads' ops are told how many of a last block's rows count.
+            # Only the ops that use the heads know how many rows of the last block are valid.
             if columns % GROUP or (rows % BLOCK_ROWS and name != "code_heads"):
                 raise ValueError(
                     f"quantize {quantize} does not fit this model: {name} is {rows} x {columns}, "
-                    f"and packed matrices have columns in a multiple of {GROUP} and rows in one of "
-                    f"{BLOCK_ROWS}"
+                    f"but packed matrices need a multiple of {GROUP} columns and a multiple of "
+                    f"{BLOCK_ROWS} rows"
                 )
             packed_dtype = torch.int8 if format == "int8" else torch.uint8
             return torch.empty(packed_shape(shape, format), dtype=packed_dtype, device=device)
@@ -151,14 +151,14 @@ class CsmWeights:
         )
 
     def named(self) -> dict[str, Tensor]:
-        """Every tensor by its attribute's name, such as `text_table` and `depth.qkv`."""
+        """All tensors by attribute name, such as `text_table` and `depth.qkv`."""
         return _named(self, "")
 
     def with_named(self, tensors: Mapping[str, Tensor]) -> "CsmWeights":
-        """The weights whose `named()` is `tensors`.
+        """New weights whose `named()` is `tensors`.
 
         Raises:
-            ValueError: they are not these weights' names, shapes and dtypes.
+            ValueError: names, shapes or dtypes differ from those of these weights.
         """
         for name, tensor in self.named().items():
             got = tensors.get(name)
@@ -175,13 +175,13 @@ class CsmWeights:
         device: torch.device | str = "cpu",
         quantize: str = "none",
     ) -> "CsmWeights":
-        """Random weights at the cost of writing them: one block of noise, tiled.
+        """Random weights, as fast as memory can be written: one block of noise, tiled.
 
-        The block is scaled per tensor so that activations keep their size; norms are ones. The
-        depth decoder's audio table is the backbone's.
+        The block is scaled per tensor to keep the size of activations; norms are ones. Both
+        transformers share one audio table.
         """
         generator = torch.Generator().manual_seed(seed)
-        # An odd length, so that no two rows of a matrix are alike before the tiles come round.
+        # An odd length, so that the rows of a matrix differ until the tiles repeat.
         noise = torch.randn((1 << 20) + 7, generator=generator, device="cpu").to(device)
         weights = cls.empty(config, dtype, device, quantize)
         for part, sizes in ((weights.backbone, config.backbone), (weights.depth, config.depth)):
@@ -197,7 +197,7 @@ class CsmWeights:
         return weights
 
     def project_audio_rows(self, table: Tensor) -> None:
-        """Fill `depth_audio_rows`, bit for bit as a product at every step would.
+        """Fill `depth_audio_rows`: bit for bit the projection that each step would compute.
 
         Args:
             table: `[K * V, C]`, the depth decoder's audio table, on any device, of any float dtype.

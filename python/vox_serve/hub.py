@@ -1,4 +1,4 @@
-"""From a model's name to a folder on this machine, downloading it if need be."""
+"""Resolves a model's name to a local folder, downloading it if necessary."""
 
 import re
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from vox_serve.checkpoint import CODEC_FILE_PATTERNS, CheckpointError, read_json
 from vox_serve.config import DEFAULT_CODEC
 
 BUILT_IN_VOICES = Path(__file__).parent / "builtin"
-"""A folder for every voice that comes with the package."""
+"""Holds one folder for each voice in the package."""
 
 REACH_TIMEOUT_S = 5.0
 
@@ -24,18 +24,18 @@ _SETTINGS_PATTERNS = (
 
 
 class ModelNotFoundError(FileNotFoundError):
-    """A model or codec is not to be had; the message is one line that says what to do."""
+    """A model or codec is unavailable; the message is one line that says what to do."""
 
 
 class FileMissingError(ModelNotFoundError):
-    """The repository is there, but lacks a file."""
+    """The repository exists but lacks a file."""
 
 
 def resolve_model(name: str) -> Path:
-    """The folder of a model, downloaded from the Hugging Face hub unless it is here.
+    """The folder of a model, downloaded from the Hugging Face hub if it is not local.
 
-    Of a repository that holds the model in two formats, only transformers' is downloaded. With
-    `HF_HUB_OFFLINE=1`, or without a network, only the local cache is asked.
+    If a repository holds the model in two formats, only transformers' format is downloaded. With
+    `HF_HUB_OFFLINE=1`, or without a network, only the local cache is searched.
 
     Args:
         name: a built-in voice, a local folder, or a hub id such as `sesame/csm-1b`.
@@ -48,7 +48,7 @@ def resolve_model(name: str) -> Path:
     if path := _local(name):
         if path.is_dir():
             return path
-        raise ModelNotFoundError(f"{name} is a file: give the folder that it lies in")
+        raise ModelNotFoundError(f"{name} is a file: give the folder that contains it")
     if not _HUB_ID.fullmatch(name):
         raise ModelNotFoundError(
             f"no model {name!r}: it is no folder, no built-in voice "
@@ -60,7 +60,7 @@ def resolve_model(name: str) -> Path:
 
 
 def resolve_codec(name: str | None = None) -> Path:
-    """The file or folder of a Mimi codec, downloaded from the Hugging Face hub unless it is here.
+    """The file or folder of a Mimi codec, downloaded from the Hugging Face hub if it is not local.
 
     Args:
         name: a local file or folder, or a hub id; None for `kyutai/mimi`.
@@ -76,30 +76,30 @@ def resolve_codec(name: str | None = None) -> Path:
             f"no codec {name!r}: it is no file, no folder and no hub id such as {DEFAULT_CODEC}"
         )
     hub = _Hub(name, "--codec with a local folder or file", needs_settings=False)
-    # Beside moshi's codec lies moshi's language model, under the name that a Mimi's weights have.
+    # moshi's repositories also hold its language model, under the name of a Mimi's weights.
     is_mimi = hub.settings.get("model_type") == "mimi"
     weights = ["model.safetensors"] if is_mimi else CODEC_FILE_PATTERNS
     return hub.snapshot(["config.json", *weights])
 
 
 def built_in_voices() -> list[str]:
-    """Names of the voices that come with the package."""
+    """Names of the voices in the package."""
     if not BUILT_IN_VOICES.is_dir():
         return []
     return sorted(path.name for path in BUILT_IN_VOICES.iterdir() if path.is_dir())
 
 
 def _local(name: str) -> Path | None:
-    """The file or folder of this name, if there is one."""
+    """The local file or folder of this name, if it exists."""
     try:
         path = Path(name).expanduser()
         return path if name.strip() and path.exists() else None
-    except (OSError, RuntimeError, ValueError):  # too long, nobody's home, a zero byte
+    except (OSError, RuntimeError, ValueError):  # too long, an unknown user's home, a zero byte
         return None
 
 
 def _weight_patterns(hub: "_Hub") -> list[str]:
-    """What to download as weights: what config.json names, else all safetensors files."""
+    """Patterns of the weight files: those that config.json names, else all safetensors files."""
     entry = hub.settings.get("transformers_weights")
     if not isinstance(entry, str):
         return ["*.safetensors", "*.safetensors.index.json"]
@@ -114,12 +114,12 @@ def _weight_patterns(hub: "_Hub") -> list[str]:
 
 
 class _Hub:
-    """One repository on the hub, or what the local cache has of it.
+    """One repository on the hub, or its part in the local cache.
 
     Args:
-        repo: its id.
-        instead: what to give instead of a hub id, for messages.
-        needs_settings: a repository without a config.json is an error.
+        repo: the repository's id.
+        instead: an alternative to a hub id, for messages.
+        needs_settings: whether a repository without config.json is an error.
     """
 
     def __init__(self, repo: str, instead: str, needs_settings: bool = True):
@@ -129,7 +129,7 @@ class _Hub:
         self.instead = instead
         self.endpoint = constants.ENDPOINT
         self.is_forbidden = bool(constants.HF_HUB_OFFLINE)
-        # The hub's client would try for half a minute.
+        # Without this check, the hub's client would retry for half a minute.
         self.is_offline = self.is_forbidden or not _is_reachable(self.endpoint)
         try:
             self.settings = read_json(self.file("config.json"))
@@ -139,14 +139,14 @@ class _Hub:
             self.settings = {}
 
     def file(self, name: str) -> Path:
-        """One file of the repository."""
+        """Download one file of the repository."""
         from huggingface_hub import hf_hub_download
 
         with _Explained(self):
             return Path(hf_hub_download(self.repo, name, local_files_only=self.is_offline))
 
     def snapshot(self, patterns: Sequence[str]) -> Path:
-        """A folder with the repository's files of these patterns."""
+        """Download the files that match the patterns; returns their folder."""
         from huggingface_hub import snapshot_download
 
         with _Explained(self):
@@ -158,7 +158,7 @@ class _Hub:
 
 
 class _Explained:
-    """Turns what the hub's client raises into a `ModelNotFoundError`."""
+    """Turns errors of the hub's client into a `ModelNotFoundError`."""
 
     def __init__(self, hub: _Hub):
         self.hub = hub
@@ -193,7 +193,7 @@ def _explained(hub: _Hub, error: BaseException) -> ModelNotFoundError:
             f"{repo} is no folder here, is not (wholly) in the local cache, and {why}: connect "
             f"once to download it, or give {hub.instead}"
         )
-    if isinstance(error, errors.LocalEntryNotFoundError):  # of a request that failed
+    if isinstance(error, errors.LocalEntryNotFoundError):  # a request failed
         error = error.__cause__ or error
     elif isinstance(error, errors.EntryNotFoundError):
         return FileMissingError(f"{page} lacks a file that it needs: {_first_line(error)}")
@@ -206,11 +206,11 @@ def _first_line(error: BaseException) -> str:
 
 
 def _is_reachable(endpoint: str) -> bool:
-    """Whether anything answers at the endpoint; proxies of the environment are used."""
+    """True if the endpoint answers; uses the proxies in the environment variables."""
     from huggingface_hub import get_session
 
     try:
         get_session().head(endpoint, timeout=REACH_TIMEOUT_S)
-    except Exception:  # the client's HTTP library, and so its errors, differ by version
+    except Exception:  # the HTTP library, and so its errors, depends on the client's version
         return False
     return True

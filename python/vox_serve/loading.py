@@ -1,4 +1,4 @@
-"""From a model's name to an engine that can serve it."""
+"""Builds an engine from a model's name and the settings."""
 
 import hashlib
 import logging
@@ -25,7 +25,7 @@ from voxkern.backend import backend_for, forced, why_missing
 logger = logging.getLogger("vox_serve")
 
 SMALL_MODEL_PARAMETERS = 100_000_000
-"""Below this a CPU runs float32 about as fast as anything: "auto" then means exact."""
+"""Below this size a CPU runs float32 about as fast as any dtype, so "auto" means float32."""
 
 
 def load_engine(model: str | Path, **settings: Any) -> Engine:
@@ -83,48 +83,55 @@ def load_engine(model: str | Path, **settings: Any) -> Engine:
 
 
 def choose_batch_size(sequence_bytes: int, free_bytes: int | None) -> int:
-    """Requests that share a step, where nobody says how many.
+    """The default number of requests that share a step.
 
-    A step reads every weight once, for all of them: 64 sequences of 2048 positions take 4 GiB of
-    CSM-1B's keys and values. On a CPU more than a few are slower than speech anyway.
+    A step reads every weight once for all requests, so a GPU gains from many: 64 sequences of 2048
+    positions take 4 GiB of CSM-1B's keys and values. On a CPU, more than a few requests are slower
+    than real time anyway.
 
     Args:
-        sequence_bytes: of keys and values, for the longest sequence.
-        free_bytes: of a GPU's memory, of which half is left to all else; None for a CPU.
+        sequence_bytes: bytes of keys and values of the longest sequence.
+        free_bytes: free GPU memory, half of which is left for other uses; None for a CPU.
     """
     return 8 if free_bytes is None else max(1, min(64, free_bytes // 2 // sequence_bytes))
 
 
 def codec_precision(device_type: str, dtype: torch.dtype, quantize: str) -> str:
-    """`Mimi`'s precision beside a model of that dtype and packing: a CPU reads bytes, and rounds
-    only with packed weights; a GPU multiplies, in bfloat16 faster than in anything."""
+    """`Mimi`'s precision for a model's dtype and packing.
+
+    On a CPU the codec is bound by memory reads, and it is rounded only if the model is packed. On a
+    GPU it is bound by arithmetic, which is fastest in bfloat16.
+    """
     if device_type == "cpu":
         return "float32" if quantize == "none" else "int8"
     return str(dtype).removeprefix("torch.")
 
 
 def cache_folders(setting: str | None, folder: Path, small: bool) -> list[Path]:
-    """Where a model's packed weights may be kept, the best place first.
+    """Candidate folders for a model's packed weights, in order of preference.
 
     Args:
-        setting: a folder, which gets one of its own for every model; "none" for nowhere; None for
+        setting: a folder, in which each model gets a subfolder; "none" for no cache; None for
             `.voxkern` in the model's folder or, if that cannot be written to, the user's cache
-            folder, but nowhere if the model is small.
-        folder: the model's.
-        small: it is packed in a moment.
+            folder, but no cache if the model is small.
+        folder: the model's folder.
+        small: the model is small enough to be packed at every start.
     """
     if setting == "none" or (setting is None and small):
         return []
     path = folder.resolve()
-    own = f"{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}"
+    subfolder = f"{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}"
     if setting is not None:
-        return [Path(setting).expanduser() / own]
-    of_user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    return [folder / ".voxkern", *([of_user / "voxkern" / own] if of_user.is_absolute() else [])]
+        return [Path(setting).expanduser() / subfolder]
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    candidates = [folder / ".voxkern"]
+    if user_cache.is_absolute():
+        candidates.append(user_cache / "voxkern" / subfolder)
+    return candidates
 
 
 def choose_device() -> str:
-    """What "auto" means here: "cuda" or "cpu"."""
+    """The device that "auto" stands for on this machine: "cuda" or "cpu"."""
     reason = _why_no_gpu()
     if reason and torch.cuda.is_available():
         logger.warning("The GPU is not used: %s", reason)
@@ -132,8 +139,7 @@ def choose_device() -> str:
 
 
 def _why_no_gpu() -> str | None:
-    """None if there is a GPU that the kernels run on, or a backend is forced that runs there; else
-    the reason."""
+    """The reason why no GPU can be used; None if the kernels, or a forced backend, run on one."""
     if not torch.cuda.is_available():
         return "torch sees no GPU here"
     if (backend := forced()) and (reason := why_missing(backend, "cuda")):

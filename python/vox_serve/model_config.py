@@ -11,9 +11,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's stretching of the low rotary frequencies.
+    """Llama 3's scaling of the low rotary frequencies.
 
-    Source: Dubey et al. 2024, https://arxiv.org/abs/2407.21783, and the model code beside it.
+    Source: Dubey et al. 2024, https://arxiv.org/abs/2407.21783, and its published model code.
     """
 
     factor: float
@@ -27,7 +27,7 @@ class TransformerConfig:
     """One Llama-style transformer: pre-norm, rotary grouped-query attention, SwiGLU.
 
     Raises:
-        ValueError: sizes that do not fit each other.
+        ValueError: the sizes are inconsistent.
     """
 
     num_layers: int
@@ -60,8 +60,8 @@ class TransformerConfig:
     def rope_table(self) -> Tensor:
         """Cosines and sines of every position.
 
-        In float32 throughout and in transformers' order of operations: another rounding would
-        now and then turn a greedy code.
+        Computed in float32 and in transformers' order of operations: different rounding would
+        occasionally change a greedy code.
 
         Returns:
             `[max_positions, head_dim]` float32, cosines in the first half of a row.
@@ -76,7 +76,7 @@ class TransformerConfig:
 
 
 def _scaled_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Divide long wavelengths by the factor, keep short ones, blend between."""
+    """Divide the frequencies of long wavelengths by the factor, keep short ones, blend between."""
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     wavelengths = 2 * math.pi / frequencies
     blend = (scaling.original_max_positions / wavelengths - low) / (high - low)
@@ -103,16 +103,16 @@ class CsmConfig:
 
     @classmethod
     def from_json(cls, settings: Mapping[str, Any]) -> "CsmConfig":
-        """Read config.json, in transformers' keys or in the original's.
+        """Read config.json with transformers' keys or the original ones.
 
         Args:
-            settings: the parsed JSON. Where a key of transformers is missing, the original's
-                counts (`backbone_flavor`, `decoder_flavor`, `audio_num_codebooks`,
-                `audio_vocab_size`, `text_vocab_size`), then transformers' own default. RoPE is
-                the published model's if no key of transformers is there at all.
+            settings: the parsed JSON. If a key of transformers is missing, the original key is used
+                (`backbone_flavor`, `decoder_flavor`, `audio_num_codebooks`, `audio_vocab_size`,
+                `text_vocab_size`), then transformers' default. RoPE is the published model's if
+                there are no transformers keys at all.
 
         Raises:
-            ValueError: a value that is missing, wrong or not supported; the message names the key.
+            ValueError: a value is missing, invalid or unsupported; the message names the key.
         """
         num_codebooks = _whole(settings, "num_codebooks", "audio_num_codebooks", default=32)
         audio_vocab_size = _whole(settings, "vocab_size", "audio_vocab_size", default=2051)
@@ -129,7 +129,7 @@ class CsmConfig:
             depth_settings,
             "depth_decoder_config.",
             _flavor(settings, "decoder_flavor", "llama-100M"),
-            # The depth decoder needs a position per codebook, whatever its config says.
+            # The depth decoder needs one position per codebook, whatever its config says.
             max(33, num_codebooks),
             original,
             min_positions=num_codebooks,
@@ -164,7 +164,7 @@ _HF_KEYS = (
     "rope_parameters",
 )
 
-# The original's names for the sizes of its two transformers.
+# Sizes of the original's two transformers, by its names for them.
 _FLAVORS = {
     "llama-1B": {
         "num_hidden_layers": 16,
@@ -182,7 +182,7 @@ _FLAVORS = {
     },
 }
 
-# The original's code fixes these, for both of its transformers: Llama 3.2's.
+# Fixed in the original's code for both transformers: Llama 3.2's values.
 _ROPE_THETA = 500_000.0
 _ROPE_SCALING = RopeScaling(32.0, 1.0, 4.0, 8192)
 
@@ -244,7 +244,7 @@ def _transformer(
 def _rope(
     settings: Mapping[str, Any], where: str, positions: int
 ) -> tuple[float, RopeScaling | None]:
-    """RoPE in either spelling: `rope_parameters`, or `rope_scaling` beside `rope_theta`."""
+    """RoPE in either spelling: `rope_parameters`, or `rope_scaling` and `rope_theta`."""
     key = "rope_scaling" if settings.get("rope_scaling") else "rope_parameters"
     rope = settings.get(key) or {}
     where = f"{where}{key}."
@@ -269,7 +269,7 @@ def _rope(
 
 
 def _whole(settings: Mapping[str, Any], *keys: str, where: str = "", default: int) -> int:
-    """The first key that is there and not null, a whole number of at least 1."""
+    """The value of the first key that is present and not null: an integer of at least 1."""
     for key in keys:
         value = settings.get(key)
         if value is None:

@@ -1,4 +1,4 @@
-"""Text and earlier speech to the backbone's input: frames of K audio codes and one text token."""
+"""Turns text and earlier speech into the backbone's input: frames of K codes and a text token."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ class Segment:
 
     Attributes:
         speaker: 0 or more.
-        text: passed to the model as it is.
-        codes: `[N, K]` int64, how it was spoken; None for the segment that is to be spoken.
+        text: passed to the model unchanged.
+        codes: `[N, K]` int64, the recorded speech; None for the segment to speak.
     """
 
     speaker: int
@@ -35,11 +35,11 @@ class PromptBuilder:
     """Builds the backbone's input.
 
     Args:
-        tokenizer: of the text. It is set to take the names of special tokens in a text as text,
-            and to neither cut nor pad, whatever its file says.
+        tokenizer: the text tokenizer. Whatever its file says, it is set to treat special-token
+            strings in a text as plain text, and to neither truncate nor pad.
         config: the model's sizes.
-        settings: config.json and what else names `bos_token_id` and `eos_token_id`; only asked
-            where the tokenizer has no Llama 3 tokens.
+        settings: merged JSON settings that may give `bos_token_id` and `eos_token_id`; used only
+            if the tokenizer has no Llama 3 tokens.
 
     Raises:
         CheckpointError: the tokenizer has no BOS or EOS, or one outside the model's vocabulary.
@@ -50,7 +50,7 @@ class PromptBuilder:
     ):
         self.config = config
         self._tokenizer = tokenizer
-        # Otherwise "<|end_of_text|>" in a user's text would end it.
+        # Otherwise "<|end_of_text|>" in a user's text would end the segment.
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -67,7 +67,7 @@ class PromptBuilder:
         """Read tokenizer.json of a checkpoint folder.
 
         Raises:
-            CheckpointError: it is missing or does not fit the model.
+            CheckpointError: the file is missing or does not fit the model.
         """
         folder = Path(folder)
         path = folder / "tokenizer.json"
@@ -90,8 +90,8 @@ class PromptBuilder:
         """Token ids of a segment's text: BOS, `[speaker]text`, EOS.
 
         Raises:
-            ValueError: the text is empty or blank, is no valid Unicode, or has a token that the
-                model does not know; or the speaker is negative.
+            ValueError: the text is empty or blank, is not valid Unicode, or has a token outside the
+                model's vocabulary; or the speaker is negative.
         """
         if segment.speaker < 0:
             raise ValueError(f"speaker must be 0 or more, got {segment.speaker}")
@@ -102,7 +102,7 @@ class PromptBuilder:
         except UnicodeEncodeError:
             raise ValueError("text must be valid Unicode, but has a lone surrogate") from None
         text = f"[{segment.speaker}]{segment.text}"
-        # The fast variant keeps no offsets, and unlike `encode` it lets other threads run.
+        # Unlike `encode`, this releases the GIL; the fast variant computes no offsets.
         ids = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         if ids and max(ids) >= self.config.text_vocab_size:
             raise ValueError(
@@ -113,7 +113,7 @@ class PromptBuilder:
     def build(self, segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
         """The backbone's input for segments, oldest first.
 
-        A segment is its text tokens, then, if it was spoken, its frames and one frame of zeros.
+        A segment is its text tokens, then, if it has codes, its frames and one all-zero frame.
 
         Args:
             segments: at least one.
@@ -123,7 +123,7 @@ class PromptBuilder:
             mask `[T, K + 1]` bool, True where a column is used.
 
         Raises:
-            ValueError: see `tokens`; or codes of a wrong shape or outside the vocabulary.
+            ValueError: see `tokens`; or codes have a wrong shape or are outside the vocabulary.
         """
         if not segments:
             raise ValueError("there must be at least one segment")
@@ -149,7 +149,7 @@ class PromptBuilder:
 
 
 def check_codes(codes: Tensor, config: CsmConfig) -> None:
-    """Raise a ValueError unless codes are `[N, K]` int64 within the audio vocabulary."""
+    """Raise a ValueError unless codes are `[N, K]` int64 in the audio vocabulary."""
     k, v = config.num_codebooks, config.audio_vocab_size
     if codes.dtype != torch.int64 or codes.ndim != 2 or codes.shape[1] != k:
         got = f"{codes.dtype} {list(codes.shape)}".removeprefix("torch.")
@@ -161,7 +161,7 @@ def check_codes(codes: Tensor, config: CsmConfig) -> None:
 
 
 def _special_id(tokenizer: Tokenizer, name: str, settings: Mapping[str, Any], key: str) -> int:
-    """A special token's id: by Llama 3's name, else the id in the settings, else by their name."""
+    """A special token's id: by its Llama 3 name, else the settings' id, else the settings' name."""
     if (token := tokenizer.token_to_id(name)) is not None:
         return token
     token = settings.get(f"{key}_id")

@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out: requests, prompts, frames."""
+"""The engine's input and output types: requests, prompts, frames."""
 
 import itertools
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The two formats of CSM checkpoints: transformers' names and the original's (torchtune's)."""
+"""Tensor names of the two formats of CSM checkpoints: transformers' and the original."""
 
 from collections.abc import Container
 from dataclasses import dataclass
@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TensorNames:
-    """What one format calls CSM's tensors.
+    """Names of CSM's tensors in one format.
 
     Attributes:
         backbone, depth: prefixes of the two transformers.
         layer: names within a layer.
-        interleaved_rope: rows of q and k lie as rotary pairs side by side, not in two halves.
-        The others are names of tensors; `norm` comes after a transformer's prefix.
+        interleaved_rope: the two rows of a rotary pair in q and k are adjacent; otherwise they are
+            half a head apart.
+        The others are names of tensors; `norm` follows a transformer's prefix.
     """
 
     backbone: str
@@ -78,7 +79,7 @@ ORIGINAL = TensorNames(
 
 
 def names_in(tensors: Container[str]) -> TensorNames | None:
-    """The format that a set of tensor names is in, or None if it is no CSM."""
+    """The format of a set of tensor names, or None if they are not a CSM's."""
     for names in (HF, ORIGINAL):
         if names.code0_head in tensors or f"{names.backbone}{names.norm}" in tensors:
             return names

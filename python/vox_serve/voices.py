@@ -1,4 +1,4 @@
-"""Earlier speech as context: the model folder's own speakers, or a context.json."""
+"""Context segments: the model folder's own speakers, or a context.json."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from vox_serve.mimi import Mimi
 from vox_serve.model_config import CsmConfig
 from vox_serve.prompt import Segment, check_codes
 
-# What is said in the two recordings that sesame/csm-1b brings as its speakers 0 and 1.
+# Transcripts of the two recordings in sesame/csm-1b, its speakers 0 and 1.
 DEFAULT_PROMPTS = (
     (
         "prompts/conversational_a.wav",
@@ -38,14 +38,14 @@ DEFAULT_PROMPTS = (
 
 
 class ContextError(ValueError):
-    """A context that cannot be used; the message names the file, entry and field."""
+    """An invalid context; the message names the file, entry and field."""
 
 
 def default_context(folder: Path | str, mimi: Mimi, config: CsmConfig) -> list[Segment]:
-    """The model folder's own two speakers, encoded; [] unless both recordings are there.
+    """The model folder's own two speakers, encoded; [] unless both recordings exist.
 
     Args:
-        folder: of the model.
+        folder: the model's folder.
         mimi: encodes the recordings.
         config: the model's sizes.
 
@@ -64,8 +64,8 @@ def default_context(folder: Path | str, mimi: Mimi, config: CsmConfig) -> list[S
 def load_context(path: Path | str, mimi: Mimi, config: CsmConfig) -> list[Segment]:
     """Read a context.json.
 
-    It is a list of `{"speaker": 0, "text": "...", "audio": "a.wav"}`, or with `"codes": "a.npy"`
-    (int64 `[N, K]`) in place of the audio. Paths are relative to the file.
+    The file is a list of `{"speaker": 0, "text": "...", "audio": "a.wav"}`, or with
+    `"codes": "a.npy"` (int64 `[N, K]`) instead of the audio. Paths are relative to the file.
 
     Args:
         path: the file.
@@ -76,7 +76,7 @@ def load_context(path: Path | str, mimi: Mimi, config: CsmConfig) -> list[Segmen
         The segments in the file's order, codes `[N, K]` int64 each.
 
     Raises:
-        ContextError: the file or an entry is wrong.
+        ContextError: the file or an entry is invalid.
     """
     path = Path(path)
     try:

@@ -1,16 +1,16 @@
-"""Tensors made of a checkpoint's files, kept in a file and mapped into memory by later starts.
+"""A cache of tensors derived from a checkpoint, in a file that later starts map into memory.
 
-A cache is two files. `NAME.safetensors` holds the tensors; `NAME.json` says what they were made of:
-for each source, and for the tensors' own file, its size, a digest of its content and a stamp, its
-mtime, ctime and inode. A file whose stamp is as it was, is as it was: the kernel sets the ctime at
-every change, also where a copy or a program sets the mtime back. A file with another stamp (copied,
-touched, downloaded again) is read, and its digest decides.
+A cache is two files. `NAME.safetensors` holds the tensors. `NAME.json` records, for each source
+file and for the tensor file itself, its size, a digest of its content, and a stamp: mtime, ctime
+and inode. If a file's stamp is unchanged, so is its content: the kernel updates the ctime at every
+change, even when a program resets the mtime. If the stamp differs (the file was copied, touched or
+downloaded again), the file is read and its digest decides.
 
-Both files are written under another name, then renamed. So a reader finds a whole file or none,
-and a mapping outlives what replaces its file. Two processes that write at once do no harm: what
-they write is equal, and if it were not, the digests would not fit. A temporary file is locked while
-it is written, and such a lock ends with its process: what a killed one left, the next writer
-removes.
+Both files are written under a temporary name, then renamed. So a reader finds a complete file or
+none, and a mapping stays valid when its file is replaced. Two processes that write at the same time
+do no harm: they write equal contents, and a mismatch would fail the digests. A temporary file is
+locked while it is written, and the lock ends with its process, so that the next writer can remove
+files that killed processes left.
 """
 
 import contextlib
@@ -19,7 +19,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import mmap
 import os
 import secrets
 import shutil
@@ -27,34 +26,35 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-_DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
+_DTYPE_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
 }
 _ALIGNMENT = 64
 _DIGEST_CHUNK_BYTES = 8 << 20
 _SETTLED_S = 2.0
-"""A change is sure to show in a file's times if the last one was so long ago."""
-_OUR_SETTLED_S = 0.05  # nobody else has written to it
+"""A later change is certain to alter a file's times if the last one was at least this long ago."""
+_OUR_SETTLED_S = 0.05  # the same for a file that only this process writes to
 
 logger = logging.getLogger("vox_serve")
 
 
 class _Content(NamedTuple):
-    """A file's content, and how to tell that it is still the same without reading it.
+    """Identifies a file's content, and lets it be recognised without reading the file.
 
     Attributes:
         size: in bytes.
-        digest: of the content.
-        stamp: see `_stamp`; None if a later change may not show in it.
+        digest: digest of the content.
+        stamp: see `_stamp`; None if a later change might not alter it.
     """
 
     size: int
@@ -63,21 +63,22 @@ class _Content(NamedTuple):
 
 
 class WeightCache:
-    """One packing of one checkpoint.
+    """The cache of one packing of one checkpoint.
 
-    To be made before the sources are read: what is saved is what they held then.
+    Create it before reading the sources: `save` refuses sources that changed since then.
 
     Args:
-        folders: where it may lie; written to the first that takes it.
-        name: of the packing; the files' name without an ending.
-        version: of how the tensors are made of the sources; another one's are not used.
-        sources: the files that they are made of, in an order that stays. They may be moved
+        folders: candidate folders; the first that can be written to is used.
+        name: name of the packing; the files' name without a suffix.
+        version: version of the code that derives the tensors; caches of other versions are not
+            used.
+        sources: the files that the tensors are derived from, in a fixed order. They may be moved
             together.
     """
 
     def __init__(
         self, folders: Sequence[Path], name: str, version: Sequence[int], sources: Sequence[Path]
-    ):
+    ) -> None:
         self._folders = list(folders)
         self._name = name
         self._version = list(version)
@@ -85,22 +86,22 @@ class WeightCache:
         self._stamps = {name: _stamp(os.stat(path)) for name, path in self._sources.items()}
 
     def load(self) -> dict[str, Tensor] | None:
-        """The tensors by name, mapped from their file; None if there are none of these sources."""
+        """The tensors by name, mapped from their file; None if no cache fits the sources."""
         for folder in self._folders:
             if (tensors := self._load(folder)) is not None:
                 return tensors
         return None
 
     def save(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        """Write the tensors, and map what was written.
+        """Write the tensors, and map the written file.
 
-        What cannot be written is done without, and one line is logged.
+        If they cannot be written, there is no cache and one line is logged.
 
         Args:
             tensors: by name, on the CPU.
 
         Returns:
-            As `load`.
+            The mapped tensors, as in `load`; None if they could not be written.
         """
         reasons = []
         for folder in self._folders:
@@ -124,22 +125,22 @@ class WeightCache:
             if version != self._version or list(known) != list(self._sources):
                 return None
             with open(data, "rb") as file:
-                now_data = _verified(known_data, file)
-                if now_data is None:
+                current_data = _verified(known_data, file)
+                if current_data is None:
                     return None
-                now: dict[str, _Content] = {}
+                current: dict[str, _Content] = {}
                 for name, path in self._sources.items():
                     with open(path, "rb") as source:
-                        now_source = _verified(known[name], source)
-                    if now_source is None:
+                        content = _verified(known[name], source)
+                    if content is None:
                         return None
-                    now[name] = now_source
+                    current[name] = content
                 tensors = _map(file)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError):
             return None
-        if (now, now_data) != (known, known_data):
+        if (current, current_data) != (known, known_data):
             with contextlib.suppress(OSError):
-                self._write_record(record, now, now_data)
+                self._write_record(record, current, current_data)
         return tensors
 
     def _save(self, folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
@@ -166,14 +167,14 @@ class WeightCache:
         _replace(record, lambda file: file.write(text)).close()
 
     def _remove_stale(self, folder: Path, sources: Mapping[str, _Content]) -> None:
-        """Remove what no process can use any more: other packings of what the sources were, and
-        what killed processes left."""
-        digests = {name: content.digest for name, content in sources.items()}
+        """Remove files that no process can use any more: caches of other versions or of the
+        sources' earlier contents, and temporary files of killed processes."""
+        current = {name: content.digest for name, content in sources.items()}
         for record in folder.glob("*.json"):
             with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
                 version, known, _ = _read_record(record)
-                current = {name: content.digest for name, content in known.items()} == digests
-                if version != self._version or not current:
+                recorded = {name: content.digest for name, content in known.items()}
+                if version != self._version or recorded != current:
                     record.with_suffix(".safetensors").unlink(missing_ok=True)
                     record.unlink()
         for temporary in folder.glob(".*.tmp"):
@@ -191,7 +192,7 @@ def _stamp(status: os.stat_result) -> list[int]:
 
 
 def _content(file: IO[bytes], settled_s: float) -> _Content:
-    """What a file holds; its stamp only if the last change is at least `settled_s` ago."""
+    """Read a file's content; its stamp only if the last change is at least `settled_s` ago."""
     status = os.fstat(file.fileno())
     digest = _digest(file.fileno(), status.st_size)
     age_s = time.time() - status.st_ctime_ns / 1e9
@@ -199,7 +200,7 @@ def _content(file: IO[bytes], settled_s: float) -> _Content:
 
 
 def _verified(known: _Content, file: IO[bytes]) -> _Content | None:
-    """`known`, with a new stamp if need be; None if the file holds something else."""
+    """`known`, with a new stamp if that differs; None if the file has another content."""
     status = os.fstat(file.fileno())
     if status.st_size != known.size:
         return None
@@ -210,7 +211,7 @@ def _verified(known: _Content, file: IO[bytes]) -> _Content | None:
 
 
 def _digest(fd: int, size: int) -> str:
-    """SHA-256 of the SHA-256 of every 8 MiB, so that every core can take a part."""
+    """SHA-256 of the SHA-256 digests of every 8 MiB, which the cores compute in parallel."""
 
     def part(start: int) -> bytes:
         return hashlib.sha256(os.pread(fd, _DIGEST_CHUNK_BYTES, start)).digest()
@@ -227,7 +228,7 @@ def _read_record(path: Path) -> tuple[list[int], dict[str, _Content], _Content]:
 
 
 def _replace(path: Path, write: Callable[[IO[bytes]], object]) -> IO[bytes]:
-    """Put what `write` writes in the place of `path` when it is whole and on the disk; opened."""
+    """Replace `path` by what `write` writes, once that is complete and on disk. Returns it open."""
     file = _temporary(path)
     temporary = Path(file.name)
     try:
@@ -237,18 +238,18 @@ def _replace(path: Path, write: Callable[[IO[bytes]], object]) -> IO[bytes]:
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # it would write what is still in its buffer
+        with contextlib.suppress(OSError):  # closing flushes the rest of the buffer
             file.close()
         raise
     return file
 
 
 def _temporary(path: Path) -> IO[bytes]:
-    """A new file beside `path`, locked: until it is, another writer may take it for a dead one's,
-    and remove it."""
+    """A new locked file next to `path`. Before it is locked, another writer may mistake it for the
+    file of a dead process and remove it; then the next one is tried."""
     while True:
         file = open(path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp"), "x+b")  # noqa: SIM115
-        with contextlib.suppress(OSError):  # a file system without locks
+        with contextlib.suppress(OSError):  # the file system has no locks
             fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_nlink:
             return file
@@ -256,28 +257,27 @@ def _temporary(path: Path) -> IO[bytes]:
 
 
 def _write(file: IO[bytes], tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors, each at a multiple of 64 bytes if all of them can be.
+    """Write tensors in safetensors format, aligned to 64 bytes as far as their sizes allow.
 
-    The format's own writer copies them all first.
+    safetensors' own writer copies all tensors first.
     """
-    # The format has no gaps: odd sizes go last, wide elements first among them.
+    # The format has no gaps: sizes that break the alignment go last, wide elements first.
     order = sorted(
         tensors,
         key=lambda name: (tensors[name].nbytes % _ALIGNMENT > 0, -tensors[name].element_size()),
     )
-    dtype_names = {dtype: name for name, dtype in _DTYPES.items()}
-    header: dict = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in order:
         start, end = end, end + tensors[name].nbytes
         header[name] = {
-            "dtype": dtype_names[tensors[name].dtype],
+            "dtype": _DTYPE_NAMES[tensors[name].dtype],
             "shape": list(tensors[name].shape),
             "data_offsets": [start, end],
         }
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    if shutil.disk_usage(os.path.dirname(file.name)).free < end:  # before others feel it
+    if shutil.disk_usage(os.path.dirname(file.name)).free < end:  # before the disk fills up
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
     file.write(len(text).to_bytes(8, "little"))
     file.write(text)
@@ -286,15 +286,13 @@ def _write(file: IO[bytes], tensors: Mapping[str, Tensor]) -> None:
 
 
 def _map(file: IO[bytes]) -> dict[str, Tensor]:
-    """The tensors of a file that `_write` wrote: pages of the kernel's cache, shared by all."""
-    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    mapped.madvise(mmap.MADV_WILLNEED)
-    start = 8 + int.from_bytes(mapped[:8], "little")
-    header = json.loads(mapped[8:start])
-    del header["__metadata__"]
-    content = torch.frombuffer(mapped, dtype=torch.uint8)[start:]
-    tensors = {}
-    for name, about in header.items():
-        first, end = about["data_offsets"]
-        tensors[name] = content[first:end].view(_DTYPES[about["dtype"]]).view(about["shape"])
-    return tensors
+    """Map the tensors of an open safetensors file: pages of the kernel's cache, which all processes
+    share.
+
+    The file is opened by its descriptor: by now, another one may have replaced it at its path.
+    """
+    fd = file.fileno()
+    if hasattr(os, "posix_fadvise"):  # not on macOS
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
+    with safe_open(f"/dev/fd/{fd}", framework="pt") as mapped:
+        return {name: mapped.get_tensor(name) for name in mapped.keys()}  # noqa: SIM118 (no dict)

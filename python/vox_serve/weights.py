@@ -1,4 +1,4 @@
-"""From a checkpoint folder, in either format, to one set of stacked tensors, and to the codec."""
+"""Loads a checkpoint folder of either format: stacked tensors of the model, and the codec."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -28,22 +28,22 @@ from voxkern.backend import backend_for
 from voxkern.quantize import LAYOUT_VERSION, format_of, pack
 
 STACKING_VERSION = 1
-"""Of how `CsmWeights` are made of a checkpoint's tensors; to be raised with every change of it, so
-that caches of the old ones are made anew."""
+"""Version of the code that turns a checkpoint's tensors into `CsmWeights`. Increase it with every
+change, so that old caches are rebuilt."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint folder holds.
+    """The contents of a checkpoint folder.
 
     Attributes:
-        folder: where it lies.
-        settings: config.json as it is.
-        config: the sizes.
-        weights: of the two transformers.
+        folder: path of the folder.
+        settings: config.json, parsed.
+        config: the model's sizes.
+        weights: weights of the two transformers.
         codec_tensors: the codec's tensors by transformers' Mimi names, float32 on the CPU; None
-            if the checkpoint has none inside.
-        codec_config: transformers' settings of the codec, if config.json has them.
+            if the checkpoint contains no codec.
+        codec_config: transformers' settings of the codec; None if config.json has none.
     """
 
     folder: Path
@@ -64,22 +64,22 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Load a checkpoint folder in transformers' format or the original's.
 
-    The format is told by the names of the tensors. Tensors are read one by one into their places,
-    and packed a layer's matrix at a time, so hardly more memory is used than the weights take.
+    The names of the tensors identify the format. Tensors are read one by one into their final place
+    and packed one layer's matrix at a time, so the peak memory is little more than the weights.
 
     Args:
         path: the folder.
-        dtype: of the weights in memory, whatever it is in the files.
-        device: of the weights.
-        allow_pickle: read ckpt.pt (plain tensors only) where there is no safetensors file.
+        dtype: dtype of the weights in memory, whatever the dtype in the files.
+        device: device of the weights.
+        allow_pickle: read ckpt.pt (plain tensors only) if there is no safetensors file.
         quantize: which matrices are packed, a key of `csm_weights.PACKINGS`.
-        cache_folders: where packed weights on the CPU are kept, in a file that later loads map
-            into memory; the first that can be written to. Empty: nowhere.
+        cache_folders: candidate folders for a cache of packed CPU weights, which later loads map
+            into memory; the first that can be written to is used. Empty for no cache.
 
     Raises:
-        CheckpointError: a file or tensor is missing or wrong; the message names it.
-        ValueError: config.json asks for what is not supported, or `quantize` does not fit the
-            model's sizes; the message names the key or the matrix.
+        CheckpointError: a file or tensor is missing or invalid; the message names it.
+        ValueError: config.json has an unsupported value, or `quantize` does not fit the model's
+            sizes; the message names the key or the matrix.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -90,7 +90,7 @@ def load_checkpoint(
     paths = find_weights(folder, settings, allow_pickle)
     cache = None
     if cache_folders and quantize != "none" and torch.device(device).type == "cpu":
-        # The projected rows' last bits are the kernel's.
+        # The last bits of the projected rows depend on the kernel.
         kernels = torch.ops.voxkern.cpu_isa() if backend_for("cpu") == "native" else "reference"
         cache = WeightCache(
             cache_folders,
@@ -115,18 +115,18 @@ def load_checkpoint(
 def load_codec(
     checkpoint: Checkpoint, codec: str | None = None, precision: str = "float32"
 ) -> Mimi:
-    """The codec: inside the checkpoint, else a file of its own in the folder, else `codec`.
+    """Load the codec: from the checkpoint, else from its own file in the folder, else `codec`.
 
     It computes on the device of the checkpoint's weights.
 
     Args:
         checkpoint: from `load_checkpoint`.
         codec: a folder, file or hub id; None for `kyutai/mimi`.
-        precision: of the decoder's matrices, as for `Mimi`.
+        precision: precision of the decoder's matrices, as in `Mimi`.
 
     Raises:
-        ModelNotFoundError: there is none in the folder, and `codec` cannot be had.
-        ValueError: it is no Mimi, or has fewer codebooks than the model.
+        ModelNotFoundError: the folder has no codec, and `codec` is unavailable.
+        ValueError: the codec is no Mimi, or has fewer codebooks than the model.
     """
     device = checkpoint.weights.text_table.device
     if checkpoint.codec_tensors is not None:
@@ -153,7 +153,7 @@ def _cached_weights(
         return None
     try:
         return CsmWeights.empty(config, dtype, "meta", quantize).with_named(tensors)
-    except ValueError:  # of a version that forgot to say so
+    except ValueError:  # written by other code of the same version number
         return None
 
 
@@ -170,7 +170,7 @@ def _read_weights(
     _refuse_unknown(files, names, config)
     weights = CsmWeights.empty(config, dtype, device, quantize)
     scratch = _Scratch()
-    # The largest first, while little else is in memory.
+    # The largest tensor first, while little else is in memory.
     _copy(files, names.text_table, weights.text_table)
     _copy(files, names.projection, weights.projection)
     _read_audio_tables(files, names, weights)
@@ -221,7 +221,7 @@ def _read_layer(
 
 
 class _Scratch:
-    """Memory for one matrix at a time: new memory for each takes longer than to fill it."""
+    """Reused memory for one matrix: allocating it each time takes longer than filling it."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0)
@@ -236,33 +236,33 @@ class _Scratch:
 
 @contextmanager
 def _plain(
-    place: Tensor,
+    out: Tensor,
     shapes: dict[str, tuple[int, ...]],
     name: str,
     scratch: _Scratch,
     prefix: str = "",
 ) -> Iterator[Tensor]:
-    """Where a matrix is read to: its place, or what is then packed into it."""
-    format = format_of(place)
+    """Yields the tensor to read a matrix into: `out`, or scratch that is then packed into `out`."""
+    format = format_of(out)
     if format == "none":
-        yield place
+        yield out
         return
-    matrix = scratch(shapes[name], place.device)
+    matrix = scratch(shapes[name], out.device)
     yield matrix
     try:
-        place.copy_(pack(matrix, format))
+        out.copy_(pack(matrix, format))
     except ValueError as error:
         raise CheckpointError(f"{prefix}{name} cannot be packed as {format}: {error}") from None
 
 
 def _copy(files: TensorFiles, name: str, out: Tensor, rotary_pairs: int | None = None) -> None:
-    """Read a tensor into its place.
+    """Read a tensor into `out`.
 
     Args:
-        files: where it is read from.
-        name: of the tensor.
-        out: its place, of its shape.
-        rotary_pairs: the head width if rows 2i and 2i + 1 of each head are a rotary pair; they
+        files: the checkpoint's files.
+        name: name of the tensor.
+        out: the destination, of the tensor's shape.
+        rotary_pairs: the head width D if rows 2i and 2i + 1 of each head form a rotary pair; they
             become rows i and i + D/2.
     """
     tensor = files.read(name, tuple(out.shape))
@@ -275,20 +275,20 @@ def _copy(files: TensorFiles, name: str, out: Tensor, rotary_pairs: int | None =
 
 
 def _read_audio_tables(files: TensorFiles, names: TensorNames, weights: CsmWeights) -> None:
-    """One table or two in the file; each transformer takes its own if it is there."""
+    """Read the file's one or two audio tables. Each transformer uses its own if there is one."""
     tables = (names.audio_table, names.depth_audio_table)
-    there = [name for name in tables if name in files]
-    if not there:
+    found = [name for name in tables if name in files]
+    if not found:
         missing = " or ".join(sorted(set(tables)))
         raise CheckpointError(f"tensor {missing} is missing in {files.paths[0]}")
-    _copy(files, there[0], weights.audio_table)
+    _copy(files, found[0], weights.audio_table)
     shape = tuple(weights.audio_table.shape)
-    tied = there[0] == there[-1]
-    weights.project_audio_rows(weights.audio_table if tied else files.read(there[-1], shape))
+    tied = found[0] == found[-1]
+    weights.project_audio_rows(weights.audio_table if tied else files.read(found[-1], shape))
 
 
 def _refuse_unknown(files: TensorFiles, names: TensorNames, config: CsmConfig) -> None:
-    """A bias, or a layer more than config.json says, would be left out and the speech be wrong."""
+    """Refuse biases and extra layers: leaving them out would silently give wrong speech."""
     for prefix, sizes in ((names.backbone, config.backbone), (names.depth, config.depth)):
         known = {f"{i}.{name}" for i in range(sizes.num_layers) for name in names.layer.values()}
         layers = f"{prefix}layers."

@@ -246,10 +246,10 @@ def test_broken_folders_give_one_line(tmp_path):
     fails(tmp_path, "cannot be read as safetensors")
     sharded = tiny.write(tmp_path / "sharded", "sharded")
     (sharded / "transformers-00002-of-00002.safetensors").unlink()
-    fails(sharded, "transformers-00002-of-00002.safetensors, which is not there")
+    fails(sharded, "transformers-00002-of-00002.safetensors, which does not exist")
     index = sharded / "transformers.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
-    fails(sharded, "outside of its folder")
+    fails(sharded, "outside its folder")
 
 
 class Payload:

@@ -1,4 +1,4 @@
-"""Mimi, the neural audio codec that CSM speaks through, to and from codes."""
+"""Mimi, CSM's neural audio codec: audio to codes and back."""
 
 from vox_serve.mimi.checkpoint import find_codec_file, load_mimi, mimi_from_checkpoint
 from vox_serve.mimi.codec import Mimi

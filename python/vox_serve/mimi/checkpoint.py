@@ -1,4 +1,4 @@
-"""Codec checkpoints: finding the file, moshi's names to transformers', sizes from shapes."""
+"""Codec checkpoints: finding the file, converting moshi's names, inferring sizes from shapes."""
 
 import json
 import math
@@ -41,26 +41,26 @@ _MOSHI_TO_HF = [
 def load_mimi(
     path: str | Path, precision: str = "float32", device: torch.device | str = "cpu"
 ) -> Mimi:
-    """Load a codec from a safetensors file, in transformers' or moshi's names, or from its folder.
+    """Load a codec from a safetensors file with transformers' or moshi's names, or from its folder.
 
-    Sizes come from a `config.json` beside the file, if that describes a Mimi or a CSM with its
+    Sizes come from a `config.json` next to the file, if that describes a Mimi or a CSM with its
     codec; otherwise from the tensors' shapes.
 
     Args:
         path: the file, or a folder (see `find_codec_file`).
-        precision: of the decoder's matrices, as for `Mimi`.
-        device: where the codec computes.
+        precision: precision of the decoder's matrices, as in `Mimi`.
+        device: device that the codec computes on.
 
     Raises:
-        FileNotFoundError: there is no such file or folder, or no codec in the folder.
-        ValueError: it is no safetensors file, or a tensor in it is missing or has a wrong shape.
+        FileNotFoundError: the file or folder does not exist, or the folder has no codec.
+        ValueError: the file is not safetensors, or a tensor in it is missing or has a wrong shape.
     """
     path = Path(path)
     file = find_codec_file(path) if path.is_dir() else path
     if file is None:
         raise FileNotFoundError(
             f"no Mimi codec in {path}: expected mimi.safetensors, tokenizer-*.safetensors, or"
-            " model.safetensors beside the config.json of a Mimi"
+            " model.safetensors next to the config.json of a Mimi"
         )
     if not file.is_file():
         raise FileNotFoundError(f"no such Mimi checkpoint: {file}")
@@ -77,18 +77,18 @@ def mimi_from_checkpoint(
     precision: str = "float32",
     device: torch.device | str = "cpu",
 ) -> Mimi:
-    """Build a codec from tensors in transformers' or moshi's names.
+    """Build a codec from tensors with transformers' or moshi's names.
 
     Args:
         codec_tensors: by name, without a prefix such as `codec_model.`.
-        codec_config: settings as in transformers' `MimiConfig`; None takes the sizes from the
-            tensors, and what shapes do not show (8 heads, the window, the RoPE base) from
-            `kyutai/mimi`.
-        precision: of the decoder's matrices, as for `Mimi`.
-        device: where the codec computes.
+        codec_config: settings as in transformers' `MimiConfig`. None infers the sizes from the
+            tensors, and takes those that shapes do not determine (8 heads, the window, the RoPE
+            base) from `kyutai/mimi`.
+        precision: precision of the decoder's matrices, as in `Mimi`.
+        device: device that the codec computes on.
 
     Raises:
-        ValueError: the config is not supported, or a tensor is missing or has a wrong shape.
+        ValueError: the config is unsupported, or a tensor is missing or has a wrong shape.
     """
     tensors = {_hf_name(name): tensor.to(device) for name, tensor in codec_tensors.items()}
     if codec_config is None:
@@ -101,9 +101,9 @@ def mimi_from_checkpoint(
 def find_codec_file(folder: str | Path) -> Path | None:
     """The codec's safetensors file in a folder, or None.
 
-    `mimi.safetensors` comes first, then `tokenizer-*.safetensors` (moshi's name), then
-    `model.safetensors` if the `config.json` beside it says that it is a Mimi: in a CSM folder that
-    name holds something else.
+    The first that exists: `mimi.safetensors`, `tokenizer-*.safetensors` (moshi's name),
+    `model.safetensors` if the `config.json` next to it describes a Mimi (in a CSM folder that file
+    is the CSM).
     """
     folder = Path(folder)
     candidates = [folder / "mimi.safetensors", *sorted(folder.glob("tokenizer-*.safetensors"))]
@@ -134,7 +134,7 @@ def _hf_name(name: str) -> str:
 
 
 def _split_in_proj(tensors: Mapping[str, Tensor], config: MimiConfig) -> dict[str, Tensor]:
-    """moshi's fused projection, whose heads hold rotated pairs side by side, as HF's three."""
+    """Split moshi's fused projection into q, k and v in HF's layout (half-split rotary pairs)."""
     split = {}
     for name, tensor in tensors.items():
         if not name.endswith(".self_attn.in_proj.weight"):
@@ -217,6 +217,6 @@ def _config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> MimiConfig:
     else:
         sizes["upsample_groups"] = first[1] // upsample[1]
         if (stride := upsample[2] // 2) != 2:
-            # Rounded down, so that the division in `latent_stride` does not fall short of it.
+            # Rounded down, so that the division in `latent_stride` does not yield less than stride.
             sizes["frame_rate_hz"] = math.nextafter(steps_hz / stride, 0.0)
     return MimiConfig(**sizes)

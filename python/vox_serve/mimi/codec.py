@@ -1,6 +1,6 @@
-"""The Mimi codec: codes to 24 kHz samples and back, whole or as a stream.
+"""The Mimi codec: codes to 24 kHz samples and back, as whole utterances or as streams.
 
-Whole decoding is a stream too, so the two cannot drift apart.
+Whole utterances are decoded as streams too, so the two cannot diverge.
 
 Source: Defossez et al. 2024, https://arxiv.org/abs/2410.00037
 """
@@ -20,20 +20,20 @@ from vox_serve.mimi.transformer import CHUNK_FRAMES
 
 
 class Mimi:
-    """The codec's weights. It holds no state: streams pass theirs in.
+    """The codec's weights. It holds no state: callers pass the state of their streams.
 
-    Activations, keys, values and the encoder are float32. The decoder's matrices may be less, for
-    then a frame reads fewer bytes: "bfloat16", or "int8" for the transformer's with bfloat16
-    convolutions.
+    Activations, keys, values and the encoder are float32. The decoder's matrices may have less
+    precision, so that a frame reads fewer bytes: "bfloat16", or "int8" for the transformer's
+    matrices with bfloat16 convolutions.
 
     Args:
-        config: sizes.
-        tensors: by transformers' names (`decoder.layers.0.conv.weight`, ...), any float dtype; the
-            codec computes on their device.
+        config: the codec's sizes.
+        tensors: by transformers' names (`decoder.layers.0.conv.weight`, ...), of any float dtype;
+            the codec computes on their device.
         precision: "float32", "bfloat16" or "int8".
 
     Raises:
-        ValueError: there is no such precision, or a tensor is missing or has another shape; the
+        ValueError: the precision is unknown, or a tensor is missing or has a wrong shape; the
             message names it.
     """
 
@@ -55,8 +55,8 @@ class Mimi:
         """Decode whole utterances.
 
         Args:
-            codes: `[B, N, K]` integers, K from 1 to the number of codebooks. Codes above
-                `codebook_size - 1` are clamped to it (CSM's vocabulary is larger), below 0 to 0.
+            codes: `[B, N, K]` integers, K from 1 to the number of codebooks. Codes are clamped to
+                0..`codebook_size - 1` (CSM's vocabulary is larger).
 
         Returns:
             `[B, N * frame_samples]` float32 at `sample_rate_hz`.
@@ -67,20 +67,20 @@ class Mimi:
         return self.decode_step(codes, self.init_state(codes.shape[0]))
 
     def init_state(self, batch_size: int = 1) -> StreamState:
-        """The state of decoding streams that have not begun."""
+        """The state of new decoding streams."""
         return self._init_state(self.decoder, batch_size)
 
     @torch.inference_mode()
     def decode_step(self, codes: Tensor, state: StreamState) -> Tensor:
-        """Decode the next frames of B streams, on the device alone: nothing of it is waited for.
+        """Decode the next frames of B streams, without waiting for the device.
 
         Args:
-            codes: `[B, n, K]` integers, as for `decode`; n may be 0 and differ from call to call.
-            state: from `init_state`, or the first rows of such; updated in place.
+            codes: `[B, n, K]` integers, as in `decode`; n may be 0 and may vary from call to call.
+            state: from `init_state`, or a view of its first rows; updated in place.
 
         Returns:
-            `[B, n * frame_samples]` float32. However a stream is cut into steps, its samples are
-            those of `decode`.
+            `[B, n * frame_samples]` float32: the samples of `decode`, however the stream is cut
+            into steps.
 
         Raises:
             ValueError: a wrong shape.
@@ -115,7 +115,7 @@ class Mimi:
         return self.encode_step(audio, self.init_encoder_state(audio.shape[0]), num_codebooks)
 
     def init_encoder_state(self, batch_size: int = 1) -> StreamState:
-        """The state of encoding streams that have not begun.
+        """The state of new encoding streams.
 
         Raises:
             ValueError: the checkpoint has no encoder.
@@ -133,7 +133,7 @@ class Mimi:
         Args:
             audio: `[B, n * frame_samples]`, n may be 0.
             state: from `init_encoder_state`; updated in place.
-            num_codebooks: as for `encode`.
+            num_codebooks: as in `encode`.
 
         Returns:
             `[B, n, K]` int64.

@@ -1,4 +1,4 @@
-"""The sizes of a Mimi codec, read from the keys that transformers writes."""
+"""The sizes of a Mimi codec, read from transformers' config keys."""
 
 import math
 from collections.abc import Mapping
@@ -12,15 +12,15 @@ ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish")
 class MimiConfig:
     """Sizes of the codec; the defaults are those of `kyutai/mimi`.
 
-    Names are those of transformers' `MimiConfig`, except `sample_rate_hz`, `frame_rate_hz` and
+    Fields are named as in transformers' `MimiConfig`, except `sample_rate_hz`, `frame_rate_hz` and
     `has_encoder`.
 
     Raises:
-        ValueError: a field has a value that this codec does not support; the message names it.
+        ValueError: a field has an unsupported value; the message names it.
     """
 
     sample_rate_hz: int = 24_000
-    frame_rate_hz: float | None = None  # None: two steps of the transformers a frame
+    frame_rate_hz: float | None = None  # None: two steps of the transformers per frame
     hidden_size: int = 512
     num_filters: int = 64
     num_residual_layers: int = 1
@@ -109,7 +109,7 @@ class MimiConfig:
 
     @property
     def resamples(self) -> bool:
-        """Whether frames and steps differ in rate (if so, there is a convolution between them)."""
+        """True if frames and steps have different rates; a convolution then resamples."""
         steps_hz, frames_hz = self._rates_hz
         return steps_hz != frames_hz
 
@@ -131,11 +131,11 @@ class MimiConfig:
         """Read a `config.json` of transformers' Mimi (or the `codec_config` of a CSM).
 
         Args:
-            settings: the parsed JSON; missing keys take the values of `kyutai/mimi`, keys that do
-                not bear on inference are ignored.
+            settings: the parsed JSON; missing keys default to `kyutai/mimi`'s values, keys that do
+                not affect inference are ignored.
 
         Raises:
-            ValueError: a value that is not supported; the message names the key.
+            ValueError: a value is unsupported; the message names the key.
         """
         get = {key: value for key, value in settings.items() if value is not None}.get
         for name, only in (

@@ -1,4 +1,4 @@
-"""The codec's building block, a causal convolution over blocks of samples, and chains of it."""
+"""The codec's building block, a causal convolution over blocks of samples, and chains of them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,19 +15,19 @@ from voxkern.quantize import block_rows
 class CausalConv:
     """A causal convolution over blocks of samples, optionally after an ELU.
 
-    All of SEANet's convolutions are this one. With kernel `2 s` and stride `s`, a strided
-    convolution has two taps over blocks of `s` samples; a transposed one has two taps and makes a
-    block of `s` samples of every input. What a stream must remember is then always the same: the
-    last `context` input blocks.
+    All convolutions of SEANet have this form. With kernel `2 s` and stride `s`, a strided
+    convolution has two taps over blocks of `s` samples; a transposed one has two taps and turns
+    each input into a block of `s` samples. So the state of a stream is always the last `context`
+    input blocks.
 
     Args:
         taps: `[Cout, J, Cin]`, the oldest tap first.
         bias: `[Cout]`.
-        dilation: blocks from tap to tap.
+        dilation: distance between taps, in blocks.
         block_in: samples per input block (the stride).
         block_out: samples per output block (the stride of a transposed convolution).
         elu: apply ELU to the input.
-        replicate: before the first sample, the stream repeats it instead of being silent.
+        replicate: pad the start of a stream with its first sample instead of zeros.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class CausalConv:
         stride: int = 1,
         **how: Any,
     ) -> "CausalConv":
-        """From the weight of a Conv1d, `shape` = `[Cout, Cin, kernel]`, stride | kernel."""
+        """Build from a Conv1d's weight, `shape` = `[Cout, Cin, kernel]`; stride divides kernel."""
         weight = tensors(f"{name}.weight", *shape)
         taps = weight.unflatten(2, (-1, stride)).permute(0, 2, 3, 1).flatten(2)
         offset = tensors(f"{name}.bias", shape[0]) if bias else weight.new_zeros(shape[0])
@@ -76,7 +76,7 @@ class CausalConv:
         groups: int = 1,
         **how: Any,
     ) -> "CausalConv":
-        """From the weight of a ConvTranspose1d, `[Cin, Cout / groups, 2 * stride]`."""
+        """Build from a ConvTranspose1d's weight, `[Cin, Cout / groups, 2 * stride]`."""
         c_in, c_out = channels
         weight = tensors(f"{name}.weight", c_in, c_out // groups, 2 * stride)
         if groups > 1:
@@ -88,7 +88,7 @@ class CausalConv:
 
 
 class DepthwiseUpsample:
-    """A transposed convolution of kernel `2 s` and stride `s`, every channel by itself, no bias.
+    """A depthwise transposed convolution of kernel `2 s` and stride `s`, without bias.
 
     Args:
         weight: `[C, 1, 2 s]`, as in a ConvTranspose1d with C groups.
@@ -106,13 +106,13 @@ class DepthwiseUpsample:
 
 
 class ResidualUnit:
-    """`x + conv1(ELU(convk(ELU(x))))`, or with a 1x1 convolution in place of the first `x`.
+    """`x + conv1(ELU(convk(ELU(x))))`, or with a 1x1 convolution of the first `x`.
 
     Args:
         config: the codec's sizes.
-        tensors, name: where the weights are.
+        tensors, name: reader of the weights, and their prefix.
         channels: C.
-        depth: the unit's place among the residual units of its resolution; sets the dilation.
+        depth: index among the residual units of its resolution; determines the dilation.
     """
 
     def __init__(
@@ -136,14 +136,14 @@ class ResidualUnit:
 
 
 class Chain:
-    """Convolutions and residual units, one after another.
+    """A sequence of convolutions and residual units.
 
     Args:
-        layers: in their order.
+        layers: the layers, in order.
 
     Attributes:
         convs: all convolutions, in the order in which they run.
-        contexts: `(blocks, width)` of what a stream remembers for each of them.
+        contexts: `(blocks, width)` of each convolution's state in a stream.
     """
 
     def __init__(self, layers: Sequence[CausalConv | ResidualUnit]) -> None:
@@ -165,7 +165,7 @@ class Chain:
 
         Args:
             x: `[B, T, C]`, T a multiple of all strides.
-            fresh: `[B]` bool, the streams that begin.
+            fresh: `[B]` bool, True for streams that begin with this chunk.
             past: `[B, blocks, width]` for each of `contexts`, updated in place.
 
         Returns:
@@ -174,7 +174,7 @@ class Chain:
         return ops.mimi_convs(x, fresh, list(past), self._weights, self._biases, self._plan)
 
     def _add(self, conv: CausalConv, source: int, added: int = -1) -> int:
-        """The number of its output among the values of `mimi_convs`."""
+        """Append a convolution; returns its output's index among the values of `mimi_convs`."""
         self.convs.append(conv)
         self._plan += [source, added, conv.dilation, int(conv.elu)]
         self._plan += [conv.block_in, conv.block_out, int(conv.replicate)]

@@ -10,11 +10,11 @@ from vox_serve.mimi.transformer import Transformer
 
 
 class Decoder:
-    """The decoding half after the quantizer.
+    """The codec's decoding half, after the quantizer.
 
     Args:
         config: the codec's sizes.
-        tensors: where the weights are.
+        tensors: reader of the weights.
     """
 
     def __init__(self, config: MimiConfig, tensors: TensorReader) -> None:
@@ -39,7 +39,7 @@ class Decoder:
         shape = (channels, width, config.kernel_size)
         first = CausalConv.strided(tensors, "decoder.layers.0.conv", shape, replicate=replicate)
         layers: list[CausalConv | ResidualUnit] = [first]
-        index = 2  # checkpoints count the activations between the layers too
+        index = 2  # checkpoints also number the activations between the layers
         for ratio in config.upsampling_ratios:
             pair = (channels, channels // 2)
             name = f"decoder.layers.{index}.conv"

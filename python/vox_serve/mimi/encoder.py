@@ -10,11 +10,11 @@ from vox_serve.mimi.transformer import Transformer
 
 
 class Encoder:
-    """The encoding half before the quantizer.
+    """The codec's encoding half, before the quantizer.
 
     Args:
         config: the codec's sizes.
-        tensors: where the weights are.
+        tensors: reader of the weights.
     """
 
     def __init__(self, config: MimiConfig, tensors: TensorReader) -> None:
@@ -24,7 +24,7 @@ class Encoder:
         shape = (channels, 1, config.kernel_size)
         first = CausalConv.strided(tensors, "encoder.layers.0.conv", shape, replicate=replicate)
         layers: list[CausalConv | ResidualUnit] = [first]
-        index = 1  # checkpoints count the activations between the layers too
+        index = 1  # checkpoints also number the activations between the layers
         for ratio in reversed(config.upsampling_ratios):
             for j in range(config.num_residual_layers):
                 layers.append(

@@ -12,11 +12,11 @@ USAGE_FLOOR = 1e-5
 
 
 class Quantizer:
-    """Two chains of codebooks, semantic then acoustic, each quantizing the same latent.
+    """Two chains of codebooks, semantic then acoustic, which both quantize the same latent.
 
     Args:
         config: the codec's sizes.
-        tensors: where the weights are.
+        tensors: reader of the weights.
     """
 
     def __init__(self, config: MimiConfig, tensors: TensorReader) -> None:
@@ -31,13 +31,13 @@ class Quantizer:
         self.device = self.table.device
         self.project_out: Tensor | None = None
         if config.has_quantizer_projections:
-            # One product for the sums of both chains, side by side.
+            # One matrix for the sums of both chains, concatenated.
             outs = [chain.project_out for chain in self.chains if chain.project_out is not None]
             self.project_out = torch.cat(outs, 1)
         self.mask = self._sums_mask(len(books))
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Sum the code vectors.
+        """Sum the code vectors of each frame.
 
         Args:
             codes: `[B, N, K]` int64, K at most the number of codebooks. Out-of-range codes are
@@ -47,7 +47,7 @@ class Quantizer:
             `[B, N, C]`.
         """
         batch, frames, width = codes.shape
-        # embed_frames' text column is never looked up.
+        # The text column of embed_frames is masked out.
         rows = F.pad(codes.clamp(0, self.codebook_size - 1), (0, 1)).flatten(0, 1)
         mask = self.mask if width + 1 == self.mask.shape[1] else self._sums_mask(width)
         if len(mask) > 1:
@@ -58,7 +58,7 @@ class Quantizer:
         return sums if self.project_out is None else ops.linear(sums, self.project_out)
 
     def _sums_mask(self, width: int) -> Tensor:
-        """`[sums of a frame, width + 1]` bool: what is added up, one sum or one for each chain."""
+        """`[sums, width + 1]` bool: a sum per chain if there are projections, else a single one."""
         columns = torch.arange(width + 1, device=self.device)
         if self.project_out is None:
             return (columns < width)[None]
@@ -76,7 +76,7 @@ class Quantizer:
 
 
 class _Chain:
-    """Codebooks that each quantize what the ones before left over."""
+    """A chain of codebooks; each quantizes the residual of the previous ones."""
 
     def __init__(self, config: MimiConfig, tensors: TensorReader, kind: str, length: int) -> None:
         name = f"quantizer.{kind}_residual_vector_quantizer"

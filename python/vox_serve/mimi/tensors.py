@@ -12,7 +12,7 @@ PRECISIONS = ("float32", "bfloat16", "int8")
 
 
 class TensorReader:
-    """Hands out a checkpoint's tensors by name, as float32, and rounds what is made of them.
+    """Reads a checkpoint's tensors by name, as float32, and rounds the weights built from them.
 
     Args:
         tensors: by name.
@@ -25,31 +25,31 @@ class TensorReader:
         self.device = next((x.device for x in tensors.values()), torch.device("cpu"))
 
     def at(self, precision: str) -> "TensorReader":
-        """A reader of the same tensors that rounds to another precision."""
+        """A reader of the same tensors with another precision."""
         other = TensorReader(self._tensors, precision)
         other._read = self._read
         return other
 
     def convolution(self, weight: Tensor) -> Tensor:
-        """A convolution's taps `[N, J, C]`: bfloat16 where the precision is less than float32.
+        """Round a convolution's taps `[N, J, C]` to bfloat16 unless the precision is float32.
 
-        Columns that do not make pairs stay as they are.
+        Taps with an odd number of columns stay float32.
         """
         if self._precision == "float32" or weight.shape[1] * weight.shape[2] % 2:
             return weight
         return weight.to(torch.bfloat16)
 
     def matrices(self, weight: Tensor) -> Tensor:
-        """A transformer's matrices `[L, N, K]` at the precision; no int8 if K cannot be packed."""
+        """Round a transformer's matrices `[L, N, K]`; bfloat16 for int8 if K cannot be packed."""
         if self._precision == "int8" and weight.shape[-1] % GROUP == 0:
             return pack(weight, "int8")
         return weight if self._precision == "float32" else weight.to(torch.bfloat16)
 
     def __call__(self, name: str, *shape: int) -> Tensor:
-        """The tensor of that name.
+        """Read the tensor of that name.
 
         Raises:
-            ValueError: it is missing or has another shape; the message names it.
+            ValueError: the tensor is missing or has another shape; the message names it.
         """
         tensor = self._tensors.get(name)
         if tensor is None:
@@ -62,13 +62,13 @@ class TensorReader:
         return tensor.to(torch.float32).contiguous()
 
     def refuse_leftover_layers(self) -> None:
-        """Check that no layer of a kind that was read remains unread.
+        """Check that the layers of each kind were either all read or all left.
 
-        A config with too few layers would otherwise load, and make noise. Codebooks may remain:
-        every prefix of them is a codec.
+        Otherwise a config with too few layers would load and produce noise. Unread codebooks are
+        allowed: any number of the first ones is a codec.
 
         Raises:
-            ValueError: one remains; the message names it.
+            ValueError: a layer was left; the message names it.
         """
         kinds = {re.sub(r"\d+", "#", name) for name in self._read}
         for name in self._tensors:

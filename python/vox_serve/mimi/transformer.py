@@ -1,4 +1,4 @@
-"""The codec's transformers: a sliding window of keys, in rings that are passed in."""
+"""The codec's transformers, with a sliding window of keys in ring buffers of the caller."""
 
 import torch
 from torch import Tensor
@@ -8,8 +8,8 @@ from vox_serve.mimi.tensors import TensorReader
 from voxkern import ops
 
 CHUNK_FRAMES = 8
-"""At most so many at once: enough to spread the reading of the weights, few enough for activations
-to stay in cache."""
+"""Most frames in a chunk: enough to amortise reading the weights, few enough that activations stay
+in cache."""
 
 _ACTIVATIONS = {
     "gelu": "gelu",
@@ -26,7 +26,7 @@ class Transformer:
 
     Args:
         config: the codec's sizes.
-        tensors: where the weights are.
+        tensors: reader of the weights.
         name: their prefix, `decoder_transformer` or `encoder_transformer`.
     """
 
@@ -40,7 +40,7 @@ class Transformer:
         layers = [
             _read_layer(config, tensors, f"{name}.layers.{i}") for i in range(self.num_layers)
         ]
-        # One tensor for every kind of weight, [L, ...].
+        # One tensor per kind of weight, [L, ...].
         self.weights = [torch.stack(kind) for kind in zip(*layers, strict=True)]
         for i, weight in enumerate(self.weights):
             if weight.dim() == 3 and i:
@@ -48,17 +48,17 @@ class Transformer:
         self.frequencies = (1.0 / config.rope_theta**exponents).to(tensors.device)
 
     def ring(self, batch_size: int) -> Tensor:
-        """Room for the keys, or the values, of streams: uninitialized, so that on the CPU rows take
-        no memory before there is a stream in them."""
+        """A ring buffer for the keys or the values of streams, uninitialised: on a CPU, the OS
+        allocates a row's memory only when a stream first uses it."""
         return torch.empty(batch_size, *self.ring_shape, device=self.frequencies.device)
 
     def __call__(self, x: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Run a chunk.
 
         Args:
-            x: `[B, T, C]`, T of `CHUNK_FRAMES` at most.
-            positions: `[B]` int64, of each row's first step.
-            keys, values: the rings, updated in place.
+            x: `[B, T, C]`, the steps of at most `CHUNK_FRAMES` frames.
+            positions: `[B]` int64, position of each row's first step.
+            keys, values: the ring buffers, updated in place.
 
         Returns:
             `[B, T, C]`.
@@ -79,7 +79,7 @@ class Transformer:
 
 
 def _read_layer(config: MimiConfig, tensors: TensorReader, name: str) -> list[Tensor]:
-    """norms, qkv, qkv_bias, o, o_bias, up and down, as `mimi_transformer` takes them."""
+    """A layer's norms, qkv, qkv_bias, o, o_bias, up and down, as `mimi_transformer` takes them."""
     width, hidden, dim = config.hidden_size, config.intermediate_size, config.head_dim
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     norms = [
@@ -103,7 +103,7 @@ def _read_layer(config: MimiConfig, tensors: TensorReader, name: str) -> list[Te
     o, o_bias = projection("o_proj", width, heads * dim)
     up = tensors(f"{name}.mlp.fc1.weight", hidden, width)
     down = tensors(f"{name}.mlp.fc2.weight", width, hidden)
-    # The layer scales are folded into the last product of their branch.
+    # The layer scales are folded into the last matrix of their branch.
     scale = tensors(f"{name}.self_attn_layer_scale.scale", width)
     o, o_bias = o * scale[:, None], o_bias * scale
     down = down * tensors(f"{name}.mlp_layer_scale.scale", width)[:, None]
