@@ -122,7 +122,7 @@ def check_transformer(
     ):
         check(
             format_of(t) == "none",
-            f"{name}: packed, which on CUDA the codec's transformer does not take",
+            f"{name}: packed weights are not supported on CUDA by the codec's transformer",
         )
         dtype = torch.bfloat16 if t.dtype == torch.bfloat16 else torch.float32
         check_operand(t, name, x, dtype, letters, sizes)

@@ -128,7 +128,7 @@ Tensor mimi_transformer_cuda(Tensor x, Tensor positions, Tensor frequencies, Ten
                               eps, activation, keys, values, window);
   const auto not_packed = [](const Weight& weight, const char* name) {
     check(weight.format == Format::plain || weight.format == Format::bf16, name,
-          ": packed, which on CUDA the codec's transformer does not take");
+          ": packed weights are not supported on CUDA by the codec's transformer");
   };
   not_packed(p.qkv, "qkv");
   not_packed(p.o, "o");
