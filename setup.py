@@ -1,4 +1,5 @@
-"""Drives CMake, which knows the sources and the compiler flags; all else is in pyproject.toml."""
+"""Build the extension with CMake, which lists sources and compiler flags; the rest is in
+pyproject.toml."""
 
 import os
 import shutil
@@ -15,16 +16,16 @@ BUILD = ROOT / "build" / "cmake"
 
 
 class BuildWithCMake(build_ext):
-    """Builds voxkern/_C.so, and _C_cuda.so where CMakeLists.txt says; in an editable install,
-    beside the sources."""
+    """Build voxkern/_C.so and, if CMakeLists.txt enables it, _C_cuda.so; an editable install puts
+    them next to the sources."""
 
     def get_ext_filename(self, name: str) -> str:
-        # Neither Python's nor torch's version is in the name: the binary depends on neither.
+        # No version of Python or torch in the name: the binary depends on neither.
         return name.replace(".", os.sep) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
-        # It remembers the cmake and torch that made it; those of an isolated build are gone.
+        # The cache stores the paths of cmake and torch; those of an isolated build no longer exist.
         shutil.rmtree(BUILD, ignore_errors=True)
         cuda = os.environ.get("VOXKERN_CUDA", "auto").lower()
         try:
@@ -35,15 +36,15 @@ class BuildWithCMake(build_ext):
             if cuda != "auto" or not tried:
                 raise
             print(
-                "voxkern: the build above failed; once more, without the CUDA kernels "
-                "(VOXKERN_CUDA=on makes this an error, VOXKERN_CUDA=off does not try)",
+                "voxkern: the build above failed; building again without the CUDA kernels "
+                "(VOXKERN_CUDA=on makes this an error, VOXKERN_CUDA=off skips them)",
                 file=sys.stderr,
             )
             self.build_with_cmake(target, "off")
 
     def copy_extensions_to_source(self) -> None:
         super().copy_extensions_to_source()
-        # setuptools knows of _C.so alone; and one that is older must not stay.
+        # setuptools copies only _C.so. An old _C_cuda.so must not stay.
         built, beside = (Path(root, "voxkern", "_C_cuda.so") for root in (self.build_lib, ROOT))
         beside.unlink(missing_ok=True)
         if built.exists():

@@ -1,6 +1,6 @@
-// What the machine can do at best: bytes read per second, and multiply-adds per second in float32,
-// bfloat16 and int8.
-// Compiled for the machine at hand by bench/roofline.py and called through ctypes.
+// The machine's peak rates: bytes read per second, and multiply-adds per second in float32,
+// bfloat16 and int8. bench/roofline.py compiles this file for the machine it runs on and calls it
+// through ctypes.
 #include <cstdint>
 #include <thread>
 #include <vector>
@@ -32,8 +32,8 @@ void on_threads(int threads, const F& f) {
 
 }  // namespace
 
-// Reads `bytes` (a multiple of 4096) from `data` `rounds` times, each thread a contiguous part as
-// four streams. The result keeps the compiler from dropping the loads.
+// Reads `bytes` (a multiple of 4096) from `data` `rounds` times. Each thread reads a contiguous
+// part as four streams. The result keeps the compiler from dropping the loads.
 extern "C" uint64_t read_memory(const char* data, int64_t bytes, int threads, int rounds) {
   std::vector<uint64_t> sums(threads);
   on_threads(threads, [&](int rank) {
@@ -63,8 +63,8 @@ extern "C" uint64_t read_memory(const char* data, int64_t bytes, int threads, in
   return total;
 }
 
-// `steps` rounds of 16 independent fused multiply-adds per thread; returns floating-point
-// operations done in all.
+// Runs `steps` rounds of 16 independent fused multiply-adds per thread. Returns the total number of
+// floating-point operations.
 extern "C" double multiply_float32(int64_t steps, int threads) {
   std::vector<float> sinks(threads);
   on_threads(threads, [&](int rank) {
@@ -82,7 +82,7 @@ extern "C" double multiply_float32(int64_t steps, int threads) {
   return 2.0 * 16 * (kBytes / 4) * static_cast<double>(steps) * threads;
 }
 
-// The same with bfloat16 pairs; 0 where the processor has no such instruction.
+// multiply_float32 with bfloat16 pairs. Returns 0 if the processor has no such instruction.
 extern "C" double multiply_bfloat16(int64_t steps, int threads) {
 #if defined(__AVX512BF16__)
   std::vector<float> sinks(threads);
@@ -106,8 +106,8 @@ extern "C" double multiply_bfloat16(int64_t steps, int threads) {
 #endif
 }
 
-// The same with int8: products of four pairs of bytes added up in an int32, as packed weights are
-// multiplied; 0 where the processor has no such instructions.
+// multiply_float32 with int8: sums of four byte products in an int32, as in the GEMM with packed
+// weights. Returns 0 if the processor has no such instructions.
 extern "C" double multiply_int8(int64_t steps, int threads) {
 #if defined(__AVX2__)
 #if defined(__AVX512VNNI__)
@@ -122,7 +122,7 @@ extern "C" double multiply_int8(int64_t steps, int threads) {
 #else
   const vint ones = _mm256_set1_epi16(1);
   const auto dot = [ones](vint acc, vint x, vint y) {
-    asm volatile("" : "+x"(x));  // or all share one product
+    asm volatile("" : "+x"(x));  // otherwise all sums share one product
     return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(x, y), ones));
   };
 #endif
@@ -130,7 +130,7 @@ extern "C" double multiply_int8(int64_t steps, int threads) {
   std::vector<int64_t> sinks(threads);
   on_threads(threads, [&](int rank) {
     vint acc[12];
-    // All different, or the compiler keeps one of them.
+    // All different, otherwise the compiler keeps only one of them.
     for (int j = 0; j < 12; ++j) acc[j] = spread(rank + j);
     const vint x = spread(3), y = spread(5);
     for (int64_t i = 0; i < steps; ++i) {
