@@ -6,8 +6,9 @@
 #include <string>
 #include <vector>
 
-#include "cuda/runtime/common.cuh"
+#include "cuda/runtime/elements.cuh"
 #include "cuda/runtime/grid_barrier.cuh"
+#include "cuda/runtime/reduce.cuh"
 
 namespace voxkern {
 namespace {

@@ -363,7 +363,7 @@ inline void prefetch_l2(const void* p, int bytes, VOX_SIMT_HERE) {
   const volatile char* const from = static_cast<const volatile char*>(p);
   static_cast<void>(from[0]), static_cast<void>(from[bytes - 1]);
 }
-inline uint4 load_fresh(const void* p) { return load_stream(p); }
+inline uint4 load_uncached(const void* p) { return load_stream(p); }
 template <int N>
 void sync_first(VOX_SIMT_HERE) {
   static_assert(N % 32 == 0);

@@ -2,7 +2,7 @@
 // their order, for what runs them and for the queue of weights that is ahead of it.
 #pragma once
 
-#include "cuda/attention/depth_attention.cuh"
+#include "cuda/attention/depth.cuh"
 #include "cuda/decoder/layers.cuh"
 #include "cuda/decoder/persistent_depth.h"
 #include "cuda/gemm/matrix_walk.cuh"
@@ -41,32 +41,13 @@ inline int64_t most_row_blocks() {
   return share > 2 ? share : 2;
 }
 
-inline DepthAttentionParams attention_of(const PersistentDepthParams& p) {
-  const LayersParams& l = p.op.layers;
-  return {
-      .dtype = p.op.dtype,
-      .B = p.op.B,
-      .Hq = l.Hq,
-      .Hkv = l.Hkv,
-      .D = l.D,
-      .K = p.op.K,
-      .position = 0,
-      .qkv = p.qkv,
-      .rope_table = l.rope_table,
-      .k_cache = p.k_cache,
-      .v_cache = p.v_cache,
-      .scale = 1.0f / sqrtf(static_cast<float>(l.D)),
-      .out = p.attended,
-  };
-}
-
 // All but the queue's length, with tiles of `tile` columns.
 inline Arguments arguments(const PersistentDepthParams& p, int64_t tile) {
   const LayersParams& l = p.op.layers;
   Arguments all = {};
   all.p = p;
-  all.attention = attention_of(p);
-  all.parts = static_cast<int>(depth_attention_parts(all.attention));
+  all.attention = depth_attention_params(p, 0, 0);
+  all.parts = static_cast<int>(attention::depth_blocks_per_row(all.attention));
   const int64_t items = all.parts * p.op.B, most = most_row_blocks();
   all.row_blocks = static_cast<int>(items < most ? items : most);
   all.blocks = static_cast<int>(multiprocessors()) - all.row_blocks;

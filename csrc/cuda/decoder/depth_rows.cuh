@@ -24,24 +24,13 @@ __device__ __forceinline__ void copy_row(const T* rows, int64_t code, int64_t V,
 }
 
 // Draws row b's code of `codebook`, and looks up its residual of the next position. For a block
-// that sample_row() takes.
+// that sampling::sample_row() takes.
 template <typename T>
 __device__ void draw_and_look_up(const DecodeDepthParams& p, int64_t codebook, int64_t b,
-                                 const T* logits, T* residual, SamplerShared& shared) {
+                                 const T* logits, T* residual, sampling::Shared& shared) {
   const int64_t C = p.layers.C;
-  const SamplerRow row = {
-      .temperature = p.temperature[b],
-      .top_k = p.top_k[b],
-      .top_p = p.top_p[b],
-      .min_p = p.min_p[b],
-      .repetition_penalty = 1,
-      .history = nullptr,
-      .W = 0,
-      .seed = p.seeds[b],
-      .frame = p.frames[b],
-      .codebook = codebook,
-  };
-  const int code = sample_row(logits + b * p.V, static_cast<int>(p.V), row, shared);
+  const SamplerRow row = sampler_row(p, b, codebook);
+  const int code = sampling::sample_row(logits + b * p.V, static_cast<int>(p.V), row, shared);
   if (threadIdx.x == 0) p.out[b * p.K + codebook] = code;
   if (codebook + 1 < p.K)
     copy_row(static_cast<const T*>(p.audio_rows) + codebook * p.V * C, code, p.V, C,

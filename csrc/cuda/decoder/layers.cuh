@@ -68,6 +68,50 @@ class Layers {
     }
   }
 
+  // The ops that the attention between `qkv` and `attended` consists of, for pages of S positions;
+  // the caller sets what is null.
+  AppendKvParams append_kv(int64_t S) const {
+    const int64_t stride = (p_.Hq + 2 * p_.Hkv) * p_.D;
+    return {
+        .dtype = dtype_,
+        .T = B_,
+        .Hq = p_.Hq,
+        .Hkv = p_.Hkv,
+        .D = p_.D,
+        .S = S,
+        .q = qkv,
+        .q_stride = stride,
+        .k = offset(qkv, p_.Hq * p_.D, dtype_),
+        .k_stride = stride,
+        .v = offset(qkv, (p_.Hq + p_.Hkv) * p_.D, dtype_),
+        .v_stride = stride,
+        .rope_table = p_.rope_table,
+        .positions = nullptr,
+        .slots = nullptr,
+        .k_pages = nullptr,
+        .v_pages = nullptr,
+    };
+  }
+  DecodeAttentionParams attention(int64_t S, int64_t M, float scale) const {
+    return {
+        .dtype = dtype_,
+        .B = B_,
+        .Hq = p_.Hq,
+        .Hkv = p_.Hkv,
+        .D = p_.D,
+        .S = S,
+        .M = M,
+        .q = qkv,
+        .q_stride = (p_.Hq + 2 * p_.Hkv) * p_.D,
+        .k_pages = nullptr,
+        .v_pages = nullptr,
+        .page_table = nullptr,
+        .seq_lens = nullptr,
+        .scale = scale,
+        .out = attended,
+    };
+  }
+
   // out = x [B, C] times the transpose of `weight`.
   void project(const void* x, const Weight& weight, void* out, cudaStream_t stream) const {
     linear({.dtype = dtype_, .M = B_, .x = x, .weight = weight, .out = out}, stream, true);

@@ -107,13 +107,13 @@ class RowPart {
     p.position = position;
     p.k_cache = static_cast<bf16*>(p.k_cache) + cache;
     p.v_cache = static_cast<bf16*>(p.v_cache) + cache;
-    auto& shared = *static_cast<DepthAttentionShared<bf16, L>*>(shared_);
+    auto& shared = *static_cast<attention::DepthShared<bf16, L>*>(shared_);
 #pragma unroll 1
     for (int i = me_; i < all_.parts * rows_; i += all_.row_blocks) {
       const auto wait = [&] { return i > me_ || grid_.wait(); };
       const bool goes_on =
           threadIdx.x < kThreads
-              ? voxkern::attend<bf16, L>(p, i % all_.parts, i / all_.parts, shared, wait)
+              ? attention::attend_depth<bf16, L>(p, i % all_.parts, i / all_.parts, shared, wait)
               : wait();
       if (!goes_on) return false;
     }
@@ -133,7 +133,7 @@ class RowPart {
                  residual + b * p.layers.C);
       else
         draw_and_look_up(p, position, b, static_cast<const bf16*>(all_.p.logits), residual,
-                         *static_cast<SamplerShared*>(shared_));
+                         *static_cast<sampling::Shared*>(shared_));
       __syncthreads();
     }
     end_phase(1);
@@ -157,7 +157,7 @@ class RowPart {
 template <int L, typename Products>
 __global__ void __launch_bounds__(kBlockThreads, 1)
     persistent_depth_kernel(const __grid_constant__ Arguments all) {
-  static_assert(kThreads == kAttentionThreads);
+  static_assert(kThreads == attention::kDepthThreads);
   VOX_DYNAMIC_SHARED(unsigned char, shared);
   if (static_cast<int>(blockIdx.x) < all.blocks && threadIdx.x < kThreads) {
     ProductPart<Products> part(all, shared);
@@ -207,8 +207,8 @@ Plan plan_for(const Arguments& all) {
   for (const Phase& phase : all.phases)
     rest = std::max(rest, Products::rest_bytes(phase.product, all.blocks));
   const int64_t of_rows =
-      std::max({sizeof(DepthAttentionShared<bf16, 8>), sizeof(DepthAttentionShared<bf16, 16>),
-                sampler_shared_bytes(all.p.op.V)});
+      std::max({sizeof(attention::DepthShared<bf16, 8>), sizeof(attention::DepthShared<bf16, 16>),
+                sampling::shared_bytes(all.p.op.V)});
   const Kernel kernel = kernel_for<Products>(all.attention.D);
   for (int length = Products::kMost; length >= Products::kLeast; --length) {
     const int64_t bytes = std::max(Products::queue_bytes(length) + rest, of_rows);
@@ -225,13 +225,15 @@ bool persistent_depth(const PersistentDepthParams& p, cudaStream_t stream) {
   const DecodeDepthParams& op = p.op;
   const LayersParams& l = op.layers;
   const bool narrow = l.D == 8 * kVector<bf16>;
-  if (op.dtype != Dtype::bf16 || op.B > kMostRows || l.L == 0 || op.V > kBlockThreads * kHeld ||
-      (!narrow && l.D != 16 * kVector<bf16>) || op.K > (narrow ? kHeldKeys<8> : kHeldKeys<16>))
+  if (op.dtype != Dtype::bf16 || op.B > kMostRows || l.L == 0 ||
+      op.V > kBlockThreads * sampling::kMaxCodesPerThread ||
+      (!narrow && l.D != 16 * kVector<bf16>) ||
+      op.K > (narrow ? attention::kMaxDepthKeys<8> : attention::kMaxDepthKeys<16>))
     return false;
   for (const Weight& weight : {l.qkv, l.o, l.gate_up, l.down, op.heads})
-    if (!takes_vectors<bf16>(weight.data, weight.C)) return false;
+    if (!is_vector_aligned<bf16>(weight.data, weight.C)) return false;
   for (const void* norm : {l.attn_norm, l.mlp_norm, l.norm})
-    if (!takes_vectors<bf16>(norm, l.C)) return false;
+    if (!is_vector_aligned<bf16>(norm, l.C)) return false;
   return with_products(p, [&]<typename Products>() {
     Arguments all = arguments(p, Products::kTile);
     if (all.blocks <= 0) return false;

@@ -2,7 +2,7 @@
 // it.
 #pragma once
 
-#include "cuda/runtime/common.cuh"
+#include "cuda/ops/ops.cuh"
 #include "params/decode_depth.h"
 
 namespace voxkern {
@@ -16,6 +16,29 @@ struct PersistentDepthParams {
   void *k_cache, *v_cache;  // [L, B, Hkv, K, D]
   unsigned* arrived;        // 0
 };
+
+// The attention of one position and layer.
+inline DepthAttentionParams depth_attention_params(const PersistentDepthParams& p, int64_t position,
+                                                   int64_t layer) {
+  const LayersParams& l = p.op.layers;
+  const int64_t bytes = p.op.dtype == Dtype::f32 ? 4 : 2;
+  const int64_t cache = layer * p.op.B * l.Hkv * p.op.K * l.D * bytes;
+  return {
+      .dtype = p.op.dtype,
+      .B = p.op.B,
+      .Hq = l.Hq,
+      .Hkv = l.Hkv,
+      .D = l.D,
+      .K = p.op.K,
+      .position = position,
+      .qkv = p.qkv,
+      .rope_table = l.rope_table,
+      .k_cache = static_cast<char*>(p.k_cache) + cache,
+      .v_cache = static_cast<char*>(p.v_cache) + cache,
+      .scale = 1.0f / sqrtf(static_cast<float>(l.D)),
+      .out = p.attended,
+  };
+}
 
 // False, and no launch, if it does not take these sizes, weights or this device.
 bool persistent_depth(const PersistentDepthParams& p, cudaStream_t stream);

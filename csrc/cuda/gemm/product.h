@@ -3,7 +3,7 @@
 #pragma once
 
 #include "common/weight.h"
-#include "cuda/runtime/common.cuh"
+#include "cuda/runtime/launch.cuh"
 
 namespace voxkern {
 

@@ -5,8 +5,9 @@
 #pragma once
 
 #include "cuda/gemm/product.h"
+#include "cuda/runtime/elements.cuh"
 #include "cuda/runtime/elementwise.cuh"
-#include "cuda/runtime/fresh.cuh"
+#include "cuda/runtime/reduce.cuh"
 
 namespace voxkern {
 namespace {
@@ -73,7 +74,7 @@ __device__ void stage(const ProductParams& p, int64_t m, int rows, uint4 norm_fi
 #pragma unroll
       for (int k = 0; k < kAtOnce; ++k) {
         const int at = base + k * kThreads;
-        if (at < all) raw[k] = load_fresh(from + at * kSize);
+        if (at < all) raw[k] = load_uncached(from + at * kSize);
       }
 #pragma unroll
       for (int k = 0; k < kAtOnce; ++k) {
@@ -96,7 +97,7 @@ __device__ void stage(const ProductParams& p, int64_t m, int rows, uint4 norm_fi
         uint4 raw[kRows];
 #pragma unroll
         for (int k = 0; k < kRows; ++k)
-          if (first + k < rows) raw[k] = load_fresh(from + (first + k) * p.C + i * kSize);
+          if (first + k < rows) raw[k] = load_uncached(from + (first + k) * p.C + i * kSize);
 #pragma unroll
         for (int k = 0; k < kRows; ++k) {
           if (first + k >= rows) break;
@@ -156,7 +157,7 @@ constexpr int kProducts = after == After::swiglu ? 2 : 1;
 template <typename T, After after>
 __device__ __forceinline__ T old_value(const ProductParams& p, int64_t m, int64_t n) {
   if constexpr (after == After::add)
-    return element_fresh(static_cast<const T*>(p.residual) + m * p.N + n);
+    return load_element_uncached(static_cast<const T*>(p.residual) + m * p.N + n);
   return {};
 }
 
@@ -184,8 +185,8 @@ inline bool fit_together(int64_t blocks, int64_t shared_bytes) {
 
 template <typename T>
 bool aligned(const ProductParams& p) {
-  return takes_vectors<T>(p.x, p.C) && takes_vectors<T>(p.weight, p.C) &&
-         (p.before == Before::nothing || takes_vectors<T>(p.norm, p.C));
+  return is_vector_aligned<T>(p.x, p.C) && is_vector_aligned<T>(p.weight, p.C) &&
+         (p.before == Before::nothing || is_vector_aligned<T>(p.norm, p.C));
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "common/weight.h"
-#include "cuda/runtime/fresh.cuh"
+#include "cuda/runtime/elements.cuh"
 
 namespace voxkern {
 namespace {
@@ -50,7 +50,7 @@ template <typename T>
 struct PlainRows {
   const T* x;
   int64_t C;
-  bool aligned;  // takes_vectors
+  bool aligned;  // is_vector_aligned
 
   __device__ __forceinline__ RawColumns<T> read(int m, int column) const {
     RawColumns<T> raw;
@@ -58,11 +58,12 @@ struct PlainRows {
 #pragma unroll
     for (int i = 0; i < RawColumns<T>::kVectors; ++i) {
       if (aligned) {
-        raw.words[i] = load_fresh(from + i * kVector<T>);
+        raw.words[i] = load_uncached(from + i * kVector<T>);
       } else {
         float values[kVector<T>];
 #pragma unroll
-        for (int j = 0; j < kVector<T>; ++j) values[j] = read_fresh(from + i * kVector<T> + j);
+        for (int j = 0; j < kVector<T>; ++j)
+          values[j] = to_float(load_element_uncached(from + i * kVector<T> + j));
         raw.words[i] = pack<T>(values);
       }
     }

@@ -24,7 +24,7 @@
 // [2048, 8192] takes 18 us of that cache, not memory's 10.
 #pragma once
 
-#include "cuda/runtime/common.cuh"
+#include "cuda/runtime/elements.cuh"
 #include "params/linear.h"
 
 namespace voxkern {

@@ -157,7 +157,7 @@ __device__ __forceinline__ void multiply_tiles(const ProductParams& p, int64_t m
   }
   const auto read_x = [&](const uint4* from, int r, int i) -> uint4 {
     if (r >= rows) return {};
-    if constexpr (kAligned) return staged_row ? from[i] : load_fresh(from + i);
+    if constexpr (kAligned) return staged_row ? from[i] : load_uncached(from + i);
     return read_vector<bf16, false>(x + static_cast<int64_t>(r) * C, i, C);
   };
   const auto multiply = [&](float (&sums)[4], uint4 w, uint4 low, uint4 high) {

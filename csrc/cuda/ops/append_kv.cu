@@ -1,4 +1,4 @@
-#include "cuda/runtime/common.cuh"
+#include "cuda/runtime/elements.cuh"
 #include "cuda/runtime/elementwise.cuh"
 #include "params/append_kv.h"
 
@@ -62,9 +62,9 @@ __global__ void __launch_bounds__(kThreads) append_kv_kernel(AppendKvParams p) {
 template <typename T>
 void run(const AppendKvParams& p, cudaStream_t stream) {
   const int64_t half = p.D / 2;
-  const bool vectors = takes_vectors<T>(p.q, half) && takes_vectors<T>(p.k, half) &&
-                       takes_vectors<T>(p.v, half) && takes_vectors<T>(p.k_pages, half) &&
-                       takes_vectors<T>(p.v_pages, half) && p.q_stride % kVector<T> == 0 &&
+  const bool vectors = is_vector_aligned<T>(p.q, half) && is_vector_aligned<T>(p.k, half) &&
+                       is_vector_aligned<T>(p.v, half) && is_vector_aligned<T>(p.k_pages, half) &&
+                       is_vector_aligned<T>(p.v_pages, half) && p.q_stride % kVector<T> == 0 &&
                        p.k_stride % kVector<T> == 0 && p.v_stride % kVector<T> == 0;
   const int64_t items = (p.Hq + 2 * p.Hkv) * (vectors ? half / kVector<T> : half);
   launch(vectors ? append_kv_kernel<T, kVector<T>> : append_kv_kernel<T, 1>,

@@ -36,49 +36,11 @@ __global__ void begin_kernel(const Word* x, Word* residual, int64_t words, unsig
   for (int64_t i = me; i < count; i += all) counters[i] = 0;
 }
 
-AppendKvParams append_of(const DecodeBackboneParams& p, void* qkv) {
-  const LayersParams& l = p.layers;
-  const int64_t stride = (l.Hq + 2 * l.Hkv) * l.D;
-  return {
-      .dtype = p.dtype,
-      .T = p.B,
-      .Hq = l.Hq,
-      .Hkv = l.Hkv,
-      .D = l.D,
-      .S = p.S,
-      .q = qkv,
-      .q_stride = stride,
-      .k = offset(qkv, l.Hq * l.D, p.dtype),
-      .k_stride = stride,
-      .v = offset(qkv, (l.Hq + l.Hkv) * l.D, p.dtype),
-      .v_stride = stride,
-      .rope_table = l.rope_table,
-      .positions = p.positions,
-      .slots = p.slots,
-      .k_pages = p.k_pages,
-      .v_pages = p.v_pages,
-  };
-}
-
-DecodeAttentionParams attention_of(const DecodeBackboneParams& p, const void* qkv, void* out) {
-  const LayersParams& l = p.layers;
-  return {
-      .dtype = p.dtype,
-      .B = p.B,
-      .Hq = l.Hq,
-      .Hkv = l.Hkv,
-      .D = l.D,
-      .S = p.S,
-      .M = p.M,
-      .q = qkv,
-      .q_stride = (l.Hq + 2 * l.Hkv) * l.D,
-      .k_pages = p.k_pages,
-      .v_pages = p.v_pages,
-      .page_table = p.page_table,
-      .seq_lens = p.seq_lens,
-      .scale = p.scale,
-      .out = out,
-  };
+AppendKvParams append_of(const DecodeBackboneParams& p, const Layers& layers) {
+  AppendKvParams append = layers.append_kv(p.S);
+  append.positions = p.positions;
+  append.slots = p.slots;
+  return append;
 }
 
 // All that a call needs besides its arguments.
@@ -89,7 +51,7 @@ struct Buffers {
   int64_t count;
 
   Buffers(Arena& arena, const DecodeBackboneParams& p) : layers(arena, p.layers, p.dtype, p.B) {
-    const DecodeAttentionParams attention = attention_of(p, nullptr, nullptr);
+    const DecodeAttentionParams attention = attention_params(p, 0, nullptr, nullptr);
     splits = arena.take<float>(decode_attention_workspace(attention));
     count = append_and_attend_counters(attention);
     counters = arena.take<unsigned>(count);
@@ -123,16 +85,14 @@ void decode_backbone(const DecodeBackboneParams& p, void* workspace, cudaStream_
   };
   const bool words = bytes % 16 == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
   words ? begin(uint4()) : begin(uint16_t());
-  AppendKvParams append = append_of(p, layers.qkv);
-  DecodeAttentionParams attention = attention_of(p, layers.qkv, layers.attended);
+  AppendKvParams append = append_of(p, layers);
   const int64_t pages = p.P * l.Hkv * p.S * l.D;
   layers.run(
       [&](int64_t layer) {
         append.k_pages = offset(p.k_pages, layer * pages, p.dtype);
         append.v_pages = offset(p.v_pages, layer * pages, p.dtype);
-        attention.k_pages = append.k_pages;
-        attention.v_pages = append.v_pages;
-        append_and_attend(append, attention, buffers.splits, buffers.counters, stream);
+        append_and_attend(append, attention_params(p, layer, layers.qkv, layers.attended),
+                          buffers.splits, buffers.counters, stream);
       },
       stream);
   layers.normalise(l.norm, p.out, stream);

@@ -82,9 +82,9 @@ __global__ void look_up_kernel(DecodeDepthParams p, T* residual) {
 
 // A block takes a row: draws `codebook`, and looks up the next position's row.
 template <typename T>
-__global__ void __launch_bounds__(kSamplerThreads)
+__global__ void __launch_bounds__(sampling::kSamplerThreads)
     draw_kernel(DecodeDepthParams p, int64_t codebook, const T* logits, T* residual) {
-  VOX_DYNAMIC_SHARED(SamplerShared, shared);
+  VOX_DYNAMIC_SHARED(sampling::Shared, shared);
   wait_for_previous_kernel();
   let_next_kernel_start();
   draw_and_look_up(p, codebook, blockIdx.x, logits, residual, *shared);
@@ -123,46 +123,6 @@ struct DepthBuffers {
     return offset(cache, layer * p.B * l.Hkv * p.K * l.D, p.dtype);
   }
 
-  DepthAttentionParams resident(const DecodeDepthParams& p, int64_t position, int64_t layer) const {
-    const LayersParams& l = p.layers;
-    return {
-        .dtype = p.dtype,
-        .B = p.B,
-        .Hq = l.Hq,
-        .Hkv = l.Hkv,
-        .D = l.D,
-        .K = p.K,
-        .position = position,
-        .qkv = layers.qkv,
-        .rope_table = l.rope_table,
-        .k_cache = keys(p, k_cache, layer),
-        .v_cache = keys(p, v_cache, layer),
-        .scale = 1.0f / sqrtf(static_cast<float>(l.D)),
-        .out = layers.attended,
-    };
-  }
-
-  DecodeAttentionParams paged(const DecodeDepthParams& p, int64_t position, int64_t layer) const {
-    const LayersParams& l = p.layers;
-    return {
-        .dtype = p.dtype,
-        .B = p.B,
-        .Hq = l.Hq,
-        .Hkv = l.Hkv,
-        .D = l.D,
-        .S = p.K,
-        .M = 1,
-        .q = layers.qkv,
-        .q_stride = (l.Hq + 2 * l.Hkv) * l.D,
-        .k_pages = keys(p, k_cache, layer),
-        .v_pages = keys(p, v_cache, layer),
-        .page_table = all.page_table,
-        .seq_lens = all.seq_lens + position * p.B,
-        .scale = 1.0f / sqrtf(static_cast<float>(l.D)),
-        .out = layers.attended,
-    };
-  }
-
   PersistentDepthParams persistent(const DecodeDepthParams& p) const {
     return {
         .op = p,
@@ -177,28 +137,27 @@ struct DepthBuffers {
     };
   }
 
+  DepthAttentionParams resident(const DecodeDepthParams& p, int64_t position, int64_t layer) const {
+    return depth_attention_params(persistent(p), position, layer);
+  }
+
+  DecodeAttentionParams paged(const DecodeDepthParams& p, int64_t position, int64_t layer) const {
+    DecodeAttentionParams attention =
+        layers.attention(p.K, 1, 1.0f / sqrtf(static_cast<float>(p.layers.D)));
+    attention.k_pages = keys(p, k_cache, layer);
+    attention.v_pages = keys(p, v_cache, layer);
+    attention.page_table = all.page_table;
+    attention.seq_lens = all.seq_lens + position * p.B;
+    return attention;
+  }
+
   AppendKvParams append(const DecodeDepthParams& p, int64_t position, int64_t layer) const {
-    const LayersParams& l = p.layers;
-    const int64_t stride = (l.Hq + 2 * l.Hkv) * l.D;
-    return {
-        .dtype = p.dtype,
-        .T = p.B,
-        .Hq = l.Hq,
-        .Hkv = l.Hkv,
-        .D = l.D,
-        .S = p.K,
-        .q = layers.qkv,
-        .q_stride = stride,
-        .k = offset(layers.qkv, l.Hq * l.D, p.dtype),
-        .k_stride = stride,
-        .v = offset(layers.qkv, (l.Hq + l.Hkv) * l.D, p.dtype),
-        .v_stride = stride,
-        .rope_table = l.rope_table,
-        .positions = all.positions + position * p.B,
-        .slots = all.slots + position * p.B,
-        .k_pages = keys(p, k_cache, layer),
-        .v_pages = keys(p, v_cache, layer),
-    };
+    AppendKvParams append = layers.append_kv(p.K);
+    append.positions = all.positions + position * p.B;
+    append.slots = all.slots + position * p.B;
+    append.k_pages = keys(p, k_cache, layer);
+    append.v_pages = keys(p, v_cache, layer);
+    return append;
   }
 };
 
@@ -212,15 +171,15 @@ void decode(const DecodeDepthParams& p, DepthBuffers& buffers, bool persistent,
                                 .stream = stream,
                                 .overlaps_previous = true};
   LaunchShape each_draw = each_row;
-  each_draw.block = dim3(sampler_threads(p.V));
-  each_draw.shared_bytes = sampler_shared_bytes(p.V);
+  each_draw.block = dim3(sampling::block_threads(p.V));
+  each_draw.shared_bytes = sampling::shared_bytes(p.V);
   const auto each = [&](int64_t items) -> LaunchShape {
     return {.grid = dim3(static_cast<unsigned>(divide_up(items, kThreads))),
             .block = dim3(kThreads),
             .stream = stream,
             .overlaps_previous = true};
   };
-  if (!fits(buffers.resident(p, 0, 0)))
+  if (!supports_depth_attention(buffers.resident(p, 0, 0)))
     launch(places_kernel, each(p.B * p.K), buffers.all, p.B, p.K, buffers.counters, buffers.count);
   launch(begin_kernel, each(p.B * p.K), p.code0, p.B, p.K, p.out, buffers.arrived);
   layers.project(p.hidden, p.projection, layers.residual, stream);
@@ -231,7 +190,7 @@ void decode(const DecodeDepthParams& p, DepthBuffers& buffers, bool persistent,
     layers.run(
         [&](int64_t layer) {
           const DepthAttentionParams resident = buffers.resident(p, position, layer);
-          if (fits(resident))
+          if (supports_depth_attention(resident))
             depth_attention(resident, stream);
           else
             append_and_attend(buffers.append(p, position, layer), buffers.paged(p, position, layer),
@@ -279,7 +238,8 @@ Tensor decode_depth_cuda(Tensor hidden, Tensor code0, Tensor audio_rows, Tensor 
                           gate_up, down, norm, heads, rope_table, num_heads, num_kv_heads, eps,
                           temperature, top_k, top_p, min_p, seeds, frames);
   check_attention(p.layers, p.B);
-  check(p.V <= kMaxVocabulary, "heads: on CUDA expected V <= ", kMaxVocabulary, ", got ", p.V);
+  check(p.V <= sampling::kMaxVocabulary, "heads: on CUDA expected V <= ", sampling::kMaxVocabulary,
+        ", got ", p.V);
   Tensor out = torch::stable::new_empty(code0, {p.B, p.K});
   if (p.B == 0) return out;
   p.out = static_cast<int64_t*>(out.mutable_data_ptr());

@@ -1,4 +1,4 @@
-#include "cuda/runtime/common.cuh"
+#include "cuda/runtime/elements.cuh"
 #include "params/embed_frames.h"
 
 // A block takes a frame and blockDim.x vectors of its columns (16 bytes, or single elements where
@@ -64,8 +64,8 @@ __global__ void __launch_bounds__(kThreads) embed_frames_kernel(EmbedFramesParam
 
 template <typename T>
 void run(const EmbedFramesParams& p, cudaStream_t stream) {
-  const bool vectors = takes_vectors<T>(p.audio_table, p.C) &&
-                       takes_vectors<T>(p.text_table, p.C) && takes_vectors<T>(p.out, p.C);
+  const bool vectors = is_vector_aligned<T>(p.audio_table, p.C) &&
+                       is_vector_aligned<T>(p.text_table, p.C) && is_vector_aligned<T>(p.out, p.C);
   const int64_t items = vectors ? p.C / kVector<T> : p.C;
   const unsigned threads = block_size(items, kThreads);
   // The grid's second dimension is 16 bits wide.

@@ -1,9 +1,9 @@
 #include <climits>
 
-#include "cuda/codec/mimi_conv.cuh"
-#include "cuda/codec/mimi_product.cuh"
+#include "cuda/codec/conv.cuh"
+#include "cuda/codec/gemm.cuh"
 
-// A convolution is one product of mimi_product.cuh; its Source reads the blocks of a window from x
+// A convolution is one product of gemm.cuh; its Source reads the blocks of a window from x
 // and the past where they lie, and takes the ELU. What comes before the next blocks is put into the
 // past by a launch of its own, when all of the product's blocks have read it.
 namespace voxkern {
@@ -30,8 +30,8 @@ struct Windows {
   };
 
   bool aligned(int vector) const {
-    return C % vector == 0 && (width % vector == 0 || !fresh) && takes_vectors<float>(x, C) &&
-           takes_vectors<float>(past, C);
+    return C % vector == 0 && (width % vector == 0 || !fresh) && is_vector_aligned<float>(x, C) &&
+           is_vector_aligned<float>(past, C);
   }
 
   template <int kM, bool kAligned>
@@ -67,7 +67,7 @@ struct Windows {
     if constexpr (kAligned) {
       const bool inside = columns.blocks <= context;  // the last taps' lanes may have no column
       const float* const from = inside ? place(row, columns.blocks, columns.column) : nullptr;
-      read_columns<V, true>(from, 0, inside ? V : 0, out);
+      codec::read_columns<V, true>(from, 0, inside ? V : 0, out);
     } else {
 #pragma unroll
       for (int i = 0; i < V; ++i) {
@@ -150,19 +150,19 @@ void mimi_conv(const MimiConvParams& p, const MimiConvStart& start, cudaStream_t
       .width = static_cast<int>(start.width),
       .elu = p.elu,
   };
-  multiply<true>({.M = static_cast<int>(p.B * p.T),
-                  .N = static_cast<int>(p.N),
-                  .K = windows.K,
-                  .weight = p.weight,
-                  .bias = p.bias,
-                  .add = p.add,
-                  .out = p.out,
-                  .activates = false,
-                  .activation = {},
-                  .splits = 0,
-                  .tiles = 0,
-                  .tiles_m = 0},
-                 p.dtype == Dtype::bf16, windows, stream);
+  codec::gemm<true>({.M = static_cast<int>(p.B * p.T),
+                     .N = static_cast<int>(p.N),
+                     .K = windows.K,
+                     .weight = p.weight,
+                     .bias = p.bias,
+                     .add = p.add,
+                     .out = p.out,
+                     .activates = false,
+                     .activation = {},
+                     .splits = 0,
+                     .tiles = 0,
+                     .tiles_m = 0},
+                    p.dtype == Dtype::bf16, windows, stream);
 }
 
 void keep_past(const std::vector<FinishedConv>& convs, cudaStream_t stream) {

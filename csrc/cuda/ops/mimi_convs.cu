@@ -1,4 +1,4 @@
-#include "cuda/codec/mimi_conv.cuh"
+#include "cuda/codec/conv.cuh"
 
 // Launch by launch: one for every convolution, and one at the end that keeps the pasts of all. So
 // all values live until then, 2.2 MB a frame and stream.

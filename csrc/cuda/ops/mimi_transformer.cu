@@ -1,8 +1,8 @@
 #include <climits>
 
 #include "common/arena.h"
-#include "cuda/codec/mimi_attention.cuh"
-#include "cuda/codec/mimi_rows.cuh"
+#include "cuda/codec/attention.cuh"
+#include "cuda/codec/prologues.cuh"
 #include "params/mimi_transformer.h"
 
 // Five launches a layer: norm and qkv; rotation, the new keys and values, attention; o and the
@@ -52,12 +52,12 @@ struct Buffers {
 };
 
 template <bool kNormed>
-void project(const Rows<kNormed>& rows, int64_t M, const Weight& weight, int64_t layer,
+void project(const codec::Rows<kNormed>& rows, int64_t M, const Weight& weight, int64_t layer,
              const float* bias, const float* add, float* out, const Activation* activation,
              cudaStream_t stream) {
   const bool is_bf16 = weight.format == Format::bf16;
   const int64_t bytes = layer * weight.N * weight.C * (is_bf16 ? 2 : 4);
-  multiply<false>(
+  codec::gemm<false>(
       {
           .M = static_cast<int>(M),
           .N = static_cast<int>(weight.N),
@@ -102,7 +102,7 @@ void mimi_transformer(MimiTransformerParams p, const float* frequencies, void* w
     const float *const residual = layer ? p.out : p.x, *const norms = p.norms + layer * 4 * C;
     project<true>({residual, C, norms, norms + C, p.eps}, M, p.qkv, layer, p.qkv_bias, nullptr,
                   buffers.qkv, nullptr, stream);
-    attend(p, layer, buffers.qkv, buffers.attended, stream);
+    codec::launch_attention(p, layer, buffers.qkv, buffers.attended, stream);
     project<false>({buffers.attended, static_cast<int>(p.o.C), nullptr, nullptr, 0}, M, p.o, layer,
                    p.o_bias, residual, p.out, nullptr, stream);
     project<true>({p.out, C, norms + 2 * C, norms + 3 * C, p.eps}, M, p.up, layer, nullptr, nullptr,
@@ -134,7 +134,7 @@ Tensor mimi_transformer_cuda(Tensor x, Tensor positions, Tensor frequencies, Ten
   not_packed(p.o, "o");
   not_packed(p.up, "up");
   not_packed(p.down, "down");
-  check(p.D <= kMaxWidth, "keys: on CUDA expected heads of at most ", kMaxWidth,
+  check(p.D <= codec::kMaxWidth, "keys: on CUDA expected heads of at most ", codec::kMaxWidth,
         " elements, got shape ", shape_string(keys));
   check(p.B * p.T <= INT_MAX, "x: on CUDA expected B T below 2^31, got shape ", shape_string(x));
   if (p.L == 0) return torch::stable::clone(x);

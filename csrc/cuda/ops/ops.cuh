@@ -1,7 +1,7 @@
 // The kernels by their Params, for ops that are made of others. Each is defined in its own <op>.cu.
 #pragma once
 
-#include "cuda/runtime/common.cuh"
+#include "cuda/runtime/launch.cuh"
 
 // The host's pass alone calls them.
 #include "cuda/gemm/product.h"
@@ -40,7 +40,7 @@ struct DepthAttentionParams {
   float scale;
   void* out;  // [B, Hq, D]
 };
-bool fits(const DepthAttentionParams& p);
+bool supports_depth_attention(const DepthAttentionParams& p);
 void depth_attention(const DepthAttentionParams& p, cudaStream_t stream);
 
 }  // namespace voxkern

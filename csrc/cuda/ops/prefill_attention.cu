@@ -1,4 +1,5 @@
-#include "cuda/runtime/common.cuh"
+#include "cuda/runtime/elements.cuh"
+#include "cuda/runtime/reduce.cuh"
 #include "params/prefill_attention.h"
 
 // A row is one query of one head. Of a sequence and a key/value head, rows are numbered token by
@@ -257,8 +258,9 @@ void prefill_attention(const PrefillAttentionParams& p, cudaStream_t stream) {
   if (p.T == 0 || p.B == 0) return;
   auto kernel = p.dtype == Dtype::f32 ? plain_kernel<float> : plain_kernel<bf16>;
   int tile_rows = kWarps;
-  const bool vectors = takes_vectors<bf16>(p.q, p.q_stride) &&
-                       takes_vectors<bf16>(p.k_pages, p.D) && takes_vectors<bf16>(p.v_pages, p.D);
+  const bool vectors = is_vector_aligned<bf16>(p.q, p.q_stride) &&
+                       is_vector_aligned<bf16>(p.k_pages, p.D) &&
+                       is_vector_aligned<bf16>(p.v_pages, p.D);
   if (p.dtype == Dtype::bf16 && vectors && (p.D == 64 || p.D == 128)) {
     kernel = p.D == 64 ? tensor_kernel<64> : tensor_kernel<128>;
     tile_rows = kWarps * kRowsOfWarp;

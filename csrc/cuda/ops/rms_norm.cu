@@ -1,6 +1,6 @@
-#include "cuda/runtime/common.cuh"
+#include "cuda/runtime/elements.cuh"
 #include "cuda/runtime/elementwise.cuh"
-#include "cuda/runtime/fresh.cuh"
+#include "cuda/runtime/reduce.cuh"
 #include "params/rms_norm.h"
 
 // One block takes a row; a thread the vectors (16 bytes, or single elements where rows do not
@@ -31,10 +31,10 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(RmsNormParams p) {
   wait_for_previous_kernel();
   float squares = 0;
   const auto take = [&](int64_t i, float (&values)[N]) {
-    read_fresh<N>(x + i * N, values);
+    load_uncached<N>(x + i * N, values);
     if (residual) {
       float others[N];
-      read_fresh<N>(residual + i * N, others);
+      load_uncached<N>(residual + i * N, others);
 #pragma unroll
       for (int j = 0; j < N; ++j) values[j] = to_float(from_float<T>(values[j] + others[j]));
       store<N>(residual + i * N, values);
@@ -82,17 +82,17 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(RmsNormParams p) {
   for (int64_t i = rest; i < vectors; i += blockDim.x) {
     float values[N];
     const Raw raw = weight_of(i);
-    read_fresh<N>((residual ? residual : x) + i * N, values);
+    load_uncached<N>((residual ? residual : x) + i * N, values);
     give(i, values, raw);
   }
 }
 
 template <typename T>
 void run(const RmsNormParams& p, cudaStream_t stream) {
-  bool vectors = takes_vectors<T>(p.weight, p.C);
+  bool vectors = is_vector_aligned<T>(p.weight, p.C);
   for (const void* pointer :
        {p.x, static_cast<const void*>(p.residual), p.weight, static_cast<const void*>(p.out)})
-    vectors = vectors && takes_vectors<T>(pointer, p.C);
+    vectors = vectors && is_vector_aligned<T>(pointer, p.C);
   const int64_t items = vectors ? p.C / kVector<T> : p.C;
   launch(vectors ? rms_norm_kernel<T, kVector<T>> : rms_norm_kernel<T, 1>,
          {.grid = dim3(static_cast<unsigned>(p.rows)),

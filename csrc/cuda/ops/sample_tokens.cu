@@ -1,4 +1,4 @@
-#include "cuda/runtime/common.cuh"
+#include "cuda/runtime/elements.cuh"
 #include "cuda/sampling/sampler.cuh"
 #include "params/sample_tokens.h"
 
@@ -26,25 +26,18 @@ namespace voxkern {
 namespace {
 
 template <typename T>
-__global__ void __launch_bounds__(kSamplerThreads) sample_tokens_kernel(SampleTokensParams p) {
-  VOX_DYNAMIC_SHARED(SamplerShared, shared);
+__global__ void __launch_bounds__(sampling::kSamplerThreads)
+    sample_tokens_kernel(SampleTokensParams p) {
+  VOX_DYNAMIC_SHARED(sampling::Shared, shared);
   let_next_kernel_start();
   wait_for_previous_kernel();
   const int64_t b = blockIdx.x;
-  const SamplerRow row = {
-      .temperature = p.temperature[b],
-      .top_k = p.top_k[b],
-      .top_p = p.top_p[b],
-      .min_p = p.min_p[b],
-      .repetition_penalty = p.repetition_penalty[b],
-      .history = p.history + b * p.W,
-      .W = p.W,
-      .seed = p.seeds[b],
-      .frame = p.frames[b],
-      .codebook = p.codebook,
-  };
-  const int code =
-      sample_row(static_cast<const T*>(p.logits) + b * p.V, static_cast<int>(p.V), row, *shared);
+  SamplerRow row = sampler_row(p, b, p.codebook);
+  row.repetition_penalty = p.repetition_penalty[b];
+  row.history = p.history + b * p.W;
+  row.W = p.W;
+  const int code = sampling::sample_row(static_cast<const T*>(p.logits) + b * p.V,
+                                        static_cast<int>(p.V), row, *shared);
   if (threadIdx.x == 0) p.out[b] = code;
 }
 
@@ -52,8 +45,8 @@ template <typename T>
 void run(const SampleTokensParams& p, cudaStream_t stream) {
   launch(sample_tokens_kernel<T>,
          {.grid = dim3(static_cast<unsigned>(p.B)),
-          .block = dim3(sampler_threads(p.V)),
-          .shared_bytes = sampler_shared_bytes(p.V),
+          .block = dim3(sampling::block_threads(p.V)),
+          .shared_bytes = sampling::shared_bytes(p.V),
           .stream = stream,
           .overlaps_previous = true},
          p);
@@ -63,9 +56,10 @@ void run(const SampleTokensParams& p, cudaStream_t stream) {
 
 void sample_tokens(const SampleTokensParams& p, cudaStream_t stream) {
   if (p.B == 0) return;
-  if (p.V > kMaxVocabulary)
-    throw std::runtime_error("logits: on CUDA expected [B, V] with V <= " +
-                             std::to_string(kMaxVocabulary) + ", got V = " + std::to_string(p.V));
+  if (p.V > sampling::kMaxVocabulary)
+    throw std::runtime_error(
+        "logits: on CUDA expected [B, V] with V <= " + std::to_string(sampling::kMaxVocabulary) +
+        ", got V = " + std::to_string(p.V));
   p.dtype == Dtype::f32 ? run<float>(p, stream) : run<bf16>(p, stream);
 }
 

@@ -1,6 +1,5 @@
-#include "cuda/runtime/common.cuh"
+#include "cuda/runtime/elements.cuh"
 #include "cuda/runtime/elementwise.cuh"
-#include "cuda/runtime/fresh.cuh"
 #include "params/silu_mul.h"
 
 // A thread takes one vector of a row (16 bytes of gate, 16 of up), or one element where rows do not
@@ -23,8 +22,8 @@ __global__ void __launch_bounds__(kThreads) silu_mul_kernel(SiluMulParams p) {
     const int64_t row = item / per_row, at = static_cast<int64_t>(item % per_row) * N;
     const T* const gate_row = static_cast<const T*>(p.gate_up) + row * 2 * p.F;
     float gate[N], up[N];
-    read_fresh<N>(gate_row + at, gate);
-    read_fresh<N>(gate_row + p.F + at, up);
+    load_uncached<N>(gate_row + at, gate);
+    load_uncached<N>(gate_row + p.F + at, up);
 #pragma unroll
     for (int j = 0; j < N; ++j) up[j] = swiglu(gate[j], up[j]);
     store<N>(static_cast<T*>(p.out) + row * p.F + at, up);
@@ -33,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) silu_mul_kernel(SiluMulParams p) {
 
 template <typename T>
 void run(const SiluMulParams& p, cudaStream_t stream) {
-  const bool vectors = takes_vectors<T>(p.gate_up, p.F) && takes_vectors<T>(p.out, p.F);
+  const bool vectors = is_vector_aligned<T>(p.gate_up, p.F) && is_vector_aligned<T>(p.out, p.F);
   const int64_t items = p.rows * (vectors ? p.F / kVector<T> : p.F);
   if (items == 0) return;
   // 64-bit divisions would cost more than all else here.

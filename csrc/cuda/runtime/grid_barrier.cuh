@@ -15,7 +15,7 @@
 // next wait, and the kernel ends with what it has. A resident grid never waits as long.
 #pragma once
 
-#include "cuda/runtime/common.cuh"
+#include "cuda/runtime/launch.cuh"
 
 namespace voxkern {
 namespace {

@@ -93,7 +93,7 @@ __device__ __forceinline__ void prefetch_l2(const void* p, int bytes) {
 
 // 16 bytes that a kernel in front may have written, past the first-level cache, which may hold what
 // was there before. For one number __ldcg() does the same.
-__device__ __forceinline__ uint4 load_fresh(const void* p) {
+__device__ __forceinline__ uint4 load_uncached(const void* p) {
   uint4 r;
   asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
@@ -126,7 +126,7 @@ __device__ __forceinline__ uint64_t nanoseconds() {
   return r;
 }
 
-// Programmatic dependent launch; common.cuh has the contract.
+// Programmatic dependent launch; launch.cuh has the contract.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -1,6 +1,6 @@
 // One row's draw by one block, as `sample_tokens` specifies it.
 //
-// sampler_filters.cuh finds the lowest score that stays. Codes that stay, if they are few, are
+// filters.cuh finds the lowest score that stays. Codes that stay, if they are few, are
 // spread over the threads before random numbers are made for them. The draw ranks them by float32
 // scores, then those near the best again in float64: it gives the CPU's code.
 //
@@ -11,13 +11,13 @@
 #pragma once
 
 #include "common/philox.h"
-#include "cuda/runtime/common.cuh"
-#include "cuda/sampling/sampler_filters.cuh"
+#include "cuda/runtime/elements.cuh"
+#include "cuda/sampling/filters.cuh"
 
-namespace voxkern {
+namespace voxkern::sampling {
 namespace {
 
-constexpr int kListed = 128;  // codes that stay, at most, for which it pays to spread them
+constexpr int kMaxKeptList = 128;  // codes that stay, at most, for which it pays to spread them
 
 // Of a warp's logits, as float_order: the largest, its first code, and the lowest finite one.
 struct Extremes {
@@ -28,7 +28,7 @@ struct Candidate {
   int32_t code;
 };
 // Behind it, as many times kCodes as there are counters: the logits, then what is known of each.
-struct alignas(16) SamplerShared {
+struct alignas(16) Shared {
   Candidate candidates[kSamplerThreads];
   Buckets buckets[2];                       // of top-k, of top-p
   uint32_t penalised[kMaxVocabulary / 32];  // a bit a code
@@ -36,22 +36,20 @@ struct alignas(16) SamplerShared {
   Found found[2][kMaxWarps];
   int32_t best[kMaxWarps];  // as float_order
   int kept_count, candidate_count;
-  int32_t kept[kListed];
+  int32_t kept[kMaxKeptList];
 };
 
-__host__ __device__ __forceinline__ int sampler_padded(int V) {
-  return (V + kCodes - 1) / kCodes * kCodes;
-}
+__host__ __device__ __forceinline__ int padded(int V) { return (V + kCodes - 1) / kCodes * kCodes; }
 
 // The dynamic shared memory of a block that calls sample_row.
-inline size_t sampler_shared_bytes(int64_t V) {
-  return sizeof(SamplerShared) + 2 * sizeof(float) * sampler_padded(static_cast<int>(V));
+inline size_t shared_bytes(int64_t V) {
+  return sizeof(Shared) + 2 * sizeof(float) * padded(static_cast<int>(V));
 }
 
 // The exponential race of the codes whose scores are not below `bound`: the `listed` in shared.kept
 // or, if that is negative, of all. The winner, in every thread. Two barriers.
 __device__ __forceinline__ int race(const Scores& scores, float bound, int listed,
-                                    const SamplerRow& row, SamplerShared& shared) {
+                                    const SamplerRow& row, Shared& shared) {
   PhiloxWords words = {};
   int block = -1;
   const auto random = [&](int code) {
@@ -67,7 +65,7 @@ __device__ __forceinline__ int race(const Scores& scores, float bound, int liste
   };
   // f(code) for those of this thread; the same ones whenever it is called.
   const auto each = [&](const auto& f) {
-    const int items = listed < 0 ? sampler_padded(scores.V) / kCodes : listed;
+    const int items = listed < 0 ? padded(scores.V) / kCodes : listed;
 #pragma unroll 1
     for (int i = threadIdx.x; i < items; i += blockDim.x) {
       int code = listed < 0 ? i * kCodes : shared.kept[i];
@@ -114,29 +112,29 @@ __device__ __forceinline__ int race(const Scores& scores, float bound, int liste
   return winner.code;
 }
 
-// The code drawn, in every thread. For a one-dimensional block of whole warps, with V <= kHeld
-// times its threads and sampler_shared_bytes(V) at `shared`; all of them call it, with the same
-// arguments. A barrier must come before `shared` (of any content) is used again. `logits` need no
-// alignment.
+// The code drawn, in every thread. For a one-dimensional block of whole warps, with V <=
+// kMaxCodesPerThread times its threads and shared_bytes(V) at `shared`; all of them call it, with
+// the same arguments. A barrier must come before `shared` (of any content) is used again. `logits`
+// need no alignment.
 template <typename T>
 __device__ __forceinline__ int sample_row(const T* logits, int V, const SamplerRow& row,
-                                          SamplerShared& shared) {
+                                          Shared& shared) {
   const float infinity = __int_as_float(0x7f800000);
   Scores scores;
   scores.V = V;
   scores.z = reinterpret_cast<float*>(&shared + 1);
-  scores.weight = reinterpret_cast<uint32_t*>(scores.z + sampler_padded(V));
+  scores.weight = reinterpret_cast<uint32_t*>(scores.z + padded(V));
   // All in flight at once: what turns them to floats asks no more which are there.
-  T held[kHeld];
+  T held[kMaxCodesPerThread];
   const int mine = static_cast<int>(threadIdx.x) * kCodes, next = blockDim.x * kCodes;
 #pragma unroll
-  for (int s = 0; s < kHeld; ++s) {
+  for (int s = 0; s < kMaxCodesPerThread; ++s) {
     const int first_code = mine + s / kCodes * next;
     const T* const from = logits + first_code;
     held[s] = s % kCodes < V - first_code ? from[s % kCodes] : from_float<T>(-infinity);
   }
 #pragma unroll
-  for (int s = 0; s < kHeld; s += kCodes) {
+  for (int s = 0; s < kMaxCodesPerThread; s += kCodes) {
     const float four[kCodes] = {to_float(held[s]), to_float(held[s + 1]), to_float(held[s + 2]),
                                 to_float(held[s + 3])};
     const int first_code = mine + s / kCodes * next;
@@ -235,14 +233,14 @@ __device__ __forceinline__ int sample_row(const T* logits, int V, const SamplerR
       if (stay == 0) return;
       int place = atomicAdd(&shared.kept_count, __popc(stay));
 #pragma unroll 1
-      for (; stay && place < kListed; stay &= stay - 1)
+      for (; stay && place < kMaxKeptList; stay &= stay - 1)
         shared.kept[place++] = code + __ffs(stay) - 1;
     });
     __syncthreads();
-    if (shared.kept_count <= kListed) listed = shared.kept_count;
+    if (shared.kept_count <= kMaxKeptList) listed = shared.kept_count;
   }
   return race(scores, bound, listed, row, shared);
 }
 
 }  // namespace
-}  // namespace voxkern
+}  // namespace voxkern::sampling

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "cuda/runtime/common.cuh"
+#include "cuda/runtime/launch.cuh"
 #include "params/mimi_conv.h"
 
 namespace voxkern {

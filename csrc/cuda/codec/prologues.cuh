@@ -1,9 +1,9 @@
-// A Source of mimi_product.cuh: the rows of a matrix.
+// A Source of gemm.cuh: the rows of a matrix.
 #pragma once
 
-#include "cuda/codec/mimi_product.cuh"
+#include "cuda/codec/gemm.cuh"
 
-namespace voxkern {
+namespace voxkern::codec {
 namespace {
 
 // Rows of x as they lie, [M, K], or normalised.
@@ -25,8 +25,9 @@ struct Rows {
   };
 
   bool aligned(int vector) const {
-    bool fits = K % vector == 0 && takes_vectors<float>(x, K);
-    if (kNormed) fits = fits && takes_vectors<float>(scale, K) && takes_vectors<float>(bias, K);
+    bool fits = K % vector == 0 && is_vector_aligned<float>(x, K);
+    if (kNormed)
+      fits = fits && is_vector_aligned<float>(scale, K) && is_vector_aligned<float>(bias, K);
     return fits;
   }
 
@@ -101,4 +102,4 @@ struct Rows {
 };
 
 }  // namespace
-}  // namespace voxkern
+}  // namespace voxkern::codec

@@ -12,19 +12,19 @@
 // Float32, keys and values too: at 400 streams they are 3.3 GB a frame, 1 ms of an H100's memory.
 #pragma once
 
-#include "cuda/runtime/common.cuh"
+#include "cuda/runtime/elements.cuh"
 #include "params/mimi_transformer.h"
 
-namespace voxkern {
+namespace voxkern::codec {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kAttentionThreads = 512;
 constexpr int kMaxWidth = 256;  // of a head
 
 // What a lane holds of a row of D elements: N in a row, of one chunk, or of kChunks that are L
 // lanes apart.
 template <int N, int L>
-struct Part {
+struct HeadFragment {
   static constexpr int kSize = N == 1 ? kMaxWidth / L : N;
   static __device__ __forceinline__ int column(int lane, int i) {
     return (i / N * L + lane % L) * N + i % N;
@@ -47,7 +47,7 @@ struct Part {
       for (int i = 0; i < kSize; ++i)
         out[i] = column(lane, i) < D ? __ldcg(row + column(lane, i)) : 0.0f;
     } else {
-      unpack<float>(load_fresh(row + column(lane, 0)), out);
+      unpack<float>(load_uncached(row + column(lane, 0)), out);
     }
   }
   static __device__ __forceinline__ void write(float* row, int lane, int D,
@@ -82,10 +82,10 @@ struct State {
 };
 
 template <int N, int L, int kKeys, int kQueries>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kAttentionThreads)
     attend_kernel(MimiTransformerParams p, int64_t layer, const float* qkv, float* out) {
-  using Own = Part<N, L>;
-  constexpr int kSize = Own::kSize, kGroups = kThreads / L;
+  using Own = HeadFragment<N, L>;
+  constexpr int kSize = Own::kSize, kGroups = kAttentionThreads / L;
   VOX_DYNAMIC_SHARED(float, sums);  // [kGroups, kQueries, D]
   VOX_SHARED(State[kGroups][kQueries], states);
   const float lowest = __uint_as_float(0xff800000u);
@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(kThreads)
         if (threadIdx.x % L == 0) states[mine][i] = state[i];
       }
       __syncthreads();
-      for (int item = threadIdx.x; item < queries * D; item += kThreads) {
+      for (int item = threadIdx.x; item < queries * D; item += kAttentionThreads) {
         const int i = item / D, column = item % D;
         float largest = lowest, sum = 0, total = 0;
         for (int of = 0; of < kGroups; ++of) largest = fmaxf(largest, states[of][i].largest);
@@ -225,29 +225,29 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <int N, int L, int kKeys, int kQueries>
-void launch_attention(const MimiTransformerParams& p, int64_t layer, const float* qkv, float* out,
-                      cudaStream_t stream) {
+void launch_attention_of(const MimiTransformerParams& p, int64_t layer, const float* qkv,
+                         float* out, cudaStream_t stream) {
   launch(attend_kernel<N, L, kKeys, kQueries>,
          {.grid = dim3(static_cast<unsigned>(p.B * p.Hkv)),
-          .block = dim3(kThreads),
-          .shared_bytes = kThreads / L * kQueries * p.D * sizeof(float),
+          .block = dim3(kAttentionThreads),
+          .shared_bytes = kAttentionThreads / L * kQueries * p.D * sizeof(float),
           .stream = stream,
           .overlaps_previous = true},
          p, layer, qkv, out);
 }
 
-void attend(const MimiTransformerParams& p, int64_t layer, const float* qkv, float* out,
-            cudaStream_t stream) {
-  constexpr int kLanes = 16, kKeys = 8, kTurn = kThreads / kLanes * kKeys;
-  const bool vectors =
-      p.D == 4 * kLanes && takes_vectors<float>(p.keys, p.D) && takes_vectors<float>(p.values, p.D);
+void launch_attention(const MimiTransformerParams& p, int64_t layer, const float* qkv, float* out,
+                      cudaStream_t stream) {
+  constexpr int kLanes = 16, kKeys = 8, kTurn = kAttentionThreads / kLanes * kKeys;
+  const bool vectors = p.D == 4 * kLanes && is_vector_aligned<float>(p.keys, p.D) &&
+                       is_vector_aligned<float>(p.values, p.D);
   if (vectors && p.window < kTurn)
-    launch_attention<4, kLanes, kKeys, 2>(p, layer, qkv, out, stream);
+    launch_attention_of<4, kLanes, kKeys, 2>(p, layer, qkv, out, stream);
   else if (vectors)
-    launch_attention<4, kLanes, kKeys / 2, 1>(p, layer, qkv, out, stream);
+    launch_attention_of<4, kLanes, kKeys / 2, 1>(p, layer, qkv, out, stream);
   else
-    launch_attention<1, kWarp, 2, 1>(p, layer, qkv, out, stream);
+    launch_attention_of<1, kWarp, 2, 1>(p, layer, qkv, out, stream);
 }
 
 }  // namespace
-}  // namespace voxkern
+}  // namespace voxkern::codec

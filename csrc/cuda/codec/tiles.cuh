@@ -1,18 +1,18 @@
 // Tiles of the codec's products, one a warp: what its lanes hold of W, and how they multiply it
-// with what they hold of x. mimi_product.cuh says how tiles make a product.
+// with what they hold of x. gemm.cuh says how tiles make a product.
 #pragma once
 
-#include "cuda/runtime/common.cuh"
+#include "cuda/runtime/elements.cuh"
 #include "params/mimi_transformer.h"
 
-namespace voxkern {
+namespace voxkern::codec {
 namespace {
 
 constexpr int kChunk = 32;
 constexpr int kMaxSplits = 8;
 constexpr int kRowsOfBlock = static_cast<int>(kBlockRows);
 
-struct MimiProduct {
+struct GemmParams {
   int M, N, K;
   const void* weight;  // [N, K], or in blocks
   const float* bias;   // [N] or null
@@ -25,7 +25,7 @@ struct MimiProduct {
 };
 
 template <typename W, bool kBlocked>
-__device__ __forceinline__ W weight_at(const MimiProduct& p, int n, int k) {
+__device__ __forceinline__ W weight_at(const GemmParams& p, int n, int k) {
   if (n >= p.N || k >= p.K) return from_float<W>(0.0f);
   constexpr int kPair = sizeof(W) == 2 ? 2 : 1;
   int64_t at = static_cast<int64_t>(n) * p.K + k;
@@ -68,7 +68,7 @@ struct Bf16Tile {
   static __device__ __forceinline__ int column(int lane) { return lane % 4 * kColumns; }
   static __device__ __forceinline__ int row(int lane, int i) { return 8 * i + lane / 4; }
 
-  static __device__ __forceinline__ void read_weight(const MimiProduct& p, int n, int k, int lane,
+  static __device__ __forceinline__ void read_weight(const GemmParams& p, int n, int k, int lane,
                                                      Raw& raw) {
 #pragma unroll
     for (int a = 0; a < kA; ++a) {
@@ -148,7 +148,7 @@ struct F32Tile {
   static __device__ __forceinline__ int column(int lane) { return lane / 4 * kColumns; }
   static __device__ __forceinline__ int row(int, int i) { return i; }
 
-  static __device__ __forceinline__ void read_weight(const MimiProduct& p, int n, int k, int lane,
+  static __device__ __forceinline__ void read_weight(const GemmParams& p, int n, int k, int lane,
                                                      Raw& raw) {
     const int first = n + lane % 4 * 4;
 #pragma unroll
@@ -195,4 +195,4 @@ struct F32Tile {
 };
 
 }  // namespace
-}  // namespace voxkern
+}  // namespace voxkern::codec

@@ -24,9 +24,9 @@
 
 #include <type_traits>
 
-#include "cuda/codec/mimi_tiles.cuh"
+#include "cuda/codec/tiles.cuh"
 
-namespace voxkern {
+namespace voxkern::codec {
 namespace {
 
 __device__ __forceinline__ float activate(float x, Activation activation) {
@@ -44,8 +44,7 @@ template <class Tile>
 constexpr int kPitch = Tile::kN + 4;
 
 template <class Tile, class Source>
-__global__ void __launch_bounds__(kMaxSplits* kWarp, 1)
-    mimi_product_kernel(MimiProduct p, Source source) {
+__global__ void __launch_bounds__(kMaxSplits* kWarp, 1) gemm_kernel(GemmParams p, Source source) {
   constexpr int kM = Tile::kM, kN = Tile::kN, kFlight = Tile::kFlight, V = Tile::kColumns;
   constexpr bool kAligned = Tile::kAligned;
   VOX_DYNAMIC_SHARED(float, partials);  // [tiles, splits, kM, kPitch]
@@ -151,17 +150,17 @@ constexpr int64_t kManyBlocks = 128;
 
 // Of 8 warps.
 template <class Tile>
-int64_t blocks_of(const MimiProduct& p) {
+int64_t blocks_of(const GemmParams& p) {
   return divide_up(divide_up(p.M, Tile::kM) * divide_up(p.N, Tile::kN) * p.splits, kMaxSplits);
 }
 
 template <class Tile, class Source>
-void launch_tiles(MimiProduct p, const Source& source, int warps, cudaStream_t stream) {
+void launch_tiles(GemmParams p, const Source& source, int warps, cudaStream_t stream) {
   p.tiles = warps > p.splits ? warps / p.splits : 1;
   p.tiles_m = static_cast<int>(divide_up(p.M, Tile::kM));
   const int64_t tiles = p.tiles_m * divide_up(p.N, Tile::kN);
   const int in_block = p.tiles * p.splits;
-  launch(mimi_product_kernel<Tile, Source>,
+  launch(gemm_kernel<Tile, Source>,
          {.grid = dim3(static_cast<unsigned>(divide_up(tiles, p.tiles))),
           .block = dim3(static_cast<unsigned>(in_block * kWarp)),
           .shared_bytes = in_block * Tile::kM * kPitch<Tile> * sizeof(float),
@@ -172,7 +171,7 @@ void launch_tiles(MimiProduct p, const Source& source, int warps, cudaStream_t s
 
 // Tiles as large as leave enough blocks; the smallest for what goes element by element.
 template <typename W, bool kBlocked, bool kAligned, class Source>
-void launch_product(const MimiProduct& p, const Source& source, cudaStream_t stream) {
+void launch_gemm(const GemmParams& p, const Source& source, cudaStream_t stream) {
   constexpr int kFew = 4;  // warps of a block where there is little work
   constexpr bool kIsBf16 = sizeof(W) == 2;
   using Small = std::conditional_t<kIsBf16, Bf16Tile<kBlocked, kAligned, 1, 1, 4>,
@@ -192,17 +191,17 @@ void launch_product(const MimiProduct& p, const Source& source, cudaStream_t str
 }
 
 template <bool kBlocked, class Source>
-void multiply(MimiProduct p, bool weight_is_bf16, const Source& source, cudaStream_t stream) {
+void gemm(GemmParams p, bool weight_is_bf16, const Source& source, cudaStream_t stream) {
   p.splits = splits_of(p.K);
   const int columns = weight_is_bf16 ? 8 : 4;
   const bool aligned = source.aligned(columns) && reinterpret_cast<uintptr_t>(p.weight) % 16 == 0;
   if (weight_is_bf16)
-    aligned ? launch_product<bf16, kBlocked, true>(p, source, stream)
-            : launch_product<bf16, kBlocked, false>(p, source, stream);
+    aligned ? launch_gemm<bf16, kBlocked, true>(p, source, stream)
+            : launch_gemm<bf16, kBlocked, false>(p, source, stream);
   else
-    aligned ? launch_product<float, kBlocked, true>(p, source, stream)
-            : launch_product<float, kBlocked, false>(p, source, stream);
+    aligned ? launch_gemm<float, kBlocked, true>(p, source, stream)
+            : launch_gemm<float, kBlocked, false>(p, source, stream);
 }
 
 }  // namespace
-}  // namespace voxkern
+}  // namespace voxkern::codec

@@ -1,10 +1,10 @@
 // append_kv and decode_attention of one position for keys that a block holds in its registers, as
-// one block does it: what depth_attention.cu launches and persistent_depth.cu calls.
+// one block does it: what depth.cu launches and persistent_depth.cu calls.
 //
-// A block takes one row and one key/value head, for up to kQueries query heads of its group. L
-// lanes hold a key's row, 16 bytes each; a lane has kKeySteps keys and their values, all of which
-// it asks for at once, before the wait for qkv. Every lane turns its own part of the queries; the
-// lanes of the new key take that and its value from qkv, and write them to the cache. Float32
+// A block takes one row and one key/value head, for up to kDepthQueries query heads of its group. L
+// lanes hold a key's row, 16 bytes each; a lane has kKeysPerLane keys and their values, all of
+// which it asks for at once, before the wait for qkv. Every lane turns its own part of the queries;
+// the lanes of the new key take that and its value from qkv, and write them to the cache. Float32
 // throughout, queries and keys rounded where append_kv stores them, the result once.
 //
 // Floor: latency. For CSM 4 blocks a row read 16 KB each at most. Behind the wait there are one
@@ -13,43 +13,44 @@
 
 #include "cuda/ops/ops.cuh"
 #include "cuda/runtime/elementwise.cuh"
+#include "cuda/runtime/reduce.cuh"
 
-namespace voxkern {
+namespace voxkern::attention {
 namespace {
 
-constexpr int kAttentionThreads = 256;
-constexpr int kAttentionWarps = kAttentionThreads / kWarp;
-constexpr int kQueries = 2;
+constexpr int kDepthThreads = 256;
+constexpr int kDepthWarps = kDepthThreads / kWarp;
+constexpr int kDepthQueries = 2;
 template <int L>
-constexpr int kKeySteps = L > 16 ? 4 : 2;
+constexpr int kKeysPerLane = L > 16 ? 4 : 2;
 
 // Keys that a block holds, L lanes a row: in multiples of 32, all of CSM's.
 template <int L>
-constexpr int kHeldKeys = kKeySteps<L> * kAttentionWarps * (kWarp / L);
+constexpr int kMaxDepthKeys = kKeysPerLane<L> * kDepthWarps * (kWarp / L);
 
 template <typename T, int L>
-struct DepthAttentionShared {
-  float scores[kQueries][kHeldKeys<L>];
-  float sums[kAttentionWarps][kQueries][L * kVector<T>];
+struct DepthShared {
+  float scores[kDepthQueries][kMaxDepthKeys<L>];
+  float sums[kDepthWarps][kDepthQueries][L * kVector<T>];
 };
 
 // Blocks of a row.
-__host__ __device__ inline int64_t depth_attention_parts(const DepthAttentionParams& p) {
-  return p.Hkv * divide_up(p.Hq / p.Hkv, kQueries);
+__host__ __device__ inline int64_t depth_blocks_per_row(const DepthAttentionParams& p) {
+  return p.Hkv * divide_up(p.Hq / p.Hkv, kDepthQueries);
 }
 
 // Part `part` of row b. wait() returns when qkv is there, or false: then so does this. `shared` may
 // be another part's right after it.
 template <typename T, int L, typename Wait>
-__device__ __forceinline__ bool attend(const DepthAttentionParams& p, int part, int64_t b,
-                                       DepthAttentionShared<T, L>& shared, const Wait& wait) {
+__device__ __forceinline__ bool attend_depth(const DepthAttentionParams& p, int part, int64_t b,
+                                             DepthShared<T, L>& shared, const Wait& wait) {
   constexpr int N = kVector<T>, D = L * N, kHalf = D / 2;
-  constexpr int kRows = kWarp / L, kInStep = kAttentionWarps * kRows;
+  constexpr int kRows = kWarp / L, kInStep = kDepthWarps * kRows;
   auto& [scores, sums] = shared;
   const int Hq = static_cast<int>(p.Hq), Hkv = static_cast<int>(p.Hkv);
-  const int group = Hq / Hkv, parts = (group + kQueries - 1) / kQueries;
-  const int h = part / parts, first_query = part % parts * kQueries;
-  const int queries = group - first_query < kQueries ? group - first_query : kQueries;
+  const int group = Hq / Hkv, parts = (group + kDepthQueries - 1) / kDepthQueries;
+  const int h = part / parts, first_query = part % parts * kDepthQueries;
+  const int queries = group - first_query < kDepthQueries ? group - first_query : kDepthQueries;
   const int64_t head = static_cast<int64_t>(h) * group + first_query;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int position = static_cast<int>(p.position), column = lane % L * N;
@@ -61,12 +62,12 @@ __device__ __forceinline__ bool attend(const DepthAttentionParams& p, int part, 
   T* const v_cache = static_cast<T*>(p.v_cache) + cache;
 
   // Complete before the wait, but for the new one.
-  uint4 k[kKeySteps<L>] = {}, v[kKeySteps<L>] = {};
+  uint4 k[kKeysPerLane<L>] = {}, v[kKeysPerLane<L>] = {};
 #pragma unroll
-  for (int s = 0; s < kKeySteps<L>; ++s)
+  for (int s = 0; s < kKeysPerLane<L>; ++s)
     if (const int key = first_key + s * kInStep; key < position) {
-      k[s] = load_fresh(k_cache + key * D);
-      v[s] = load_fresh(v_cache + key * D);
+      k[s] = load_uncached(k_cache + key * D);
+      v[s] = load_uncached(v_cache + key * D);
     }
   // Element i of the upper half turns as one of the lower does with the sine's opposite.
   float cos[N], sin[N];
@@ -80,14 +81,14 @@ __device__ __forceinline__ bool attend(const DepthAttentionParams& p, int part, 
   // All reads under no condition and before any is used: they take the time of one. Those of heads
   // past the last are the last's, which is not used.
   const T* const k_row = row + (Hq + h) * D;
-  const uint4 new_k = load_fresh(k_row + column), k_partner = load_fresh(k_row + partner);
-  const uint4 new_v = load_fresh(k_row + Hkv * D + column);
-  uint4 mine[kQueries], partners[kQueries];
+  const uint4 new_k = load_uncached(k_row + column), k_partner = load_uncached(k_row + partner);
+  const uint4 new_v = load_uncached(k_row + Hkv * D + column);
+  uint4 mine[kDepthQueries], partners[kDepthQueries];
 #pragma unroll
-  for (int g = 0; g < kQueries; ++g) {
+  for (int g = 0; g < kDepthQueries; ++g) {
     const T* const q_row = row + (head + (g < queries ? g : queries - 1)) * D;
-    mine[g] = load_fresh(q_row + column);
-    partners[g] = load_fresh(q_row + partner);
+    mine[g] = load_uncached(q_row + column);
+    partners[g] = load_uncached(q_row + partner);
   }
   const auto turn = [&](uint4 raw, uint4 raw_partner, float (&out)[N]) {
     float own[N], other[N];
@@ -99,7 +100,7 @@ __device__ __forceinline__ bool attend(const DepthAttentionParams& p, int part, 
   float turned[N];
   turn(new_k, k_partner, turned);
 #pragma unroll
-  for (int s = 0; s < kKeySteps<L>; ++s)
+  for (int s = 0; s < kKeysPerLane<L>; ++s)
     if (first_key + s * kInStep == position) {
       k[s] = pack<T>(turned);
       v[s] = new_v;
@@ -108,22 +109,22 @@ __device__ __forceinline__ bool attend(const DepthAttentionParams& p, int part, 
     *reinterpret_cast<uint4*>(k_cache + position * D) = pack<T>(turned);
     *reinterpret_cast<uint4*>(v_cache + position * D) = new_v;
   }
-  float q[kQueries][N];
+  float q[kDepthQueries][N];
 #pragma unroll
-  for (int g = 0; g < kQueries; ++g) {
+  for (int g = 0; g < kDepthQueries; ++g) {
     turn(mine[g], partners[g], q[g]);
 #pragma unroll
     for (int j = 0; j < N; ++j) q[g][j] *= p.scale;
   }
 
 #pragma unroll
-  for (int s = 0; s < kKeySteps<L>; ++s) {
+  for (int s = 0; s < kKeysPerLane<L>; ++s) {
     if (s * kInStep + warp * kRows > position) break;  // the whole warp
     const int key = first_key + s * kInStep;
     float values[N] = {};
     if (key <= position) unpack<T>(k[s], values);
 #pragma unroll
-    for (int g = 0; g < kQueries; ++g) {
+    for (int g = 0; g < kDepthQueries; ++g) {
       float dot = 0;
 #pragma unroll
       for (int j = 0; j < N; ++j) dot = fmaf(q[g][j], values[j], dot);
@@ -132,14 +133,14 @@ __device__ __forceinline__ bool attend(const DepthAttentionParams& p, int part, 
       if (lane % L == 0) scores[g][key] = dot;
     }
   }
-  sync_first<kAttentionThreads>();
+  sync_first<kDepthThreads>();
 
   // Each warp finds out for itself what divides the weights.
-  constexpr int kEach = kHeldKeys<L> / kWarp;
+  constexpr int kEach = kMaxDepthKeys<L> / kWarp;
   const float lowest = __uint_as_float(0xff800000u);
-  float total[kQueries];
+  float total[kDepthQueries];
 #pragma unroll
-  for (int g = 0; g < kQueries; ++g) {
+  for (int g = 0; g < kDepthQueries; ++g) {
     float mine_of[kEach], largest = lowest;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
@@ -155,7 +156,7 @@ __device__ __forceinline__ bool attend(const DepthAttentionParams& p, int part, 
 
     float acc[N] = {};
 #pragma unroll
-    for (int s = 0; s < kKeySteps<L>; ++s) {
+    for (int s = 0; s < kKeysPerLane<L>; ++s) {
       if (const int key = first_key + s * kInStep; key <= position) {
         const float weight = expf(scores[g][key] - largest);
         float values[N];
@@ -172,18 +173,18 @@ __device__ __forceinline__ bool attend(const DepthAttentionParams& p, int part, 
       if (lane < L) sums[warp][g][column + j] = acc[j];
     }
   }
-  sync_first<kAttentionThreads>();
-  for (int i = threadIdx.x; i < queries * D; i += kAttentionThreads) {
+  sync_first<kDepthThreads>();
+  for (int i = threadIdx.x; i < queries * D; i += kDepthThreads) {
     const int g = i / D;
     float sum = sums[0][g][i % D], all = total[0];
 #pragma unroll
-    for (int w = 1; w < kAttentionWarps; ++w) sum += sums[w][g][i % D];
+    for (int w = 1; w < kDepthWarps; ++w) sum += sums[w][g][i % D];
 #pragma unroll
-    for (int other = 1; other < kQueries; ++other) all = g == other ? total[other] : all;
+    for (int other = 1; other < kDepthQueries; ++other) all = g == other ? total[other] : all;
     static_cast<T*>(p.out)[(b * Hq + head) * D + i] = from_float<T>(sum / all);
   }
   return true;
 }
 
 }  // namespace
-}  // namespace voxkern
+}  // namespace voxkern::attention

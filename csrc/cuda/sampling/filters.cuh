@@ -11,22 +11,23 @@
 #pragma once
 
 #include "common/sampler_row.h"
-#include "cuda/runtime/common.cuh"
+#include "cuda/runtime/elements.cuh"
+#include "cuda/runtime/reduce.cuh"
 
-namespace voxkern {
+namespace voxkern::sampling {
 namespace {
 
 // Codes of a thread that lie next to each other: those of one Philox counter.
 constexpr int kCodes = 4;
-// Codes of a thread. A block of T threads takes up to kHeld T codes.
-constexpr int kHeld = 3 * kCodes;
+// Codes of a thread. A block of T threads takes up to kMaxCodesPerThread T codes.
+constexpr int kMaxCodesPerThread = 3 * kCodes;
 constexpr int kBuckets = 256;
 constexpr int kSamplerThreads = 512;
-constexpr int kMaxVocabulary = kSamplerThreads * kHeld;
+constexpr int kMaxVocabulary = kSamplerThreads * kMaxCodesPerThread;
 
 // Threads of a block for V codes: two counters each, which is soon done and leaves few warps to
 // meet at a barrier.
-inline unsigned sampler_threads(int64_t V) {
+inline unsigned block_threads(int64_t V) {
   return block_size(divide_up(V, 2 * kCodes), kSamplerThreads);
 }
 
@@ -248,4 +249,4 @@ __device__ __forceinline__ float lowest_kept(const Scores& scores, bool by_odds,
 }
 
 }  // namespace
-}  // namespace voxkern
+}  // namespace voxkern::sampling

@@ -1,13 +1,14 @@
 // The kernels of decode_attention, and of append_kv and decode_attention in one.
 //
-// A block takes kSplit keys of one sequence and one key/value head, for up to kQueries query heads
-// of its group: keys and values are read once for all of them. A warp takes kWarp of the keys by
-// itself. L lanes hold a key's row, N elements (16 bytes) each, so a warp reads 32 / L rows at
-// once, and kFlight such reads are under way before the first is used; values are asked for before
-// the softmax of the scores. Then the block's warps are put together, then the splits of a
-// sequence: in decode_attention by a second kernel, with append_kv in front (append_and_attend) by
-// the last of the sequence's blocks to get there, which a counter tells. A sequence of one split
-// needs neither. Rows whose width is no power of two of vectors go element by element.
+// A block takes kSplitKeys keys of one sequence and one key/value head, for up to kSplitQueries
+// query heads of its group: keys and values are read once for all of them. A warp takes kWarp of
+// the keys by itself. L lanes hold a key's row, N elements (16 bytes) each, so a warp reads 32 / L
+// rows at once, and kRowLoadsInFlight such reads are under way before the first is used; values are
+// asked for before the softmax of the scores. Then the block's warps are put together, then the
+// splits of a sequence: in decode_attention by a second kernel, with append_kv in front
+// (append_and_attend) by the last of the sequence's blocks to get there, which a counter tells. A
+// sequence of one split needs neither. Rows whose width is no power of two of vectors go element by
+// element.
 //
 // With append_kv in front, every block turns its own queries and the new key, which it takes from
 // shared memory where a sequence's keys have the slot that is written; the first split writes it.
@@ -22,16 +23,17 @@
 #pragma once
 
 #include "cuda/runtime/elementwise.cuh"
+#include "cuda/runtime/reduce.cuh"
 #include "params/append_kv.h"
 #include "params/decode_attention.h"
 
-namespace voxkern {
+namespace voxkern::attention {
 namespace {
 
-constexpr int kWarps = 4;
-constexpr int kSplit = kWarps * kWarp;
-constexpr int kQueries = 4;
-constexpr int kFlight = 8;
+constexpr int kSplitWarps = 4;
+constexpr int kSplitKeys = kSplitWarps * kWarp;
+constexpr int kSplitQueries = 4;
+constexpr int kRowLoadsInFlight = 8;
 constexpr int kMaxElementwise = 256;  // head width where rows do not go in vectors
 
 // Where splits leave their results.
@@ -42,14 +44,10 @@ struct Partials {
   unsigned* counters;  // of blocks that are done, for each sequence and part of the heads, from 0
 };
 
-// As load_fresh(), one element.
-__device__ __forceinline__ float load_fresh_one(const float* p) { return __ldcg(p); }
-__device__ __forceinline__ bf16 load_fresh_one(const bf16* p) { return {__ldcg(&p->bits)}; }
-
 // What a lane holds of a row of D elements: N in a row, from column N lane on, of one chunk, or
 // of kChunks that are L lanes apart.
 template <typename T, int N, int L>
-struct Slice {
+struct HeadFragment {
   static constexpr int kChunks = N == 1 ? kMaxElementwise / L : 1;
   static constexpr int kSize = N * kChunks;
   static __device__ __forceinline__ int column(int lane, int i) {
@@ -66,9 +64,9 @@ struct Slice {
       const int here = column(lane, c * N), half = D / 2;
       const int at = !kPartners ? here : here < half ? here + half : here - half;
       if constexpr (N == 1)
-        raw[c] = here < D ? load_fresh_one(row + at) : from_float<T>(0.0f);
+        raw[c] = here < D ? load_element_uncached(row + at) : from_float<T>(0.0f);
       else
-        raw[c] = load_fresh(row + at);
+        raw[c] = load_uncached(row + at);
     }
   }
   // Out of shared memory.
@@ -99,8 +97,9 @@ struct State {
 // The n splits of `heads` query heads of a sequence, from row `row` on, to their results. A warp
 // takes kColumns times 32 columns of a head and has kTerms of each under way.
 template <typename T>
-__device__ __forceinline__ void combine(const DecodeAttentionParams& p, const Partials& partials,
-                                        int64_t row, int heads, int n) {
+__device__ __forceinline__ void combine_splits(const DecodeAttentionParams& p,
+                                               const Partials& partials, int64_t row, int heads,
+                                               int n) {
   constexpr int kColumns = 2, kTerms = 16;
   const int D = static_cast<int>(p.D), lane = threadIdx.x % kWarp;
   const int chunks = (D + kColumns * kWarp - 1) / (kColumns * kWarp);
@@ -143,20 +142,20 @@ __device__ __forceinline__ void combine(const DecodeAttentionParams& p, const Pa
 }
 
 template <typename T, int N, int L, bool kAppend>
-__global__ void __launch_bounds__(kSplit, kAppend ? 2 : 3)
-    attend_kernel(DecodeAttentionParams p, Partials partials, AppendKvParams append) {
-  using RowSlice = Slice<T, N, L>;
+__global__ void __launch_bounds__(kSplitKeys, kAppend ? 2 : 3)
+    split_kernel(DecodeAttentionParams p, Partials partials, AppendKvParams append) {
+  using RowSlice = HeadFragment<T, N, L>;
   constexpr int kSize = RowSlice::kSize;
-  constexpr int kRows = kWarp / L;                                 // of keys, in one read of a warp
-  constexpr int kAtOnce = N == 1 ? 1 : kFlight < L ? kFlight : L;  // reads
-  VOX_DYNAMIC_SHARED(float, sums);                                 // [kWarps, kQueries, D]
-  VOX_SHARED(float[kWarps][kWarp][kQueries], weights);
-  VOX_SHARED(State[kWarps][kQueries], states);
+  constexpr int kRows = kWarp / L;  // of keys, in one read of a warp
+  constexpr int kAtOnce = N == 1 ? 1 : kRowLoadsInFlight < L ? kRowLoadsInFlight : L;  // reads
+  VOX_DYNAMIC_SHARED(float, sums);  // [kSplitWarps, kSplitQueries, D]
+  VOX_SHARED(float[kSplitWarps][kWarp][kSplitQueries], weights);
+  VOX_SHARED(State[kSplitWarps][kSplitQueries], states);
   const int D = N == 1 ? static_cast<int>(p.D) : N * L, S = static_cast<int>(p.S);
   const int group = static_cast<int>(p.Hq / p.Hkv);
-  const int parts = (group + kQueries - 1) / kQueries;
-  const int h = blockIdx.y / parts, first_query = blockIdx.y % parts * kQueries;
-  const int queries = group - first_query < kQueries ? group - first_query : kQueries;
+  const int parts = (group + kSplitQueries - 1) / kSplitQueries;
+  const int h = blockIdx.y / parts, first_query = blockIdx.y % parts * kSplitQueries;
+  const int queries = group - first_query < kSplitQueries ? group - first_query : kSplitQueries;
   const int64_t b = blockIdx.z, head = static_cast<int64_t>(h) * group + first_query;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
 
@@ -167,7 +166,7 @@ __global__ void __launch_bounds__(kSplit, kAppend ? 2 : 3)
   const int64_t room = p.M * p.S;
   const int keys = __ldcg(p.seq_lens + b), length = static_cast<int>(keys < room ? keys : room);
   const int split = static_cast<int>(blockIdx.x);
-  const int begin = split * kSplit + warp * kWarp;
+  const int begin = split * kSplitKeys + warp * kWarp;
   const int count = length - begin < kWarp ? length - begin : kWarp;  // may be negative
 
   // Lane i knows where key i is.
@@ -210,21 +209,21 @@ __global__ void __launch_bounds__(kSplit, kAppend ? 2 : 3)
     let_next_kernel_start();
     wait_for_previous_kernel();
   }
-  if (split * kSplit >= length && split > 0) return;  // the whole block
+  if (split * kSplitKeys >= length && split > 0) return;  // the whole block
 
   // Queries and the new key and its value: all are asked for before one is used. Those past the
   // last are the last, which is not used.
   VOX_SHARED(T[2][kMaxElementwise], fresh);
-  float q[kQueries][kSize];
+  float q[kSplitQueries][kSize];
   if constexpr (kAppend) {
     const int half = D / 2, i = static_cast<int>(threadIdx.x) < half ? threadIdx.x : half - 1;
     const T* const k = static_cast<const T*>(append.k) + b * append.k_stride + h * D + i;
     const T* const v = static_cast<const T*>(append.v) + b * append.v_stride + h * D + i;
-    const T k_low = load_fresh_one(k), k_high = load_fresh_one(k + half);
-    const T v_low = load_fresh_one(v), v_high = load_fresh_one(v + half);
-    RowSlice mine[kQueries], partners[kQueries];
+    const T k_low = load_element_uncached(k), k_high = load_element_uncached(k + half);
+    const T v_low = load_element_uncached(v), v_high = load_element_uncached(v + half);
+    RowSlice mine[kSplitQueries], partners[kSplitQueries];
 #pragma unroll
-    for (int g = 0; g < kQueries; ++g) {
+    for (int g = 0; g < kSplitQueries; ++g) {
       const int64_t query = head + (g < queries ? g : queries - 1);
       const T* const row = static_cast<const T*>(p.q) + b * p.q_stride + query * D;
       mine[g].read(row, lane, D);
@@ -238,7 +237,7 @@ __global__ void __launch_bounds__(kSplit, kAppend ? 2 : 3)
       fresh[1][i + half] = v_high;
     }
 #pragma unroll
-    for (int g = 0; g < kQueries; ++g) {
+    for (int g = 0; g < kSplitQueries; ++g) {
       float own[kSize], other[kSize];
       mine[g].get(own);
       partners[g].get(other);
@@ -251,19 +250,20 @@ __global__ void __launch_bounds__(kSplit, kAppend ? 2 : 3)
     }
     __syncthreads();
     if (split == 0 && first_query == 0 && new_place >= 0)
-      for (int column = threadIdx.x; column < D; column += kSplit) {
+      for (int column = threadIdx.x; column < D; column += kSplitKeys) {
         static_cast<T*>(append.k_pages)[new_place + column] = fresh[0][column];
         static_cast<T*>(append.v_pages)[new_place + column] = fresh[1][column];
       }
   } else {
 #pragma unroll
-    for (int g = 0; g < kQueries; ++g) {
+    for (int g = 0; g < kSplitQueries; ++g) {
       const int64_t query = head + (g < queries ? g : queries - 1);
       const T* const row = static_cast<const T*>(p.q) + b * p.q_stride + query * D;
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
         const int column = RowSlice::column(lane, j);
-        q[g][j] = (N > 1 || column < D ? to_float(load_fresh_one(row + column)) : 0.0f) * p.scale;
+        q[g][j] =
+            (N > 1 || column < D ? to_float(load_element_uncached(row + column)) : 0.0f) * p.scale;
       }
     }
   }
@@ -276,11 +276,11 @@ __global__ void __launch_bounds__(kSplit, kAppend ? 2 : 3)
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
       const int key = (step + u) * kRows + lane / L;
-      float k[kSize] = {}, dots[kQueries] = {};
+      float k[kSize] = {}, dots[kSplitQueries] = {};
       if (kAppend && is_new >> key & 1) rows[u].take(fresh[0], lane, D);
       if (key < count) rows[u].get(k);
 #pragma unroll
-      for (int g = 0; g < kQueries; ++g) {
+      for (int g = 0; g < kSplitQueries; ++g) {
 #pragma unroll
         for (int i = 0; i < kSize; ++i) dots[g] = fmaf(q[g][i], k[i], dots[g]);
 #pragma unroll
@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(kSplit, kAppend ? 2 : 3)
       }
       if (lane % L == 0 && key < count)
 #pragma unroll
-        for (int g = 0; g < kQueries; ++g) weights[warp][key][g] = dots[g];
+        for (int g = 0; g < kSplitQueries; ++g) weights[warp][key][g] = dots[g];
     }
   }
   if (older)
@@ -299,7 +299,7 @@ __global__ void __launch_bounds__(kSplit, kAppend ? 2 : 3)
 
   // Scores to weights, lane i those of key i.
 #pragma unroll
-  for (int g = 0; g < kQueries; ++g) {
+  for (int g = 0; g < kSplitQueries; ++g) {
     const float lowest = __uint_as_float(0xff800000u);
     const float score = lane < count ? weights[warp][lane][g] : lowest;
     const float largest = warp_reduce(score, Max());
@@ -310,7 +310,7 @@ __global__ void __launch_bounds__(kSplit, kAppend ? 2 : 3)
   }
   __syncwarp();
 
-  float acc[kQueries][kSize] = {};
+  float acc[kSplitQueries][kSize] = {};
   for (int step = 0; step < L; step += kAtOnce) {
     if (step * kRows >= count) break;
     if (step > 0)
@@ -324,7 +324,7 @@ __global__ void __launch_bounds__(kSplit, kAppend ? 2 : 3)
       float v[kSize];
       rows[u].get(v);
 #pragma unroll
-      for (int g = 0; g < kQueries; ++g) {
+      for (int g = 0; g < kSplitQueries; ++g) {
         const float weight = weights[warp][key][g];
 #pragma unroll
         for (int i = 0; i < kSize; ++i) acc[g][i] = fmaf(weight, v[i], acc[g][i]);
@@ -332,30 +332,30 @@ __global__ void __launch_bounds__(kSplit, kAppend ? 2 : 3)
     }
   }
 #pragma unroll
-  for (int g = 0; g < kQueries; ++g)
+  for (int g = 0; g < kSplitQueries; ++g)
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
 #pragma unroll
       for (int offset = kWarp / 2; offset >= L; offset /= 2)
         acc[g][i] += __shfl_xor_sync(kWholeWarp, acc[g][i], offset);
       const int column = RowSlice::column(lane, i);
-      if (lane < L && column < D) sums[(warp * kQueries + g) * D + column] = acc[g][i];
+      if (lane < L && column < D) sums[(warp * kSplitQueries + g) * D + column] = acc[g][i];
     }
   __syncthreads();
 
   // The warps to one; with a single split to the result.
-  const int splits = (length + kSplit - 1) / kSplit;
-  for (int item = threadIdx.x; item < queries * D; item += kSplit) {
+  const int splits = (length + kSplitKeys - 1) / kSplitKeys;
+  for (int item = threadIdx.x; item < queries * D; item += kSplitKeys) {
     const int g = item / D, column = item % D;
     float largest = states[0][g].largest, sum = 0, total = 0;
 #pragma unroll
-    for (int w = 1; w < kWarps; ++w) largest = fmaxf(largest, states[w][g].largest);
+    for (int w = 1; w < kSplitWarps; ++w) largest = fmaxf(largest, states[w][g].largest);
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
+    for (int w = 0; w < kSplitWarps; ++w) {
       if (!(states[w][g].sum > 0)) continue;
       const float factor = expf(states[w][g].largest - largest);
       sum = fmaf(states[w][g].sum, factor, sum);
-      total = fmaf(sums[(w * kQueries + g) * D + column], factor, total);
+      total = fmaf(sums[(w * kSplitQueries + g) * D + column], factor, total);
     }
     const int64_t row = b * p.Hq + head + g;
     if (splits <= 1) {
@@ -380,20 +380,20 @@ __global__ void __launch_bounds__(kSplit, kAppend ? 2 : 3)
       __threadfence();
     }
     __syncthreads();
-    if (is_last) combine<T>(p, partials, b * p.Hq + head, queries, splits);
+    if (is_last) combine_splits<T>(p, partials, b * p.Hq + head, queries, splits);
   }
 }
 
 // One block takes a query head of a sequence.
 template <typename T>
-__global__ void combine_kernel(DecodeAttentionParams p, Partials partials) {
+__global__ void combine_splits_kernel(DecodeAttentionParams p, Partials partials) {
   let_next_kernel_start();
   wait_for_previous_kernel();
   const int64_t b = blockIdx.y, room = p.M * p.S;
   const int64_t keys = __ldcg(p.seq_lens + b), length = keys < room ? keys : room;
-  const int splits = static_cast<int>((length + kSplit - 1) / kSplit);
-  if (splits > 1) combine<T>(p, partials, b * p.Hq + blockIdx.x, 1, splits);
+  const int splits = static_cast<int>((length + kSplitKeys - 1) / kSplitKeys);
+  if (splits > 1) combine_splits<T>(p, partials, b * p.Hq + blockIdx.x, 1, splits);
 }
 
 }  // namespace
-}  // namespace voxkern
+}  // namespace voxkern::attention

@@ -1,0 +1,101 @@
+// Elements and 16-byte vectors of them: float32 or bfloat16 in memory, float32 in registers.
+#pragma once
+
+#include "common/dtype.h"
+#include "cuda/runtime/launch.cuh"
+
+namespace voxkern {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+__device__ __forceinline__ float to_float(float a) { return a; }
+__device__ __forceinline__ float to_float(bf16 a) {
+  return __uint_as_float(static_cast<uint32_t>(a.bits) << 16);
+}
+template <typename T>
+__device__ __forceinline__ T from_float(float a);
+template <>
+__device__ __forceinline__ float from_float<float>(float a) {
+  return a;
+}
+template <>
+__device__ __forceinline__ bf16 from_float<bf16>(float a) {
+  return {static_cast<uint16_t>(bf16_bits(a))};
+}
+// The value after a store and a load.
+template <typename T>
+__device__ __forceinline__ float rounded(float a) {
+  return to_float(from_float<T>(a));
+}
+
+// Elements in 16 bytes.
+template <typename T>
+constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+
+template <typename T>
+__device__ __forceinline__ void unpack(uint4 a, float (&out)[kVector<T>]) {
+  const uint32_t words[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      out[i] = __uint_as_float(words[i]);
+    } else {
+      out[2 * i] = __uint_as_float(words[i] << 16);
+      out[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+  }
+}
+template <typename T>
+__device__ __forceinline__ uint4 pack(const float (&a)[kVector<T>]) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4)
+      words[i] = __float_as_uint(a[i]);
+    else
+      words[i] = bf16x2_bits(a[2 * i], a[2 * i + 1]);
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
+// N consecutive elements in one access: a vector (16-byte aligned) or a single element.
+template <int N, typename T>
+__device__ __forceinline__ void load(const T* p, float (&out)[N]) {
+  static_assert(N == 1 || N == kVector<T>);
+  if constexpr (N == 1)
+    out[0] = to_float(*p);
+  else
+    unpack<T>(*reinterpret_cast<const uint4*>(p), out);
+}
+template <int N, typename T>
+__device__ __forceinline__ void store(T* p, const float (&a)[N]) {
+  static_assert(N == 1 || N == kVector<T>);
+  if constexpr (N == 1)
+    *p = from_float<T>(a[0]);
+  else
+    *reinterpret_cast<uint4*>(p) = pack<T>(a);
+}
+
+// Loads that bypass L1, for data the previous kernel may have written; load_uncached(p) of ptx.cuh
+// is the 16-byte version. load_element_uncached() returns the raw element: converting it here would
+// make the thread wait for the load at once.
+__device__ __forceinline__ float load_element_uncached(const float* p) { return __ldcg(p); }
+__device__ __forceinline__ bf16 load_element_uncached(const bf16* p) { return {__ldcg(&p->bits)}; }
+template <int N, typename T>
+__device__ __forceinline__ void load_uncached(const T* p, float (&out)[N]) {
+  static_assert(N == 1 || N == kVector<T>);
+  if constexpr (N == 1)
+    out[0] = to_float(load_element_uncached(p));
+  else
+    unpack<T>(load_uncached(p), out);
+}
+
+// True if rows of `columns` elements from p on can be accessed in vectors.
+template <typename T>
+bool is_vector_aligned(const void* p, int64_t columns) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0 && columns % kVector<T> == 0;
+}
+
+}  // namespace voxkern
