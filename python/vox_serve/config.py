@@ -32,10 +32,15 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Shown:
-    """How the documentation writes a default or bounds whose values say little."""
+    """Documentation text for a default, or for bounds, whose value says little."""
 
     default: str | None = None
     limits: str | None = None
+
+
+def setting(default: Any, description: str, **bounds: Any) -> Any:
+    """A field of `Settings`; bounds are `ge`, `gt` and `le`."""
+    return Field(default, description=description, **bounds)
 
 
 class Settings(BaseModel):
@@ -64,69 +69,55 @@ class Settings(BaseModel):
 class ModelSettings(Settings):
     title = "model"
 
-    model: str = Field(
-        "demo", description="built-in voice, local folder, or hub id such as sesame/csm-1b"
+    model: str = setting("demo", "built-in voice, local folder, or hub id such as sesame/csm-1b")
+    codec: str = setting(
+        DEFAULT_CODEC, "folder, file or hub id of the Mimi codec, for a checkpoint without one"
     )
-    codec: str = Field(
-        DEFAULT_CODEC,
-        description="folder, file or hub id of the Mimi codec, for a checkpoint without one",
+    context: Annotated[str | None, Shown("the model's own prompts, if it has any")] = setting(
+        None, "context.json whose segments come before every text; 'none' for no context"
     )
-    context: Annotated[str | None, Shown("the model's own prompts, if it has any")] = Field(
-        None,
-        description="context.json whose segments come before every text; 'none' for no context",
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto takes a GPU if there is one"
-    )
-    backend: Literal["auto", "native", "triton", "reference"] = Field(
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes a GPU if there is one")
+    backend: Literal["auto", "native", "triton", "reference"] = setting(
         "auto",
-        description="implementation of the ops; auto takes the first of these that has an op, or "
-        "VOXKERN_BACKEND's",
+        "implementation of the ops; auto takes the first that has an op, or VOXKERN_BACKEND's",
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto",
-        description="dtype of weights and KV cache; auto is bfloat16, but float32 for a tiny "
-        "model on a CPU",
+        "dtype of weights and KV cache; auto is bfloat16, but float32 for a tiny model on a CPU",
     )
-    quantize: Literal["none", "int8", "int4"] = Field(
-        "none",
-        description="packed weights; int4 keeps the heads in int8; both round the codec's decoder",
+    quantize: Literal["none", "int8", "int4"] = setting(
+        "none", "packed weights; int4 keeps the heads in int8; both round the codec's decoder"
     )
     weight_cache: Annotated[
         str | None,
         Shown(".voxkern in the model's folder, else in ~/.cache/voxkern; none if small"),
-    ] = Field(
+    ] = setting(
         None,
-        description="folder for packed weights, which later starts map into memory; 'none' packs "
-        "them at every start",
+        "folder for packed weights, memory-mapped by later starts; 'none' packs at every start",
     )
-    num_threads: Annotated[int | None, Shown("all that this process may use")] = Field(
-        None, description="CPU threads of the kernels", ge=1, le=1024
+    num_threads: Annotated[int | None, Shown("all that this process may use")] = setting(
+        None, "CPU threads of the kernels", ge=1, le=1024
     )
-    allow_pickle: bool = Field(
-        False, description="read .pt checkpoints too (tensors only, never code)"
-    )
+    allow_pickle: bool = setting(False, "read .pt checkpoints too (tensors only, never code)")
 
 
 class SamplingParams(Settings):
     """One request's sampling parameters; `voxkern.ops.sample_tokens` defines each of them."""
 
-    temperature: float = Field(0.9, description="randomness of the draw; 0 is greedy", ge=0, le=100)
-    top_k: Annotated[int, Shown(limits="0 or more")] = Field(
-        50, description="most likely codes to keep; 0 keeps all", ge=0, le=2**31 - 1
+    temperature: float = setting(0.9, "randomness of the draw; 0 is greedy", ge=0, le=100)
+    top_k: Annotated[int, Shown(limits="0 or more")] = setting(
+        50, "most likely codes to keep; 0 keeps all", ge=0, le=2**31 - 1
     )
-    top_p: float = Field(1.0, description="probability mass to keep", gt=0, le=1)
-    min_p: float = Field(
-        0.0, description="lowest probability of a code, as a share of the largest", ge=0, le=1
+    top_p: float = setting(1.0, "probability mass to keep", gt=0, le=1)
+    min_p: float = setting(
+        0.0, "lowest probability of a code, as a share of the largest", ge=0, le=1
     )
-    repetition_penalty: float = Field(
-        1.0, description="CTRL's penalty, on codebook 0; 1 is none", ge=0.01, le=100
+    repetition_penalty: float = setting(
+        1.0, "CTRL's penalty, on codebook 0; 1 is none", ge=0.01, le=100
     )
-    repetition_window: int = Field(
-        16, description="frames that the penalty looks back", ge=1, le=2048
-    )
+    repetition_window: int = setting(16, "frames that the penalty looks back", ge=1, le=2048)
     seed: Annotated[int | None, Shown("a new one for every request", "a signed 64-bit integer")] = (
-        Field(None, description="the same seed gives the same speech", ge=-(2**63), le=2**63 - 1)
+        setting(None, "the same seed gives the same speech", ge=-(2**63), le=2**63 - 1)
     )
 
     def resolved_seed(self) -> int:
@@ -139,8 +130,8 @@ class SpeechSettings(SamplingParams):
 
     title = "sampling (a request may override each of these)"
 
-    max_frames: int = Field(
-        DEFAULT_MAX_FRAMES, description="longest utterance, in frames of 80 ms", ge=1, le=2048
+    max_frames: int = setting(
+        DEFAULT_MAX_FRAMES, "longest utterance, in frames of 80 ms", ge=1, le=2048
     )
 
     @property
@@ -160,22 +151,19 @@ class SpeechSettings(SamplingParams):
 class ServerSettings(Settings):
     title = "server"
 
-    host: str = Field("127.0.0.1", description="address to listen on")
-    port: int = Field(8000, description="port to listen on; 0 takes a free one", ge=0, le=65535)
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(8000, "port to listen on; 0 takes a free one", ge=0, le=65535)
     max_batch_size: Annotated[
         int | None, Shown("8; on a GPU 64, or as many as half of its free memory holds")
-    ] = Field(None, description="requests spoken at the same time", ge=1, le=1024)
-    max_queue_size: int = Field(
-        64, description="requests that may wait; more are answered 503", ge=0, le=100_000
+    ] = setting(None, "requests spoken at the same time", ge=1, le=1024)
+    max_queue_size: int = setting(
+        64, "requests that may wait; more are answered 503", ge=0, le=100_000
     )
-    max_body_bytes: int = Field(
-        262_144,
-        description="longest request body; a longer one is answered 413",
-        ge=1024,
-        le=2**30,
+    max_body_bytes: int = setting(
+        262_144, "longest request body; a longer one is answered 413", ge=1024, le=2**30
     )
-    log_level: Literal["error", "warning", "info", "debug"] = Field(
-        "info", description="least severe messages to log"
+    log_level: Literal["error", "warning", "info", "debug"] = setting(
+        "info", "least severe messages to log"
     )
 
 

@@ -38,7 +38,7 @@ async def read_fields(request: Request, max_bytes: int) -> tuple[dict[str, Any],
     null.
 
     Raises:
-        HTTPException: 413, 415, or 400 for a body that is not what its type says.
+        HTTPException: 413, 415, or 400 for a body that contradicts its type.
     """
     request = _limited(request, max_bytes)
     try:

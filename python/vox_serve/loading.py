@@ -33,7 +33,8 @@ def load_engine(model: str | Path, **settings: Any) -> Engine:
 
     Args:
         model: built-in voice, local folder or hub id.
-        settings: `Config`'s other fields by name; `dtype` may be a `torch.dtype` too.
+        settings: `Config`'s other fields by name; those not given come from the environment or
+            their defaults. `dtype` may be a `torch.dtype` too.
 
     Raises:
         ValueError, OSError: a setting is invalid, or a part is unavailable or does not fit; one

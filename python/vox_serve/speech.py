@@ -40,8 +40,8 @@ def load(model: str | os.PathLike[str] = "demo", **settings: Any) -> "Voice":
 class Voice:
     """A loaded model that speaks. Several streams may be open at once, in several threads too.
 
-    Each open stream gets the samples that it would get alone. Streams advance together: what one
-    is not asked for yet waits in memory, 7.7 kB a frame.
+    Each open stream gets the samples that it would get alone. Streams advance together: frames
+    that a stream has not handed out yet stay in memory, 7.7 kB each.
 
     Args:
         engine: nothing else may call it.
@@ -82,7 +82,7 @@ class Voice:
     def stream(
         self, text: str, speaker: int = 0, **overrides: Any
     ) -> Generator["np.ndarray", None, None]:
-        """Speak a text in chunks, as they are made; together they are what `say` returns.
+        """Speak a text in chunks, as they are made; together they equal `say`'s samples.
 
         Arguments and errors are those of `say`. Errors are raised by this call; the computation
         starts with the first chunk. Closing or dropping the generator aborts the rest.
