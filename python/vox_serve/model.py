@@ -13,8 +13,8 @@ from voxkern import ops
 from voxkern.persistent import decode_depth_persistent
 
 PERSISTENT_ROWS = 8
-"""Most rows whose frames CUDA makes with one kernel (kMostRows of cuda/decoder/depth_products.cuh):
-with more, `persistent` has no effect."""
+"""Maximum rows of the persistent depth decoder (kMostRows in cuda/decoder/depth_products.cuh); with
+more, `persistent` has no effect."""
 
 
 class _Layer(NamedTuple):

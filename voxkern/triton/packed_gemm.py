@@ -143,8 +143,8 @@ def packed_gemm_kernel(
 
 @triton.jit
 def as_matrices(bytes, STEP: tl.constexpr):
-    """Bytes `[blocks, ..]`, ordered [STEP, columns / 4, 16, 4], as `[STEP, columns, blocks *
-    16]`."""
+    """Permute bytes `[blocks, ..]`, stored as [STEP, columns / 4, 16, 4] per block, to matrices
+    `[STEP, columns, blocks * 16]`."""
     blocks: tl.constexpr = bytes.shape[0]
     columns: tl.constexpr = bytes.shape[1] // (STEP * 16)
     parts = tl.permute(tl.reshape(bytes, (blocks, STEP, columns // 4, 16, 4)), (1, 2, 4, 0, 3))
