@@ -253,7 +253,7 @@ def depth_logits(model: CsmModel, hidden: Tensor, codes: Tensor) -> Tensor:
             row = (position - 1) * config.audio_vocab_size + codes[:, position - 1]
             x = w.depth_audio_rows[row]
         batch = CacheBatch.decode(cache, sequences)
-        x = ops.decode_backbone(*depth.backbone_arguments(x, batch, cache))
+        x = ops.decode_backbone(**depth.backbone_arguments(x, batch, cache))
         if position:
             head = w.code_heads[position - 1]
             logits.append(ops.linear(x, head)[:, : config.audio_vocab_size].float())

@@ -7,8 +7,11 @@ codec's ops, at its own sizes, are in codec_cases.py.
 """
 
 import functools
+import inspect
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -295,7 +298,8 @@ def _decode_backbone(
         for pages in (cache.k_pages, cache.v_pages):
             for layer in pages:
                 layer.normal_()
-        return model.backbone_arguments(torch.randn(b, c.dim).to(dtype), batch, cache)
+        x = torch.randn(b, c.dim).to(dtype)
+        return _positional(ops.decode_backbone, model.backbone_arguments(x, batch, cache))
 
     def weights(quantize: str) -> int:
         empty = CsmWeights.empty(config, dtype, "meta", quantize)
@@ -325,7 +329,8 @@ def _decode_depth(
         params = [SamplingParams(temperature=0.9, top_k=50)] * b
         rows = SamplingRows.of(params, range(b), model.device)
         hidden = torch.randn(b, config.backbone.dim).to(dtype)
-        return model.depth_arguments(hidden, torch.arange(b) % config.audio_vocab_size, rows)
+        code0 = torch.arange(b) % config.audio_vocab_size
+        return _positional(ops.decode_depth, model.depth_arguments(hidden, code0, rows))
 
     def weights(quantize: str) -> int:
         empty = CsmWeights.empty(config, dtype, "meta", quantize)
@@ -344,3 +349,8 @@ def _decode_depth(
         torch.int8 if packed else dtype,
         persistent=decode_depth_persistent if b <= PERSISTENT_ROWS else None,
     )
+
+
+def _positional(op: Callable, arguments: dict[str, Any]) -> tuple:
+    """Keyword arguments in the order of the op's signature."""
+    return inspect.signature(op).bind(**arguments).args

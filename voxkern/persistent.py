@@ -13,7 +13,7 @@ PERSISTENT_DEPTH = "_decode_depth_persistent"
 """The op's name. It takes the arguments of `voxkern.ops.decode_depth` and draws the same codes."""
 
 
-def decode_depth_persistent(hidden: Tensor, *args: Any) -> Tensor:
+def decode_depth_persistent(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`voxkern.ops.decode_depth` with all positions in one kernel, where the native backend has it.
 
     The kernel takes at most 8 rows, in bfloat16; other calls run `decode_depth` unchanged. If its
@@ -21,7 +21,7 @@ def decode_depth_persistent(hidden: Tensor, *args: Any) -> Tensor:
     not drawn by then are -1.
 
     Args:
-        hidden, args: the arguments of `decode_depth`, in its order.
+        hidden, args, kwargs: the arguments of `decode_depth`.
 
     Returns:
         `[B, K]` int64, as `decode_depth`.
@@ -29,8 +29,8 @@ def decode_depth_persistent(hidden: Tensor, *args: Any) -> Tensor:
     device = hidden.device.type
     native = backend_for(device, "decode_depth") == "native"
     if native and has_kernel(torch.ops.voxkern, PERSISTENT_DEPTH, device.upper()):
-        return implementation(PERSISTENT_DEPTH, "native")(hidden, *args)
-    return ops.decode_depth(hidden, *args)
+        return implementation(PERSISTENT_DEPTH, "native")(hidden, *args, **kwargs)
+    return ops.decode_depth(hidden, *args, **kwargs)
 
 
 if hasattr(torch.ops.voxkern, PERSISTENT_DEPTH):  # an older extension may lack it

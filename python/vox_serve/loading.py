@@ -44,20 +44,20 @@ def load_engine(model: str | Path, **settings: Any) -> Engine:
         settings["dtype"] = str(settings["dtype"]).removeprefix("torch.")
     setting = Config(model=str(model), **settings)
     folder = resolve_model(setting.model)
-    place = torch.device(choose_device() if setting.device == "auto" else setting.device)
-    if place.type == "cuda" and (reason := _why_no_gpu()):
+    device = torch.device(choose_device() if setting.device == "auto" else setting.device)
+    if device.type == "cuda" and (reason := _why_no_gpu()):
         raise ValueError(f"device cuda: {reason}")
     config = CsmConfig.from_json(read_json(folder / "config.json"))
     small = _num_parameters(config) < SMALL_MODEL_PARAMETERS
     if setting.dtype == "auto":
-        dtype = torch.float32 if place.type == "cpu" and small else torch.bfloat16
+        dtype = torch.float32 if device.type == "cpu" and small else torch.bfloat16
     else:
         dtype = getattr(torch, setting.dtype)
 
     quantize = setting.quantize
     caches = cache_folders(setting.weight_cache, folder, small)
-    checkpoint = load_checkpoint(folder, dtype, place, setting.allow_pickle, quantize, caches)
-    mimi = load_codec(checkpoint, setting.codec, codec_precision(place.type, dtype, quantize))
+    checkpoint = load_checkpoint(folder, dtype, device, setting.allow_pickle, quantize, caches)
+    mimi = load_codec(checkpoint, setting.codec, codec_precision(device.type, dtype, quantize))
     if setting.context == "none":
         segments = []
     elif setting.context is not None:
@@ -67,7 +67,7 @@ def load_engine(model: str | Path, **settings: Any) -> Engine:
     prompts = PromptBuilder.from_folder(folder, config)
     max_batch_size = setting.max_batch_size
     if max_batch_size is None:
-        free_bytes = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else None
+        free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
         sequence_bytes = KvCache.sequence_bytes(config.backbone, dtype)
         max_batch_size = choose_batch_size(sequence_bytes, free_bytes)
     try:

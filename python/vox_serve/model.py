@@ -1,15 +1,16 @@
-"""CSM's two transformers as calls of voxkern's ops. Owns weights and no state."""
+"""CSM's two transformers as calls of voxkern's ops. Owns the weights, and no state."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vox_serve.csm_weights import CsmWeights, TransformerWeights
 from vox_serve.kv_cache import CacheBatch, KvCache
-from vox_serve.model_config import CsmConfig
+from vox_serve.model_config import CsmConfig, TransformerConfig
 from vox_serve.sampling import SamplingRows
-from vox_serve.weights import CsmWeights
 from voxkern import ops
+from voxkern.layers import LlamaLayers
 from voxkern.persistent import decode_depth_persistent
 
 PERSISTENT_ROWS = 8
@@ -32,11 +33,11 @@ class CsmModel:
     """The backbone, and the depth decoder over a frame's codebooks.
 
     Args:
-        config: the sizes.
-        weights: on the device that is to run the model, in the dtype of its activations.
+        config: the model's sizes.
+        weights: weights on the device that runs the model, in the dtype of the activations.
     """
 
-    def __init__(self, config: CsmConfig, weights: CsmWeights):
+    def __init__(self, config: CsmConfig, weights: CsmWeights) -> None:
         self.config = config
         self.weights = weights
         self.device = weights.text_table.device
@@ -55,54 +56,43 @@ class CsmModel:
                 strict=True,
             )
         ]
-        self._backbone_rope = config.backbone.rope_table().to(self.device)
-        self._depth_rope = config.depth.rope_table().to(self.device)
+        self._backbone = _llama_layers(weights.backbone, config.backbone)
+        self._depth = _llama_layers(weights.depth, config.depth)
 
     def backbone_step(
         self, frames: Tensor, mask: Tensor, batch: CacheBatch, cache: KvCache
     ) -> Tensor:
-        """Run the backbone over new tokens, writing their keys and values to the cache.
+        """Run the backbone over new tokens, and write their keys and values to the cache.
 
         Args:
-            frames: `[T, K + 1]` int64, the sequences' tokens one after the other.
+            frames: `[T, K + 1]` int64, the tokens of all sequences, concatenated.
             mask: `[T, K + 1]` bool, as in `voxkern.ops.embed_frames`.
-            batch: where the tokens lie in the cache.
-            cache: keys and values; written.
+            batch: cache locations of the tokens.
+            cache: keys and values; updated in place.
 
         Returns:
             `[B, C]`: each sequence's last hidden state, after the last norm.
         """
         x = ops.embed_frames(frames, mask, self.weights.audio_table, self.weights.text_table)
         if batch.cu_seqlens is None:
-            return ops.decode_backbone(*self.backbone_arguments(x, batch, cache))
+            return ops.decode_backbone(**self.backbone_arguments(x, batch, cache))
         return self._prefill(x, batch, cache)[batch.last_tokens]
 
-    def backbone_arguments(self, x: Tensor, batch: CacheBatch, cache: KvCache) -> tuple:
-        """The arguments of `voxkern.ops.decode_backbone`, in its order, for embedded tokens x."""
-        w, c = self.weights.backbone, self.config.backbone
-        return (
-            x,
-            w.attn_norm,
-            w.qkv,
-            w.o,
-            w.mlp_norm,
-            w.gate_up,
-            w.down,
-            w.norm,
-            self._backbone_rope,
-            c.num_heads,
-            c.num_kv_heads,
-            c.norm_eps,
-            batch.positions,
-            batch.slots,
-            cache.k_pages,
-            cache.v_pages,
-            batch.page_table,
-            batch.seq_lens,
-        )
+    def backbone_arguments(self, x: Tensor, batch: CacheBatch, cache: KvCache) -> dict[str, Any]:
+        """Keyword arguments of `voxkern.ops.decode_backbone` for embedded tokens x `[B, C]`."""
+        return {
+            "x": x,
+            **vars(self._backbone),
+            "positions": batch.positions,
+            "slots": batch.slots,
+            "k_pages": cache.k_pages,
+            "v_pages": cache.v_pages,
+            "page_table": batch.page_table,
+            "seq_lens": batch.seq_lens,
+        }
 
     def _prefill(self, residual: Tensor, batch: CacheBatch, cache: KvCache) -> Tensor:
-        """Embedded prompt tokens `[T, C]` through the layers, op by op: their hidden states."""
+        """Run embedded prompt tokens `[T, C]` through the layers; returns the hidden states."""
         c = self.config.backbone
         scale = c.head_dim**-0.5
         assert batch.cu_seqlens is not None  # only a decoding batch has none
@@ -111,7 +101,7 @@ class CsmModel:
             qkv = ops.linear(x, layer.qkv).unflatten(1, (-1, c.head_dim))
             q, k, v = qkv.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
             ops.append_kv(
-                q, k, v, self._backbone_rope, batch.positions, batch.slots, k_pages, v_pages
+                q, k, v, self._backbone.rope_table, batch.positions, batch.slots, k_pages, v_pages
             )
             x = ops.prefill_attention(
                 q, k_pages, v_pages, batch.page_table, batch.cu_seqlens, batch.seq_lens, scale
@@ -133,54 +123,30 @@ class CsmModel:
         Returns:
             `[B, K]` int64.
         """
-        logits = ops.linear(hidden, self.weights.code0_head)
         code0 = ops.sample_tokens(
-            logits,
-            rows.temperature,
-            rows.top_k,
-            rows.top_p,
-            rows.min_p,
-            rows.repetition_penalty,
-            rows.history,
-            rows.seeds,
-            rows.frames,
+            ops.linear(hidden, self.weights.code0_head),
+            **_draw_arguments(rows),
+            repetition_penalty=rows.repetition_penalty,
+            history=rows.history,
             codebook=0,
         )
-        arguments = self.depth_arguments(hidden, code0, rows)
-        if persistent:
-            return decode_depth_persistent(*arguments)
-        return ops.decode_depth(*arguments)
+        decode_depth = decode_depth_persistent if persistent else ops.decode_depth
+        return decode_depth(**self.depth_arguments(hidden, code0, rows))
 
-    def depth_arguments(self, hidden: Tensor, code0: Tensor, rows: SamplingRows) -> tuple:
-        """The arguments of `voxkern.ops.decode_depth`, in its order."""
-        w, c = self.weights, self.config.depth
-        return (
-            hidden,
-            code0,
-            w.depth_audio_rows,
-            w.projection,
-            w.depth.attn_norm,
-            w.depth.qkv,
-            w.depth.o,
-            w.depth.mlp_norm,
-            w.depth.gate_up,
-            w.depth.down,
-            w.depth.norm,
-            w.code_heads,
-            self._depth_rope,
-            c.num_heads,
-            c.num_kv_heads,
-            c.norm_eps,
-            rows.temperature,
-            rows.top_k,
-            rows.top_p,
-            rows.min_p,
-            rows.seeds,
-            rows.frames,
-        )
+    def depth_arguments(self, hidden: Tensor, code0: Tensor, rows: SamplingRows) -> dict[str, Any]:
+        """Keyword arguments of `voxkern.ops.decode_depth`."""
+        return {
+            "hidden": hidden,
+            "code0": code0,
+            "audio_rows": self.weights.depth_audio_rows,
+            "projection": self.weights.projection,
+            **vars(self._depth),
+            "heads": self.weights.code_heads,
+            **_draw_arguments(rows),
+        }
 
     def next_inputs(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """The backbone's input for frames of codes.
+        """The backbone's input for frames of audio codes.
 
         Args:
             codes: `[T, K]` int64.
@@ -192,3 +158,19 @@ class CsmModel:
         mask = torch.ones_like(frames, dtype=torch.bool)
         mask[:, -1] = False
         return frames, mask
+
+
+def _llama_layers(weights: TransformerWeights, config: TransformerConfig) -> LlamaLayers:
+    return LlamaLayers(
+        **vars(weights),
+        rope_table=config.rope_table().to(weights.norm.device),
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        eps=config.norm_eps,
+    )
+
+
+def _draw_arguments(rows: SamplingRows) -> dict[str, Tensor]:
+    """The arguments with which every codebook is drawn."""
+    names = ("temperature", "top_k", "top_p", "min_p", "seeds", "frames")
+    return {name: getattr(rows, name) for name in names}

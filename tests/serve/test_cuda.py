@@ -159,7 +159,7 @@ def test_the_persistent_depth_decoder_draws_the_same_codes(full_size, precision,
         with torch.cuda.graph(graph):
             codes.copy_(draw(hidden, rows, persistent=True))
             # Back to back: the first kernel of a call may overlap the previous call.
-            again = [on("native", decode_depth_persistent)(*arguments) for _ in range(2)]
+            again = [on("native", decode_depth_persistent)(**arguments) for _ in range(2)]
         for _ in range(200):
             for made in (codes, *again):
                 made.fill_(-1)

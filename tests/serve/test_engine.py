@@ -1,4 +1,4 @@
-"""The engine against transformers, code for code, and against itself in other company."""
+"""The engine equals transformers, code for code, and itself whatever else is in the batch."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -65,7 +65,7 @@ def test_greedy_codes_equal_transformers(folder, device, shape, rope, with_conte
 
 @pytest.fixture
 def cuda_kernels_on_the_host(monkeypatch):
-    """The ops that have CUDA kernels run them, built for the host (tests/simt)."""
+    """Ops with CUDA kernels run these, compiled for the host (tests/simt)."""
     simt, native = Target("simt", "cpu"), backend.implementation
     if reason := simt.why_missing():
         pytest.skip(reason)
@@ -96,7 +96,7 @@ def test_greedy_codes_of_cuda_kernels_equal_transformers(folder, shape):
 def test_greedy_codes_of_cuda_kernels_with_packed_weights_are_the_cpus(
     folder, quantize, request, monkeypatch
 ):
-    """Nearly: where sums differ in the last place, an activation may be rounded to the next int8,
+    """Nearly: if sums differ in the last place, an activation may round to a neighbouring int8,
     and that may change a code and all that follow. So those up to the first that differs count.
     """
     monkeypatch.setattr(loading, "codec_precision", lambda *_: "float32")  # as on a GPU
@@ -159,7 +159,7 @@ def test_a_frame_with_one_code_set_is_no_stop(folder):
 
 
 def eight_requests() -> list[Request]:
-    """Different in text, seed, length and every sampling parameter."""
+    """Eight requests that differ in text, seed, length and every sampling parameter."""
     return [
         Request(
             text=f"Number {i}." * (1 + i % 3),
@@ -187,7 +187,7 @@ def engine(folder, request) -> Engine:
 
 @pytest.fixture(scope="module")
 def alone(engine) -> dict[str, tuple]:
-    """Each of the eight requests run with no other beside it."""
+    """Results of the eight requests, each run alone."""
     return {request.id: run(engine, request)[request.id] for request in eight_requests()}
 
 
@@ -224,22 +224,22 @@ def test_prefill_chunks_change_no_code(engine, alone, monkeypatch):
     assert_same(run(engine, *eight_requests()), alone)
 
 
-def test_rows_not_in_use_change_no_code(engine, alone, monkeypatch):
-    """A GPU takes a few sizes of batch alone, and fills them up with rows that nobody uses."""
+def test_unused_rows_change_no_code(engine, alone, monkeypatch):
+    """A GPU runs only a few batch sizes and pads the batch with unused rows."""
     monkeypatch.setattr(
         *(FrameBatch, "_run"),
         lambda batch, half, rows: batch._functions()[half](rounded_rows(rows, 4)),
     )
-    # Pages go from one request to the next, which takes some steps to get a row.
+    # Requests get pages that others freed, some steps before they get a row.
     monkeypatch.setitem(engine_module.PREFILL_CHUNK_TOKENS, engine.model.device.type, 5)
     engine = Engine(engine.model, engine.mimi, engine.prompts, max_batch_size=4)
-    for _ in range(2):  # the second time, rows hold what is left of the first
+    for _ in range(2):  # the second time, rows hold stale state of the first
         assert_same(run(engine, *eight_requests()), alone)
         assert engine._batch._cache_rows.batch(4).slots.tolist() == [-1] * 4
 
 
-def test_a_frame_can_be_recorded(engine):
-    """It looks at no value on the host, and its tensors stay where they are."""
+def test_a_frame_can_be_captured(engine):
+    """It reads no value on the host, and its tensors keep their addresses."""
     batch = engine._batch
 
     def addresses() -> list[int]:
@@ -266,7 +266,7 @@ def test_a_frame_can_be_recorded(engine):
 
 @pytest.mark.parametrize("ahead", [1, 3])
 def test_frames_ahead_change_no_code(engine, alone, monkeypatch, ahead):
-    """A GPU begins a frame before the last one is looked at."""
+    """A GPU begins a frame before the host sees the previous one."""
     monkeypatch.setitem(engine_module.FRAMES_AHEAD, engine.model.device.type, ahead)
     free = engine._cache.num_free_pages
     assert_same(run(engine, *eight_requests()), alone)
@@ -275,7 +275,7 @@ def test_frames_ahead_change_no_code(engine, alone, monkeypatch, ahead):
 
 
 @pytest.mark.parametrize("stop_frame", [0, 3])
-def test_a_frame_behind_the_stop_is_not_heard(folder, monkeypatch, stop_frame):
+def test_a_frame_after_the_stop_is_discarded(folder, monkeypatch, stop_frame):
     monkeypatch.setitem(engine_module.FRAMES_AHEAD, "cpu", 1)
     engine = load_engine(folder(build_tiny(stop_frame=stop_frame)), max_batch_size=2)
     requests = [Request(text="Stop.", sampling=GREEDY, max_frames=n) for n in (9, 2, 5, 7, 9)]
@@ -291,14 +291,14 @@ def test_a_frame_behind_the_stop_is_not_heard(folder, monkeypatch, stop_frame):
     ("rows", "rounded"),
     [(1, 1), (2, 2), (3, 4), (9, 16), (17, 32), (100, 112), (129, 160), (300, 320), (999, 1000)],
 )
-def test_sizes_of_batches_on_a_gpu(rows, rounded):
+def test_rounded_batch_sizes_of_a_gpu(rows, rounded):
     assert rounded_rows(rows, 1000) == rounded
     assert rounded_rows(rounded, 1000) == rounded
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_packed_weights_keep_requests_apart(folder, quantize, monkeypatch):
-    """In a batch, and with prompts in chunks, each request gets what it gets alone."""
+    """In a batch, and with chunked prompts, each request gets the codes that it gets alone."""
     path = folder(build_tiny(PACKABLE, seed=4))
     engine = load_engine(path, quantize=quantize)
     alone = {request.id: run(engine, request)[request.id] for request in eight_requests()}
@@ -342,7 +342,7 @@ def test_sampled_codes_follow_the_model(engine):
     assert chi_square < 20.5  # the 99.9 % point at 5 degrees of freedom
 
 
-def test_default_context_is_as_good_as_a_given_one(folder):
+def test_the_default_context_equals_a_given_one(folder):
     tiny = build_tiny(seed=5)
     context = random_context(tiny.shape)
     plain = load_engine(folder(tiny))
@@ -370,7 +370,7 @@ def test_abort_frees_everything(engine):
     assert engine._cache.num_free_pages == free
 
 
-def test_abort_while_a_frame_is_under_way(engine, alone, monkeypatch):
+def test_abort_while_a_frame_is_in_flight(engine, alone, monkeypatch):
     monkeypatch.setitem(engine_module.FRAMES_AHEAD, engine.model.device.type, 1)
     for _ in range(2):
         for request in eight_requests():
@@ -383,7 +383,7 @@ def test_abort_while_a_frame_is_under_way(engine, alone, monkeypatch):
     assert_same(run(engine, *eight_requests()), alone)
 
 
-def test_a_step_that_fails_is_the_last(engine, monkeypatch):
+def test_after_a_failed_step_the_engine_refuses_to_step(engine, monkeypatch):
     broken = Engine(engine.model, engine.mimi, engine.prompts)
     broken.add(Request(text="One.", sampling=GREEDY))
     broken.step()
@@ -396,8 +396,8 @@ def test_a_step_that_fails_is_the_last(engine, monkeypatch):
         broken.step()
 
 
-def test_a_frame_that_was_given_up_is_not_spoken(engine, monkeypatch):
-    """As where a persistent kernel's blocks wait for each other in vain: codes of -1."""
+def test_a_frame_that_was_given_up_is_an_error(engine, monkeypatch):
+    """Codes of -1, as a persistent kernel leaves them when its watchdog ends it."""
     broken = Engine(engine.model, engine.mimi, engine.prompts)
     for name in ("One.", "Two."):
         broken.add(Request(text=name, sampling=GREEDY))
@@ -420,11 +420,11 @@ def test_a_frame_that_was_given_up_is_not_spoken(engine, monkeypatch):
 
 
 def test_a_gpu_is_offered_a_persistent_depth_decoder(engine, monkeypatch):
-    """Of CUDA kernels in bfloat16 alone; it is the draw with that op: the same codes."""
+    """Only for native kernels in bfloat16; it draws with the private op: the same codes."""
     persistent_calls, whole = [], model.decode_depth_persistent
     monkeypatch.setattr(
         *(model, "decode_depth_persistent"),
-        lambda *args: persistent_calls.append(args) or whole(*args),
+        lambda **kwargs: persistent_calls.append(kwargs) or whole(**kwargs),
     )
     batch = FrameBatch(engine.model, engine.mimi, engine._cache, 4)
     for served, dtype in (("triton", torch.bfloat16), ("native", torch.float32)):
@@ -447,13 +447,13 @@ def test_a_gpu_is_offered_a_persistent_depth_decoder(engine, monkeypatch):
     assert len(results[0].unique()) > 9
 
 
-def test_pages_come_back_after_every_end(engine):
+def test_every_end_frees_the_pages(engine):
     free = engine._cache.num_free_pages
     run(engine, *eight_requests())
     assert engine._cache.num_free_pages == free
 
 
-def test_the_context_ends_an_utterance(folder):
+def test_a_full_context_ends_an_utterance(folder):
     tiny = build_tiny(TinyShape(max_positions=40), seed=6)
     engine = load_engine(folder(tiny))
     prompt = len(engine.prompts.tokens(Segment(0, "Long.")))
@@ -470,7 +470,7 @@ def test_prompt_too_long(folder):
     assert not engine.has_work
 
 
-def test_prompts_may_be_prepared_elsewhere(engine, alone):
+def test_prompts_may_be_prepared_in_other_threads(engine, alone):
     requests = eight_requests()
     with ThreadPoolExecutor(2) as pool:
         prompts = list(pool.map(engine.prepare, requests))
@@ -478,8 +478,8 @@ def test_prompts_may_be_prepared_elsewhere(engine, alone):
     assert_same(run(engine, *requests, prompts=prompts), alone)
 
 
-def test_a_request_in_line_has_no_pages(engine):
-    """They wait for as long as they must: a queue of hundreds would take gigabytes."""
+def test_a_waiting_request_has_no_pages(engine):
+    """Otherwise a queue of hundreds would take gigabytes."""
     narrow = Engine(engine.model, engine.mimi, engine.prompts, max_batch_size=1)
     free = narrow._cache.num_free_pages
     for request in eight_requests():
@@ -488,7 +488,7 @@ def test_a_request_in_line_has_no_pages(engine):
 
 
 def test_the_penalty_forgets_what_left_its_window(engine):
-    """Codes of a short and a long window part only once a code left the short one."""
+    """Within the window no code repeats; beyond it, codes do."""
 
     def codes(window):
         sampling = SamplingParams(temperature=0, repetition_penalty=100.0, repetition_window=window)
@@ -515,7 +515,7 @@ def test_refuses_no_frames(engine):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
-def test_bfloat16_runs_and_is_invariant_too(folder, dtype):
+def test_bfloat16_is_invariant_too(folder, dtype):
     engine = load_engine(folder(build_tiny(seed=4)), dtype=dtype)
     alone = {request.id: run(engine, request)[request.id] for request in eight_requests()}
     assert_same(run(engine, *eight_requests()), alone)

@@ -17,12 +17,12 @@ def cache(config) -> KvCache:
     return KvCache(config, 3, torch.float32, torch.device("cpu"))
 
 
-def test_what_a_sequence_takes(config, cache):
+def test_bytes_of_a_sequence(config, cache):
     pages = cache.k_pages.nbytes + cache.v_pages.nbytes
     assert 3 * KvCache.sequence_bytes(config, torch.float32) == pages
 
 
-def test_extend_takes_pages_as_they_are_needed(cache):
+def test_extend_takes_pages_on_demand(cache):
     total = cache.num_free_pages
     sequence = CacheSequence()
     assert cache.extend(sequence, PAGE_SIZE) == range(PAGE_SIZE)
@@ -58,7 +58,7 @@ def test_fork_shares_full_pages_and_copies_the_partial_one(cache):
     assert torch.equal(cache.k_pages[:, fork.pages[2]], cache.k_pages[:, prefix.pages[2]])
     assert torch.equal(cache.v_pages[:, fork.pages[2]], cache.v_pages[:, prefix.pages[2]])
     cache.release(prefix)
-    assert cache.num_free_pages == total - 3  # the fork still owns what it shares
+    assert cache.num_free_pages == total - 3  # the fork still owns the shared pages
     cache.release(fork)
     assert cache.num_free_pages == total
 
@@ -100,15 +100,15 @@ def test_decode_batch(cache):
     assert batch.cu_seqlens is None
 
 
-def test_rows_go_on_by_themselves(cache):
-    """Step by step, they lie where `CacheBatch.decode` puts a token of each sequence."""
+def test_rows_advance_without_the_host(cache):
+    """At each step their locations equal those of `CacheBatch.decode`."""
     sequences = [CacheSequence(), CacheSequence(), CacheSequence()]
     rows = CacheRows(cache, 4)
     for row, (sequence, length) in enumerate(zip(sequences, (PAGE_SIZE - 2, 3, 9), strict=True)):
         cache.extend(sequence, length)
         cache.reserve(sequence, 2 * PAGE_SIZE)
         rows.write(row, sequence)
-    rows.copy_row(2, 0)  # the first sequence leaves, the last takes its row
+    rows.copy_row(2, 0)  # the first sequence leaves, the last replaces it
     rows.clear(2)
     for _ in range(2 * PAGE_SIZE):
         expected = CacheBatch.decode(cache, [sequences[2], sequences[1]])

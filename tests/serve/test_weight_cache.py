@@ -1,4 +1,4 @@
-"""Packed weights kept in a file: used when they are those of the checkpoint, and only then."""
+"""The cache of packed weights: used exactly when it fits the checkpoint."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ from vox_serve.sampling import SamplingParams
 from vox_serve.weight_cache import WeightCache
 from vox_serve.weights import load_checkpoint
 
-# Of multiples of 16 rows and 32 columns, as packed matrices must be.
+# Packed matrices need a multiple of 16 rows and of 32 columns.
 PACKABLE = TinyShape(heads=4, depth_dim=64, depth_kv_heads=2, depth_ffn=96)
 TIMEOUT_S = 120
 ISA = torch.ops.voxkern.cpu_isa()
@@ -37,7 +37,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def no_packing(monkeypatch):
-    """Call it, and from then on what packs a matrix fails."""
+    """Once called, packing a matrix fails."""
 
     def fail(*_):
         raise AssertionError("packed a matrix, though there is a cache")
@@ -51,7 +51,7 @@ def load(folder, cache=None, quantize="int4", dtype=torch.bfloat16):
 
 
 def assert_fresh(got, folder, quantize="int4", dtype=torch.bfloat16):
-    """They are what a load without any cache gives."""
+    """The weights equal those of a load without a cache."""
     expected = load(folder, [], quantize, dtype).named()
     assert_equal(got.named(), expected)
 
@@ -68,7 +68,7 @@ def files_in(cache):
 
 
 def is_mapped(tensor):
-    """Whether a tensor lies in a mapped file."""
+    """True if a tensor lies in a mapped file."""
     address = tensor.data_ptr()
     for line in Path("/proc/self/maps").read_text().splitlines():
         first, _, end = line.split()[0].partition("-")
@@ -86,7 +86,7 @@ def test_packed_once_then_mapped(folder, no_packing, quantize, dtype):
     assert files_in(folder / ".voxkern") == [f"{name}.json", f"{name}.safetensors"]
     no_packing()
     again = load(folder, None, quantize, dtype)
-    for loaded in (first, again):  # the first start's memory is shared too
+    for loaded in (first, again):  # the first start maps the file too
         assert_equal(loaded.named(), expected)
         for tensor in loaded.named().values():
             assert is_mapped(tensor)
@@ -95,12 +95,12 @@ def test_packed_once_then_mapped(folder, no_packing, quantize, dtype):
         assert_equal({key: file.get_tensor(key) for key in expected}, expected)
 
 
-def test_plain_weights_are_not_kept(folder):
+def test_plain_weights_are_not_cached(folder):
     load(folder, quantize="none")
     assert not (folder / ".voxkern").exists()
 
 
-def test_with_and_without_a_cache_the_same_is_said(folder, tmp_path, no_packing):
+def test_speech_is_the_same_with_and_without_a_cache(folder, tmp_path, no_packing):
     cache = tmp_path / "elsewhere"
     request = Request("Hello.", sampling=SamplingParams(seed=3), max_frames=5)
     spoken = []
@@ -134,10 +134,10 @@ def replace_by_other(path):
 @pytest.mark.parametrize("settled", [True, False])
 @pytest.mark.parametrize("change", [change_in_place, replace_by_other])
 def test_other_content_of_the_same_size_and_time(folder, monkeypatch, change, settled):
-    if settled:  # the times of files so young are not believed otherwise
+    if settled:  # otherwise stamps of files so young are not trusted
         monkeypatch.setattr(weight_cache, "_SETTLED_S", 0)
         monkeypatch.setattr(weight_cache, "_OUR_SETTLED_S", 0)
-    # Without a codec, the last bytes are a weight's.
+    # Without a codec inside, the last bytes belong to a weight.
     folder = build_tiny(PACKABLE).write(folder, codec="mimi")
     before = load(folder).named()
     path = folder / "model.safetensors"
@@ -150,7 +150,7 @@ def test_other_content_of_the_same_size_and_time(folder, monkeypatch, change, se
     assert any(not torch.equal(before[name], tensor) for name, tensor in after.named().items())
 
 
-def test_a_file_that_was_not_touched_is_not_read(folder, monkeypatch, no_packing):
+def test_an_untouched_file_is_not_read(folder, monkeypatch, no_packing):
     monkeypatch.setattr(weight_cache, "_SETTLED_S", 0)
     monkeypatch.setattr(weight_cache, "_OUR_SETTLED_S", 0)
     load(folder)
@@ -158,7 +158,7 @@ def test_a_file_that_was_not_touched_is_not_read(folder, monkeypatch, no_packing
     with monkeypatch.context() as patch:
         patch.setattr(weight_cache, "_digest", None)
         load(folder)
-    # Touched or copied it is read, once, and is still the same.
+    # A touched or copied file is read once, and its content still fits.
     os.utime(folder / "model.safetensors")
     copy = shutil.copytree(folder, folder.with_name("copy"))
     for place in (folder, copy):
@@ -168,14 +168,14 @@ def test_a_file_that_was_not_touched_is_not_read(folder, monkeypatch, no_packing
             assert load(place).depth.down.dtype == torch.uint8
 
 
-def test_times_too_young_to_be_believed_are_not(folder, monkeypatch):
+def test_a_young_file_gets_no_stamp(folder, monkeypatch):
     monkeypatch.setattr(weight_cache, "_SETTLED_S", 3600)
     load(folder)
     record = json.loads((folder / ".voxkern" / f"{NAME}.json").read_text())
     assert all(stamp is None for _, _, stamp in record["sources"].values())
 
 
-def test_settings_and_versions_count(folder, monkeypatch):
+def test_other_settings_or_versions_are_packed_again(folder, monkeypatch):
     packed = []
 
     def count(weight, format, pack=weights.pack):
@@ -200,8 +200,8 @@ def test_settings_and_versions_count(folder, monkeypatch):
         assert not packs()
 
 
-def test_tensors_that_do_not_fit_are_packed_anew(folder, monkeypatch):
-    """A version that changed shapes and forgot to raise its number."""
+def test_tensors_that_do_not_fit_are_packed_again(folder, monkeypatch):
+    """As if a change of shapes had not increased the version."""
     load(folder)
     cut = {name: tensor[..., :-1].clone() for name, tensor in load(folder).named().items()}
     (folder / ".voxkern" / f"{NAME}.json").unlink()
@@ -213,7 +213,7 @@ def test_tensors_that_do_not_fit_are_packed_anew(folder, monkeypatch):
         assert_fresh(load(folder), folder)
 
 
-def test_only_what_fits_the_checkpoint_is_kept(folder):
+def test_caches_of_other_contents_are_removed(folder):
     cache = folder / ".voxkern"
     for quantize in ("int8", "int4"):
         load(folder, None, quantize)
@@ -248,7 +248,7 @@ def scribble(path):
 
 @pytest.mark.parametrize("damage", [cut, cut_to_nothing, flip_unseen, scribble, Path.unlink])
 @pytest.mark.parametrize("ending", ["json", "safetensors"])
-def test_a_damaged_cache_is_made_anew(folder, no_packing, damage, ending):
+def test_a_damaged_cache_is_rebuilt(folder, no_packing, damage, ending):
     expected = load(folder, [])
     load(folder)
     damage(folder / ".voxkern" / f"{NAME}.{ending}")
@@ -257,13 +257,13 @@ def test_a_damaged_cache_is_made_anew(folder, no_packing, damage, ending):
     assert_equal(load(folder).named(), expected.named())
 
 
-STRANGE_RECORD = '{"version": [1], "sources": [], "tensors": [1, "x", null]}'
+INVALID_RECORD = '{"version": [1], "sources": [], "tensors": [1, "x", null]}'
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "{}", "null", '{"version": [1, 1]}', '"sources"', STRANGE_RECORD]
+    "text", ["[]", "{}", "null", '{"version": [1, 1]}', '"sources"', INVALID_RECORD]
 )
-def test_a_strange_record_is_no_cache(folder, text):
+def test_an_invalid_record_is_no_cache(folder, text):
     load(folder)
     (folder / ".voxkern" / f"{NAME}.json").write_text(text)
     assert_fresh(load(folder), folder)
@@ -301,7 +301,7 @@ def test_a_full_disk_is_one_line(folder, caplog):
     assert_fresh(got, folder)
 
 
-def test_too_little_room_is_seen_before_it_is_used_up(folder, monkeypatch, caplog):
+def test_too_little_space_is_detected_before_writing(folder, monkeypatch, caplog):
     usage = shutil.disk_usage(folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     assert_fresh(load(folder), folder)
@@ -310,7 +310,7 @@ def test_too_little_room_is_seen_before_it_is_used_up(folder, monkeypatch, caplo
 
 
 def test_a_folder_that_cannot_be_written_to(folder, tmp_path, caplog, no_packing):
-    # Nobody, not even root, can make a file in there.
+    # Nobody, not even root, can create a file there.
     forbidden = folder / ".voxkern"
     forbidden.symlink_to("/proc/self")
     assert_fresh(load(folder), folder)
@@ -325,7 +325,7 @@ def test_a_folder_that_cannot_be_written_to(folder, tmp_path, caplog, no_packing
     assert not caplog.records
 
 
-def test_a_checkpoint_that_changes_meanwhile_is_not_kept(folder, monkeypatch, caplog):
+def test_a_checkpoint_that_changes_while_it_is_read_is_not_cached(folder, monkeypatch, caplog):
     def read(*args, read=weights._read_weights):
         result = read(*args)
         change_in_place(folder / "model.safetensors")
@@ -348,7 +348,7 @@ def run(script, *arguments):
     )
 
 
-def test_what_a_killed_writer_left_goes_and_a_live_ones_stays(folder):
+def test_files_of_killed_writers_are_removed_and_those_of_live_ones_stay(folder):
     cache = folder / ".voxkern"
     cache.mkdir()
     killed = run(
@@ -394,8 +394,8 @@ for i in range(100):
 """
 
 
-def test_processes_at_once(tmp_path):
-    """All get the weights, whoever writes, and nothing is left behind."""
+def test_concurrent_processes(tmp_path):
+    """All get the weights, whichever writes them, and no temporary file remains."""
     source = tmp_path / "source"
     source.write_bytes(b"x" * 1000)
     os.utime(source)
@@ -407,7 +407,7 @@ def test_processes_at_once(tmp_path):
     assert set(files_in(cache)) <= {"int4.json", "int4.safetensors"}
 
 
-def test_where_a_cache_lies(tmp_path, monkeypatch):
+def test_cache_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     folder = tmp_path / "model"
     beside, of_user = cache_folders(None, folder, small=False)
