@@ -1,4 +1,5 @@
-// Attention of one head over the few positions of the depth decoder; included by ISA passes alone.
+// Attention of one query head over the few positions of the depth decoder, with a plain softmax
+// over all of them. Only ISA passes include it.
 #pragma once
 
 #include "cpu/simd/vec.h"
@@ -6,10 +7,11 @@
 namespace voxkern {
 namespace {
 
-// Floats that attend_row wants for its scores.
+// Floats of scratch that attend_row needs for its scores.
 VOX_INLINE int64_t attend_scratch(int64_t positions) { return positions + kWidth; }
 
-// out [D] = softmax(q [D] . k [positions, D] * scale) v [positions, D], all float32 inside.
+// out [D] = softmax(q [D] . k [positions, D] * scale) v [positions, D], in float32 and rounded once
+// at the store.
 template <typename T>
 inline void attend_row(const T* q, const T* k, const T* v, int64_t positions, int64_t D,
                        float scale, float* scores, T* out) {
@@ -28,18 +30,18 @@ inline void attend_row(const T* q, const T* k, const T* v, int64_t positions, in
   const vfloat top = splat(reduce_max(largest));
   vfloat sums{};
   for (int64_t t = 0; t < positions; t += kWidth) {
-    const vfloat odds = exp(load(scores + t) - top);
-    store(scores + t, odds);
-    sums += odds;
+    const vfloat weights = exp(load(scores + t) - top);
+    store(scores + t, weights);
+    sums += weights;
   }
-  const vfloat share = splat(1.0f / reduce_add(sums));
+  const vfloat inverse_sum = splat(1.0f / reduce_add(sums));
 
   for (int64_t i = 0; i < D; i += kWidth) {
     const int64_t n = D - i < kWidth ? D - i : kWidth;
     vfloat sum{};
     for (int64_t t = 0; t < positions; ++t)
       sum = fma(splat(scores[t]), n < kWidth ? load_n(v + t * D + i, n) : load(v + t * D + i), sum);
-    store_n(out + i, sum * share, n);
+    store_n(out + i, sum * inverse_sum, n);
   }
 }
 

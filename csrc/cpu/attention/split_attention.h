@@ -1,11 +1,11 @@
-// One query per sequence over its paged keys and values: what decode_attention and decode_backbone
-// do inside a run() of the team. Included by ISA passes alone.
+// Split-key attention of one query per sequence over its paged keys and values, for
+// decode_attention and decode_backbone inside a run() of the team. Only ISA passes include it.
 //
-// A work item is a split of kSplit keys of one sequence for one key/value head and all query heads
-// of its group, so keys and values are read once. It leaves unnormalised float32 sums; once a
-// head's splits are all done, they are put together in their order. Splits have a fixed size, so
-// neither threads nor other sequences change a result. Scores, weights and sums are float32 (the
-// query is scaled in float32 first); the result is rounded when it is stored.
+// A work item is one split of kSplit keys of one sequence, for one key/value head and all query
+// heads of its group, so keys and values are read once. It writes unnormalised float32 sums; when
+// all splits of a head are done, combine() adds them in order. The split size is fixed, so neither
+// the threads nor other sequences change a result. Scores, weights and sums are float32 (the query
+// is scaled in float32 first); the result is rounded at the store.
 #pragma once
 
 #include "common/arena.h"
@@ -17,50 +17,52 @@ namespace voxkern {
 namespace {
 
 constexpr int64_t kSplit = 256;
-// Inner products side by side: as many chains as leave registers for their operands.
+// Inner products computed together: as many chains as leave registers for their operands.
 constexpr int kDots = kWidth == 16 ? 16 : 8;
 constexpr int64_t kScoreRow = kKeyBlock + kDots;  // a tile may run past the block
 
-int64_t splits(int64_t keys) { return (keys + kSplit - 1) / kSplit; }
+int64_t num_splits(int64_t keys) { return (keys + kSplit - 1) / kSplit; }
 
-// Where the keys and values of one block are, the last key repeated behind.
+// Pointers to the keys and values of one block. The last key repeats after the end, because a tile
+// of scores may run past it.
 template <typename T>
-struct Block {
+struct KeyBlock {
   const T* keys[kScoreRow];
   const T* values[kKeyBlock];
 };
 
-// Into the cache, for the next block: a page is too short for the processor's own prefetch.
+// Prefetches one row of the next block: a page is too short for the hardware prefetcher.
 template <typename T>
-VOX_INLINE void fetch(const T* row, int64_t D) {
+VOX_INLINE void prefetch(const T* row, int64_t D) {
   const int64_t line = 64 / static_cast<int64_t>(sizeof(T));
   for (int64_t i = 0; i < D; i += line) __builtin_prefetch(row + i, 0, 2);
 }
 
-template <bool kPart, typename T>
+// A vector of p, or its first n elements if kPartial.
+template <bool kPartial, typename T>
 VOX_INLINE vfloat read(const T* p, int64_t n) {
-  if constexpr (kPart) {
+  if constexpr (kPartial) {
     return load_n(p, n);
   } else {
     return load(p);
   }
 }
 
-// kWidth columns of a tile of inner products, the dot of query g and key j at g * kKeys + j; only
-// the first n of them if kPart.
-template <int Q, bool kPart, typename T>
+// Adds kWidth columns to a tile of inner products, query g and key j at dots[g * kKeys + j]; only
+// the first n columns if kPartial.
+template <int Q, bool kPartial, typename T>
 VOX_INLINE void score_columns(const float* q, int64_t width, const T* const* keys, int64_t i,
                               int64_t n, vfloat* dots) {
   constexpr int kKeys = kDots / Q;
   vfloat queries[Q];
   for (int g = 0; g < Q; ++g) queries[g] = load(q + g * width + i);
   for (int j = 0; j < kKeys; ++j) {
-    const vfloat k = read<kPart>(keys[j] + i, n);
+    const vfloat k = read<kPartial>(keys[j] + i, n);
     for (int g = 0; g < Q; ++g) dots[g * kKeys + j] = fma(queries[g], k, dots[g * kKeys + j]);
   }
 }
 
-// scores[g * kScoreRow + j] = q[g] . keys[j] for Q queries, `width` apart and padded with zeros.
+// scores[g * kScoreRow + j] = q[g] . keys[j] for Q queries, `width` apart and zero-padded.
 template <int Q, typename T>
 void score(const float* q, int64_t width, const T* const* keys, int64_t count, int64_t D,
            float* scores) {
@@ -78,8 +80,8 @@ void score(const float* q, int64_t width, const T* const* keys, int64_t count, i
   }
 }
 
-// N vectors of columns of `accumulate`, the last one of n columns if kPart.
-template <int Q, int N, bool kPart, typename T>
+// N vectors of columns of accumulate(); the last vector has n columns if kPartial.
+template <int Q, int N, bool kPartial, typename T>
 VOX_INLINE void accumulate_columns(const float* weights, const float* factors,
                                    const T* const* values, int64_t count, int64_t i, int64_t n,
                                    float* sums, int64_t width) {
@@ -89,7 +91,7 @@ VOX_INLINE void accumulate_columns(const float* weights, const float* factors,
       acc[g][c] = load(sums + g * width + i + c * kWidth) * splat(factors[g]);
   for (int64_t j = 0; j < count; ++j) {
     vfloat v[N];
-    for (int c = 0; c < N; ++c) v[c] = read<kPart>(values[j] + i + c * kWidth, n);
+    for (int c = 0; c < N; ++c) v[c] = read<kPartial>(values[j] + i + c * kWidth, n);
     for (int g = 0; g < Q; ++g)
       for (int c = 0; c < N; ++c)
         acc[g][c] = fma(splat(weights[g * kScoreRow + j]), v[c], acc[g][c]);
@@ -98,7 +100,7 @@ VOX_INLINE void accumulate_columns(const float* weights, const float* factors,
     for (int c = 0; c < N; ++c) store(sums + g * width + i + c * kWidth, acc[g][c]);
 }
 
-// sums[g] = sums[g] * factors[g] + the values weighted by weights[g], for Q queries.
+// sums[g] = sums[g] * factors[g] + sum over j of weights[g][j] * values[j], for Q queries.
 template <int Q, typename T>
 void accumulate(const float* weights, const float* factors, const T* const* values, int64_t count,
                 int64_t D, float* sums, int64_t width) {
@@ -111,8 +113,9 @@ void accumulate(const float* weights, const float* factors, const T* const* valu
   if (i < D) accumulate_columns<Q, 1, true>(weights, factors, values, count, i, D - i, sums, width);
 }
 
+// Adds one block of keys and values to the online softmax of Q queries.
 template <int Q, typename T>
-void attend_block(const float* q, int64_t width, const Block<T>& block, int64_t count, int64_t D,
+void attend_block(const float* q, int64_t width, const KeyBlock<T>& block, int64_t count, int64_t D,
                   SoftmaxState* states, float* sums) {
   float scores[Q * kScoreRow], factors[Q];
   score<Q>(q, width, block.keys, count, D, scores);
@@ -120,26 +123,26 @@ void attend_block(const float* q, int64_t width, const Block<T>& block, int64_t 
   accumulate<Q>(scores, factors, block.values, count, D, sums, width);
 }
 
-// What splits leave for combine(); shared by the threads.
+// The results of all splits, the input of combine(). Shared by the threads.
 struct SplitBuffers {
-  int64_t* first_split;  // [B + 1], splits of the sequences before each
+  int64_t* first_split;  // [B + 1], index of each sequence's first split
   SoftmaxState* states;  // [splits * Hkv, group]
   float* sums;           // [splits * Hkv, group, width]
 
-  // Fills first_split, if the arena has memory.
+  // Fills first_split unless the arena only counts.
   SplitBuffers(Arena& arena, const int32_t* seq_lens, int64_t B, int64_t Hq, int64_t D)
       : first_split(arena.take<int64_t>(B + 1)) {
     int64_t total = 0;
     for (int64_t b = 0; b <= B; ++b) {
       if (first_split) first_split[b] = total;
-      if (b < B) total += splits(seq_lens[b]);
+      if (b < B) total += num_splits(seq_lens[b]);
     }
     states = arena.take<SoftmaxState>(total * Hq);
     sums = arena.take<float>(total * Hq * padded(D));
   }
 };
 
-// The work on the splits, to be shared among threads.
+// The computation on the splits, in parts for the threads.
 template <typename T>
 class SplitAttention {
  public:
@@ -149,9 +152,9 @@ class SplitAttention {
   // Floats of scratch that a thread needs.
   static int64_t scratch_size(const DecodeAttentionParams& p) { return p.Hq / p.Hkv * padded(p.D); }
 
-  // This thread's part of all splits. All threads meet before combine_part().
+  // Computes this thread's part of all splits. A barrier must follow before combine_part().
   void attend_part(int rank, int size, float* scratch) const {
-    const Range mine = split(all_.first_split[p_.B] * p_.Hkv, 1, rank, size);
+    const Range mine = partition(all_.first_split[p_.B] * p_.Hkv, 1, rank, size);
     int64_t b = 0;
     for (int64_t item = mine.begin; item < mine.end; ++item) {
       while (all_.first_split[b + 1] * p_.Hkv <= item) ++b;
@@ -159,65 +162,75 @@ class SplitAttention {
     }
   }
 
-  // This thread's part of the results.
+  // Combines this thread's part of the query heads.
   void combine_part(int rank, int size) const {
-    const Range mine = split(p_.B * p_.Hq, 1, rank, size);
+    const Range mine = partition(p_.B * p_.Hq, 1, rank, size);
     for (int64_t i = mine.begin; i < mine.end; ++i) combine(i / p_.Hq, i % p_.Hq);
   }
 
-  // Sequence b's results for the query heads of key/value head h.
+  // Computes all splits of sequence b and key/value head h, and combines them.
   void attend_heads(int64_t b, int64_t h, float* scratch) const {
-    for (int64_t i = 0; i < splits(p_.seq_lens[b]); ++i) attend(b, h, i, scratch);
+    for (int64_t i = 0; i < num_splits(p_.seq_lens[b]); ++i) attend(b, h, i, scratch);
     for (int64_t g = 0; g < group_; ++g) combine(b, h * group_ + g);
   }
 
  private:
-  // One split of sequence b for the query heads of key/value head h.
+  // Computes one split of sequence b for the query heads of key/value head h.
   void attend(int64_t b, int64_t h, int64_t index, float* scratch) const {
-    const T* q = static_cast<const T*>(p_.q) + b * p_.q_stride + h * group_ * p_.D;
-    for (int64_t g = 0; g < group_; ++g)
-      for (int64_t i = 0; i < width_; ++i)
-        scratch[g * width_ + i] = i < p_.D ? to_float(q[g * p_.D + i]) * p_.scale : 0.0f;
+    scale_queries(b, h, scratch);
     const int64_t at = ((all_.first_split[b] + index) * p_.Hkv + h) * group_;
     for (int64_t g = 0; g < group_; ++g) all_.states[at + g] = {};
     __builtin_memset(all_.sums + at * width_, 0, group_ * width_ * sizeof(float));
 
     const int64_t length = p_.seq_lens[b], first = index * kSplit;
     const int64_t end = length < first + kSplit ? length : first + kSplit;
-    Block<T> blocks[2];
+    KeyBlock<T> blocks[2];
     int64_t next_count = find_block(b, h, first, end, blocks[0]);
     for (int64_t begin = first; begin < end; begin += kKeyBlock) {
       const int64_t count = next_count;
-      const Block<T>& block = blocks[(begin - first) / kKeyBlock % 2];
-      Block<T>& next = blocks[((begin - first) / kKeyBlock + 1) % 2];
+      const KeyBlock<T>& block = blocks[(begin - first) / kKeyBlock % 2];
+      KeyBlock<T>& next = blocks[((begin - first) / kKeyBlock + 1) % 2];
       next_count = find_block(b, h, begin + kKeyBlock, end, next);
       for (int64_t j = 0; j < next_count; ++j) {
-        fetch(next.keys[j], p_.D);
-        fetch(next.values[j], p_.D);
+        prefetch(next.keys[j], p_.D);
+        prefetch(next.values[j], p_.D);
       }
-      for (int64_t g = 0; g < group_;) {
-        const auto part = [&](auto attend_queries) {
-          attend_queries(scratch + g * width_, width_, block, count, p_.D, all_.states + at + g,
-                         all_.sums + (at + g) * width_);
-        };
-        if (group_ - g >= 4) {
-          part(attend_block<4, T>);
-          g += 4;
-        } else if (group_ - g >= 2) {
-          part(attend_block<2, T>);
-          g += 2;
-        } else {
-          part(attend_block<1, T>);
-          g += 1;
-        }
+      attend_group(scratch, block, count, all_.states + at, all_.sums + at * width_);
+    }
+  }
+
+  // The scaled queries of key/value head h's group, as float32 [group, width] padded with zeros.
+  VOX_INLINE void scale_queries(int64_t b, int64_t h, float* out) const {
+    const T* q = static_cast<const T*>(p_.q) + b * p_.q_stride + h * group_ * p_.D;
+    for (int64_t g = 0; g < group_; ++g)
+      for (int64_t i = 0; i < width_; ++i)
+        out[g * width_ + i] = i < p_.D ? to_float(q[g * p_.D + i]) * p_.scale : 0.0f;
+  }
+
+  // attend_block for all queries of a group, up to 4 at a time.
+  VOX_INLINE void attend_group(const float* q, const KeyBlock<T>& block, int64_t count,
+                               SoftmaxState* states, float* sums) const {
+    for (int64_t g = 0; g < group_;) {
+      const auto attend_queries = [&](auto attend) {
+        attend(q + g * width_, width_, block, count, p_.D, states + g, sums + g * width_);
+      };
+      if (group_ - g >= 4) {
+        attend_queries(attend_block<4, T>);
+        g += 4;
+      } else if (group_ - g >= 2) {
+        attend_queries(attend_block<2, T>);
+        g += 2;
+      } else {
+        attend_queries(attend_block<1, T>);
+        g += 1;
       }
     }
   }
 
-  // One query head's splits to its result, once all are done.
+  // Combines the splits of one query head and writes its result.
   void combine(int64_t b, int64_t head) const {
     T* out = static_cast<T*>(p_.out) + (b * p_.Hq + head) * p_.D;
-    const int64_t n = splits(p_.seq_lens[b]);
+    const int64_t n = num_splits(p_.seq_lens[b]);
     const auto row = [&](int64_t split) {
       return ((all_.first_split[b] + split) * p_.Hkv + head / group_) * group_ + head % group_;
     };
@@ -240,17 +253,17 @@ class SplitAttention {
     }
   }
 
-  // Fills `block` with the keys from `begin` on; returns how many there are before `end`.
-  int64_t find_block(int64_t b, int64_t h, int64_t begin, int64_t end, Block<T>& block) const {
+  // Fills `block` with the keys from `begin` on. Returns their number, none past `end`.
+  int64_t find_block(int64_t b, int64_t h, int64_t begin, int64_t end, KeyBlock<T>& block) const {
     if (begin >= end) return 0;
     const int64_t count = end - begin < kKeyBlock ? end - begin : kKeyBlock;
     const T* k = static_cast<const T*>(p_.k_pages);
     const T* v = static_cast<const T*>(p_.v_pages);
     for_each_run(p_.page_table + b * p_.M, p_.Hkv, p_.S, p_.D, h, begin, count,
-                 [&](int64_t j, int64_t place, int64_t n) {
+                 [&](int64_t j, int64_t offset, int64_t n) {
                    for (int64_t r = 0; r < n; ++r) {
-                     block.keys[j + r] = k + place + r * p_.D;
-                     block.values[j + r] = v + place + r * p_.D;
+                     block.keys[j + r] = k + offset + r * p_.D;
+                     block.values[j + r] = v + offset + r * p_.D;
                    }
                  });
     for (int64_t j = count; j < count + kDots; ++j) block.keys[j] = block.keys[count - 1];

@@ -1,5 +1,5 @@
-// Rows of float32 as a weight of any format takes them: as they are, rounded to bfloat16, or
-// quantized. Included by ISA passes alone.
+// float32 activations in the form that the weight's format needs: float32, bfloat16 or quantized.
+// Only ISA passes include it.
 #pragma once
 
 #include "cpu/gemm/project.h"
@@ -7,6 +7,7 @@
 namespace voxkern {
 namespace {
 
+// The x of a GEMM with one weight.
 struct Operand {
   float* plain;   // [rows, C]
   bf16* rounded;  // [rows, C]
@@ -21,7 +22,8 @@ struct Operand {
     return weight.format == Format::int8 || weight.format == Format::int4;
   }
 
-  // Elements begin .. end, counted through `rows` rows; multiples of 32 for a packed weight.
+  // Converts elements begin .. end of x, counted across all rows. Both are multiples of 32 for a
+  // packed weight.
   void prepare(const Weight& weight, int64_t rows, int64_t begin, int64_t end) const {
     if (is_packed(weight)) return quantize(plain, quantized, rows, weight.C, begin, end);
     if (weight.format != Format::bf16) return;
@@ -31,16 +33,15 @@ struct Operand {
   }
 };
 
-// Columns in `part`, at multiples of kPartRows or N, of out [rows, N] = x times the transpose of
-// matrix `at` of `weight`; C >= 1.
-inline void project(const Operand& x, int64_t rows, const Weight& weight, int64_t at,
+// project() of project.h for one range of columns and activations in any form.
+inline void project(const Operand& x, int64_t rows, const Weight& weight, int64_t index,
                     const Range& part, float* out) {
   const int64_t N = weight.N, C = weight.C;
   if (weight.format == Format::bf16)
-    multiply(x.rounded, static_cast<const bf16*>(weight.data) + at * N * C, out, rows, C, N,
-             part.begin, part.end);
+    gemm(x.rounded, static_cast<const bf16*>(weight.data) + index * N * C, out, rows, C, N,
+         part.begin, part.end);
   else
-    project(x.plain, x.quantized, rows, weight, at, {part}, out);
+    project(x.plain, x.quantized, rows, weight, index, {part}, out);
 }
 
 }  // namespace

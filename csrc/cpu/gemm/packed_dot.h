@@ -1,4 +1,4 @@
-// Dot products of bytes, each of a group of columns of W and x. Included by ISA passes alone.
+// Integer dot products over one group of columns of W and x. Only ISA passes include it.
 #pragma once
 
 #include "cpu/simd/vec.h"
@@ -6,7 +6,7 @@
 namespace voxkern {
 namespace {
 
-// Four columns of each of kWidth rows of W.
+// Four columns of kWidth rows of W.
 typedef int8_t vbytes __attribute__((vector_size(4 * kWidth)));
 typedef uint16_t vpairs __attribute__((vector_size(4 * kWidth)));
 typedef int16_t vshort __attribute__((vector_size(4 * kWidth)));
@@ -16,14 +16,14 @@ VOX_INLINE vbytes load_columns(const char* p) {
   __builtin_memcpy(&r, p, sizeof r);
   return r;
 }
-// The same four columns of x for all rows of W.
+// Broadcasts four columns of x to all rows of W.
 VOX_INLINE vbytes splat_columns(const int8_t* p) {
   int32_t four;
   __builtin_memcpy(&four, p, sizeof four);
   return reinterpret_cast<vbytes>(splat_int(four));
 }
 
-// Sums over the neighbouring 16-bit lanes.
+// Adds adjacent 16-bit lanes.
 VOX_INLINE vint add_pairs(vshort a) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
   const __m256i ones = _mm256_set1_epi16(1);
@@ -34,7 +34,7 @@ VOX_INLINE vint add_pairs(vshort a) {
 #endif
 }
 
-// Products of neighbouring bytes in 16-bit sums, which hold them: |a| <= 128, |b| <= 127.
+// Sums the products of adjacent bytes into 16 bits, which cannot overflow: |a| <= 128, |b| <= 127.
 VOX_INLINE vshort multiply_pairs(vbytes a, vbytes b) {
   const auto even = [](vbytes v) {
     return reinterpret_cast<vshort>(reinterpret_cast<vpairs>(v) << 8) >> 8;
@@ -43,7 +43,8 @@ VOX_INLINE vshort multiply_pairs(vbytes a, vbytes b) {
   return even(a) * even(b) + odd(a) * odd(b);
 }
 
-// How a group's dot products come about: begin, for each four columns add, end.
+// The dot products of a group: begin() makes the sums, add() adds four columns, end() returns the
+// integers.
 #if defined(__AVX512VNNI__)
 struct UnsignedDot {
   using Sum = vint;
@@ -54,17 +55,17 @@ struct UnsignedDot {
   }
   static VOX_INLINE vint end(Sum sum, int32_t) { return sum; }
 };
-// W's values are 0 .. 15, 8 too large.
+// W's values are stored plus 8, as 0 .. 15.
 struct NibbleDot : UnsignedDot {
   static VOX_INLINE Sum begin(int32_t minus_8sum) { return splat_int(minus_8sum); }
 };
-// W's values are -128 .. 127; the instruction takes them 128 larger.
+// W's values are -128 .. 127; the instruction needs unsigned bytes, so prepare() adds 128.
 struct ByteDot : UnsignedDot {
   static VOX_INLINE Sum begin(int32_t minus_8sum) { return splat_int(minus_8sum) << 4; }
   static VOX_INLINE vbytes prepare(vbytes w) { return w ^ static_cast<int8_t>(-128); }
 };
 #else
-// A group's 16 products of a 16-bit lane stay below 16 * 15 * 127 < 2^15.
+// A 16-bit lane sums 16 products of a group, at most 16 * 15 * 127 < 2^15.
 struct NibbleDot {
   using Sum = vshort;
   static VOX_INLINE Sum begin(int32_t) { return Sum{}; }
@@ -86,7 +87,7 @@ struct ByteDot {
   static VOX_INLINE vbytes prepare(vbytes w) { return w; }
   static VOX_INLINE Sum add(Sum sum, vbytes w, vbytes x) {
 #if defined(__AVX2__)
-    // |w| times x with w's sign.
+    // |w| * (x with the sign of w).
     const __m256i a = reinterpret_cast<__m256i>(w), b = reinterpret_cast<__m256i>(x);
     return sum + add_pairs(reinterpret_cast<vshort>(
                      _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(b, a))));

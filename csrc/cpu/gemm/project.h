@@ -1,5 +1,4 @@
-// One thread's part of a matrix product, whatever the weight is stored as. Included by ISA passes
-// alone.
+// One thread's part of a GEMM, for a weight of any format. Only ISA passes include it.
 #pragma once
 
 #include "common/weight.h"
@@ -10,24 +9,25 @@
 namespace voxkern {
 namespace {
 
-// Threads split a weight's rows at multiples of this.
-constexpr int64_t kPartRows = 16;
-static_assert(kPartRows % tile_rows(1) == 0 && kPartRows % kBlockRows == 0);
+// Threads partition the rows of a weight at multiples of this.
+constexpr int64_t kRowGrain = 16;
+static_assert(kRowGrain % tile_rows(1) == 0 && kRowGrain % kBlockRows == 0);
 
-// The columns in `parts`, at multiples of kPartRows or N, of out [rows, N] = x [rows, C] times the
-// transpose of matrix `at` of `weight`; C >= 1. A packed weight takes x as `quantized`.
+// Computes the columns in `parts` of out [rows, N] = x [rows, C] W^T, where W is matrix `index` of
+// `weight` and C >= 1. Ranges begin at multiples of kRowGrain and end at one or at N. A packed
+// weight reads `quantized` in place of x.
 template <int n, typename T>
 inline void project(const T* x, const QuantizedRows& quantized, int64_t rows, const Weight& weight,
-                    int64_t at, const Range (&parts)[n], T* out) {
+                    int64_t index, const Range (&parts)[n], T* out) {
   const int64_t N = weight.N, C = weight.C;
   if (weight.format == Format::plain) {
-    const T* const matrix = static_cast<const T*>(weight.data) + at * N * C;
-    for (const Range& part : parts) multiply(x, matrix, out, rows, C, N, part.begin, part.end);
+    const T* const matrix = static_cast<const T*>(weight.data) + index * N * C;
+    for (const Range& part : parts) gemm(x, matrix, out, rows, C, N, part.begin, part.end);
   } else {
     const int64_t bytes = (N + kBlockRows - 1) / kBlockRows * block_bytes(weight.format, C);
-    const void* const matrix = static_cast<const char*>(weight.data) + at * bytes;
+    const void* const matrix = static_cast<const char*>(weight.data) + index * bytes;
     for (const Range& part : parts)
-      multiply(quantized, weight.format, matrix, out, rows, C, N, part.begin, part.end);
+      packed_gemm(quantized, weight.format, matrix, out, rows, C, N, part.begin, part.end);
   }
 }
 

@@ -1,5 +1,5 @@
-// Activations as int8, for products with packed weights: symmetric, with a scale for each group of
-// 32 columns. ISA passes quantize; the host measures how much memory that takes.
+// Quantizes activations to int8 for GEMMs with packed weights: symmetric, one scale per group of 32
+// columns. The ISA passes quantize; the host pass only sizes the buffers.
 #pragma once
 
 #include "common/arena.h"
@@ -8,12 +8,13 @@
 namespace voxkern {
 namespace {
 
-// Tiles of up to kPackedTileM rows of x lie one after the other, all of one height but the last.
-// Each has, group after group, what belongs to its rows.
+// Quantized x as consecutive tiles of up to kPackedTileM rows, all of one height except the last. A
+// tile stores group after group, and in a group its rows in order.
 struct QuantizedRows {
-  int8_t* values;        // [tiles, C / 32, rows of the tile, 32], -127 .. 127
-  float* scales;         // [tiles, C / 32, rows of the tile]
-  int32_t* minus_8sums;  // of the values: what an offset of W's takes away, which is 8 or 128
+  int8_t* values;  // [tiles, C / 32, rows of the tile, 32], -127 .. 127
+  float* scales;   // [tiles, C / 32, rows of the tile]
+  // -8 * the sum of a group's values: corrects for W's values being stored plus 8 or 128.
+  int32_t* minus_8sums;  // [tiles, C / 32, rows of the tile]
 
   QuantizedRows(Arena& arena, int64_t M, int64_t C)
       : values(arena.take<int8_t>(M * C)),
@@ -30,24 +31,25 @@ struct QuantizedRows {
 namespace voxkern {
 namespace {
 
-// W passes by once for so many rows of x: as many as its registers hold chains and sums for.
+// Rows of x per tile, for one pass over W: as many as there are registers for chains and sums.
 constexpr int64_t kPackedTileM = kWidth == 16 ? 8 : 4;
 
-// Of M rows of x. Tiles have one height, so that none is too low to be worth unpacking W.
+// The tile height for M rows of x. Tiles are of equal height, so that none has too few rows to be
+// worth unpacking W.
 inline int64_t packed_tile_rows(int64_t M) {
   const int64_t tiles = (M + kPackedTileM - 1) / kPackedTileM;
   return (M + tiles - 1) / tiles;
 }
 
-// scale = largest magnitude / 127, values = x * (127 / largest magnitude), to nearest, ties to
-// even. A group below 1e-30 is zero. One with a value that is not finite has the scale NaN, and so
-// makes all outputs NaN.
+// scale = max |x| / 127, values = x * (127 / max |x|), rounded to nearest, ties to even. A group
+// below 1e-30 becomes zero. A group with a non-finite value gets the scale NaN, which makes all
+// outputs of its row NaN.
 template <typename T>
 VOX_INLINE void quantize_group(const T* x, const QuantizedRows& out, int64_t at) {
   constexpr int kVectors = kGroup / kWidth;
   const vfloat magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   vfloat values[kVectors];
-  vint largest{};  // bits of magnitudes are ordered as they are, NaN above all
+  vint largest{};  // magnitudes order like their bits, with NaN above all
   for (int i = 0; i < kVectors; ++i) {
     values[i] = load(x + i * kWidth);
     const vint bits = reinterpret_cast<vint>(as_uint(values[i]) & 0x7fffffffu);
@@ -70,7 +72,7 @@ VOX_INLINE void quantize_group(const T* x, const QuantizedRows& out, int64_t at)
   out.minus_8sums[at] = 8 * reduce_add(sum);
 }
 
-// Elements begin .. end of x [M, C], counted through all its rows; both multiples of 32.
+// Quantizes elements begin .. end of x [M, C], counted across all rows; both multiples of 32.
 template <typename T>
 void quantize(const T* x, const QuantizedRows& out, int64_t M, int64_t C, int64_t begin,
               int64_t end) {

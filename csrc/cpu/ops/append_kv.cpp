@@ -6,7 +6,7 @@
 #include "cpu/runtime/team.h"
 #include "cpu/simd/rotary.h"
 
-// One thread takes whole tokens: it rotates their query heads in place, and their key heads on the
+// Threads partition the tokens. A token's query heads are rotated in place, its key heads on the
 // way to the pages.
 namespace voxkern {
 namespace {

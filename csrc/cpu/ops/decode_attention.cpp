@@ -5,7 +5,8 @@
 #ifdef VOX_ISA
 #include "cpu/attention/split_attention.h"
 
-// Threads share all splits of all sequences, meet, and share the query heads.
+// Threads partition the splits of all sequences, then, after a barrier, the query heads, whose
+// splits they combine. split_attention.h says where results round.
 namespace voxkern {
 namespace {
 
@@ -27,8 +28,7 @@ void run(const DecodeAttentionParams& p) {
   Arena arena(block);
   const SplitBuffers buffers(arena, p.seq_lens, p.B, p.Hq, p.D);
 
-  // Waking the team pays from about ten thousand multiplications on.
-  if (buffers.first_split[p.B] * p.Hq * p.D * kSplit < (1 << 15)) {
+  if (buffers.first_split[p.B] * p.Hq * p.D * kSplit < kMinTeamWork) {
     attend<T>(p, buffers, 0, 1);
   } else {
     auto job = [&](int rank, int size) { attend<T>(p, buffers, rank, size); };

@@ -4,17 +4,18 @@
 
 #ifdef VOX_ISA
 #include "cpu/attention/split_attention.h"
-#include "cpu/ops/layers.h"
+#include "cpu/decoder/layers.h"
 #include "cpu/simd/rotary.h"
 
-// One run() of the team does the whole step; layers.h says how threads share a layer. In attention,
-// a thread with key/value heads of its own writes their keys and values of all sequences, then does
-// all their splits; else threads share first the one, then the splits of all sequences, then the
-// query heads, and meet in between. The last norm is split by row.
+// One run() of the team computes the whole step; layers.h says how the threads partition a layer
+// and where results round. In attention, a thread with key/value heads of its own appends their
+// keys and values for all sequences, then computes all their splits. Otherwise the threads
+// partition first the appends, then the splits of all sequences, then the query heads, with
+// barriers in between. The rows of the result are partitioned, too.
 namespace voxkern {
 namespace {
 
-// What the threads share.
+// Buffers shared by the threads.
 template <typename T>
 struct Shared {
   LayerBuffers<T> layers;
@@ -24,7 +25,7 @@ struct Shared {
       : layers(arena, p.layers, p.B), splits(arena, p.seq_lens, p.B, p.layers.Hq, p.layers.D) {}
 };
 
-// What a thread has for itself.
+// A thread's own buffers.
 template <typename T>
 struct Private {
   LayerRows<T> rows;
@@ -52,7 +53,7 @@ class Worker {
     const int64_t C = p_.layers.C;
     __builtin_memcpy(own_.rows.residual, p_.x, p_.B * C * sizeof(T));
     layers_.run(p_.B, [&](int64_t layer) { attend(layer); });
-    const Range mine = split(p_.B, 1, rank_, size_);
+    const Range mine = partition(p_.B, 1, rank_, size_);
     __builtin_memcpy(static_cast<T*>(p_.out) + mine.begin * C, own_.rows.normed + mine.begin * C,
                      (mine.end - mine.begin) * C * sizeof(T));
   }
@@ -63,7 +64,7 @@ class Worker {
         attention_params(p_, layer, all_.layers.qkv, all_.layers.attended);
     const SplitAttention<T> attention(params, all_.splits);
     layers_.each_head(p_.B, [&](int64_t b, int64_t h) { append(layer, b, h); });
-    if (layers_.own_heads()) {
+    if (layers_.owns_heads()) {
       layers_.each_head(p_.B,
                         [&](int64_t b, int64_t h) { attention.attend_heads(b, h, own_.scratch); });
     } else {
@@ -74,7 +75,7 @@ class Worker {
     }
   }
 
-  // What append_kv does for sequence b, key/value head h and its query heads.
+  // append_kv for sequence b, key/value head h and its query heads.
   void append(int64_t layer, int64_t b, int64_t h) const {
     const LayersParams& l = p_.layers;
     const int64_t D = l.D, group = l.Hq / l.Hkv, slot = p_.slots[b];
@@ -108,7 +109,7 @@ void run(const DecodeBackboneParams& p) {
         attention_params(p, 0, all.layers.qkv, all.layers.attended);
     Arena own_count(nullptr);
     Private<T>(own_count, p, attention);
-    // Taken by the thread that uses it, so it lies in that processor's memory.
+    // Allocated by the thread that uses it, so its pages are local to that processor (NUMA).
     void* const own_block = __builtin_malloc(own_count.bytes());
     Arena own_arena(own_block);
     Worker<T>(p, all, Private<T>(own_arena, p, attention), rank, size).step();

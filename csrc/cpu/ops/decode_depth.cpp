@@ -1,12 +1,12 @@
 #include "params/decode_depth.h"
 
-#include "cpu/ops/layers.h"
+#include "cpu/decoder/layers.h"
 #include "cpu/runtime/isa.h"
 
 namespace voxkern {
 namespace {
 
-// What the threads share. A pass has B rows, the first one 2B.
+// Buffers shared by the threads. A pass has B rows, the first one 2B.
 template <typename T>
 struct Shared {
   LayerBuffers<T> layers;
@@ -27,16 +27,17 @@ struct Shared {
 
 #ifdef VOX_ISA
 #include "cpu/attention/depth_attention.h"
-#include "cpu/ops/sampler.h"
 #include "cpu/runtime/team.h"
+#include "cpu/sampling/sampler.h"
 #include "cpu/simd/rotary.h"
 
-// One run() of the team makes the whole frame; between two phases, all threads meet. layers.h says
-// how they share a layer. Attention is split by row and key/value head, sampling by row.
+// One run() of the team computes the whole frame, with a barrier between phases. layers.h says how
+// the threads partition a layer and where results round. Attention is partitioned by row and
+// key/value head, sampling by row.
 namespace voxkern {
 namespace {
 
-// What a thread has for itself.
+// A thread's own buffers.
 template <typename T>
 struct Private {
   LayerRows<T> rows;
@@ -67,7 +68,7 @@ class Worker {
   void frame() const {
     const T* const hidden = static_cast<const T*>(p_.hidden);
     layers_.project_part(hidden, p_.B, p_.projection, 0, all_.layers.branch);
-    // Positions 0 and 1 are known from the start: they go through the layers together.
+    // The inputs of positions 0 and 1 are known from the start: they share one pass.
     for (int64_t position = 0, n = 2; position < p_.K; position += n, n = 1) {
       Team::barrier();
       for (int64_t i = 0; i < n * p_.B; ++i)
@@ -81,7 +82,7 @@ class Worker {
  private:
   static void copy(const T* from, T* to, int64_t n) { __builtin_memcpy(to, from, n * sizeof(T)); }
 
-  // What row b enters the layers with: the projected hidden state, then rows of codes.
+  // Row b's input of a position: the projected hidden state at 0, then the embeddings of codes.
   const T* input(int64_t position, int64_t b) const {
     if (position == 0) return all_.layers.branch + b * p_.layers.C;
     const int64_t codebook = position - 1, code = p_.out[b * p_.K + codebook];
@@ -111,12 +112,12 @@ class Worker {
     });
   }
 
-  // Draws `codebook` for all rows, from the last B rows of the pass.
+  // Draws the codes of `codebook` from the last B rows of the pass.
   void draw(int64_t codebook) const {
     const T* const last = own_.rows.normed + (codebook == 1 ? p_.B * p_.layers.C : 0);
     layers_.project_part(last, p_.B, p_.heads, codebook - 1, all_.logits);
     Team::barrier();
-    const Range mine = split(p_.B, 1, rank_, size_);
+    const Range mine = partition(p_.B, 1, rank_, size_);
     for (int64_t b = mine.begin; b < mine.end; ++b) {
       const SamplerRow row = sampler_row(p_, b, codebook);
       p_.out[b * p_.K + codebook] = sample_row(all_.logits + b * p_.V, p_.V, row, own_.sampler);
@@ -137,7 +138,7 @@ void run(const DecodeDepthParams& p) {
   auto job = [&](int rank, int size) {
     Arena count(nullptr);
     Private<T>(count, p);
-    // Taken by the thread that uses it, so it lies in that processor's memory.
+    // Allocated by the thread that uses it, so its pages are local to that processor (NUMA).
     void* const block = __builtin_malloc(count.bytes());
     Arena arena(block);
     Worker<T>(p, all, Private<T>(arena, p), rank, size).frame();

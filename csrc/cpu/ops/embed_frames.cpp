@@ -6,14 +6,15 @@
 #include "cpu/runtime/team.h"
 #include "cpu/simd/vec.h"
 
-// One thread takes a part of a frame's columns, or whole frames if there are many: it adds the
-// rows in float32, in the order of the codebooks with the text last, and rounds once.
+// A work item is kItemColumns columns of one frame. Rows are added in float32 in codebook order,
+// the text last, and rounded once at the store.
 namespace voxkern {
 namespace {
 
-constexpr int64_t kPart = 256;  // columns of a work item
-constexpr int kVectors = 4;     // of sums, kept in registers while the rows are added
+constexpr int64_t kItemColumns = 256;
+constexpr int kVectors = 4;  // vectors of sums kept in registers while rows are added
 
+// Adds N vectors of columns of `count` rows from column i on; n columns unless kWhole.
 template <int N, bool kWhole, typename T>
 VOX_INLINE void sum_rows(const T* const* rows, int64_t count, int64_t i, int64_t n, T* out) {
   vfloat sums[N] = {};
@@ -47,12 +48,13 @@ void embed_part(const EmbedFramesParams& p, int64_t t, int64_t begin, int64_t en
 
 template <typename T>
 void run(const EmbedFramesParams& p) {
-  const int64_t parts = (p.C + kPart - 1) / kPart;
+  const int64_t parts = (p.C + kItemColumns - 1) / kItemColumns;
   parallel_for(p.T * parts, 1, p.T * p.C * (p.K + 1), [&](int64_t first, int64_t last) {
     auto** const rows = static_cast<const T**>(__builtin_malloc((p.K + 1) * sizeof(const T*)));
     for (int64_t item = first; item < last; ++item) {
-      const int64_t begin = item % parts * kPart;
-      embed_part(p, item / parts, begin, begin + kPart < p.C ? begin + kPart : p.C, rows);
+      const int64_t begin = item % parts * kItemColumns;
+      const int64_t end = begin + kItemColumns < p.C ? begin + kItemColumns : p.C;
+      embed_part(p, item / parts, begin, end, rows);
     }
     __builtin_free(rows);
   });

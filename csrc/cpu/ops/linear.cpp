@@ -5,14 +5,15 @@
 #ifdef VOX_ISA
 #include "cpu/gemm/project.h"
 
-// Each thread takes a contiguous part of W's rows, so every weight is read once and by one thread;
-// where a plain W is too small for that, a part of x's rows.
+// Each thread computes the outputs of a contiguous range of W's rows, so every weight is read once,
+// by one thread. If a plain W has too few rows for that, threads partition the rows of x. The order
+// of sums and the rounding are those of gemm.h and packed_gemm.h.
 namespace voxkern {
 namespace {
 
-// With a grain for every thread, W's rows do; below that, the longer side has more to share.
+// True to partition W's rows: if they give every thread a grain, or are the longer side anyway.
 bool split_weight_rows(int64_t M, int64_t N, int threads) {
-  return N >= M || N >= kPartRows * threads;
+  return N >= M || N >= kRowGrain * threads;
 }
 
 template <typename T>
@@ -22,12 +23,11 @@ void run_plain(const LinearParams& p) {
   auto* out = static_cast<T*>(p.out);
   const int64_t N = p.weight.N, C = p.weight.C, work = p.M * N * C;
   if (split_weight_rows(p.M, N, Team::size())) {
-    parallel_for(N, kPartRows, work, [&](int64_t begin, int64_t end) {
-      multiply(x, weight, out, p.M, C, N, begin, end);
-    });
+    parallel_for(N, kRowGrain, work,
+                 [&](int64_t begin, int64_t end) { gemm(x, weight, out, p.M, C, N, begin, end); });
   } else {
     parallel_for(p.M, kTileM, work, [&](int64_t begin, int64_t end) {
-      multiply(x + begin * C, weight, out + begin * N, end - begin, C, N, 0, N);
+      gemm(x + begin * C, weight, out + begin * N, end - begin, C, N, 0, N);
     });
   }
 }
@@ -42,15 +42,14 @@ void run_packed(const LinearParams& p) {
   Arena arena(block);
   const QuantizedRows quantized(arena, p.M, C);
   auto job = [&](int rank, int size) {
-    const Range mine = split(p.M * C, kGroup, rank, size);
+    const Range mine = partition(p.M * C, kGroup, rank, size);
     quantize(x, quantized, p.M, C, mine.begin, mine.end);
     Team::barrier();
-    const Range part = split(N, kPartRows, rank, size);
-    multiply(quantized, p.weight.format, p.weight.data, static_cast<T*>(p.out), p.M, C, N,
-             part.begin, part.end);
+    const Range columns = partition(N, kRowGrain, rank, size);
+    packed_gemm(quantized, p.weight.format, p.weight.data, static_cast<T*>(p.out), p.M, C, N,
+                columns.begin, columns.end);
   };
-  // As in parallel_for, a small job is not worth waking a team.
-  if (p.M * N * C < (1 << 15))
+  if (p.M * N * C < kMinTeamWork)
     job(0, 1);
   else
     run_team(job);

@@ -3,21 +3,24 @@
 #include "cpu/runtime/isa.h"
 
 #ifdef VOX_ISA
-#include "cpu/gemm/blocked_gemm.h"
+#include "cpu/gemm/codec_gemm.h"
 #include "cpu/runtime/team.h"
 #include "cpu/simd/activation.h"
 
-// Threads share the rows of the output where there are many, else the columns, each with windows of
-// its own; so none waits for another.
+// A GEMM of W with windows of x: the window of an output row holds its J taps. Threads partition
+// the rows of the output if there are many, otherwise its columns. Each thread builds its own
+// windows, so none waits for another. Sums and bias are float32; a bfloat16 weight rounds the
+// windows to bfloat16.
 namespace voxkern {
 namespace {
 
-// A thread's windows at a time stay in its level-2 cache while the weight passes.
+// Bytes of windows that a thread builds at a time: they stay in its L2 during the pass over W.
 constexpr int64_t kWindowBytes = 128 << 10;
-// With so many rows for each thread, reading the weight once per thread costs less than every
-// thread making all windows.
+// With at least this many rows per thread, it is cheaper for every thread to read all of W than to
+// build all windows.
 constexpr int64_t kOwnRows = 32;
 
+// Copies n samples, through an ELU if with_elu, to the dtype of the weight.
 template <typename T>
 inline void copy_row(const float* x, bool with_elu, T* out, int64_t n) {
   const auto f = [&](vfloat v) { return with_elu ? elu(v) : v; };
@@ -26,17 +29,17 @@ inline void copy_row(const float* x, bool with_elu, T* out, int64_t n) {
   if (i < n) store_n(out + i, f(load_n(x + i, n - i)), n - i);
 }
 
-// windows[r] for the rows first .. first + rows of the output.
+// Builds the windows of rows first .. first + rows of the output.
 template <typename T>
 void fill_windows(const MimiConvParams& p, int64_t first, int64_t rows, T* windows) {
   const int64_t context = p.context(), K = p.J * p.C;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t b = (first + r) / p.T, t = (first + r) % p.T;
     T* const window = windows + r * K;
-    // All but the newest tap were in the window one dilation before.
-    const bool seen = r >= p.dilation && t >= p.dilation;
-    if (seen) __builtin_memcpy(window, window - p.dilation * K + p.C, (K - p.C) * sizeof(T));
-    for (int64_t j = seen ? p.J - 1 : 0; j < p.J; ++j) {
+    // Copy all but the newest tap from the window one dilation earlier.
+    const bool copied = r >= p.dilation && t >= p.dilation;
+    if (copied) __builtin_memcpy(window, window - p.dilation * K + p.C, (K - p.C) * sizeof(T));
+    for (int64_t j = copied ? p.J - 1 : 0; j < p.J; ++j) {
       const int64_t i = t + j * p.dilation;
       const float* const from =
           i < context ? p.past + (b * context + i) * p.C : p.x + (b * p.T + i - context) * p.C;
@@ -45,8 +48,8 @@ void fill_windows(const MimiConvParams& p, int64_t first, int64_t rows, T* windo
   }
 }
 
-// Row r of the output, columns n .. n + kWidth as far as there are any.
-VOX_INLINE void put(const MimiConvParams& p, int64_t r, int64_t n, vfloat sum) {
+// Stores columns n .. n + kWidth of output row r, up to N, after adding the bias and `add`.
+VOX_INLINE void store_sums(const MimiConvParams& p, int64_t r, int64_t n, vfloat sum) {
   const int64_t at = r * p.N + n, rest = p.N - n;
   if (rest >= kWidth) {
     sum += load(p.bias + n);
@@ -57,7 +60,8 @@ VOX_INLINE void put(const MimiConvParams& p, int64_t r, int64_t n, vfloat sum) {
   }
 }
 
-void keep_past(const MimiConvParams& p) {
+// Updates `past` to the last `context` samples of past and x.
+void update_past(const MimiConvParams& p) {
   const int64_t context = p.context();
   const int64_t kept = context > p.T ? context - p.T : 0, taken = context - kept;
   if (context == 0) return;
@@ -70,24 +74,25 @@ void keep_past(const MimiConvParams& p) {
   }
 }
 
-// Columns of the output's rows first .. first + rows, given their windows.
+// Computes `columns` of output rows first .. first + rows from their windows.
 template <typename T>
 void multiply_windows(const MimiConvParams& p, const T* windows, int64_t first, int64_t rows,
                       const Range& columns) {
-  multiply_blocked(windows, rows, p.J * p.C, p.weight, columns.begin, columns.end,
-                   [&](int64_t m, int64_t n, vfloat sum) { put(p, first + m, n, sum); });
+  codec_gemm(windows, rows, p.J * p.C, p.weight, columns.begin, columns.end,
+             [&](int64_t m, int64_t n, vfloat sum) { store_sums(p, first + m, n, sum); });
 }
 
 template <typename T>
 void convolve(const MimiConvParams& p, int rank, int size) {
   const int64_t rows = p.B * p.T, K = p.J * p.C;
   const bool by_row = rows >= kOwnRows * size;
-  const Range mine = by_row ? split(rows, 1, rank, size) : Range{0, rows};
-  const Range columns = by_row ? Range{0, p.N} : split(p.N, kBlockRows, rank, size);
+  const Range mine = by_row ? partition(rows, 1, rank, size) : Range{0, rows};
+  const Range columns = by_row ? Range{0, p.N} : partition(p.N, kBlockRows, rank, size);
   if (mine.begin == mine.end || columns.begin == columns.end) return;
-  const int64_t fit = kWindowBytes / (K * static_cast<int64_t>(sizeof(T))) / kPanelM * kPanelM;
-  const int64_t most = fit < kPanelM ? kPanelM : fit;
-  const int64_t block = most < rows ? most : rows;
+  const int64_t fitting =
+      kWindowBytes / (K * static_cast<int64_t>(sizeof(T))) / kCodecTileM * kCodecTileM;
+  const int64_t max_rows = fitting < kCodecTileM ? kCodecTileM : fitting;
+  const int64_t block = max_rows < rows ? max_rows : rows;
   T* const windows = static_cast<T*>(__builtin_malloc(block * K * sizeof(T)));
   for (int64_t first = mine.begin; first < mine.end; first += block) {
     const int64_t n = mine.end - first < block ? mine.end - first : block;
@@ -104,12 +109,11 @@ void mimi_conv(const MimiConvParams& p) {
   auto job = [&](int rank, int size) {
     p.dtype == Dtype::f32 ? convolve<float>(p, rank, size) : convolve<bf16>(p, rank, size);
   };
-  // As in parallel_for, a small job is not worth waking a team.
-  if (p.B * p.T * p.N * p.J * p.C < (1 << 15))
+  if (p.B * p.T * p.N * p.J * p.C < kMinTeamWork)
     job(0, 1);
   else
     run_team(job);
-  keep_past(p);
+  update_past(p);
 }
 }  // namespace VOX_ISA
 
@@ -140,7 +144,7 @@ Tensor mimi_conv_cpu(Tensor x, Tensor past, Tensor weight, Tensor bias, std::opt
   return out;
 }
 
-// The past of streams that begin becomes the first sample of x, over and over.
+// Fills the past of new streams with copies of the first sample of x.
 void replicate(const Tensor& x, const bool* fresh, const Tensor& past) {
   const int64_t B = x.size(0), C = x.size(2), length = past.size(1) * past.size(2);
   if (x.size(1) == 0) return;

@@ -8,23 +8,24 @@
 #include "cpu/simd/activation.h"
 #include "cpu/simd/rotary.h"
 
-// One run() of the team does all layers. A thread takes the same part of every matrix's rows, and
-// some of the heads of the streams; all meet after each of them. Norms, and making them what a
-// product takes, are a few microseconds' work that every thread does for itself, on residuals of
-// its own.
+// One run() of the team computes all layers. A thread computes the same rows of every matrix, and
+// some of the heads of the streams, with a barrier after each. Norms and the conversion of GEMM
+// inputs take a few microseconds, so every thread computes all of them on its own copy of the
+// residual.
 //
-// Query by query, keys are walked in blocks from the window's first one on: no order depends on how
-// a stream was cut into steps.
+// Each query walks its keys in blocks from the first key of its window, so no order of sums depends
+// on how a stream was cut into steps. Everything is float32 except the GEMM inputs, which are
+// converted to the format of the weight.
 namespace voxkern {
 namespace {
 
 using Params = MimiTransformerParams;
 
-// What the threads share. R = B T.
+// Buffers shared by the threads. R = B T.
 struct Shared {
   float* qkv;       // [R, (Hq + 2 Hkv) D]
   float* attended;  // [R, Hq D]
-  float* branch;    // [R, C], what is added to the residual
+  float* branch;    // [R, C], the next addend of the residual
   Operand activated;
 
   Shared(Arena& arena, const Params& p)
@@ -34,7 +35,7 @@ struct Shared {
         activated(arena, p.down, p.B * p.T, arena.take<float>(p.B * p.T * p.F)) {}
 };
 
-// What a thread has for itself.
+// A thread's own buffers.
 struct Private {
   float* residual;  // [R, C]
   float* normed;    // [R, C]
@@ -87,23 +88,23 @@ class Worker {
     for (int64_t layer = 0; layer < p_.L; ++layer) {
       normalise(layer, 0);
       own_.for_qkv.prepare(p_.qkv, rows_, 0, rows_ * p_.C);
-      multiply_part(own_.for_qkv, p_.qkv, layer, p_.qkv_bias, all_.qkv);
+      project_part(own_.for_qkv, p_.qkv, layer, p_.qkv_bias, all_.qkv);
       Team::barrier();
       attend(layer);
       Team::barrier();
       own_.for_o.prepare(p_.o, rows_, 0, rows_ * p_.o.C);
-      multiply_part(own_.for_o, p_.o, layer, p_.o_bias, all_.branch);
+      project_part(own_.for_o, p_.o, layer, p_.o_bias, all_.branch);
       Team::barrier();
       add_row(own_.residual, all_.branch, rows_ * p_.C);
       normalise(layer, 2);
       own_.for_up.prepare(p_.up, rows_, 0, rows_ * p_.C);
       activate(layer);
       Team::barrier();
-      multiply_part(all_.activated, p_.down, layer, nullptr, all_.branch);
+      project_part(all_.activated, p_.down, layer, nullptr, all_.branch);
       Team::barrier();
       add_row(own_.residual, all_.branch, rows_ * p_.C);
     }
-    const Range mine = split(rows_, 1, rank_, size_);
+    const Range mine = partition(rows_, 1, rank_, size_);
     __builtin_memcpy(p_.out + mine.begin * p_.C, own_.residual + mine.begin * p_.C,
                      (mine.end - mine.begin) * p_.C * sizeof(float));
   }
@@ -116,9 +117,9 @@ class Worker {
                      p_.eps);
   }
 
-  void multiply_part(const Operand& x, const Weight& weight, int64_t layer, const float* bias,
-                     float* out) const {
-    const Range part = split(weight.N, kPartRows, rank_, size_);
+  void project_part(const Operand& x, const Weight& weight, int64_t layer, const float* bias,
+                    float* out) const {
+    const Range part = partition(weight.N, kRowGrain, rank_, size_);
     project(x, rows_, weight, layer, part, out);
     if (!bias) return;
     for (int64_t r = 0; r < rows_; ++r)
@@ -126,9 +127,9 @@ class Worker {
               part.end - part.begin);
   }
 
-  // A thread prepares for `down` what it made of `up`.
+  // Computes and activates this thread's columns of `up` and converts them for `down`.
   void activate(int64_t layer) const {
-    const Range part = split(p_.F, kGroup, rank_, size_);
+    const Range part = partition(p_.F, kGroup, rank_, size_);
     const int64_t n = part.end - part.begin;
     project(own_.for_up, rows_, p_.up, layer, part, all_.activated.plain);
     for (int64_t r = 0; r < rows_; ++r) {
@@ -147,11 +148,11 @@ class Worker {
   }
 
   void attend(int64_t layer) const {
-    const Range mine = split(p_.B * p_.Hkv, 1, rank_, size_);
+    const Range mine = partition(p_.B * p_.Hkv, 1, rank_, size_);
     for (int64_t i = mine.begin; i < mine.end; ++i) attend_head(layer, i / p_.Hkv, i % p_.Hkv);
   }
 
-  // Stream b's new keys and values of head h, then its queries that look there.
+  // Appends the new keys and values of stream b and key/value head h, then attends for its queries.
   void attend_head(int64_t layer, int64_t b, int64_t h) const {
     const int64_t D = p_.D, group = p_.Hq / p_.Hkv, position = p_.positions[b];
     const int64_t ring = ((b * p_.L + layer) * p_.Hkv + h) * p_.capacity * D;
@@ -169,29 +170,29 @@ class Worker {
     }
   }
 
-  // The keys are those of `count` slots from `slot` on.
+  // Attends to the `count` keys from `slot` of the ring on. `first`: the head's first query.
   void attend_query(int64_t r, int64_t head, const float* keys, const float* values, int64_t slot,
                     int64_t count, bool first) const {
     const int64_t D = p_.D, width = padded(D);
     for (int64_t i = 0; i < width; ++i) own_.query[i] = own_.sums[i] = 0;
     rotate(all_.qkv + r * p_.qkv.N + head * D, p_.rotations + r * D, D, own_.query);
     for (int64_t i = 0; i < D; ++i) own_.query[i] *= p_.scale;
-    // Of the window's key i, where the ring may have come round to its begin.
-    const auto place = [&](int64_t i) {
+    // The element of the window's key i; the window may wrap around the end of the ring.
+    const auto element_of = [&](int64_t i) {
       return (slot + i < p_.capacity ? slot + i : slot + i - p_.capacity) * D;
     };
     SoftmaxState state;
     for (int64_t begin = 0; begin < count; begin += kKeyBlock) {
       const int64_t n = count - begin < kKeyBlock ? count - begin : kKeyBlock;
-      Block<float> block;
+      KeyBlock<float> block;
       for (int64_t j = 0; j < n + kDots; ++j)
-        block.keys[j] = keys + place(begin + (j < n ? j : n - 1));
-      for (int64_t j = 0; j < n; ++j) block.values[j] = values + place(begin + j);
-      // A head's first query brings in the next block; a page is too short for the processor to.
-      const int64_t next = begin + n, fetched = first ? count - next : 0;
-      for (int64_t j = 0; j < kKeyBlock && j < fetched; ++j) {
-        fetch(keys + place(next + j), D);
-        fetch(values + place(next + j), D);
+        block.keys[j] = keys + element_of(begin + (j < n ? j : n - 1));
+      for (int64_t j = 0; j < n; ++j) block.values[j] = values + element_of(begin + j);
+      // The head's first query prefetches; rows are too short for the hardware prefetcher.
+      const int64_t next = begin + n, prefetched = first ? count - next : 0;
+      for (int64_t j = 0; j < kKeyBlock && j < prefetched; ++j) {
+        prefetch(keys + element_of(next + j), D);
+        prefetch(values + element_of(next + j), D);
       }
       attend_block<1>(own_.query, width, block, n, D, &state, own_.sums);
     }
@@ -218,7 +219,7 @@ void mimi_transformer(const MimiTransformerParams& p) {
   auto job = [&](int rank, int size) {
     Arena own_count(nullptr);
     Private(own_count, p, all);
-    // Taken by the thread that uses it, so it lies in that processor's memory.
+    // Allocated by the thread that uses it, so its pages are local to that processor (NUMA).
     void* const own_block = __builtin_malloc(own_count.bytes());
     Arena own_arena(own_block);
     const Private own(own_arena, p, all);
@@ -242,7 +243,7 @@ VOX_KERNEL(mimi_transformer, MimiTransformerParams)
 
 namespace {
 
-// As torch computes them: the angle is a float32 product.
+// The cosines and sines [B, T, D] of the rotations. As in torch, the angle is a float32 product.
 std::vector<float> rotations(const MimiTransformerParams& p, const float* frequencies) {
   std::vector<float> table(p.B * p.T * p.D);
   float* row = table.data();

@@ -7,15 +7,15 @@
 #include "cpu/attention/attention.h"
 #include "cpu/runtime/team.h"
 
-// A work item is a run of queries of one sequence, for one key/value head and all query heads of
-// its group: up to kRows rows, of one query and head each. It walks the keys in blocks, each
-// unpacked once to float32 (keys transposed), and takes four rows at a time through scores, online
-// softmax and weighted sum, while the block lies in the cache. Items are handed out as threads come
-// free, the longest first.
+// A work item is a run of consecutive queries of one sequence, for one key/value head and all query
+// heads of its group: up to kRows rows, a row being one query and head. It walks the keys in
+// blocks. Each block is unpacked once to float32, with the keys transposed; while it stays in
+// cache, kTileRows rows at a time go through scores, online softmax and weighted sum. Threads take
+// items dynamically, the longest first.
 //
-// A row's arithmetic is the same whatever rows are beside it and wherever the run begins: a result
-// depends on the query and its keys alone. All of it is float32 (the query is scaled first), and
-// rounded when it is stored.
+// The arithmetic of a row does not depend on its neighbours or on the start of the run, so a result
+// depends on the query and its keys alone. Everything is float32 (the query is scaled first) and
+// rounded at the store.
 namespace voxkern {
 namespace {
 
@@ -23,10 +23,11 @@ constexpr int64_t kRows = 128;
 constexpr int kTileRows = 4;
 constexpr int kTileVectors = kWidth == 16 ? 4 : 2;
 
-// c = c * factors + a b for kTileRows rows of a and N vectors of columns; c = a b without factors.
+// c = c * factors + a b for kTileRows rows of a and N vectors of columns; c = a b if factors is
+// null.
 template <int N>
-VOX_INLINE void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                              int64_t depth, const float* factors, float* c, int64_t c_stride) {
+VOX_INLINE void gemm_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                          int64_t depth, const float* factors, float* c, int64_t c_stride) {
   vfloat acc[kTileRows][N] = {};
   if (factors)
     for (int r = 0; r < kTileRows; ++r)
@@ -43,17 +44,17 @@ VOX_INLINE void multiply_tile(const float* a, int64_t a_stride, const float* b, 
     for (int n = 0; n < N; ++n) store(c + r * c_stride + n * kWidth, acc[r][n]);
 }
 
-// The same for `columns` columns, a multiple of kWidth, of b and c, whose rows are `width` apart.
-void multiply(const float* a, int64_t a_stride, const float* b, int64_t columns, int64_t depth,
-              const float* factors, float* c, int64_t width) {
+// gemm_tile for `columns` columns of b and c, a multiple of kWidth, with rows `width` apart.
+void gemm(const float* a, int64_t a_stride, const float* b, int64_t columns, int64_t depth,
+          const float* factors, float* c, int64_t width) {
   int64_t i = 0;
   for (; i + kTileVectors * kWidth <= columns; i += kTileVectors * kWidth)
-    multiply_tile<kTileVectors>(a, a_stride, b + i, width, depth, factors, c + i, width);
+    gemm_tile<kTileVectors>(a, a_stride, b + i, width, depth, factors, c + i, width);
   for (; i < columns; i += kWidth)
-    multiply_tile<1>(a, a_stride, b + i, width, depth, factors, c + i, width);
+    gemm_tile<1>(a, a_stride, b + i, width, depth, factors, c + i, width);
 }
 
-// One step of a transposition: exchanges the squares of `half` x `half` off the diagonal.
+// One step of transposing kWidth x kWidth: exchanges the off-diagonal squares of `half` x `half`.
 template <int half>
 VOX_INLINE void exchange(vfloat* rows) {
   vint lane;
@@ -68,7 +69,8 @@ VOX_INLINE void exchange(vfloat* rows) {
   if constexpr (half > 1) exchange<half / 2>(rows);
 }
 
-// keys[r], D long, to columns j + r of `out` [D, kKeyBlock]; zeros where keys[r] is null.
+// Writes keys[r] [D] to column j + r of `out` [D, kKeyBlock] for r < kWidth; zeros from the first
+// null key on.
 template <typename T>
 void transpose_keys(const T* const* keys, int64_t D, int64_t j, float* out) {
   for (int64_t i = 0; i < D; i += kWidth) {
@@ -83,7 +85,7 @@ void transpose_keys(const T* const* keys, int64_t D, int64_t j, float* out) {
   }
 }
 
-// A thread's buffers, float32, for `rows` rows of queries.
+// A thread's float32 buffers for `rows` rows of queries.
 struct Buffers {
   float* keys;    // [D, kKeyBlock]
   float* scores;  // [kTileRows, kKeyBlock]
@@ -110,37 +112,52 @@ struct Prefill {
   const int64_t width = padded(p.D);
   const int64_t run_queries = group < kRows ? kRows / group : 1;
 
+  // The number of runs of sequence b.
   int64_t runs(int64_t b) const {
     return (p.cu_seqlens[b + 1] - p.cu_seqlens[b] + run_queries - 1) / run_queries;
   }
 
+  // Unpacks one block: keys transposed to buffers.keys, values to buffers.values.
   void unpack(int64_t b, int64_t h, int64_t begin, int64_t count, const Buffers& buffers) const {
     const T* k = static_cast<const T*>(p.k_pages);
     const T* v = static_cast<const T*>(p.v_pages);
     const T* keys[kKeyBlock] = {};
     for_each_run(p.page_table + b * p.M, p.Hkv, p.S, p.D, h, begin, count,
-                 [&](int64_t j, int64_t place, int64_t n) {
+                 [&](int64_t j, int64_t offset, int64_t n) {
                    for (int64_t r = 0; r < n; ++r) {
-                     keys[j + r] = k + place + r * p.D;
-                     copy_row(v + place + r * p.D, 1.0f, buffers.values + (j + r) * width);
+                     keys[j + r] = k + offset + r * p.D;
+                     copy_row(v + offset + r * p.D, 1.0f, buffers.values + (j + r) * width);
                    }
                  });
     for (int64_t j = 0; j < count; j += kWidth) transpose_keys(keys + j, p.D, j, buffers.keys);
   }
 
-  // x[0..D) * factor, padded with zeros.
+  // out = x[0..D) * factor, padded with zeros.
   VOX_INLINE void copy_row(const T* x, float factor, float* out) const {
     int64_t i = 0;
     for (; i + kWidth <= p.D; i += kWidth) store(out + i, load(x + i) * splat(factor));
     if (i < p.D) store(out + i, load_n(x + i, p.D - i) * splat(factor));
   }
 
-  // Queries first .. first + count of sequence b, counted from its first new one.
+  // Attends for new queries first .. first + count of sequence b and key/value head h.
   void attend(int64_t b, int64_t h, int64_t first, int64_t count, const Buffers& buffers) const {
     const int64_t token = p.cu_seqlens[b] + first;
     const int64_t new_tokens = p.cu_seqlens[b + 1] - p.cu_seqlens[b];
     const int64_t position = p.seq_lens[b] - new_tokens + first;
     const int64_t rows = count * group;
+    load_queries(token, h, rows, buffers);
+    const int64_t end = position + count;
+    for (int64_t begin = 0; begin < end; begin += kKeyBlock) {
+      const int64_t keys = end - begin < kKeyBlock ? end - begin : kKeyBlock;
+      unpack(b, h, begin, keys, buffers);
+      for (int64_t r = 0; r < rows; r += kTileRows) attend_tile(r, rows, position, begin, buffers);
+    }
+    store_results(token, h, rows, buffers);
+  }
+
+  // Scales the queries from `token` on to buffers.q and clears the sums and states.
+  VOX_INLINE void load_queries(int64_t token, int64_t h, int64_t rows,
+                               const Buffers& buffers) const {
     const int64_t tiled_rows = (rows + kTileRows - 1) / kTileRows * kTileRows;
     __builtin_memset(buffers.q, 0, tiled_rows * width * sizeof(float));
     __builtin_memset(buffers.sums, 0, tiled_rows * width * sizeof(float));
@@ -149,27 +166,29 @@ struct Prefill {
       copy_row(static_cast<const T*>(p.q) + (token + r / group) * p.q_stride +
                    (h * group + r % group) * p.D,
                p.scale, buffers.q + r * width);
+  }
 
-    const int64_t end = position + count;
-    for (int64_t begin = 0; begin < end; begin += kKeyBlock) {
-      const int64_t keys = end - begin < kKeyBlock ? end - begin : kKeyBlock;
-      unpack(b, h, begin, keys, buffers);
-      for (int64_t r = 0; r < rows; r += kTileRows) {
-        const int64_t last = r + kTileRows <= rows ? r + kTileRows - 1 : rows - 1;
-        const int64_t depth = visible(position + last / group, begin);
-        if (depth == 0) continue;
-        multiply(buffers.q + r * width, width, buffers.keys, padded(depth), p.D, nullptr,
-                 buffers.scores, kKeyBlock);
-        float factors[kTileRows];
-        for (int i = 0; i < kTileRows; ++i) {
-          const int64_t row = r + i < last ? r + i : last;
-          factors[i] = softmax_step(buffers.scores + i * kKeyBlock,
-                                    visible(position + row / group, begin), buffers.states[r + i]);
-        }
-        multiply(buffers.scores, kKeyBlock, buffers.values, width, depth, factors,
-                 buffers.sums + r * width, width);
-      }
+  // Adds the unpacked block of keys from `begin` on to rows r .. r + kTileRows of `rows`.
+  VOX_INLINE void attend_tile(int64_t r, int64_t rows, int64_t position, int64_t begin,
+                              const Buffers& buffers) const {
+    const int64_t last = r + kTileRows <= rows ? r + kTileRows - 1 : rows - 1;
+    const int64_t depth = visible(position + last / group, begin);
+    if (depth == 0) return;
+    gemm(buffers.q + r * width, width, buffers.keys, padded(depth), p.D, nullptr, buffers.scores,
+         kKeyBlock);
+    float factors[kTileRows];
+    for (int i = 0; i < kTileRows; ++i) {
+      const int64_t row = r + i < last ? r + i : last;
+      factors[i] = softmax_step(buffers.scores + i * kKeyBlock,
+                                visible(position + row / group, begin), buffers.states[r + i]);
     }
+    gemm(buffers.scores, kKeyBlock, buffers.values, width, depth, factors, buffers.sums + r * width,
+         width);
+  }
+
+  // Divides the sums by the softmax denominators and stores the rows.
+  VOX_INLINE void store_results(int64_t token, int64_t h, int64_t rows,
+                                const Buffers& buffers) const {
     for (int64_t r = 0; r < rows; ++r) {
       T* out = static_cast<T*>(p.out) + ((token + r / group) * p.Hq + h * group + r % group) * p.D;
       const vfloat sum = splat(buffers.states[r].sum);
@@ -180,13 +199,13 @@ struct Prefill {
     }
   }
 
-  // How many keys of the block from `begin` on the query at `position` sees.
+  // The number of keys of the block from `begin` on that the query at `position` sees.
   static int64_t visible(int64_t position, int64_t begin) {
     const int64_t keys = position + 1 - begin;
     return keys < 0 ? 0 : keys < kKeyBlock ? keys : kKeyBlock;
   }
 
-  // Items of each sequence from its last queries back, for they see the most keys.
+  // Takes items until none is left, each sequence's last queries first: they see the most keys.
   void run(int64_t* next_item, int64_t items) const {
     const int64_t rows = (run_queries * group + kTileRows - 1) / kTileRows * kTileRows;
     Arena count(nullptr);

@@ -6,7 +6,7 @@
 #include "cpu/runtime/team.h"
 #include "cpu/simd/norm.h"
 
-// One thread takes whole rows.
+// Threads partition the rows; norm.h says how a row is summed and where it rounds.
 namespace voxkern {
 namespace {
 

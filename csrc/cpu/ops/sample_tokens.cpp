@@ -3,16 +3,16 @@
 #include "cpu/runtime/isa.h"
 
 #ifdef VOX_ISA
-#include "cpu/ops/sampler.h"
 #include "cpu/runtime/team.h"
+#include "cpu/sampling/sampler.h"
 
-// One thread takes whole rows; sampler.h says how a row is drawn and where it rounds.
+// Threads partition the rows; sampler.h says how a row is drawn and where it rounds.
 namespace voxkern {
 namespace {
 
 template <typename T>
 void run(const SampleTokensParams& p) {
-  // A row costs some 16 passes over V logits.
+  // A row costs about 16 passes over V logits.
   parallel_for(p.B, 1, p.B * p.V * 16, [&](int64_t begin, int64_t end) {
     void* const scratch = __builtin_malloc(sampler_scratch_bytes(p.V));
     for (int64_t b = begin; b < end; ++b) {

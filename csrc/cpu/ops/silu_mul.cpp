@@ -6,13 +6,14 @@
 #include "cpu/runtime/team.h"
 #include "cpu/simd/silu.h"
 
-// A thread takes a part of the elements; it may begin and end inside a row.
+// Threads partition the elements of out; a part may begin and end inside a row. Computed in
+// float32, rounded once at the store.
 namespace voxkern {
 namespace {
 
 template <typename T>
 void run(const SiluMulParams& p) {
-  // An exponential makes an element cost about as much as 8 copied ones.
+  // With its exponential, an element costs about as much as copying 8.
   parallel_for(p.rows * p.F, kWidth, p.rows * p.F * 8, [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t row = begin / p.F, at = begin % p.F;

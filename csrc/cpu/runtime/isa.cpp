@@ -31,7 +31,7 @@ Isa choose() {
   if (const char* forced = std::getenv("VOXKERN_ISA"); forced && *forced) {
     for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
       if (std::string(forced) != kNames[static_cast<int>(isa)]) continue;
-      check(supported(isa), "VOXKERN_ISA=", forced, ": this processor lacks it");
+      check(supported(isa), "VOXKERN_ISA=", forced, ": this processor does not support it");
       return isa;
     }
     check(false, "VOXKERN_ISA=", forced, ": expected baseline, avx2 or avx512");

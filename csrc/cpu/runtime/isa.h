@@ -1,18 +1,20 @@
-// One kernel source, several instruction sets, chosen when the program runs.
+// Runtime dispatch: one kernel source, compiled for several instruction sets (ISAs).
 //
-// Each csrc/cpu/ops/<op>.cpp is compiled once for the host, without VOX_ISA: its foot, which wraps
-// and registers the op. And once per instruction set, with VOX_ISA=<name> and that set's flags: its
-// kernel, in namespace voxkern::<name>. Code of an ISA pass must not emit a symbol that another
-// object could share (a std:: template, an inline function of external linkage): the linker might
-// keep the AVX-512 copy for all. So such code sits in an anonymous namespace and includes neither
-// torch nor the containers; tests/test_build.py checks the objects.
+// Each csrc/cpu/ops/<op>.cpp is compiled once without VOX_ISA (the host pass: the wrapper at the
+// foot of the file, which registers the op) and once per ISA with VOX_ISA=<name> and its compiler
+// flags (an ISA pass: the kernel, in namespace voxkern::<name>).
+//
+// An ISA pass must not emit a symbol that another object could share, such as a std:: template or
+// an inline function with external linkage: the linker might keep the AVX-512 copy for all. So
+// kernel code lives in an anonymous namespace and includes neither torch nor std containers.
+// tests/ops/test_build.py checks the objects.
 #pragma once
 
 namespace voxkern {
 
 enum class Isa { baseline, avx2, avx512 };
 
-// The best one that processor and build have, or the one that VOXKERN_ISA names.
+// The best ISA that both the processor and the build support, or the one that VOXKERN_ISA names.
 Isa isa();
 
 }  // namespace voxkern

@@ -15,13 +15,13 @@
 namespace voxkern {
 namespace {
 
-// Processors' worth of time by one group's own files, 0 for no limit.
+// The CPU limit that one cgroup's own files set, in processors; 0 for no limit.
 double quota_of(const std::string& folder, bool version2) {
   double quota = 0, period = 0;
   if (version2) {
-    std::string most;  // a number, or "max"
-    std::ifstream(folder + "/cpu.max") >> most >> period;
-    quota = std::atof(most.c_str());
+    std::string limit;  // a number or "max"
+    std::ifstream(folder + "/cpu.max") >> limit >> period;
+    quota = std::atof(limit.c_str());
   } else {
     std::ifstream(folder + "/cpu.cfs_quota_us") >> quota;
     std::ifstream(folder + "/cpu.cfs_period_us") >> period;
@@ -29,8 +29,9 @@ double quota_of(const std::string& folder, bool version2) {
   return quota > 0 && period > 0 ? quota / period : 0;
 }
 
-// The smallest limit from the group `path` outwards to the mount, 0 for none. Inside a container
-// the path may be the host's, and its folders not there; the mount is the container's group then.
+// The smallest limit of the cgroup `path` and its ancestors up to the mount; 0 for none. Inside a
+// container the path may be the host's, whose folders do not exist here; the mount is then the
+// container's own group.
 double quota_from(const std::string& mount, std::string path, bool version2) {
   double least = 0;
   while (true) {
@@ -71,7 +72,7 @@ int default_num_threads() {
           ": expected 1 to ", kMaxThreads);
     return static_cast<int>(n);
   }
-  // May hold more than a number, for nested levels, and is not ours to refuse.
+  // May list a number per nesting level. It is not our variable, so no value is an error.
   if (const char* value = std::getenv("OMP_NUM_THREADS"))
     if (const int n = std::atoi(value); n > 0) return n < kMaxThreads ? n : kMaxThreads;
   int n = static_cast<int>(std::thread::hardware_concurrency());

@@ -1,4 +1,4 @@
-// How many processors this process may use; host only.
+// The number of processors this process may use, and pinning threads to them. Host only.
 #pragma once
 
 #include <string>
@@ -7,19 +7,18 @@ namespace voxkern {
 
 constexpr int kMaxThreads = 1024;
 
-// VOXKERN_NUM_THREADS, else OMP_NUM_THREADS, else what affinity and cgroups leave; 1 to
-// kMaxThreads.
+// VOXKERN_NUM_THREADS if set, else OMP_NUM_THREADS, else the processors that affinity and cgroups
+// allow; 1 to kMaxThreads.
 int default_num_threads();
 
-// Whether VOXKERN_PIN asks for threads that stay on one processor.
+// True if VOXKERN_PIN=1: worker threads are pinned to one processor each.
 bool pinning();
 
-// Keeps the calling thread on the rank-th of the processors that it may use, the first again after
-// the last.
+// Pins the calling thread to the rank-th processor of its affinity mask, modulo their number.
 void pin_thread(int rank);
 
-// Processors' worth of time that cgroups (either version) leave to this process, its own group and
-// those around it; 0 for no limit. `root`: of the file system, other than "/" in tests.
+// The CPU limit of this process's cgroup and its ancestors (cgroup v1 or v2), in processors; 0 for
+// no limit. `root` is the file system's root, prepended to paths: "" except in tests.
 double cpu_quota(const std::string& root);
 
 }  // namespace voxkern

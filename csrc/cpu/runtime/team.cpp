@@ -23,8 +23,9 @@ inline void relax() {
 #endif
 }
 
-// Waits until `word` differs from `old`: spins for about 20 us if `spin`, for the next job or the
-// slowest thread is usually that near, then sleeps until the writer's notify.
+// Waits until `word` differs from `old`. With `spin`, spins for about 20 us first, because the next
+// job or the slowest thread usually arrives by then; after that it sleeps until the writer
+// notifies.
 void wait_change(const std::atomic<uint32_t>& word, uint32_t old, bool spin) {
   for (int i = 0; spin && i < 2000; ++i) {
     if (word.load(std::memory_order_acquire) != old) return;
@@ -42,12 +43,12 @@ int current_cpu() {
 }
 
 struct alignas(64) Seat {
-  std::atomic<int> cpu{-1};  // where the thread was when it last came to a barrier or began a job
+  std::atomic<int> cpu{-1};  // the thread's processor at its last barrier or start of a job
 };
 
 struct Workers {
   std::vector<std::thread> threads;
-  std::atomic<uint32_t> round{0};    // counts runs; workers wait for its next value
+  std::atomic<uint32_t> round{0};    // counts runs; workers wait for the next value
   std::atomic<uint32_t> arrived{0};  // threads at the current barrier
   std::atomic<uint32_t> phase{0};    // counts barriers passed
   std::atomic<bool> stop{false};
@@ -85,8 +86,8 @@ struct Workers {
       seats[rank].cpu.store(cpu, std::memory_order_relaxed);
   }
 
-  // Next to busy processes the scheduler may keep two threads of the team on one processor. Then
-  // spinning holds up the very thread that is waited for.
+  // On a busy machine the scheduler may put two threads of the team on one processor. Spinning
+  // would then delay the very thread we wait for.
   bool alone_on_cpu(int rank) const {
     const int cpu = seats[rank].cpu.load(std::memory_order_relaxed);
     for (int other = 0; other < size; ++other)
@@ -110,16 +111,16 @@ struct Workers {
   void serve(int rank);
 };
 
-std::mutex mutex;            // held by the run() that uses the workers, and by resize()
+std::mutex mutex;            // held by resize() and by the run() that uses the workers
 Workers* workers = nullptr;  // guarded by mutex; leaked at exit: threads may outlive statics
 std::atomic<int> team_size{0};
 thread_local Workers* joined = nullptr;  // the workers whose run() this thread is part of
-thread_local int joined_rank = 0;        // as which of them
+thread_local int joined_rank = 0;        // its rank there
 
 void Workers::serve(int rank) {
   joined = this;
   joined_rank = rank;
-  // Not the caller of run(): threads that it starts would be bound like it.
+  // The caller of run() (rank 0) is not pinned: threads it starts would inherit its mask.
   if (pinned) pin_thread(rank);
   for (uint32_t seen = 0;; ++seen) {
     wait_change(round, seen, alone_on_cpu(rank));
@@ -130,7 +131,7 @@ void Workers::serve(int rank) {
   }
 }
 
-// A forked child has none of its parent's threads: it starts a team of its own when it needs one.
+// A forked child has none of its parent's threads. It starts its own team when it needs one.
 void after_fork() {
   new (&mutex) std::mutex;
   workers = nullptr;

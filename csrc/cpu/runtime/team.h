@@ -1,9 +1,10 @@
-// The team of threads that all CPU kernels share.
+// The thread team shared by all CPU kernels.
 //
-// run(f) has every thread call f(rank, size) and returns when all have; inside, barrier() lets
-// them meet. Threads that wait spin for a few microseconds, then sleep in the kernel, so a team
-// next to another busy process loses time, not the processor. Only one run() at a time uses the
-// workers; a second caller's, and one inside a run(), goes on alone with size 1.
+// run(f) calls f(rank, size) on every thread and returns when all calls have returned; barrier()
+// synchronises the threads inside f. Waiting threads spin for a few microseconds, then sleep in the
+// operating system, so next to another busy process a team gets slower but does not burn the
+// processor. One run() at a time uses the workers; a concurrent or nested run() executes on its own
+// thread alone with size 1.
 #pragma once
 
 #include <cstdint>
@@ -12,20 +13,20 @@ namespace voxkern {
 
 class Team {
  public:
-  // rank of the calling thread, size of the team, the caller's context.
+  // Gets the calling thread's rank, the size of the team and the caller's context.
   using Job = void (*)(int rank, int size, void* context);
 
   static void run(Job job, void* context);
-  // Every thread of the current run() waits for the others. Nothing to do at size 1.
+  // Waits for all threads of the current run(). Does nothing at size 1.
   static void barrier();
   static int size();
-  // 1 <= n <= 1024; waits for a run() in progress.
+  // 1 <= n <= kMaxThreads. Waits for a run() in progress.
   static void resize(int n);
 };
 
 namespace {
 
-// f(rank, size) on every thread of the team.
+// Calls f(rank, size) on every thread of the team.
 template <typename F>
 inline void run_team(F& f) {
   Team::run([](int rank, int size, void* context) { (*static_cast<F*>(context))(rank, size); }, &f);
@@ -35,25 +36,28 @@ struct Range {
   int64_t begin, end;
 };
 
-// The rank-th of `size` nearly equal parts of 0..n, in multiples of `grain`.
-inline Range split(int64_t n, int64_t grain, int rank, int size) {
+// The rank-th of `size` nearly equal ranges of 0..n, cut at multiples of `grain`.
+inline Range partition(int64_t n, int64_t grain, int rank, int size) {
   const int64_t grains = (n + grain - 1) / grain;
   const int64_t begin = grains * rank / size * grain;
   const int64_t end = grains * (rank + 1) / size * grain;
   return {begin < n ? begin : n, end < n ? end : n};
 }
 
-// f(begin, end) over parts of 0..n. `work` is the total in operations or bytes: a small job stays
-// on the calling thread, for waking a team costs microseconds.
+// Operations or bytes below which a job stays on one thread: waking the team costs microseconds.
+constexpr int64_t kMinTeamWork = 1 << 15;
+
+// Calls f(begin, end) on ranges that cover 0..n. `work` is the total in operations or bytes: a job
+// below kMinTeamWork stays on the calling thread, because waking the team costs microseconds.
 template <typename F>
 inline void parallel_for(int64_t n, int64_t grain, int64_t work, const F& f) {
-  if (work < (1 << 15) || n <= grain) {
+  if (work < kMinTeamWork || n <= grain) {
     if (n > 0) f(static_cast<int64_t>(0), n);
     return;
   }
   auto body = [&](int rank, int size) {
-    const Range part = split(n, grain, rank, size);
-    if (part.begin < part.end) f(part.begin, part.end);
+    const Range mine = partition(n, grain, rank, size);
+    if (mine.begin < mine.end) f(mine.begin, mine.end);
   };
   run_team(body);
 }

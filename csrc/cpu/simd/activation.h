@@ -1,4 +1,4 @@
-// The codec's activations. Included by ISA passes alone.
+// The activation functions of the codec. Only ISA passes include it.
 #pragma once
 
 #include "cpu/simd/silu.h"
@@ -8,8 +8,7 @@ namespace {
 
 VOX_INLINE vfloat elu(vfloat a) { return select(a > vfloat{}, a, exp(a) - splat(1.0f)); }
 
-// x * (the normal distribution's part below x); erfc by Abramowitz and Stegun 7.1.26, within
-// 1.5e-7.
+// x * Phi(x), Phi the standard normal CDF; erfc by Abramowitz and Stegun 7.1.26, within 1.5e-7.
 VOX_INLINE vfloat gelu(vfloat x) {
   const vint negative = x < vfloat{};
   const vfloat z = select(negative, -x, x) * splat(0.70710678f);
@@ -23,7 +22,7 @@ VOX_INLINE vfloat gelu(vfloat x) {
   return x * select(negative, half_erfc, splat(1.0f) - half_erfc);
 }
 
-// The same by tanh: x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)).
+// GELU's tanh approximation: x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)).
 VOX_INLINE vfloat gelu_tanh(vfloat x) {
   const vfloat a = splat(1.5957691216f) * fma(splat(0.044715f) * x * x, x, x);
   const vint negative = a < vfloat{};
@@ -33,6 +32,7 @@ VOX_INLINE vfloat gelu_tanh(vfloat x) {
 
 VOX_INLINE vfloat relu(vfloat a) { return select(a < vfloat{}, vfloat{}, a); }
 
+// x[i] = f(x[i]), a vector at a time.
 template <typename F>
 inline void for_each_vector(float* x, int64_t n, const F& f) {
   int64_t i = 0;

@@ -1,4 +1,4 @@
-// One row of rms_norm and add_rms_norm; layers.h calls it too. Included by ISA passes alone.
+// One row of rms_norm and add_rms_norm; layers.h calls it too. Only ISA passes include it.
 #pragma once
 
 #include "cpu/simd/vec.h"
@@ -6,8 +6,8 @@
 namespace voxkern {
 namespace {
 
-// The square sum runs over kWidth lanes of one accumulator. `residual` may be null; else its sum
-// with x is rounded to the dtype before it is squared, as a stored residual is.
+// The sum of squares uses one accumulator of kWidth lanes. `residual` may be null; otherwise
+// residual + x is stored there, so it is rounded to the dtype before it is squared.
 template <typename T>
 inline void normalise_row(const T* x, T* residual, const T* weight, T* out, int64_t C, float eps) {
   vfloat squares{};

@@ -1,4 +1,4 @@
-// Rotary embedding in the half-split layout; included by ISA passes alone.
+// Rotary embedding in the half-split layout. Only ISA passes include it.
 #pragma once
 
 #include "cpu/simd/vec.h"
@@ -6,8 +6,8 @@
 namespace voxkern {
 namespace {
 
-// One head, x[0..D): pairs (i, i + D/2) turned by the angle whose cosine and sine are at i of
-// `table`'s first and second half. float32 inside, rounded once; `out` may be `x`.
+// Rotates one head, x[0..D): pair (i, i + D/2) by the angle whose cosine is table[i] and whose sine
+// is table[D/2 + i]. Computes in float32 and rounds once. `out` may be `x`.
 template <typename T>
 inline void rotate(const T* x, const float* table, int64_t D, T* out) {
   const int64_t half = D / 2;

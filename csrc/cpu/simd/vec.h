@@ -1,6 +1,6 @@
-// The SIMD vocabulary of the CPU kernels: one vector of floats as wide as the pass's instruction
-// set has them, in GCC's vector extensions, with intrinsics only where those fall short. Included
-// by ISA passes alone; all of it has internal linkage (see isa.h).
+// The SIMD layer of the CPU kernels: vectors as wide as the registers of the pass's ISA, written
+// with GCC's vector extensions, and with intrinsics where those generate poor code. Only ISA passes
+// include it; everything has internal linkage (see isa.h).
 #pragma once
 
 #if defined(__x86_64__)
@@ -15,7 +15,7 @@
 namespace voxkern {
 namespace {
 
-using bf16 = uint16_t;  // bits of a bfloat16
+using bf16 = uint16_t;  // the bits of a bfloat16
 
 #if defined(__AVX512F__)
 constexpr int kWidth = 16;
@@ -55,7 +55,7 @@ VOX_INLINE float to_float(bf16 a) {
   return r;
 }
 
-// To nearest, ties to even; NaN stays NaN.
+// Rounds to nearest, ties to even; NaN stays NaN.
 VOX_INLINE bf16 to_bf16(float a) {
   uint32_t bits;
   __builtin_memcpy(&bits, &a, sizeof bits);
@@ -72,7 +72,8 @@ VOX_INLINE vfloat load(const bf16* p) {
   vhalf h;
   __builtin_memcpy(&h, p, sizeof h);
 #if defined(__AVX512F__)
-  // GCC 12 converts in two halves; and its header makes it warn of the form without a mask.
+  // GCC 12's __builtin_convertvector converts in two halves, and its header for the unmasked
+  // intrinsic triggers a warning.
   const __m512i wide = _mm512_maskz_cvtepu16_epi32(0xffff, reinterpret_cast<__m256i>(h));
   return as_float(reinterpret_cast<vuint>(wide) << 16);
 #else
@@ -111,7 +112,7 @@ VOX_INLINE vint load_bytes(const int8_t* p) {
   return __builtin_convertvector(bytes, vint);
 #endif
 }
-// Lanes of -128 .. 127, as bytes.
+// Stores lanes of -128 .. 127 as bytes.
 VOX_INLINE void store_bytes(int8_t* p, vint a) {
 #if defined(__AVX512F__)
   const __m128i bytes = _mm512_maskz_cvtepi32_epi8(0xffff, reinterpret_cast<__m512i>(a));
@@ -126,7 +127,7 @@ VOX_INLINE void store_bytes(int8_t* p, vint a) {
   __builtin_memcpy(p, &bytes, kWidth);
 }
 
-// The first n < kWidth elements; the others are zero and not read.
+// Loads the first n < kWidth elements; the other lanes are zero, and their memory is not read.
 template <typename T>
 VOX_INLINE vfloat load_n(const T* p, int64_t n) {
   T buffer[kWidth] = {};
@@ -145,11 +146,10 @@ VOX_INLINE float round_to(const bf16*, float a) { return to_float(to_bf16(a)); }
 VOX_INLINE void store_one(float* p, float a) { *p = a; }
 VOX_INLINE void store_one(bf16* p, float a) { *p = to_bf16(a); }
 
-// a * b + c; fused where the instruction set has it (-ffp-contract).
+// a * b + c, fused if the ISA has FMA (-ffp-contract).
 VOX_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) { return a * b + c; }
 
-// A product that the compiler must not fuse with the sum it goes into, so that every instruction
-// set rounds alike.
+// Keeps the compiler from fusing `product` with a following sum, so that every ISA rounds alike.
 VOX_INLINE vfloat unfused(vfloat product) {
 #if defined(__AVX512F__)
   asm("" : "+v"(product));
@@ -181,7 +181,7 @@ VOX_INLINE bool any(vint condition) {
 #endif
 }
 
-// Sums pairs at halving distance: the order is part of every op's result.
+// Adds lanes i and i + half for half = kWidth / 2, .., 1. This order is part of every op's result.
 VOX_INLINE float reduce_add(vfloat a) {
   float lanes[kWidth];
   store(lanes, a);
@@ -200,13 +200,13 @@ VOX_INLINE float reduce_max(vfloat a) {
 
 template <int... i>
 struct Lanes {
-  // One level of the lanes' sum: blocks of 2 * half lanes, a's then b's, become blocks of half.
+  // One level of reduce_each: reduces each block of 2 * half lanes of a, then b, to half lanes.
   template <int half>
   static VOX_INLINE vfloat add_halves(vfloat a, vfloat b) {
     return __builtin_shufflevector(a, b, (i / half * 2 * half + i % half)...) +
            __builtin_shufflevector(a, b, (i / half * 2 * half + i % half + half)...);
   }
-  // Every lane's partner, `half` away.
+  // Exchanges every lane with its partner `half` lanes away.
   template <int half>
   static VOX_INLINE vint swap(vint a) {
     return __builtin_shufflevector(a, a, (i ^ half)...);
@@ -217,7 +217,7 @@ struct LanesUpTo : LanesUpTo<n - 1, n - 1, i...> {};
 template <int... i>
 struct LanesUpTo<0, i...> : Lanes<i...> {};
 
-// Lane i of the result is reduce_add(chains[i]), for fewer instructions than that many calls.
+// Lane i of the result is reduce_add(chains[i]), in fewer instructions than kWidth separate calls.
 template <int half = kWidth / 2>
 VOX_INLINE vfloat reduce_each(const vfloat* chains) {
   vfloat next[half];
@@ -250,8 +250,8 @@ VOX_INLINE int32_t reduce_max(vint a) {
   }
 }
 
-// e^a within 2 ulp for a in [-87, 88]; smaller inputs (minus infinity too) give 0, larger ones
-// e^88. Cody and Waite's reduction, Taylor to the 7th power.
+// e^a within 2 ulp for a in [-87, 88]. Smaller inputs, minus infinity included, give 0; larger ones
+// give e^88. Cody and Waite's range reduction, then a Taylor polynomial of degree 7.
 VOX_INLINE vfloat exp(vfloat a) {
   const vint tiny = a < splat(-87.0f);
   a = select(a > splat(88.0f), splat(88.0f), select(tiny, splat(-87.0f), a));
@@ -272,7 +272,7 @@ VOX_INLINE vfloat exp(vfloat a) {
   return select(tiny, vfloat{}, as_float(as_uint(p) + exponent));
 }
 
-// log a within 3 ulp for positive normal a, by the series of atanh.
+// log(a) within 3 ulp for positive normal a, by the series of atanh.
 VOX_INLINE vfloat log(vfloat a) {
   // a = 2^exponent * fraction, fraction in [sqrt(1/2), sqrt(2))
   const vuint offset = as_uint(a) - 0x3f3504f3u;

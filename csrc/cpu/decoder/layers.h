@@ -1,15 +1,16 @@
-// One thread's part of a stack of layers, inside a run() of the team: what decode_backbone and
-// decode_depth share. Included by ISA passes too, which alone see Layers.
+// One thread's part of a stack of Llama layers inside a run() of the team, for decode_backbone and
+// decode_depth. Host and ISA passes include it; only ISA passes see Layers.
 //
-// A thread takes the same part of every matrix's rows each time. Where key/value heads can be
-// shared out evenly, it projects and attends with heads of its own, and all threads meet four times
-// a layer: after attention, o, gate and up, and down. Else parts of qkv are as equal as rows allow,
-// and all meet after qkv too. The norms are a few microseconds' work on data that every thread
-// needs next: each does them all, on residuals of its own. So it is with quantizing what a packed
-// weight is multiplied with, but for down's wide input, which is quantized where it is made.
+// A thread computes the same rows of every matrix at each step. If the key/value heads divide
+// evenly among the threads, a thread projects and attends with heads of its own, and there are four
+// barriers per layer: after attention, o, gate and up, and down. Otherwise the rows of qkv are
+// split as evenly as possible, with a fifth barrier after qkv. The norms take a few microseconds on
+// data that every thread needs next, so each thread computes all of them on its own copy of the
+// residual. The same holds for quantizing the input of a packed weight, except for down's wide
+// input, which each thread quantizes where it computes it.
 //
-// Results are rounded to the dtype where the composed ops would store them, so in float32 the
-// layers give what a composition of these ops gives, and no row depends on another.
+// Results are rounded to the dtype where the separate ops would store them, so in float32 the
+// layers equal the composition of those ops, and no row depends on another.
 #pragma once
 
 #include "common/arena.h"
@@ -19,10 +20,10 @@
 namespace voxkern {
 namespace {
 
-// What the threads share, for up to R rows.
+// Buffers shared by the threads, for up to R rows.
 template <typename T>
 struct LayerBuffers {
-  T* branch;    // [R, C], what is added to the residual
+  T* branch;    // [R, C], the next addend of the residual
   T* qkv;       // [R, (Hq + 2 Hkv) D]
   T* attended;  // [R, Hq D]
   T* gate_up;   // [R, 2F]
@@ -50,14 +51,14 @@ struct LayerBuffers {
 namespace voxkern {
 namespace {
 
-// What a thread has for itself, for up to R rows.
+// A thread's own buffers, for up to R rows.
 template <typename T>
 struct LayerRows {
   T* residual;  // [R, C]
   T* normed;    // [R, C]
   QuantizedRows quantized;
 
-  // The widest input of a projection besides the layers' own has `width` columns.
+  // `width`: columns of the widest input of project_part() outside the layers.
   LayerRows(Arena& arena, const LayersParams& p, int64_t R, int64_t width = 0)
       : quantized(arena, R, widest(p, width)) {
     residual = arena.take<T>(R * p.C);
@@ -81,38 +82,38 @@ class Layers {
         own_(own),
         rank_(rank),
         size_(size),
-        own_heads_(params.Hkv % size == 0 && params.D % kPartRows == 0) {}
+        owns_heads_(params.Hkv % size == 0 && params.D % kRowGrain == 0) {}
 
-  // Whether this thread itself projected all that its each_head() reads.
-  bool own_heads() const { return own_heads_; }
+  // True if this thread itself projected everything that its each_head() reads.
+  bool owns_heads() const { return owns_heads_; }
 
-  // f(b, kv_head) for this thread's share of B rows' key/value heads.
+  // Calls f(b, kv_head) for this thread's part of the key/value heads of B rows.
   template <typename F>
   void each_head(int64_t B, const F& f) const {
-    if (own_heads_) {
-      const Range mine = split(p_.Hkv, 1, rank_, size_);
+    if (owns_heads_) {
+      const Range mine = partition(p_.Hkv, 1, rank_, size_);
       for (int64_t b = 0; b < B; ++b)
         for (int64_t h = mine.begin; h < mine.end; ++h) f(b, h);
     } else {
-      const Range mine = split(B * p_.Hkv, 1, rank_, size_);
+      const Range mine = partition(B * p_.Hkv, 1, rank_, size_);
       for (int64_t i = mine.begin; i < mine.end; ++i) f(i / p_.Hkv, i % p_.Hkv);
     }
   }
 
-  // This thread's part of out [rows, N] = x [rows, C] times the transpose of matrix `at`.
-  void project_part(const T* x, int64_t rows, const Weight& weight, int64_t at, T* out) const {
+  // Computes this thread's part of out [rows, N] = x [rows, C] W^T, W = matrix `index` of `weight`.
+  void project_part(const T* x, int64_t rows, const Weight& weight, int64_t index, T* out) const {
     quantize_for(weight, x, rows);
-    project(x, own_.quantized, rows, weight, at, {part_of(weight.N)}, out);
+    project(x, own_.quantized, rows, weight, index, {part_of(weight.N)}, out);
   }
 
-  // From `rows` rows of own.residual to own.normed. attend(layer) does this thread's part of the
-  // attention, each_head() of it or all threads together, from shared.qkv to shared.attended.
+  // Runs all layers on `rows` rows, from own.residual to own.normed. attend(layer) computes this
+  // thread's part of the attention from shared.qkv to shared.attended.
   template <typename Attend>
   void run(int64_t rows, const Attend& attend) const {
     for (int64_t layer = 0; layer < p_.L; ++layer) {
       normalise(layer ? all_.branch : own_.residual, layer, p_.attn_norm, layer, rows);
       project_heads(layer, rows);
-      if (!own_heads_) Team::barrier();
+      if (!owns_heads_) Team::barrier();
       attend(layer);
       Team::barrier();
       project_part(all_.attended, rows, p_.o, layer, all_.branch);
@@ -128,8 +129,8 @@ class Layers {
   }
 
  private:
-  Range part_of(int64_t n, int64_t grain = kPartRows) const {
-    return split(n, grain, rank_, size_);
+  Range part_of(int64_t n, int64_t grain = kRowGrain) const {
+    return partition(n, grain, rank_, size_);
   }
 
   void quantize_for(const Weight& weight, const T* x, int64_t rows) const {
@@ -145,8 +146,8 @@ class Layers {
   }
 
   void project_heads(int64_t layer, int64_t rows) const {
-    if (!own_heads_) return project_part(own_.normed, rows, p_.qkv, layer, all_.qkv);
-    const Range mine = split(p_.Hkv, 1, rank_, size_);
+    if (!owns_heads_) return project_part(own_.normed, rows, p_.qkv, layer, all_.qkv);
+    const Range mine = partition(p_.Hkv, 1, rank_, size_);
     const int64_t begin = mine.begin * p_.D, end = mine.end * p_.D, group = p_.Hq / p_.Hkv;
     const int64_t k = p_.Hq * p_.D, v = k + p_.Hkv * p_.D;
     const Range q_rows = {begin * group, end * group};
@@ -155,11 +156,11 @@ class Layers {
             {q_rows, Range{k + begin, k + end}, Range{v + begin, v + end}}, all_.qkv);
   }
 
-  // A thread's gate rows and the up rows that they are multiplied with are both its own.
+  // A thread computes its gate rows and the up rows that multiply them.
   void gate_and_up(int64_t layer, int64_t rows) const {
     const int64_t F = p_.F;
     const bool packed_down = p_.down.format != Format::plain;
-    const Range gates = part_of(F, packed_down ? kGroup : kPartRows);
+    const Range gates = part_of(F, packed_down ? kGroup : kRowGrain);
     const Range ups = {F + gates.begin, F + gates.end};
     quantize_for(p_.gate_up, own_.normed, rows);
     project(own_.normed, own_.quantized, rows, p_.gate_up, layer, {gates, ups}, all_.gate_up);
@@ -177,7 +178,7 @@ class Layers {
   const LayerBuffers<T> all_;
   const LayerRows<T> own_;
   const int rank_, size_;
-  const bool own_heads_;
+  const bool owns_heads_;
 };
 
 }  // namespace
