@@ -20,6 +20,7 @@ from voxkern import backend
 from voxkern.backend import implementation
 
 
+@pytest.mark.slow
 def test_gpu_benches_rehearsed():
     """The GPU timing code on CPU tensors of a tiny model: every case is called and gets a row."""
     timer, config, report = timer_for("cuda", rehearse=True), config_for(rehearse=True), Report()
