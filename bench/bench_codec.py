@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import roofline
 import torch
-from csm_1b import FRAME_MS, num_tensor_bytes
+from csm_1b_shapes import FRAME_MS, num_tensor_bytes
 from report import Report
 from transformers import MimiConfig, MimiModel
 from transformers.cache_utils import DynamicCache

@@ -20,8 +20,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from backends import PERSISTENT, compared, comparison, on
-from csm_1b import CACHED, FRAME_MS, frame_bytes
+from bench_backends import PERSISTENT, compared, comparison, on
+from csm_1b_shapes import CACHED, FRAME_MS, frame_bytes
 from machine import last_cache_bytes
 from report import Report
 from timing import CpuTimer, GpuTimer

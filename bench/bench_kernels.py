@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 import torch
-from backends import PERSISTENT, TORCH, compared, comparison, on, served_by
+from bench_backends import PERSISTENT, TORCH, compared, comparison, on, served_by
 from codec_cases import codec_cases
 from kernel_case import Case
 from kernel_cases import cases

@@ -20,7 +20,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from csm_1b import CSM_1B, TEXT_ROWS, frame_bytes
+from csm_1b_shapes import CSM_1B, TEXT_ROWS, frame_bytes
 from report import Report
 from torch import Tensor
 

@@ -15,7 +15,7 @@ import time
 import torch
 from bench_codec import our_codecs, random_model
 from bench_frame import PRECISIONS, our_model
-from csm_1b import CACHED, FRAME_MS, frame_bytes
+from csm_1b_shapes import CACHED, FRAME_MS, frame_bytes
 from report import Report
 from timing import CpuTimer, GpuTimer
 

@@ -7,7 +7,7 @@ import copy
 import functools
 
 import torch
-from backends import on
+from bench_backends import on
 from kernel_case import Case
 
 from vox_serve.mimi import Mimi

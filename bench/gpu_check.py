@@ -50,7 +50,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import gpu_needs
+import gpu_requirements
 from gpu_results import card, counts_of, headlines, pack_logs
 
 ROOT = Path(__file__).parents[1]
@@ -135,7 +135,7 @@ class Check:
         return self.summary()
 
     def build(self, stage: Stage) -> None:
-        if missing := gpu_needs.missing():
+        if missing := gpu_requirements.missing():
             stage.result, stage.what = "failed", f"not here: {', '.join(missing)}"
             return
         torch_path = Path(importlib.util.find_spec("torch").origin).parent
@@ -161,12 +161,13 @@ class Check:
             lines = (WORK / "machine.log").read_text().splitlines()
             self.about = json.loads(next(line for line in lines if line.startswith("{")))
         stage.details["versions"] = {
-            name: gpu_needs.version_of(name) for name in ("nvcc", "cmake", "compute-sanitizer")
+            name: gpu_requirements.version_of(name)
+            for name in ("nvcc", "cmake", "compute-sanitizer")
         }
         stage.result, stage.what = "passed", f"for {self.args.arch or 'the GPU that is here'}"
-        if absent := gpu_needs.absent():
+        if absent := gpu_requirements.absent():
             stage.what += f"; absent, so some tests are skipped: {', '.join(absent)}"
-        if others := gpu_needs.other_versions():
+        if others := gpu_requirements.other_versions():
             stage.what += f"; not as pyproject.toml wants, so tests may fail: {', '.join(others)}"
 
     def ops(self, stage: Stage) -> None:
@@ -392,7 +393,7 @@ def main() -> int:
     # A shell that starts this in the background has SIGINT ignored, and so would all children.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
-    gpu_needs.add_usual_places()
+    gpu_requirements.add_usual_places()
     return Check(args).run()
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from csm_1b import num_tensor_bytes, transformer_bytes
+from csm_1b_shapes import num_tensor_bytes, transformer_bytes
 from kernel_case import Case
 from torch import Tensor
 

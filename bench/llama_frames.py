@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
-from csm_1b import CACHED, FrameBytes
+from csm_1b_shapes import CACHED, FrameBytes
 
 from vox_serve.model_config import CsmConfig, TransformerConfig
 

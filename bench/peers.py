@@ -25,7 +25,7 @@ from functools import cache
 from pathlib import Path
 
 import roofline
-from csm_1b import FRAME_MS, FrameBytes
+from csm_1b_shapes import FRAME_MS, FrameBytes
 from machine import cache_bytes, memory_bytes
 from report import Report
 

@@ -61,10 +61,10 @@ import argparse
 import statistics
 from pathlib import Path
 
-import backends
+import bench_backends
 import machine
 import torch
-from csm_1b import config_for
+from csm_1b_shapes import config_for
 from report import Report
 from timing import CpuTimer, GpuTimer, timer_for
 
@@ -115,7 +115,9 @@ def main() -> None:
         parser.error("--device cuda: torch sees no GPU here")
     if args.backend:
         try:
-            args.backend = backends.chosen(args.backend, "cpu" if args.rehearse else args.device)
+            args.backend = bench_backends.chosen(
+                args.backend, "cpu" if args.rehearse else args.device
+            )
         except ValueError as error:
             parser.error(f"--backend {error}")
         force(args.backend[0])
@@ -167,7 +169,7 @@ def run(report: Report, args: argparse.Namespace, timer: CpuTimer | GpuTimer, on
 
     ours: list[str | None] = [None]
     if on_gpu and backend_for(timer.device, "decode_depth") == "native":
-        ours.append(backends.PERSISTENT)
+        ours.append(bench_backends.PERSISTENT)
     if "roofline" in chosen:
         import roofline
 
@@ -175,7 +177,7 @@ def run(report: Report, args: argparse.Namespace, timer: CpuTimer | GpuTimer, on
     if "frame" in chosen:
         import bench_frame
 
-        beside = [name for name in args.backend or ours if name != backends.TORCH]
+        beside = [name for name in args.backend or ours if name != bench_backends.TORCH]
         peer = not args.no_peer
         bench_frame.run(report, timer, config, precisions, batches("frame"), peer, beside)
     if "kernels" in chosen:
@@ -183,7 +185,7 @@ def run(report: Report, args: argparse.Namespace, timer: CpuTimer | GpuTimer, on
 
         ops = args.ops.split(",") if args.ops else None
         dtypes = [getattr(torch, name) for name in names]
-        beside = args.backend or [*ours, backends.TORCH]
+        beside = args.backend or [*ours, bench_backends.TORCH]
         packed = [int(b) for b in args.packed_batch.split(",")] if args.packed_batch else None
         bench_kernels.run(report, timer, config, dtypes, batches("kernels"), ops, beside, packed)
     if "codec" in chosen:

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import torch
 import transformers
-from csm_1b import CACHED
+from csm_1b_shapes import CACHED
 
 from vox_serve.csm_weights import CsmWeights
 from vox_serve.model_config import CsmConfig

@@ -31,7 +31,7 @@ from triton.runtime.jit import JITFunction
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 from bench_codec import our_codecs, random_model
-from csm_1b import CSM_1B
+from csm_1b_shapes import CSM_1B
 
 from vox_serve.csm_weights import CsmWeights
 from vox_serve.kv_cache import CacheBatch, CacheSequence, KvCache

@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from backends import on
+from bench_backends import on
 from bench_frame import OurFrames, our_model
-from csm_1b import config_for
+from csm_1b_shapes import config_for
 from timing import GpuTimer
 
 from checkpoints import build_tiny

@@ -12,7 +12,7 @@ import peers
 import pytest
 import torch
 from bench_quantization import Speech, divergence, packed, random_speech, teacher_forced
-from csm_1b import CSM_1B, FrameBytes, frame_bytes
+from csm_1b_shapes import CSM_1B, FrameBytes, frame_bytes
 from llama_frames import BITS, HEAD_ROWS, gguf_shapes, llama_frame_bytes
 from peers import GROUPS, Peer, Rounds, order, ratio
 from roofline import working_sets

@@ -5,13 +5,13 @@ import copy
 import json
 from collections.abc import Callable
 
-import backends
+import bench_backends
 import bench_frame
 import bench_kernels
 import pytest
 import torch
 from codec_cases import codec_cases
-from csm_1b import config_for
+from csm_1b_shapes import config_for
 from report import Report
 from timing import GpuTimer, Rehearsal, timer_for
 
@@ -87,7 +87,7 @@ def test_a_frame_on_two_backends():
 def test_the_persistent_depth_decoder_has_its_own_column():
     """It fills in batches that the kernel supports, and for kernels only decode_depth's rows."""
     timer, config, report = timer_for("cuda", rehearse=True), config_for(rehearse=True), Report()
-    beside = [None, backends.PERSISTENT]
+    beside = [None, bench_backends.PERSISTENT]
     batches = [1, PERSISTENT_ROWS + 1]
     bench_frame.run(report, timer, config, ["float32"], batches, peer=False, backends=beside)
     ops = ["rms_norm", "decode_depth"]
@@ -114,7 +114,7 @@ def test_a_frame_that_the_watchdog_ended_is_not_timed(monkeypatch):
 
     monkeypatch.setattr(CsmModel, "draw_frames", draw)
     timer, config, report = timer_for("cuda", rehearse=True), config_for(rehearse=True), Report()
-    beside = ["native", backends.PERSISTENT]
+    beside = ["native", bench_backends.PERSISTENT]
     bench_frame.run(report, timer, config, ["float32"], [1], peer=False, backends=beside)
     tables = json.loads(report.json())
     assert len(persistent_calls) == 2
@@ -217,7 +217,7 @@ def test_rows_are_saved_as_they_are_added(tmp_path):
 )
 def test_backends_that_cannot_be_measured(names, reason, monkeypatch):
     monkeypatch.setattr(
-        backends,
+        bench_backends,
         "why_missing",
         lambda name, device: {
             "native": None,
@@ -225,9 +225,9 @@ def test_backends_that_cannot_be_measured(names, reason, monkeypatch):
         }.get(name, "there is no such backend: choose one of native, triton, reference"),
     )
     with pytest.raises(ValueError, match=reason):
-        backends.chosen(names, "cpu")
-    assert backends.chosen("native,torch,native", "cpu") == ["native", "torch"]
-    assert backends.chosen("native,persistent", "cpu") == ["native", "persistent"]
+        bench_backends.chosen(names, "cpu")
+    assert bench_backends.chosen("native,torch,native", "cpu") == ["native", "torch"]
+    assert bench_backends.chosen("native,persistent", "cpu") == ["native", "persistent"]
 
 
 def test_calls_that_cannot_be_captured_are_timed_without_a_graph():

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import gpu_check
-import gpu_needs
+import gpu_requirements
 import gpu_sanitize
 import pytest
 import torch
@@ -113,7 +113,7 @@ def test_a_run_with_every_stage_passed_succeeds(tmp_path, monkeypatch):
 
 
 def test_a_failed_build_skips_the_other_stages(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_needs, "NEEDED_PROGRAMS", ("no-such-program",))
+    monkeypatch.setattr(gpu_requirements, "NEEDED_PROGRAMS", ("no-such-program",))
     monkeypatch.setenv("PATH", "")
     code, stages = checked(tmp_path, monkeypatch, "build", "kernels")
     assert code == 1
@@ -123,9 +123,9 @@ def test_a_failed_build_skips_the_other_stages(tmp_path, monkeypatch):
 
 def test_versions_outside_pyprojects_ranges_are_listed(tmp_path, monkeypatch):
     here = {"torch": "2.11.0+cu130", "tokenizers": "0.20", "transformers": "5.17.0"}
-    monkeypatch.setattr(gpu_needs, "version", here.__getitem__)
-    monkeypatch.setattr(gpu_needs, "PackageNotFoundError", KeyError)
-    assert gpu_needs.other_versions() == [
+    monkeypatch.setattr(gpu_requirements, "version", here.__getitem__)
+    monkeypatch.setattr(gpu_requirements, "PackageNotFoundError", KeyError)
+    assert gpu_requirements.other_versions() == [
         "tokenizers 0.20 for >=0.21",
         "transformers 5.17.0 for <6,>=5.18",
     ]
@@ -136,9 +136,11 @@ def test_the_build_reports_absent_and_unsupported_packages(tmp_path, monkeypatch
         def command(self, stage, command, log=None):
             return 0
 
-    monkeypatch.setattr(gpu_needs, "missing", list)
-    monkeypatch.setattr(gpu_needs, "absent", lambda: ["soxr"])
-    monkeypatch.setattr(gpu_needs, "other_versions", lambda: ["transformers 5.17.0 for >=5.18"])
+    monkeypatch.setattr(gpu_requirements, "missing", list)
+    monkeypatch.setattr(gpu_requirements, "absent", lambda: ["soxr"])
+    monkeypatch.setattr(
+        gpu_requirements, "other_versions", lambda: ["transformers 5.17.0 for >=5.18"]
+    )
     monkeypatch.setitem(globals(), "Checked", Built)
     _, (stage,) = checked(tmp_path, monkeypatch, "build")
     assert stage["result"] == "passed"
@@ -148,8 +150,8 @@ def test_the_build_reports_absent_and_unsupported_packages(tmp_path, monkeypatch
 
 def test_programs_next_to_the_interpreter_are_found(monkeypatch):
     monkeypatch.setenv("PATH", "/bin")
-    gpu_needs.add_usual_places()
-    assert gpu_needs.os.environ["PATH"].split(":") == [
+    gpu_requirements.add_usual_places()
+    assert gpu_requirements.os.environ["PATH"].split(":") == [
         *(str(Path(sys.executable).parent), "/bin", "/usr/local/cuda/bin")
     ]
 
