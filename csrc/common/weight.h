@@ -1,14 +1,13 @@
 // The weight of a linear layer, as every GEMM takes it: plain, or packed by voxkern/quantize.py
 // into blocks of 16 rows, each read from first byte to last. Rows past N are zeros.
 //
-//   int8: int8 [..., N / 16, 16 C + 64]. Byte 64 i + 4 r + c is row r, column 4 i + c. Then the 16
-//     row scales in float32.
-//   int4: uint8 [..., N / 16, 8 C + C / 2 + 64]. Byte 64 i + 4 r + c holds row r's column 8 i + c
-//   in
-//     its low half and column 8 i + 4 + c in its high half, both stored plus 8. Byte 16 g + r of
-//     the next C / 2 is the scale of row r's columns 32 g .. 32 g + 31: one sign bit, 3 bits of
-//     exponent and 4 of mantissa, (-1)^s 2^(e - 7) (1 + m / 16). Then the 16 row scales in float32,
-//     by which the group scales are multiplied.
+//   int8: int8 [..., N / 16, 16 C + 64]. Byte 64 i + 4 r + c is row r, column 4 i + c. The 16 row
+//     scales follow in float32.
+//   int4: uint8 [..., N / 16, 8 C + C / 2 + 64]. Byte 64 i + 4 r + c holds row r's columns 8 i + c
+//     (low half) and 8 i + 4 + c (high half), both stored plus 8. Byte 16 g + r of the next C / 2
+//     is the scale of row r's columns 32 g .. 32 g + 31: a sign, 3 bits of exponent, 4 of mantissa,
+//     (-1)^s 2^(e - 7) (1 + m / 16). The 16 row scales follow in float32; they multiply the group
+//     scales.
 #pragma once
 
 #include "common/dtype.h"

@@ -1,7 +1,7 @@
 // Online softmax and page lookup, shared by the attention ops. Only ISA passes include it.
 #pragma once
 
-#include "cpu/simd/vec.h"
+#include "cpu/simd/math.h"
 
 namespace voxkern {
 namespace {

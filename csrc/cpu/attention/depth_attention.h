@@ -2,7 +2,7 @@
 // over all of them. Only ISA passes include it.
 #pragma once
 
-#include "cpu/simd/vec.h"
+#include "cpu/simd/math.h"
 
 namespace voxkern {
 namespace {

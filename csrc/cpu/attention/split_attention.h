@@ -147,18 +147,18 @@ template <typename T>
 class SplitAttention {
  public:
   SplitAttention(const DecodeAttentionParams& params, const SplitBuffers& buffers)
-      : p_(params), all_(buffers), group_(params.Hq / params.Hkv), width_(padded(params.D)) {}
+      : p_(params), shared_(buffers), group_(params.Hq / params.Hkv), width_(padded(params.D)) {}
 
   // Floats of scratch that a thread needs.
   static int64_t scratch_size(const DecodeAttentionParams& p) { return p.Hq / p.Hkv * padded(p.D); }
 
   // Computes this thread's part of all splits. A barrier must follow before combine_part().
   void attend_part(int rank, int size, float* scratch) const {
-    const Range mine = partition(all_.first_split[p_.B] * p_.Hkv, 1, rank, size);
+    const Range mine = partition(shared_.first_split[p_.B] * p_.Hkv, 1, rank, size);
     int64_t b = 0;
     for (int64_t item = mine.begin; item < mine.end; ++item) {
-      while (all_.first_split[b + 1] * p_.Hkv <= item) ++b;
-      attend(b, item % p_.Hkv, item / p_.Hkv - all_.first_split[b], scratch);
+      while (shared_.first_split[b + 1] * p_.Hkv <= item) ++b;
+      attend(b, item % p_.Hkv, item / p_.Hkv - shared_.first_split[b], scratch);
     }
   }
 
@@ -178,9 +178,9 @@ class SplitAttention {
   // Computes one split of sequence b for the query heads of key/value head h.
   void attend(int64_t b, int64_t h, int64_t index, float* scratch) const {
     scale_queries(b, h, scratch);
-    const int64_t at = ((all_.first_split[b] + index) * p_.Hkv + h) * group_;
-    for (int64_t g = 0; g < group_; ++g) all_.states[at + g] = {};
-    __builtin_memset(all_.sums + at * width_, 0, group_ * width_ * sizeof(float));
+    const int64_t at = ((shared_.first_split[b] + index) * p_.Hkv + h) * group_;
+    for (int64_t g = 0; g < group_; ++g) shared_.states[at + g] = {};
+    __builtin_memset(shared_.sums + at * width_, 0, group_ * width_ * sizeof(float));
 
     const int64_t length = p_.seq_lens[b], first = index * kSplit;
     const int64_t end = length < first + kSplit ? length : first + kSplit;
@@ -195,7 +195,7 @@ class SplitAttention {
         prefetch(next.keys[j], p_.D);
         prefetch(next.values[j], p_.D);
       }
-      attend_group(scratch, block, count, all_.states + at, all_.sums + at * width_);
+      attend_group(scratch, block, count, shared_.states + at, shared_.sums + at * width_);
     }
   }
 
@@ -232,19 +232,19 @@ class SplitAttention {
     T* out = static_cast<T*>(p_.out) + (b * p_.Hq + head) * p_.D;
     const int64_t n = num_splits(p_.seq_lens[b]);
     const auto row = [&](int64_t split) {
-      return ((all_.first_split[b] + split) * p_.Hkv + head / group_) * group_ + head % group_;
+      return ((shared_.first_split[b] + split) * p_.Hkv + head / group_) * group_ + head % group_;
     };
     float largest = -__builtin_inff(), sum = 0;
     for (int64_t split = 0; split < n; ++split)
-      largest =
-          all_.states[row(split)].largest > largest ? all_.states[row(split)].largest : largest;
+      largest = shared_.states[row(split)].largest > largest ? shared_.states[row(split)].largest
+                                                             : largest;
     for (int64_t split = 0; split < n; ++split)
-      sum += all_.states[row(split)].sum * exp_one(all_.states[row(split)].largest - largest);
+      sum += shared_.states[row(split)].sum * exp_one(shared_.states[row(split)].largest - largest);
     for (int64_t i = 0; i < p_.D; i += kWidth) {
       vfloat total{};
       for (int64_t split = 0; split < n; ++split)
-        total = fma(load(all_.sums + row(split) * width_ + i),
-                    splat(exp_one(all_.states[row(split)].largest - largest)), total);
+        total = fma(load(shared_.sums + row(split) * width_ + i),
+                    splat(exp_one(shared_.states[row(split)].largest - largest)), total);
       if (n) total = total / splat(sum);
       if (i + kWidth <= p_.D)
         store(out + i, total);
@@ -271,7 +271,7 @@ class SplitAttention {
   }
 
   const DecodeAttentionParams& p_;
-  const SplitBuffers all_;
+  const SplitBuffers shared_;
   const int64_t group_, width_;
 };
 

@@ -78,7 +78,7 @@ class Layers {
   Layers(const LayersParams& params, const LayerBuffers<T>& shared, const LayerRows<T>& own,
          int rank, int size)
       : p_(params),
-        all_(shared),
+        shared_(shared),
         own_(own),
         rank_(rank),
         size_(size),
@@ -111,21 +111,21 @@ class Layers {
   template <typename Attend>
   void run(int64_t rows, const Attend& attend) const {
     for (int64_t layer = 0; layer < p_.L; ++layer) {
-      normalise(layer ? all_.branch : own_.residual, layer, p_.attn_norm, layer, rows);
+      normalise(layer ? shared_.branch : own_.residual, layer, p_.attn_norm, layer, rows);
       project_heads(layer, rows);
       if (!owns_heads_) Team::barrier();
       attend(layer);
       Team::barrier();
-      project_part(all_.attended, rows, p_.o, layer, all_.branch);
+      project_part(shared_.attended, rows, p_.o, layer, shared_.branch);
       Team::barrier();
-      normalise(all_.branch, true, p_.mlp_norm, layer, rows);
+      normalise(shared_.branch, true, p_.mlp_norm, layer, rows);
       gate_and_up(layer, rows);
       Team::barrier();
-      project(all_.product, all_.quantized_product, rows, p_.down, layer, {part_of(p_.C)},
-              all_.branch);
+      project(shared_.product, shared_.quantized_product, rows, p_.down, layer, {part_of(p_.C)},
+              shared_.branch);
       Team::barrier();
     }
-    normalise(p_.L ? all_.branch : own_.residual, p_.L, p_.norm, 0, rows);
+    normalise(p_.L ? shared_.branch : own_.residual, p_.L, p_.norm, 0, rows);
   }
 
  private:
@@ -146,14 +146,14 @@ class Layers {
   }
 
   void project_heads(int64_t layer, int64_t rows) const {
-    if (!owns_heads_) return project_part(own_.normed, rows, p_.qkv, layer, all_.qkv);
+    if (!owns_heads_) return project_part(own_.normed, rows, p_.qkv, layer, shared_.qkv);
     const Range mine = partition(p_.Hkv, 1, rank_, size_);
     const int64_t begin = mine.begin * p_.D, end = mine.end * p_.D, group = p_.Hq / p_.Hkv;
     const int64_t k = p_.Hq * p_.D, v = k + p_.Hkv * p_.D;
     const Range q_rows = {begin * group, end * group};
     quantize_for(p_.qkv, own_.normed, rows);
     project(own_.normed, own_.quantized, rows, p_.qkv, layer,
-            {q_rows, Range{k + begin, k + end}, Range{v + begin, v + end}}, all_.qkv);
+            {q_rows, Range{k + begin, k + end}, Range{v + begin, v + end}}, shared_.qkv);
   }
 
   // A thread computes its gate rows and the up rows that multiply them.
@@ -163,19 +163,19 @@ class Layers {
     const Range gates = part_of(F, packed_down ? kGroup : kRowGrain);
     const Range ups = {F + gates.begin, F + gates.end};
     quantize_for(p_.gate_up, own_.normed, rows);
-    project(own_.normed, own_.quantized, rows, p_.gate_up, layer, {gates, ups}, all_.gate_up);
+    project(own_.normed, own_.quantized, rows, p_.gate_up, layer, {gates, ups}, shared_.gate_up);
     for (int64_t i = 0; i < rows; ++i) {
-      const T* const row = all_.gate_up + i * 2 * F;
-      silu_mul_row(row + gates.begin, row + ups.begin, all_.product + i * F + gates.begin,
+      const T* const row = shared_.gate_up + i * 2 * F;
+      silu_mul_row(row + gates.begin, row + ups.begin, shared_.product + i * F + gates.begin,
                    gates.end - gates.begin);
       if (packed_down)
-        quantize(all_.product, all_.quantized_product, rows, F, i * F + gates.begin,
+        quantize(shared_.product, shared_.quantized_product, rows, F, i * F + gates.begin,
                  i * F + gates.end);
     }
   }
 
   const LayersParams& p_;
-  const LayerBuffers<T> all_;
+  const LayerBuffers<T> shared_;
   const LayerRows<T> own_;
   const int rank_, size_;
   const bool owns_heads_;

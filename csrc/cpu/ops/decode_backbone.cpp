@@ -43,7 +43,7 @@ class Worker {
   Worker(const DecodeBackboneParams& params, const Shared<T>& shared, const Private<T>& own,
          int rank, int size)
       : p_(params),
-        all_(shared),
+        shared_(shared),
         own_(own),
         rank_(rank),
         size_(size),
@@ -61,8 +61,8 @@ class Worker {
  private:
   void attend(int64_t layer) const {
     const DecodeAttentionParams params =
-        attention_params(p_, layer, all_.layers.qkv, all_.layers.attended);
-    const SplitAttention<T> attention(params, all_.splits);
+        attention_params(p_, layer, shared_.layers.qkv, shared_.layers.attended);
+    const SplitAttention<T> attention(params, shared_.splits);
     layers_.each_head(p_.B, [&](int64_t b, int64_t h) { append(layer, b, h); });
     if (layers_.owns_heads()) {
       layers_.each_head(p_.B,
@@ -80,7 +80,7 @@ class Worker {
     const LayersParams& l = p_.layers;
     const int64_t D = l.D, group = l.Hq / l.Hkv, slot = p_.slots[b];
     const float* const table = l.rope_table + p_.positions[b] * D;
-    T* const row = all_.layers.qkv + b * (l.Hq + 2 * l.Hkv) * D;
+    T* const row = shared_.layers.qkv + b * (l.Hq + 2 * l.Hkv) * D;
     for (int64_t head = h * group; head < (h + 1) * group; ++head)
       rotate(row + head * D, table, D, row + head * D);
     if (slot < 0) return;
@@ -91,7 +91,7 @@ class Worker {
   }
 
   const DecodeBackboneParams& p_;
-  const Shared<T> all_;
+  const Shared<T> shared_;
   const Private<T> own_;
   const int rank_, size_;
   const Layers<T> layers_;

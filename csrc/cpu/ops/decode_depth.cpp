@@ -59,7 +59,7 @@ class Worker {
   Worker(const DecodeDepthParams& params, const Shared<T>& shared, const Private<T>& own, int rank,
          int size)
       : p_(params),
-        all_(shared),
+        shared_(shared),
         own_(own),
         rank_(rank),
         size_(size),
@@ -67,7 +67,7 @@ class Worker {
 
   void frame() const {
     const T* const hidden = static_cast<const T*>(p_.hidden);
-    layers_.project_part(hidden, p_.B, p_.projection, 0, all_.layers.branch);
+    layers_.project_part(hidden, p_.B, p_.projection, 0, shared_.layers.branch);
     // The inputs of positions 0 and 1 are known from the start: they share one pass.
     for (int64_t position = 0, n = 2; position < p_.K; position += n, n = 1) {
       Team::barrier();
@@ -84,7 +84,7 @@ class Worker {
 
   // Row b's input of a position: the projected hidden state at 0, then the embeddings of codes.
   const T* input(int64_t position, int64_t b) const {
-    if (position == 0) return all_.layers.branch + b * p_.layers.C;
+    if (position == 0) return shared_.layers.branch + b * p_.layers.C;
     const int64_t codebook = position - 1, code = p_.out[b * p_.K + codebook];
     return static_cast<const T*>(p_.audio_rows) + (codebook * p_.V + code) * p_.layers.C;
   }
@@ -95,18 +95,18 @@ class Worker {
     const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(D));
     layers_.each_head(p_.B, [&](int64_t b, int64_t kv_head) {
       const int64_t cache = ((layer * p_.B + b) * l.Hkv + kv_head) * p_.K * D;
-      T* const k = all_.k_cache + cache;
-      T* const v = all_.v_cache + cache;
+      T* const k = shared_.k_cache + cache;
+      T* const v = shared_.v_cache + cache;
       for (int64_t t = position; t < position + n; ++t) {
         const int64_t row = (t - position) * p_.B + b;
-        const T* const q = all_.layers.qkv + row * heads * D;
+        const T* const q = shared_.layers.qkv + row * heads * D;
         const float* const table = l.rope_table + t * D;
         rotate(q + (l.Hq + kv_head) * D, table, D, k + t * D);
         copy(q + (l.Hq + l.Hkv + kv_head) * D, v + t * D, D);
         for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
           rotate(q + head * D, table, D, own_.query);
           attend_row(own_.query, k, v, t + 1, D, scale, own_.scores,
-                     all_.layers.attended + (row * l.Hq + head) * D);
+                     shared_.layers.attended + (row * l.Hq + head) * D);
         }
       }
     });
@@ -115,17 +115,17 @@ class Worker {
   // Draws the codes of `codebook` from the last B rows of the pass.
   void draw(int64_t codebook) const {
     const T* const last = own_.rows.normed + (codebook == 1 ? p_.B * p_.layers.C : 0);
-    layers_.project_part(last, p_.B, p_.heads, codebook - 1, all_.logits);
+    layers_.project_part(last, p_.B, p_.heads, codebook - 1, shared_.logits);
     Team::barrier();
     const Range mine = partition(p_.B, 1, rank_, size_);
     for (int64_t b = mine.begin; b < mine.end; ++b) {
       const SamplerRow row = sampler_row(p_, b, codebook);
-      p_.out[b * p_.K + codebook] = sample_row(all_.logits + b * p_.V, p_.V, row, own_.sampler);
+      p_.out[b * p_.K + codebook] = sample_row(shared_.logits + b * p_.V, p_.V, row, own_.sampler);
     }
   }
 
   const DecodeDepthParams& p_;
-  const Shared<T> all_;
+  const Shared<T> shared_;
   const Private<T> own_;
   const int rank_, size_;
   const Layers<T> layers_;

@@ -6,6 +6,7 @@
 #include "cpu/attention/split_attention.h"
 #include "cpu/gemm/operand.h"
 #include "cpu/simd/activation.h"
+#include "cpu/simd/norm.h"
 #include "cpu/simd/rotary.h"
 
 // One run() of the team computes all layers. A thread computes the same rows of every matrix, and
@@ -53,27 +54,6 @@ struct Private {
         sums(arena.take<float>(padded(p.D))) {}
 };
 
-inline void layer_norm_row(const float* x, const float* scale, const float* bias, float* out,
-                           int64_t C, float eps) {
-  const auto sum = [&](auto value) {
-    vfloat sums{};
-    int64_t i = 0;
-    for (; i + kWidth <= C; i += kWidth) sums += value(load(x + i));
-    float rest[kWidth] = {};
-    for (int64_t j = 0; i + j < C; ++j) rest[j] = value(splat(x[i + j]))[0];
-    return reduce_add(sums + load(rest)) / static_cast<float>(C);
-  };
-  const vfloat mean = splat(sum([](vfloat v) { return v; }));
-  const float variance = sum([&](vfloat v) { return (v - mean) * (v - mean); });
-  const vfloat factor = splat(1.0f / __builtin_sqrtf(variance + eps));
-  int64_t i = 0;
-  for (; i + kWidth <= C; i += kWidth)
-    store(out + i, fma((load(x + i) - mean) * factor, load(scale + i), load(bias + i)));
-  if (const int64_t n = C - i)
-    store_n(out + i,
-            fma((load_n(x + i, n) - mean) * factor, load_n(scale + i, n), load_n(bias + i, n)), n);
-}
-
 inline void add_row(float* x, const float* y, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] += y[i];
 }
@@ -81,28 +61,28 @@ inline void add_row(float* x, const float* y, int64_t n) {
 class Worker {
  public:
   Worker(const Params& p, const Shared& all, const Private& own, int rank, int size)
-      : p_(p), all_(all), own_(own), rank_(rank), size_(size), rows_(p.B * p.T) {}
+      : p_(p), shared_(all), own_(own), rank_(rank), size_(size), rows_(p.B * p.T) {}
 
   void run() const {
     __builtin_memcpy(own_.residual, p_.x, rows_ * p_.C * sizeof(float));
     for (int64_t layer = 0; layer < p_.L; ++layer) {
       normalise(layer, 0);
       own_.for_qkv.prepare(p_.qkv, rows_, 0, rows_ * p_.C);
-      project_part(own_.for_qkv, p_.qkv, layer, p_.qkv_bias, all_.qkv);
+      project_part(own_.for_qkv, p_.qkv, layer, p_.qkv_bias, shared_.qkv);
       Team::barrier();
       attend(layer);
       Team::barrier();
       own_.for_o.prepare(p_.o, rows_, 0, rows_ * p_.o.C);
-      project_part(own_.for_o, p_.o, layer, p_.o_bias, all_.branch);
+      project_part(own_.for_o, p_.o, layer, p_.o_bias, shared_.branch);
       Team::barrier();
-      add_row(own_.residual, all_.branch, rows_ * p_.C);
+      add_row(own_.residual, shared_.branch, rows_ * p_.C);
       normalise(layer, 2);
       own_.for_up.prepare(p_.up, rows_, 0, rows_ * p_.C);
       activate(layer);
       Team::barrier();
-      project_part(all_.activated, p_.down, layer, nullptr, all_.branch);
+      project_part(shared_.activated, p_.down, layer, nullptr, shared_.branch);
       Team::barrier();
-      add_row(own_.residual, all_.branch, rows_ * p_.C);
+      add_row(own_.residual, shared_.branch, rows_ * p_.C);
     }
     const Range mine = partition(rows_, 1, rank_, size_);
     __builtin_memcpy(p_.out + mine.begin * p_.C, own_.residual + mine.begin * p_.C,
@@ -131,10 +111,10 @@ class Worker {
   void activate(int64_t layer) const {
     const Range part = partition(p_.F, kGroup, rank_, size_);
     const int64_t n = part.end - part.begin;
-    project(own_.for_up, rows_, p_.up, layer, part, all_.activated.plain);
+    project(own_.for_up, rows_, p_.up, layer, part, shared_.activated.plain);
     for (int64_t r = 0; r < rows_; ++r) {
       const int64_t at = r * p_.F + part.begin;
-      float* const row = all_.activated.plain + at;
+      float* const row = shared_.activated.plain + at;
       switch (p_.activation) {
         case Activation::gelu: for_each_vector(row, n, [](vfloat v) { return gelu(v); }); break;
         case Activation::gelu_tanh:
@@ -143,7 +123,7 @@ class Worker {
         case Activation::relu: for_each_vector(row, n, [](vfloat v) { return relu(v); }); break;
         case Activation::silu: for_each_vector(row, n, [](vfloat v) { return silu(v); }); break;
       }
-      all_.activated.prepare(p_.down, rows_, at, at + n);
+      shared_.activated.prepare(p_.down, rows_, at, at + n);
     }
   }
 
@@ -158,7 +138,7 @@ class Worker {
     const int64_t ring = ((b * p_.L + layer) * p_.Hkv + h) * p_.capacity * D;
     float *const keys = p_.keys + ring, *const values = p_.values + ring;
     for (int64_t t = 0; t < p_.T; ++t) {
-      const float* const row = all_.qkv + (b * p_.T + t) * p_.qkv.N;
+      const float* const row = shared_.qkv + (b * p_.T + t) * p_.qkv.N;
       const int64_t at = (position + t) % p_.capacity * D;
       rotate(row + (p_.Hq + h) * D, p_.rotations + (b * p_.T + t) * D, D, keys + at);
       __builtin_memcpy(values + at, row + (p_.Hq + p_.Hkv + h) * D, D * sizeof(float));
@@ -175,7 +155,7 @@ class Worker {
                     int64_t count, bool first) const {
     const int64_t D = p_.D, width = padded(D);
     for (int64_t i = 0; i < width; ++i) own_.query[i] = own_.sums[i] = 0;
-    rotate(all_.qkv + r * p_.qkv.N + head * D, p_.rotations + r * D, D, own_.query);
+    rotate(shared_.qkv + r * p_.qkv.N + head * D, p_.rotations + r * D, D, own_.query);
     for (int64_t i = 0; i < D; ++i) own_.query[i] *= p_.scale;
     // The element of the window's key i; the window may wrap around the end of the ring.
     const auto element_of = [&](int64_t i) {
@@ -188,7 +168,7 @@ class Worker {
       for (int64_t j = 0; j < n + kDots; ++j)
         block.keys[j] = keys + element_of(begin + (j < n ? j : n - 1));
       for (int64_t j = 0; j < n; ++j) block.values[j] = values + element_of(begin + j);
-      // The head's first query prefetches; rows are too short for the hardware prefetcher.
+      // The head's first query prefetches: a page is too short for the hardware prefetcher.
       const int64_t next = begin + n, prefetched = first ? count - next : 0;
       for (int64_t j = 0; j < kKeyBlock && j < prefetched; ++j) {
         prefetch(keys + element_of(next + j), D);
@@ -197,11 +177,11 @@ class Worker {
       attend_block<1>(own_.query, width, block, n, D, &state, own_.sums);
     }
     const int64_t at = (r * p_.Hq + head) * D;
-    for (int64_t i = 0; i < D; ++i) all_.attended[at + i] = own_.sums[i] / state.sum;
+    for (int64_t i = 0; i < D; ++i) shared_.attended[at + i] = own_.sums[i] / state.sum;
   }
 
   const Params& p_;
-  const Shared& all_;
+  const Shared& shared_;
   const Private& own_;
   const int rank_, size_;
   const int64_t rows_;

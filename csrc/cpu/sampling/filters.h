@@ -5,7 +5,7 @@
 // no special case. Logits and single exponentials are float32, sums of exponentials float64.
 #pragma once
 
-#include "cpu/simd/vec.h"
+#include "cpu/simd/math.h"
 
 namespace voxkern {
 namespace {

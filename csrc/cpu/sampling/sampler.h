@@ -113,8 +113,8 @@ inline int64_t sample_row(const T* logits, int64_t V, const SamplerRow& row, voi
 
   const float largest_logit = read_logits(logits, V, row, z);
   const float largest = largest_logit / row.temperature;
-  // Greedy. Scores are infinite, so they cannot rank the codes, if all logits are minus infinity or
-  // the temperature is near 0.
+  // Take the largest logit: at temperature 0, and where infinite scores could not rank the codes,
+  // because all logits are minus infinity or the temperature is near 0.
   if (!(row.temperature > 0) || __builtin_isinf(largest)) return first_equal(z, V, largest_logit);
   for (int64_t i = 0; i < V; i += kWidth) store(z + i, load(z + i) / splat(row.temperature));
 

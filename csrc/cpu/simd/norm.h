@@ -1,4 +1,5 @@
-// One row of rms_norm and add_rms_norm; layers.h calls it too. Only ISA passes include it.
+// The norms of one row: RMS norm for rms_norm, add_rms_norm and layers.h, layer norm for the codec.
+// Only ISA passes include it.
 #pragma once
 
 #include "cpu/simd/vec.h"
@@ -35,6 +36,28 @@ inline void normalise_row(const T* x, T* residual, const T* weight, T* out, int6
     store(out + i, load(source + i) * splat(scale) * load(weight + i));
   if (i < C)
     store_n(out + i, load_n(source + i, C - i) * splat(scale) * load_n(weight + i, C - i), C - i);
+}
+
+// out = (x - mean) / sqrt(variance + eps) * scale + bias.
+inline void layer_norm_row(const float* x, const float* scale, const float* bias, float* out,
+                           int64_t C, float eps) {
+  const auto sum = [&](auto value) {
+    vfloat sums{};
+    int64_t i = 0;
+    for (; i + kWidth <= C; i += kWidth) sums += value(load(x + i));
+    float rest[kWidth] = {};
+    for (int64_t j = 0; i + j < C; ++j) rest[j] = value(splat(x[i + j]))[0];
+    return reduce_add(sums + load(rest)) / static_cast<float>(C);
+  };
+  const vfloat mean = splat(sum([](vfloat v) { return v; }));
+  const float variance = sum([&](vfloat v) { return (v - mean) * (v - mean); });
+  const vfloat factor = splat(1.0f / __builtin_sqrtf(variance + eps));
+  int64_t i = 0;
+  for (; i + kWidth <= C; i += kWidth)
+    store(out + i, fma((load(x + i) - mean) * factor, load(scale + i), load(bias + i)));
+  if (const int64_t n = C - i)
+    store_n(out + i,
+            fma((load_n(x + i, n) - mean) * factor, load_n(scale + i, n), load_n(bias + i, n)), n);
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // silu(gate) * up of SwiGLU, for silu_mul.cpp and layers.h. Only ISA passes include it.
 #pragma once
 
-#include "cpu/simd/vec.h"
+#include "cpu/simd/math.h"
 
 namespace voxkern {
 namespace {
