@@ -1,7 +1,7 @@
 #include "cuda/attention/depth.cuh"
 
-// One launch of what depth.cuh has for a block. The cache's rows were complete when the
-// kernel was launched, but for the new one.
+// One launch of attend_depth() for each part of each row. Apart from the new row, the cache was
+// complete when the kernel was launched.
 namespace voxkern {
 namespace {
 

@@ -1,29 +1,27 @@
-// The kernels of decode_attention, and of append_kv and decode_attention in one.
+// The kernels of decode_attention, and of append_kv and decode_attention fused.
 //
-// A block takes kSplitKeys keys of one sequence and one key/value head, for up to kSplitQueries
-// query heads of its group: keys and values are read once for all of them. A warp takes kWarp of
-// the keys by itself. L lanes hold a key's row, N elements (16 bytes) each, so a warp reads 32 / L
-// rows at once, and kRowLoadsInFlight such reads are under way before the first is used; values are
-// asked for before the softmax of the scores. Then the block's warps are put together, then the
-// splits of a sequence: in decode_attention by a second kernel, with append_kv in front
-// (append_and_attend) by the last of the sequence's blocks to get there, which a counter tells. A
-// sequence of one split needs neither. Rows whose width is no power of two of vectors go element by
-// element.
+// Grid: (splits, key/value heads and parts of their groups, sequences). A block takes kSplitKeys
+// keys of one sequence and one key/value head, for up to kSplitQueries query heads of its group, so
+// keys and values are read once for all of them. Each warp takes 32 of the keys. L lanes hold a
+// key's row, N elements (16 bytes) each, so a warp reads 32 / L rows at a time, with
+// kRowLoadsInFlight such loads in flight before the first is used; values are loaded before the
+// softmax of the scores. Then the block merges its warps, then the splits of a sequence are merged:
+// by a second kernel in decode_attention, by the last of the sequence's blocks to finish (an atomic
+// counter tells) when fused. A sequence of one split needs neither. Rows whose width is no power of
+// two of vectors go element by element (N = 1).
 //
-// With append_kv in front, every block turns its own queries and the new key, which it takes from
-// shared memory where a sequence's keys have the slot that is written; the first split writes it.
-// Lengths, pages and the first of the older keys are read before the wait for the kernel in front.
+// Fused, every block rotates its own queries and the new key. Keys in the slot being written come
+// from shared memory instead of the page; the first split writes the page. Lengths, pages and the
+// first of the older keys are loaded before the wait for the previous kernel.
 //
-// Float32 throughout, the query scaled in float32 first, the result rounded when it is stored.
-// Splits have a fixed size and begin at multiples of it: neither batch nor pages change a result.
-//
-// Floor: 2 L Hkv D elements a sequence over 3.35 TB/s: 2,048 keys of CSM's backbone 4.2 MB a layer,
-// 1.25 us a sequence on an H100. Blocks read 32 KB each (D = 64, bf16), 128 of them at 2,048 keys
-// and batch 1; the partial results add 6 % (4 D + 2 floats a split and head, written and read).
+// Rounding: float32 throughout, the query scaled in float32 first, the result rounded when stored.
+// Splits have a fixed size and start at multiples of it, so neither batch nor pages change a
+// result. Floor: memory, 2 L Hkv D elements a sequence (docs/cuda.md). Partial results add 6 % (4 D
+// + 2 floats a split and head, written and read).
 #pragma once
 
+#include "cuda/attention/online_softmax.cuh"
 #include "cuda/runtime/elementwise.cuh"
-#include "cuda/runtime/reduce.cuh"
 #include "params/append_kv.h"
 #include "params/decode_attention.h"
 
@@ -34,21 +32,20 @@ constexpr int kSplitWarps = 4;
 constexpr int kSplitKeys = kSplitWarps * kWarp;
 constexpr int kSplitQueries = 4;
 constexpr int kRowLoadsInFlight = 8;
-constexpr int kMaxElementwise = 256;  // head width where rows do not go in vectors
 
-// Where splits leave their results.
+// The splits' results.
 struct Partials {
-  int64_t splits;      // a sequence's room
+  int64_t splits;      // allocated per sequence
   float* sums;         // [B, Hq, splits, D], unnormalised
   float* states;       // [B, Hq, splits, 2], largest score and sum of weights
-  unsigned* counters;  // of blocks that are done, for each sequence and part of the heads, from 0
+  unsigned* counters;  // finished blocks of each sequence and part of the heads; 0 at the start
 };
 
-// What a lane holds of a row of D elements: N in a row, from column N lane on, of one chunk, or
-// of kChunks that are L lanes apart.
+// A lane's part of a row of D elements: N consecutive ones from column N lane on, in one chunk or
+// in kChunks that are L lanes apart.
 template <typename T, int N, int L>
 struct HeadFragment {
-  static constexpr int kChunks = N == 1 ? kMaxElementwise / L : 1;
+  static constexpr int kChunks = N == 1 ? kMaxHeadDim / L : 1;
   static constexpr int kSize = N * kChunks;
   static __device__ __forceinline__ int column(int lane, int i) {
     return (i / N * L + lane % L) * N + i % N;
@@ -56,9 +53,9 @@ struct HeadFragment {
   using Raw = std::conditional_t<N == 1, T, uint4>;
   Raw raw[kChunks];
 
-  // With kPartners, the columns that those are turned with.
+  // With kPartners, loads the columns that these are rotated with.
   template <bool kPartners = false>
-  __device__ __forceinline__ void read(const T* row, int lane, int D) {
+  __device__ __forceinline__ void load(const T* row, int lane, int D) {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       const int here = column(lane, c * N), half = D / 2;
@@ -69,8 +66,7 @@ struct HeadFragment {
         raw[c] = load_uncached(row + at);
     }
   }
-  // Out of shared memory.
-  __device__ __forceinline__ void take(const T* row, int lane, int D) {
+  __device__ __forceinline__ void load_shared(const T* row, int lane, int D) {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       const int at = column(lane, c * N);
@@ -80,7 +76,7 @@ struct HeadFragment {
         raw[c] = *reinterpret_cast<const uint4*>(row + at);
     }
   }
-  __device__ __forceinline__ void get(float (&out)[kSize]) const {
+  __device__ __forceinline__ void to_floats(float (&out)[kSize]) const {
     if constexpr (N == 1) {
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) out[c] = to_float(raw[c]);
@@ -90,12 +86,8 @@ struct HeadFragment {
   }
 };
 
-struct State {
-  float largest, sum;
-};
-
-// The n splits of `heads` query heads of a sequence, from row `row` on, to their results. A warp
-// takes kColumns times 32 columns of a head and has kTerms of each under way.
+// Merges the n splits of `heads` query heads of a sequence, from row `row` on. A warp takes
+// kColumns times 32 columns of a head, with kTerms loads of each in flight.
 template <typename T>
 __device__ __forceinline__ void combine_splits(const DecodeAttentionParams& p,
                                                const Partials& partials, int64_t row, int heads,
@@ -114,7 +106,7 @@ __device__ __forceinline__ void combine_splits(const DecodeAttentionParams& p,
     for (int i = lane; i < n; i += kWarp) largest = fmaxf(largest, __ldcg(states + 2 * i));
     largest = warp_reduce(largest, Max());
     for (int first = 0; first < n; first += kTerms) {
-      // Beyond the end, the last split's, which is not used.
+      // Past the end, reads the last split again and ignores it.
       float terms[kTerms][kColumns];
 #pragma unroll
       for (int u = 0; u < kTerms; ++u)
@@ -141,250 +133,304 @@ __device__ __forceinline__ void combine_splits(const DecodeAttentionParams& p,
   }
 }
 
+// One block's split, step by step.
 template <typename T, int N, int L, bool kAppend>
-__global__ void __launch_bounds__(kSplitKeys, kAppend ? 2 : 3)
-    split_kernel(DecodeAttentionParams p, Partials partials, AppendKvParams append) {
-  using RowSlice = HeadFragment<T, N, L>;
-  constexpr int kSize = RowSlice::kSize;
-  constexpr int kRows = kWarp / L;  // of keys, in one read of a warp
-  constexpr int kAtOnce = N == 1 ? 1 : kRowLoadsInFlight < L ? kRowLoadsInFlight : L;  // reads
-  VOX_DYNAMIC_SHARED(float, sums);  // [kSplitWarps, kSplitQueries, D]
-  VOX_SHARED(float[kSplitWarps][kWarp][kSplitQueries], weights);
-  VOX_SHARED(State[kSplitWarps][kSplitQueries], states);
-  const int D = N == 1 ? static_cast<int>(p.D) : N * L, S = static_cast<int>(p.S);
-  const int group = static_cast<int>(p.Hq / p.Hkv);
-  const int parts = (group + kSplitQueries - 1) / kSplitQueries;
-  const int h = blockIdx.y / parts, first_query = blockIdx.y % parts * kSplitQueries;
-  const int queries = group - first_query < kSplitQueries ? group - first_query : kSplitQueries;
-  const int64_t b = blockIdx.z, head = static_cast<int64_t>(h) * group + first_query;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+class SplitWorker {
+  using Fragment = HeadFragment<T, N, L>;
+  static constexpr int kSize = Fragment::kSize;
+  static constexpr int kKeysPerLoad = kWarp / L;
+  static constexpr int kLoads = N == 1 ? 1 : kRowLoadsInFlight < L ? kRowLoadsInFlight : L;
 
-  if constexpr (!kAppend) {
+ public:
+  __device__ __forceinline__ SplitWorker(const DecodeAttentionParams& p, const Partials& partials,
+                                         const AppendKvParams& append)
+      : p_(p), partials_(partials), append_(append), D_(N == 1 ? static_cast<int>(p.D) : N * L) {
+    const int group = static_cast<int>(p.Hq / p.Hkv);
+    const int parts = (group + kSplitQueries - 1) / kSplitQueries;
+    h_ = blockIdx.y / parts;
+    first_query_ = blockIdx.y % parts * kSplitQueries;
+    queries_ = group - first_query_ < kSplitQueries ? group - first_query_ : kSplitQueries;
+    b_ = blockIdx.z;
+    head_ = static_cast<int64_t>(h_) * group + first_query_;
+    split_ = static_cast<int>(blockIdx.x);
+  }
+
+  __device__ __forceinline__ void run(float* sums) {
+    if constexpr (!kAppend) start();
+    locate_keys();
+    if constexpr (kAppend) {
+      table_ = append_.rope_table + __ldcg(append_.positions + b_) * D_;
+      if (older_) load_rows(p_.k_pages, 0);
+      load_rotation();
+      start();
+    }
+    if (split_ * kSplitKeys >= length_ && split_ > 0) return;  // the whole block
+    if constexpr (kAppend)
+      append_and_rotate();
+    else
+      load_queries();
+    VOX_SHARED(float[kSplitWarps][kWarp][kSplitQueries], weights);
+    VOX_SHARED(SoftmaxState[kSplitWarps][kSplitQueries], states);
+    score_keys(weights[warp_]);
+    if (older_) load_rows(p_.v_pages, 0);
+    __syncwarp();
+    scores_to_weights(weights[warp_], states[warp_]);
+    __syncwarp();
+    sum_values(weights[warp_], sums + warp_ * kSplitQueries * D_);
+    __syncthreads();
+    merge_warps(states, sums);
+    if constexpr (kAppend) combine_if_last();
+  }
+
+ private:
+  static __device__ __forceinline__ void start() {
     let_next_kernel_start();
     wait_for_previous_kernel();
   }
-  const int64_t room = p.M * p.S;
-  const int keys = __ldcg(p.seq_lens + b), length = static_cast<int>(keys < room ? keys : room);
-  const int split = static_cast<int>(blockIdx.x);
-  const int begin = split * kSplitKeys + warp * kWarp;
-  const int count = length - begin < kWarp ? length - begin : kWarp;  // may be negative
+  // The new key and its value.
+  static __device__ __forceinline__ auto& new_kv() {
+    VOX_SHARED(T[2][kMaxHeadDim], rows);
+    return rows;
+  }
+  __device__ __forceinline__ int splits() const { return (length_ + kSplitKeys - 1) / kSplitKeys; }
+  __device__ __forceinline__ bool is_new(int key) const { return kAppend && new_keys_ >> key & 1; }
+  // Past the last query head, the last one, whose results are ignored.
+  __device__ __forceinline__ const T* query_row(int g) const {
+    const int64_t query = head_ + (g < queries_ ? g : queries_ - 1);
+    return static_cast<const T*>(p_.q) + b_ * p_.q_stride + query * D_;
+  }
 
-  // Lane i knows where key i is.
-  int64_t my_place = 0;
-  unsigned is_new = 0;  // keys that are in the slot to be written
-  if (lane < count) {
-    const int key = begin + lane, page = __ldcg(p.page_table + b * p.M + key / S);
-    my_place = ((static_cast<int64_t>(page) * p.Hkv + h) * S + key % S) * D;
+  // Lane i computes where key i of the warp is.
+  __device__ __forceinline__ void locate_keys() {
+    const int S = static_cast<int>(p_.S);
+    const int64_t room = p_.M * p_.S;
+    const int keys = __ldcg(p_.seq_lens + b_), begin = split_ * kSplitKeys + warp_ * kWarp;
+    length_ = static_cast<int>(keys < room ? keys : room);
+    count_ = length_ - begin < kWarp ? length_ - begin : kWarp;
+    if (lane_ < count_) {
+      const int key = begin + lane_, page = __ldcg(p_.page_table + b_ * p_.M + key / S);
+      my_place_ = ((static_cast<int64_t>(page) * p_.Hkv + h_) * S + key % S) * D_;
+    }
+    if constexpr (kAppend) {
+      const int64_t slot = __ldcg(append_.slots + b_);
+      if (slot >= 0) new_place_ = ((slot / S * p_.Hkv + h_) * S + slot % S) * D_;
+      new_keys_ = __ballot_sync(kWholeWarp, lane_ < count_ && my_place_ == new_place_);
+    }
+    // Loads are unconditional, or each would be waited for before the next: lanes past the last
+    // key, and those of the new key, whose slot may not be written yet, load an older key that is
+    // not used. A warp without older keys loads nothing.
+    older_ = __ballot_sync(kWholeWarp, lane_ < count_) & ~new_keys_;
+    const int oldest = older_ ? __ffs(older_) - 1 : 0;
+    my_place_ = __shfl_sync(kWholeWarp, my_place_, older_ >> lane_ & 1 ? lane_ : oldest);
   }
-  int64_t new_place = -1;
-  if constexpr (kAppend) {
-    const int64_t slot = __ldcg(append.slots + b);
-    if (slot >= 0) new_place = ((slot / S * p.Hkv + h) * S + slot % S) * D;
-    is_new = __ballot_sync(kWholeWarp, lane < count && my_place == new_place);
-  }
-  // Reads are under no condition of their own, or each would be waited for before the next: for a
-  // lane past the last key, and for the new key, whose slot nobody may have written yet, an older
-  // key is read, which is not used. A warp that has none reads nothing.
-  const unsigned older = __ballot_sync(kWholeWarp, lane < count) & ~is_new;
-  const int oldest = older ? __ffs(older) - 1 : 0;
-  my_place = __shfl_sync(kWholeWarp, my_place, older >> lane & 1 ? lane : oldest);
-  const auto read = [&](const void* pages, int step, RowSlice& slice) {
-    const int64_t place = __shfl_sync(kWholeWarp, my_place, step * kRows + lane / L);
-    slice.read(static_cast<const T*>(pages) + place, lane, D);
-  };
-  RowSlice rows[kAtOnce] = {};
-  float cos[kSize], sin[kSize];
-  const float* const table =
-      kAppend ? append.rope_table + __ldcg(append.positions + b) * D : nullptr;
-  if constexpr (kAppend) {
-    if (older)
+
+  // Loads the rows of kLoads consecutive steps.
+  __device__ __forceinline__ void load_rows(const void* pages, int first_step) {
 #pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) read(p.k_pages, u, rows[u]);
+    for (int u = 0; u < kLoads; ++u) {
+      const int64_t place =
+          __shfl_sync(kWholeWarp, my_place_, (first_step + u) * kKeysPerLoad + lane_ / L);
+      rows_[u].load(static_cast<const T*>(pages) + place, lane_, D_);
+    }
+  }
+
+  __device__ __forceinline__ void load_rotation() {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      const int column = RowSlice::column(lane, i), at = column % (D / 2);
-      cos[i] = column < D ? table[at] : 0.0f;
-      sin[i] = column < D ? table[D / 2 + at] : 0.0f;
+      const int column = Fragment::column(lane_, i), at = column % (D_ / 2);
+      cos_[i] = column < D_ ? table_[at] : 0.0f;
+      sin_[i] = column < D_ ? table_[D_ / 2 + at] : 0.0f;
     }
-    let_next_kernel_start();
-    wait_for_previous_kernel();
   }
-  if (split * kSplitKeys >= length && split > 0) return;  // the whole block
 
-  // Queries and the new key and its value: all are asked for before one is used. Those past the
-  // last are the last, which is not used.
-  VOX_SHARED(T[2][kMaxElementwise], fresh);
-  float q[kSplitQueries][kSize];
-  if constexpr (kAppend) {
-    const int half = D / 2, i = static_cast<int>(threadIdx.x) < half ? threadIdx.x : half - 1;
-    const T* const k = static_cast<const T*>(append.k) + b * append.k_stride + h * D + i;
-    const T* const v = static_cast<const T*>(append.v) + b * append.v_stride + h * D + i;
-    const T k_low = load_element_uncached(k), k_high = load_element_uncached(k + half);
-    const T v_low = load_element_uncached(v), v_high = load_element_uncached(v + half);
-    RowSlice mine[kSplitQueries], partners[kSplitQueries];
+  __device__ __forceinline__ void load_queries() {
 #pragma unroll
     for (int g = 0; g < kSplitQueries; ++g) {
-      const int64_t query = head + (g < queries ? g : queries - 1);
-      const T* const row = static_cast<const T*>(p.q) + b * p.q_stride + query * D;
-      mine[g].read(row, lane, D);
-      partners[g].template read<true>(row, lane, D);
-    }
-    const float low = to_float(k_low), high = to_float(k_high);
-    if (i == static_cast<int>(threadIdx.x)) {
-      fresh[0][i] = from_float<T>(rotated_low(low, high, table[i], table[half + i]));
-      fresh[0][i + half] = from_float<T>(rotated_high(low, high, table[i], table[half + i]));
-      fresh[1][i] = v_low;
-      fresh[1][i + half] = v_high;
-    }
-#pragma unroll
-    for (int g = 0; g < kSplitQueries; ++g) {
-      float own[kSize], other[kSize];
-      mine[g].get(own);
-      partners[g].get(other);
-#pragma unroll
-      for (int j = 0; j < kSize; ++j)
-        q[g][j] = rounded<T>(RowSlice::column(lane, j) < half
-                                 ? rotated_low(own[j], other[j], cos[j], sin[j])
-                                 : rotated_high(other[j], own[j], cos[j], sin[j])) *
-                  p.scale;
-    }
-    __syncthreads();
-    if (split == 0 && first_query == 0 && new_place >= 0)
-      for (int column = threadIdx.x; column < D; column += kSplitKeys) {
-        static_cast<T*>(append.k_pages)[new_place + column] = fresh[0][column];
-        static_cast<T*>(append.v_pages)[new_place + column] = fresh[1][column];
-      }
-  } else {
-#pragma unroll
-    for (int g = 0; g < kSplitQueries; ++g) {
-      const int64_t query = head + (g < queries ? g : queries - 1);
-      const T* const row = static_cast<const T*>(p.q) + b * p.q_stride + query * D;
+      const T* const row = query_row(g);
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        const int column = RowSlice::column(lane, j);
-        q[g][j] =
-            (N > 1 || column < D ? to_float(load_element_uncached(row + column)) : 0.0f) * p.scale;
+        const int column = Fragment::column(lane_, j);
+        const bool there = N > 1 || column < D_;
+        q_[g][j] = (there ? to_float(load_element_uncached(row + column)) : 0.0f) * p_.scale;
       }
     }
   }
 
-  for (int step = 0; step < L; step += kAtOnce) {
-    if (step * kRows >= count) break;
-    if (!kAppend || step > 0)
+  // Rotates the queries and the new key; the first split writes the new key and value. All loads
+  // are issued before one is used.
+  __device__ __forceinline__ void append_and_rotate() {
+    const int half = D_ / 2, i = static_cast<int>(threadIdx.x) < half ? threadIdx.x : half - 1;
+    const T* const k = static_cast<const T*>(append_.k) + b_ * append_.k_stride + h_ * D_ + i;
+    const T* const v = static_cast<const T*>(append_.v) + b_ * append_.v_stride + h_ * D_ + i;
+    const T k_low = load_element_uncached(k), k_high = load_element_uncached(k + half);
+    const T v_low = load_element_uncached(v), v_high = load_element_uncached(v + half);
+    Fragment own[kSplitQueries], partners[kSplitQueries];
 #pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) read(p.k_pages, step + u, rows[u]);
+    for (int g = 0; g < kSplitQueries; ++g) {
+      own[g].load(query_row(g), lane_, D_);
+      partners[g].template load<true>(query_row(g), lane_, D_);
+    }
+    auto& [new_key, new_value] = new_kv();
+    const float low = to_float(k_low), high = to_float(k_high);
+    if (i == static_cast<int>(threadIdx.x)) {
+      new_key[i] = from_float<T>(rotated_low(low, high, table_[i], table_[half + i]));
+      new_key[i + half] = from_float<T>(rotated_high(low, high, table_[i], table_[half + i]));
+      new_value[i] = v_low;
+      new_value[i + half] = v_high;
+    }
 #pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) {
-      const int key = (step + u) * kRows + lane / L;
-      float k[kSize] = {}, dots[kSplitQueries] = {};
-      if (kAppend && is_new >> key & 1) rows[u].take(fresh[0], lane, D);
-      if (key < count) rows[u].get(k);
-#pragma unroll
-      for (int g = 0; g < kSplitQueries; ++g) {
-#pragma unroll
-        for (int i = 0; i < kSize; ++i) dots[g] = fmaf(q[g][i], k[i], dots[g]);
-#pragma unroll
-        for (int offset = L / 2; offset; offset /= 2)
-          dots[g] += __shfl_xor_sync(kWholeWarp, dots[g], offset);
+    for (int g = 0; g < kSplitQueries; ++g) rotate_query(own[g], partners[g], q_[g]);
+    __syncthreads();
+    if (split_ == 0 && first_query_ == 0 && new_place_ >= 0)
+      for (int column = threadIdx.x; column < D_; column += kSplitKeys) {
+        static_cast<T*>(append_.k_pages)[new_place_ + column] = new_key[column];
+        static_cast<T*>(append_.v_pages)[new_place_ + column] = new_value[column];
       }
-      if (lane % L == 0 && key < count)
-#pragma unroll
-        for (int g = 0; g < kSplitQueries; ++g) weights[warp][key][g] = dots[g];
-    }
   }
-  if (older)
+  __device__ __forceinline__ void rotate_query(const Fragment& own, const Fragment& partners,
+                                               float (&q)[kSize]) const {
+    float mine[kSize], other[kSize];
+    own.to_floats(mine);
+    partners.to_floats(other);
 #pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) read(p.v_pages, u, rows[u]);
-  __syncwarp();
-
-  // Scores to weights, lane i those of key i.
-#pragma unroll
-  for (int g = 0; g < kSplitQueries; ++g) {
-    const float lowest = __uint_as_float(0xff800000u);
-    const float score = lane < count ? weights[warp][lane][g] : lowest;
-    const float largest = warp_reduce(score, Max());
-    const float weight = lane < count ? expf(score - largest) : 0.0f;
-    weights[warp][lane][g] = weight;
-    const float sum = warp_reduce(weight, Add());
-    if (lane == 0) states[warp][g] = {largest, sum};
+    for (int j = 0; j < kSize; ++j)
+      q[j] = rounded<T>(Fragment::column(lane_, j) < D_ / 2
+                            ? rotated_low(mine[j], other[j], cos_[j], sin_[j])
+                            : rotated_high(other[j], mine[j], cos_[j], sin_[j])) *
+             p_.scale;
   }
-  __syncwarp();
 
-  float acc[kSplitQueries][kSize] = {};
-  for (int step = 0; step < L; step += kAtOnce) {
-    if (step * kRows >= count) break;
-    if (step > 0)
+  __device__ __forceinline__ void score_keys(float (&scores)[kWarp][kSplitQueries]) {
+    for (int step = 0; step < L; step += kLoads) {
+      if (step * kKeysPerLoad >= count_) break;
+      if (!kAppend || step > 0) load_rows(p_.k_pages, step);
 #pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) read(p.v_pages, step + u, rows[u]);
+      for (int u = 0; u < kLoads; ++u) {
+        const int key = (step + u) * kKeysPerLoad + lane_ / L;
+        float k[kSize] = {}, dots[kSplitQueries] = {};
+        if (is_new(key)) rows_[u].load_shared(new_kv()[0], lane_, D_);
+        if (key < count_) rows_[u].to_floats(k);
 #pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) {
-      const int key = (step + u) * kRows + lane / L;
-      if (key >= count) continue;
-      if (kAppend && is_new >> key & 1) rows[u].take(fresh[1], lane, D);
-      float v[kSize];
-      rows[u].get(v);
+        for (int g = 0; g < kSplitQueries; ++g) {
 #pragma unroll
-      for (int g = 0; g < kSplitQueries; ++g) {
-        const float weight = weights[warp][key][g];
+          for (int i = 0; i < kSize; ++i) dots[g] = fmaf(q_[g][i], k[i], dots[g]);
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) acc[g][i] = fmaf(weight, v[i], acc[g][i]);
+          for (int offset = L / 2; offset; offset /= 2)
+            dots[g] += __shfl_xor_sync(kWholeWarp, dots[g], offset);
+        }
+        if (lane_ % L == 0 && key < count_)
+#pragma unroll
+          for (int g = 0; g < kSplitQueries; ++g) scores[key][g] = dots[g];
       }
     }
   }
-#pragma unroll
-  for (int g = 0; g < kSplitQueries; ++g)
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-#pragma unroll
-      for (int offset = kWarp / 2; offset >= L; offset /= 2)
-        acc[g][i] += __shfl_xor_sync(kWholeWarp, acc[g][i], offset);
-      const int column = RowSlice::column(lane, i);
-      if (lane < L && column < D) sums[(warp * kSplitQueries + g) * D + column] = acc[g][i];
-    }
-  __syncthreads();
 
-  // The warps to one; with a single split to the result.
-  const int splits = (length + kSplitKeys - 1) / kSplitKeys;
-  for (int item = threadIdx.x; item < queries * D; item += kSplitKeys) {
-    const int g = item / D, column = item % D;
-    float largest = states[0][g].largest, sum = 0, total = 0;
+  // In place: lane i takes key i.
+  __device__ __forceinline__ void scores_to_weights(float (&weights)[kWarp][kSplitQueries],
+                                                    SoftmaxState (&states)[kSplitQueries]) const {
 #pragma unroll
-    for (int w = 1; w < kSplitWarps; ++w) largest = fmaxf(largest, states[w][g].largest);
-#pragma unroll
-    for (int w = 0; w < kSplitWarps; ++w) {
-      if (!(states[w][g].sum > 0)) continue;
-      const float factor = expf(states[w][g].largest - largest);
-      sum = fmaf(states[w][g].sum, factor, sum);
-      total = fmaf(sums[(w * kSplitQueries + g) * D + column], factor, total);
-    }
-    const int64_t row = b * p.Hq + head + g;
-    if (splits <= 1) {
-      static_cast<T*>(p.out)[row * D + column] = from_float<T>(length > 0 ? total / sum : 0.0f);
-      continue;
-    }
-    partials.sums[(row * partials.splits + split) * D + column] = total;
-    if (column == 0) {
-      partials.states[(row * partials.splits + split) * 2] = largest;
-      partials.states[(row * partials.splits + split) * 2 + 1] = sum;
+    for (int g = 0; g < kSplitQueries; ++g) {
+      const float score[1] = {lane_ < count_ ? weights[lane_][g] : minus_infinity()};
+      const SoftmaxState state = warp_softmax(score, count_);
+      weights[lane_][g] = lane_ < count_ ? expf(score[0] - state.largest) : 0.0f;
+      if (lane_ == 0) states[g] = state;
     }
   }
-  if constexpr (kAppend) {
-    if (splits <= 1) return;
+
+  // The warp's weighted values, to [kSplitQueries, D] `sums`.
+  __device__ __forceinline__ void sum_values(const float (&weights)[kWarp][kSplitQueries],
+                                             float* sums) {
+    float acc[kSplitQueries][kSize] = {};
+    for (int step = 0; step < L; step += kLoads) {
+      if (step * kKeysPerLoad >= count_) break;
+      if (step > 0) load_rows(p_.v_pages, step);
+#pragma unroll
+      for (int u = 0; u < kLoads; ++u) {
+        const int key = (step + u) * kKeysPerLoad + lane_ / L;
+        if (key >= count_) continue;
+        if (is_new(key)) rows_[u].load_shared(new_kv()[1], lane_, D_);
+        float v[kSize];
+        rows_[u].to_floats(v);
+#pragma unroll
+        for (int g = 0; g < kSplitQueries; ++g) {
+          const float weight = weights[key][g];
+#pragma unroll
+          for (int i = 0; i < kSize; ++i) acc[g][i] = fmaf(weight, v[i], acc[g][i]);
+        }
+      }
+    }
+#pragma unroll
+    for (int g = 0; g < kSplitQueries; ++g)
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+#pragma unroll
+        for (int offset = kWarp / 2; offset >= L; offset /= 2)
+          acc[g][i] += __shfl_xor_sync(kWholeWarp, acc[g][i], offset);
+        const int column = Fragment::column(lane_, i);
+        if (lane_ < L && column < D_) sums[g * D_ + column] = acc[g][i];
+      }
+  }
+
+  // To the split's partial result, or to the output if it is the only split.
+  __device__ __forceinline__ void merge_warps(
+      const SoftmaxState (&states)[kSplitWarps][kSplitQueries], const float* sums) const {
+    for (int item = threadIdx.x; item < queries_ * D_; item += kSplitKeys) {
+      const int g = item / D_, column = item % D_;
+      float total;
+      const SoftmaxState merged = merge_parts<kSplitWarps>(
+          [&](int w) { return states[w][g]; },
+          [&](int w) { return sums[(w * kSplitQueries + g) * D_ + column]; }, total);
+      const int64_t row = b_ * p_.Hq + head_ + g;
+      if (splits() <= 1) {
+        static_cast<T*>(p_.out)[row * D_ + column] =
+            from_float<T>(length_ > 0 ? total / merged.sum : 0.0f);
+        continue;
+      }
+      partials_.sums[(row * partials_.splits + split_) * D_ + column] = total;
+      if (column == 0) {
+        partials_.states[(row * partials_.splits + split_) * 2] = merged.largest;
+        partials_.states[(row * partials_.splits + split_) * 2 + 1] = merged.sum;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void combine_if_last() const {
+    if (splits() <= 1) return;
     VOX_SHARED(bool, is_last);
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-      unsigned* const counter = partials.counters + b * gridDim.y + blockIdx.y;
-      is_last = atomicAdd(counter, 1) == static_cast<unsigned>(splits) - 1;
+      unsigned* const counter = partials_.counters + b_ * gridDim.y + blockIdx.y;
+      is_last = atomicAdd(counter, 1) == static_cast<unsigned>(splits()) - 1;
       if (is_last) *counter = 0;
       __threadfence();
     }
     __syncthreads();
-    if (is_last) combine_splits<T>(p, partials, b * p.Hq + head, queries, splits);
+    if (is_last) combine_splits<T>(p_, partials_, b_ * p_.Hq + head_, queries_, splits());
   }
+
+  const DecodeAttentionParams& p_;
+  const Partials& partials_;
+  const AppendKvParams& append_;
+  const int D_, lane_ = threadIdx.x % kWarp, warp_ = threadIdx.x / kWarp;
+  int h_, first_query_, queries_, split_;  // queries of this block
+  int64_t b_, head_;
+  int length_, count_;  // keys of the sequence, of the warp (may be negative)
+  int64_t my_place_ = 0, new_place_ = -1;
+  unsigned new_keys_ = 0, older_;  // a bit a key: those in the slot being written, the others
+  const float* table_ = nullptr;
+  Fragment rows_[kLoads] = {};
+  float cos_[kSize], sin_[kSize], q_[kSplitQueries][kSize];
+};
+
+template <typename T, int N, int L, bool kAppend>
+__global__ void __launch_bounds__(kSplitKeys, kAppend ? 2 : 3)
+    split_kernel(DecodeAttentionParams p, Partials partials, AppendKvParams append) {
+  VOX_DYNAMIC_SHARED(float, sums);  // [kSplitWarps, kSplitQueries, D]
+  SplitWorker<T, N, L, kAppend>(p, partials, append).run(sums);
 }
 
-// One block takes a query head of a sequence.
+// A block takes one query head of a sequence.
 template <typename T>
 __global__ void combine_splits_kernel(DecodeAttentionParams p, Partials partials) {
   let_next_kernel_start();

@@ -1,31 +1,35 @@
-// Attention of the codec's transformer, with rotation and the new keys and values. A block takes a
-// key/value head of a stream, and kQueries of its queries at a time. Of a query's keys, those at
-// position p are for group p % kGroups of L lanes, each with N elements of a row; a group takes
-// kKeys of them at once, with their values. So all of a window of 250 keys and values (128 KB) is
-// under way before the first is used, and for the first queries even before the wait for the kernel
-// in front: old keys are of launches in front of that one, which let the next start behind its own
-// wait, so they have ended. New keys are taken from qkv again, and written for later steps. In the
-// end the groups are put together in their order. What a group sums up, and in what order, depends
-// on the query's position and the window alone: two queries share their keys only if all fit into
-// one turn.
+// Attention of the codec's transformer, fused with the rotation and the append of new keys and
+// values.
 //
-// Float32, keys and values too: at 400 streams they are 3.3 GB a frame, 1 ms of an H100's memory.
+// A block takes a key/value head of a stream, and kQueries of its queries at a time. Among a
+// query's keys, those at position p belong to group p % kGroups of L lanes, each with N elements of
+// a row; a group takes kKeys of them at once, with their values. So a whole window of 250 keys and
+// values (128 KB) is in flight before the first is used, for the first queries even before the wait
+// for the previous kernel: old keys were written by launches before that one, which lets the next
+// kernel start after its own wait, so they have ended. New keys are taken from qkv again, and
+// written for later steps. At the end the groups are merged in their order. The keys of a group and
+// the order of its sums depend on the query's position and the window alone: two queries share
+// their keys only if all of them fit into one key block.
+//
+// Float32, keys and values too.
 #pragma once
 
-#include "cuda/runtime/elements.cuh"
+#include "cuda/attention/online_softmax.cuh"
 #include "params/mimi_transformer.h"
 
 namespace voxkern::codec {
 namespace {
 
-constexpr int kAttentionThreads = 512;
-constexpr int kMaxWidth = 256;  // of a head
+using attention::kMaxHeadDim;
+using attention::SoftmaxState;
 
-// What a lane holds of a row of D elements: N in a row, of one chunk, or of kChunks that are L
-// lanes apart.
+constexpr int kAttentionThreads = 512;
+
+// A lane's part of a row of D elements: N consecutive ones of one chunk, or of kSize chunks that
+// are L lanes apart.
 template <int N, int L>
 struct HeadFragment {
-  static constexpr int kSize = N == 1 ? kMaxWidth / L : N;
+  static constexpr int kSize = N == 1 ? kMaxHeadDim / L : N;
   static __device__ __forceinline__ int column(int lane, int i) {
     return (i / N * L + lane % L) * N + i % N;
   }
@@ -39,7 +43,7 @@ struct HeadFragment {
       for (int j = 0; j < N; ++j) out[i + j] = values[j];
     }
   }
-  // Of an old key or value; may come before the wait.
+  // An old key or value; allowed before the wait.
   static __device__ __forceinline__ void read_old(const float* row, int lane, int D,
                                                   float (&out)[kSize]) {
     if constexpr (N == 1) {
@@ -56,7 +60,7 @@ struct HeadFragment {
     for (int i = 0; i < kSize; ++i)
       if (column(lane, i) < D) row[column(lane, i)] = values[i];
   }
-  // The row rotated; N elements are in one half of it.
+  // The rotated row; N elements are in the same half of it.
   static __device__ __forceinline__ void rotate(const float* row, const float* rotation, int lane,
                                                 int D, float (&out)[kSize]) {
     const int half = D / 2;
@@ -77,176 +81,218 @@ struct HeadFragment {
   }
 };
 
-struct State {
-  float largest, sum;
+// One block's work, step by step.
+template <int N, int L, int kKeys, int kQueries>
+class AttentionWorker {
+  using Fragment = HeadFragment<N, L>;
+  static constexpr int kSize = Fragment::kSize, kGroups = kAttentionThreads / L;
+
+ public:
+  __device__ __forceinline__ AttentionWorker(const MimiTransformerParams& p, int64_t layer,
+                                             const float* qkv, float* out)
+      : p_(p), out_(out), b_(blockIdx.x / p.Hkv), position_(__ldcg(p.positions + b_)) {
+    const int64_t ring = ((b_ * p.L + layer) * p.Hkv + h_) * p.capacity * D_;
+    keys_ = p.keys + ring;
+    values_ = p.values + ring;
+    rows_ = qkv + b_ * T_ * stride_;
+    rotations_ = p.rotations + b_ * T_ * D_;
+  }
+
+  __device__ __forceinline__ void run(float* sums) {
+    select(0);
+    load_old(0);
+    bool loaded = true;
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    for (int t = 0; t < T_; t += kQueries)
+      for (int g = 0; g < static_cast<int>(p_.Hq / p_.Hkv); ++g) {
+        select(t);
+        load_queries(g);
+#pragma unroll
+        for (int i = 0; i < kQueries; ++i) state_[i] = SoftmaxState::empty();
+        for (int block = 0; block * kGroups < count_; block += kKeys) {
+          if (!loaded) load_old(block);
+          loaded = false;
+          load_new(block, g);
+          float scores[kQueries][kKeys];
+          unsigned seen[kQueries] = {};  // a bit a key
+          score_keys(block, scores, seen);
+#pragma unroll
+          for (int j = 0; j < kQueries; ++j)
+            if (seen[j]) add_values(j, scores[j], seen[j]);
+        }
+        merge_groups(g, sums);
+      }
+  }
+
+ private:
+  // The queries t_ .. t_ + queries_ - 1. Their keys are counted from the first that t_ sees on.
+  __device__ __forceinline__ void select(int t) {
+    t_ = t;
+    queries_ = T_ - t < kQueries ? T_ - t : kQueries;
+    first_seen_ = position_ + t - static_cast<int>(p_.window) + 1;
+    if (first_seen_ < 0) first_seen_ = 0;
+    old_ = static_cast<int>(position_ - first_seen_);
+    count_ = old_ + t + queries_;
+    first_key_ = (group_ - static_cast<int>(first_seen_ % kGroups) + kGroups) % kGroups;
+#pragma unroll
+    for (int i = 0; i < kQueries; ++i)
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) acc_[i][j] = 0;
+  }
+  // Key i of this group's in a key block.
+  __device__ __forceinline__ int key_of(int block, int i) const {
+    return first_key_ + (block + i) * kGroups;
+  }
+
+  // The key block's keys that are in the ring.
+  __device__ __forceinline__ void load_old(int block) {
+    const int capacity = static_cast<int>(p_.capacity);
+    const int slot = static_cast<int>(first_seen_ % capacity);
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) {
+      const int key = key_of(block, i);
+      if (key >= old_) continue;
+      const int64_t at =
+          static_cast<int64_t>(slot + key < capacity ? slot + key : slot + key - capacity) * D_;
+      Fragment::read_old(keys_ + at, lane_, D_, k_[i]);
+      Fragment::read_old(values_ + at, lane_, D_, v_[i]);
+    }
+  }
+
+  // The key block's keys that are in qkv, into the ring too if no earlier query has done that.
+  __device__ __forceinline__ void load_new(int block, int g) {
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) {
+      const int key = key_of(block, i), row = key - old_;
+      if (row < 0 || key >= count_) continue;
+      const float* const new_key = rows_ + row * stride_ + (p_.Hq + h_) * D_;
+      Fragment::rotate(new_key, rotations_ + static_cast<int64_t>(row) * D_, lane_, D_, k_[i]);
+      Fragment::read(new_key + p_.Hkv * D_, lane_, D_, v_[i]);
+      if (row < t_ || g > 0) continue;
+      const int64_t at = (position_ + row) % p_.capacity * D_;
+      Fragment::write(keys_ + at, lane_, D_, k_[i]);
+      Fragment::write(values_ + at, lane_, D_, v_[i]);
+    }
+  }
+
+  __device__ __forceinline__ int head(int g) const {
+    return h_ * static_cast<int>(p_.Hq / p_.Hkv) + g;
+  }
+
+  __device__ __forceinline__ void load_queries(int g) {
+#pragma unroll
+    for (int i = 0; i < kQueries; ++i) {
+      const int row = i < queries_ ? t_ + i : t_;
+      Fragment::rotate(rows_ + row * stride_ + head(g) * D_,
+                       rotations_ + static_cast<int64_t>(row) * D_, lane_, D_, q_[i]);
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) q_[i][j] *= p_.scale;
+    }
+  }
+
+  __device__ __forceinline__ void score_keys(int block, float (&scores)[kQueries][kKeys],
+                                             unsigned (&seen)[kQueries]) const {
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) {
+      const int key = key_of(block, i);
+#pragma unroll
+      for (int j = 0; j < kQueries; ++j) {
+        const int distance = old_ + t_ + j - key;
+        if (distance >= 0 && distance < static_cast<int>(p_.window) && key < count_ && j < queries_)
+          seen[j] |= 1u << i;
+        float dot = 0;
+        if (key < count_)
+#pragma unroll
+          for (int c = 0; c < kSize; ++c) dot = fmaf(q_[j][c], k_[i][c], dot);
+#pragma unroll
+        for (int offset = L / 2; offset; offset /= 2)
+          dot += __shfl_xor_sync(kWholeWarp, dot, offset);
+        scores[j][i] = dot;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add_values(int j, const float (&scores)[kKeys], unsigned seen) {
+    SoftmaxState& state = state_[j];
+    float largest = state.largest;
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i)
+      if (seen >> i & 1) largest = scores[i] > largest ? scores[i] : largest;
+    const float factor = state.raise(largest);
+    state.sum *= factor;
+#pragma unroll
+    for (int c = 0; c < kSize; ++c) acc_[j][c] *= factor;
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) {
+      if (!(seen >> i & 1)) continue;
+      const float weight = expf(scores[i] - largest);
+      state.sum += weight;
+#pragma unroll
+      for (int c = 0; c < kSize; ++c) acc_[j][c] = fmaf(weight, v_[i][c], acc_[j][c]);
+    }
+  }
+
+  // By way of [kGroups, kQueries, D] `sums` to the output. Two barriers.
+  __device__ __forceinline__ void merge_groups(int g, float* sums) {
+    VOX_SHARED(SoftmaxState[kGroups][kQueries], states);
+#pragma unroll
+    for (int i = 0; i < kQueries; ++i) {
+      Fragment::write(sums + (group_ * kQueries + i) * D_, lane_, D_, acc_[i]);
+      if (threadIdx.x % L == 0) states[group_][i] = state_[i];
+    }
+    __syncthreads();
+    for (int item = threadIdx.x; item < queries_ * D_; item += kAttentionThreads) {
+      const int i = item / D_, column = item % D_;
+      float total;
+      const SoftmaxState merged = attention::merge_parts<kGroups>(
+          [&](int of) { return states[of][i]; },
+          [&](int of) { return sums[(of * kQueries + i) * D_ + column]; }, total);
+      out_[((b_ * T_ + t_ + i) * p_.Hq + head(g)) * D_ + column] = total / merged.sum;
+    }
+    __syncthreads();
+  }
+
+  const MimiTransformerParams& p_;
+  float *const out_, *keys_, *values_;
+  const int64_t b_, position_, stride_ = p_.qkv.N;
+  const float *rows_, *rotations_;
+  const int lane_ = threadIdx.x % kWarp, group_ = threadIdx.x / L;
+  const int h_ = static_cast<int>(blockIdx.x % p_.Hkv);
+  const int D_ = static_cast<int>(p_.D), T_ = static_cast<int>(p_.T);
+  int t_, queries_, old_, count_, first_key_;  // of the selected queries; old: keys in the ring
+  int64_t first_seen_;
+  float k_[kKeys][kSize], v_[kKeys][kSize], q_[kQueries][kSize], acc_[kQueries][kSize];
+  SoftmaxState state_[kQueries];
 };
 
 template <int N, int L, int kKeys, int kQueries>
 __global__ void __launch_bounds__(kAttentionThreads)
-    attend_kernel(MimiTransformerParams p, int64_t layer, const float* qkv, float* out) {
-  using Own = HeadFragment<N, L>;
-  constexpr int kSize = Own::kSize, kGroups = kAttentionThreads / L;
+    attention_kernel(MimiTransformerParams p, int64_t layer, const float* qkv, float* out) {
   VOX_DYNAMIC_SHARED(float, sums);  // [kGroups, kQueries, D]
-  VOX_SHARED(State[kGroups][kQueries], states);
-  const float lowest = __uint_as_float(0xff800000u);
-  const int lane = threadIdx.x % kWarp, mine = threadIdx.x / L;
-  const int h = static_cast<int>(blockIdx.x % p.Hkv), D = static_cast<int>(p.D);
-  const int64_t b = blockIdx.x / p.Hkv, position = __ldcg(p.positions + b);
-  const int T = static_cast<int>(p.T), window = static_cast<int>(p.window);
-  const int capacity = static_cast<int>(p.capacity), per_key = static_cast<int>(p.Hq / p.Hkv);
-  const int64_t ring = ((b * p.L + layer) * p.Hkv + h) * p.capacity * D, stride = p.qkv.N;
-  float *const keys = p.keys + ring, *const values = p.values + ring;
-  const float* const rows = qkv + b * T * stride;
-  const float* const rotations = p.rotations + b * T * D;
-
-  // Keys from the first that query t sees on are counted from 0.
-  const auto first_seen = [&](int64_t t) {
-    const int64_t at = position + t - window + 1;
-    return at > 0 ? at : 0;
-  };
-  float k[kKeys][kSize], v[kKeys][kSize];
-  // Of the turn's keys those that are in the ring.
-  const auto read_old = [&](int t, int turn) {
-    const int64_t from = first_seen(t);
-    const int count = static_cast<int>(position - from), slot = static_cast<int>(from % capacity);
-    const int own = (mine - static_cast<int>(from % kGroups) + kGroups) % kGroups;
-#pragma unroll
-    for (int i = 0; i < kKeys; ++i) {
-      const int key = own + (turn + i) * kGroups;
-      if (key >= count) continue;
-      const int64_t at =
-          static_cast<int64_t>(slot + key < capacity ? slot + key : slot + key - capacity) * D;
-      Own::read_old(keys + at, lane, D, k[i]);
-      Own::read_old(values + at, lane, D, v[i]);
-    }
-  };
-  read_old(0, 0);
-  bool ahead = true;
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-
-  for (int t = 0; t < T; t += kQueries)
-    for (int g = 0; g < per_key; ++g) {
-      const int head = h * per_key + g, queries = T - t < kQueries ? T - t : kQueries;
-      const int64_t from = first_seen(t);
-      const int old = static_cast<int>(position - from), count = old + t + queries;
-      const int own = (mine - static_cast<int>(from % kGroups) + kGroups) % kGroups;
-      float q[kQueries][kSize];
-#pragma unroll
-      for (int i = 0; i < kQueries; ++i) {
-        const int row = i < queries ? t + i : t;
-        Own::rotate(rows + row * stride + head * D, rotations + static_cast<int64_t>(row) * D, lane,
-                    D, q[i]);
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) q[i][j] *= p.scale;
-      }
-      State state[kQueries];
-      float acc[kQueries][kSize] = {};
-#pragma unroll
-      for (int i = 0; i < kQueries; ++i) state[i] = {lowest, 0};
-
-      for (int turn = 0; turn * kGroups < count; turn += kKeys) {
-        if (!ahead) read_old(t, turn);
-        ahead = false;
-#pragma unroll
-        for (int i = 0; i < kKeys; ++i) {
-          const int key = own + (turn + i) * kGroups, row = key - old;
-          if (row < 0 || key >= count) continue;
-          const float* const new_key = rows + row * stride + (p.Hq + h) * D;
-          Own::rotate(new_key, rotations + static_cast<int64_t>(row) * D, lane, D, k[i]);
-          Own::read(new_key + p.Hkv * D, lane, D, v[i]);
-          if (row < t || g > 0) continue;  // written before
-          const int64_t at = (position + row) % capacity * D;
-          Own::write(keys + at, lane, D, k[i]);
-          Own::write(values + at, lane, D, v[i]);
-        }
-        float weights[kQueries][kKeys];
-        unsigned seen[kQueries] = {};  // a bit for each key
-#pragma unroll
-        for (int i = 0; i < kKeys; ++i) {
-          const int key = own + (turn + i) * kGroups;
-#pragma unroll
-          for (int j = 0; j < kQueries; ++j) {
-            const int behind = old + t + j - key;
-            if (behind >= 0 && behind < window && key < count && j < queries) seen[j] |= 1u << i;
-            float dot = 0;
-            if (key < count)
-#pragma unroll
-              for (int c = 0; c < kSize; ++c) dot = fmaf(q[j][c], k[i][c], dot);
-#pragma unroll
-            for (int offset = L / 2; offset; offset /= 2)
-              dot += __shfl_xor_sync(kWholeWarp, dot, offset);
-            weights[j][i] = dot;
-          }
-        }
-#pragma unroll
-        for (int j = 0; j < kQueries; ++j) {
-          if (!seen[j]) continue;
-          float largest = state[j].largest;
-#pragma unroll
-          for (int i = 0; i < kKeys; ++i)
-            if (seen[j] >> i & 1) largest = weights[j][i] > largest ? weights[j][i] : largest;
-          const float factor = expf(state[j].largest - largest);
-          state[j].largest = largest;
-          state[j].sum *= factor;
-#pragma unroll
-          for (int c = 0; c < kSize; ++c) acc[j][c] *= factor;
-#pragma unroll
-          for (int i = 0; i < kKeys; ++i) {
-            if (!(seen[j] >> i & 1)) continue;
-            const float weight = expf(weights[j][i] - largest);
-            state[j].sum += weight;
-#pragma unroll
-            for (int c = 0; c < kSize; ++c) acc[j][c] = fmaf(weight, v[i][c], acc[j][c]);
-          }
-        }
-      }
-
-#pragma unroll
-      for (int i = 0; i < kQueries; ++i) {
-        Own::write(sums + (mine * kQueries + i) * D, lane, D, acc[i]);
-        if (threadIdx.x % L == 0) states[mine][i] = state[i];
-      }
-      __syncthreads();
-      for (int item = threadIdx.x; item < queries * D; item += kAttentionThreads) {
-        const int i = item / D, column = item % D;
-        float largest = lowest, sum = 0, total = 0;
-        for (int of = 0; of < kGroups; ++of) largest = fmaxf(largest, states[of][i].largest);
-        for (int of = 0; of < kGroups; ++of) {
-          if (states[of][i].sum == 0) continue;
-          const float factor = expf(states[of][i].largest - largest);
-          sum = fmaf(states[of][i].sum, factor, sum);
-          total = fmaf(sums[(of * kQueries + i) * D + column], factor, total);
-        }
-        out[((b * T + t + i) * p.Hq + head) * D + column] = total / sum;
-      }
-      __syncthreads();
-    }
+  AttentionWorker<N, L, kKeys, kQueries>(p, layer, qkv, out).run(sums);
 }
 
-template <int N, int L, int kKeys, int kQueries>
-void launch_attention_of(const MimiTransformerParams& p, int64_t layer, const float* qkv,
-                         float* out, cudaStream_t stream) {
-  launch(attend_kernel<N, L, kKeys, kQueries>,
-         {.grid = dim3(static_cast<unsigned>(p.B * p.Hkv)),
-          .block = dim3(kAttentionThreads),
-          .shared_bytes = kAttentionThreads / L * kQueries * p.D * sizeof(float),
-          .stream = stream,
-          .overlaps_previous = true},
-         p, layer, qkv, out);
-}
-
-void launch_attention(const MimiTransformerParams& p, int64_t layer, const float* qkv, float* out,
-                      cudaStream_t stream) {
-  constexpr int kLanes = 16, kKeys = 8, kTurn = kAttentionThreads / kLanes * kKeys;
+inline void launch_attention(const MimiTransformerParams& p, int64_t layer, const float* qkv,
+                             float* out, cudaStream_t stream) {
+  constexpr int kLanes = 16, kKeys = 8, kKeyBlock = kAttentionThreads / kLanes * kKeys;
   const bool vectors = p.D == 4 * kLanes && is_vector_aligned<float>(p.keys, p.D) &&
                        is_vector_aligned<float>(p.values, p.D);
-  if (vectors && p.window < kTurn)
-    launch_attention_of<4, kLanes, kKeys, 2>(p, layer, qkv, out, stream);
+  const auto run = [&](auto kernel, int lanes, int queries) {
+    launch(kernel,
+           {.grid = dim3(static_cast<unsigned>(p.B * p.Hkv)),
+            .block = dim3(kAttentionThreads),
+            .shared_bytes = kAttentionThreads / lanes * queries * p.D * sizeof(float),
+            .stream = stream,
+            .overlaps_previous = true},
+           p, layer, qkv, out);
+  };
+  if (vectors && p.window < kKeyBlock)
+    run(attention_kernel<4, kLanes, kKeys, 2>, kLanes, 2);
   else if (vectors)
-    launch_attention_of<4, kLanes, kKeys / 2, 1>(p, layer, qkv, out, stream);
+    run(attention_kernel<4, kLanes, kKeys / 2, 1>, kLanes, 1);
   else
-    launch_attention_of<1, kWarp, 2, 1>(p, layer, qkv, out, stream);
+    run(attention_kernel<1, kWarp, 2, 1>, kWarp, 1);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// A convolution by its Params, for mimi_convs. Defined in mimi_conv.cu.
+// A convolution by its Params, for mimi_conv and mimi_convs. Defined in conv.cu.
 #pragma once
 
 #include <vector>
@@ -9,19 +9,19 @@
 namespace voxkern {
 
 struct MimiConvStart {
-  const bool* fresh =
-      nullptr;        // [B], streams whose past is their first sample over and over; or null
+  // [B], streams whose past is their first sample repeated; may be null.
+  const bool* is_first = nullptr;
   int64_t width = 0;  // of a sample
 };
 
-// Leaves the past as it was: other blocks of the launch may still read it.
+// Does not change the past, which other blocks of the launch may still read.
 void mimi_conv(const MimiConvParams& p, const MimiConvStart& start, cudaStream_t stream);
 
 struct FinishedConv {
   MimiConvParams params;
   MimiConvStart start;
 };
-// Makes of the pasts of convolutions of B streams what comes before their next blocks.
+// Updates the pasts of convolutions of B streams for their next blocks.
 void keep_past(const std::vector<FinishedConv>& convs, cudaStream_t stream);
 
 }  // namespace voxkern

@@ -1,17 +1,18 @@
-// A Source of gemm.cuh: the rows of a matrix.
+// The Prologues of the codec's GEMM, which produce its rows of x: the rows of a matrix, normalised
+// or not, and the windows of a convolution.
 #pragma once
 
-#include "cuda/codec/gemm.cuh"
+#include "cuda/codec/tiles.cuh"
 
 namespace voxkern::codec {
 namespace {
 
-// Rows of x as they lie, [M, K], or normalised.
+// Rows of x [M, K], plain or normalised.
 template <bool kNormed>
 struct Rows {
   const float* x;
   int K;
-  const float *scale, *bias;  // [K], of the norm
+  const float *scale, *bias;  // [K], the norm's
   float eps;
 
   struct Row {
@@ -25,20 +26,21 @@ struct Rows {
   };
 
   bool aligned(int vector) const {
-    bool fits = K % vector == 0 && is_vector_aligned<float>(x, K);
+    bool aligned = K % vector == 0 && is_vector_aligned<float>(x, K);
     if (kNormed)
-      fits = fits && is_vector_aligned<float>(scale, K) && is_vector_aligned<float>(bias, K);
-    return fits;
+      aligned = aligned && is_vector_aligned<float>(scale, K) && is_vector_aligned<float>(bias, K);
+    return aligned;
   }
 
-  // Mean and factor of rows m .. m + kM - 1, by the warps of a tile: 8 lanes a row.
+  // Computes mean and factor of rows m .. m + kM - 1 with the warps of a tile, 8 lanes a row.
   template <int kM, bool kAligned>
   __device__ __forceinline__ void prepare(int m, int M, int split, int splits,
                                           float (&stats)[kM][2]) const {
     if constexpr (kNormed) {
-      constexpr int kLanes = 8, kAtOnce = kWarp / kLanes, V = 4;
+      constexpr int kLanes = 8, kRowsPerWarp = kWarp / kLanes, V = 4;
       const int lane = threadIdx.x % kWarp;
-      for (int first = split * kAtOnce; first < kM && m + first < M; first += splits * kAtOnce) {
+      for (int first = split * kRowsPerWarp; first < kM && m + first < M;
+           first += splits * kRowsPerWarp) {
         const int r = first + lane / kLanes;
         const bool there = r < kM && m + r < M;
         const float* const row = x + static_cast<int64_t>(there ? m + r : m) * K;
@@ -98,6 +100,85 @@ struct Rows {
 #pragma unroll
       for (int i = 0; i < V; ++i)
         values[i] = fmaf((values[i] - row.mean) * row.factor, columns.scale[i], columns.bias[i]);
+  }
+};
+
+// Windows of a convolution: blocks of samples, read from x and the past where they are, and the
+// ELU.
+struct Windows {
+  const float* x;        // [B, T, C]
+  const float* past;     // [B, context, C]
+  const bool* is_first;  // [B] or null
+  int T, C, K, dilation, context, width;
+  bool elu;
+
+  // An output's block 0 would be at in_x in x and at in_past in the past; the first past_blocks
+  // blocks are in the past, or repeat the stream's first sample.
+  struct Row {
+    int64_t in_x, in_past;
+    int past_blocks;
+    bool repeats;
+  };
+  // The blocks before these columns and the column in their block; elementwise the column of the
+  // window.
+  template <int V>
+  struct Columns {
+    int blocks, column;
+  };
+
+  bool aligned(int vector) const {
+    return C % vector == 0 && (width % vector == 0 || !is_first) &&
+           is_vector_aligned<float>(x, C) && is_vector_aligned<float>(past, C);
+  }
+
+  template <int kM, bool kAligned>
+  __device__ __forceinline__ void prepare(int, int, int, int, float (&)[kM][2]) const {}
+
+  __device__ __forceinline__ Row row(int m, const float*) const {
+    const int64_t b = m / T;
+    const int t = m % T;
+    Row found;
+    found.in_x = (m - static_cast<int64_t>(context)) * C;
+    found.past_blocks = context - t;
+    found.repeats = found.past_blocks > 0 && is_first && is_first[b];
+    found.in_past = found.repeats ? b * T * C : (b * context + t) * C;
+    return found;
+  }
+
+  template <int V, bool kAligned>
+  __device__ __forceinline__ Columns<V> columns(int k) const {
+    if constexpr (!kAligned) return {0, k};
+    const int tap = k / C;  // may be past the last
+    return {tap * dilation, k - tap * C};
+  }
+
+  __device__ __forceinline__ const float* place(const Row& row, int blocks, int column) const {
+    if (blocks >= row.past_blocks) return x + row.in_x + static_cast<int64_t>(blocks) * C + column;
+    if (row.repeats) return x + row.in_past + column % width;
+    return past + row.in_past + static_cast<int64_t>(blocks) * C + column;
+  }
+
+  template <int V, bool kAligned>
+  __device__ __forceinline__ void read(const Row& row, const Columns<V>& columns,
+                                       float (&out)[V]) const {
+    if constexpr (kAligned) {
+      const bool inside = columns.blocks <= context;  // lanes of the last taps may have no columns
+      const float* const from = inside ? place(row, columns.blocks, columns.column) : nullptr;
+      read_columns<V, true>(from, 0, inside ? V : 0, out);
+    } else {
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const int k = columns.column + i, tap = k / C;
+        out[i] = k < K ? *place(row, tap * dilation, k - tap * C) : 0.0f;
+      }
+    }
+  }
+
+  template <int V>
+  __device__ __forceinline__ void finish(const Row&, const Columns<V>&, float (&values)[V]) const {
+    if (!elu) return;
+#pragma unroll
+    for (int i = 0; i < V; ++i) values[i] = values[i] > 0.0f ? values[i] : expf(values[i]) - 1.0f;
   }
 };
 

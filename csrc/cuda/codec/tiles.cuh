@@ -1,5 +1,9 @@
-// Tiles of the codec's products, one a warp: what its lanes hold of W, and how they multiply it
-// with what they hold of x. gemm.cuh says how tiles make a product.
+// A warp's tiles in the codec's GEMM: the parts of W and x that its lanes hold, and their product.
+//
+// bfloat16 uses the tensor cores, with W as their 16-row operand: a lane has rows 2 g and 2 g + 1
+// of W as rows g and g + 8, and 8 consecutive columns of W and x as two products of 16 columns. Of
+// x it has rows g, g + 8, ... float32: a lane has 4 columns of 4 rows of W and all rows of x in the
+// tile; lanes are summed at the end.
 #pragma once
 
 #include "cuda/runtime/elements.cuh"
@@ -10,7 +14,7 @@ namespace {
 
 constexpr int kChunk = 32;
 constexpr int kMaxSplits = 8;
-constexpr int kRowsOfBlock = static_cast<int>(kBlockRows);
+constexpr int kWeightBlockRows = static_cast<int>(kBlockRows);
 
 struct GemmParams {
   int M, N, K;
@@ -18,10 +22,10 @@ struct GemmParams {
   const float* bias;   // [N] or null
   const float* add;    // [M, N] or null
   float* out;          // [M, N]
-  bool activates;
-  Activation activation;  // comes before `add`
-  // Of the launch: ranges of columns, tiles of a block, tiles that all rows of x make.
-  int splits, tiles, tiles_m;
+  bool activates = false;
+  Activation activation = {};  // applied before `add`
+  // Set by the launch: ranges of columns, tiles of a block, tiles along M.
+  int splits = 0, tiles = 0, tiles_m = 0;
 };
 
 template <typename W, bool kBlocked>
@@ -30,14 +34,15 @@ __device__ __forceinline__ W weight_at(const GemmParams& p, int n, int k) {
   constexpr int kPair = sizeof(W) == 2 ? 2 : 1;
   int64_t at = static_cast<int64_t>(n) * p.K + k;
   if constexpr (kBlocked)
-    at = ((static_cast<int64_t>(n / kRowsOfBlock) * (p.K / kPair) + k / kPair) * kRowsOfBlock +
-          n % kRowsOfBlock) *
+    at = ((static_cast<int64_t>(n / kWeightBlockRows) * (p.K / kPair) + k / kPair) *
+              kWeightBlockRows +
+          n % kWeightBlockRows) *
              kPair +
          k % kPair;
   return static_cast<const W*>(p.weight)[at];
 }
 
-// V columns of a row from k on, zeros behind its end.
+// V columns of a row from k on, zeros past its end.
 template <int V, bool kAligned>
 __device__ __forceinline__ void read_columns(const float* row, int k, int K, float (&out)[V]) {
 #pragma unroll
@@ -54,10 +59,10 @@ __device__ __forceinline__ void read_columns(const float* row, int k, int K, flo
 }
 
 // 16 kA rows of W and 8 kB of x.
-template <bool kBlocked_, bool kAligned_, int kA, int kB, int kFlight_>
+template <bool kBlocked_, bool kAligned_, int kA, int kB, int kChunksInFlight_>
 struct Bf16Tile {
   static constexpr bool kAligned = kAligned_;
-  static constexpr int kN = kRowsOfBlock * kA, kM = 8 * kB, kFlight = kFlight_;
+  static constexpr int kN = kWeightBlockRows * kA, kM = 8 * kB, kChunksInFlight = kChunksInFlight_;
   static constexpr int kColumns = 8, kRows = kB;
   // Word 2 i of 16 rows: the columns 2 i and 2 i + 1 of row 2 g; word 2 i + 1 those of row 2 g + 1.
   struct Raw {
@@ -72,7 +77,7 @@ struct Bf16Tile {
                                                      Raw& raw) {
 #pragma unroll
     for (int a = 0; a < kA; ++a) {
-      const int first = n + kRowsOfBlock * a + lane / 4 * 2;
+      const int first = n + kWeightBlockRows * a + lane / 4 * 2;
       uint32_t (&words)[8] = raw.words[a];
       if constexpr (!kAligned) {
 #pragma unroll
@@ -83,14 +88,14 @@ struct Bf16Tile {
           words[i] = bits(0) | bits(1) << 16;
         }
       } else if constexpr (kBlocked_) {
-        const bool there = first < p.N && k < p.K;  // row first + 1 is in the block in any case
-        const int64_t block = first / kRowsOfBlock;
+        const bool there = first < p.N && k < p.K;  // row first + 1 is always in the block
+        const int64_t block = first / kWeightBlockRows;
         const uint32_t* const from = static_cast<const uint32_t*>(p.weight) +
-                                     (block * (p.K / 2) + k / 2) * kRowsOfBlock +
-                                     first % kRowsOfBlock;
+                                     (block * (p.K / 2) + k / 2) * kWeightBlockRows +
+                                     first % kWeightBlockRows;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const uint2 two = there ? load_stream8(from + i * kRowsOfBlock) : uint2{0, 0};
+          const uint2 two = there ? load_stream8(from + i * kWeightBlockRows) : uint2{0, 0};
           words[2 * i] = two.x;
           words[2 * i + 1] = two.y;
         }
@@ -121,7 +126,7 @@ struct Bf16Tile {
     }
   }
 
-  // To [kM, pitch].
+  // Stores the sums to [kM, pitch].
   __device__ __forceinline__ void put(float* to, int pitch, int lane) {
 #pragma unroll
     for (int a = 0; a < kA; ++a)
@@ -129,16 +134,17 @@ struct Bf16Tile {
       for (int b = 0; b < kB; ++b)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          to[(8 * b + lane % 4 * 2 + i % 2) * pitch + kRowsOfBlock * a + lane / 4 * 2 + i / 2] =
+          to[(8 * b + lane % 4 * 2 + i % 2) * pitch + kWeightBlockRows * a + lane / 4 * 2 + i / 2] =
               sums[a][b][i];
   }
 };
 
 // 16 rows of W and kM_ of x.
-template <bool kBlocked_, bool kAligned_, int kM_, int kFlight_>
+template <bool kBlocked_, bool kAligned_, int kM_, int kChunksInFlight_>
 struct F32Tile {
   static constexpr bool kAligned = kAligned_;
-  static constexpr int kN = kRowsOfBlock, kM = kM_, kFlight = kFlight_, kColumns = 4, kRows = kM;
+  static constexpr int kN = kWeightBlockRows, kM = kM_, kChunksInFlight = kChunksInFlight_,
+                       kColumns = 4, kRows = kM;
   // Blocks: [column][row], else [row][column].
   struct Raw {
     float values[4][4];
@@ -159,11 +165,11 @@ struct F32Tile {
           raw.values[i][j] = kBlocked_ ? weight_at<float, true>(p, first + j, k + i)
                                        : weight_at<float, false>(p, first + i, k + j);
       } else {
-        const int64_t block = first / kRowsOfBlock, row = first + i;
+        const int64_t block = first / kWeightBlockRows, row = first + i;
         const float* from = static_cast<const float*>(p.weight) + row * p.K + k;
         if constexpr (kBlocked_)
-          from = static_cast<const float*>(p.weight) + (block * p.K + k + i) * kRowsOfBlock +
-                 first % kRowsOfBlock;
+          from = static_cast<const float*>(p.weight) + (block * p.K + k + i) * kWeightBlockRows +
+                 first % kWeightBlockRows;
         const bool there = (kBlocked_ ? first : row) < p.N && k < p.K;
         unpack<float>(there ? load_stream(from) : uint4{0, 0, 0, 0}, raw.values[i]);
       }

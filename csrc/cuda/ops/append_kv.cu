@@ -2,20 +2,20 @@
 #include "cuda/runtime/elementwise.cuh"
 #include "params/append_kv.h"
 
-// A block takes a token; a thread the pairs (i, i + D/2) of N neighbours of one head of q or k, or
-// 2 N elements of a head of v (N is a vector of 16 bytes, or one element where strides do not allow
-// that). float32 inside, rounded once. q and k go through the same code: k is rotated on its way
-// to its page.
+// A block takes a token; a thread takes the pairs (i, i + D/2) of N consecutive elements of a head
+// of q or k, or 2 N elements of a head of v (N is a vector of 16 bytes, or one element if the
+// strides are not aligned). float32 arithmetic, rounded once. q and k share their code: k is
+// rotated on its way to its page.
 //
 // Floor: latency. A token of CSM's backbone is 10 KB, so 256 tokens are 0.8 us of an H100's memory;
 // every thread has its two loads and the table's in flight at once.
 namespace voxkern {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kAppendThreads = 256;
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads) append_kv_kernel(AppendKvParams p) {
+__global__ void __launch_bounds__(kAppendThreads) append_kv_kernel(AppendKvParams p) {
   let_next_kernel_start();
   wait_for_previous_kernel();
   const int64_t t = blockIdx.x, half = p.D / 2;
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads) append_kv_kernel(AppendKvParams p) {
     const int64_t in_page = (page_at + h * p.S) * p.D;
     const T* from;
     T* to;
-    bool turned = true;
+    bool rotate = true;
     if (head < Hq) {
       to = static_cast<T*>(p.q) + t * p.q_stride + h * p.D;
       from = to;
@@ -41,12 +41,12 @@ __global__ void __launch_bounds__(kThreads) append_kv_kernel(AppendKvParams p) {
     } else {
       from = static_cast<const T*>(p.v) + t * p.v_stride + h * p.D;
       to = static_cast<T*>(p.v_pages) + in_page;
-      turned = false;
+      rotate = false;
     }
     float low[N], high[N];
     load<N>(from + i, low);
     load<N>(from + half + i, high);
-    if (turned) {
+    if (rotate) {
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         const float cos = table[i + j], sin = table[half + i + j], a = low[j], b = high[j];
@@ -69,7 +69,7 @@ void run(const AppendKvParams& p, cudaStream_t stream) {
   const int64_t items = (p.Hq + 2 * p.Hkv) * (vectors ? half / kVector<T> : half);
   launch(vectors ? append_kv_kernel<T, kVector<T>> : append_kv_kernel<T, 1>,
          {.grid = dim3(static_cast<unsigned>(p.T)),
-          .block = dim3(block_size(items, kThreads)),
+          .block = dim3(block_size(items, kAppendThreads)),
           .stream = stream,
           .overlaps_previous = true},
          p);

@@ -2,7 +2,7 @@
 #include "cuda/ops/ops.cuh"
 #include "params/decode_attention.h"
 
-// split.cuh has the kernels.
+// attention/split.cuh has the kernels.
 namespace voxkern {
 namespace {
 
@@ -37,7 +37,7 @@ attention::Partials partials_in(float* workspace, const DecodeAttentionParams& p
 template <typename T, bool kAppend>
 void launch_splits(const DecodeAttentionParams& p, const attention::Partials& partials,
                    const AppendKvParams& append, cudaStream_t stream) {
-  // Both halves of turned rows are read in vectors.
+  // Both halves of the rotated rows are loaded in vectors.
   const bool vectors =
       !kAppend || (is_vector_aligned<T>(p.q, p.D / 2) && p.q_stride % kVector<T> == 0);
   launch(
@@ -65,7 +65,7 @@ void run(const DecodeAttentionParams& p, const attention::Partials& partials, cu
 
 }  // namespace
 
-// Floats that `workspace` must hold.
+// The size of `workspace`, in floats.
 int64_t decode_attention_workspace(const DecodeAttentionParams& p) {
   const int64_t splits = max_splits(p);
   return splits == 1 ? 0 : p.B * p.Hq * splits * (p.D + 2);
@@ -101,8 +101,8 @@ Tensor decode_attention_cuda(Tensor q, Tensor k_pages, Tensor v_pages, Tensor pa
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
   const DecodeAttentionParams p =
       decode_attention_params(q, k_pages, v_pages, page_table, seq_lens, scale, out);
-  check(p.D <= attention::kMaxElementwise, "q: on CUDA expected heads of at most ",
-        attention::kMaxElementwise, " elements, got shape ", shape_string(q));
+  check(p.D <= attention::kMaxHeadDim, "q: on CUDA expected heads of at most ",
+        attention::kMaxHeadDim, " elements, got shape ", shape_string(q));
   check(p.B <= 65535, "q: on CUDA expected at most 65535 sequences, got ", p.B);
   Tensor workspace =
       torch::stable::new_empty(q, {decode_attention_workspace(p)}, ScalarType::Float);

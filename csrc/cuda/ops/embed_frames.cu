@@ -1,24 +1,24 @@
 #include "cuda/runtime/elements.cuh"
 #include "params/embed_frames.h"
 
-// A block takes a frame and blockDim.x vectors of its columns (16 bytes, or single elements where
-// the tables do not allow that). The block first lists the rows that the mask leaves; then a thread
+// A block takes a frame and blockDim.x vectors of its columns (16 bytes, or single elements if the
+// tables are not aligned). The block first lists the rows that the mask selects; then each thread
 // adds its columns of them in float32, in the order of the codebooks with the text last, and rounds
-// once. An id outside its table, which the host would have to read to refuse it, adds nothing.
+// once. An id outside its table adds nothing: rejecting it would need a read on the host.
 //
 // Floor: (K + 2) C elements a frame over 3.35 TB/s: 139 KB for CSM's frame in bf16, 11 us at 256
-// frames on an H100 (out of a 134 MB table: the second-level cache helps little). Latency at one
-// frame: ids, then kFlight rows at a time.
+// frames on an H100 (out of a 134 MB table: L2 helps little). Latency at one
+// frame: ids, then kRowsInFlight rows at a time.
 namespace voxkern {
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int kFlight = 8;    // rows that a thread loads before it adds them
-constexpr int kListed = 128;  // rows listed at a time
+constexpr int kEmbedThreads = 128;
+constexpr int kRowsInFlight = 8;     // a thread loads these before it adds them
+constexpr int kMaxListedRows = 128;  // rows listed at a time
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads) embed_frames_kernel(EmbedFramesParams p) {
-  VOX_SHARED(const T* [kListed], rows);
+__global__ void __launch_bounds__(kEmbedThreads) embed_frames_kernel(EmbedFramesParams p) {
+  VOX_SHARED(const T* [kMaxListedRows], rows);
   VOX_SHARED(int, count);
   const int64_t t = blockIdx.y;
   const int64_t at = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * N;
@@ -26,10 +26,10 @@ __global__ void __launch_bounds__(kThreads) embed_frames_kernel(EmbedFramesParam
   let_next_kernel_start();
   wait_for_previous_kernel();
   float sums[N] = {};
-  for (int64_t first = 0; first <= p.K; first += kListed) {
+  for (int64_t first = 0; first <= p.K; first += kMaxListedRows) {
     if (threadIdx.x < kWarp) {
       int listed = 0;
-      for (int64_t k0 = first; k0 <= p.K && k0 < first + kListed; k0 += kWarp) {
+      for (int64_t k0 = first; k0 <= p.K && k0 < first + kMaxListedRows; k0 += kWarp) {
         const int64_t k = k0 + threadIdx.x, place = t * (p.K + 1) + k;
         const bool marked = k <= p.K && p.mask[place];
         const int64_t id = marked ? p.frames[place] : -1;
@@ -45,19 +45,19 @@ __global__ void __launch_bounds__(kThreads) embed_frames_kernel(EmbedFramesParam
     }
     __syncthreads();
     if (at < p.C) {
-      for (int r = 0; r < count; r += kFlight) {
-        float values[kFlight][N];
+      for (int r = 0; r < count; r += kRowsInFlight) {
+        float values[kRowsInFlight][N];
 #pragma unroll
-        for (int i = 0; i < kFlight; ++i)
+        for (int i = 0; i < kRowsInFlight; ++i)
           if (r + i < count) load<N>(rows[r + i] + at, values[i]);
 #pragma unroll
-        for (int i = 0; i < kFlight; ++i)
+        for (int i = 0; i < kRowsInFlight; ++i)
 #pragma unroll
           for (int j = 0; j < N; ++j)
             if (r + i < count) sums[j] += values[i][j];
       }
     }
-    if (first + kListed <= p.K) __syncthreads();
+    if (first + kMaxListedRows <= p.K) __syncthreads();
   }
   if (at < p.C) store<N>(static_cast<T*>(p.out) + t * p.C + at, sums);
 }
@@ -67,8 +67,8 @@ void run(const EmbedFramesParams& p, cudaStream_t stream) {
   const bool vectors = is_vector_aligned<T>(p.audio_table, p.C) &&
                        is_vector_aligned<T>(p.text_table, p.C) && is_vector_aligned<T>(p.out, p.C);
   const int64_t items = vectors ? p.C / kVector<T> : p.C;
-  const unsigned threads = block_size(items, kThreads);
-  // The grid's second dimension is 16 bits wide.
+  const unsigned threads = block_size(items, kEmbedThreads);
+  // gridDim.y is limited to 65535.
   for (int64_t first = 0; first < p.T; first += 65535) {
     EmbedFramesParams part = p;
     part.T = p.T - first < 65535 ? p.T - first : 65535;

@@ -1,7 +1,7 @@
 #include "cuda/codec/conv.cuh"
 
-// Launch by launch: one for every convolution, and one at the end that keeps the pasts of all. So
-// all values live until then, 2.2 MB a frame and stream.
+// One launch for every convolution, and one at the end that stores the pasts of all. So all
+// intermediate tensors stay allocated until then, 2.2 MB a frame and stream.
 #ifdef VOX_HOST_PASS
 #include <climits>
 
@@ -27,7 +27,7 @@ Tensor mimi_convs_cuda(Tensor x, Tensor fresh, std::vector<Tensor> past,
                         p.out = static_cast<float*>(out.mutable_data_ptr());
                         MimiConvStart start = {.width = from.size(2)};
                         if (step.replicate)
-                          start.fresh = static_cast<const bool*>(fresh.const_data_ptr());
+                          start.is_first = static_cast<const bool*>(fresh.const_data_ptr());
                         mimi_conv(p, start, device.stream);
                         values.push_back(blocks);
                         values.push_back(out);

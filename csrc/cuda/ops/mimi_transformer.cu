@@ -2,45 +2,18 @@
 
 #include "common/arena.h"
 #include "cuda/codec/attention.cuh"
+#include "cuda/codec/gemm.cuh"
 #include "cuda/codec/prologues.cuh"
+#include "cuda/codec/rotations.cuh"
 #include "params/mimi_transformer.h"
 
-// Five launches a layer: norm and qkv; rotation, the new keys and values, attention; o and the
-// residual; norm, up and activation; down and the residual. One before them makes the table of
-// rotations.
+// Five launches a layer: norm and qkv; rotation, append of keys and values, attention; o and the
+// residual; norm, up and activation; down and the residual. One launch before them computes the
+// table of rotations.
 namespace voxkern {
 namespace {
 
-// Within 1e-7 of torch's. The angle is reduced in double, to -pi / 4 .. pi / 4; then the
-// polynomials of Cephes (https://www.netlib.org/cephes). sinf() would need a stack.
-__device__ __forceinline__ void sine_and_cosine(float angle, float& sine, float& cosine) {
-  const double quarters = rint(static_cast<double>(angle) * 0.63661977236758134308);
-  const float r =
-      static_cast<float>(fma(quarters, -1.57079632679489661923, static_cast<double>(angle)));
-  const float s = r * r;
-  float odd = fmaf(s, -1.9515295891e-4f, 8.3321608736e-3f);
-  odd = fmaf(fmaf(s, odd, -1.6666654611e-1f), s * r, r);
-  float even = fmaf(s, 2.443315711809948e-5f, -1.388731625493765e-3f);
-  even = fmaf(fmaf(s, even, 4.166664568298827e-2f), s * s, fmaf(s, -0.5f, 1.0f));
-  const int quarter = static_cast<int>(static_cast<int64_t>(quarters) & 3);
-  sine = quarter % 2 ? even : odd;
-  cosine = quarter % 2 ? odd : even;
-  if (quarter >= 2) sine = -sine;
-  if (quarter == 1 || quarter == 2) cosine = -cosine;
-}
-
-// A thread takes an angle of a step.
-__global__ void rotations_kernel(MimiTransformerParams p, const float* frequencies, float* out) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int64_t half = p.D / 2, row = i / half, f = i % half;
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-  if (row >= p.B * p.T) return;
-  const float angle = static_cast<float>(p.positions[row / p.T] + row % p.T) * frequencies[f];
-  sine_and_cosine(angle, out[row * p.D + half + f], out[row * p.D + f]);
-}
-
-// What lies between launches. R = B T.
+// The buffers between launches. R = B T.
 struct Buffers {
   float *rotations, *qkv, *attended, *hidden;  // [R, D], [R, (Hq + 2 Hkv) D], [R, Hq D], [R, F]
 
@@ -68,16 +41,13 @@ void project(const codec::Rows<kNormed>& rows, int64_t M, const Weight& weight, 
           .out = out,
           .activates = activation != nullptr,
           .activation = activation ? *activation : Activation::relu,
-          .splits = 0,
-          .tiles = 0,
-          .tiles_m = 0,
       },
       is_bf16, rows, stream);
 }
 
 }  // namespace
 
-// Bytes that `workspace` must hold.
+// The size of `workspace`, in bytes.
 int64_t mimi_transformer_workspace(const MimiTransformerParams& p) {
   Arena count(nullptr);
   Buffers(count, p);
@@ -90,7 +60,7 @@ void mimi_transformer(MimiTransformerParams p, const float* frequencies, void* w
   Arena arena(workspace);
   const Buffers buffers(arena, p);
   p.rotations = buffers.rotations;
-  launch(rotations_kernel,
+  launch(codec::rotations_kernel,
          {.grid = dim3(static_cast<unsigned>(divide_up(p.B * p.T * p.D / 2, 128))),
           .block = dim3(128),
           .stream = stream,
@@ -134,8 +104,8 @@ Tensor mimi_transformer_cuda(Tensor x, Tensor positions, Tensor frequencies, Ten
   not_packed(p.o, "o");
   not_packed(p.up, "up");
   not_packed(p.down, "down");
-  check(p.D <= codec::kMaxWidth, "keys: on CUDA expected heads of at most ", codec::kMaxWidth,
-        " elements, got shape ", shape_string(keys));
+  check(p.D <= attention::kMaxHeadDim, "keys: on CUDA expected heads of at most ",
+        attention::kMaxHeadDim, " elements, got shape ", shape_string(keys));
   check(p.B * p.T <= INT_MAX, "x: on CUDA expected B T below 2^31, got shape ", shape_string(x));
   if (p.L == 0) return torch::stable::clone(x);
   Tensor out = torch::stable::empty_like(x);

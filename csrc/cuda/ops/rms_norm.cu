@@ -3,23 +3,21 @@
 #include "cuda/runtime/reduce.cuh"
 #include "params/rms_norm.h"
 
-// One block takes a row; a thread the vectors (16 bytes, or single elements where rows do not
-// allow that) threadIdx.x, threadIdx.x + blockDim.x, ... Squares are summed in float32;
-// add_rms_norm rounds the sum with the residual before it is squared, as it is stored. The result
-// is rounded once.
+// A block takes a row; a thread takes the vectors (16 bytes, or single elements if rows are not
+// aligned) threadIdx.x, threadIdx.x + blockDim.x, ... Squares are summed in float32; add_rms_norm
+// squares the sum with the residual after rounding it as it is stored. The result is rounded once.
 //
 // Floor: 2 C elements a row (add_rms_norm 4 C) over 3.35 TB/s: for [256, 2048] bf16 0.6 us (1.3 us)
 // on an H100; at decode's few rows only latency is left: one read of memory, one barrier. So the
-// first kKept vectors of a thread stay in registers, which is all of them up to C = 4096 (bf16),
-// and their weights come with them.
+// first kVectorsPerThread vectors of a thread stay in registers, which is all of them up to C =
+// 4096 (bf16), and their weights come with them.
 namespace voxkern {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kKept = 2;
+constexpr int kVectorsPerThread = 2;
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads) rms_norm_kernel(RmsNormParams p) {
+__global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(RmsNormParams p) {
   VOX_SHARED(float[kMaxWarps], partials);
   const int64_t at = static_cast<int64_t>(blockIdx.x) * p.C, vectors = p.C / N;
   const T* const x = static_cast<const T*>(p.x) + at;
@@ -30,7 +28,7 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(RmsNormParams p) {
   let_next_kernel_start();
   wait_for_previous_kernel();
   float squares = 0;
-  const auto take = [&](int64_t i, float (&values)[N]) {
+  const auto load_and_square = [&](int64_t i, float (&values)[N]) {
     load_uncached<N>(x + i * N, values);
     if (residual) {
       float others[N];
@@ -42,32 +40,33 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(RmsNormParams p) {
 #pragma unroll
     for (int j = 0; j < N; ++j) squares = fmaf(values[j], values[j], squares);
   };
-  // As it stands in memory: made floats right here, it would be waited for before x is asked for.
+  // Returns the raw vector: converting it here would make the thread wait for it before x is
+  // loaded.
   using Raw = std::conditional_t<N == 1, T, uint4>;
   const auto weight_of = [&](int64_t i) -> Raw {
     return *reinterpret_cast<const Raw*>(weight + i * N);
   };
-  float kept[kKept][N];
-  Raw weights[kKept];
+  float kept[kVectorsPerThread][N];
+  Raw weights[kVectorsPerThread];
 #pragma unroll
-  for (int k = 0; k < kKept; ++k) {
+  for (int k = 0; k < kVectorsPerThread; ++k) {
     const int64_t i = threadIdx.x + static_cast<int64_t>(k) * blockDim.x;
     if (i < vectors) weights[k] = weight_of(i);
   }
 #pragma unroll
-  for (int k = 0; k < kKept; ++k) {
+  for (int k = 0; k < kVectorsPerThread; ++k) {
     const int64_t i = threadIdx.x + static_cast<int64_t>(k) * blockDim.x;
-    if (i < vectors) take(i, kept[k]);
+    if (i < vectors) load_and_square(i, kept[k]);
   }
-  const int64_t rest = threadIdx.x + static_cast<int64_t>(kKept) * blockDim.x;
+  const int64_t rest = threadIdx.x + static_cast<int64_t>(kVectorsPerThread) * blockDim.x;
   for (int64_t i = rest; i < vectors; i += blockDim.x) {
     float values[N];
-    take(i, values);
+    load_and_square(i, values);
   }
 
   const float sum = block_reduce(squares, partials, Add());
   const float scale = rms_scale(sum, p.C, p.eps);
-  const auto give = [&](int64_t i, const float (&values)[N], Raw raw) {
+  const auto scale_and_store = [&](int64_t i, const float (&values)[N], Raw raw) {
     float results[N];
     load<N>(reinterpret_cast<const T*>(&raw), results);
 #pragma unroll
@@ -75,15 +74,15 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(RmsNormParams p) {
     store<N>(out + i * N, results);
   };
 #pragma unroll
-  for (int k = 0; k < kKept; ++k) {
+  for (int k = 0; k < kVectorsPerThread; ++k) {
     const int64_t i = threadIdx.x + static_cast<int64_t>(k) * blockDim.x;
-    if (i < vectors) give(i, kept[k], weights[k]);
+    if (i < vectors) scale_and_store(i, kept[k], weights[k]);
   }
   for (int64_t i = rest; i < vectors; i += blockDim.x) {
     float values[N];
     const Raw raw = weight_of(i);
     load_uncached<N>((residual ? residual : x) + i * N, values);
-    give(i, values, raw);
+    scale_and_store(i, values, raw);
   }
 }
 
@@ -96,7 +95,7 @@ void run(const RmsNormParams& p, cudaStream_t stream) {
   const int64_t items = vectors ? p.C / kVector<T> : p.C;
   launch(vectors ? rms_norm_kernel<T, kVector<T>> : rms_norm_kernel<T, 1>,
          {.grid = dim3(static_cast<unsigned>(p.rows)),
-          .block = dim3(block_size(items, kThreads)),
+          .block = dim3(block_size(items, kNormThreads)),
           .stream = stream,
           .overlaps_previous = true},
          p);

@@ -2,26 +2,14 @@
 #include "cuda/sampling/sampler.cuh"
 #include "params/sample_tokens.h"
 
-// One block takes a row, a thread two groups of four codes; sampler.cuh says how it is drawn and
-// where it rounds.
+// A block takes a row, a thread two groups of four codes; sampling/sampler.cuh says how a code is
+// drawn and where it rounds.
 //
-// Floor: a row of 2,051 logits is 4 KB, [256, 2051] 0.3 us of an H100's memory: only latency
-// counts. A row of 9 warps takes, with top-k, 6 barriers: the largest, two of the search, the list
-// of what stays, two of the race; top-p adds two if it comes with top-k. In clocks of 0.6 ns:
-// parameters and logits from the second-level cache 400, the largest 150, division 100, buckets
-// 150, their sums in every warp 150, the bucket's logits 150, the list 100, one Philox counter (10
-// rounds of some 12 clocks) and two logarithms for each code that stays 250, the best 100, two
-// float64 logarithms for those near it 300, 30 a barrier: 2,000, or 1.2 us, if nothing waited for
-// its turn.
-//
-// Instructions do. Counted in sm_90a's machine code for 2,051 codes, a warp runs some 1,500 of them
-// with top-p, 1,400 with top-k, 1,500 without a filter, 300 for the greedy draw; a scheduler has
-// two or three warps, so 3,400 clocks or 2 us but for the greedy draw. And they have to come: 22 of
-// the kernel's 31 KB with a filter, 5 for the greedy draw. At 250 clocks from the second-level
-// cache for each 128 bytes that would be 26 us and 6 if nothing were fetched ahead, and next to
-// nothing where the multiprocessor still has them; nobody has measured which. So code is not
-// unrolled here where a loop does. 256 rows are two blocks a multiprocessor, all resident at once,
-// which share what is fetched.
+// Floor: latency. A row of 9 warps takes, with top-k, 6 barriers: the largest, two of the search,
+// the list of kept codes, two of the race; top-p adds two when combined with top-k. docs/cuda.md
+// has the estimated clocks and instructions. The kernel's 31 KB of code have to be fetched too, so
+// code is not unrolled where a loop does. 256 rows are two blocks a multiprocessor, all resident at
+// once, which share the fetched code.
 namespace voxkern {
 namespace {
 

@@ -6,6 +6,9 @@
 namespace voxkern {
 namespace {
 
+// Threads of a block for a long row: with the order of sums, part of rms_norm's result.
+constexpr int kNormThreads = 256;
+
 // The factor of rms_norm for a row of C elements, without the weight.
 __device__ __forceinline__ float rms_scale(float sum_of_squares, int64_t C, float eps) {
   return 1.0f / sqrtf(sum_of_squares / static_cast<float>(C) + eps);

@@ -1,14 +1,15 @@
-// The filters of a draw: the lowest of a row's scores that top-k, top-p and min-p leave.
-// sampler.cuh calls it.
+// The filters of a draw: the lowest of a row's scores that top-k, top-p and min-p keep.
 //
-// As on the CPU (csrc/cpu/sampler.h) each filter is a lowest logit that stays: a logit stays in
-// top-k if fewer than k are above it, in top-p if what is above it weighs less than top_p of all.
-// Weights are integers (1, or e^(z - largest) in units of 2^-31), so their sums depend on no order;
+// As on the CPU (csrc/cpu/ops/sampler.h) each filter is a lowest logit to keep: top-k keeps a logit
+// if fewer than k are above it, top-p if those above it weigh less than top_p of all. Weights are
+// integers (1, or e^(z - largest) in units of 2^-31), so their sums do not depend on the order,
 // ties need no care and nothing is sorted. Both filters are one search: weights go to buckets of
-// near logits, every warp finds the bucket where the sum crosses its limit, and the few logits of
-// that bucket are compared with each other. Where they are not few, the block bisects over the
+// nearby logits, every warp finds the bucket where the sum crosses its limit, and the few logits of
+// that bucket are compared with each other. If they are more than a few, the block bisects over the
 // values in their order.
 #pragma once
+
+#include <limits>
 
 #include "common/sampler_row.h"
 #include "cuda/runtime/elements.cuh"
@@ -17,37 +18,36 @@
 namespace voxkern::sampling {
 namespace {
 
-// Codes of a thread that lie next to each other: those of one Philox counter.
-constexpr int kCodes = 4;
-// Codes of a thread. A block of T threads takes up to kMaxCodesPerThread T codes.
+constexpr int kCodes = 4;  // consecutive codes of a thread, those of one Philox counter
+// A block of T threads takes up to kMaxCodesPerThread T codes.
 constexpr int kMaxCodesPerThread = 3 * kCodes;
 constexpr int kBuckets = 256;
 constexpr int kSamplerThreads = 512;
 constexpr int kMaxVocabulary = kSamplerThreads * kMaxCodesPerThread;
 
-// Threads of a block for V codes: two counters each, which is soon done and leaves few warps to
+// Threads of a block for V codes: two counters each, which is quickly done and leaves few warps to
 // meet at a barrier.
 inline unsigned block_threads(int64_t V) {
   return block_size(divide_up(V, 2 * kCodes), kSamplerThreads);
 }
 
-// What one step of the bisection leaves of each warp.
-struct Found {
+// One warp's result of a step of the bisection.
+struct BisectionStep {
   unsigned long long weight;  // of the values above the pivot
-  int32_t below, above;       // the nearest values at or below, and above it, as float_order
+  int32_t below, above;       // nearest values at or below the pivot, and above it, by float_order
 };
 struct Near {
   int32_t order;
   uint32_t weight;
 };
-// Of one search.
+// The buckets of one search.
 struct alignas(16) Buckets {
-  uint32_t sums[2 * kBuckets];  // of the weights' lower 16 bits, then of the upper
+  uint32_t sums[2 * kBuckets];  // of the weights' lower 16 bits, then of the upper 16
   int count;
   Near near[kWarp];
 };
 
-// A float's place in the order of all floats, as a signed integer, and back.
+// Maps a float to a signed integer of the same order, and back.
 __device__ __forceinline__ int32_t float_order(float a) {
   const int32_t bits = __float_as_int(a);
   return bits ^ ((bits >> 31) & 0x7fffffff);
@@ -59,6 +59,7 @@ __device__ __forceinline__ float float_at(int32_t order) {
 constexpr int32_t kLowestOrder = static_cast<int32_t>(0x807fffff);  // of minus infinity
 constexpr int32_t kHighestOrder = 0x7fffffff;
 constexpr float kLargestFloat = 0x1.fffffep127f;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // The lowest score z with e^(z - largest) >= min_p, in float64 on its logarithm.
 __device__ __forceinline__ float min_p_bound(float min_p, float largest) {
@@ -71,16 +72,16 @@ __device__ __forceinline__ float min_p_bound(float min_p, float largest) {
   return float_at(order);
 }
 
-// A row's scores: z = logit over temperature, which may be no number: all comparisons with it are
-// false, as they should be. A thread has whole counters' codes, those past V minus infinity.
+// A row's scores: z = logit / temperature. It may be NaN: then all comparisons are false, as they
+// should be. A thread has the codes of whole counters; those past V are -inf.
 struct Scores {
   int V;
   float* z;              // [padded V]
-  uint32_t* weight;      // [padded V]; of the search that goes on
-  int32_t low;           // the lowest finite score, as float_order
-  float largest, scale;  // buckets per unit below the largest
+  uint32_t* weight;      // [padded V], of the current search
+  int32_t low;           // the lowest finite score, by float_order
+  float largest, scale;  // of the buckets: per unit below the largest
 
-  // f(first of kCodes codes), for all of this thread's.
+  // Calls f(first of kCodes codes) for all of this thread's.
   template <typename F>
   __device__ __forceinline__ void each(const F& f) const {
 #pragma unroll 1
@@ -103,12 +104,12 @@ __device__ __forceinline__ void load_words(const uint32_t* p, uint32_t (&out)[kC
 
 // The lowest of the scores above which the weights sum to less than `limit`, by bisection.
 __device__ __forceinline__ float bisect(const Scores& scores, unsigned long long limit,
-                                        Found (&found)[2][kMaxWarps]) {
+                                        BisectionStep (&steps)[2][kMaxWarps]) {
   const int warps = blockDim.x / kWarp;
   // Invariant: the answer is above `low`, and not above `high`, which occurs.
   int32_t pivot = scores.low - 1, low = kLowestOrder - 1, high = float_order(scores.largest);
   for (int step = 0; low + 1 < high; ++step) {
-    Found mine = {0, kLowestOrder - 1, kHighestOrder};
+    BisectionStep mine = {0, kLowestOrder - 1, kHighestOrder};
     scores.each([&](int code) {
       float z[kCodes];
       uint32_t weight[kCodes];
@@ -129,7 +130,7 @@ __device__ __forceinline__ float bisect(const Scores& scores, unsigned long long
     mine.below = __reduce_max_sync(kWholeWarp, mine.below);
     mine.above = __reduce_min_sync(kWholeWarp, mine.above);
     if (warps > 1) {
-      Found(&all)[kMaxWarps] = found[step % 2];
+      BisectionStep(&all)[kMaxWarps] = steps[step % 2];
       if (threadIdx.x % kWarp == 0) all[threadIdx.x / kWarp] = mine;
       __syncthreads();
       mine = all[0];
@@ -152,12 +153,10 @@ __device__ __forceinline__ float bisect(const Scores& scores, unsigned long long
   return float_at(high);
 }
 
-// The lowest score that top-p leaves of those not below `bound`, or top-k, by way of `buckets`,
-// which are zeros. The largest score if it leaves none. Two barriers.
-__device__ __forceinline__ float lowest_kept(const Scores& scores, bool by_odds, float bound,
-                                             const SamplerRow& row, Buckets& buckets,
-                                             Found (&found)[2][kMaxWarps]) {
-  constexpr int kOfLane = kBuckets / kWarp;
+// Weighs the scores not below `bound`, 1 each or by their odds, and adds the weights to the
+// buckets. One barrier.
+__device__ __forceinline__ void fill_buckets(const Scores& scores, bool by_odds, float bound,
+                                             Buckets& buckets) {
   scores.each([&](int code) {
     float z[kCodes];
     uint32_t weight[kCodes];
@@ -180,23 +179,35 @@ __device__ __forceinline__ float lowest_kept(const Scores& scores, bool by_odds,
     *reinterpret_cast<uint4*>(scores.weight + code) = {weight[0], weight[1], weight[2], weight[3]};
   });
   __syncthreads();
+}
 
+// The bucket where the sum of weights from the largest score down crosses the limit, and the weight
+// above this bucket.
+struct Crossing {
+  unsigned long long limit, above;
+  int bucket;
+};
+
+// Every warp finds the crossing for itself. The limit is 0 if the filter keeps nothing.
+__device__ __forceinline__ Crossing find_crossing(const Buckets& buckets, bool by_odds,
+                                                  const SamplerRow& row) {
+  constexpr int kEach = kBuckets / kWarp;
   const int lane = threadIdx.x % kWarp;
-  unsigned long long sums[kOfLane], mine = 0;
+  unsigned long long sums[kEach], mine = 0;
 #pragma unroll
-  for (int i = 0; i < kOfLane; ++i) {
-    const int bucket = lane * kOfLane + i;
+  for (int i = 0; i < kEach; ++i) {
+    const int bucket = lane * kEach + i;
     sums[i] = (static_cast<unsigned long long>(buckets.sums[kBuckets + bucket]) << 16) +
               buckets.sums[bucket];
     mine += sums[i];
   }
-  unsigned long long above = mine;  // so far with what is this lane's
+  unsigned long long above = mine;  // up to and including this lane's buckets
 #pragma unroll
   for (int delta = 1; delta < kWarp; delta *= 2) {
     const unsigned long long other = __shfl_up_sync(kWholeWarp, above, delta);
     if (lane >= delta) above += other;
   }
-  // Sums are integers: below what they must be less than is below the next integer.
+  // Sums are integers, so `sum < p * total` is `sum < ceil(p * total)`.
   const unsigned long long total = __shfl_sync(kWholeWarp, above, kWarp - 1);
   unsigned long long limit = row.top_k;
   if (by_odds) {
@@ -204,28 +215,31 @@ __device__ __forceinline__ float lowest_kept(const Scores& scores, bool by_odds,
     limit = share > 0 ? static_cast<unsigned long long>(share) : 0;
   }
   limit = limit < total ? limit : total;
-  if (limit == 0) return scores.largest;  // the whole block
+  if (limit == 0) return {0, 0, 0};  // the whole block
   const int crossing = __ffs(__ballot_sync(kWholeWarp, above >= limit)) - 1;
   above -= mine;
-  int crossed = lane * kOfLane;
+  int crossed = lane * kEach;
 #pragma unroll
-  for (int i = 0; i < kOfLane - 1; ++i) {
+  for (int i = 0; i < kEach - 1; ++i) {
     mine = i == 0 ? above + sums[0] : mine + sums[i];
     if (mine < limit) {
       above = mine;
       ++crossed;
     }
   }
-  crossed = __shfl_sync(kWholeWarp, crossed, crossing);
-  above = __shfl_sync(kWholeWarp, above, crossing);
+  return {limit, __shfl_sync(kWholeWarp, above, crossing),
+          __shfl_sync(kWholeWarp, crossed, crossing)};
+}
 
+// Lists up to 32 scores of a bucket. One barrier.
+__device__ __forceinline__ void list_bucket(const Scores& scores, int bucket, Buckets& buckets) {
   scores.each([&](int code) {
     float z[kCodes];
     load<kCodes>(scores.z + code, z);
     unsigned here = 0;
 #pragma unroll
     for (int i = 0; i < kCodes; ++i)
-      if (scores.bucket(z[i]) == crossed) here |= 1u << i;
+      if (scores.bucket(z[i]) == bucket) here |= 1u << i;
 #pragma unroll 1
     for (; here; here &= here - 1) {
       const int other = code + __ffs(here) - 1;
@@ -236,16 +250,28 @@ __device__ __forceinline__ float lowest_kept(const Scores& scores, bool by_odds,
     }
   });
   __syncthreads();
-  const int count = buckets.count;
-  if (count > kWarp) return bisect(scores, limit, found);
+}
+
+// The lowest score that top-p (`by_odds`) or top-k keeps among those not below `bound`; the largest
+// score if it keeps none. `buckets` are zero. Two barriers.
+__device__ __forceinline__ float lowest_kept(const Scores& scores, bool by_odds, float bound,
+                                             const SamplerRow& row, Buckets& buckets,
+                                             BisectionStep (&steps)[2][kMaxWarps]) {
+  fill_buckets(scores, by_odds, bound, buckets);
+  const Crossing crossing = find_crossing(buckets, by_odds, row);
+  if (crossing.limit == 0) return scores.largest;
+  list_bucket(scores, crossing.bucket, buckets);
+  const int count = buckets.count, lane = threadIdx.x % kWarp;
+  if (count > kWarp) return bisect(scores, crossing.limit, steps);
   const Near my_near = lane < count ? buckets.near[lane] : Near{kLowestOrder - 1, 0};
+  unsigned long long above = crossing.above;
 #pragma unroll 1
   for (int i = 0; i < count; ++i) {
     const Near other = buckets.near[i];
     if (other.order > my_near.order) above += other.weight;
   }
-  const bool stays = lane < count && above < limit;
-  return float_at(__reduce_min_sync(kWholeWarp, stays ? my_near.order : kHighestOrder));
+  const bool kept = lane < count && above < crossing.limit;
+  return float_at(__reduce_min_sync(kWholeWarp, kept ? my_near.order : kHighestOrder));
 }
 
 }  // namespace
