@@ -24,7 +24,7 @@ EXTRA = $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "r
 CMAKE = PATH=$(CURDIR)/$(BIN):$$PATH cmake
 CONFIGURE = $(CMAKE) -S . -G Ninja -DVOXKERN_TORCH=$$($(RUN) -c 'import torch; print(torch.__path__[0])')
 
-.PHONY: build serve test test-fast simt cuda-check triton-check lint format bench peers sanitize clean
+.PHONY: build serve test test-fast simt cuda-check cuda-link-check triton-check lint format bench peers sanitize clean
 
 build: $(VENV)/built
 
@@ -79,6 +79,17 @@ test-fast: $(VENV)/test
 # Compiles every CUDA kernel for every target. Needs nvcc, no GPU.
 cuda-check: $(VENV)/torch
 	$(RUN) tools/cuda_check.py
+
+# Builds the CUDA library for Hopper against a CUDA torch, loads it and checks that it registers every
+# op. Needs nvcc and 8 GB for an environment of its own, no GPU.
+LINK := build/cuda-link
+cuda-link-check: $(VENV)/torch
+	test -x $(LINK)/venv/bin/python || $(PYTHON) -m venv $(LINK)/venv
+	$(LINK)/venv/bin/pip install --quiet torch==2.11.0
+	$(CMAKE) -S . -B $(LINK)/cmake -G Ninja -DVOXKERN_CUDA=on -DVOXKERN_CUDA_ARCHITECTURES=90a \
+	  -DVOXKERN_TORCH=$$($(LINK)/venv/bin/python -c 'import torch; print(torch.__path__[0])')
+	$(CMAKE) --build $(LINK)/cmake --target voxkern voxkern_cuda
+	$(LINK)/venv/bin/python tools/cuda_link_check.py $(LINK)/cmake
 
 # Compiles every Triton kernel at CSM-1B's shapes for NVIDIA and AMD. Needs no GPU.
 triton-check: $(VENV)/test
