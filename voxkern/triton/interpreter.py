@@ -13,12 +13,12 @@ def patch_interpreter() -> None:
     """Patch the interpreter of this process.
 
     Fixes: rounding to bfloat16 to nearest (it truncates), products of bfloat16 (NumPy has none),
-    and loops whose bounds are arguments (NumPy 2.4 no longer converts a one-element array to an
-    integer).
+    the order of a product's sums (NumPy leaves it to a BLAS, whose order depends on the number of
+    rows and on the processor), and loops whose bounds are arguments (NumPy 2.4 no longer converts
+    a one-element array to an integer).
 
-    Speed: it multiplies transposed matrices element by element; it replaces the language's
-    functions at every call of a helper, although once is enough in a process that compiles
-    nothing; and it computes every integer sum twice to detect overflow.
+    Speed: it replaces the language's functions at every call of a helper, although once is enough
+    in a process that compiles nothing; and it computes every integer sum twice to detect overflow.
     """
     builder = interpreter.InterpreterBuilder
     convert, multiply = interpreter._convert_float, builder.create_dot
@@ -42,17 +42,23 @@ def convert_float(convert, values, source, target, rounding):
     return convert(values, source, target, rounding)
 
 
-def create_dot(builder, multiply, a, b, *rest):
-    return multiply(builder, contiguous_float(a), contiguous_float(b), *rest)
+def create_dot(builder, multiply, a, b, d, *rest):
+    """a `[..., M, K]` times b `[..., K, N]` plus d. Floating-point sums run from the first of K to
+    the last, as on a GPU they have one order for all rows; integers go to `multiply`."""
+    if not a.dtype.scalar.is_floating():
+        return multiply(builder, a, b, d, *rest)
+    a, b = as_float(a), as_float(b)
+    out = np.zeros_like(d.data)
+    for k in range(a.shape[-1]):
+        out += a[..., :, k, None] * b[..., None, k, :]
+    return interpreter.TensorHandle(out + d.data, d.dtype.scalar)
 
 
-def contiguous_float(operand):
-    """bfloat16 as float32, and contiguous: NumPy multiplies a transposed batch element by
-    element."""
-    data, dtype = operand.data, operand.dtype.scalar
-    if dtype == tl.bfloat16:
-        data, dtype = (data.astype(np.uint32) << 16).view(np.float32), tl.float32
-    return interpreter.TensorHandle(np.ascontiguousarray(data), dtype)
+def as_float(operand):
+    """The values of a float32 or bfloat16 operand as float32."""
+    if operand.dtype.scalar == tl.bfloat16:
+        return (operand.data.astype(np.uint32) << 16).view(np.float32)
+    return operand.data
 
 
 def patch_once(patch, patched, fn):
