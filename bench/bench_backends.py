@@ -1,4 +1,4 @@
-"""Which backends are measured beside each other: `bench/run.py --backend`."""
+"""The backends that one run compares: `bench/run.py --backend`."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -6,40 +6,40 @@ from functools import partial
 from voxkern.backend import force, why_missing
 
 TORCH = "torch"
-"""In a list of backends: what one would write without this library."""
+"""List entry for plain torch: the code one would write without this library."""
 PERSISTENT = "persistent"
-"""In a list of backends: the native one, with the depth decoder as one kernel."""
+"""List entry for the native backend with the depth decoder as one persistent kernel."""
 
 
-def chosen(names: str, device: str) -> list[str]:
-    """The backends of a list with commas, all of which run on `device`.
+def parse_backends(names: str, device: str) -> list[str]:
+    """Parses a comma-separated list of backends and checks that all of them run on `device`.
 
     Raises:
-        ValueError: one does not, with the reason; or the first is none.
+        ValueError: a backend does not run, with the reason; or the first entry is not a backend.
     """
     backends = list(dict.fromkeys(names.split(",")))
     for name in backends:
-        if name != TORCH and (reason := why_missing(served_by(name), device)):
+        if name != TORCH and (reason := why_missing(serving_backend(name), device)):
             raise ValueError(f"{name}: {reason}")
     if backends[0] in (TORCH, PERSISTENT):
         raise ValueError(
-            f"{names}: the first is measured, and {backends[0]} is there to compare with"
+            f"{names}: the first is measured; {backends[0]} can only be compared with it"
         )
     return backends
 
 
-def served_by(name: str | None) -> str | None:
-    """The backend behind a name of a list."""
+def serving_backend(name: str | None) -> str | None:
+    """The backend that serves a list entry."""
     return "native" if name == PERSISTENT else name
 
 
-def on(backend: str | None, call: Callable) -> Callable:
-    """`call` with its ops on that backend; None is whichever serves. `PERSISTENT` is the native
-    one, and an argument `persistent` of the call."""
+def bind_backend(backend: str | None, call: Callable) -> Callable:
+    """`call` with its ops on that backend; None leaves the default choice. `PERSISTENT` selects
+    the native backend and passes `persistent=True` to the call."""
     if backend is None:
         return call
     if backend == PERSISTENT:
-        backend, call = served_by(backend), partial(call, persistent=True)
+        backend, call = serving_backend(backend), partial(call, persistent=True)
 
     def run(*args, **kwargs):
         before = force(backend)
@@ -51,11 +51,11 @@ def on(backend: str | None, call: Callable) -> Callable:
     return run
 
 
-def compared(backends: Sequence[str | None]) -> list[str]:
-    """The columns of all but the first: a time, and what it is to the first's."""
+def comparison_columns(backends: Sequence[str | None]) -> list[str]:
+    """Column headings of all backends but the first: time, and its ratio to the first one's."""
     return [column for name in backends[1:] for column in (f"{name} ms", f"x {name}")]
 
 
-def comparison(ms: Sequence[float | None]) -> list[float | None]:
-    """Their cells, None where there is no time."""
+def comparison_cells(ms: Sequence[float | None]) -> list[float | None]:
+    """The cells for `comparison_columns`; None where nothing was measured."""
     return [cell for theirs in ms[1:] for cell in (theirs, theirs and theirs / ms[0])]

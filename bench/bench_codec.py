@@ -1,12 +1,13 @@
-"""A frame of Mimi at its full size, streamed: 32 codes to 1,920 samples, every stream one frame.
+"""One streamed frame of full-size Mimi per stream: 32 codes to 1,920 samples.
 
-Random weights, the key window full. Between frames a gigabyte is read, as the transformers would
-do it, so nothing stays in a cache; that read also gives the bandwidth. The peer is transformers'
-`MimiModel.decode` with the cache of its transformer, on the same weights in float32. It remembers
-nothing of its convolutions, so its samples are not those of the whole; the work is.
+Random weights, a full key window. A gigabyte is read between frames, as CSM's transformers would,
+so nothing stays in a cache; this read also measures the bandwidth. The peer is transformers'
+`MimiModel.decode` with its transformer's KV cache, on the same weights in float32. It keeps no
+state of its convolutions, so its samples differ from those of whole-stream decoding; the amount of
+work is the same.
 
-`floor ms`: for every layer its bytes over the read bandwidth or its operations over the
-multiply-add rate, whichever is longer, and the sum of them.
+`floor ms`: sum over the layers of bytes over the read bandwidth or operations over the multiply-add
+rate, whichever is longer for that layer.
 """
 
 import statistics
@@ -25,13 +26,13 @@ from transformers.utils.logging import disable_progress_bar
 from vox_serve.mimi import Mimi, load_mimi
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
-"""What the codec's matrices are rounded to, and the dtype of most of its operations."""
+"""Precision of the codec's matrices, and the dtype of most of its operations."""
 WINDOW_FRAMES = 125
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What a layer costs for one frame of each stream, at the least."""
+    """The least work of a layer for one frame of each stream."""
 
     num_bytes: int
     operations: int
@@ -41,25 +42,25 @@ class Layer:
 
 
 def layers(mimi: Mimi, batch: int) -> list[Layer]:
-    """The transformer's matrices with all its keys and values, then every convolution."""
+    """The transformer (matrices and all keys and values) as one layer, then every convolution."""
     decoder, config = mimi.decoder, mimi.config
     steps = batch * config.latent_stride
     heads, past_keys = config.num_key_value_heads, config.sliding_window - 1
     kv_bytes = 2 * 4 * config.num_hidden_layers * batch * heads * past_keys * config.head_dim
     width, rows = config.hidden_size, (config.num_attention_heads + heads) * 2 * config.head_dim
     weights = config.num_hidden_layers * width * (rows + 2 * config.intermediate_size)
-    found = [Layer(num_tensor_bytes(decoder.transformer.weights) + kv_bytes, 2 * steps * weights)]
+    result = [Layer(num_tensor_bytes(decoder.transformer.weights) + kv_bytes, 2 * steps * weights)]
 
     for conv in decoder.convs.convs:
         taps = conv.context // conv.dilation + 1
         operations = 2 * steps * len(conv.bias) * taps * conv.width
-        found.append(Layer(num_tensor_bytes([conv.weight]), operations))
+        result.append(Layer(num_tensor_bytes([conv.weight]), operations))
         steps *= conv.block_out
-    return found
+    return result
 
 
 class OurStreams:
-    """Frame after frame of `batch` streams."""
+    """Decodes frame after frame of `batch` streams."""
 
     def __init__(self, mimi: Mimi, batch: int):
         self.mimi, self.batch = mimi, batch
@@ -75,7 +76,7 @@ class OurStreams:
 
 
 class TransformersStreams:
-    """The same of transformers' model."""
+    """Decodes frame after frame of `batch` streams with transformers' model."""
 
     def __init__(self, model: MimiModel, batch: int):
         self.model, self.batch = model, batch
@@ -93,7 +94,7 @@ class TransformersStreams:
 
 
 def random_model() -> MimiModel:
-    """transformers' model of the full size."""
+    """transformers' model at full size, with random weights."""
     model = MimiModel(MimiConfig()).eval()
     for name, buffer in model.named_buffers():
         if name.endswith("embed_sum"):
@@ -104,7 +105,7 @@ def random_model() -> MimiModel:
 
 
 def our_codecs(model: MimiModel, precisions: list[str], device: str = "cpu") -> dict[str, Mimi]:
-    """Ours on its weights, at each precision."""
+    """Our codec with the same weights, at each precision."""
     disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)

@@ -1,18 +1,19 @@
-"""A whole frame of full-size CSM-1B: backbone step, codebook 0, depth decode, KV rows written.
+"""A whole frame of full-size CSM-1B: backbone step, codebook 0, depth decoder, KV append.
 
-Random weights of the real sizes, greedy, 128 cached positions, from a frame's codes to the next
-frame's: the boundary of a public megakernel benchmark for this model. On a GPU the frame is one
-CUDA graph on static buffers, replayed. The peer is transformers'
-`CsmForConditionalGeneration.generate` on the very same weights: milliseconds from one backbone step
-to the next, the prompt's left out. Beside packed weights it has bfloat16 ones; on a GPU it runs at
-batches of up to 8. `bench/run.py peers` has more programs. Backends of ours take turns on the same
-tensors; `persistent` is the native one with the depth decoder as one kernel, for as many rows as it
-takes.
+Random weights of the real sizes, greedy sampling, 128 cached positions. Timed from one frame's
+codes to the next frame's, as in a public megakernel benchmark for this model. On a GPU the frame is
+one CUDA graph on static buffers, replayed. The peer is transformers'
+`CsmForConditionalGeneration.generate` on the same weights: milliseconds from one backbone step to
+the next, without the prompt. If ours are packed, the peer has bfloat16 weights; on a GPU it runs at
+batches up to 8. `bench/run.py peers` has more programs. Our backends take turns on the same
+tensors; `persistent` is the native backend with the depth decoder as one kernel, up to the number
+of rows that this kernel supports.
 
-`% roofline` is the time floor over the time taken: the weights and the cached keys and values from
-memory, each once where it is used, or the multiply-adds, whichever takes longer. `% past cache`
-counts only bytes that no cache of the size of the last one could have kept from one step of the
-depth decoder to the next. `streams` is how many a frame of this batch serves in real time.
+`% roofline` is the time floor over the time taken. The floor is the longer of two times: to read
+weights and cached keys and values from memory once per use, and to do the multiply-adds. `% past
+cache` counts only those bytes that a cache as large as the last-level one could not have kept from
+one step of the depth decoder to the next. `streams` is the number of real-time streams that frames
+of this batch size sustain.
 """
 
 import statistics
@@ -20,7 +21,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from bench_backends import PERSISTENT, compared, comparison, on
+from bench_backends import PERSISTENT, bind_backend, comparison_cells, comparison_columns
 from csm_1b_shapes import CACHED, FRAME_MS, frame_bytes
 from machine import last_cache_bytes
 from report import Report
@@ -39,13 +40,13 @@ PRECISIONS = {
     "int8": (torch.bfloat16, "int8"),
     "int4": (torch.bfloat16, "int4"),
 }
-"""Dtype, and how matrices are packed: `CsmWeights`' `quantize`."""
-MOST_PEER_BATCH = {"cpu": 1 << 30, "cuda": 8}
+"""Dtype, and the packing of matrices (`quantize` of `CsmWeights`)."""
+MAX_PEER_BATCH = {"cpu": 1 << 30, "cuda": 8}
 
 
 class OurFrames:
-    """Frame after frame for `batch` sequences, each the one behind `CACHED` positions, on each of
-    some backends; None is whichever serves."""
+    """Generates frames for `batch` sequences, always the one after `CACHED` positions, on each of
+    several backends; None is the default choice."""
 
     def __init__(
         self,
@@ -61,7 +62,7 @@ class OurFrames:
         sequences = [CacheSequence() for _ in range(batch)]
         for sequence in sequences:
             self.cache.extend(sequence, CACHED)
-        self.places = CacheBatch.decode(self.cache, sequences)
+        self.slots = CacheBatch.decode(self.cache, sequences)
         shape, vocab = (batch, model.config.num_codebooks), model.config.audio_vocab_size
         self.codes = torch.randint(0, vocab - 3, shape, device=model.device)
         greedy = [SamplingParams(temperature=0)] * batch
@@ -70,13 +71,13 @@ class OurFrames:
         self._measures: dict[int, Callable[[], float]] = {}
 
     def frames_ms(self, frames: int, backend: int = 0) -> list[float]:
-        """Milliseconds of so many frames, on the backend of that index.
+        """Milliseconds of each of `frames` frames on the backend with that index.
 
         Raises:
-            RuntimeError: the depth decoder gave one up.
+            RuntimeError: the depth decoder's watchdog ended a frame.
         """
         if backend not in self._measures:
-            call = on(self._backends[backend], self.frame)
+            call = bind_backend(self._backends[backend], self.frame)
             self._measures[backend] = self._timer.prepare(call, [()], calls=1)
         times = [self._measures[backend]() for _ in range(frames)]
         if bool((self.codes < 0).any()):
@@ -85,9 +86,9 @@ class OurFrames:
         return times
 
     def frame(self, persistent: bool = False) -> None:
-        """From `codes` to the next frame's, in place."""
+        """Replaces `codes` with the next frame's codes."""
         frames, mask = self.model.next_inputs(self.codes)
-        hidden = self.model.backbone_step(frames, mask, self.places, self.cache)
+        hidden = self.model.backbone_step(frames, mask, self.slots, self.cache)
         self.codes.copy_(self.model.draw_frames(hidden, self.rows, persistent))
 
 
@@ -98,7 +99,7 @@ def our_model(config: CsmConfig, precision: str, device: str = "cpu") -> CsmMode
 
 
 def cached_bytes(config: CsmConfig, dtype: torch.dtype, batch: int) -> int:
-    """Keys and values that a frame reads, in the backbone."""
+    """Bytes of cached keys and values that a frame reads in the backbone."""
     c = config.backbone
     return 2 * batch * (CACHED + 1) * c.num_layers * c.num_kv_heads * c.head_dim * dtype.itemsize
 
@@ -117,7 +118,7 @@ def run(
         [
             *("precision", "batch", "backend", "ms", "GB read", "% roofline", "% past cache"),
             *("real-time factor", "streams"),
-            *compared([*backends, "transformers"]),
+            *comparison_columns([*backends, "transformers"]),
         ],
     )
     for precision in precisions:
@@ -128,20 +129,20 @@ def run(
         rate = timer.rate(dtype if quantize == "none" else torch.int8)
         theirs = None
         for batch in batches:
-            if peer and batch <= MOST_PEER_BATCH[timer.device]:
+            if peer and batch <= MAX_PEER_BATCH[timer.device]:
                 theirs = their_frames(report, config, model.weights, precision, batch, timer.device)
             else:
                 theirs = None
             ours = OurFrames(model, batch, timer, backends)
-            made_by: dict[str | None, Callable[[int], list[float]]] = {
+            frame_timers: dict[str | None, Callable[[int], list[float]]] = {
                 name: partial(ours.frames_ms, backend=i)
                 for i, name in enumerate(backends)
                 if name != PERSISTENT or batch <= PERSISTENT_ROWS
             }
             if theirs:
-                made_by["transformers"] = theirs.frames_ms
-            where = f"beside {precision} at batch {batch}"
-            found, bandwidth = take_turns(report, timer, made_by, where)
+                frame_timers["transformers"] = theirs.frames_ms
+            context = f"beside {precision} at batch {batch}"
+            found, bandwidth = take_turns(report, timer, frame_timers, context)
             medians = [found.get(name) for name in (*backends, "transformers")]
             ms = medians[0]
             bytes_per_ms = bandwidth / 1e3
@@ -156,36 +157,36 @@ def run(
                 (read.total + cached) / 1e9,
                 *(100 * floor / ms for floor in floors),
                 *(ms / FRAME_MS, FRAME_MS / ms * batch),
-                *comparison(medians),
+                *comparison_cells(medians),
             )
-            ours = made_by = None
+            ours = frame_timers = None
         del model, theirs
 
 
 def take_turns(
     report: Report,
     timer: CpuTimer | GpuTimer,
-    made_by: dict[str | None, Callable[[int], list[float]]],
-    where: str,
+    frame_timers: dict[str | None, Callable[[int], list[float]]],
+    context: str,
 ) -> tuple[dict[str | None, float], float]:
-    """Median milliseconds of a frame by each, and bytes per second, all measured in turn. One
-    behind the first that raises is left out: what ours is compared with must not take ours with it.
+    """Times all programs in turn: median milliseconds per frame of each, and bytes per second. If
+    one other than the first raises, it is skipped: a broken peer must not cost us our own figure.
 
     Args:
-        made_by: the milliseconds of a number of frames.
-        where: said with what is left out.
+        frame_timers: for each program, a function from a number of frames to their milliseconds.
+        context: added to the report of a skipped program.
     """
-    first = next(iter(made_by))
-    times: dict[str | None, list[float]] = {name: [] for name in made_by}
+    first = next(iter(frame_timers))
+    times: dict[str | None, list[float]] = {name: [] for name in frame_timers}
     bandwidths: list[float] = []
     for warm in (False, True, True, True):
         for name in list(times):
             try:
-                seen = made_by[name](4)
+                seen = frame_timers[name](4)
             except Exception as error:
                 if name == first:
                     raise
-                report.leave_out(f"{name} {where}", error)
+                report.leave_out(f"{name} {context}", error)
                 del times[name]
             else:
                 times[name] += seen if warm else []
@@ -203,7 +204,7 @@ def their_frames(
     batch: int,
     device: str,
 ):
-    """transformers' frames, None where there are none; ours are measured all the same."""
+    """transformers' frames; None, and reported, if they cannot be made."""
     dtype, quantize = PRECISIONS[precision]
     try:
         from transformers_frames import TransformersFrames
@@ -212,6 +213,6 @@ def their_frames(
             weights = CsmWeights.random(config, dtype, device=device)
         with torch.device(device):
             return TransformersFrames(config, weights, batch)
-    except Exception as error:  # another version, or none
+    except Exception as error:  # transformers is missing, or an unsupported version
         report.leave_out(f"transformers at batch {batch}", error)
         return None

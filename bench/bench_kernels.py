@@ -1,16 +1,23 @@
 """Every op at CSM-1B's shapes: time, bytes or operations per second, share of the roofline.
 
-Backends, and plain torch, take turns on the same inputs. What they are to the first is the ratio of
-their times: above 1 the first is faster. Inputs rotate through several times the last-level cache
-where an op's own are large enough: in 64 sets at most, so that what is tiny stays in a cache, as it
-does within a frame.
+Backends and plain torch take turns on the same inputs. Each one's ratio is its time over that of
+the first backend: above 1, the first is faster. Inputs rotate through several times the last-level
+cache if they are large enough for that: there are at most 64 sets, so tiny inputs stay in a cache,
+as they do within a frame.
 """
 
 import statistics
 from collections.abc import Callable, Sequence
 
 import torch
-from bench_backends import PERSISTENT, TORCH, compared, comparison, on, served_by
+from bench_backends import (
+    PERSISTENT,
+    TORCH,
+    bind_backend,
+    comparison_cells,
+    comparison_columns,
+    serving_backend,
+)
 from codec_cases import codec_cases
 from kernel_case import Case
 from kernel_cases import cases
@@ -20,56 +27,56 @@ from timing import CpuTimer, GpuTimer
 from vox_serve.model_config import CsmConfig
 from voxkern.backend import backend_for, why_missing
 
-MOST_SETS = 64
+MAX_SETS = 64
 
 
 def measure(
     case: Case,
     calls: Sequence[Callable | None],
     timer: CpuTimer | GpuTimer,
-    lost: Callable[[int, Exception], None],
+    on_error: Callable[[int, Exception], None],
 ) -> tuple[list[float | None], float]:
-    """Median milliseconds of each of the calls, None where there is none, and bytes per second, all
-    timed in turn. One behind the first that raises is left out, and `lost` called with which and
-    why: what ours is compared with must not take ours with it."""
-    sets = max(1, min(MOST_SETS, int(timer.rotate_bytes // case.num_bytes)))
+    """Times all calls in turn: median milliseconds of each (None for a missing one), and bytes per
+    second. If a call other than the first raises, it is skipped and `on_error` gets its index and
+    the error: a broken peer must not cost us our own figure."""
+    sets = max(1, min(MAX_SETS, int(timer.rotate_bytes // case.num_bytes)))
     with torch.device(timer.device):
         inputs = [case.inputs() for _ in range(sets)]
-    timed: list[Callable[[], float] | None] = []
+    measures: list[Callable[[], float] | None] = []
     for i, call in enumerate(calls):
         try:
-            timed.append(call and timer.prepare(call, inputs))
+            measures.append(call and timer.prepare(call, inputs))
         except Exception as error:
             if i == 0:
                 raise
-            lost(i, error)
-            timed.append(None)
-    times: list[list[float]] = [[] for _ in timed]
+            on_error(i, error)
+            measures.append(None)
+    times: list[list[float]] = [[] for _ in measures]
     bandwidths = []
     for _ in range(timer.rounds):
         bandwidths.append(timer.bandwidth())
-        for measured, seen in zip(timed, times, strict=True):
+        for measured, seen in zip(measures, times, strict=True):
             if measured:
                 seen.append(measured())
     medians = [statistics.median(seen) if seen else None for seen in times]
     return medians, statistics.median(bandwidths)
 
 
-def calls_of(
+def calls_for(
     case: Case, backends: Sequence[str | None], device: str, report: Report
 ) -> list[Callable | None]:
-    """What runs the case on each backend; None, and said, where one does not have the op."""
+    """The function that runs the case on each backend; None, and reported, if one lacks the op."""
     calls: list[Callable | None] = []
     for name in backends:
-        reason = name not in (None, TORCH) and why_missing(served_by(name), device, case.op)
+        reason = name not in (None, TORCH) and why_missing(serving_backend(name), device, case.op)
         if reason:
             report.leave_out(f"{case.op} on {name}", reason)
         if reason:
             calls.append(None)
         elif name == PERSISTENT:
-            calls.append(case.persistent and on(served_by(name), case.persistent))
+            calls.append(case.persistent and bind_backend(serving_backend(name), case.persistent))
         else:
-            calls.append(case.torch if name == TORCH else on(name, case.ours))
+            calls.append(case.torch if name == TORCH else bind_backend(name, case.ours))
     return calls
 
 
@@ -83,14 +90,15 @@ def run(
     backends: Sequence[str | None] = (None, TORCH),
     packed_batches: list[int] | None = None,
 ) -> None:
-    """`packed_batches` are those of packed weights, None for all of `batches`. A case of ours that
-    raises is left out, the others are measured, and at the end the first error is raised."""
+    """Measures all cases. `packed_batches` are the batch sizes with packed weights; None means all
+    of `batches`. If a case of ours raises, the others are still measured, and the first error is
+    raised at the end."""
     broken: Exception | None = None
     table = report.table(
         "kernels",
         [
             *("op", "shape", "dtype", "backend", "ms", "GB/s", "Gop/s", "% roofline"),
-            *compared(backends),
+            *comparison_columns(backends),
         ],
     )
     for dtype in dtypes:
@@ -108,16 +116,16 @@ def run(
                 packed = case.multiplied == torch.int8
                 if packed and packed_batches is not None and batch not in packed_batches:
                     continue
-                calls = calls_of(case, backends, timer.device, report)
+                calls = calls_for(case, backends, timer.device, report)
                 if calls[0] is None:
                     continue
 
-                def lost(i: int, error: Exception, case: Case = case) -> None:
+                def on_error(i: int, error: Exception, case: Case = case) -> None:
                     report.leave_out(f"{case.op} {case.shape} on {backends[i]}", error)
 
                 try:
                     rate = timer.rate(case.multiplied or dtype)
-                    times, bandwidth = measure(case, calls, timer, lost)
+                    times, bandwidth = measure(case, calls, timer, on_error)
                 except Exception as error:
                     report.leave_out(f"{case.op} {case.shape}", error)
                     broken = broken or error
@@ -128,7 +136,7 @@ def run(
                     *(case.op, case.shape, str(dtype).removeprefix("torch.")),
                     *(backends[0] or backend_for(timer.device, case.op), ms),
                     *(case.num_bytes / ms / 1e6, case.flops / ms / 1e6, 100 * floor_ms / ms),
-                    *comparison(times),
+                    *comparison_cells(times),
                 )
     if broken:
         raise broken

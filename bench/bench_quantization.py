@@ -1,17 +1,18 @@
-"""What packing the weights does to the logits: of codebook 0, and of all the others.
+"""Effect of packed weights on the logits, for codebook 0 and for all other codebooks.
 
-Teacher-forced: every packing is given the same text and codes, so that its logits are compared with
-those of plain float32 weights position by position; an error early in an utterance is not counted
-again in all that follows. The codebooks after the first see hidden states of the same packing's
-backbone, as they do in use.
+Teacher-forced: every packing gets the same text and codes, so its logits are compared with those of
+plain float32 weights position by position, and an error early in an utterance is not counted again
+at every later position. The codebooks after the first see hidden states of the same packing's
+backbone, as in normal use.
 
-- "random": CSM-1B's sizes, random weights, text and codes. Its logits are all but flat, so a small
-  error already turns the largest one: top-1 agreement there is a bound, not what speech would show.
-- "demo": the built-in voice, on what it says itself in float32 with the default sampling.
+- "random": CSM-1B's sizes with random weights, text and codes. The logits are nearly flat, so a
+  small error can change the argmax: top-1 agreement here is a bound, not what speech shows.
+- "demo": the built-in voice, on codes that it sampled itself in float32 with default settings.
 
-`KL`: the divergence of the packed model's distribution from the plain float32 one's, in nats, mean
-over positions. `top-1 %`: positions whose largest logit stays the same. `MB read`: the weights of
-one frame. Whether speech suffers, a recogniser says: `tools/train_voice/evaluate.py --quantize`.
+`KL`: divergence of the packed model's distribution from that of plain float32 weights, in nats,
+mean over positions. `top-1 %`: share of positions with the same argmax. `MB read`: weights read for
+one frame. To check whether speech suffers, run a recogniser:
+`tools/train_voice/evaluate.py --quantize`.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,7 +37,7 @@ from voxkern import ops
 from voxkern.quantize import pack
 
 UTTERANCES, TEXT_TOKENS, FRAMES = 8, 16, 16
-"""Of the random ones: how many, and the size of each."""
+"""Random utterances: their number, and the size of each."""
 
 SENTENCES = (
     "The train to the coast leaves at a quarter past nine.",
@@ -57,15 +58,15 @@ VARIANTS = {
     "int4, heads int4": {**INT4, "code_heads": "int4"},
     "int8, heads int4": {**PACKINGS["int8"], "code_heads": "int4"},
 }
-"""What `--quantize` offers, and its neighbours, in `PACKINGS`' terms."""
+"""The packings that `--quantize` offers, and neighbours of them, in the form of `PACKINGS`."""
 
 
 class Speech(NamedTuple):
-    """Utterances that every packing is given.
+    """The utterances that every packing is evaluated on.
 
     Attributes:
-        prompts: their texts.
-        codes: `[N, K]` int64 each, what follows.
+        prompts: one text prompt per utterance.
+        codes: `[N, K]` int64 each, the frames after the prompt.
     """
 
     prompts: list[Prompt]
@@ -76,8 +77,8 @@ class Logits(NamedTuple):
     """float32 logits at every position.
 
     Attributes:
-        code0: `[P, V]`, of each utterance's frames and of the one behind its last.
-        depth: `[Q, V]`, of each frame's codebooks 1 to K - 1.
+        code0: `[P, V]`, for each utterance's frames and for the one after its last.
+        depth: `[Q, V]`, for each frame's codebooks 1 to K - 1.
     """
 
     code0: Tensor
@@ -97,13 +98,13 @@ def run(report: Report) -> None:
     _compare(table.add, "random", model, random_speech(config), torch.bfloat16)
     del model
     demo, speech = demo_speech()
-    # What `--dtype auto` gives a model of its size.
+    # `--dtype auto` chooses float32 for a model of this size.
     _compare(table.add, "demo", demo, speech, torch.float32)
 
 
 def _compare(add: Callable, name: str, exact: CsmModel, speech: Speech, dtype: torch.dtype) -> None:
-    """A row for each packing with activations of `dtype`, and one of plain bfloat16."""
-    wanted = teacher_forced(exact, speech)
+    """Adds a row for each packing with activations of `dtype`, and one for plain bfloat16."""
+    expected = teacher_forced(exact, speech)
     pack_once, cast_once = cache(pack), cache(Tensor.to)
     runs = [("none", torch.bfloat16)]
     runs += [(variant, dtype) for variant in VARIANTS if variant != "none"]
@@ -111,19 +112,19 @@ def _compare(add: Callable, name: str, exact: CsmModel, speech: Speech, dtype: t
         weights = packed(exact.weights, VARIANTS[variant], activations, pack_once, cast_once)
         logits = teacher_forced(CsmModel(exact.config, weights), speech)
         read = frame_bytes(weights).total / 1e6
-        errors = [x for pair in zip(wanted, logits, strict=True) for x in divergence(*pair)]
+        errors = [x for pair in zip(expected, logits, strict=True) for x in divergence(*pair)]
         add(name, variant, str(activations).removeprefix("torch."), read, *errors)
 
 
-def divergence(wanted: Tensor, logits: Tensor) -> tuple[float, float]:
+def divergence(expected: Tensor, logits: Tensor) -> tuple[float, float]:
     """Mean KL divergence in nats, and the percentage of rows with the same largest logit.
 
     Args:
-        wanted, logits: `[P, V]`.
+        expected, logits: `[P, V]`.
     """
-    p, q = wanted.double().log_softmax(-1), logits.double().log_softmax(-1)
+    p, q = expected.double().log_softmax(-1), logits.double().log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1).mean()
-    same = (wanted.argmax(-1) == logits.argmax(-1)).double().mean()
+    same = (expected.argmax(-1) == logits.argmax(-1)).double().mean()
     return float(kl), 100 * float(same)
 
 
@@ -134,7 +135,7 @@ def packed(
     pack: Callable[[Tensor, str], Tensor] = pack,
     cast: Callable[[Tensor, torch.dtype], Tensor] = Tensor.to,
 ) -> CsmWeights:
-    """Plain weights, packed as `packing` says, the others of `dtype`."""
+    """`weights` with matrices packed as `packing` says and all other tensors cast to `dtype`."""
 
     def part(name: str) -> TransformerWeights:
         tensors = vars(getattr(weights, name))
@@ -154,9 +155,10 @@ def packed(
 
 
 def random_weights(config: CsmConfig) -> CsmWeights:
-    """float32, each matrix with noise of its own.
+    """Random float32 weights with independent noise in every matrix.
 
-    Those of `CsmWeights.random` share theirs: heads would find the embeddings again.
+    The matrices of `CsmWeights.random` share their noise, so its heads correlate with the
+    embeddings.
     """
     generator = torch.Generator().manual_seed(0)
     weights = CsmWeights.random(config, torch.float32)
@@ -182,7 +184,7 @@ def random_speech(config: CsmConfig) -> Speech:
 
 
 def demo_speech() -> tuple[CsmModel, Speech]:
-    """The built-in voice in float32, and what both of its speakers say."""
+    """The built-in voice in float32, and sentences spoken by both of its speakers."""
     engine = load_engine("demo", device="cpu", dtype="float32", max_batch_size=1)
     requests = [
         Request(text=text, speaker=speaker, sampling=SamplingParams(seed=seed), max_frames=150)
@@ -194,7 +196,7 @@ def demo_speech() -> tuple[CsmModel, Speech]:
 
 
 def teacher_forced(model: CsmModel, speech: Speech) -> Logits:
-    """The model's logits for each code of `speech`, given all that comes before it."""
+    """The model's logits for each code of `speech`, given everything before it."""
     hidden, following = [], []
     for frames, states in _backbone_steps(model, speech):
         hidden.append(states)
@@ -207,11 +209,12 @@ def teacher_forced(model: CsmModel, speech: Speech) -> Logits:
 
 
 def _backbone_steps(model: CsmModel, speech: Speech) -> Iterator[tuple[Tensor, Tensor]]:
-    """Step by step, the next frames of the utterances that have one, and hidden states.
+    """Runs the backbone step by step over all utterances.
 
     Yields:
-        frames `[B, K]`, and hidden states `[B + ended, C]`: first those before the frames, then
-        those behind the last frames of utterances that end here.
+        frames `[B, K]`: the next frame of every utterance that has one; and hidden states
+        `[B + ended, C]`: first those that predict these frames, then those after the last frames
+        of utterances that end here.
     """
     order = sorted(range(len(speech.codes)), key=lambda i: -len(speech.codes[i]))
     prompts, codes = ([part[i] for i in order] for part in speech)
@@ -231,10 +234,10 @@ def _backbone_steps(model: CsmModel, speech: Speech) -> Iterator[tuple[Tensor, T
 
 
 def depth_logits(model: CsmModel, hidden: Tensor, codes: Tensor) -> Tensor:
-    """The depth decoder's logits, each codebook's given the codes of those before it.
+    """The depth decoder's logits, each codebook's given the codes of the previous codebooks.
 
     Args:
-        model: whose depth decoder.
+        model: the model whose depth decoder runs.
         hidden: `[B, C]`, from `backbone_step`.
         codes: `[B, K]` int64.
 
@@ -242,7 +245,7 @@ def depth_logits(model: CsmModel, hidden: Tensor, codes: Tensor) -> Tensor:
         `[B, K - 1, V]` float32.
     """
     w, config = model.weights, model.config
-    # A transformer like any other: `decode_depth` does the same, but draws each code.
+    # Runs as an ordinary transformer: the same as `decode_depth`, which also samples each code.
     depth = CsmModel(replace(config, backbone=config.depth), replace(w, backbone=w.depth))
     cache = KvCache(config.depth, len(hidden), model.dtype, model.device)
     sequences = [CacheSequence() for _ in hidden]

@@ -1,12 +1,12 @@
-"""Speech of full-size CSM-1B through the engine, as the server runs it: sampling, codec and all.
+"""Speech of full-size CSM-1B through the engine, as the server runs it: frames, sampling, codec.
 
-Random weights, a prompt of 128 text tokens, the default sampling. A step is one frame of each of
-`batch` requests, from codes to samples; the first, with the prompt, is not counted. On a CPU,
-precisions take turns of a few steps, so that a slow minute of the machine is every precision's; on
-a GPU they come one after the other, since the caches of all would not fit. `% roofline` is the time
-to read the transformers' weights, and nothing else, from memory; `streams` is how many a step of
-this batch serves in real time. To be run with `OMP_WAIT_POLICY=PASSIVE`, which `launch` and `say`
-set.
+Random weights, a prompt of 128 text tokens, default sampling. A step makes one frame of each of
+`batch` requests, from codes to samples; the first step, with the prompt, is not counted. On a CPU,
+precisions take turns of a few steps, so that a slow minute of the machine affects all of them; on a
+GPU they run one after the other, since their KV caches would not fit side by side. `% roofline` is
+the time to read the transformers' weights, and nothing else, from memory over the time taken;
+`streams` is the number of real-time streams that steps of this batch size sustain. Run it with
+`OMP_WAIT_POLICY=PASSIVE`, which `launch` and `say` set by themselves.
 """
 
 import statistics
@@ -27,11 +27,12 @@ from vox_serve.model_config import CsmConfig
 
 TURNS, TURN_STEPS = 20, 3
 GPU_TURNS, GPU_TURN_STEPS = 6, 10
-"""More, since the first of a turn finds the frame done that was begun in the turn before."""
+"""More steps per turn on a GPU: the first step of a turn only collects a frame that the previous
+turn started."""
 
 
 class OurSpeech:
-    """An engine with `batch` requests under way."""
+    """An engine with `batch` active requests."""
 
     def __init__(self, model: CsmModel, codec: Mimi, batch: int):
         config = model.config

@@ -1,4 +1,4 @@
-"""The codec's ops at Mimi's size: a frame of every stream, random weights, the key window full.
+"""The codec's ops at Mimi's size: one frame per stream, random weights, a full key window.
 
 The peer is the op's reference, plain torch on the same tensors.
 """
@@ -7,7 +7,7 @@ import copy
 import functools
 
 import torch
-from bench_backends import on
+from bench_backends import bind_backend
 from kernel_case import Case
 
 from vox_serve.mimi import Mimi
@@ -21,12 +21,12 @@ def codec(precision: str, device: str) -> Mimi:
 
 
 def codec_cases(dtype: torch.dtype, batch: int, device: str) -> list[Case]:
-    """For `batch` streams, with the codec's weights in `dtype`; x and all that is kept are float32.
+    """Cases for `batch` streams with the codec's weights in `dtype`; x and the state are float32.
 
-    Inputs are made on torch's default device, which is to be `device`; each has weights of its own.
+    Inputs are made on torch's default device, which must be `device`; each set has its own weights.
 
     Raises:
-        ImportError: transformers, whose model makes the weights, is not here.
+        ImportError: transformers, whose model makes the weights, is not installed.
     """
     from bench_codec import layers
 
@@ -48,7 +48,7 @@ def codec_cases(dtype: torch.dtype, batch: int, device: str) -> list[Case]:
     def call(layer, *inputs):
         return layer(*inputs)
 
-    plain = on("reference", call)
+    plain = bind_backend("reference", call)
     return [
         Case(
             "mimi_transformer",

@@ -1,4 +1,4 @@
-"""CSM-1B's sizes, and the bytes that a frame of it reads. Nothing here needs the kernels."""
+"""CSM-1B's sizes and the bytes that one of its frames reads. Needs no kernels."""
 
 from dataclasses import dataclass, replace
 
@@ -11,7 +11,7 @@ CACHED = 128
 """Positions in the backbone's cache when a frame is timed."""
 FRAME_MS = 80.0
 TEXT_ROWS = 1024
-"""Of a text vocabulary of 128256: a frame reads none of them."""
+"""Text rows to allocate out of a vocabulary of 128256: a frame reads none of them."""
 CSM_1B = {
     "backbone_flavor": "llama-1B",
     "decoder_flavor": "llama-100M",
@@ -22,7 +22,7 @@ CSM_1B = {
 
 
 def config_for(rehearse: bool) -> CsmConfig:
-    """CSM-1B, or to rehearse a model of its structure that takes no time."""
+    """CSM-1B; for a rehearsal, a tiny model of the same structure."""
     config = CsmConfig.from_json(CSM_1B)
     if not rehearse:
         return config
@@ -38,10 +38,10 @@ class FrameBytes:
     """Weight bytes read for one frame at batch 1.
 
     Attributes:
-        once: read once: the backbone, the projection of its hidden state, and heads, which differ
-            from codebook to codebook.
-        step: read in every step of the depth decoder.
-        steps: how many those are.
+        once: bytes read once: the backbone, the projection of its hidden state, and the heads
+            (each codebook has its own).
+        step: bytes read in every step of the depth decoder.
+        steps: number of those steps.
     """
 
     once: int
@@ -53,14 +53,14 @@ class FrameBytes:
         return self.once + self.steps * self.step
 
     def from_memory(self, cache_bytes: int) -> int:
-        """What memory must deliver if a cache of that size keeps all it can between the steps."""
+        """Bytes read from memory if a cache of that size keeps all it can between steps."""
         return self.once + self.step + (self.steps - 1) * max(0, self.step - cache_bytes)
 
 
 def frame_bytes(weights: CsmWeights) -> FrameBytes:
     """The backbone once, the depth decoder K - 1 times.
 
-    Its first two positions have their inputs at once, and go through together.
+    The inputs of the depth decoder's first two positions are known at once, so both share a step.
     """
     once = transformer_bytes(weights.backbone)
     once += num_tensor_bytes([weights.code0_head, weights.projection, weights.code_heads])

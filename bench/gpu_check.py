@@ -1,40 +1,41 @@
-"""Everything that is to be known of a GPU, in one run of less than ten minutes.
+"""Build, test and benchmark on a GPU in one run of less than ten minutes.
 
     bench/gpu_check.sh [--stages build,ops,engine,frame,...] [--dry-run]
 
-Stages, in this order; each has a time limit, and what is left of `--seconds` is another:
+Stages, in this order. A stage is limited by its own time limit and by the rest of `--seconds`:
 
-    build      CMake and ninja, in build/gpu, for the GPU that is here; installed into voxkern/. A
-               second run builds what has changed. The same sources and flags as `pip install`.
+    build      CMake and ninja, in build/gpu, for the installed GPU; installs into voxkern/.
+               Incremental. The same sources and flags as `pip install`.
     ops        every op test on the GPU
     engine     tests/serve/test_cuda.py and test_engine.py: greedy codes equal to the CPU's, a
-               frame as a CUDA graph, batches, the programs, the server
+               frame as a CUDA graph, batches, the command-line programs, the server
     frame      bench/run.py frame: whole frames
     sanitize   compute-sanitizer's four tools, each shown to find a planted bug
     kernels    bench/run.py kernels: every op at batches of 1, 8, 64 and 256, packed weights at two
-    speech     bench/run.py speech: the engine's steps, codec and all, at batches that show whether
+    speech     bench/run.py speech: the engine's steps, codec included, at batches that show whether
                400 streams are served in real time
     triton_ops, triton_engine, triton_frame, triton_kernels
-               the same with the Triton kernels, beside the CUDA kernels where those are built. Only
-               where `--stages` names them: they compile some hundreds of kernels, into
-               build/gpu_check/triton, where a second run finds them
+               the same with the Triton kernels, compared with the CUDA kernels if those are built.
+               They run only if `--stages` names them: they compile some hundreds of kernels, which
+               are cached in build/gpu_check/triton for the next run
 
-A stage that fails stops no other, but without a build there is nothing to test. A benchmark that
-its limit ends keeps the rows it has: it is "cut", which is no failure. Results are written after
-every stage, to RESULTS/CARD (`--results`, default bench/results): gpu_check.json has what each
-gave, all benchmark tables, the card with its driver and clocks, and versions; logs.tar.gz has every
-stage's output and pytest's reports, out of build/gpu_check. Exits with 1 if anything failed.
+A failed stage does not stop the others, except that a failed build skips all of them. A benchmark
+that reaches its time limit keeps the rows it has: its result is "cut", which is not a failure.
+Results are written after every stage to RESULTS/CARD (`--results`, default bench/results):
+gpu_check.json has each stage's result, all benchmark tables, the card with its driver and clocks,
+and versions; logs.tar.gz has every stage's output and pytest's reports, from build/gpu_check. Exits
+with 1 if a stage failed.
 
-Needs: Python with torch for CUDA, numpy, safetensors, tokenizers and pytest; a C++ compiler, cmake,
-ninja and nvcc; compute-sanitizer. Without transformers, fastapi, uvicorn, python-multipart,
-soundfile, soxr or huggingface_hub the tests of what needs them are skipped: stage build says so,
-and which versions are not those of pyproject.toml. With pytest-xdist the tests run side by side. No
-network. The Triton stages need Triton, and nothing of CUDA but the driver: after `pip install -e .`
-a machine without nvcc takes those four.
+Requires Python with torch for CUDA, numpy, safetensors, tokenizers and pytest; a C++ compiler,
+cmake, ninja and nvcc; compute-sanitizer. Tests that need transformers, fastapi, uvicorn,
+python-multipart, soundfile, soxr or huggingface_hub are skipped without them; stage build lists the
+missing packages and the versions that pyproject.toml does not allow. With pytest-xdist, tests run
+in parallel. Needs no network. The Triton stages need Triton, and of CUDA only the driver: after
+`pip install -e .` those four run on a machine without nvcc.
 
-`--dry-run` is for a machine without a GPU: the build for one (`--arch`); tests are collected,
-planted bugs compiled, the sanitizers' cases run on the CPU, the benchmarks rehearsed on a tiny
-model. What it writes is in build/gpu_check too.
+`--dry-run` is for a machine without a GPU: it builds for one (`--arch`), collects the tests,
+compiles the planted bugs, runs the sanitizers' cases on the CPU and rehearses the benchmarks on a
+tiny model. It writes its results to build/gpu_check as well.
 """
 
 import argparse
@@ -51,25 +52,25 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import gpu_requirements
-from gpu_results import card, counts_of, headlines, pack_logs
+from gpu_results import card, count_tests, headlines, pack_logs
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "build" / "gpu_check"
 BUILD = ROOT / "build" / "gpu"
 GRACE_S = 10
-"""For what is told to end, until it is killed."""
+"""Time that an interrupted program has to end before it is killed."""
 
 
 @dataclass
 class Stage:
-    """What is run, and what came of it.
+    """A stage and its result.
 
     Attributes:
-        name: in `--stages`.
-        limit_s: no command of it runs longer.
+        name: its name in `--stages`.
+        limit_s: time limit of each of its commands.
         result: "passed", "failed", "cut" (a benchmark out of time, with rows), or "left out".
         what: a few words for the table.
-        details: for the JSON file.
+        details: further results for the JSON file.
     """
 
     name: str
@@ -93,8 +94,8 @@ STAGES = {
     "triton_frame": 110,
     "triton_kernels": 120,
 }
-"""Seconds; they add up to more than a run has, for most take a fraction. In the order of worth:
-what comes last may find no time left."""
+"""Time limits in seconds. They add up to more than a run has, since most stages take a fraction of
+theirs. The most valuable stages come first: the last ones may have no time left."""
 DEFAULT_STAGES = [name for name in STAGES if not name.startswith("triton")]
 
 
@@ -105,7 +106,7 @@ class Check:
         self.args = args
         self.stages = [Stage(name, STAGES[name]) for name in args.stages]
         self.end = time.monotonic() + args.seconds
-        self.about: dict = {}
+        self.machine: dict = {}
         self.tables: dict = {}
         WORK.mkdir(parents=True, exist_ok=True)
         for old in (*WORK.glob("*.log"), *WORK.glob("*.xml")):
@@ -123,9 +124,9 @@ class Check:
                 print(f"\n=== {stage.name}", flush=True)
                 try:
                     getattr(self, stage.name)(stage)
-                except Exception as error:  # a stage that breaks must not take the others with it
+                except Exception as error:  # a broken stage must not stop the others
                     stage.result, stage.what = "failed", f"{type(error).__name__}: {error}"
-                except KeyboardInterrupt:  # what it has written is kept all the same
+                except KeyboardInterrupt:  # keep what it has written
                     stage.result, stage.what = "failed", "interrupted"
                     self.save()
                     raise
@@ -136,7 +137,7 @@ class Check:
 
     def build(self, stage: Stage) -> None:
         if missing := gpu_requirements.missing():
-            stage.result, stage.what = "failed", f"not here: {', '.join(missing)}"
+            stage.result, stage.what = "failed", f"not installed: {', '.join(missing)}"
             return
         torch_path = Path(importlib.util.find_spec("torch").origin).parent
         configure = [
@@ -151,7 +152,7 @@ class Check:
             if self.command(stage, command) != 0:
                 return self.fail(stage)
         if not self.args.dry_run:
-            # The first that loads it: a symbol that is missing shows here, in a word.
+            # Loads the extension for the first time, so a missing symbol is reported here.
             code = (
                 "import json, sys, machine; from voxkern.backend import why_missing; "
                 "print(json.dumps(machine.describe())); sys.exit(why_missing('native', 'cuda'))"
@@ -159,24 +160,24 @@ class Check:
             if self.command(stage, [sys.executable, "-c", code], log="machine") != 0:
                 return self.fail(stage, "machine")
             lines = (WORK / "machine.log").read_text().splitlines()
-            self.about = json.loads(next(line for line in lines if line.startswith("{")))
+            self.machine = json.loads(next(line for line in lines if line.startswith("{")))
         stage.details["versions"] = {
-            name: gpu_requirements.version_of(name)
+            name: gpu_requirements.program_version(name)
             for name in ("nvcc", "cmake", "compute-sanitizer")
         }
-        stage.result, stage.what = "passed", f"for {self.args.arch or 'the GPU that is here'}"
+        stage.result, stage.what = "passed", f"for {self.args.arch or 'the installed GPU'}"
         if absent := gpu_requirements.absent():
-            stage.what += f"; absent, so some tests are skipped: {', '.join(absent)}"
+            stage.what += f"; not installed, so some tests are skipped: {', '.join(absent)}"
         if others := gpu_requirements.other_versions():
-            stage.what += f"; not as pyproject.toml wants, so tests may fail: {', '.join(others)}"
+            stage.what += f"; not allowed by pyproject.toml, so tests may fail: {', '.join(others)}"
 
     def ops(self, stage: Stage) -> None:
         if self.args.dry_run:
-            return self.pytest(stage, [*self.op_tests(), "-k", "simt or opcheck"], least=0)
-        self.pytest(stage, [*self.op_tests(), "-k", "native-cuda or opcheck"], least=100)
+            return self.pytest(stage, [*self.op_tests(), "-k", "simt or opcheck"], min_passed=0)
+        self.pytest(stage, [*self.op_tests(), "-k", "native-cuda or opcheck"], min_passed=100)
 
     def triton_ops(self, stage: Stage) -> None:
-        self.pytest(stage, [*self.op_tests(), "-k", "triton"], least=100, at_once=12)
+        self.pytest(stage, [*self.op_tests(), "-k", "triton"], min_passed=100, max_workers=12)
 
     @staticmethod
     def op_tests() -> list[str]:
@@ -186,10 +187,12 @@ class Check:
 
     def engine(self, stage: Stage) -> None:
         files = ["tests/serve/test_cuda.py", "tests/serve/test_engine.py"]
-        self.pytest(stage, [*files, "-k", "cuda and not triton"], least=15)
+        self.pytest(stage, [*files, "-k", "cuda and not triton"], min_passed=15)
 
     def triton_engine(self, stage: Stage) -> None:
-        self.pytest(stage, ["tests/serve/test_cuda.py", "-k", "triton"], least=8, at_once=12)
+        self.pytest(
+            stage, ["tests/serve/test_cuda.py", "-k", "triton"], min_passed=8, max_workers=12
+        )
 
     def sanitize(self, stage: Stage) -> None:
         planted = WORK / "planted"
@@ -206,11 +209,11 @@ class Check:
             stage.result, stage.what = "passed", "planted bugs compile, the cases run on the CPU"
             return
         if not shutil.which("compute-sanitizer"):
-            stage.result, stage.what = "failed", "not here: compute-sanitizer"
+            stage.result, stage.what = "failed", "not installed: compute-sanitizer"
             return
         answers = WORK / "sanitize.json"
         answers.unlink(missing_ok=True)
-        # It must end what it watches before it is ended itself.
+        # gpu_sanitize must end its children before it is ended itself.
         seconds = min(stage.limit_s, self.end - time.monotonic() - GRACE_S) - GRACE_S
         command = [sys.executable, "bench/gpu_sanitize.py", "--planted", planted]
         code = self.command(stage, [*command, "--save", answers, "--seconds", str(seconds)])
@@ -223,11 +226,11 @@ class Check:
         self.bench(stage, ["--batch", "1", "--quantize", "none"])
 
     def kernels(self, stage: Stage) -> None:
-        # Half of the cases have packed weights: few batches show how those do.
+        # Half of the cases have packed weights: two batch sizes are enough for those.
         self.bench(stage, ["--batch", "1"], ["--packed-batch", "1,64"])
 
     def speech(self, stage: Stage) -> None:
-        # A model and its requests take longer to set up than to time.
+        # Setting up a model and its requests takes longer than timing them, so few configurations.
         self.bench(
             stage,
             ["--batch", "1", "--quantize", "none"],
@@ -235,21 +238,21 @@ class Check:
         )
 
     def triton_frame(self, stage: Stage) -> None:
-        beside = ["--backend", self.triton_and_native(), "--no-peer"]
-        rehearsed = [*beside, "--batch", "1", "--quantize", "none"]
-        self.bench(stage, rehearsed, [*beside, "--batch", "1,64"])
+        compared = ["--backend", self.triton_and_native(), "--no-peer"]
+        rehearsed = [*compared, "--batch", "1", "--quantize", "none"]
+        self.bench(stage, rehearsed, [*compared, "--batch", "1,64"])
 
     def triton_kernels(self, stage: Stage) -> None:
-        beside = ["--backend", f"{self.triton_and_native()},torch"]
-        rehearsed = [*beside, "--batch", "1", "--ops", "silu_mul"]
-        self.bench(stage, rehearsed, [*beside, "--batch", "1,64"])
+        compared = ["--backend", f"{self.triton_and_native()},torch"]
+        rehearsed = [*compared, "--batch", "1", "--ops", "silu_mul"]
+        self.bench(stage, rehearsed, [*compared, "--batch", "1,64"])
 
     def triton_and_native(self) -> str:
         built = self.args.dry_run or (ROOT / "voxkern" / "_C_cuda.so").exists()
         return "triton,native" if built else "triton"
 
     def bench(self, stage: Stage, rehearsed: list[str], on_gpu: Sequence[str] = ()) -> None:
-        """A benchmark's options on the card, or in a dry run; its table has the stage's name."""
+        """Runs a benchmark, on the card or as a rehearsal; its table gets the stage's name."""
         name = stage.name.removeprefix("triton_")
         options = ["--rehearse", *rehearsed] if self.args.dry_run else ["--device", "cuda", *on_gpu]
         folder = WORK / stage.name
@@ -258,7 +261,7 @@ class Check:
         command = [sys.executable, "bench/run.py", name, "--save", folder, *options]
         code = self.command(stage, command)
         tables = json.loads(saved.read_text()) if saved.exists() else {}
-        self.about = tables.pop("machine", self.about)
+        self.machine = tables.pop("machine", self.machine)
         left_out, rows = tables.pop("left out", []), tables.get(name, [])
         if rows:
             self.tables[stage.name] = rows
@@ -272,34 +275,37 @@ class Check:
         if code is None and rows:
             stage.result = "cut"
 
-    def pytest(self, stage: Stage, arguments: list[str], least: int, at_once: int = 6) -> None:
-        """Run tests, in a dry run collect them; fewer than `least` that passed is a failure too,
-        and so is none at all."""
+    def pytest(
+        self, stage: Stage, arguments: list[str], min_passed: int, max_workers: int = 6
+    ) -> None:
+        """Runs tests; in a dry run only collects them. Fails if fewer than `min_passed` tests pass
+        or none is found."""
         if self.args.dry_run:
             arguments = [*arguments, "--collect-only"]
         report = WORK / f"{stage.name}.xml"
         report.unlink(missing_ok=True)
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        # A kernel that does not end shows in the log in which test it hangs.
+        # If a kernel never ends, the log shows the test that hangs.
         command += ["-o", "faulthandler_timeout=60", f"--junitxml={report}", *arguments]
         if importlib.util.find_spec("xdist") and "--collect-only" not in arguments:
-            command += ["-n", str(min(at_once, os.cpu_count() or 1))]
+            command += ["-n", str(min(max_workers, os.cpu_count() or 1))]
         code = self.command(stage, command)
         if "--collect-only" in arguments:
             stage.result, stage.what = ("failed" if code else "passed"), "collected"
             return
-        counts, failures = counts_of(report)
+        counts, failures = count_tests(report)
         stage.details |= {"tests": counts, "failures": failures[:20]}
         stage.what = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
-        stage.result = "passed" if code == 0 and counts["passed"] >= least else "failed"
+        stage.result = "passed" if code == 0 and counts["passed"] >= min_passed else "failed"
         if code != 0:
             self.fail(stage)
 
     def command(self, stage: Stage, command: list, log: str | None = None) -> int | None:
-        """Run one within the stage's time, its output to a log: the stage's, or one of its own.
+        """Runs a command within the stage's time limit and writes its output to the log `log`, by
+        default the stage's.
 
         Returns:
-            The exit status, None if the time was over.
+            The exit status; None if the time ran out.
         """
         limit = max(1.0, min(stage.limit_s, self.end - time.monotonic() - GRACE_S))
         path = [str(ROOT / folder) for folder in ("python", ".", "tests/support", "bench")]
@@ -346,7 +352,7 @@ class Check:
         folder = WORK / "dry-run" if self.args.dry_run else self.args.results / card()
         folder.mkdir(parents=True, exist_ok=True)
         results = {
-            "machine": self.about,
+            "machine": self.machine,
             "stages": [asdict(stage) for stage in self.stages],
             **self.tables,
         }
@@ -366,7 +372,8 @@ class Check:
 
 
 def end_group(process: subprocess.Popen) -> None:
-    """Interrupt a program and its children: pytest and the benches then write what they have."""
+    """Interrupts a program and its children, so that pytest and the benchmarks save their results;
+    kills them after a grace period."""
     for number, wait_s in ((signal.SIGINT, GRACE_S), (signal.SIGKILL, None)):
         try:
             os.killpg(process.pid, number)
@@ -382,7 +389,9 @@ def main() -> int:
     parser.add_argument("--stages", default=",".join(DEFAULT_STAGES))
     parser.add_argument("--seconds", type=float, default=570)
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
-    parser.add_argument("--arch", default="", help="such as 90a; empty for the GPU that is here")
+    parser.add_argument(
+        "--arch", default="", help="such as 90a; default: that of the installed GPU"
+    )
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
     args.stages = args.stages.split(",")
@@ -390,7 +399,7 @@ def main() -> int:
         parser.error(f"--stages: there is no {', '.join(unknown)}")
     if args.dry_run and not args.arch:
         args.arch = "90a"
-    # A shell that starts this in the background has SIGINT ignored, and so would all children.
+    # A shell sets SIGINT to be ignored for background jobs, and all children would inherit that.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     gpu_requirements.add_usual_places()

@@ -1,4 +1,4 @@
-"""What bench/gpu_check.py needs of a machine: programs, modules, and which versions are here."""
+"""Programs, modules and versions that bench/gpu_check.py requires, and those installed."""
 
 import importlib.util
 import os
@@ -19,32 +19,32 @@ OPTIONAL_MODULES = (
 
 
 def add_usual_places() -> None:
-    """To PATH: beside this interpreter, where pip puts cmake and ninja, and CUDA's own folder."""
-    beside = str(Path(sys.executable).parent)
+    """Adds to PATH this interpreter's folder, where pip puts cmake and ninja, and CUDA's own."""
+    interpreter_folder = str(Path(sys.executable).parent)
     os.environ["PATH"] = os.pathsep.join(
-        [beside, *filter(None, [os.environ.get("PATH")]), "/usr/local/cuda/bin"]
+        [interpreter_folder, *filter(None, [os.environ.get("PATH")]), "/usr/local/cuda/bin"]
     )
 
 
 def missing() -> list[str]:
-    """Programs and modules without which nothing can be done here."""
+    """Required programs and modules that are not installed."""
     programs = [name for name in NEEDED_PROGRAMS if not shutil.which(name)]
     return programs + [name for name in NEEDED_MODULES if not importlib.util.find_spec(name)]
 
 
 def absent() -> list[str]:
-    """Modules without which some tests are skipped."""
+    """Optional modules that are not installed; tests that need them are skipped."""
     return [name for name in OPTIONAL_MODULES if not importlib.util.find_spec(name)]
 
 
 def other_versions(pyproject: Path = PYPROJECT) -> list[str]:
-    """What is here in a version that pyproject.toml, extra "test" included, does not allow."""
+    """Installed packages whose version pyproject.toml (with extra "test") does not allow."""
     try:
         from packaging.requirements import Requirement
-    except ImportError:  # which comes with pytest
+    except ImportError:  # comes with pytest
         return []
     project = tomllib.loads(pyproject.read_text())["project"]
-    others = []
+    unsupported = []
     for line in (*project["dependencies"], *project["optional-dependencies"]["test"]):
         needed = Requirement(line)
         if needed.marker and not needed.marker.evaluate():
@@ -54,16 +54,16 @@ def other_versions(pyproject: Path = PYPROJECT) -> list[str]:
         except PackageNotFoundError:
             continue
         if not needed.specifier.contains(here, prereleases=True):
-            others.append(f"{needed.name} {here} for {needed.specifier}")
-    return others
+            unsupported.append(f"{needed.name} {here} for {needed.specifier}")
+    return unsupported
 
 
-def version_of(program: str) -> str:
-    """What a program says of itself; empty if it is not there."""
+def program_version(program: str) -> str:
+    """The end of a program's `--version` output; empty if it is not installed."""
     try:
-        said = subprocess.run(
+        printed = subprocess.run(
             [program, "--version"], capture_output=True, text=True, timeout=20
         ).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return " ".join(said.split())[-200:]
+    return " ".join(printed.split())[-200:]

@@ -1,4 +1,4 @@
-"""What came of a run on a GPU: the card, tests that failed, figures asked for; and all its logs."""
+"""Results of a GPU check: the card, failed tests, key figures, and an archive of all logs."""
 
 import io
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def card(program: str = "nvidia-smi") -> str:
-    """The GPU's name as a folder's: "h100-80gb-hbm3"."""
+    """The GPU's name in the form of a folder name: "h100-80gb-hbm3"."""
     command = [program, "--query-gpu=name", "--format=csv,noheader"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
@@ -19,19 +19,19 @@ def card(program: str = "nvidia-smi") -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def pack_logs(folder: Path, archive: Path, most_bytes: int = 4 << 20) -> None:
-    """All logs and reports of a folder in one file, of each at most the last `most_bytes`."""
+def pack_logs(folder: Path, archive: Path, max_bytes: int = 4 << 20) -> None:
+    """Packs all logs and reports of a folder into one file, each cut to its last `max_bytes`."""
     with tarfile.open(archive, "w:gz", compresslevel=6) as packed:
         for path in sorted((*folder.glob("*.log"), *folder.glob("*.xml"))):
-            data = path.read_bytes()[-most_bytes:]
-            about = tarfile.TarInfo(path.name)
-            about.size, about.mtime = len(data), int(path.stat().st_mtime)
-            packed.addfile(about, io.BytesIO(data))
+            data = path.read_bytes()[-max_bytes:]
+            entry = tarfile.TarInfo(path.name)
+            entry.size, entry.mtime = len(data), int(path.stat().st_mtime)
+            packed.addfile(entry, io.BytesIO(data))
 
 
-def counts_of(report: Path) -> tuple[dict[str, int], list[str]]:
-    """How many tests of pytest's XML report passed, failed and were skipped; names of those that
-    failed, with their last words."""
+def count_tests(report: Path) -> tuple[dict[str, int], list[str]]:
+    """Counts of passed, failed and skipped tests in pytest's XML report, and for each failure the
+    test's name with the start of its message."""
     counts, failures = {"passed": 0, "failed": 0, "skipped": 0}, []
     if not report.exists():
         return counts, failures
@@ -47,7 +47,7 @@ def counts_of(report: Path) -> tuple[dict[str, int], list[str]]:
 
 
 def headlines(tables: dict) -> list[str]:
-    """The figures asked for most, from the tables of frame and kernels."""
+    """The key figures of the benchmark tables, one line each."""
     lines = []
     frames = tables.get("frame", [])
     for row in frames:

@@ -1,12 +1,12 @@
-"""The four tools of compute-sanitizer over small cases of every op, on a GPU.
+"""Runs compute-sanitizer's four tools over small cases of every op, on a GPU.
 
     python bench/gpu_sanitize.py --planted PROGRAM --save FILE [--seconds 120] [memcheck ...]
 
-A tool is believed only if it finds the bug that was planted for it, and nothing in the sound kernel
-beside it: PROGRAM is tests/sanitize/planted.cu, compiled. Then it watches
-tests/support/sanitizer_cases.py. The tools run side by side. Writes FILE after each,
-and beside it what a tool said of the ops, as TOOL.log; exits with 1 if one found something or could
-not look.
+A tool's result counts only if the tool finds the bug planted for it and nothing in the sound kernel
+next to it: PROGRAM is tests/sanitize/planted.cu, compiled. It then runs
+tests/support/sanitizer_cases.py. The tools run in parallel. Writes FILE after each tool, and in the
+same folder its output on the ops as TOOL.log. Exits with 1 if a tool found something or could not
+run.
 """
 
 import argparse
@@ -23,28 +23,32 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SMALL_OPS = (sys.executable, str(ROOT / "tests" / "support" / "sanitizer_cases.py"), "native-cuda")
-# Ours alone are watched, but for initcheck: what torch's kernels write is written all the same.
-OURS = ("--kernel-name", "kernel_substring=voxkern")
+SANITIZER_CASES = (
+    sys.executable,
+    str(ROOT / "tests" / "support" / "sanitizer_cases.py"),
+    "native-cuda",
+)
+# Checks only our kernels. initcheck must see torch's too: they initialise memory that ours read.
+OUR_KERNELS = ("--kernel-name", "kernel_substring=voxkern")
 TOOLS = {
-    # torch asks for driver functions that need not be there: errors of calls are not its business.
-    "memcheck": ("out of bounds", ("--report-api-errors", "no"), OURS),
-    "racecheck": ("shared race", (), OURS),
-    "synccheck": ("divergent barrier", (), OURS),
+    # torch probes for driver functions that may be missing, so API errors are not reported.
+    "memcheck": ("out of bounds", ("--report-api-errors", "no"), OUR_KERNELS),
+    "racecheck": ("shared race", (), OUR_KERNELS),
+    "synccheck": ("divergent barrier", (), OUR_KERNELS),
     "initcheck": ("uninitialised", (), ()),
 }
-"""The bug that each must find, its options, and those for the ops."""
+"""For each tool: its planted bug, its options, and further options for the ops."""
 SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
 
 
 def findings(output: str) -> int | None:
-    """How many errors or hazards a tool counted; None if it did not get that far."""
+    """Number of errors or hazards in a tool's summary; None if it printed none."""
     counts = [int(a or b) for a, b in SUMMARY.findall(output)]
     return sum(counts) if counts else None
 
 
 def verdict(sound: int | None, planted: int | None, ops: int | None, ops_ok: bool) -> str:
-    """ "clean", or what is wrong, in a few words."""
+    """ "clean", or a short description of the problem."""
     if sound is None or planted is None:
         return "the tool does not run here"
     if sound:
@@ -52,28 +56,30 @@ def verdict(sound: int | None, planted: int | None, ops: int | None, ops_ok: boo
     if not planted:
         return "the planted bug was not found"
     if ops is None:
-        return "no end of the ops within the time"
+        return "the ops did not end in time"
     if ops:
         return f"{ops} findings in the ops"
     return "clean" if ops_ok else "the ops failed under the tool"
 
 
-def watch(tool: str, command: tuple[str, ...], port: int, deadline: float, *options: str) -> tuple:
-    """Its output and the program's exit code, None past the deadline."""
-    line = ("compute-sanitizer", "--tool", tool, "--port", str(port), *options, *command)
-    # An allocation for each tensor: none hides behind another's end, or in what one left behind.
+def run_tool(
+    tool: str, command: tuple[str, ...], port: int, deadline: float, *options: str
+) -> tuple:
+    """Runs a command under a tool: output and exit code, which is None past the deadline."""
+    arguments = ("compute-sanitizer", "--tool", tool, "--port", str(port), *options, *command)
+    # One allocation per tensor: an overrun cannot hit a neighbour, nor a read find stale values.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
         with (
             tempfile.TemporaryFile() as output,
             subprocess.Popen(
-                line, env=environment, stdout=output, stderr=subprocess.STDOUT, process_group=0
+                arguments, env=environment, stdout=output, stderr=subprocess.STDOUT, process_group=0
             ) as process,
         ):
             try:
                 code = process.wait(max(1.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)  # the program too, not the tool alone
+                os.killpg(process.pid, signal.SIGKILL)  # kills the program as well as the tool
                 code = None
             output.seek(0)
             return output.read().decode(errors="replace"), code
@@ -82,14 +88,15 @@ def watch(tool: str, command: tuple[str, ...], port: int, deadline: float, *opti
 
 
 def examine(tool: str, index: int, planted: str, deadline: float, folder: Path) -> dict:
-    """One tool's answers: sound kernel, planted bug, ops; what it said of those in `folder`."""
-    bug, options, for_ops = TOOLS[tool]
+    """One tool's results for the sound kernel, its planted bug and the ops. Also writes the output
+    on the ops to `folder`."""
+    bug, options, op_options = TOOLS[tool]
     port, start = 49152 + 100 * index, time.monotonic()
-    # A planted kernel that does not end must not cost the ops their time.
-    soon = min(deadline, start + 30)
-    sound, _ = watch(tool, (planted, "sound"), port, soon, *options)
-    found, _ = watch(tool, (planted, bug), port, soon, *options)
-    ops, code = watch(tool, SMALL_OPS, port, deadline, *options, *for_ops)
+    # A planted kernel that never ends must not use up the time for the ops.
+    planted_deadline = min(deadline, start + 30)
+    sound, _ = run_tool(tool, (planted, "sound"), port, planted_deadline, *options)
+    found, _ = run_tool(tool, (planted, bug), port, planted_deadline, *options)
+    ops, code = run_tool(tool, SANITIZER_CASES, port, deadline, *options, *op_options)
     (folder / f"{tool}.log").write_text(ops)
     counts = findings(sound), findings(found), findings(ops)
     result = verdict(*counts, ops_ok=code == 0)

@@ -1,4 +1,4 @@
-"""What is measured of an op."""
+"""A benchmark case: one op at one shape."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ class Case:
     """One op at one shape.
 
     Attributes:
-        op: its name.
-        shape: for the reader.
-        inputs: makes one set of inputs; sets beyond the first are made to defeat the caches.
+        op: the op's name.
+        shape: as printed in the table.
+        inputs: makes one set of inputs; more sets than one defeat the caches.
         ours, torch: called with one set; torch is None if there is nothing to compare with.
-        num_bytes: read and written at least once, per call.
+        num_bytes: bytes that a call must read or write at least once.
         flops: operations per call.
-        multiplied: what the operations are on, if not the dtype of the run.
-        persistent: `ours` as one persistent kernel, None if there is none at this shape.
+        multiplied: operand dtype of the operations, if not the dtype of the run.
+        persistent: `ours` as one persistent kernel; None if this shape has none.
     """
 
     op: str

@@ -1,9 +1,9 @@
-"""Every op at a model's shapes, and what it is compared with.
+"""Benchmark cases: every op at a model's shapes, and the code it is compared with.
 
-The peer is plain torch: what one would write without this library, on the same tensors (on dense
-keys and values instead of pages, on the bfloat16 weight instead of a packed one). On a GPU the
-whole decoders have none: their reference there is launches of thousands of small kernels. The
-codec's ops, at its own sizes, are in codec_cases.py.
+The peer is plain torch, the code one would write without this library, on the same tensors (dense
+keys and values instead of pages, the bfloat16 weight instead of a packed one). On a GPU the whole
+decoders have no peer: their reference would launch thousands of small kernels. codec_cases.py has
+the codec's ops.
 """
 
 import functools
@@ -33,9 +33,9 @@ CACHED, PROMPT, PAGE = 512, 256, 16
 
 
 def cases(config: CsmConfig, dtype: torch.dtype, batch: int, device: str = "cpu") -> list[Case]:
-    """All ops at the shapes of `config`, for `batch` sequences, each with `CACHED` positions.
+    """All ops at the shapes of `config`, for `batch` sequences of `CACHED` positions each.
 
-    Tensors are made on torch's default device, models on `device`, which is to be the same.
+    Tensors are made on torch's default device, models on `device`, which must be the same.
     """
     e, b = dtype.itemsize, batch
     c, depth = config.backbone, config.depth
@@ -109,7 +109,7 @@ def _linear(dtype: torch.dtype, m: int, name: str, n: int, c: int) -> Case:
 
 
 def _packed_linear(m: int, format: str, name: str, n: int, c: int) -> Case:
-    """Against torch on the bfloat16 weight."""
+    """`linear` with packed weights; the peer is torch with the bfloat16 weight."""
 
     @functools.cache
     def weights() -> tuple[Tensor, Tensor]:
@@ -137,7 +137,7 @@ def _pages(c: TransformerConfig, dtype: torch.dtype, b: int, length: int) -> tup
 
 
 def _dense(pages: Tensor, table: Tensor) -> Tensor:
-    """`[B, Hkv, length, D]`, contiguous, what torch's own attention takes."""
+    """Pages as `[B, Hkv, length, D]`, contiguous, for torch's own attention."""
     b, head_dim = len(table), pages.shape[-1]
     heads = pages[table.long()].transpose(1, 2)
     return heads.reshape(b, pages.shape[1], -1, head_dim)
@@ -159,7 +159,7 @@ def _append_kv(c: TransformerConfig, dtype: torch.dtype, b: int) -> Case:
         half = torch.cat((-x[..., half_width:], x[..., :half_width]), -1)
         return x * cos + half * sin
 
-    def torch_way(q, k, v, rope, positions, slots, k_pages, v_pages):
+    def plain_torch(q, k, v, rope, positions, slots, k_pages, v_pages):
         row = rope[positions][:, None].to(q.dtype)
         cos, sin = (part.repeat(1, 1, 2) for part in row.chunk(2, -1))
         q.copy_(rotate(q, cos, sin))
@@ -168,7 +168,7 @@ def _append_kv(c: TransformerConfig, dtype: torch.dtype, b: int) -> Case:
         v_pages[page, :, offset] = v
 
     num_bytes = dtype.itemsize * b * c.head_dim * (2 * c.num_heads + 4 * c.num_kv_heads)
-    return Case("append_kv", f"{b} tokens", inputs, ops.append_kv, torch_way, num_bytes)
+    return Case("append_kv", f"{b} tokens", inputs, ops.append_kv, plain_torch, num_bytes)
 
 
 def _decode_attention(c: TransformerConfig, dtype: torch.dtype, b: int, keys: int) -> Case:
@@ -222,7 +222,7 @@ def _embed_frames(config: CsmConfig, dtype: torch.dtype, b: int) -> Case:
     offsets = torch.arange(k) * vocab
     mask = torch.ones(b, k + 1, dtype=torch.bool)
 
-    def torch_way(frames):
+    def plain_torch(frames):
         rows = torch.cat((audio[frames[:, :k] + offsets], text[frames[:, k:]]), 1)
         return (rows * mask[..., None]).sum(1)
 
@@ -231,7 +231,7 @@ def _embed_frames(config: CsmConfig, dtype: torch.dtype, b: int) -> Case:
         f"{b} frames",
         lambda: (torch.randint(0, vocab, (b, k + 1)),),
         lambda frames: ops.embed_frames(frames, mask, audio, text),
-        torch_way,
+        plain_torch,
         dtype.itemsize * b * width * (k + 2),
     )
 
@@ -251,7 +251,7 @@ def _sample_tokens(vocab: int, b: int, label: str, top_k: int = 0, top_p: float 
     rows = _rows(b, top_k, top_p)
     penalty, history = torch.ones(b), torch.full((b, 16), -1)
 
-    def torch_way(logits):
+    def plain_torch(logits):
         logits = logits.float() / 0.9
         if top_k:
             kth = logits.topk(top_k).values[:, -1:]
@@ -270,13 +270,13 @@ def _sample_tokens(vocab: int, b: int, label: str, top_k: int = 0, top_p: float 
         lambda logits: ops.sample_tokens(
             logits, repetition_penalty=penalty, history=history, codebook=1, **rows
         ),
-        torch_way,
+        plain_torch,
         4.0 * b * vocab,
     )
 
 
 def _one_layer(config: CsmConfig, part: str) -> CsmConfig:
-    """Without the text table, and with one layer of a part."""
+    """`config` without the text table and with a single layer in `part`."""
     return replace(
         config, text_vocab_size=1, **{part: replace(getattr(config, part), num_layers=1)}
     )

@@ -1,8 +1,8 @@
 """Frames of llama.cpp: a backbone token, then 31 depth tokens, on GGUF files of CSM-1B's shapes.
 
-llama.cpp knows no CSM, so a frame is what its two transformers cost: random weights, one head for
-all codebooks (it may stay in a cache), no projection between the two, no drawing of codes. Each of
-these is in llama.cpp's favour.
+llama.cpp does not support CSM, so a frame is the cost of its two transformers: random weights, one
+head for all codebooks (it may stay in a cache), no projection between the two, no sampling. Each of
+these favours llama.cpp.
 """
 
 import ctypes
@@ -18,11 +18,11 @@ from vox_serve.model_config import CsmConfig, TransformerConfig
 FORMATS = {"bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 BITS = {"BF16": 16, "Q8_0": 8.5, "Q4_0": 4.5}
 HEAD_ROWS = 2064
-"""2051, filled up to blocks of 16 rows: Q4_0 has its fastest kernel only for multiples of 8."""
+"""2051 rounded up to a multiple of 16: Q4_0 has its fastest kernel only for multiples of 8."""
 
 
 def gguf_shapes(part: TransformerConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes, as llama.cpp names them, of one transformer with a head of its own."""
+    """llama.cpp's tensor names, with shapes, of one transformer with its own head."""
     width, keys = part.num_heads * part.head_dim, part.num_kv_heads * part.head_dim
     yield "token_embd.weight", (HEAD_ROWS, part.dim)
     for i in range(part.num_layers):
@@ -54,7 +54,7 @@ def llama_frame_bytes(config: CsmConfig, gguf_format: str) -> FrameBytes:
 
 
 def write_gguf(path: Path, part: TransformerConfig, gguf_format: str) -> None:
-    """A file that llama.cpp loads as a Llama without a tokenizer; what is there is kept."""
+    """Writes a file that llama.cpp loads as a Llama without a tokenizer; keeps an existing file."""
     import gguf
     import numpy as np
 
@@ -77,7 +77,7 @@ def write_gguf(path: Path, part: TransformerConfig, gguf_format: str) -> None:
     writer.add_tokenizer_model("none")
     kind = gguf.GGMLQuantizationType[gguf_format]
     random = np.random.default_rng(0)
-    # Layers share their values, not their place in the file: quantizing is slow in numpy.
+    # Layers share their values, but not their storage in the file: numpy quantizes slowly.
     made: dict[tuple[int, ...], np.ndarray] = {}
     for name, shape in gguf_shapes(part):
         if len(shape) == 1:
@@ -95,13 +95,13 @@ def write_gguf(path: Path, part: TransformerConfig, gguf_format: str) -> None:
 
 
 class _Context:
-    """One model with its cache."""
+    """One model with its KV cache."""
 
     def __init__(self, path: Path, positions: int, threads: int):
         import llama_cpp
 
         self.api = llama_cpp
-        # Not mapped from the file, whose pages the system may take back.
+        # Not mapped from the file: the system may evict its pages.
         settings = llama_cpp.llama_model_default_params()
         settings.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), settings)
@@ -119,7 +119,7 @@ class _Context:
         self.api.llama_memory_seq_rm(self.cache, 0, position, -1)
 
     def run(self, *tokens: int) -> None:
-        """Take tokens at the next positions; the logits of the last are ready on return."""
+        """Runs tokens at the next positions; the logits of the last are ready on return."""
         array = (ctypes.c_int32 * len(tokens))(*tokens)
         batch = self.api.llama_batch_get_one(array, len(tokens))
         if self.api.llama_decode(self.context, batch):
@@ -128,7 +128,7 @@ class _Context:
 
 
 class LlamaFrames:
-    """Frame after frame at batch 1, each from `CACHED` positions on."""
+    """Generates frames at batch 1, always the one after `CACHED` positions."""
 
     def __init__(self, config: CsmConfig, precision: str, folder: Path, threads: int):
         parts = {}
@@ -140,8 +140,8 @@ class LlamaFrames:
         self.steps = config.num_codebooks - 1
         self.backbone.run(*range(CACHED))
 
-    def about(self) -> str:
-        """What llama.cpp was built for."""
+    def description(self) -> str:
+        """The instruction sets that llama.cpp was built for."""
         return self.backbone.api.llama_print_system_info().decode()
 
     def frames_ms(self, frames: int) -> list[float]:

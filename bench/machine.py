@@ -1,4 +1,4 @@
-"""What a benchmark ran on: processor, caches, memory, GPU, versions."""
+"""The machine a benchmark ran on: processor, caches, memory, GPU, versions."""
 
 import platform
 import subprocess
@@ -13,7 +13,7 @@ CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 def describe() -> dict:
-    """The machine in the words that results are saved with; sizes in bytes."""
+    """The machine as it is saved with results; sizes in bytes."""
     return {
         "processor": processor(),
         "threads": voxkern.num_threads(),
@@ -27,7 +27,7 @@ def describe() -> dict:
 
 
 def gpu() -> dict | None:
-    """The current GPU, its clocks as they are now, and the versions that drive it."""
+    """The current GPU, its present clocks, and its driver and CUDA versions."""
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties()
@@ -43,7 +43,7 @@ def gpu() -> dict | None:
 
 
 def nvidia_smi() -> dict[str, str]:
-    """Driver, clocks, power and temperature as nvidia-smi has them; empty without it."""
+    """Driver, clocks, power and temperature from nvidia-smi; empty without it."""
     fields = {
         "driver": "driver_version",
         "SM clock": "clocks.sm",
@@ -55,22 +55,23 @@ def nvidia_smi() -> dict[str, str]:
     }
     command = ["nvidia-smi", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return {}
-    values = found.stdout.splitlines()[0].split(", ") if found.stdout else []
+    values = result.stdout.splitlines()[0].split(", ") if result.stdout else []
     return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
 
 
 def last_cache_bytes(device: str) -> int:
-    """Of the last level that a device's reads pass through; 0 if not known."""
+    """Size of the last-level cache that a device's reads pass through; 0 if unknown."""
     if device == "cuda":
         return torch.cuda.get_device_properties().L2_cache_size
     return cache_bytes(3)
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's name. Virtual machines shorten it: family and model tell its generation."""
+    """The processor's name, with family and model: virtual machines shorten the name, and these
+    identify the generation."""
     if not cpuinfo.exists():
         return platform.processor() or platform.machine()
     fields = {}
@@ -86,7 +87,7 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 @cache
 def cache_bytes(level: int) -> int:
-    """The size of processor 0's data cache of a level, 0 if the system does not tell."""
+    """The size of processor 0's data cache of that level; 0 if the system does not report it."""
     for cache_dir in CACHES.glob("index*"):
         if (cache_dir / "level").read_text().strip() != str(level):
             continue
@@ -97,7 +98,7 @@ def cache_bytes(level: int) -> int:
 
 
 def memory_bytes(field: str) -> int | None:
-    """MemTotal, or MemAvailable: free, or would be if files were not cached. None if not told."""
+    """MemTotal or MemAvailable (free memory and reclaimable caches); None if not reported."""
     meminfo = Path("/proc/meminfo")
     for line in meminfo.read_text().splitlines() if meminfo.exists() else ():
         if line.startswith(f"{field}:"):

@@ -1,15 +1,15 @@
-"""Whole frames of several programs, each in a process of its own, side by side and in turn.
+"""Whole frames of several programs, each loaded in its own process, timed in turn.
 
 A frame is one backbone token after 128 cached ones, then 31 steps of the depth decoder from an
-empty cache. Programs: ours; transformers, plain and through torch.compile; llama.cpp in its nearest
-formats (BF16, Q8_0, Q4_0). Their environment is build/peers/venv, made on the first call:
+empty cache. Programs: ours; transformers, plain and with torch.compile; llama.cpp in its nearest
+formats (BF16, Q8_0, Q4_0). Their environment, build/peers/venv, is made on the first call:
 llama.cpp is compiled for this machine, which may take half an hour. A program that cannot be
-installed, is short of memory or does not answer is named and left out.
+installed, lacks memory or does not answer is reported and left out.
 
 In a round every program makes a few frames while the others wait, in an order that changes from
-round to round; the read bandwidth is measured at the start of each. A program's figure is the
-median of its rounds, with the least and the most of them; ratios and shares of the roofline are
-taken within a round, then their median.
+round to round; each round starts with a measurement of the read bandwidth. A program's figure is
+the median of its rounds, with minimum and maximum; ratios and shares of the roofline are computed
+within a round, and the median over rounds is reported.
 """
 
 import json
@@ -36,18 +36,19 @@ FOLDER = ROOT / "build" / "peers"
 PYTHON = FOLDER / "venv" / "bin" / "python"
 WHEELS = ("torch>=2.11,<2.14", "transformers>=5.18,<6", "gguf==0.19.*", "matplotlib")
 LLAMA_CPP = ("llama-cpp-python==0.3.36",)
-# -march=native; the part for pictures is left out.
+# -march=native, without image support.
 LLAMA_CPP_BUILD = {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"}
 SETTINGS = {
     "voxkern": {"OMP_WAIT_POLICY": "PASSIVE"},  # as `say` and `launch` do
-    # Weights are constants, and packed: torch's advice for inference on a CPU, 1.3 x here.
+    # Weights as packed constants: torch's advice for inference on a CPU, 1.3 x here.
     "torch.compile": {"TORCHINDUCTOR_FREEZING": "1"},
 }
 LOAD_S = 300
-"""Time to load and warm up: torch.compile may take it, or is left out."""
+"""Limit for loading and warm-up; a program that exceeds it, such as torch.compile, is left out."""
 TURN_S = 300
 SETTLE_S = 0.05
-"""After a parallel op the threads of OpenMP spin for some milliseconds, and hold their cores."""
+"""Time for OpenMP's threads to go idle: after a parallel op they spin on their cores for some
+milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,14 @@ class Peer:
 
     @property
     def memory_bytes(self) -> float:
-        """About what its process needs: 1.3 G weights, half a gigabyte besides."""
+        """Estimated memory of its process: 1.3 G weights plus half a gigabyte."""
         per_weight = {"float32": 4, "bfloat16": 2, "int8": 1.1, "int4": 0.65}
         copies = 2 if self.program == "torch.compile" else 1  # packed for oneDNN, and plain
         return 0.5e9 + 1.3e9 * per_weight[self.precision] * copies
 
 
 BASELINE = Peer("transformers", "bfloat16")
-# Those of one group are in memory together, and compared.
+# The peers of a group are in memory together and are compared.
 GROUPS = (
     (Peer("voxkern", "float32"), Peer("transformers", "float32")),
     (
@@ -84,17 +85,18 @@ GROUPS = (
 
 
 def order(peers: list, round_index: int) -> list:
-    """A round's order: in 2 n rounds each of n peers has each place twice, after each neighbour."""
+    """Order of a round: in 2 n rounds, each of n peers is in each position twice, once after
+    either of its neighbours."""
     first = round_index // 2 % len(peers)
-    turned = [*peers[first:], *peers[:first]]
-    return turned if round_index % 2 == 0 else turned[::-1]
+    rotated = [*peers[first:], *peers[:first]]
+    return rotated if round_index % 2 == 0 else rotated[::-1]
 
 
 def environment(program: str = "") -> Path:
-    """The Python that runs a program; the peers' own environment is made or completed if need be.
+    """The Python that runs a program; creates or completes the peers' environment if necessary.
 
     Raises:
-        RuntimeError: something cannot be installed; the message says what, and where the log is.
+        RuntimeError: something cannot be installed; the message names it and its log.
     """
     if program == "voxkern":
         return Path(sys.executable)
@@ -108,11 +110,11 @@ def environment(program: str = "") -> Path:
 
 @cache
 def _install(name: str, packages: tuple[str, ...]) -> str | None:
-    """Install packages, unless they are there: what went wrong, tried once a run, or None."""
+    """Installs packages that are missing, once per run; returns the problem, or None."""
     mark, log = FOLDER / "venv" / f"installed-{name}", FOLDER / f"install-{name}.log"
     if mark.exists() and mark.read_text() == "\n".join(packages):
         return None
-    print(f"making the peers' environment, {name}: minutes", file=sys.stderr)
+    print(f"installing {name} for the peers: takes minutes", file=sys.stderr)
     pip = [PYTHON, "-m", "pip", "install", "--no-binary", "llama-cpp-python", *packages]
     with log.open("w") as output:
         for command in ([sys.executable, "-m", "venv", FOLDER / "venv"], pip):
@@ -129,7 +131,7 @@ class Worker:
     """A peer's process, loaded and warm.
 
     Raises:
-        RuntimeError: it ended, or did not answer in time; the message says where its log is.
+        RuntimeError: it ended, or did not answer in time; the message names its log.
     """
 
     def __init__(self, peer: Peer, python: Path, threads: int):
@@ -152,7 +154,7 @@ class Worker:
             self.close()
             raise
         self.bytes = FrameBytes(*ready["bytes"])
-        self.about = ready["about"]
+        self.description = ready["description"]
 
     def frames_ms(self, frames: int) -> list[float]:
         print(frames, file=self.process.stdin, flush=True)
@@ -171,7 +173,7 @@ class Worker:
         self.process.stdout.close()
 
     def _answer(self, seconds: float) -> dict:
-        # Answers are single lines, asked for one by one: what is readable is one whole line.
+        # Requests are answered one by one with a single line, so readable output is a whole line.
         readable, _, _ = select.select([self.process.stdout], [], [], seconds)
         line = self.process.stdout.readline() if readable else None
         if not line:
@@ -182,15 +184,15 @@ class Worker:
 
 @dataclass
 class Rounds:
-    """What was measured of one peer: a value per round."""
+    """Measurements of one peer: a value per round."""
 
     bytes: FrameBytes
-    about: str
+    description: str
     ms: list[float] = field(default_factory=list)
     bandwidth: list[float] = field(default_factory=list)
 
     def floor_ms(self, num_bytes: int) -> float | None:
-        """The time to read so much; None if the bandwidth is not known."""
+        """The time to read that many bytes; None if the bandwidth is unknown."""
         if not self.bandwidth:
             return None
         return statistics.median(1e3 * num_bytes / rate for rate in self.bandwidth)
@@ -204,7 +206,7 @@ class Rounds:
 
 @cache
 def has_probe() -> bool:
-    """Whether the read bandwidth can be measured; if not, there are no shares of the roofline."""
+    """True if the read bandwidth can be measured; without it, roofline columns stay empty."""
     try:
         roofline.read_bandwidth()
     except RuntimeError as error:
@@ -214,7 +216,7 @@ def has_probe() -> bool:
 
 
 def measure(peers: list[Peer], rounds: int, frames: int, threads: int) -> dict[Peer, Rounds]:
-    """Milliseconds of a frame, round by round. A peer that fails is left out, and named."""
+    """Milliseconds per frame, round by round. A peer that fails is reported and left out."""
     measured: dict[Peer, Rounds] = {}
     with ExitStack() as stack:
         workers: dict[Peer, Worker] = {}
@@ -230,7 +232,7 @@ def measure(peers: list[Peer], rounds: int, frames: int, threads: int) -> dict[P
             except RuntimeError as error:
                 print(f"{peer}: left out, {error}", flush=True)
                 continue
-            measured[peer] = Rounds(workers[peer].bytes, workers[peer].about)
+            measured[peer] = Rounds(workers[peer].bytes, workers[peer].description)
         for index in range(rounds if measured else 0):
             bandwidth = []
             if has_probe():
@@ -248,11 +250,11 @@ def measure(peers: list[Peer], rounds: int, frames: int, threads: int) -> dict[P
     return measured
 
 
-def ratio(of: Rounds | None, to: Rounds | None) -> tuple[float, float, float] | None:
-    """How many times as long a frame of `of` takes as one of `to`: median, least, most."""
-    if of is None or to is None:
+def ratio(peer: Rounds | None, base: Rounds | None) -> tuple[float, float, float] | None:
+    """Time of a frame of `peer` over one of `base`: median, minimum, maximum over rounds."""
+    if peer is None or base is None:
         return None
-    ratios = [a / b for a, b in zip(of.ms, to.ms, strict=True)]
+    ratios = [a / b for a, b in zip(peer.ms, base.ms, strict=True)]
     return statistics.median(ratios), min(ratios), max(ratios)
 
 
@@ -283,14 +285,14 @@ def run(report: Report, rounds: int, frames: int, only: list[str] | None) -> Non
                 *(versus_ours or (None, None, None)),
                 versus_baseline and versus_baseline[0],
             )
-            programs[str(peer)] = seen.about
+            programs[str(peer)] = seen.description
 
 
 def plot(results: Path) -> Path:
-    """A picture of the results, beside them.
+    """Draws the results as a PNG file next to them.
 
     Raises:
-        RuntimeError: what draws it cannot be installed.
+        RuntimeError: the plotting library cannot be installed.
     """
     picture = results.with_suffix(".png")
     script = Path(__file__).with_name("plot_peers.py")

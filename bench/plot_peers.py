@@ -1,4 +1,4 @@
-"""Draws what bench/peers.py measured: milliseconds per frame, against the roofline.
+"""Plots the results of bench/peers.py: milliseconds per frame against the roofline.
 
 python bench/plot_peers.py peers.json peers.png      (in the peers' environment)
 """
@@ -23,7 +23,7 @@ OURS, OTHERS, FLOOR, TEXT, REAL_TIME = "#0b6e4f", "#5f6b76", "#d5dbe0", "#333333
 GAP = 0.7  # rows between two precisions
 ROW_INCHES = 0.3
 COLUMNS = {"ms": 1.08, "of roofline": 1.24, "x voxkern": 1.4}
-"""Right of the axes, right edges as fractions of the axes' width."""
+"""Columns to the right of the axes; right edges as fractions of the axes' width."""
 
 
 def draw(results: dict, picture: Path) -> None:
@@ -31,16 +31,16 @@ def draw(results: dict, picture: Path) -> None:
         results["peers"],
         key=lambda row: (PRECISIONS.index(row["precision"]), PROGRAMS.index(row["program"])),
     )
-    places, y = [], 0.0
-    for before, row in zip([None, *rows], rows, strict=False):
-        y += GAP if before and before["precision"] != row["precision"] else 0
-        places.append(y)
+    positions, y = [], 0.0
+    for previous, row in zip([None, *rows], rows, strict=False):
+        y += GAP if previous and previous["precision"] != row["precision"] else 0
+        positions.append(y)
         y += 1
     figure, axes = plt.subplots(figsize=(9.5, 1.7 + ROW_INCHES * y))
     figure.subplots_adjust(left=0.22, right=0.75, top=1 - 0.75 / figure.get_figheight())
     figure.subplots_adjust(bottom=0.8 / figure.get_figheight())
-    beside = blended_transform_factory(axes.transAxes, axes.transData)
-    for row, y in zip(rows, places, strict=True):
+    side_transform = blended_transform_factory(axes.transAxes, axes.transData)
+    for row, y in zip(rows, positions, strict=True):
         ours = row["program"] == "voxkern"
         colour, weight = (OURS, "bold") if ours else (OTHERS, "normal")
         if row["floor ms"]:
@@ -60,19 +60,19 @@ def draw(results: dict, picture: Path) -> None:
             f"{share:.0f} %" if share else "",
             f"{ratio:.2f}" if ratio and not ours else "",
         )
-        style = {"transform": beside, "va": "center", "ha": "right", "fontsize": 9.5}
+        style = {"transform": side_transform, "va": "center", "ha": "right", "fontsize": 9.5}
         axes.text(-0.02, y, name, color=colour, weight=weight, **style)
         for x, cell in zip(COLUMNS.values(), cells, strict=True):
             axes.text(x, y, cell, color=colour, weight=weight, **style)
-    top = places[0] - 0.95
+    top = positions[0] - 0.95
     for title, x in COLUMNS.items():
-        axes.text(x, top, title, transform=beside, color=TEXT, fontsize=8.5, ha="right")
+        axes.text(x, top, title, transform=side_transform, color=TEXT, fontsize=8.5, ha="right")
     for precision in {row["precision"] for row in rows}:
-        mine = [y for row, y in zip(rows, places, strict=True) if row["precision"] == precision]
+        mine = [y for row, y in zip(rows, positions, strict=True) if row["precision"] == precision]
         middle = sum(mine) / len(mine)
-        style = {"transform": beside, "va": "center", "fontsize": 11, "color": TEXT}
+        style = {"transform": side_transform, "va": "center", "fontsize": 11, "color": TEXT}
         axes.text(-0.39, middle, precision, weight="bold", **style)
-    axes.set_ylim(places[-1] + 0.7, places[0] - 0.7)
+    axes.set_ylim(positions[-1] + 0.7, positions[0] - 0.7)
     axes.set_yticks([])
     _scale(axes, rows)
     machine = results["machine"]
@@ -96,7 +96,9 @@ def _scale(axes, rows: list[dict]) -> None:
     axes.tick_params(axis="x", colors=TEXT, length=0)
     for side in ("top", "left", "right"):
         axes.spines[side].set_visible(False)
-    axes.set_xlabel("ms per frame: median of the rounds, least and most", color=TEXT, fontsize=9)
+    axes.set_xlabel(
+        "ms per frame: median, minimum and maximum of the rounds", color=TEXT, fontsize=9
+    )
 
 
 def _legend(figure) -> None:
@@ -106,7 +108,7 @@ def _legend(figure) -> None:
         Patch(color=FLOOR),
     ]
     handles[1].set_label("roofline: every weight read from memory")
-    handles[2].set_label("less what the level-3 cache could keep")
+    handles[2].set_label("minus what L3 could keep")
     figure.legend(
         handles=handles, frameon=False, fontsize=8.5, ncols=3, loc="lower left", labelcolor=TEXT
     )

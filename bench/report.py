@@ -1,4 +1,4 @@
-"""Tables for people, one last line of JSON for programs."""
+"""Results as tables for people, and as a last line of JSON for programs."""
 
 import json
 from collections.abc import Callable
@@ -20,7 +20,7 @@ class Table:
         self.rows: list[tuple] = []
 
     def add(self, *values) -> None:
-        """One row, shown at once: a long benchmark is read as it runs."""
+        """Adds a row and prints it at once, so that a long benchmark can be followed."""
         assert len(values) == len(self.columns)
         if not self.rows:
             print(f"\n{self.name}")
@@ -41,17 +41,17 @@ def _cell(value: str | float | None) -> str:
 
 
 class Report:
-    """All tables of one run, and the machine that they were measured on."""
+    """All tables of one run and the machine that they were measured on."""
 
     def __init__(self):
         self.machine = machine.describe()
         self.tables: list[Table] = []
         self.left_out: list[str] = []
         self.path: Path | None = None
-        """Where all of it is written after every row: a run that is cut short keeps them."""
+        """Rewritten after every row, so that an interrupted run keeps its results."""
 
     def leave_out(self, what: str, why: object) -> None:
-        """Said at once, and kept."""
+        """Prints and records that something was not measured, and the reason."""
         line = f"{what}: {str(why).splitlines()[0] if str(why) else repr(why)}"
         if line not in self.left_out:
             self.left_out.append(line)

@@ -1,9 +1,9 @@
-"""The roofline of the machine at hand: read bandwidth by working-set size, multiply-add rates.
+"""Roofline of this machine: read bandwidth by working-set size, multiply-add rates.
 
     python bench/run.py roofline
 
-Working sets are half a level-2 cache per thread, then shares of the level-3 cache that all threads
-have together, then what no cache holds. Every other figure of the bench is given as a fraction of
+Working sets are half of L2 per thread, then fractions and multiples of the L3 that all threads
+share, then more than any cache holds. Every other benchmark reports its figures as a fraction of
 these, measured in the same run. On a GPU: a large copy, and torch's products of large matrices.
 """
 
@@ -38,9 +38,7 @@ def _probe() -> ctypes.CDLL:
         try:
             subprocess.run(["c++", *flags, SOURCE, "-o", library], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise RuntimeError(
-                f"the probe of the read bandwidth was not compiled: {error}"
-            ) from None
+            raise RuntimeError(f"could not compile the bandwidth probe: {error}") from None
         probe = ctypes.CDLL(str(library))
     probe.read_memory.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int)
     probe.read_memory.restype = ctypes.c_uint64
@@ -57,10 +55,10 @@ def _buffer(size_bytes: int) -> torch.Tensor:
 
 
 def read_bandwidth(size_bytes: int = MEMORY_BYTES, threads: int | None = None) -> float:
-    """Bytes per second that `threads` read from a buffer of `size_bytes`, once through it.
+    """Bytes per second at which `threads` read a buffer of `size_bytes`.
 
     Raises:
-        RuntimeError: there is no C++ compiler to make the probe.
+        RuntimeError: the probe cannot be compiled, for instance without a C++ compiler.
     """
     threads = threads or voxkern.num_threads()
     data = _buffer(size_bytes).data_ptr()
@@ -73,7 +71,7 @@ def read_bandwidth(size_bytes: int = MEMORY_BYTES, threads: int | None = None) -
 def multiply_rate(dtype: torch.dtype, threads: int | None = None) -> float:
     """Operations per second, two for each multiply-add.
 
-    bfloat16 and int8 count as float32 where the processor has no unit of their own.
+    Returns the float32 rate for bfloat16 and int8 if the processor has no instruction for them.
     """
     threads = threads or voxkern.num_threads()
     start = time.perf_counter()
@@ -84,9 +82,9 @@ def multiply_rate(dtype: torch.dtype, threads: int | None = None) -> float:
 
 
 def working_sets(l2_bytes: int, l3_bytes: int, threads: int) -> list[tuple[str, int]]:
-    """Names and sizes of what is read; a cache whose size is not known (0) is left out.
+    """Names and sizes of the working sets; a cache of unknown size (0) is left out.
 
-    Half a cache is surely kept; a whole one shows what its other users leave.
+    Half a cache certainly stays resident; a whole one shows how much its other users leave.
     """
     sets = [
         ("half of L2 each", l2_bytes // 2 * threads),
@@ -99,13 +97,13 @@ def working_sets(l2_bytes: int, l3_bytes: int, threads: int) -> list[tuple[str, 
 
 
 def median_of(measure, times: int = 7, *args) -> float:
-    """The median of `times` calls of `measure(*args)`, after one that is not counted."""
+    """Median of `times` calls of `measure(*args)`, after one warm-up call."""
     measure(*args)
     return statistics.median(measure(*args) for _ in range(times))
 
 
 def run_gpu(report: Report, timer) -> None:
-    """What `timer`, a `timing.GpuTimer`, holds its figures against."""
+    """The bandwidth and rates of `timer`, a `timing.GpuTimer`, which roofline figures refer to."""
     table = report.table("roofline", ["what", "rate", "unit"])
     rates = sorted(timer.bandwidth() / 1e9 for _ in range(7))
     for what, rate in zip(

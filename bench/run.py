@@ -5,56 +5,56 @@
     python bench/run.py frame      whole frames of full-size CSM-1B, against transformers
     python bench/run.py codec      a streamed frame of full-size Mimi, against transformers
     python bench/run.py speech     steps of the engine: frames, sampling and the codec together
-    python bench/run.py all        the five of them
-    python bench/run.py quantization   what packing does to the logits; needs 10 GB of memory
+    python bench/run.py all        these five
+    python bench/run.py quantization   effect of packed weights on the logits; needs 10 GB of memory
     python bench/run.py peers      whole frames of several programs in turn: ours, llama.cpp,
-                                   transformers, torch.compile (bench/peers.py says how). The
-                                   first call makes their environment, build/peers, and compiles
-                                   llama.cpp in it: up to half an hour on two cores; a run is seven
-                                   minutes. Needs 22 GB of memory for all
+                                   transformers, torch.compile (details in bench/peers.py). The
+                                   first call creates their environment, build/peers, and compiles
+                                   llama.cpp in it: up to half an hour on two cores. A run takes
+                                   seven minutes and, with all programs, 22 GB of memory
 
 Options:
-    --device cpu|cuda          where (default cpu); on a GPU roofline, kernels, frame and speech,
-                               which are all of it
-    --rehearse                 the GPU's way of timing, on the CPU with a tiny model: shows that it
-                               runs, and its figures mean nothing
-    --backend NAME[,NAME ...]  native, triton or reference serves every op (default: the first that
-                               has it, or VOXKERN_BACKEND's). Of several, kernels and frame measure
-                               all, the first against the others; kernels against torch too:
-                               --backend triton,native,torch (default: against torch); and
-                               "persistent" is native with the depth decoder as one kernel
-                               (default on a GPU: beside native). With --rehearse Triton runs
-                               under TRITON_INTERPRET=1
-    --save FOLDER              write the results there as BENCH.json, and peers' plot beside them
-                               (default: nowhere; peers: build/peers)
-    --dtype float32,bfloat16   kernels, frame, codec, speech: which of them (default both; on a GPU
+    --device cpu|cuda          where to run (default cpu); a GPU supports roofline, kernels, frame
+                               and speech, and "all" means these four
+    --rehearse                 runs the GPU's timing code on the CPU with a tiny model: a check that
+                               it works; the figures mean nothing
+    --backend NAME[,NAME ...]  native, triton or reference for every op (default: the first that has
+                               it, or VOXKERN_BACKEND's). With several, kernels and frame measure
+                               all of them and compare each with the first; kernels also accepts
+                               torch: --backend triton,native,torch (default: compared with torch).
+                               "persistent" is native with the depth decoder as one kernel (default
+                               on a GPU: compared with native). With --rehearse, Triton needs
+                               TRITON_INTERPRET=1
+    --save FOLDER              write the results there as BENCH.json, and the plot of peers next to
+                               them (default: nowhere; peers: build/peers)
+    --dtype float32,bfloat16   kernels, frame, codec, speech: dtypes to run (default both; on a GPU
                                bfloat16)
-    --quantize none,int8,int4  frame, codec, speech: packings, plain ones in every dtype (default
+    --quantize none,int8,int4  frame, codec, speech: packings; "none" runs in every dtype (default
                                all; the codec has no int4)
     --batch 1,8,64             batch sizes (defaults: kernels 1,8,64; frame 1,2,4; codec 1,4;
                                speech 1; on a GPU kernels 1,8,64,256; frame 1,8,32,64,128,256,384,
                                512; speech 1,64,256,384)
     --packed-batch 1,64        kernels: batch sizes with packed weights (default: all of --batch)
     --ops linear,silu_mul      kernels: only these ops
-    --threads N                threads (default: the processors this process may use)
+    --threads N                threads (default: the processors that this process may use)
     --no-peer                  frame, codec: without transformers
-    --rounds N, --frames N     peers: rounds, and frames of each program in a round (default 6, 3)
+    --rounds N, --frames N     peers: rounds, and frames of each program per round (default 6, 3)
     --only "voxkern bfloat16,llama.cpp int4"   peers: only these
 
-What is committed: bench/results/MACHINE/BENCH.json, of one run each on a machine that does nothing
-else, made by `--save bench/results/MACHINE`: roofline, kernels, frame, codec, speech, quantization,
-and peers with its picture, for MACHINE = cpu-2-cores, or alike. Every file has the machine in it:
+Committed results are bench/results/MACHINE/BENCH.json, with MACHINE such as cpu-2-cores: one run
+each of roofline, kernels, frame, codec, speech, quantization and peers (with its plot) on a machine
+that does nothing else, made with `--save bench/results/MACHINE`. Every file describes the machine:
 processor, caches, instruction set, threads, versions, and the read bandwidth before and after the
-run, least, median and most: a run whose bandwidth halved midway is to be made again. Figures in the
-README are copied from these files.
+run (minimum, median, maximum): repeat a run whose bandwidth halved midway. The figures in the
+documentation are copied from these files.
 
-Weights are random, of the real sizes. Each figure is a median after a warm-up; what is compared
-is measured in turn within one run, for machines drift. Inputs rotate through more memory than the
-last-level cache holds. `% roofline` is the time floor (bytes over the read bandwidth or operations
-over the multiply-add rate, whichever is longer, both measured in the same run) over the time taken.
-On a GPU the bandwidth is that of a copy, bytes read and written, and calls are replays of CUDA
-graphs, timed by events (bench/timing.py). A run that is cut short keeps the rows it has.
-The last line printed is JSON.
+Weights are random, of the real sizes. Each figure is a median after a warm-up. Programs that are
+compared take turns within one run, since machines drift. Inputs rotate through more memory than the
+last-level cache holds. `% roofline` is the time floor over the time taken; the floor is bytes over
+read bandwidth or operations over multiply-add rate, whichever is longer, both measured in the same
+run. On a GPU the bandwidth is that of a copy (bytes read and written), and calls are replays of
+CUDA graphs, timed by events (bench/timing.py). An interrupted run keeps the rows it has. The last
+line printed is JSON.
 """
 
 import argparse
@@ -110,12 +110,12 @@ def main() -> None:
     args = parser.parse_args()
     on_gpu = args.rehearse or args.device == "cuda"
     if on_gpu and args.bench not in (*GPU_BENCHES, "all"):
-        parser.error(f"{args.bench} has no GPU yet")
+        parser.error(f"{args.bench} does not run on a GPU yet")
     if args.device == "cuda" and not args.rehearse and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here")
+        parser.error("--device cuda: torch finds no GPU")
     if args.backend:
         try:
-            args.backend = bench_backends.chosen(
+            args.backend = bench_backends.parse_backends(
                 args.backend, "cpu" if args.rehearse else args.device
             )
         except ValueError as error:
@@ -126,7 +126,7 @@ def main() -> None:
         voxkern.set_num_threads(args.threads)
     torch.set_num_threads(voxkern.num_threads())
     report = Report()
-    report.path = path_of(args)
+    report.path = results_path(args)
     report.machine["backend"] = args.backend or backend_for("cpu" if args.rehearse else args.device)
     bandwidth = [] if on_gpu else read_bandwidths()
     timer = timer_for(args.device, args.rehearse)
@@ -151,7 +151,7 @@ def main() -> None:
 
 
 def run(report: Report, args: argparse.Namespace, timer: CpuTimer | GpuTimer, on_gpu: bool) -> None:
-    """The chosen benches, into the report."""
+    """Runs the selected benchmarks and adds their tables to the report."""
     config = config_for(args.rehearse)
     benches = GPU_BENCHES if on_gpu else BENCHES
     chosen = benches if args.bench == "all" else (args.bench,)
@@ -177,17 +177,17 @@ def run(report: Report, args: argparse.Namespace, timer: CpuTimer | GpuTimer, on
     if "frame" in chosen:
         import bench_frame
 
-        beside = [name for name in args.backend or ours if name != bench_backends.TORCH]
+        backends = [name for name in args.backend or ours if name != bench_backends.TORCH]
         peer = not args.no_peer
-        bench_frame.run(report, timer, config, precisions, batches("frame"), peer, beside)
+        bench_frame.run(report, timer, config, precisions, batches("frame"), peer, backends)
     if "kernels" in chosen:
         import bench_kernels
 
         ops = args.ops.split(",") if args.ops else None
         dtypes = [getattr(torch, name) for name in names]
-        beside = args.backend or [*ours, bench_backends.TORCH]
+        backends = args.backend or [*ours, bench_backends.TORCH]
         packed = [int(b) for b in args.packed_batch.split(",")] if args.packed_batch else None
-        bench_kernels.run(report, timer, config, dtypes, batches("kernels"), ops, beside, packed)
+        bench_kernels.run(report, timer, config, dtypes, batches("kernels"), ops, backends, packed)
     if "codec" in chosen:
         import bench_codec
 
@@ -209,7 +209,7 @@ def run(report: Report, args: argparse.Namespace, timer: CpuTimer | GpuTimer, on
 
 
 def read_bandwidths() -> list[float]:
-    """GB/s a few times; nothing where there is no compiler to make the probe."""
+    """A few measurements in GB/s; empty if the probe cannot be compiled."""
     import roofline
 
     try:
@@ -218,8 +218,8 @@ def read_bandwidths() -> list[float]:
         return []
 
 
-def path_of(args: argparse.Namespace) -> Path | None:
-    """Where the results go, None for nowhere."""
+def results_path(args: argparse.Namespace) -> Path | None:
+    """The file for the results, or None."""
     folder = args.save
     if args.bench == "peers" and not folder:
         import peers
@@ -229,7 +229,7 @@ def path_of(args: argparse.Namespace) -> Path | None:
 
 
 def plot(report: Report) -> None:
-    """The picture of peers, beside their results."""
+    """Plots the results of peers, next to their JSON file."""
     if report.path.stem != "peers" or not any(table.rows for table in report.tables):
         return
     import peers

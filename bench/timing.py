@@ -1,9 +1,9 @@
-"""How calls are timed: by the clock on a CPU, by events and graphs on a GPU.
+"""Timers for calls: by the clock on a CPU, by events and CUDA graphs on a GPU.
 
-On a GPU, launches take the host longer than small kernels take the device. So calls are captured in
-a CUDA graph, as many as take a few milliseconds, and its replays are timed by events: what is
-measured is the device's own time, gaps between kernels of a graph included. What can't be captured
-is timed without a graph, and said to be. Clocks are as found.
+On a GPU, a launch costs the host more time than a small kernel costs the device. Enough calls to
+take a few milliseconds are therefore captured in a CUDA graph, and events time its replays: the
+figure is device time, including the gaps between the graph's kernels. Calls that cannot be captured
+are timed without a graph and reported. Clock frequencies are left as they are.
 """
 
 import contextlib
@@ -18,19 +18,20 @@ import torch
 from vox_serve.cuda_graphs import capture
 
 OPENMP_SPIN_S = 0.01
-"""After a parallel op of torch's, its threads spin for some milliseconds and hold their cores."""
+"""Time for torch's threads to go idle: after a parallel op they spin on their cores for some
+milliseconds."""
 
 
 class CpuTimer:
-    """On all threads; bandwidth is what a plain probe reads."""
+    """Times calls on all threads; the bandwidth is that of a plain read probe."""
 
     device = "cpu"
     rotate_bytes = 256 << 20
-    """Inputs rotate through so much memory, several times a last-level cache."""
+    """Amount of memory that inputs rotate through: several times a last-level cache."""
     rounds = 7
 
     def bandwidth(self) -> float:
-        """Bytes per second, now."""
+        """Bytes read per second, measured now."""
         return roofline.read_bandwidth()
 
     def rate(self, dtype: torch.dtype) -> float:
@@ -40,12 +41,12 @@ class CpuTimer:
     def prepare(
         self, call: Callable, inputs: list[tuple], calls: int | None = None
     ) -> Callable[[], float]:
-        """What measures the milliseconds of a call; the calls take the inputs in turn.
+        """Returns a function that measures the milliseconds per call, cycling through the inputs.
 
         Args:
-            call: timed.
+            call: the function to time.
             inputs: its arguments, one tuple or more.
-            calls: in one measurement; None for so many that it takes some 20 ms.
+            calls: calls per measurement; None for as many as take about 20 ms.
         """
         calls = calls or max(1, min(200, int(20 / self._time_ms(call, inputs, 2))))
 
@@ -64,19 +65,19 @@ class CpuTimer:
 
 
 class GpuTimer:
-    """On the current GPU; bandwidth is what a copy reads and writes.
+    """Times calls on the current GPU; the bandwidth is that of a copy, reads and writes.
 
     Args:
-        cuda: torch.cuda, or what stands in for it (`Rehearsal`).
-        device: where tensors are made.
-        copy_bytes: of the buffer that is copied, far more than the second-level cache holds.
+        cuda: torch.cuda, or its stand-in `Rehearsal`.
+        device: device of the tensors.
+        copy_bytes: size of the copied buffer, far more than L2 holds.
         matmul_size: rows and columns of the matrices whose product gives the rate.
     """
 
     rounds = 15
-    warm_calls, graph_ms, most_calls = 3, 2.0, 400
+    warm_calls, graph_ms, max_calls = 3, 2.0, 400
     head_start_cycles = 3_000_000
-    """For so long the GPU waits before what is timed, so that the host has handed in all of it."""
+    """The GPU waits this long before the timed work, so that the host has submitted all of it."""
 
     def __init__(
         self, cuda=torch.cuda, device: str = "cuda", copy_bytes: int = 1 << 30, matmul_size=8192
@@ -86,7 +87,7 @@ class GpuTimer:
         self._copy_bytes = copy_bytes
         self._rates: dict[torch.dtype, float] = {}
         self.without_graph: list[str] = []
-        """Why calls could not be captured."""
+        """Reasons why calls could not be captured."""
 
     @cached_property
     def _copy(self) -> Callable[[], float]:
@@ -96,11 +97,11 @@ class GpuTimer:
         return self.prepare(lambda: b.copy_(a), [()], 4)
 
     def bandwidth(self) -> float:
-        """Bytes per second read and written, now, by a few copies."""
+        """Bytes per second, read and written, measured now by a few copies."""
         return 2e3 * self._copy_bytes / self._copy()
 
     def rate(self, dtype: torch.dtype) -> float:
-        """Operations per second of a large product: torch's, of random data, without TF32."""
+        """Operations per second of torch's large matrix product, random data, without TF32."""
         if dtype not in self._rates:
             n = self._matmul_size if dtype != torch.float32 else self._matmul_size // 2
             if dtype == torch.int8:
@@ -116,7 +117,7 @@ class GpuTimer:
     def prepare(
         self, call: Callable, inputs: list[tuple], calls: int | None = None
     ) -> Callable[[], float]:
-        """As `CpuTimer.prepare`; None for so many calls as take some milliseconds."""
+        """Like `CpuTimer.prepare`; `calls=None` makes as many as take a few milliseconds."""
 
         def run(count: int) -> None:
             for i in range(count):
@@ -127,17 +128,17 @@ class GpuTimer:
         if calls is None:
             estimate_ms = self._time_ms(lambda: run(self.warm_calls)) / self.warm_calls
             fitting = int(self.graph_ms / max(estimate_ms, 1e-4))
-            # Every input, and the first ones again where there is time.
-            calls = max(1, min(self.most_calls, max(fitting, len(inputs))))
+            # Every input once, then from the start again if time allows.
+            calls = max(1, min(self.max_calls, max(fitting, len(inputs))))
         graph = self._cuda.CUDAGraph()
         try:
             with capture(graph, cuda=self._cuda):
                 run(calls)
         except RuntimeError as error:
-            first = error.__context__ or error  # the end of a broken capture raises once more
-            if "out of memory" in str(first):
+            cause = error.__context__ or error  # ending a broken capture raises a second error
+            if "out of memory" in str(cause):
                 raise
-            self.without_graph.append(str(first).splitlines()[0])
+            self.without_graph.append(str(cause).splitlines()[0])
             self._cuda.synchronize()
             return lambda: self._time_ms(lambda: run(calls)) / calls
         self._time_ms(graph.replay)
@@ -154,7 +155,7 @@ class GpuTimer:
 
 
 class Rehearsal:
-    """Stands in for torch.cuda where there is no GPU: calls run once, replays do nothing."""
+    """Stand-in for torch.cuda without a GPU: calls run once, replays do nothing."""
 
     class Event:
         def __init__(self, enable_timing: bool):
@@ -205,9 +206,9 @@ class Rehearsal:
 
 
 def timer_for(device: str, rehearse: bool) -> CpuTimer | GpuTimer:
-    """The timer of a device, "cpu" or "cuda"; to rehearse, the GPU's on CPU tensors."""
+    """The timer of a device, "cpu" or "cuda"; for a rehearsal, the GPU timer on CPU tensors."""
     if rehearse:
         timer = GpuTimer(Rehearsal, "cpu", copy_bytes=1 << 16, matmul_size=64)
-        timer.rounds, timer.warm_calls, timer.most_calls = 2, 1, 3
+        timer.rounds, timer.warm_calls, timer.max_calls = 2, 1, 3
         return timer
     return GpuTimer() if device == "cuda" else CpuTimer()

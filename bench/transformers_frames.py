@@ -1,4 +1,4 @@
-"""Frames of transformers' `CsmForConditionalGeneration`, on the tensors that ours are given."""
+"""Frames of transformers' `CsmForConditionalGeneration` on our weights."""
 
 import time
 from itertools import pairwise
@@ -12,7 +12,7 @@ from vox_serve.model_config import CsmConfig
 
 
 class TransformersFrames:
-    """Frame after frame of `batch` utterances, each from `CACHED` positions on, greedy."""
+    """Generates frames of `batch` utterances after `CACHED` positions, greedy."""
 
     def __init__(self, config: CsmConfig, weights: CsmWeights, batch: int, compiled: bool = False):
         self.model = hf_model(config, weights)
@@ -20,7 +20,7 @@ class TransformersFrames:
         self.inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         self.starts: list[float] = []
         if compiled:
-            # The cache grows with every position: sizes are compiled as symbols.
+            # The KV cache grows with every position, so sizes are compiled as symbols.
             for part in (self.model.backbone_model, self.model.depth_decoder.model):
                 part.forward = torch.compile(part.forward, dynamic=True)
         self.model.backbone_model.register_forward_pre_hook(
@@ -28,7 +28,7 @@ class TransformersFrames:
         )
 
     def frames_ms(self, frames: int) -> list[float]:
-        """From one backbone step to the next, for each frame whose prompt is already cached."""
+        """Milliseconds from one backbone step to the next; the step with the prompt is skipped."""
         self.starts.clear()
         greedy = {"do_sample": False, "depth_decoder_do_sample": False}
         self.model.generate(
@@ -39,7 +39,7 @@ class TransformersFrames:
 
 
 def hf_model(config: CsmConfig, weights: CsmWeights):
-    """transformers' model around our weights: no copy, no initialisation."""
+    """transformers' model around our weights, without copying or initialising them."""
     w = weights
 
     def sizes(part) -> dict:
@@ -73,7 +73,7 @@ def hf_model(config: CsmConfig, weights: CsmWeights):
         },
         codec_config={"model_type": "mimi", "num_filters": 2, "num_hidden_layers": 0},
     )
-    # By the names of files: those of transformers' modules change between versions.
+    # Names as in checkpoint files: the names of transformers' modules change between versions.
     tensors = {
         "embed_text_tokens.weight": w.text_table,
         "backbone_model.embed_tokens.embed_audio_tokens.weight": w.audio_table,

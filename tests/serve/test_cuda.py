@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from bench_backends import on
+from bench_backends import bind_backend
 from bench_frame import OurFrames, our_model
 from csm_1b_shapes import config_for
 from timing import GpuTimer
@@ -65,7 +65,7 @@ def spoken(
 
 def test_every_op_has_a_kernel(backend):
     """The requested backend serves every op: a frame then fits in one CUDA graph."""
-    assert {on(backend, backend_for)("cuda", op) for op in OPS} == {backend}
+    assert {bind_backend(backend, backend_for)("cuda", op) for op in OPS} == {backend}
 
 
 @pytest.mark.parametrize("with_context", [False, True], ids=["alone", "with context"])
@@ -73,7 +73,7 @@ def test_every_op_has_a_kernel(backend):
 def test_greedy_codes_equal_the_cpus(tmp_path, backend, shape, with_context):
     folder = str(build_tiny(shape, seed=1).write(tmp_path))
     asked = requests(lambda _: GREEDY, random_context(shape) if with_context else [])
-    cuda = on(backend, spoken)(folder, "cuda", asked)
+    cuda = bind_backend(backend, spoken)(folder, "cuda", asked)
     for name, (codes, audio, reason) in spoken(folder, "cpu", asked).items():
         assert torch.equal(cuda[name][0], codes)
         torch.testing.assert_close(cuda[name][1], audio, atol=1e-4, rtol=0)
@@ -83,14 +83,14 @@ def test_greedy_codes_equal_the_cpus(tmp_path, backend, shape, with_context):
 def test_sampled_codes_equal_the_cpus(folder, backend):
     """Equal seeds give equal draws on both devices."""
     asked = requests(lambda i: SamplingParams(seed=i, repetition_penalty=1.2))
-    cuda = on(backend, spoken)(folder, "cuda", asked)
+    cuda = bind_backend(backend, spoken)(folder, "cuda", asked)
     for name, (codes, _, _) in spoken(folder, "cpu", asked).items():
         assert torch.equal(cuda[name][0], codes)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_request_gives_the_same_alone_and_in_a_batch(folder, backend, dtype):
-    load, speak = on(backend, load_engine), on(backend, run)
+    load, speak = bind_backend(backend, load_engine), bind_backend(backend, run)
     engine = load(folder, device="cuda", dtype=dtype)
     asked = requests(lambda i: SamplingParams(seed=i))
     together = speak(engine, *asked)
@@ -105,7 +105,7 @@ def test_packed_weights_give_the_cpus_codes(tmp_path, backend, quantize):
     """Up to rounding, for the reason that test_engine.py gives."""
     folder = str(build_tiny(PACKABLE, seed=4).write(tmp_path))
     asked = requests(lambda _: GREEDY)
-    cuda = on(backend, spoken)(folder, "cuda", asked, quantize)
+    cuda = bind_backend(backend, spoken)(folder, "cuda", asked, quantize)
     assert share_of_equal_codes(cuda, spoken(folder, "cpu", asked, quantize)) > 0.95
 
 
@@ -125,7 +125,7 @@ def test_a_captured_frame_equals_an_eager_one(backend, precision):
             made.append(frames.codes.clone())
         return torch.stack(made)
 
-    eager, k_pages = codes(on(backend, frames.frame)), frames.cache.k_pages.clone()
+    eager, k_pages = codes(bind_backend(backend, frames.frame)), frames.cache.k_pages.clone()
     replayed = codes(lambda: frames.frames_ms(1))
     assert not timer.without_graph
     assert torch.equal(replayed, eager)
@@ -143,7 +143,7 @@ def test_the_persistent_depth_decoder_draws_the_same_codes(full_size, precision,
     config = config_for(rehearse=not full_size)
     backbone = replace(config.backbone, num_layers=1)
     model = our_model(replace(config, backbone=backbone, text_vocab_size=1), precision, "cuda")
-    draw = on("native", model.draw_frames)
+    draw = bind_backend("native", model.draw_frames)
     every = torch.randn(PERSISTENT_ROWS + 1, backbone.dim, device="cuda").to(model.dtype)
     for batch in (1, 3, PERSISTENT_ROWS, PERSISTENT_ROWS + 1):
         hidden = every[:batch]
@@ -159,7 +159,7 @@ def test_the_persistent_depth_decoder_draws_the_same_codes(full_size, precision,
         with torch.cuda.graph(graph):
             codes.copy_(draw(hidden, rows, persistent=True))
             # Back to back: the first kernel of a call may overlap the previous call.
-            again = [on("native", decode_depth_persistent)(**arguments) for _ in range(2)]
+            again = [bind_backend("native", decode_depth_persistent)(**arguments) for _ in range(2)]
         for _ in range(200):
             for made in (codes, *again):
                 made.fill_(-1)
@@ -175,7 +175,7 @@ def test_an_engine_accepts_the_persistent_depth_decoder(folder, caplog, dtype):
     if reason := why_missing("native", "cuda"):
         pytest.skip(reason)
     caplog.set_level("INFO", "vox_serve")
-    on("native", load_engine)(folder, device="cuda", dtype=dtype, max_batch_size=12)
+    bind_backend("native", load_engine)(folder, device="cuda", dtype=dtype, max_batch_size=12)
     said = [line for line in caplog.messages if line.startswith("persistent depth decoder")]
     assert [line.split(":")[0] for line in said] == [
         f"persistent depth decoder, {rows} rows"

@@ -1,4 +1,4 @@
-"""The GPU benchmarks and their timing code, as far as they need no GPU."""
+"""The parts of the GPU benchmarks and their timing code that need no GPU."""
 
 import contextlib
 import copy
@@ -108,7 +108,7 @@ def test_a_frame_that_the_watchdog_ended_is_not_timed(monkeypatch):
     def draw(model, hidden, rows, persistent=False, whole=CsmModel.draw_frames):
         codes = whole(model, hidden, rows)
         persistent_calls.extend([True] * persistent)
-        if len(persistent_calls) == 2:  # the last call, as replays in a rehearsal do nothing
+        if len(persistent_calls) == 2:  # the last call: replays in a rehearsal do nothing
             codes[:, 1:] = -1
         return codes
 
@@ -135,21 +135,21 @@ class Broken:
 def test_a_peer_that_raises_is_left_out_and_ours_is_measured(monkeypatch):
     timer, config, report = timer_for("cuda", rehearse=True), config_for(rehearse=True), Report()
     monkeypatch.setattr(bench_frame, "their_frames", lambda *_: Broken())
-    monkeypatch.setattr(bench_frame, "MOST_PEER_BATCH", {"cpu": 1})
+    monkeypatch.setattr(bench_frame, "MAX_PEER_BATCH", {"cpu": 1})
     bench_frame.run(report, timer, config, ["float32"], [1, 2], peer=True)
 
     def prepare(call, inputs, calls=None, whole=timer.prepare):
-        if call is torch_way:
+        if call is plain_torch:
             raise RuntimeError("no memory for it")
         return whole(call, inputs, calls)
 
     all_cases = bench_kernels.cases
-    torch_way: Callable = len
+    plain_torch: Callable = len
 
     def two_cases(*args):
-        nonlocal torch_way
+        nonlocal plain_torch
         one, two = (case for case in all_cases(*args) if case.op in ("rms_norm", "silu_mul"))
-        torch_way = two.torch
+        plain_torch = two.torch
         return [one, two]
 
     monkeypatch.setattr(bench_kernels, "cases", two_cases)
@@ -225,9 +225,9 @@ def test_backends_that_cannot_be_measured(names, reason, monkeypatch):
         }.get(name, "there is no such backend: choose one of native, triton, reference"),
     )
     with pytest.raises(ValueError, match=reason):
-        bench_backends.chosen(names, "cpu")
-    assert bench_backends.chosen("native,torch,native", "cpu") == ["native", "torch"]
-    assert bench_backends.chosen("native,persistent", "cpu") == ["native", "persistent"]
+        bench_backends.parse_backends(names, "cpu")
+    assert bench_backends.parse_backends("native,torch,native", "cpu") == ["native", "torch"]
+    assert bench_backends.parse_backends("native,persistent", "cpu") == ["native", "persistent"]
 
 
 def test_calls_that_cannot_be_captured_are_timed_without_a_graph():

@@ -1,4 +1,4 @@
-"""bench/gpu_check.py and gpu_sanitize.py, as far as they need no GPU; nothing is timed."""
+"""The parts of bench/gpu_check.py and gpu_sanitize.py that need no GPU; nothing is timed."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ import gpu_requirements
 import gpu_sanitize
 import pytest
 import torch
-from gpu_results import card, counts_of, headlines, pack_logs
+from gpu_results import card, count_tests, headlines, pack_logs
 
 import sanitizer_cases
 from ops_testing import moved
@@ -102,7 +102,7 @@ def test_results_include_all_logs(tmp_path, monkeypatch):
 def test_a_long_log_keeps_its_end(tmp_path):
     (tmp_path / "a.log").write_text("beginning and end")
     (tmp_path / "b.xml").write_text("<all/>")
-    pack_logs(tmp_path, tmp_path / "logs.tar.gz", most_bytes=7)
+    pack_logs(tmp_path, tmp_path / "logs.tar.gz", max_bytes=7)
     with tarfile.open(tmp_path / "logs.tar.gz") as logs:
         kept = {name: logs.extractfile(name).read() for name in logs.getnames()}
     assert kept == {"a.log": b"and end", "b.xml": b"<all/>"}
@@ -117,7 +117,7 @@ def test_a_failed_build_skips_the_other_stages(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     code, stages = checked(tmp_path, monkeypatch, "build", "kernels")
     assert code == 1
-    assert stages[0]["what"] == "not here: no-such-program"
+    assert stages[0]["what"] == "not installed: no-such-program"
     assert (stages[1]["result"], stages[1]["what"]) == ("left out", "there is no build")
 
 
@@ -180,10 +180,10 @@ def test_tests_are_counted_from_pytests_report(tmp_path):
         '<testcase classname="a" name="four"><skipped message="why"/></testcase>'
         "</testsuite></testsuites>"
     )
-    counts, failures = counts_of(report)
+    counts, failures = count_tests(report)
     assert counts == {"passed": 1, "failed": 2, "skipped": 1}
     assert failures == ["a::two: 1 != 2", "a::three: no such"]
-    assert counts_of(tmp_path / "none.xml")[0]["passed"] == 0
+    assert count_tests(tmp_path / "none.xml")[0]["passed"] == 0
 
 
 def program(folder: Path, name: str, script: str) -> Path:
@@ -243,7 +243,7 @@ def test_headlines_show_the_key_figures():
         ((2, 1, 0, True), "2 findings in a sound kernel"),
         ((0, 0, 0, True), "the planted bug was not found"),
         ((0, 1, 5, True), "5 findings in the ops"),
-        ((0, 1, None, True), "no end of the ops within the time"),
+        ((0, 1, None, True), "the ops did not end in time"),
         ((0, 1, 0, False), "the ops failed under the tool"),
     ],
 )
@@ -276,7 +276,7 @@ def test_a_hanging_tool_is_killed_with_its_program(tmp_path, monkeypatch):
     left = tmp_path / "left"
     program(tmp_path, "compute-sanitizer", f"echo begun; (sleep 2; touch {left}) & wait")
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    answer = gpu_sanitize.watch("memcheck", ("planted", "sound"), 1, time.monotonic())
+    answer = gpu_sanitize.run_tool("memcheck", ("planted", "sound"), 1, time.monotonic())
     assert answer == ("begun\n", None)
     time.sleep(1.5)
     assert not left.exists()
