@@ -21,9 +21,10 @@ class TransformersFrames:
         self.starts: list[float] = []
         if compiled:
             # The KV cache grows with every position, so sizes are compiled as symbols.
-            for part in (self.model.backbone_model, self.model.depth_decoder.model):
+            for kind in (transformers.CsmBackboneModel, transformers.CsmDepthDecoderModel):
+                part = _module(self.model, kind)
                 part.forward = torch.compile(part.forward, dynamic=True)
-        self.model.backbone_model.register_forward_pre_hook(
+        _module(self.model, transformers.CsmBackboneModel).register_forward_pre_hook(
             lambda *_: self.starts.append(time.perf_counter())
         )
 
@@ -36,6 +37,11 @@ class TransformersFrames:
         )
         assert len(self.starts) == frames + 2, "an utterance ended early"
         return [(b - a) * 1e3 for a, b in pairwise(self.starts[1:])]
+
+
+def _module(model: torch.nn.Module, kind: type) -> torch.nn.Module:
+    """The submodule of a class: attribute names change between transformers' versions."""
+    return next(module for module in model.modules() if isinstance(module, kind))
 
 
 def hf_model(config: CsmConfig, weights: CsmWeights):
@@ -113,5 +119,4 @@ def hf_model(config: CsmConfig, weights: CsmWeights):
     )
     missing = loaded["missing_keys"]
     assert all(name.startswith("codec_model.") for name in missing), missing
-    hf.codec_model = None
     return hf.eval()

@@ -1,4 +1,4 @@
-"""What every step shares: pausing, recorded speech, and a training run that can be interrupted."""
+"""Shared by all steps: pausing, recorded speech, and interruptible training runs."""
 
 import json
 import os
@@ -16,7 +16,7 @@ LOG_STEPS = 50
 
 
 def wait_while_paused():
-    """Sleep while the file named by VOICE_PAUSE_FILE exists: lets other work have the machine."""
+    """Sleeps while the file named by VOICE_PAUSE_FILE exists, to leave the machine to others."""
     pause_file = os.environ.get("VOICE_PAUSE_FILE")
     paused_s = 0.0
     while pause_file and os.path.exists(pause_file):
@@ -55,13 +55,13 @@ class Speech:
         return -(-self.rows[index]["num_samples"] // FRAME_SAMPLES)
 
     def phones(self) -> list[str]:
-        """Every phone that occurs, sorted: the labels' alphabet."""
+        """All phones that occur, sorted: phone labels are indices into this list."""
         return sorted({phone for row in self.rows for phone, _ in row["phones"]})
 
 
 def phone_labels(row, step_samples: int, count: int, ids: dict[str, int]) -> np.ndarray:
-    """The phone sounding in the middle of each step, int64 [count]; -100, which no loss counts, for
-    a phone that is not in `ids`."""
+    """The phone sounding in the middle of each step, int64 [count]. A phone that is not in `ids`
+    is -100, which the losses ignore."""
     ends = np.array([end for _, end in row["phones"]])
     labels = np.array([ids.get(phone, -100) for phone, _ in row["phones"]])
     middles = np.arange(count) * step_samples + step_samples // 2
@@ -71,11 +71,11 @@ def phone_labels(row, step_samples: int, count: int, ids: dict[str, int]) -> np.
 class Training:
     """The clock, learning rate, log, plot and checkpoint of one training run.
 
-    Progress is training time over `minutes`, not steps, so a run fits its budget on any machine. On
-    a CPU that is CPU time per thread: sharing the machine prolongs a run, and does not spoil it.
-    The learning rate warms up, stays, and falls linearly to zero over the last `decay` of the run.
-    RUN/NAME.pt holds the state of every module and optimizer in `states`; RUN/NAME.jsonl the
-    losses; RUN/NAME.png their plot.
+    Progress is training time over `minutes` instead of steps, so a run fits its budget on any
+    machine. On a CPU it is CPU time per thread: on a shared machine a run takes longer, but trains
+    as much. The learning rate warms up, stays constant, and falls linearly to zero over the last
+    `decay` of the run. RUN/NAME.pt holds the state of every module and optimizer in `states`,
+    RUN/NAME.jsonl the losses and RUN/NAME.png their plot.
     """
 
     def __init__(self, run: Path, name: str, minutes: float, states: dict, decay=0.5, warmup=100):
@@ -104,7 +104,7 @@ class Training:
         return min(1.0, (self.step + 1) / self.warmup) * min(1.0, (1 - self.progress) / self.decay)
 
     def steps(self):
-        """Yield until the time is used up; set the learning rates; checkpoint on the way."""
+        """Yields step numbers until time is up; sets learning rates and saves checkpoints."""
         last_save = time.time()
         peaks = {
             key: [group["lr"] if self.step == 0 else group["peak_lr"] for group in o.param_groups]
@@ -135,7 +135,7 @@ class Training:
         return [(key, s) for key, s in states if isinstance(s, torch.optim.Optimizer)]
 
     def log(self, **losses):
-        """Print and record the mean of every LOG_STEPS steps."""
+        """Prints and records the mean over every LOG_STEPS steps."""
         for key, value in losses.items():
             self.recent.setdefault(key, []).append(float(torch.as_tensor(value).detach()))
         if (self.step + 1) % LOG_STEPS == 0:
@@ -159,7 +159,7 @@ class Training:
 
 
 def plot(log_path: Path):
-    """Every column of a JSON-lines log against minutes, into a .png beside it."""
+    """Plots every column of a JSON-lines log against minutes, into a .png next to it."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,10 +1,10 @@
-"""Step 4: write the speech as codes, and make the codec's checkpoint with K codebooks.
+"""Step 4: encode the speech, and write the codec's checkpoint with K codebooks.
 
     python encode_speech.py RUN --codebooks 6 [--device cpu]
 
-RUN/codec/ gets a transformers MimiModel, its convolution stacks still untrained; RUN/codes.npz the
-codes of every utterance, int16 [frames, K], and `ends`, where each utterance ends. The code of the
-stop frame is reserved first, so no utterance ever uses code 0 of codebook 0.
+Writes RUN/codec/, a transformers MimiModel whose convolution stacks are still untrained, and
+RUN/codes.npz with the codes of all utterances, int16 [frames, K], and `ends`, the end frame of each
+utterance. The stop frame's code is reserved first, so no utterance uses code 0 of codebook 0.
 """
 
 import argparse
@@ -25,8 +25,8 @@ def load_stage1(run: Path, codebooks: int | None = None) -> Stage1:
     trained = sum(key.endswith("embed_sum") for key in state)
     model = Stage1(make_config(codebooks or trained), state["phones.bias"].numel() // 4)
     known = {k: v for k, v in state.items() if k in model.state_dict() and "seanet" not in k}
-    lost = model.load_state_dict(known, strict=False).missing_keys
-    assert all("seanet" in key for key in lost), lost
+    missing = model.load_state_dict(known, strict=False).missing_keys
+    assert all("seanet" in key for key in missing), missing
     reserve_stop_code(model.codec)
     return model.eval()
 
@@ -46,7 +46,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--codebooks", type=int, default=6)
-    parser.add_argument("--parts", type=int, help="only so many parts of the speech")
+    parser.add_argument("--parts", type=int, help="use only this many parts of the speech")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     model = load_stage1(args.run, args.codebooks).to(args.device)

@@ -1,11 +1,11 @@
-"""Step 8: have an independent recogniser listen.
+"""Step 8: score speech with an independent recogniser.
 
     python evaluate.py codec RUN                         the teacher's speech through the codec
     python evaluate.py voice RUN/export                  the test sentences, spoken by vox_serve
     python evaluate.py voice RUN/export --quantize int4  with packed weights
 
-Prints, and appends to RUN/evaluation.jsonl: word error rate of Whisper tiny.en, share of sentences
-without an error, DNSMOS, median F0, sentences that did not end by themselves, real-time factor.
+Prints and appends to RUN/evaluation.jsonl: Whisper tiny.en's word error rate, share of sentences
+without an error, DNSMOS, median F0, sentences that reached the length limit, real-time factor.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from vox_serve.sampling import SamplingParams
 from vox_serve.say import speak
 from voxkern.console import quiet_on_closed_pipe
 
-MAX_FRAMES = 200  # 16 s: far beyond any of the sentences
+MAX_FRAMES = 200  # 16 s: far longer than any of the sentences
 
 
 @torch.no_grad()
@@ -126,11 +126,17 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="voice")
     parser.add_argument("--quantize", choices=list(PACKINGS), default="none", help="voice")
-    parser.add_argument("--training-texts", type=Path, metavar="RUN", help="voice: read these")
-    parser.add_argument("--own-encoder", action="store_true", help="codec: SEANet, not mel")
+    parser.add_argument(
+        "--training-texts", type=Path, metavar="RUN", help="voice: read the training texts of RUN"
+    )
+    parser.add_argument(
+        "--own-encoder",
+        action="store_true",
+        help="codec: encode with SEANet instead of the mel front-end",
+    )
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="no DNSMOS")
-    parser.add_argument("--show", type=int, default=5, help="transcripts to print")
+    parser.add_argument("--quick", action="store_true", help="skip DNSMOS")
+    parser.add_argument("--show", type=int, default=5, help="number of transcripts to print")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     judge = Judge(args.threads)

@@ -1,13 +1,13 @@
-"""Step 10: write the checkpoint that ships.
+"""Step 10: write the checkpoint to ship.
 
     python export.py RUN OUT [--name lm] [--temperature 0.3]
 
-OUT gets config.json, model.safetensors (bf16 or fp16, with `codec_model.*`), tokenizer.json,
-generation_config.json and MODEL_CARD.md, loadable by CsmForConditionalGeneration.from_pretrained.
+Writes config.json, model.safetensors (bf16 or fp16, with `codec_model.*`), tokenizer.json,
+generation_config.json and MODEL_CARD.md to OUT, for CsmForConditionalGeneration.from_pretrained.
 
-The server samples at temperature 0.9 unless told otherwise, CSM-1B's setting. A model this small
-wants less, so both heads are scaled: at 0.9 the exported model draws what the trained one draws at
---temperature.
+The server samples at temperature 0.9 by default, CSM-1B's setting. A model this small needs less,
+so both heads are scaled: at 0.9 the exported model samples from the distribution that the trained
+one has at --temperature.
 """
 
 import argparse
@@ -26,7 +26,7 @@ SERVED_TEMPERATURE = 0.9
 
 
 def load_lm(run: Path, name: str) -> CsmForConditionalGeneration:
-    """What RUN/NAME.pt and RUN/codec hold, as one model."""
+    """Loads RUN/NAME.pt and RUN/codec as one model."""
     tokenizer = Tokenizer.from_file(str(run / "tokenizer.json"))
     codec = MimiModel.from_pretrained(run / "codec").eval()
     model = make_model(make_config(codec.config, tokenizer)).eval()
@@ -61,7 +61,7 @@ def main():
     file = args.out / "model.safetensors"
     tensors = load_file(file)
     kind = getattr(torch, args.dtype)
-    # Mimi divides embed_sum by cluster_usage: store the quotient, so that fp16 keeps it exactly.
+    # Mimi divides embed_sum by cluster_usage: store the quotient, which fp16 then rounds only once.
     for name in [n for n in tensors if n.endswith("codebook.embed_sum")]:
         usage = name.replace("embed_sum", "cluster_usage")
         tensors[name] = (tensors[name] / tensors[usage].clamp(min=1e-5)[:, None]).clamp(-3e4, 3e4)

@@ -1,7 +1,7 @@
 # ruff: noqa: SIM905, RUF001 - word lists read better as text
 """Independent judges of speech: Whisper tiny.en (word error rate), DNSMOS (quality), pitch.
 
-They are used in training and tests only; nothing at run time depends on them.
+Only training and tests use them; nothing at run time does.
 """
 
 import os
@@ -37,7 +37,7 @@ def words(text: str) -> list[str]:
 
 
 def word_errors(reference: str, heard: str) -> tuple[int, int]:
-    """(substitutions + deletions + insertions, words of the reference)."""
+    """(substitutions + deletions + insertions, number of words in the reference)."""
     expected, got = words(reference), words(heard)
     row = np.arange(len(got) + 1)
     for i, word in enumerate(expected, 1):
@@ -90,7 +90,7 @@ class Judge:
 def median_f0_hz(audio_24k_hz: np.ndarray) -> float:
     """Median over frames with a clear autocorrelation peak between 60 and 400 Hz; 0 if none."""
     frame, hop, low, high = 1200, 480, 60, 400
-    found = []
+    pitches = []
     for start in range(0, len(audio_24k_hz) - frame, hop):
         piece = audio_24k_hz[start : start + frame] - audio_24k_hz[start : start + frame].mean()
         if np.sqrt((piece**2).mean()) < 0.02:
@@ -100,5 +100,5 @@ def median_f0_hz(audio_24k_hz: np.ndarray) -> float:
         lags = slice(24000 // high, 24000 // low)
         peak = int(np.argmax(correlation[lags])) + lags.start
         if correlation[peak] > 0.5 * correlation[0]:
-            found.append(24000 / peak)
-    return float(np.median(found)) if found else 0.0
+            pitches.append(24000 / peak)
+    return float(np.median(pitches)) if pitches else 0.0

@@ -1,8 +1,8 @@
-"""The built-in voice's language model: transformers' CSM with a forward pass made for training.
+"""The built-in voice's language model: transformers' CSM with a forward pass for training.
 
-The parameters live in transformers' own module, so saving gives a standard checkpoint. The forward
-pass here is leaner than transformers', takes one depth-decoder batch of chosen frames, and hands
-out the attention scores that training supervises.
+The parameters live in transformers' own module, so saving gives a standard checkpoint. This forward
+pass is leaner than transformers': it runs the depth decoder on one batch of selected frames, and
+returns the queries and keys whose attention training supervises.
 """
 
 import torch
@@ -12,7 +12,7 @@ from transformers import CsmConfig, CsmForConditionalGeneration, MimiConfig
 
 
 def make_config(codec: MimiConfig, tokenizer: Tokenizer) -> CsmConfig:
-    codes = codec.codebook_size + 3  # as CSM-1B: three more than the codec knows
+    codes = codec.codebook_size + 3  # as in CSM-1B: three more than the codec has
     token = tokenizer.token_to_id
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     return CsmConfig(
@@ -87,8 +87,8 @@ def rope_table(stack, positions):
 
 
 def short_attention(queries, keys, values):
-    """Causal attention in plain steps: for training lengths 3 times faster on a CPU than the fused
-    one, whose backward pass is slow there."""
+    """Unfused causal attention. At training lengths it is 3 times faster on a CPU than the fused
+    version, whose backward pass is slow there."""
     length = queries.shape[2]
     future = torch.ones(length, length, dtype=torch.bool).triu(1)
     scores = queries @ keys.transpose(2, 3) * queries.shape[3] ** -0.5
@@ -96,7 +96,7 @@ def short_attention(queries, keys, values):
 
 
 def attention(layer, x, rope):
-    """-> (output [B, T, C], queries [B, Hq, T, D], keys [B, Hq, T, D])"""
+    """Returns (output [B, T, C], queries [B, Hq, T, D], keys [B, Hq, T, D])."""
     batch, length, _ = x.shape
     head_dim, groups = layer.head_dim, layer.num_key_value_groups
 
@@ -116,7 +116,10 @@ def attention(layer, x, rope):
 
 
 def run_stack(stack, x, rope, watch=()):
-    """All layers and the final norm. -> ([B, T, C], {layer: (queries, keys)} of watched layers)"""
+    """Runs all layers and the final norm.
+
+    Returns ([B, T, C], {layer: (queries, keys)} of the layers in `watch`).
+    """
     watched = {}
     for number, layer in enumerate(stack.layers):
         mixed, queries, keys = attention(layer.self_attn, rms_norm(layer.input_layernorm, x), rope)

@@ -1,4 +1,4 @@
-"""The language model's training examples: tokens, codes, and when each token is spoken."""
+"""The language model's training examples: tokens, codes, and the time each token is spoken."""
 
 import difflib
 import json
@@ -16,7 +16,7 @@ LABELS_PER_FRAME = 4
 
 
 def normalize_all(tokenizer: Tokenizer, texts: list[str]) -> list[str]:
-    """What the normalizer makes of every text, many at a time: each rule costs a pass."""
+    """Normalizes texts, 200 joined at a time: every rule costs a pass over its input."""
     found = []
     for start in range(0, len(texts), 200):
         joined = SEPARATOR.join(texts[start : start + 200])
@@ -25,7 +25,8 @@ def normalize_all(tokenizer: Tokenizer, texts: list[str]) -> list[str]:
 
 
 def align(symbols: list[str], phones: list) -> np.ndarray:
-    """End sample of every symbol: the phone's where both spell the same, else shared out evenly."""
+    """End sample of every symbol: that of its phone where both sequences agree; elsewhere symbols
+    share the time evenly."""
     names = [phone for phone, _ in phones]
     starts = [0] + [end for _, end in phones]
     ends = np.zeros(len(symbols))
@@ -39,7 +40,7 @@ def align(symbols: list[str], phones: list) -> np.ndarray:
 
 
 def load_examples(run: Path):
-    """[dict(tokens, token_ends, codes, labels)] for every utterance that is encoded; cached."""
+    """[dict(tokens, token_ends, codes, labels)] of all encoded utterances; cached."""
     saved = np.load(run / "codes.npz")
     codes, ends = saved["codes"], saved["ends"]
     cache = run / "examples.pickle"
@@ -86,7 +87,7 @@ def load_examples(run: Path):
 
 
 def spans(example) -> np.ndarray:
-    """Share of each frame that each token sounds in: [frames, tokens], rows sum to 1."""
+    """Share of each frame in which each token sounds: [frames, tokens], rows sum to 1."""
     ends = np.maximum.accumulate(example["token_ends"])
     starts = np.concatenate(([0.0], ends[:-1]))
     edges = np.arange(len(example["codes"]) + 1) * FRAME_SAMPLES
@@ -97,9 +98,10 @@ def spans(example) -> np.ndarray:
 def collate(examples, num_codebooks: int, multiple: int = 16):
     """One padded batch. With n tokens and T frames, positions are tokens, then frames.
 
-    tokens [B, S], is_text [B, S], codes [B, S, K] (0 where text), targets [B, S, K]: the frame that
-    follows each position, the all-zero stop frame after the last, -100 where none follows;
-    spoken [B, S, N]: for each position the share of the next frame that each token sounds in;
+    tokens [B, S], is_text [B, S], codes [B, S, K] (0 at text positions);
+    targets [B, S, K]: the frame after each position; after the last frame the all-zero stop frame;
+    -100 if there is none;
+    spoken [B, S, N]: the share of the next frame in which each token sounds;
     labels [B, S, 4]: phones of the next frame.
     """
     batch = len(examples)
@@ -128,7 +130,7 @@ def collate(examples, num_codebooks: int, multiple: int = 16):
 
 
 def batches(examples, indices, rng, positions: int):
-    """Forever: index lists of similar lengths, about `positions` positions each."""
+    """Endless batches of indices: examples of similar length, `positions` positions in all."""
     lengths = [len(e["tokens"]) + len(e["codes"]) for e in examples]
     while True:
         order = rng.permutation(indices)

@@ -2,10 +2,10 @@
 
     python make_data.py RUN --utterances 20000 [--workers 2]
 
-RUN/data/NNNN.i16 holds 500 utterances end to end (int16, 24 kHz), NNNN.jsonl one line each:
+RUN/data/NNNN.i16 holds 500 utterances end to end (int16, 24 kHz); NNNN.jsonl has a line for each:
 text, speaker, start_sample, num_samples, phones [[phone, end_sample], ...]. Finished parts are
-skipped, so the step resumes and a larger --utterances extends what is there.
-Two idle CPU cores make about 140 hours of speech an hour.
+skipped, so an interrupted run resumes and a larger --utterances extends an earlier one.
+Two idle CPU cores synthesise about 140 hours of speech per hour.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def main():
     args = parser.parse_args()
     folder = args.run / "data"
     folder.mkdir(parents=True, exist_ok=True)
-    # One fixed corpus, whatever the count: extending it must not reshuffle what is there.
+    # One fixed corpus for every count: extending a run must not reorder its existing parts.
     texts = corpus(60000)[: args.utterances]
     jobs = [
         (folder, part, texts[part * PART_UTTERANCES : (part + 1) * PART_UTTERANCES])

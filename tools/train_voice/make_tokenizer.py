@@ -1,13 +1,13 @@
 # ruff: noqa: SIM905, RUF001 - word lists read better as text
-"""Step 3: an ordinary tokenizer.json that spells English in phones.
+"""Step 3: build an ordinary tokenizer.json that spells English in phones.
 
     python make_tokenizer.py RUN [--words 17000]
 
-A language model this small cannot learn English spelling from a few hours of speech, and need not:
-the tokenizer's normalizer (a list of `Replace` rules) writes common words as phones, one character
-in Unicode's private use area per phone, from the teacher's own lexicon. Words outside the list
-stay letters, and the model learns what it can of those. Vocabulary: every character one token.
-About 10 ms a sentence.
+A language model this small cannot learn English spelling from a few hours of speech, and does not
+have to: the tokenizer's normalizer (a list of `Replace` rules) writes common words as phones, one
+character of Unicode's private use area per phone, from the teacher's own lexicon. Other words stay
+letters, from which the model learns what it can. Every character is one token. Tokenizing takes
+about 10 ms per sentence.
 """
 
 import argparse
@@ -38,7 +38,7 @@ ORDINAL_WORDS = (
 UNITS = (
     "hundred thousand percent dollar dollars pound pounds euro euros minus point thirtieth".split()
 )
-# What people say that a dictionary's examples seldom do.
+# Everyday words that are rare in a dictionary's examples.
 EVERYDAY = """oh hello hi
 hey bye goodbye okay ok yes no yeah please thanks thank sorry welcome excuse
 pardon maybe sure really great fine nice good morning afternoon evening night today tomorrow
@@ -114,13 +114,14 @@ scottish""".split()
 
 
 def word_counts(lexicon) -> collections.Counter:
-    """Words of WordNet's definitions and examples, of the training templates, and everyday ones."""
+    """Counts of words in WordNet's definitions and examples, in the training templates, and of
+    everyday words."""
     counts = collections.Counter()
     for part in ("noun", "verb", "adj", "adv"):
         text = (WORDNET_FOLDER / f"data.{part}").read_text(encoding="utf8", errors="ignore")
         for line in text.splitlines():
             counts.update(re.findall(r"[a-z]+(?:'[a-z]+)?", line.partition("|")[2].lower()))
-    # Lemma frequencies of a tagged corpus: "lemma%sense count".
+    # Lemma frequencies of a tagged corpus, in lines "lemma%sense count".
     for line in (WORDNET_FOLDER / "cntlist.rev").read_text().splitlines():
         sense, _, count = line.split()
         lemma = sense.partition("%")[0]
@@ -138,7 +139,7 @@ def word_counts(lexicon) -> collections.Counter:
 
 
 def inflections(counts):
-    """(word, lemma) for what would be the regular forms of every word."""
+    """Yields (word, lemma) for the possible regular inflections of every word."""
     for lemma in list(counts):
         if len(lemma) < 3:
             continue
@@ -152,7 +153,7 @@ def inflections(counts):
 
 
 def spoken_forms(frontend, texts) -> dict[str, str]:
-    """How the teacher says each word most often within sentences ("am", "the", "to")."""
+    """The teacher's usual pronunciation of each word within sentences ("am", "the", "to")."""
     forms = collections.defaultdict(collections.Counter)
     for text in texts:
         for token in frontend.g2p.phonemize_tokens(frontend.g2p.tokenize(text)):
@@ -161,8 +162,8 @@ def spoken_forms(frontend, texts) -> dict[str, str]:
     return {word: counts.most_common(1)[0][0] for word, counts in forms.items()}
 
 
-def phones_of(word: str, frontend, forms: dict[str, str]) -> list[str] | None:
-    """The teacher's phones of one word, as in sentences if seen there, else said alone."""
+def word_phones(word: str, frontend, forms: dict[str, str]) -> list[str] | None:
+    """The teacher's phones for a word: as in sentences if it occurs there, otherwise on its own."""
     phonemes = forms.get(word) or "".join(frontend.phonemize(word)).strip()
     symbols = [c for c in phonemes if c in frontend.vocab and c not in ' ,.?!;:—“”"']
     return [phone for phone, _ in join_stress(symbols, range(len(symbols)))] or None
@@ -178,14 +179,15 @@ def ordinals() -> dict[str, str]:
 
 
 def number_rules() -> list[tuple[str, str]]:
-    """Digits to words: 0 to 999 and their thousands, clock times, ordinals to 31st, dollars and
-    pounds; other long ones digit by digit.
+    """Rules from digits to words: 0 to 999 and their thousands, clock times, ordinals to 31st,
+    dollars and pounds; other long numbers are read digit by digit.
 
-    The speaker's digit in the prompt's `[0]` must survive, hence the lookbehinds.
+    The assertions around the digits protect the speaker in the prompt's `[0]`.
     """
     rules = [(r"(?<=\d),000\b", " thousand"), (r"(?<=\d),(?=\d{3}\b)", " thousand ")]
     rules += [(r"(?<=\d):00\b", " o'clock"), (r"(?<=\d):(?=\d)", " ")]
-    # Before the number it is said after: a mark for what follows the digits takes its place.
+    # The sign precedes the number, but its word follows it: the word is inserted after the digits
+    # and the sign removed.
     for sign, unit in ((r"\$", "dollars"), ("£", "pounds"), ("€", "euros")):
         rules += [(rf"(?<={sign}1)(?!\d|[.,]\d|\sthousand)", f" {unit[:-1]}")]
         after = rf"(?<={sign}\d(?:\.\d\d)?|{sign}\d\d(?:\.\d\d)?|{sign}\d\d\d(?:\.\d\d)?)"
@@ -219,8 +221,8 @@ def build(words: dict[str, list[str]], phones: list[str]) -> Tokenizer:
     rules += [(r"\ba\.m\b", "ay m"), (r"(?<=\b[a-z])\.(?=[a-z]\b)", " ")]
     rules += [(r"(?<=\b(?:p|ay) m)\.(?= [a-z])", ""), *number_rules()]
     rules += [("[-–—/]+", " "), ("[;:…]+", ","), (r"\.\.+", ",")]
-    # Longest first: "don't" before "don". A rule's output holds no letters, so none applies twice.
-    # A lone letter after an apostrophe is an ending.
+    # Longest first: "don't" before "don". A rule's output has no letters, so no word is replaced
+    # twice. A single letter after an apostrophe is an ending, not a word.
     for word in sorted(words, key=len, reverse=True):
         before = "" if len(word) > 1 else "(?<!')"
         rules.append((rf"{before}\b{word}\b", "".join(char[phone] for phone in words[word])))
@@ -255,11 +257,11 @@ def main():
     for word, _ in counts.most_common():
         if len(words) == args.words:
             break
-        if (len(word) > 1 or word in "ai") and (phones := phones_of(word, frontend, forms)):
+        if (len(word) > 1 or word in "ai") and (phones := word_phones(word, frontend, forms)):
             words[word] = phones
     for letter in set(string.ascii_uppercase) - {"A", "I"}:
-        words[letter.lower()] = phones_of(letter, frontend, {})
-    words["ay"] = ["ˈA"]  # "A" alone is the article to the teacher
+        words[letter.lower()] = word_phones(letter, frontend, {})
+    words["ay"] = ["ˈA"]  # the teacher reads a lone "A" as the article
     phones = sorted({phone for spelling in words.values() for phone in spelling})
     tokenizer = build(words, phones)
     args.run.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""The README's samples: sentences as WAV files, and a spectrogram.
+"""Makes the samples of docs/models.md: sentences as WAV files, and a spectrogram.
 
     python samples.py CHECKPOINT OUT
 
-OUT gets speaker0_1.wav to speaker1_5.wav, made with the server's default settings, and
-spectrogram.png of the first of each speaker.
+Writes speaker0_1.wav to speaker1_5.wav, made with the server's default settings, and
+spectrogram.png with the first sample of each speaker, to OUT.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def main():
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     engine = load_engine(args.checkpoint, device="cpu")
-    firsts = []
+    first_audios = []
     for speaker in (0, 1):
         for number, text in enumerate(SENTENCES, 1):
             request = Request(
@@ -63,8 +63,8 @@ def main():
             (args.out / name).write_bytes(wav_file(pcm16(audio).tobytes(), SAMPLE_RATE_HZ))
             print(name, text)
             if number == 1:
-                firsts.append(np.asarray(audio))
-    draw_spectrograms(firsts, args.out / "spectrogram.png")
+                first_audios.append(np.asarray(audio))
+    draw_spectrograms(first_audios, args.out / "spectrogram.png")
 
 
 if __name__ == "__main__":

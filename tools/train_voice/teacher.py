@@ -1,8 +1,8 @@
 """The teacher: hibari-tts (Apache-2.0), as two speakers, with exact phone times.
 
-Speaker 0 is the bundled voice. Speaker 1 is the same voice made lower: the waveform is slowed by
-resampling (which lowers pitch and formants; the network is asked to talk faster to make up for it),
-then pitch-synchronous overlap-add on the network's own F0 curve lowers the pitch further.
+Speaker 0 is the bundled voice. Speaker 1 is the same voice, lowered: resampling slows the waveform,
+which lowers pitch and formants (the network speaks faster to compensate); then pitch-synchronous
+overlap-add on the network's own F0 curve lowers the pitch further.
 """
 
 import os
@@ -41,13 +41,14 @@ class Teacher:
         self.frontend = Hibari()
 
     def say(self, text: str, speaker: int, speed: float, seed: int):
-        """-> (float32 samples [S] trimmed and levelled, [(phone, its end sample)], or None.
+        """Returns (trimmed and levelled float32 samples [S], [(phone, its end sample)]), or None
+        for a text without phones.
 
-        A phone is one character of hibari's alphabet, with the stress mark that precedes it.
+        A phone is one character of hibari's alphabet, with any stress mark before it.
         """
         rng = np.random.default_rng(seed)
         slowdown = SLOWDOWN if speaker == 1 else Fraction(1)
-        parts, phones, done_samples = [], [], 0
+        parts, phones, start_sample = [], [], 0
         for phonemes in self.frontend.phonemize(text):
             symbols = [c for c in phonemes if c in self.frontend.vocab]
             if not symbols:
@@ -65,17 +66,17 @@ class Teacher:
                 f0_hz = spectrum[5] * float(slowdown)
                 samples = shift_pitch(samples, f0_hz, hop_samples, LOW_PITCH / float(slowdown))
             scale = DURATION_SAMPLES / float(slowdown)
-            ends = done_samples + np.cumsum(durations.reshape(-1)) * scale
+            ends = start_sample + np.cumsum(durations.reshape(-1)) * scale
             phones += join_stress(["", *symbols, ""], ends)
             parts.append(samples)
-            done_samples += len(samples)
+            start_sample += len(samples)
         if not parts:
             return None
         return trim_and_level(np.concatenate(parts), phones)
 
 
 def join_stress(symbols, ends):
-    """Glue a stress mark to the phone after it."""
+    """Joins each stress mark to the phone after it."""
     joined, mark = [], ""
     for symbol, end in zip(symbols, ends, strict=True):
         if symbol and symbol in STRESS:
@@ -98,9 +99,9 @@ def trim_and_level(samples, phones):
 
 
 def pitch_marks(f0_hz, length, hop_samples):
-    """Sample positions of the pulses of an F0 curve, whether each is voiced, and its period."""
-    at = (np.arange(length) + 0.5) / hop_samples - 0.5
-    curve = np.interp(at, np.arange(len(f0_hz)), f0_hz)
+    """The pulses of an F0 curve: their sample positions, voicing flags and periods."""
+    frame_positions = (np.arange(length) + 0.5) / hop_samples - 0.5
+    curve = np.interp(frame_positions, np.arange(len(f0_hz)), f0_hz)
     voiced = curve > MIN_F0_HZ
     curve = np.where(voiced, curve, 1 / UNVOICED_PERIOD_S)
     cycles = np.floor(np.cumsum(curve) / SAMPLE_RATE_HZ)

@@ -1,10 +1,10 @@
 # ruff: noqa: SIM905 - word lists read better as text
-"""What the built-in voice reads in training, and the sentences it is tested on.
+"""The built-in voice's training texts and test sentences.
 
 Training text is Debian's `wordnet-base` (example sentences of WordNet 3.0, whose licence allows any
 use) mixed with everyday sentences built from templates, one- and two-word utterances, numbers,
-names, times, and pairs of sentences. No test sentence is an instance of a training template; a
-training sentence equal to a test sentence is dropped as well.
+names, times, and pairs of sentences. No test sentence is an instance of a training template, and
+training sentences that equal a test sentence are dropped.
 """
 
 import random
@@ -125,7 +125,7 @@ TEMPLATES = (
 ).split("|")
 WORDS["Because"] = ["Because", "While", "Although", "Before", "After", "Since"]
 
-# Written for the test alone. The first is the sentence of the project's own promise.
+# Written only for the test. The first is the README's example.
 TEST_SENTENCES = """Please take the second door on the left.
 Hello, this is a test of the speech system.
 The quick brown fox jumps over the lazy dog.
@@ -179,7 +179,7 @@ See you tomorrow at the usual place.""".split("\n")
 
 
 def wordnet_sentences() -> list[str]:
-    """Example sentences of 3 to 14 words, capitalised and closed with a full stop."""
+    """Example sentences of 3 to 14 words, capitalised and ending with punctuation."""
     found = set()
     for part in ("noun", "verb", "adj", "adv"):
         file = WORDNET_FOLDER / f"data.{part}"
@@ -198,13 +198,13 @@ def wordnet_sentences() -> list[str]:
 
 
 def everyday_sentence(rng: random.Random) -> str:
-    """One sentence from a random template, every slot filled afresh."""
+    """A sentence from a random template with random words in its slots."""
     sentence = re.sub(r"\{(\w+)\}", lambda slot: rng.choice(WORDS[slot[1]]), rng.choice(TEMPLATES))
     return sentence[0].upper() + sentence[1:]
 
 
 def short_utterance(rng: random.Random, sentences: list[str]) -> str:
-    """One to three words cut from some sentence: 'Bridge.', 'The heavy rain?'"""
+    """One to three consecutive words of a random sentence: 'Bridge.', 'The heavy rain?'"""
     words = re.findall(r"[A-Za-z']+", rng.choice(sentences))
     count = min(rng.choice((1, 1, 2, 3)), len(words))
     start = rng.randrange(len(words) - count + 1)
@@ -216,14 +216,14 @@ def corpus(count: int, seed: int = 0) -> list[str]:
     """`count` distinct training texts in random order, so that any prefix is a fair sample."""
     rng = random.Random(seed)
     sentences = wordnet_sentences()
-    fresh = sentences[:]
-    rng.shuffle(fresh)
+    unused = sentences[:]
+    rng.shuffle(unused)
     seen = {sentence.lower() for sentence in TEST_SENTENCES}
     texts: list[str] = []
     while len(texts) < count:
         kind = rng.random()
-        if kind < 0.5 and fresh:
-            text = fresh.pop()
+        if kind < 0.5 and unused:
+            text = unused.pop()
         elif kind < 0.8:
             text = everyday_sentence(rng)
         elif kind < 0.9:

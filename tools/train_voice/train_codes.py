@@ -2,12 +2,12 @@
 
     python train_codes.py RUN [--minutes 8] [--codebooks 8] [--device cpu]
 
-Trains everything of Mimi that runs at 25 Hz or 12.5 Hz: encoder transformer, quantizer, decoder
-transformer. A mel front-end and a mel head stand in for the two convolution stacks, which makes it
-about ten times cheaper than end-to-end training. Codebook 0 is trained for nothing but to tell the
-phone of every 20 ms, so that it becomes what the language model finds easiest: phonetic. The
-codebooks start from k-means on latents learnt without them; from then on the encoder moves slowly,
-or they could not follow.
+Trains the parts of Mimi that run at 25 Hz or 12.5 Hz: encoder transformer, quantizer, decoder
+transformer. A mel front-end and a mel head replace the two convolution stacks, which makes this
+about ten times cheaper than end-to-end training. Codebook 0 is trained only to classify the phone
+of every 20 ms, so that it becomes phonetic, which is easiest for the language model. The codebooks
+start from k-means on latents that were trained without quantization; after that the encoder's
+learning rate is lower, since the codebooks could not follow otherwise.
 """
 
 import argparse
@@ -48,7 +48,7 @@ class Windows:
         self.speech, self.phone_ids, self.rows = speech, phone_ids, rows
 
     def window(self):
-        """Utterances end to end, cut at a random frame: float32 [S], int64 [S / 480]."""
+        """Consecutive utterances, cut at a random frame: float32 [S], labels int64 [S / 480]."""
         audio, labels, length = [], [], 0
         while length < 2 * WINDOW_FRAMES * FRAME_SAMPLES:
             index = self.starts[self.rng.integers(len(self.starts))]

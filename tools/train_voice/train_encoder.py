@@ -1,11 +1,11 @@
-"""Step 9: train the SEANet encoder, so that recorded audio can be a context.
+"""Step 9: train the SEANet encoder, so that recorded audio can serve as context.
 
     python train_encoder.py RUN [--minutes 10] [--device cpu]
 
-The codes were learnt behind a mel front-end. The SEANet encoder, the encoder transformer and the
-downsampling now learn to give the same latents from the waveform: a regression of the quantizer's
-two projections (what decides the codes), weighted by how far each codebook's input varies.
-RUN/codec is rewritten with the trained encoder.
+The codes were learnt with a mel front-end. The SEANet encoder, the encoder transformer and the
+downsampling now learn to produce the same latents from the waveform: a regression of the
+quantizer's two input projections, which determine the codes, relative to their variance. RUN/codec
+is rewritten with the trained encoder.
 """
 
 import argparse
@@ -26,7 +26,7 @@ WINDOW_FRAMES = 24
 
 
 def waveform_latents(codec: MimiModel, audio):
-    """[B, S] -> [B, C, S / 1920], as MimiModel.encode makes them."""
+    """[B, S] -> [B, C, S / 1920], as in MimiModel.encode."""
     encoder = codec.encoder
     hidden = encoder.encoder_seanet(audio[:, None])
     hidden = encoder.encoder_transformer(hidden.transpose(1, 2)).last_hidden_state
@@ -38,7 +38,7 @@ def projections(codec: MimiModel, latents):
 
 
 def window(speech: Speech, rng):
-    """The start of an utterance or a piece from a random frame on, zero-padded at its end."""
+    """The start of an utterance, or a piece from a random frame, zero-padded at its end."""
     samples = speech.samples(speech.train[rng.integers(len(speech.train))])
     frames = len(samples) // FRAME_SAMPLES
     start = rng.integers(max(1, frames - WINDOW_FRAMES + 1)) if rng.random() < 0.7 else 0
@@ -56,7 +56,7 @@ def main():
     torch.manual_seed(0)
     codec = MimiModel.from_pretrained(args.run / "codec").to(args.device)
     stage1 = load_stage1(args.run, codec.config.num_quantizers).to(args.device)
-    # The 25 Hz layers start from what they learnt behind the mel front-end.
+    # The 25 Hz layers start from their weights of stage 1, trained with the mel front-end.
     codec.encoder.encoder_transformer.load_state_dict(
         stage1.codec.encoder.encoder_transformer.state_dict()
     )
@@ -71,12 +71,12 @@ def main():
         audio = torch.from_numpy(np.stack([window(speech, rng) for _ in range(BATCH)]))
         audio = audio.to(args.device)
         with torch.no_grad():
-            wanted = projections(codec, stage1.latents(log_mel(audio)))
+            target = projections(codec, stage1.latents(log_mel(audio)))
             codes = codec.quantizer.encode(stage1.latents(log_mel(audio)))
         with autocast(args.device):
             latents = waveform_latents(codec, audio)
-        made = projections(codec, latents)
-        loss = F.mse_loss(made, wanted) / wanted.var()
+        predicted = projections(codec, latents)
+        loss = F.mse_loss(predicted, target) / target.var()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)

@@ -1,15 +1,16 @@
-"""Step 7: train the language model, text to codes.
+"""Step 7: train the language model from text to codes.
 
     python train_lm.py RUN [--name lm] [--minutes 60] [--device cpu]
 
-What makes a model of 6 M parameters read the text instead of babbling on from the audio before it:
-- Alignment. The teacher's phone durations say which token each frame belongs to. One attention
-  head of the watched layer is trained to look at the token of the frame to be made, another at the
-  token of the frame after that (cross entropy on the attention itself).
-- A corrupted history. In most utterances a share of the acoustic codes of past frames, some codes
-  of codebook 0 and some whole frames are replaced by others'. Targets stay clean.
-- The phones of the frame to be made are predicted from the last hidden state as well.
-The depth decoder sees a random share of the frames. RUN/NAME.pt is the checkpoint.
+A model of 6 M parameters tends to continue the previous audio as babble instead of reading the
+text. Three things prevent it:
+- Alignment. The teacher's phone durations give the token of each frame. In the watched layer, one
+  attention head is trained to attend to the token of the next frame, another to the token of the
+  frame after that (cross entropy on the attention weights).
+- A corrupted history. In most utterances, a share of the acoustic codes of past frames, some codes
+  of codebook 0 and some whole frames are replaced by those of other frames. Targets stay clean.
+- An auxiliary loss: the last hidden state must also predict the phones of the next frame.
+The depth decoder trains on a random share of the frames. RUN/NAME.pt is the checkpoint.
 """
 
 import argparse
@@ -32,14 +33,14 @@ ALIGNMENT_WEIGHT = 0.5
 PHONE_WEIGHT = 0.3
 DEPTH_WEIGHT = 2.0
 DEPTH_SHARE = 0.25
-CLEAN_SHARE = 0.15  # of the utterances keep their history
+CLEAN_SHARE = 0.15  # share of utterances whose history stays clean
 MAX_ACOUSTIC_NOISE = 0.7
 CODE0_NOISE = 0.35  # relative to the acoustic noise of the same utterance
 FRAME_NOISE = 0.2
 
 
 def corrupt(codes, is_frame):
-    """Replace a random share of the history by codes of random frames of the batch."""
+    """Replaces a random share of the history by codes of random frames of the batch."""
     batch, length, count = codes.shape
     device = codes.device
     noise = torch.rand(batch, 1, 1, device=device) * MAX_ACOUSTIC_NOISE
@@ -48,7 +49,7 @@ def corrupt(codes, is_frame):
     share[..., 0] *= CODE0_NOISE
     pool = codes[is_frame]
     each = torch.arange(count, device=device)
-    # Every codebook from its own random frame; a whole frame from one.
+    # `mixed` takes each codebook from its own random frame, `whole` all of them from one frame.
     mixed = pool[torch.randint(len(pool), codes.shape, device=device), each]
     whole = pool[torch.randint(len(pool), (batch, length), device=device)]
     replaced = torch.where(torch.rand(codes.shape, device=device) < share, mixed, codes)
@@ -65,7 +66,7 @@ def alignment_loss(queries, keys, spoken, head):
     scores = queries[:, head] @ keys[:, head].transpose(1, 2) * queries.shape[-1] ** -0.5
     future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
     logs = scores.float().masked_fill(future, -torch.inf).log_softmax(-1)[..., :count]
-    # 0 * -inf for tokens a text position cannot see yet.
+    # Avoids 0 * -inf at text positions, which cannot see later tokens.
     return -torch.where(spoken > 0, spoken * logs, 0.0).sum() / spoken.sum()
 
 
@@ -90,16 +91,16 @@ def losses(model, phone_head, batch, train: bool):
     alignment = alignment + alignment_loss(queries, keys, following, NEXT_HEAD)
 
     has_target = targets[..., 0] >= 0
-    hidden_of = hidden[has_target]
-    wanted = targets[has_target]
-    logits = model.lm_head(hidden_of).float()
-    phone_logits = phone_head(hidden_of).float().view(-1, LABELS_PER_FRAME, phone_head.phones)
-    some = torch.rand(len(wanted), device=x.device) < (DEPTH_SHARE if train else 1.1)
-    some |= wanted[:, 0] == 0
-    acoustic = depth_logits(model, hidden_of[some], wanted[some]).float()
+    target_hidden = hidden[has_target]
+    target = targets[has_target]
+    logits = model.lm_head(target_hidden).float()
+    phone_logits = phone_head(target_hidden).float().view(-1, LABELS_PER_FRAME, phone_head.phones)
+    selected = torch.rand(len(target), device=x.device) < (DEPTH_SHARE if train else 1.1)
+    selected |= target[:, 0] == 0
+    acoustic = depth_logits(model, target_hidden[selected], target[selected]).float()
     return {
-        "code0": F.cross_entropy(logits, wanted[:, 0]),
-        "depth": F.cross_entropy(acoustic.flatten(0, 1), wanted[some][:, 1:].flatten()),
+        "code0": F.cross_entropy(logits, target[:, 0]),
+        "depth": F.cross_entropy(acoustic.flatten(0, 1), target[selected][:, 1:].flatten()),
         "align": alignment / 2,
         "phone": F.cross_entropy(
             phone_logits.flatten(0, 1), batch["labels"][has_target].flatten(), ignore_index=-100
@@ -108,7 +109,7 @@ def losses(model, phone_head, batch, train: bool):
 
 
 def split_parameters(model, phone_head):
-    """Matrices inside the layers for Muon, everything else for AdamW."""
+    """Splits parameters: matrices inside the layers for Muon, everything else for AdamW."""
     matrices, rest = [], list(phone_head.parameters())
     seen = set()
     for name, parameter in model.named_parameters():
@@ -125,7 +126,7 @@ def main():
     parser.add_argument("--name", default="lm")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--positions", type=int, default=4096)
-    parser.add_argument("--lr", type=float, default=0.02, help="of Muon")
+    parser.add_argument("--lr", type=float, default=0.02, help="learning rate of Muon")
     parser.add_argument("--adam-lr", type=float, default=2e-3)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
@@ -139,7 +140,7 @@ def main():
     phone_head.phones = num_phones
     matrices, rest = split_parameters(model, phone_head)
     language = nn.ModuleDict({"model": model, "phone_head": phone_head})
-    model.codec_model = None  # trained elsewhere; not in this checkpoint
+    model.codec_model = None  # trained by other steps; not in this checkpoint
     print(f"{sum(p.numel() for p in language.parameters()) / 1e6:.2f} M parameters")
     states = {
         "language": language,

@@ -1,4 +1,4 @@
-"""Training of the built-in voice: faults that would ruin a run silently."""
+"""Training of the built-in voice: bugs that would silently ruin a run."""
 
 import json
 
@@ -70,6 +70,8 @@ def test_reserved_code_is_never_used(small_codec):
 
 
 def test_whitening_folds_into_the_first_convolution(small_codec):
+    if not hasattr(small_codec.decoder, "decoder_seanet"):
+        pytest.skip("training needs a newer transformers, with Mimi's decoder_seanet")
     vocoder = train_vocoder.Vocoder(small_codec.decoder.decoder_seanet, 96)
     vocoder.mean.normal_()
     vocoder.std.uniform_(0.5, 100)
@@ -77,7 +79,7 @@ def test_whitening_folds_into_the_first_convolution(small_codec):
     with torch.no_grad():
         expected = vocoder(states)
         made = vocoder.folded()(states.transpose(1, 2))
-    # Except the left edge, where the convolution pads with zeros before the whitening.
+    # The left edge differs: there the convolution pads the unwhitened states with zeros.
     torch.testing.assert_close(made[..., 11520:], expected[..., 11520:], rtol=1e-3, atol=1e-5)
 
 
@@ -130,7 +132,7 @@ def test_training_resumes(tmp_path, monkeypatch):
     steps, rates, value = run(2)
     assert (steps, rates[0]) == (4, 0.1)
     assert rates == sorted(rates, reverse=True)
-    more, rates, after = run(4)  # the peak rate is the first run's, not its decayed one
+    more, rates, after = run(4)  # starts from the first run's peak rate, not from its decayed rate
     assert (more, after) == (8, pytest.approx(value + 4))
     assert rates[0] == 0.1
     rows = [json.loads(line) for line in (tmp_path / "toy.jsonl").read_text().splitlines()]
