@@ -1,11 +1,11 @@
-"""Compiles every CUDA kernel for every target, and shows what each needs of a multiprocessor.
+"""Compile every CUDA kernel for every target and print the resources each one uses.
 
     python tools/cuda_check.py [--arch 90a] [--jobs 2] [FILE.cu ...]
 
 Needs nvcc, binutils and torch's headers, no GPU. Warnings are errors. Exits with 1 if a source does
-not compile, or if a kernel spills registers or keeps an array in local memory: both would send what
-should be registers through memory. `text` is bytes of machine code: what is run once of it comes
-from the second-level cache, and a multiprocessor keeps some 128 KB, 32 KB of them near.
+not compile, or if a kernel spills registers or keeps an array in local memory: both would send
+registers through memory. `text` is bytes of machine code: code that runs once comes from L2, and a
+multiprocessor caches some 128 KB of it, 32 KB of them close by.
 """
 
 import argparse
@@ -34,7 +34,7 @@ SECTION = re.compile(r"\] \.text\.(?P<name>\w+) +PROGBITS +\w+ +\w+ +(?P<bytes>[
 
 
 def text_bytes(cubin: Path) -> dict[str, int]:
-    """Of each kernel, by its mangled name."""
+    """Bytes of machine code of each kernel, by its mangled name."""
     sections = subprocess.run(
         ["readelf", "-SW", cubin], capture_output=True, text=True, check=True
     ).stdout
@@ -44,7 +44,7 @@ def text_bytes(cubin: Path) -> dict[str, int]:
 def compile_source(
     source: Path, architectures: list[str]
 ) -> tuple[subprocess.CompletedProcess, dict[str, dict[str, int]]]:
-    """What nvcc said, and for each architecture each kernel's bytes of machine code."""
+    """nvcc's result and, for each architecture, each kernel's bytes of machine code."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             *("nvcc", "-c", "-std=c++20", "-Xptxas", "-v", "-Werror", "all-warnings"),
@@ -58,7 +58,7 @@ def compile_source(
         result = subprocess.run(command, capture_output=True, text=True)
         text: dict[str, dict[str, int]] = {a: {} for a in architectures}
         for a in architectures:
-            # nvcc does not name the architecture where there is one alone.
+            # With a single architecture, nvcc leaves it out of the file name.
             for cubin in Path(folder).glob(f"*_{a}.cubin" if len(architectures) > 1 else "*.cubin"):
                 text[a].update(text_bytes(cubin))
         return result, text
@@ -67,7 +67,11 @@ def compile_source(
 def demangle(name: str) -> str:
     """`rms_norm_kernel<bf16, 8>`, without namespaces and parameters."""
     full = subprocess.run(["c++filt", name], capture_output=True, text=True).stdout.strip()
-    full = re.sub(r"\(anonymous namespace\)::|voxkern::|^void |\(int\)|\(bool\)", "", full)
+    full = re.sub(
+        r"\(anonymous namespace\)::|voxkern::|(attention|sampling|codec)::|^void |\(int\)|\(bool\)",
+        "",
+        full,
+    )
     return re.sub(r"\([^()]*\)$", "", full)
 
 
@@ -105,6 +109,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # voxkern.console needs the built package; without sockets, the signal's default will do.
+    # voxkern.console needs the built package; without sockets, the default handler is enough.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())

@@ -1,5 +1,5 @@
-// simt_planted NAME: runs one small kernel. A sound one prints "right"; each of the others has a
-// bug, and either throws (its words are printed), prints "wrong" or is stopped by the sanitizer.
+// simt_planted NAME: runs one small kernel. A correct one prints "right"; each of the others has a
+// bug, and either throws (the message is printed), prints "wrong" or is stopped by the sanitizer.
 // tests/simt/test_simt.py says which.
 #include <cstdio>
 #include <map>
@@ -22,7 +22,7 @@ __global__ void sum_kernel(int* out) {
       block_reduce(static_cast<int>(threadIdx.x) + 1, partials, Add());
 }
 
-// Each thread writes a place and reads its neighbour's; kBarrier says whether it waits between.
+// Each thread writes an element and reads its neighbour's; kBarrier: with a barrier in between.
 template <bool kBarrier>
 __global__ void neighbour_kernel(int* out) {
   VOX_SHARED(int[kThreads], places);
@@ -32,7 +32,8 @@ __global__ void neighbour_kernel(int* out) {
       places[(threadIdx.x + 1) % kThreads] == static_cast<int>(threadIdx.x + 1) % kThreads;
 }
 
-// The same of the first 64 alone, while the others wait for them; kMissing: one is not there.
+// The same for the first 64 threads, while the others wait for them; kMissing: one of them is
+// missing.
 template <bool kMissing>
 __global__ void first_threads_kernel(int* out) {
   VOX_SHARED(int[64], places);
@@ -47,7 +48,7 @@ __global__ void first_threads_kernel(int* out) {
   out[me] = right;
 }
 
-// The same with a barrier, but the place is written again without one.
+// The same with a barrier, but the element is overwritten without one.
 __global__ void overwrite_kernel(int* out) {
   VOX_SHARED(int[kThreads], places);
   bool right = true;
@@ -60,7 +61,7 @@ __global__ void overwrite_kernel(int* out) {
   out[threadIdx.x] = right;
 }
 
-// The same, where a warp that goes at the others' pace would not notice.
+// The same, undetected unless one warp falls back.
 __global__ void late_overwrite_kernel(int* out) {
   VOX_SHARED(int[kThreads], places);
   bool right = true;
@@ -124,7 +125,7 @@ __global__ void mixed_kernel(int* out) {
 
 __global__ void shared_overrun_kernel(int* out) {
   VOX_DYNAMIC_SHARED(int, places);
-  places[threadIdx.x] = 1;  // 95 places
+  places[threadIdx.x] = 1;  // 95 elements
   out[threadIdx.x] = 1;
 }
 
@@ -142,7 +143,7 @@ __global__ void misaligned_kernel(int* out) {
   out[threadIdx.x] = 1;
 }
 
-// Copies come to an end when they are waited for, or before.
+// Copies complete when they are waited for, or earlier.
 template <bool kWait>
 __global__ void copy_kernel(int* out) {
   VOX_SHARED(int[kThreads], places);
@@ -153,7 +154,7 @@ __global__ void copy_kernel(int* out) {
   out[threadIdx.x] = places[threadIdx.x] == from;
 }
 
-// Blocks that are all there wait for each other.
+// Resident blocks wait for each other.
 __global__ void grid_kernel(int* arrived, int* out) {
   if (threadIdx.x == 0) {
     atomicAdd(arrived, 1);
@@ -163,8 +164,8 @@ __global__ void grid_kernel(int* arrived, int* out) {
   out[blockIdx.x * blockDim.x + threadIdx.x] = *arrived == static_cast<int>(gridDim.x);
 }
 
-// In phase k blocks 0 .. k % blocks count what those of the phase before counted, and one more.
-// kMissing: block 1 leaves without a word, and the others give up.
+// In phase k, blocks 0 .. k % blocks add one to the count of the previous phase. kMissing: block 1
+// leaves without arriving, and the others give up.
 constexpr int kPhases = 60;
 template <bool kMissing>
 __global__ void phases_kernel(unsigned* arrived, int* counts, int* out) {
@@ -188,7 +189,7 @@ __global__ void phases_kernel(unsigned* arrived, int* counts, int* out) {
   out[blockIdx.x * blockDim.x + threadIdx.x] = right;
 }
 
-// The first of two kernels writes, the second reads; kWait: after it has waited for the first.
+// The first of two kernels writes, the second reads; kWait: after waiting for the first.
 __global__ void first_kernel(int* out) { out[threadIdx.x] = 0; }
 template <bool kWait>
 __global__ void second_kernel(int* out) {
@@ -201,7 +202,7 @@ __global__ void wait_kernel() {
   let_next_kernel_start();
   wait_for_previous_kernel();
 }
-// Lets nothing start before all in front of it has ended.
+// Lets no kernel start before all previous ones have ended.
 __global__ void late_kernel() {
   wait_for_previous_kernel();
   let_next_kernel_start();
@@ -219,7 +220,7 @@ __global__ void third_kernel(int* out) {
   if (blockIdx.x == 0) out[threadIdx.x] = 1;
 }
 
-// One product of a warp: rows of A [16, 32] and columns of B, [8, 32] here, to d [16, 8].
+// One warp's product: rows of A [16, 32] and columns of B, [8, 32] here, to d [16, 8].
 __global__ void product_kernel(const int8_t* a, const int8_t* b, int* d) {
   const int g = threadIdx.x / 4, t = threadIdx.x % 4;
   const auto four = [](const int8_t* p) { return *reinterpret_cast<const uint32_t*>(p); };
@@ -311,7 +312,7 @@ bool run(const std::string& name) {
   if (name.starts_with("overlap")) {
     std::vector<int> out(kThreads, -1);
     const simt::Launch overlapping = {2, kThreads, 0, false, true};
-    const bool late = name == "overlap behind a late start";
+    const bool late = name == "overlap after a late start";
     if (late || name == "overlap without a late start") {
       simt::launch_kernel(first_kernel, {1, kThreads, 0, false}, out.data());
       simt::launch_kernel(late ? late_kernel : wait_kernel, overlapping);
@@ -330,7 +331,7 @@ bool run(const std::string& name) {
     return all_ones(out);
   }
   const Case& chosen = kCases.at(name);
-  // A launch that threw must leave the next one sound.
+  // A launch that throws must not affect the next one.
   for (int again = 0; again < 2; ++again) {
     std::vector<int> out(kThreads, -1);
     try {

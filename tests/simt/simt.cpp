@@ -1,4 +1,4 @@
-// Fibers and their schedule; simt.h says what they promise.
+// Fibers and their scheduler; simt.h documents the behaviour.
 #include "simt.h"
 
 #include <sys/mman.h>
@@ -32,10 +32,10 @@ namespace {
 
 constexpr size_t kStackBytes = 256 << 10;
 constexpr size_t kGuardBytes = 4096;
-constexpr long kPatience = 1 << 14;  // turns in which all threads but pause
+constexpr long kPatience = 1 << 14;  // rounds in which all threads only pause
 uint64_t now = 1;                    // nanoseconds
 constexpr size_t kMaxThreads = 1024;
-constexpr size_t kAhead = 3;  // launches that are overlapped
+constexpr size_t kMaxOverlapped = 3;  // launches in flight at once
 
 enum class State { ready, paused, barrier, warp, previous, done };
 
@@ -49,7 +49,7 @@ struct Kernel;
 
 struct Block {
   const Kernel* kernel = nullptr;
-  bool waited = false;     // for the launches in front
+  bool waited = false;     // for the previous launches
   bool lets_next = false;  // start
   std::vector<int> threads;
   std::unique_ptr<unsigned char[]> dynamic;
@@ -58,13 +58,13 @@ struct Block {
     std::unique_ptr<unsigned char[]> memory;
   };
   std::vector<Variable> variables;
-  int waiting_lanes[32] = {};  // of each warp, at an operation of the warp
+  int waiting_lanes[32] = {};  // of each warp, at a warp operation
 };
 
 struct Fiber {
   Coordinates at;
   Block* block = nullptr;
-  int first_of_warp = 0;  // its number in the block
+  int first_of_warp = 0;  // by number in the block
   int lane = 0;
 
   State state = State::done;
@@ -82,13 +82,13 @@ struct Fiber {
   void* fake_stack = nullptr;
 };
 
-// A launch that has not come to its end.
+// A launch that has not completed.
 struct Kernel {
   Launch shape;
   void (*body)(const void*);
   std::shared_ptr<const void> arguments;
   std::vector<dim3> indices;
-  std::unique_ptr<Block> early;  // of the first index, as far as it comes by itself
+  std::unique_ptr<Block> early;  // the first block, run as far as it can go alone
   bool previous_done = false;
 };
 
@@ -104,7 +104,7 @@ Order chosen_order() {
 }
 
 std::mutex one_launch;
-std::vector<std::unique_ptr<Fiber>> fibers;  // kept: making one costs system calls
+std::vector<std::unique_ptr<Fiber>> fibers;  // reused: creating one costs system calls
 int running = -1;
 std::mt19937 random_bits;
 Order order;
@@ -117,8 +117,8 @@ void* main_fake_stack;
 const void* main_stack;
 size_t main_stack_bytes;
 
-// The compiler's own setjmp: three words, no system call. The jump is a function of its own, as
-// the manual wants it.
+// The compiler's built-in setjmp: three words, no system call. The jump is in a separate function,
+// as the manual requires.
 #define VOX_PLAIN __attribute__((noinline, no_sanitize("address", "undefined")))
 [[noreturn]] VOX_PLAIN void jump(void** to) { __builtin_longjmp(to, 1); }
 VOX_PLAIN void switch_context(void** from, void** to) {
@@ -178,8 +178,8 @@ void make_fibers(size_t count) {
   }
 }
 
-// Bytes of a float that is not a number, so that a sum with what nobody wrote shows.
-std::unique_ptr<unsigned char[]> fresh_memory(size_t bytes) {
+// Memory filled with the bytes of a NaN, so that sums with uninitialised values show.
+std::unique_ptr<unsigned char[]> nan_memory(size_t bytes) {
   std::unique_ptr<unsigned char[]> memory(new unsigned char[bytes]);
   std::memset(memory.get(), 0xff, bytes);
   return memory;
@@ -200,7 +200,7 @@ std::string describe(const Fiber& fiber) {
   return text.str();
 }
 
-// Of threads in a block; null past its end.
+// The fiber of a lane in the same warp; null past the block's end.
 Fiber* lane_of(const Fiber& fiber, int lane) {
   const size_t index = fiber.first_of_warp + lane;
   return index < fiber.block->threads.size() ? fibers[fiber.block->threads[index]].get() : nullptr;
@@ -218,16 +218,16 @@ bool same_site(const Site& a, const Site& b) {
          std::strcmp(a.operation, b.operation) == 0;
 }
 
-// Lets threads of a block go on that have all come to one barrier.
+// Releases the threads of a block that have all arrived at one barrier.
 bool release_barrier(Block& block) {
   const auto waits = [](int index) { return fibers[index]->state == State::barrier; };
   const auto first = std::find_if(block.threads.begin(), block.threads.end(), waits);
   if (first == block.threads.end()) return false;
   const Fiber& one = *fibers[*first];
-  // Two barriers may be waited at: then the threads of the first are fewer than the block's.
+  // Threads may wait at two barriers: then the first is of fewer threads than the block's.
   const size_t count = one.barrier_count ? one.barrier_count : block.threads.size();
   if (count > block.threads.size()) {
-    error = "a barrier of more threads than there are: " + describe(one);
+    error = "a barrier of more threads than the block has: " + describe(one);
     return false;
   }
   for (size_t i = 0; i < count; ++i) {
@@ -242,7 +242,7 @@ bool release_barrier(Block& block) {
   return true;
 }
 
-// Why nothing goes on: a thread that waits, and one for which it waits.
+// Explains a deadlock: a thread that waits, and one that it waits for.
 void explain_deadlock(const std::vector<int>& threads) {
   for (int index : threads) {
     const Fiber& waiting = *fibers[index];
@@ -264,10 +264,10 @@ void explain_deadlock(const std::vector<int>& threads) {
   error = "threads wait for ever for memory to change";
 }
 
-// Threads of a block that go on only when no other can: a warp or one thread.
+// A warp or one thread of a block that is held back until no other thread can continue.
 struct Straggler {
   const Block* block = nullptr;
-  int first = 0, last = 0;  // numbers in the block
+  int first = 0, last = 0;  // by number in the block
 
   bool has(const Fiber& fiber) const {
     const int number = fiber.first_of_warp + fiber.lane;
@@ -282,13 +282,13 @@ Straggler choose_straggler(const std::vector<int>& threads) {
   return {fiber.block, fiber.first_of_warp, fiber.first_of_warp + 31};
 }
 
-// Runs blocks to their end, or one that is early as far as it comes.
+// Runs blocks to their end, or an early one as far as it can go.
 void run(const std::vector<Block*>& blocks, bool early = false) {
   std::vector<int> threads;
   for (Block* block : blocks)
     threads.insert(threads.end(), block->threads.begin(), block->threads.end());
   if (order == Order::descending) std::reverse(threads.begin(), threads.end());
-  long idle_turns = 0;
+  long idle_rounds = 0;
   const auto lives = [](int index) { return fibers[index]->state != State::done; };
   size_t live = std::count_if(threads.begin(), threads.end(), lives);
   Straggler straggler;
@@ -317,14 +317,14 @@ void run(const std::vector<Block*>& blocks, bool early = false) {
       continue;
     }
     if (early && !progress) return;
-    idle_turns = progress ? 0 : idle_turns + 1;
+    idle_rounds = progress ? 0 : idle_rounds + 1;
     now += progress ? 0 : 1'000'000;
-    if (live && (pausing ? idle_turns > kPatience : idle_turns > 0))
+    if (live && (pausing ? idle_rounds > kPatience : idle_rounds > 0))
       return explain_deadlock(threads);
   }
 }
 
-// A fiber that was left in the middle starts anew next time.
+// A fiber that was abandoned midway starts again next time.
 void abandon_fibers() {
   for (auto& fiber : fibers) {
     if (fiber->state != State::done) {
@@ -340,7 +340,7 @@ std::unique_ptr<Block> make_block(const Kernel& kernel, dim3 index, size_t first
   const Launch& shape = kernel.shape;
   auto block = std::make_unique<Block>();
   block->kernel = &kernel;
-  block->dynamic = fresh_memory(shape.shared_bytes);
+  block->dynamic = nan_memory(shape.shared_bytes);
   int number = 0;
   for (unsigned z = 0; z < shape.block.z; ++z)
     for (unsigned y = 0; y < shape.block.y; ++y)
@@ -359,7 +359,7 @@ std::unique_ptr<Block> make_block(const Kernel& kernel, dim3 index, size_t first
   return block;
 }
 
-// To the end; the launches in front have come to theirs.
+// Runs a launch to its end, after all previous launches.
 void complete(Kernel& kernel) {
   const Launch& shape = kernel.shape;
   const size_t total = kernel.indices.size();
@@ -382,14 +382,14 @@ void complete(Kernel& kernel) {
     run(together);
     for (const Block* block : together)
       if (error.empty() && shape.overlaps_previous && !block->waited)
-        error = "overlaps the launch in front, but does not wait for it: " +
+        error = "overlaps the previous launch, but does not wait for it: " +
                 describe(*fibers[block->threads[0]]);
     blocks.clear();
     together.clear();
   }
 }
 
-// Lets the oldest launches come to their end, until `left` are left.
+// Completes the oldest launches until `left` are left.
 void complete_until(size_t left) {
   while (pending.size() > left && error.empty()) {
     complete(pending.front());
@@ -420,20 +420,20 @@ void launch(const Launch& shape, void (*body)(const void*), std::shared_ptr<cons
   if (order == Order::random) std::shuffle(indices.begin(), indices.end(), random_bits);
 
   if (!shape.overlaps_previous) complete_until(0);
-  // The one in front first waits for those before it.
+  // The previous launch first waits for those before it.
   if (!pending.empty() && pending.back().early && !pending.back().early->lets_next)
     complete_until(1);
   const bool overlaps = !pending.empty() && !shape.resident;
   pending.push_back({shape, body, std::move(arguments), std::move(indices), nullptr});
   if (overlaps) {
-    // Behind the threads of blocks that run to their end.
-    const size_t first = (1 + launches++ % (kAhead + 1)) * kMaxThreads;
+    // After the threads of blocks that run to their end.
+    const size_t first = (1 + launches++ % (kMaxOverlapped + 1)) * kMaxThreads;
     make_fibers(first + threads);
     Kernel& kernel = pending.back();
     kernel.early = make_block(kernel, kernel.indices[0], first);
     run({kernel.early.get()}, true);
   }
-  complete_until(kAhead);
+  complete_until(kMaxOverlapped);
 }
 
 void finish() {
@@ -476,7 +476,7 @@ void fail(Site site, const char* what) {
   __builtin_unreachable();
 }
 
-// Gives the lanes of my mask what all of them put in, if all have come.
+// Gives the lanes of the mask the values of all of them, once all have arrived.
 static bool release_lanes(Fiber& me) {
   uint64_t values[32] = {};
   Fiber* lanes[32] = {};
@@ -519,7 +519,7 @@ void* shared_variable(const void* key, size_t bytes) {
   auto& variables = self().block->variables;
   for (const auto& variable : variables)
     if (variable.key == key) return variable.memory.get();
-  variables.push_back({key, fresh_memory(bytes)});
+  variables.push_back({key, nan_memory(bytes)});
   return variables.back().memory.get();
 }
 

@@ -1,22 +1,22 @@
-// CUDA's vocabulary for the host compiler: the kernels of csrc/cuda run on a CPU as they stand.
-// Force-included before each .cu; simt.cpp schedules.
+// An emulation of CUDA for the host compiler: the kernels of csrc/cuda run on a CPU unchanged.
+// Force-included before each .cu; simt.cpp has the scheduler.
 //
-// Every thread of a block is a fiber that runs until it waits: at __syncthreads, or at a warp's
-// operation whose mask names lanes that are not there yet. Fibers run in the order that
-// VOXKERN_SIMT_ORDER says, `random` (another one whenever all have had their turn, and some thread
-// or warp has none until no other can go on), `ascending` or `descending`: without a barrier
-// that is needed, results differ from right ones under one of them. A launch throws if threads wait
-// for others that never come (ended, or waiting elsewhere), if a mask lacks its caller, or if lanes
-// meet in different operations. Shared memory is filled with NaN before a block starts, and is
-// memory of its own for the address sanitizer.
+// Every thread of a block is a fiber that runs until it waits: at __syncthreads, or at a warp
+// operation whose mask names lanes that have not arrived yet. VOXKERN_SIMT_ORDER sets the order of
+// the fibers: `random` (a new order whenever all have run, with one thread or warp held back until
+// no other can continue), `ascending` or `descending`. If a necessary barrier is missing, one of
+// them gives wrong results. A launch throws if threads wait for others that never arrive (ended, or
+// waiting elsewhere), if a mask lacks its caller, or if lanes meet in different operations. Shared
+// memory is filled with NaN before a block starts, and is a separate allocation for the address
+// sanitizer.
 //
-// A launch that may overlap the one in front does: one of its blocks runs up to
-// wait_for_previous_kernel() before the last few launches have begun, but not before the one in
-// front has come to its let_next_kernel_start(). What it should have waited for is not there then,
-// and every block must wait somewhere: else a later launch could not rely on what came before. So a
+// A launch that may overlap the previous one does so: one of its blocks runs up to
+// wait_for_previous_kernel() before the last few launches have begun, but not before the previous
+// one has reached its let_next_kernel_start(). Data it should have waited for does not exist yet
+// then. Every block must wait somewhere, or a later launch could not rely on earlier ones. So a
 // launch may run, and throw, as late as finish().
 //
-// Not modelled: memory order between fences (each access is seen at once) and registers.
+// Not modelled: memory order between fences (each access is visible at once) and registers.
 #pragma once
 
 #include <cmath>
@@ -58,7 +58,7 @@ struct alignas(16) float4 {
 
 namespace simt {
 
-// Where in a kernel a thread waits, for messages.
+// The place in a kernel where a thread waits, for messages.
 struct Site {
   const char* operation;
   const char* file;
@@ -68,7 +68,7 @@ struct Site {
 struct Coordinates {
   dim3 thread_index, block_index, block_size, grid_size;
 };
-extern const Coordinates* current;  // of the thread that runs
+extern const Coordinates* current;  // of the running thread
 
 struct Launch {
   dim3 grid, block;
@@ -76,31 +76,31 @@ struct Launch {
   bool resident;  // all blocks at once, so that they can wait for each other
   bool overlaps_previous = false;
 };
-// Runs body(arguments) as every thread, at once or later; throws std::runtime_error.
+// Runs body(arguments) in every thread, now or later; throws std::runtime_error.
 void launch(const Launch& shape, void (*body)(const void*), std::shared_ptr<const void> arguments);
-// Runs what was launched to its end; throws std::runtime_error.
+// Completes all launches; throws std::runtime_error.
 void finish();
-// Forgets it.
+// Discards all launches.
 void drop();
 
-// Of all threads of the block, or of its first `count`.
+// A barrier between all threads of the block, or its first `count`.
 void sync_threads(Site site, int count = 0);
 void wait_for_previous(Site site);
 void let_next();
-// Waits for all lanes of `mask`; then all[lane] is what that lane put in.
+// Waits for all lanes of `mask`; then all[lane] is that lane's value.
 void exchange(Site site, uint32_t mask, uint64_t value, uint64_t (&all)[32]);
-// Lets others run, in a loop that waits for memory to change.
+// Lets other fibers run, in a loop that waits for memory to change.
 void pause();
-// A clock that goes on by a millisecond whenever all threads wait for memory to change.
+// A clock that advances by a millisecond whenever all threads wait for memory to change.
 uint64_t nanoseconds();
-// Of the device: what VOXKERN_SIMT_MULTIPROCESSORS says, or 3.
+// Multiprocessors of the device: VOXKERN_SIMT_MULTIPROCESSORS, or 3.
 int multiprocessors();
 // Records the error and ends the launch.
 [[noreturn]] void fail(Site site, const char* what);
 void* dynamic_shared();
-// The block's variable of this key.
+// The block's variable with this key.
 void* shared_variable(const void* key, size_t bytes);
-// Asynchronous copies of this thread: done at once or as late as may be.
+// Asynchronous copies of this thread, done at once or as late as allowed.
 void copy_async(void* to, const void* from, size_t bytes);
 void commit_copies();
 void wait_copies(int groups_left);
@@ -125,7 +125,7 @@ T from_bits(uint64_t bits) {
   return value;
 }
 
-// The value of the lane that source_of(lane, first lane of its segment) names; one's own if that is
+// The value of lane source_of(lane, first lane of its segment); the caller's own value if that is
 // outside the segment of `width` lanes.
 template <typename T, typename F>
 T shuffle(Site site, uint32_t mask, T value, int width, const F& source_of) {
@@ -220,7 +220,7 @@ inline int __any_sync(uint32_t mask, int predicate, VOX_SIMT_HERE) {
 inline int __all_sync(uint32_t mask, int predicate, VOX_SIMT_HERE) {
   return simt::ballot({"__all_sync", file, line}, mask, predicate) == mask;
 }
-// Of 32-bit integers, as the hardware has them.
+// Reductions of 32-bit integers, as the hardware has them.
 template <typename T>
 T __reduce_add_sync(uint32_t mask, T value, VOX_SIMT_HERE) {
   static_assert(std::is_same_v<T, unsigned> || std::is_same_v<T, int>);
@@ -275,12 +275,12 @@ inline float __uint_as_float(uint32_t a) { return simt::from_bits<float>(a); }
 inline uint32_t __float_as_uint(float a) { return static_cast<uint32_t>(simt::to_bits(a)); }
 inline int32_t __float_as_int(float a) { return simt::from_bits<int32_t>(simt::to_bits(a)); }
 inline float __int_as_float(int32_t a) { return simt::from_bits<float>(simt::to_bits(a)); }
-inline float __fmul_rn(float a, float b) { return a * b; }  // which is joined to no sum
+inline float __fmul_rn(float a, float b) { return a * b; }  // never contracted to an fma
 inline int __popc(uint32_t a) { return __builtin_popcount(a); }
 inline int __ffs(uint32_t a) { return __builtin_ffs(static_cast<int>(a)); }
 inline int __clz(uint32_t a) { return a ? __builtin_clz(a) : 32; }
 
-// What csrc/cuda/runtime/ptx.cuh says in PTX.
+// The functions of csrc/cuda/runtime/ptx.cuh.
 namespace voxkern {
 
 inline uint32_t bf16_bits(float a) {
@@ -315,7 +315,7 @@ inline void multiply_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, ui
 inline void multiply_s8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                         int32_t start, VOX_SIMT_HERE) {
   const simt::Site site = {"multiply_s8", file, line};
-  uint64_t low[32], high[32], columns[32];  // words of the lanes that hold rows g, g + 8, column g
+  uint64_t low[32], high[32], columns[32];  // words of the lanes with rows g, g + 8, column g
   const auto both = [](uint32_t first, uint32_t second) {
     return static_cast<uint64_t>(second) << 32 | first;
   };

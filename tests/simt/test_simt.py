@@ -1,4 +1,4 @@
-"""The header that runs CUDA kernels on the host finds the bugs that it promises to find."""
+"""The SIMT emulator detects the classes of bugs that simt.h lists."""
 
 import os
 import re
@@ -15,7 +15,7 @@ ORDERS = ("random", "ascending", "descending")
 
 
 def run(name: str, order: str) -> str:
-    # ASan's own options of the tests' process are about that one.
+    # The ASan settings of the test process do not apply to this one.
     environment = {k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "ASAN_OPTIONS")}
     result = subprocess.run(
         [PLANTED, name],
@@ -42,7 +42,7 @@ def run(name: str, order: str) -> str:
             "overlap",
             "overlap that lasts",
         ),
-        *("overlap behind a late start", "phases", "phases that lack a block"),
+        *("overlap after a late start", "phases", "phases that lack a block"),
     ],
 )
 def test_a_sound_kernel_is_right(name, order):
@@ -66,7 +66,7 @@ def test_a_sound_kernel_is_right(name, order):
         ("unwritten", "wrong"),
         ("overlap that reads", "wrong"),
         ("overlap without a late start", "wrong"),
-        ("overlap that never waits", "overlaps the launch in front, but does not wait for it"),
+        ("overlap that never waits", "overlaps the previous launch, but does not wait for it"),
     ],
 )
 @pytest.mark.parametrize("order", ORDERS)

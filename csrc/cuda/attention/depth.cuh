@@ -130,12 +130,12 @@ class DepthWorker {
 
   // Every warp computes the softmax's state for itself, then sums its own keys' values.
   __device__ __forceinline__ void sum_values(DepthShared<T, L>& shared) {
-    constexpr int kEach = kMaxDepthKeys<L> / kWarp;
+    constexpr int kScoresPerLane = kMaxDepthKeys<L> / kWarp;
 #pragma unroll
     for (int g = 0; g < kDepthQueries; ++g) {
-      float scores[kEach];
+      float scores[kScoresPerLane];
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) {
+      for (int i = 0; i < kScoresPerLane; ++i) {
         const int key = lane_ + i * kWarp;
         scores[i] = key <= position_ ? shared.scores[g][key] : minus_infinity();
       }

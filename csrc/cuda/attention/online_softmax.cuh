@@ -26,16 +26,17 @@ struct SoftmaxState {
 };
 
 // The state of `count` scores that a warp holds: lane i those with the numbers i, i + 32, ...
-template <int kEach>
-__device__ __forceinline__ SoftmaxState warp_softmax(const float (&scores)[kEach], int count) {
+template <int kScoresPerLane>
+__device__ __forceinline__ SoftmaxState warp_softmax(const float (&scores)[kScoresPerLane],
+                                                     int count) {
   const int lane = threadIdx.x % kWarp;
   SoftmaxState state = SoftmaxState::empty();
 #pragma unroll
-  for (int i = 0; i < kEach; ++i)
+  for (int i = 0; i < kScoresPerLane; ++i)
     if (lane + i * kWarp < count) state.largest = fmaxf(state.largest, scores[i]);
   state.largest = warp_reduce(state.largest, Max());
 #pragma unroll
-  for (int i = 0; i < kEach; ++i)
+  for (int i = 0; i < kScoresPerLane; ++i)
     if (lane + i * kWarp < count) state.sum += expf(scores[i] - state.largest);
   state.sum = warp_reduce(state.sum, Add());
   return state;

@@ -110,7 +110,7 @@ class TensorWorker {
       places_[i] = key < length_ ? find_key(p_, tile_.b, key) : -1;
     }
   }
-  // Of key `key` of the block; `key / 32` is a constant.
+  // The place of a key of the block; `key / kWarp` is a constant.
   __device__ __forceinline__ int64_t place_of(int key) const {
     return __shfl_sync(kWholeWarp, places_[key / kWarp], key % kWarp);
   }
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(kPrefillWarps* kWarp, 2)
 
 template <typename T>
 __global__ void __launch_bounds__(kPrefillWarps* kWarp) prefill_kernel(PrefillAttentionParams p) {
-  constexpr int kChunks = kMaxHeadDim / kWarp;
+  constexpr int kColumnsPerLane = kMaxHeadDim / kWarp;
   VOX_SHARED(float[kPrefillWarps][kMaxHeadDim], queries);
   VOX_SHARED(float[kPrefillWarps][kWarp], weights);
   wait_for_previous_kernel();
@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(kPrefillWarps* kWarp) prefill_kernel(PrefillAt
     queries[warp][i] =
         to_float(static_cast<const T*>(p.q)[row.token * p.q_stride + row.head * D + i]) * p.scale;
 
-  float acc[kChunks] = {};
+  float acc[kColumnsPerLane] = {};
   SoftmaxState state = SoftmaxState::empty();
   for (int begin = 0; begin <= row.position; begin += kWarp) {
     __syncwarp();
@@ -271,19 +271,19 @@ __global__ void __launch_bounds__(kPrefillWarps* kWarp) prefill_kernel(PrefillAt
     weights[warp][lane] = weight;
     __syncwarp();
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) acc[c] *= factor;
+    for (int c = 0; c < kColumnsPerLane; ++c) acc[c] *= factor;
     for (int j = 0; j < kWarp && begin + j <= row.position; ++j) {
       const T* const value = static_cast<const T*>(p.v_pages) + __shfl_sync(kWholeWarp, place, j);
       const float weight_j = weights[warp][j];
 #pragma unroll
-      for (int c = 0; c < kChunks; ++c)
+      for (int c = 0; c < kColumnsPerLane; ++c)
         if (c * kWarp + lane < D)
           acc[c] = fmaf(weight_j, to_float(value[c * kWarp + lane]), acc[c]);
     }
   }
   let_next_kernel_start();
 #pragma unroll
-  for (int c = 0; c < kChunks; ++c)
+  for (int c = 0; c < kColumnsPerLane; ++c)
     if (c * kWarp + lane < D)
       static_cast<T*>(p.out)[(row.token * p.Hq + row.head) * D + c * kWarp + lane] =
           from_float<T>(acc[c] / state.sum);

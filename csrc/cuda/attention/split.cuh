@@ -87,31 +87,32 @@ struct HeadFragment {
 };
 
 // Merges the n splits of `heads` query heads of a sequence, from row `row` on. A warp takes
-// kColumns times 32 columns of a head, with kTerms loads of each in flight.
+// kLaneColumns times 32 columns of a head, with kTerms loads of each in flight.
 template <typename T>
 __device__ __forceinline__ void combine_splits(const DecodeAttentionParams& p,
                                                const Partials& partials, int64_t row, int heads,
                                                int n) {
-  constexpr int kColumns = 2, kTerms = 16;
+  constexpr int kLaneColumns = 2, kTerms = 16;
   const int D = static_cast<int>(p.D), lane = threadIdx.x % kWarp;
-  const int chunks = (D + kColumns * kWarp - 1) / (kColumns * kWarp);
+  const int chunks = (D + kLaneColumns * kWarp - 1) / (kLaneColumns * kWarp);
   for (int task = threadIdx.x / kWarp; task < heads * chunks; task += blockDim.x / kWarp) {
     const int64_t r = row + task / chunks;
     const float* const states = partials.states + r * partials.splits * 2;
     const float* const sums = partials.sums + r * partials.splits * D;
-    int column[kColumns];
+    int column[kLaneColumns];
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) column[c] = (task % chunks * kColumns + c) * kWarp + lane;
-    float largest = __ldcg(states), sum = 0, total[kColumns] = {};
+    for (int c = 0; c < kLaneColumns; ++c)
+      column[c] = (task % chunks * kLaneColumns + c) * kWarp + lane;
+    float largest = __ldcg(states), sum = 0, total[kLaneColumns] = {};
     for (int i = lane; i < n; i += kWarp) largest = fmaxf(largest, __ldcg(states + 2 * i));
     largest = warp_reduce(largest, Max());
     for (int first = 0; first < n; first += kTerms) {
       // Past the end, reads the last split again and ignores it.
-      float terms[kTerms][kColumns];
+      float terms[kTerms][kLaneColumns];
 #pragma unroll
       for (int u = 0; u < kTerms; ++u)
 #pragma unroll
-        for (int c = 0; c < kColumns; ++c)
+        for (int c = 0; c < kLaneColumns; ++c)
           terms[u][c] = __ldcg(sums + (first + u < n ? first + u : n - 1) * D +
                                (column[c] < D ? column[c] : D - 1));
       const int mine = first + lane % kTerms < n ? first + lane % kTerms : n - 1;
@@ -124,11 +125,11 @@ __device__ __forceinline__ void combine_splits(const DecodeAttentionParams& p,
         if (first + u >= n) continue;
         sum = fmaf(share_u, factor_u, sum);
 #pragma unroll
-        for (int c = 0; c < kColumns; ++c) total[c] = fmaf(terms[u][c], factor_u, total[c]);
+        for (int c = 0; c < kLaneColumns; ++c) total[c] = fmaf(terms[u][c], factor_u, total[c]);
       }
     }
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c)
+    for (int c = 0; c < kLaneColumns; ++c)
       if (column[c] < D) static_cast<T*>(p.out)[r * D + column[c]] = from_float<T>(total[c] / sum);
   }
 }

@@ -275,8 +275,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
 
 inline void launch_attention(const MimiTransformerParams& p, int64_t layer, const float* qkv,
                              float* out, cudaStream_t stream) {
-  constexpr int kLanes = 16, kKeys = 8, kKeyBlock = kAttentionThreads / kLanes * kKeys;
-  const bool vectors = p.D == 4 * kLanes && is_vector_aligned<float>(p.keys, p.D) &&
+  constexpr int kLanesPerRow = 16, kKeys = 8, kKeyBlock = kAttentionThreads / kLanesPerRow * kKeys;
+  const bool vectors = p.D == 4 * kLanesPerRow && is_vector_aligned<float>(p.keys, p.D) &&
                        is_vector_aligned<float>(p.values, p.D);
   const auto run = [&](auto kernel, int lanes, int queries) {
     launch(kernel,
@@ -288,9 +288,9 @@ inline void launch_attention(const MimiTransformerParams& p, int64_t layer, cons
            p, layer, qkv, out);
   };
   if (vectors && p.window < kKeyBlock)
-    run(attention_kernel<4, kLanes, kKeys, 2>, kLanes, 2);
+    run(attention_kernel<4, kLanesPerRow, kKeys, 2>, kLanesPerRow, 2);
   else if (vectors)
-    run(attention_kernel<4, kLanes, kKeys / 2, 1>, kLanes, 1);
+    run(attention_kernel<4, kLanesPerRow, kKeys / 2, 1>, kLanesPerRow, 1);
   else
     run(attention_kernel<1, kWarp, 2, 1>, kWarp, 1);
 }

@@ -37,17 +37,17 @@ struct Rows {
   __device__ __forceinline__ void prepare(int m, int M, int split, int splits,
                                           float (&stats)[kM][2]) const {
     if constexpr (kNormed) {
-      constexpr int kLanes = 8, kRowsPerWarp = kWarp / kLanes, V = 4;
+      constexpr int kStatsLanes = 8, kRowsPerWarp = kWarp / kStatsLanes, V = 4;
       const int lane = threadIdx.x % kWarp;
       for (int first = split * kRowsPerWarp; first < kM && m + first < M;
            first += splits * kRowsPerWarp) {
-        const int r = first + lane / kLanes;
+        const int r = first + lane / kStatsLanes;
         const bool there = r < kM && m + r < M;
         const float* const row = x + static_cast<int64_t>(there ? m + r : m) * K;
         const auto mean_of = [&](auto value) {
           float sum = 0;
 #pragma unroll 4
-          for (int k = lane % kLanes * V; k < K; k += kLanes * V) {
+          for (int k = lane % kStatsLanes * V; k < K; k += kStatsLanes * V) {
             float values[V];
             read_columns<V, kAligned>(row, k, K, values);
 #pragma unroll
@@ -55,13 +55,13 @@ struct Rows {
               if (kAligned || k + i < K) sum += value(values[i]);
           }
 #pragma unroll
-          for (int offset = kLanes / 2; offset; offset /= 2)
+          for (int offset = kStatsLanes / 2; offset; offset /= 2)
             sum += __shfl_xor_sync(kWholeWarp, sum, offset);
           return sum / static_cast<float>(K);
         };
         const float mean = mean_of([](float v) { return v; });
         const float variance = mean_of([&](float v) { return (v - mean) * (v - mean); });
-        if (there && lane % kLanes == 0) {
+        if (there && lane % kStatsLanes == 0) {
           stats[r][0] = mean;
           stats[r][1] = 1.0f / sqrtf(variance + eps);
         }

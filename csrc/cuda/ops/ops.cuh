@@ -1,4 +1,4 @@
-// The kernels by their Params, for ops that are made of others. Each is defined in its own <op>.cu.
+// The kernels by their Params, for ops built from others. Each is defined in its own <op>.cu.
 #pragma once
 
 #include "cuda/runtime/launch.cuh"
@@ -21,16 +21,17 @@ void linear(const LinearParams& p, cudaStream_t stream, bool overlaps_previous);
 // The same of a packed weight alone, at an address in a multiple of 16 bytes.
 void packed_linear(const LinearParams& p, cudaStream_t stream, bool overlaps_previous);
 
-// append_kv, then decode_attention. For the lengths, pages, positions and slots, and for the pages
-// of keys but for those in `slots`, it does not wait: see launch()'s contract. `workspace` holds
+// append_kv and decode_attention fused. It reads lengths, pages, positions and slots, and all keys
+// except those in `slots`, before the wait (see the contract in launch.cuh). `workspace` holds
 // decode_attention_workspace() floats, `counters` append_and_attend_counters() zeros, which are
-// zeros again when it is done.
+// zeros again at the end.
 int64_t decode_attention_workspace(const DecodeAttentionParams& p);
 int64_t append_and_attend_counters(const DecodeAttentionParams& p);
 void append_and_attend(const AppendKvParams& append, const DecodeAttentionParams& p,
                        float* workspace, unsigned* counters, cudaStream_t stream);
 
-// The same for keys and values of one call. For keys in front of `position` it does not wait.
+// append_kv and decode_attention fused, for keys and values of one call. Keys before `position` are
+// read before the wait.
 struct DepthAttentionParams {
   Dtype dtype;
   int64_t B, Hq, Hkv, D, K, position;

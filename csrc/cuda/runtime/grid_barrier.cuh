@@ -1,18 +1,18 @@
-// Phases of a resident grid, in which blocks read what other blocks wrote in the phases before.
+// Phases of a resident grid, in which blocks read what other blocks wrote in earlier phases.
 //
-// Only blocks that do something in a phase take part in it: they wait until all that took part
-// before have come, and say so themselves at its end. So a phase of two blocks costs the others
-// nothing, and what is written to memory that an earlier phase reads is safe: its readers have
-// come.
+// Only blocks with work in a phase take part in it: they wait until all participants of the earlier
+// phases have arrived, and arrive themselves at its end. So a phase of two blocks costs the others
+// nothing, and overwriting memory that an earlier phase reads is safe: its readers have arrived.
 //
-// A round trip is a store's way to the second-level cache, one addition there for each block, and
-// the poll that finds the last one: some 1.2 us on an H100.
+// A round trip is a store to L2, one addition there per block, and the poll that sees the last one
+// (docs/cuda.md has its estimated time).
 //
-// The last warp of a block does it, and should have no asynchronous copies of its own under way: a
-// release might wait for those.
+// The last warp of a block does it. It should have no asynchronous copies in flight: a release
+// might wait for those.
 //
-// Whoever waits for longer than kPatience gives up for the whole grid: all blocks leave at their
-// next wait, and the kernel ends with what it has. A resident grid never waits as long.
+// A block that waits for longer than kPatience gives up for the whole grid: all blocks leave at
+// their next wait, and the kernel ends with incomplete results. A resident grid never waits that
+// long.
 #pragma once
 
 #include "cuda/runtime/launch.cuh"
@@ -25,10 +25,10 @@ class GridBarrier {
   // `arrived` is 0 before the launch.
   __device__ __forceinline__ explicit GridBarrier(unsigned* arrived) : arrived_(arrived) {}
 
-  // The whole block, until all phases so far have ended; false if some block gave up.
+  // Called by the whole block: waits until all phases so far have ended; false if a block gave up.
   __device__ __forceinline__ bool wait() {
-    VOX_SHARED(bool[2], goes_on);
-    turn_ ^= 1;
+    VOX_SHARED(bool[2], continues);
+    buffer_ ^= 1;
     if (threadIdx.x == blockDim.x - kWarp) {
       unsigned seen = load_acquire(arrived_);
       uint64_t waited = 0, last = 0;
@@ -36,36 +36,36 @@ class GridBarrier {
         let_others_run();
         if (polls % kPolls == 0) {
           const uint64_t now = nanoseconds(), since = last ? now - last : 0;
-          waited += since < kMostSince ? since : kMostSince;
+          waited += since < kMaxSince ? since : kMaxSince;
           last = now;
           if (waited > kPatience) atomicOr(arrived_, kGivenUp);
         }
         seen = load_acquire(arrived_);
       }
-      goes_on[turn_] = seen < kGivenUp;
+      continues[buffer_] = seen < kGivenUp;
     }
     __syncthreads();
-    return goes_on[turn_];
+    return continues[buffer_];
   }
 
-  // The whole block: its part of this phase is written.
+  // Called by the whole block, after it has written its part of this phase.
   __device__ __forceinline__ void arrive() const {
     __syncthreads();
     if (threadIdx.x == blockDim.x - kWarp) add_release(arrived_, 1);
   }
 
-  // All blocks, whether they took part or not: `blocks` did in the phase that ends here.
+  // Called by all blocks, participants or not: `blocks` of them took part in the phase that ends.
   __device__ __forceinline__ void next_phase(unsigned blocks) { expected_ += blocks; }
 
  private:
-  static constexpr unsigned kGivenUp = 1u << 31;  // more than ever arrive
-  static constexpr unsigned kPolls = 64;          // from one look at the clock to the next
-  // ns. A look adds but so much: a card that was halted meanwhile is no reason to give up.
-  static constexpr uint64_t kPatience = 2'000'000'000, kMostSince = 10'000'000;
+  static constexpr unsigned kGivenUp = 1u << 31;  // more blocks than can ever arrive
+  static constexpr unsigned kPolls = 64;          // between two readings of the clock
+  // In ns. A reading adds at most kMaxSince: a GPU that was halted meanwhile must not give up.
+  static constexpr uint64_t kPatience = 2'000'000'000, kMaxSince = 10'000'000;
 
   unsigned* const arrived_;
   unsigned expected_ = 0;
-  int turn_ = 0;
+  int buffer_ = 0;
 };
 
 }  // namespace

@@ -191,12 +191,12 @@ struct Crossing {
 // Every warp finds the crossing for itself. The limit is 0 if the filter keeps nothing.
 __device__ __forceinline__ Crossing find_crossing(const Buckets& buckets, bool by_odds,
                                                   const SamplerRow& row) {
-  constexpr int kEach = kBuckets / kWarp;
+  constexpr int kBucketsPerLane = kBuckets / kWarp;
   const int lane = threadIdx.x % kWarp;
-  unsigned long long sums[kEach], mine = 0;
+  unsigned long long sums[kBucketsPerLane], mine = 0;
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const int bucket = lane * kEach + i;
+  for (int i = 0; i < kBucketsPerLane; ++i) {
+    const int bucket = lane * kBucketsPerLane + i;
     sums[i] = (static_cast<unsigned long long>(buckets.sums[kBuckets + bucket]) << 16) +
               buckets.sums[bucket];
     mine += sums[i];
@@ -218,9 +218,9 @@ __device__ __forceinline__ Crossing find_crossing(const Buckets& buckets, bool b
   if (limit == 0) return {0, 0, 0};  // the whole block
   const int crossing = __ffs(__ballot_sync(kWholeWarp, above >= limit)) - 1;
   above -= mine;
-  int crossed = lane * kEach;
+  int crossed = lane * kBucketsPerLane;
 #pragma unroll
-  for (int i = 0; i < kEach - 1; ++i) {
+  for (int i = 0; i < kBucketsPerLane - 1; ++i) {
     mine = i == 0 ? above + sums[0] : mine + sums[i];
     if (mine < limit) {
       above = mine;
