@@ -1,4 +1,4 @@
-"""Which backend serves an op, and what is said where one is missing."""
+"""The choice of the backend for an op, and the reason given for a missing one."""
 
 import os
 import subprocess
@@ -43,7 +43,7 @@ def test_the_variable_forces_a_backend_from_the_start():
 
 
 def test_without_its_files_triton_serves_nothing(force, monkeypatch, tmp_path):
-    """Old bytecode in a folder that is gone otherwise is no backend."""
+    """A folder that holds only old bytecode is not a backend."""
     (tmp_path / "triton" / "__pycache__").mkdir(parents=True)
     monkeypatch.setattr("voxkern.__path__", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "voxkern.triton", raising=False)
@@ -127,7 +127,7 @@ def test_an_op_that_a_forced_backend_lacks_runs_its_reference(force, monkeypatch
 
 
 def test_an_op_that_the_extension_does_not_know_yet(monkeypatch):
-    """A new op is tried in Python first."""
+    """A new op runs on its Python reference until it has a kernel."""
     monkeypatch.setattr(backend, "OPS", list(OPS))
 
     @backend.op

@@ -1,4 +1,4 @@
-"""The compiled extension itself: what its objects must not hold, and where it is put."""
+"""The compiled extension: symbols that its objects must not have, and where it is installed."""
 
 import os
 import shutil
@@ -18,12 +18,12 @@ OBJECTS = sorted(
 
 @pytest.mark.skipif(not OBJECTS or not shutil.which("nm"), reason="no build directory, or no nm")
 def test_isa_passes_share_no_symbols_and_run_nothing_at_load():
-    """The linker might keep an AVX-512 object's copy of a weak symbol for every processor."""
+    """The linker might keep the AVX-512 copy of a weak symbol for all processors."""
     for path in OBJECTS:
         symbols = subprocess.run(["nm", "-C", path], capture_output=True, text=True, check=True)
         weak = [line for line in symbols.stdout.splitlines() if line[17:18] in ("W", "V", "u")]
         assert not weak, f"{path.name}: {weak}"
-        # Code that runs when the library is loaded, on every processor.
+        # Initialisers run on every processor when the library is loaded.
         assert "_GLOBAL__" not in symbols.stdout, path.name
 
 
@@ -41,7 +41,7 @@ esac
 
 
 def build(folder: Path, cuda: str, breaks: str = "nothing") -> subprocess.CompletedProcess:
-    """An editable install's build, with a stand-in for cmake that fails with one VOXKERN_CUDA."""
+    """An editable install's build, with a fake cmake that fails for one value of VOXKERN_CUDA."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, folder)
     for package in ("voxkern/reference", "python/vox_serve/mimi"):

@@ -43,7 +43,7 @@ def test_equals_scaled_dot_product_attention(target):
 
 
 def test_large_scores_do_not_overflow(target):
-    """The running maximum: weights of e^1000 would be infinite."""
+    """Needs the running maximum: without it, e^1000 would be infinite."""
     k = torch.zeros(130, 1, 16)
     k[:, 0, 0] = torch.linspace(-1000, 1000, 130)
     v = torch.randn(130, 1, 16)

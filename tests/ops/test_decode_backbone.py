@@ -12,16 +12,16 @@ LENGTHS = [[1], [40], [1, 700, 16, 257, 2]]
 
 
 def run(call, arguments: dict) -> tuple[Tensor, Tensor, Tensor]:
-    """The hidden states and the pages as they are afterwards."""
+    """Returns the hidden states and the updated pages."""
     arguments = arguments | {n: arguments[n].clone() for n in ("k_pages", "v_pages")}
     hidden = call("decode_backbone", *arguments.values())
     return hidden, arguments["k_pages"], arguments["v_pages"]
 
 
-def of_rows(arguments: dict, rows: slice) -> dict:
-    """The call for some rows only."""
-    mine = ("x", "positions", "slots", "page_table", "seq_lens")
-    return arguments | {name: arguments[name][rows] for name in mine}
+def select_rows(arguments: dict, rows: slice) -> dict:
+    """The arguments of a call with only these rows."""
+    row_arguments = ("x", "positions", "slots", "page_table", "seq_lens")
+    return arguments | {name: arguments[name][rows] for name in row_arguments}
 
 
 def composed(
@@ -45,7 +45,7 @@ def composed(
     page_table: Tensor,
     seq_lens: Tensor,
 ) -> Tensor:
-    """The call as the other ops that `run_op(name, ...)` runs, one after the other."""
+    """decode_backbone as a sequence of other ops, each run by `run_op(name, ...)`."""
     head_dim, width = rope_table.shape[1], len(norm)
     heads_width = (num_heads + 2 * num_kv_heads) * head_dim
     residual = x.clone()
@@ -65,8 +65,8 @@ def composed(
 
 
 def assert_same_bits(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    for mine, theirs in zip(got, expected, strict=True):
-        assert torch.equal(mine.nan_to_num(1234.5), theirs.nan_to_num(1234.5))
+    for row_arguments, theirs in zip(got, expected, strict=True):
+        assert torch.equal(row_arguments.nan_to_num(1234.5), theirs.nan_to_num(1234.5))
 
 
 def native_cpu(target) -> None:
@@ -108,7 +108,7 @@ def test_bits_are_those_of_the_composed_ops(target, sizes, lengths, dtype):
     assert_same_bits(run(target.run, arguments), expected)
 
 
-# More queries to a key than a block takes, and row counts around those that share a launch.
+# More queries per key than a block handles, and numbers of rows around the limits of a launch.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 3, 8, 9, 16, 17])
 def test_bits_of_many_rows_are_those_of_the_composed_ops(target, rows, dtype):
@@ -131,7 +131,7 @@ def test_bits_of_packed_weights_are_those_of_the_composed_ops(
     assert_same_bits(run(target.run, arguments), expected)
 
 
-# Rows of several ranges, the last one short, and several tiles to a block.
+# Rows of several ranges, the last one partial, and several tiles per block.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("packing", PACKINGS[:2], ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 8, 9, 16, 17])
@@ -141,14 +141,14 @@ def test_bits_of_many_packed_rows_are_those_of_the_composed_ops(target, rows, pa
     arguments = packed(make(sizes, dtype, [*([3, 129, 20, 1, 128] * 4)[:rows]]), packing)
     together = run(target.run, arguments)
     assert_same_bits(together, run(lambda _, *args: composed(target.run, *args), arguments))
-    alone, _, _ = run(target.run, of_rows(arguments, slice(rows - 1, rows)))
+    alone, _, _ = run(target.run, select_rows(arguments, slice(rows - 1, rows)))
     assert torch.equal(alone[0], together[0][-1])
 
 
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
 @pytest.mark.parametrize("sizes", PACKED_SIZES, ids=str)
 def test_packed_is_near_the_reference(target, sizes, packing):
-    """An activation that falls to the other side of a rounding moves all that follows a little."""
+    """An activation that rounds the other way changes all later values slightly."""
     arguments = packed(make(sizes, torch.float32, LENGTHS[2]), packing)
     got, expected = run(target.run, arguments)[0], run(reference, arguments)[0]
     assert (got - expected).norm() < 0.01 * expected.norm()
@@ -161,7 +161,7 @@ def test_packed_is_near_the_reference(target, sizes, packing):
     ids=str,
 )
 def test_any_number_of_threads(target, sizes, packing, dtype):
-    """Those that share key/value heads evenly, and those that do not."""
+    """Numbers of threads that divide the key/value heads evenly, and others."""
     native_cpu(target)
     arguments = packed(make(sizes, dtype, LENGTHS[2]), packing)
     before = torch.ops.voxkern.num_threads()
@@ -183,13 +183,13 @@ def test_a_row_does_not_depend_on_the_others(target, packing, dtype):
     arguments = packed(make(sizes, dtype, [3, 300, 17, 1, 64, 5]), packing)
     together, _, _ = run(target.run, arguments)
     for b in (1,) if target.interpreted else range(6):
-        alone, _, _ = run(target.run, of_rows(arguments, slice(b, b + 1)))
+        alone, _, _ = run(target.run, select_rows(arguments, slice(b, b + 1)))
         assert torch.equal(alone[0], together[b])
-    assert torch.equal(run(target.run, of_rows(arguments, slice(1, 4)))[0], together[1:4])
+    assert torch.equal(run(target.run, select_rows(arguments, slice(1, 4)))[0], together[1:4])
 
 
 def test_token_by_token_is_the_whole_sequence(target):
-    """Each step finds what the steps before have written."""
+    """Each step reads the keys and values that earlier steps have written."""
     arguments = make(SIZES[1], torch.float32, [12])
     arguments["k_pages"].fill_(torch.nan)
     arguments["v_pages"].fill_(torch.nan)
@@ -223,7 +223,7 @@ def test_a_negative_slot_is_not_written_and_an_empty_sequence_attends_to_nothing
 
 def test_no_rows(target):
     arguments = make(SIZES[0], torch.float32, [4, 2])
-    hidden, k_pages, _ = run(target.run, of_rows(arguments, slice(0, 0)))
+    hidden, k_pages, _ = run(target.run, select_rows(arguments, slice(0, 0)))
     assert hidden.shape == (0, SIZES[0].C)
     assert torch.equal(k_pages.isnan(), arguments["k_pages"].isnan())
 

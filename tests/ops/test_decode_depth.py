@@ -20,7 +20,7 @@ from voxkern import ops
 from voxkern.persistent import PERSISTENT_DEPTH
 from voxkern.quantize import FORMATS, unpack
 
-# What a server packs.
+# The packings that the server offers.
 SERVED_PACKINGS = [
     dict.fromkeys(("qkv", "o", "gate_up", "down"), format) | {"heads": "int8"} for format in FORMATS
 ]
@@ -28,7 +28,7 @@ SERVED_PACKINGS = [
 
 @pytest.fixture(autouse=True)
 def _one_torch_thread():
-    """The reference is thousands of tiny torch ops, each with a wait for threads that it wakes."""
+    """The reference runs thousands of tiny torch ops, and waking threads for each would be slow."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -36,16 +36,16 @@ def _one_torch_thread():
 
 
 def shortened(target, sizes: Sizes, codebooks: int = 4, layers: int = 1) -> Sizes:
-    """With so many codebooks and layers at most where each step takes long."""
+    """Caps codebooks and layers on targets where each step is slow."""
     if not target.interpreted:
         return sizes
     return replace(sizes, K=min(sizes.K, codebooks), L=min(sizes.L, layers))
 
 
-def of_rows(arguments: dict, rows: slice) -> dict:
-    """The call for some rows only."""
-    mine = ("hidden", "code0", "temperature", "top_k", "top_p", "min_p", "seeds", "frames")
-    return arguments | {name: arguments[name][rows] for name in mine}
+def select_rows(arguments: dict, rows: slice) -> dict:
+    """The arguments of a call with only these rows."""
+    row_arguments = ("hidden", "code0", "temperature", "top_k", "top_p", "min_p", "seeds", "frames")
+    return arguments | {name: arguments[name][rows] for name in row_arguments}
 
 
 def run(target, arguments: dict) -> Tensor:
@@ -53,7 +53,7 @@ def run(target, arguments: dict) -> Tensor:
 
 
 def run_persistent(target, arguments: dict) -> Tensor:
-    """The codes of the private op that makes a whole frame with one kernel."""
+    """Runs the private op that makes a whole frame with one kernel."""
     return target.run(PERSISTENT_DEPTH, *arguments.values())
 
 
@@ -74,7 +74,7 @@ def test_codes_are_the_references(target, sizes, rows):
 
 
 def test_every_position_is_attended_to(target):
-    """Many codes to choose from and a strong attention, so that each key's weight shows."""
+    """Many codes and a strong attention make the weight of every key matter."""
     sizes = Sizes(K=32, V=601, L=1, Cb=40, C=40, F=8, Hq=4, Hkv=2, D=16)
     sizes = shortened(target, sizes, codebooks=12)
     arguments = make(sizes, torch.float32, target.few(24))
@@ -87,16 +87,16 @@ def test_every_position_is_attended_to(target):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("sizes", [SIZES[0], SIZES[5], SIZES[6]], ids=str)
 def test_bfloat16_codes_are_nearly_always_the_references(target, sizes, temperature):
-    """One code that falls to the other side of a rounding changes all that follow in its frame.
+    """A code that changes by rounding changes all later ones of its frame.
 
-    So only the code after the common beginning counts; chance would have 1 in 35 agree.
+    So codes count only up to the first difference in a frame. By chance, 1 in 35 would agree.
     """
     sizes = shortened(target, sizes)
     assert agreement(target, lambda: make(sizes, torch.bfloat16, 8), temperature) > 0.97
 
 
 def agreement(target, make_arguments, temperature: float, rounds: int = 4) -> float:
-    """The share of codes equal to the reference's, of those whose frame is equal before them."""
+    """Share of codes equal to the reference's, counted up to each frame's first difference."""
     same = total = 0
     for _ in range(target.few(rounds) or 1):
         arguments = make_arguments()
@@ -113,7 +113,7 @@ def agreement(target, make_arguments, temperature: float, rounds: int = 4) -> fl
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
 @pytest.mark.parametrize("sizes", PACKED_SIZES, ids=str)
 def test_codes_of_packed_weights_are_nearly_always_the_references(target, sizes, packing, dtype):
-    """An activation that falls to the other side of a rounding to int8 may change a code."""
+    """An activation that rounds to another int8 value may change a code."""
     sizes = shortened(target, sizes)
     share = agreement(target, lambda: packed(make(sizes, dtype, 8), packing), 0.0, rounds=1)
     assert share > (0.98 if dtype == torch.float32 else 0.95)
@@ -121,7 +121,7 @@ def test_codes_of_packed_weights_are_nearly_always_the_references(target, sizes,
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_packed_codes_are_those_of_the_packed_values(target, format):
-    """With weights that a plain matrix holds as well, only the rounding of x differs."""
+    """A plain matrix holds the same weights, so only the rounding of x differs."""
     same = total = 0
     sizes = shortened(target, PACKED_SIZES[0])
     for _ in range(target.few(3) or 1):
@@ -137,12 +137,12 @@ def test_packed_codes_are_those_of_the_packed_values(target, format):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_number_of_rows_gives_each_row_its_codes(target, dtype):
-    """Up to 16 rows share launches that do more, some of them by 8."""
+    """Up to 16 rows use launches that do more work, some of them 8 rows at a time."""
     sizes = Sizes(K=3, V=35, L=1, Cb=40, C=264, F=72, Hq=4, Hkv=2, D=64)
     arguments = make(sizes, dtype, 17)
     expected = run(target, arguments)
     for rows in (1, 16) if target.interpreted else (1, 8, 9, 16):
-        assert torch.equal(run(target, of_rows(arguments, slice(0, rows))), expected[:rows])
+        assert torch.equal(run(target, select_rows(arguments, slice(0, rows))), expected[:rows])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -152,14 +152,14 @@ def test_a_row_does_not_depend_on_the_others(target, packing, dtype):
     arguments = packed(make(sizes, dtype, 8), packing)
     batch = run(target, arguments)
     for b in range(0, 8, 8 // target.few(8)):
-        alone = run(target, of_rows(arguments, slice(b, b + 1)))
+        alone = run(target, select_rows(arguments, slice(b, b + 1)))
         assert torch.equal(alone[0], batch[b])
-    assert torch.equal(run(target, of_rows(arguments, slice(2, 7))), batch[2:7])
+    assert torch.equal(run(target, select_rows(arguments, slice(2, 7))), batch[2:7])
 
 
 @pytest.mark.usefixtures("_has_persistent_kernel")
 def test_a_persistent_kernel_leaves_no_code_out(target):
-    """The vocabulary has more codes than the threads of a block hold in one pass."""
+    """The vocabulary has more codes than the threads of a block cover in one pass."""
     sizes = Sizes(K=2, V=3500, L=1, Cb=8, C=8, F=8, Hq=1, Hkv=1, D=64)
     arguments = make(sizes, torch.bfloat16, 1) | {"temperature": torch.zeros(1)}
     arguments["audio_rows"].zero_()
@@ -180,14 +180,14 @@ def test_a_persistent_kernel_gives_the_same_codes(target, monkeypatch, which, pa
     expected = run(target, arguments)
     assert expected.min() >= 0
     for rows in (1, 3, 8):
-        mine = of_rows(arguments, slice(0, rows))
-        assert torch.equal(run_persistent(target, mine), expected[:rows])
+        row_arguments = select_rows(arguments, slice(0, rows))
+        assert torch.equal(run_persistent(target, row_arguments), expected[:rows])
     if target.backend == "simt":
-        # Blocks that have no tile of a product, others with several rows between the products.
+        # Some blocks have no GEMM tile; others have several rows between the GEMMs.
         monkeypatch.setenv("VOXKERN_SIMT_MULTIPROCESSORS", "9")
         for rows in (1, 5):
-            mine = of_rows(arguments, slice(0, rows))
-            assert torch.equal(run_persistent(target, mine), expected[:rows])
+            row_arguments = select_rows(arguments, slice(0, rows))
+            assert torch.equal(run_persistent(target, row_arguments), expected[:rows])
 
 
 def test_seed_and_frame_decide_the_draw(target):
@@ -201,7 +201,7 @@ def test_seed_and_frame_decide_the_draw(target):
 
 def test_no_rows(target):
     arguments = make(SIZES[0], torch.float32, 3)
-    assert run(target, of_rows(arguments, slice(0, 0))).shape == (0, SIZES[0].K)
+    assert run(target, select_rows(arguments, slice(0, 0))).shape == (0, SIZES[0].K)
 
 
 @pytest.mark.parametrize("packing", [{}, *PACKINGS], ids=str)

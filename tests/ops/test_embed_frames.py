@@ -42,7 +42,7 @@ def test_sums_in_the_order_of_the_columns(target, dtype):
 
 
 def test_text_and_audio_frames(target):
-    """A text token fills the last column only, an audio frame the others, a blank row none."""
+    """A text token uses the last column, an audio frame the other columns, a blank row none."""
     frames, mask, audio_table, text_table = case(3, 4, 9, 12, 24)
     frames[:] = torch.tensor([8, 0, 5, 8, 11])
     mask[0] = torch.tensor([False] * 4 + [True])

@@ -23,7 +23,7 @@ SHAPES = [
 ]
 
 
-# The same for packed weights.
+# (leading shape of x, C, N) with packed weights.
 PACKED_SHAPES = [
     ((1,), 2048, 96),
     ((4,), 1024, 51),
@@ -92,7 +92,7 @@ def test_a_row_does_not_depend_on_the_others(target, features, rows, dtype):
     ],
 )
 def test_many_rows_have_the_bits_of_few(target, batch, features, rows):
-    """Prompts and large batches: whatever kernel takes them, and whatever its tiles."""
+    """Prompts and large batches, with every kernel and tile size."""
     batch, rows = target.at_most(130, batch), target.at_most(1500, rows)
     x, weight = make((batch,), features, rows, torch.bfloat16)
     together = target.run("linear", x, weight)
@@ -159,7 +159,7 @@ def test_packed_extremes(target, format):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_packed_sizes_of_x(target, format):
-    """Each group of x has a scale of its own, whatever its size; ties are rounded to even."""
+    """Each group of x has its own scale, whatever its magnitude; ties round to even."""
     x = torch.randn(9, 160) * torch.tensor([1e-38, 1e-20, 1, 1e20, 1e30]).repeat_interleave(32)
     x[3] = 0
     x[4] = torch.arange(160) % 32 * 0.5 + 48
@@ -191,7 +191,7 @@ def test_packed_rows_do_not_depend_on_the_others(target, dtype, format):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("batch", "features"), [(4100, 544), (12, 2400), (3, 8480)])
 def test_packed_rows_alone_in_blocks_of_other_shapes(target, batch, features, format):
-    """Many rows, and many columns: each divides the work in another way."""
+    """Many rows and many columns divide the work in different ways."""
     batch = target.at_most(100, batch)
     x, weight = make((batch,), features, 16, torch.float32)
     packed = pack(weight, format)

@@ -9,7 +9,7 @@ from voxkern.quantize import block_rows, unblock_rows
 
 
 def run(call, arguments) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output, and the past as it is afterwards."""
+    """Returns the output and the updated past."""
     arguments = arguments | {"past": arguments["past"].clone()}
     return call("mimi_conv", *arguments.values()), arguments["past"]
 
@@ -22,7 +22,7 @@ def test_mimi_conv(target, sizes, add, elu, dtype):
     out, past = run(target.run, arguments)
     expected, expected_past = run(reference, arguments)
     if target.device == "cuda" and elu and dtype == torch.bfloat16:
-        # Its exp is not the CPU's to the last bit: an ELU may round the other way.
+        # The GPU's exp differs from the CPU's in the last bit, so an ELU may round the other way.
         assert (out - expected).norm() <= 0.01 * expected.norm()
     else:
         assert_close(out, expected)
@@ -43,7 +43,7 @@ def test_it_is_torchs_convolution(target):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", [SIZES[1], SIZES[2], SIZES[6], SIZES[7]], ids=str)
 def test_pieces_are_the_whole_bit_for_bit(target, sizes, dtype):
-    """However a stream is cut, and whatever streams are beside it."""
+    """For any division of a stream, and with any other streams in the batch."""
     arguments = make(sizes, dtype)
     whole, last = run(target.run, arguments)
     for b in range(sizes.B):
@@ -63,9 +63,9 @@ def test_pieces_are_the_whole_bit_for_bit(target, sizes, dtype):
     ids=str,
 )
 def test_many_rows_are_few_bit_for_bit(target, sizes):
-    """However a kernel cuts the rows of many streams into tiles."""
+    """For every tiling of the rows of many streams."""
     sizes = replace(sizes, T=max(target.few(sizes.T), 1000))
-    # Of so many values an ELU would round some to the other side of a boundary.
+    # Without ELU: among so many values, its result would round the other way for some.
     arguments = make(sizes, torch.bfloat16, elu=False)
     whole, _ = run(target.run, arguments)
     expected, _ = run(reference, arguments)

@@ -1,4 +1,4 @@
-"""A chain of convolutions against the composition of single ones, and what a plan may not say."""
+"""A chain of convolutions, compared with single ones, and invalid plans."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from voxkern.quantize import block_rows
 
 
 def run(call, arguments: dict) -> list[torch.Tensor]:
-    """The output, and the past of each convolution as it is afterwards."""
+    """Returns the output and the updated past of each convolution."""
     arguments = arguments | {"past": [past.clone() for past in arguments["past"]]}
     return [call("mimi_convs", *arguments.values()), *arguments["past"]]
 
@@ -23,7 +23,7 @@ def test_mimi_convs(target, batch, blocks, dtype):
     for mine, theirs in zip(got, expected, strict=True):
         if dtype == torch.float32:
             assert_close(mine, theirs)
-        else:  # a value on the other side of a rounding boundary moves what follows
+        else:  # a value that rounds the other way changes later ones
             assert (mine - theirs).norm() <= 0.01 * theirs.norm()
 
 
@@ -46,7 +46,7 @@ def test_pieces_are_the_whole_bit_for_bit(target):
 
 
 def test_a_stream_that_begins_repeats_its_first_sample(target):
-    """Blocks of two samples, and more convolutions than one launch keeps the past of."""
+    """Blocks of two samples, and more convolutions than one launch can store the past of."""
     count, width = 50, 8
     plan = [number for i in range(count) for number in (i, -1, 1, 0, 2, 2, i % 2)]
     arguments = {

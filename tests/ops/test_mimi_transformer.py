@@ -14,7 +14,7 @@ POSITIONS = [[0], [3, 0, 700]]
 
 
 def run(call, arguments: dict) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, and keys and values as they are afterwards."""
+    """Returns the output and the updated keys and values."""
     arguments = arguments | {name: arguments[name].clone() for name in ("keys", "values")}
     out = call("mimi_transformer", *arguments.values())
     return out, arguments["keys"], arguments["values"]
@@ -27,7 +27,7 @@ def written(arguments: dict, ring: Tensor) -> tuple:
 
 
 def takes_packed(target) -> bool:
-    """A GPU's kernels take nothing less than bfloat16."""
+    """True if the target accepts packed matrices, which kernels for GPUs do not."""
     return str(target) == "native-cpu"
 
 
@@ -56,7 +56,7 @@ def test_mimi_transformer(target, sizes, positions, room):
 @pytest.mark.parametrize("positions", POSITIONS, ids=str)
 @pytest.mark.parametrize("formats", [("bf16",) * 4, ("int8",) * 4, ("int4", "", "int8", "bf16")])
 def test_other_weights(target, formats, positions):
-    """A value that falls on the other side of a rounding boundary moves what follows."""
+    """A value that rounds the other way changes all later ones."""
 
     def near(got, expected):
         assert (got - expected).norm() <= 0.01 * expected.norm()
@@ -75,13 +75,13 @@ def test_other_weights(target, formats, positions):
 
 
 def test_a_stream_of_days(target):
-    """Its angles are large, and those of torch."""
+    """At such positions the rotary angles are large, and must equal torch's."""
     arguments = make(SIZES[0], [25 * 86_400 * 3 + 1, 40_000_000])
     check(target, arguments, lambda got, expected: assert_close(got, expected))
 
 
 def larger(ring: Tensor, position: int) -> Tensor:
-    """A stream's ring before the step at `position`, with three slots more."""
+    """A stream's ring before the step at `position`, with three more slots."""
     capacity = ring.shape[3]
     steps = torch.arange(max(0, position - capacity), position)
     grown = torch.full((*ring.shape[:3], capacity + 3, ring.shape[4]), torch.nan)
@@ -92,7 +92,7 @@ def larger(ring: Tensor, position: int) -> Tensor:
 @pytest.mark.parametrize("format", ["", "bf16", "int8"])
 @pytest.mark.parametrize("sizes", [SIZES[0], *SIZES[3:6], PACKED_SIZES], ids=str)
 def test_pieces_are_the_whole_bit_for_bit(target, sizes, format):
-    """However a stream is cut, however large its ring, and whatever streams are beside it."""
+    """For any division of a stream, any ring size, and any other streams in the batch."""
     if format == "int8" and not takes_packed(target):
         pytest.skip("a GPU's kernels take no packed matrices here")
     positions = [3, 0, 700]

@@ -49,12 +49,12 @@ def test_int4_is_nearer_than_with_plain_rounding(degrees):
     restored = unpack(pack(groups.flatten(1), "int4")).view_as(groups)
     error, plain = ((v - groups).square().sum(-1) for v in (restored, plainly_rounded(groups)))
     assert error.sum() < 0.97 * plain.sum()
-    # Near a scale that is not to be had, a group may be worse off.
+    # If the best scale is not representable, a single group may have a larger error.
     assert (error <= plain * 1.5).all()
 
 
 def test_an_int4_row_may_have_groups_of_any_size():
-    """Far below the largest one, what matters to the row is kept."""
+    """Groups far smaller than the largest one only keep the precision that the row needs."""
     groups = torch.randn(32, 8, 32) * torch.logspace(0, -6, 8)[:, None]
     restored = unpack(pack(groups.flatten(1), "int4")).view_as(groups)
     error = (restored - groups).norm(dim=-1)
@@ -64,8 +64,8 @@ def test_an_int4_row_may_have_groups_of_any_size():
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_what_the_format_can_say_is_kept(format):
-    """Any integers, with any of its scales, if each group or row has the largest of them."""
+def test_representable_values_are_kept(format):
+    """Any integers with any scale of the format, if each group or row has the largest integer."""
     if format == "int8":
         values = torch.randint(-127, 128, (48, 96)).float()
         values[:, 5] = -127
@@ -164,9 +164,9 @@ def test_errors(weight, format, message):
         pack(weight, format)
 
 
-def test_what_is_packed_changes_only_with_the_layouts_version():
-    """If this fails, raise LAYOUT_VERSION, and write down what is packed now."""
-    # Sixty-fourths, so that no sum depends on its order.
+def test_packed_bytes_change_only_with_the_layout_version():
+    """If this fails, increase LAYOUT_VERSION and update the digests."""
+    # Multiples of 1/64, so that no sum depends on its order.
     weight = (torch.arange(40 * 64) * 37 % 101 - 50).float().div(64).view(40, 64)
     digests = {f: hashlib.sha256(pack(weight, f).numpy()).hexdigest()[:16] for f in FORMATS}
     assert (LAYOUT_VERSION, digests) == (

@@ -17,7 +17,7 @@ def draw(target, logits: Tensor, **parameters) -> Tensor:
     return target.run("sample_tokens", *arguments(logits, **parameters))
 
 
-# The documented rules once more, one code at a time, in Python's own numbers.
+# A second implementation of the documented rules, one code at a time, in plain Python numbers.
 
 
 def philox(counter: list[int], key: list[int]) -> list[int]:
@@ -201,13 +201,13 @@ def test_greedy_is_the_lowest_of_the_largest(target):
 
 
 def test_ties_stay_and_are_drawn_evenly(target):
-    """The k-th largest comes four times: top-k 2 keeps all five codes."""
+    """The k-th largest value occurs four times, so top-k 2 keeps five codes."""
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, -1.0, 2.0, 2.0]]).expand(4000, -1)
     counts = draw(target, logits, top_k=2).bincount(minlength=7)
     assert counts[[0, 4]].sum() == 0
     share = 4000 / (math.e + 4)
     assert (counts[[2, 3, 5, 6]] - share).abs().max() < 5 * share**0.5
-    # 3.0 has 0.40 of the mass, so top-p 0.5 takes the tied four, all of them, and no more.
+    # 3.0 has 0.40 of the mass, so top-p 0.5 also keeps all of the tied four, and no more.
     assert set(draw(target, logits, top_p=0.5).tolist()) == {1, 2, 3, 5, 6}
     # All equal: no filter may prefer one.
     equal = torch.full((2000, 8), -3.5)
@@ -217,7 +217,7 @@ def test_ties_stay_and_are_drawn_evenly(target):
 @pytest.mark.parametrize("other", [22, 6, 39])
 @pytest.mark.parametrize("limits", [{}, {"min_p": 1e-20}, {"top_p": 0.9999}], ids=str)
 def test_near_ties_are_settled_in_float64(target, other, limits):
-    """Two codes whose scores differ by less than float32 arithmetic can tell."""
+    """Two codes whose scores differ by less than float32 can resolve."""
     rows, vocab_size = 2000, 40
     seeds, frames = torch.arange(rows), torch.zeros(rows, dtype=torch.int64)
     luck = -(-specification.uniform(seeds, frames, 0, vocab_size).log()).log()
@@ -252,7 +252,7 @@ def test_not_a_number_and_minus_infinity_are_never_drawn(target):
     assert torch.equal(codes, draw(target, logits.nan_to_num(-INF, INF, -INF)))
     greedy = draw(target, logits, temperature=0.0)
     assert torch.equal(greedy, logits.nan_to_num(-INF, INF, -INF).argmax(-1))
-    # Nothing to choose from: code 0, drawn or greedy.
+    # Without any finite logit the result is code 0, drawn or greedy.
     for nothing in (-INF, float("nan")):
         assert draw(target, torch.full((2, 9), nothing)).tolist() == [0, 0]
         assert draw(target, torch.full((2, 9), nothing), temperature=0.0).tolist() == [0, 0]
@@ -270,10 +270,10 @@ def test_repetition_penalty(target):
     logits[3:] = torch.tensor([-1.0, -1.5, -9.0, -9.0])
     history = torch.tensor(
         [
-            [-1, -1],  # empty places: nothing is penalised
+            [-1, -1],  # empty entries: nothing is penalised
             [0, -1],  # 4 / 1.4 < 3
             [0, 0],  # 4 / 1.2 > 3, but not if it counted twice
-            [0, -1],  # a negative one is multiplied: -1.4 > -1.5
+            [0, -1],  # a negative logit is multiplied: -1.4 > -1.5
             [0, 0],  # twice would be -1.96 < -1.5
             [9, 2**40],  # outside the vocabulary
         ]
@@ -283,13 +283,13 @@ def test_repetition_penalty(target):
     assert draw(target, logits, history=history, **greedy).tolist() == [0, 1, 0, 0, 0, 0]
     assert draw(target, logits, **greedy).tolist() == [0, 0, 0, 0, 0, 0]  # W = 0
 
-    # Before the temperature and the filters: the penalised code falls out of the top 1.
+    # The penalty precedes temperature and filters, so the penalised code is no longer the top 1.
     codes = draw(target, logits[:3], history=history[:3], top_k=1, repetition_penalty=1.4)
     assert codes.tolist() == [0, 1, 1]
 
 
 def test_draws_are_independent(target):
-    """Another seed, frame or codebook is another draw; nearly 1 / V of them coincide."""
+    """A different seed, frame or codebook gives a different draw; about 1 / V of them coincide."""
     rows, vocab_size = 4000, 16
     logits = torch.zeros(rows, vocab_size)
     base = draw(target, logits, seeds=5, frames=torch.arange(rows))

@@ -16,7 +16,7 @@ def test_silu_mul(target, shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_gate(target, dtype):
-    """From far below where exp(-gate) overflows to far above where it vanishes."""
+    """From far below the overflow of exp(-gate) to far above its underflow."""
     gate = torch.cat((torch.linspace(-200, 200, 4001), torch.tensor([-1e30, 1e30, -0.0, 1e-30])))
     gate_up = torch.cat((gate, torch.full_like(gate, 1.5))).to(dtype)
     got = target.run("silu_mul", gate_up)

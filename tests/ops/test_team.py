@@ -1,4 +1,4 @@
-"""The team of threads behind the native CPU ops, and the environment variables that shape them."""
+"""The native CPU ops' thread team, and the environment variables that configure it."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ def _same_threads_after():
 
 
 def attention() -> torch.Tensor:
-    """An op with a barrier inside, large enough for a team; it gives the same every time."""
+    """Runs an op with a barrier, large enough for a team; the result is always the same."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(3, 8, 64, generator=generator)
     k_pages, v_pages = torch.randn(2, 60, 2, 16, 64, generator=generator)
@@ -36,7 +36,7 @@ def attention() -> torch.Tensor:
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    # numpy's BLAS would start threads of its own under the limits that tests set.
+    # numpy's BLAS would try to start its own threads within the limits that the tests set.
     inherited = {k: v for k, v in os.environ.items() if k != "VOXKERN_NUM_THREADS"}
     environment = inherited | {"OPENBLAS_NUM_THREADS": "1"} | environment
     return subprocess.run(
@@ -70,7 +70,7 @@ def test_a_forked_child_starts_a_team_of_its_own():
     expected = attention()
     child = os.fork()
     if child == 0:
-        signal.alarm(20)  # ends a child that waits for threads that it does not have
+        signal.alarm(20)  # ends a child that waits for threads it does not have
         same = torch.equal(attention(), expected)
         voxkern.set_num_threads(2)
         os._exit(0 if same and torch.equal(attention(), expected) else 1)

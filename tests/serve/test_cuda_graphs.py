@@ -165,7 +165,7 @@ def test_each_number_of_rows_is_decided_separately(gpu):
 
 @pytest.mark.parametrize("broken_call", [1, 2, 5])
 def test_an_alternative_with_different_results_is_left_out(gpu, caplog, broken_call):
-    """Call 1 is not a replay; a later call may be the first to go wrong."""
+    """Call 1 is not a replay; a later call may be the first to give a wrong result."""
     work = Work(gpu, other_ms=(1.0,), code=lambda calls: -2 if calls >= broken_call else 0)
     graphs = work.graphs(1)
     assert work.kept(graphs, 1) == "draw"

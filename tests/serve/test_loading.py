@@ -42,7 +42,7 @@ def test_no_gpu(monkeypatch):
 
 @pytest.mark.parametrize("present", [("native",), ("triton",), ("native", "triton")])
 def test_either_backend_is_enough_for_a_gpu(a_gpu, present, caplog):
-    """`pip install -e .` gives a machine without nvcc Triton alone."""
+    """On a machine without nvcc, `pip install -e .` leaves Triton as the only GPU backend."""
     a_gpu(*present)
     assert choose_device() == "cuda"
     assert backend.backend_for("cuda") == present[0]

@@ -60,7 +60,7 @@ def test_writes_the_audio_and_the_frames(loads, tmp_path, capsys):
     frames = np.load(codes)
     assert frames.dtype == np.int64
     assert frames.tolist() == [fake_codes("hello", i).tolist() for i in range(3)]
-    assert capsys.readouterr() == ("", "")  # no progress bar but on a terminal
+    assert capsys.readouterr() == ("", "")  # a progress bar only on a terminal
 
 
 def test_an_empty_utterance(loads, tmp_path):

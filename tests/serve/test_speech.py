@@ -1,4 +1,4 @@
-"""The Python API: the commands' samples, streams that interleave, and arguments that are wrong."""
+"""The Python API: the same samples as the commands, interleaved streams, invalid arguments."""
 
 import threading
 import wave
@@ -48,7 +48,7 @@ def test_the_samples_are_the_commands(overrides, voice, folder, tmp_path):
 
 
 def test_interleaved_streams_get_what_they_get_alone(voice):
-    """Three streams on two places: the third waits for one of the others."""
+    """Three streams with room for two: the third waits for one of the others."""
     alone = [voice.say(text, seed=i) for i, text in enumerate(TEXTS)]
     streams = [voice.stream(text, seed=i) for i, text in enumerate(TEXTS)]
     found = list(zip(*streams, strict=True))

@@ -1,4 +1,4 @@
-"""Checkpoint folders in every layout, compared with the transformers model they were written of."""
+"""Checkpoint folders in every layout, compared with the transformers model they were made from."""
 
 import json
 import os
@@ -130,7 +130,7 @@ def test_dtypes(tmp_path, layout, in_file, in_memory):
     assert loaded.weights.backbone.qkv.dtype == in_memory
 
 
-# Of multiples of 16 rows and 32 columns, as packed matrices must be.
+# Matrices of multiples of 16 rows and 32 columns, which packing requires.
 PACKABLE = TinyShape(heads=4, depth_dim=64, depth_kv_heads=2, depth_ffn=96)
 
 
@@ -274,7 +274,7 @@ def test_pickle_only_when_allowed_and_never_its_code(tmp_path):
 
 
 def test_codec_inside_beside_or_elsewhere(tmp_path):
-    """Each place gives the same codec, and the first of them wins."""
+    """Each location gives the same codec, and the first one found is used."""
     tiny = build_tiny()
     codes = torch.randint(0, 64, (1, 6, 4))
     expected = tiny.model.codec_model.decode(codes.transpose(1, 2)).audio_values[:, 0]
@@ -309,7 +309,7 @@ def test_random_weights_keep_activations_in_scale():
 
 
 def test_original_names_round_trip_is_not_the_identity():
-    """The rows of q and k really lie otherwise in the original format."""
+    """In the original format the rows of q and k are in another order."""
     tiny = build_tiny()
     original = original_tensors(tiny.tensors, tiny.shape)
     name = "backbone_model.layers.0.self_attn.q_proj.weight"
