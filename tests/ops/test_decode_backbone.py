@@ -65,8 +65,8 @@ def composed(
 
 
 def assert_same_bits(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    for row_arguments, theirs in zip(got, expected, strict=True):
-        assert torch.equal(row_arguments.nan_to_num(1234.5), theirs.nan_to_num(1234.5))
+    for ours, theirs in zip(got, expected, strict=True):
+        assert torch.equal(ours.nan_to_num(1234.5), theirs.nan_to_num(1234.5))
 
 
 def native_cpu(target) -> None:
