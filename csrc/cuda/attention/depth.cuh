@@ -46,7 +46,7 @@ class DepthWorker {
   static constexpr int kKeys = kKeysPerLane<L>;
 
  public:
-  __device__ __forceinline__ DepthWorker(const DepthAttentionParams& p, int part, int64_t b)
+  VOX_DEVICE DepthWorker(const DepthAttentionParams& p, int part, int64_t b)
       : p_(p), b_(b), position_(static_cast<int>(p.position)) {
     const int group = static_cast<int>(p.Hq) / Hkv_;
     const int parts = (group + kDepthQueries - 1) / kDepthQueries;
@@ -60,7 +60,7 @@ class DepthWorker {
   }
 
   // Older keys and values, and the rotation: complete before the wait.
-  __device__ __forceinline__ void load_older() {
+  VOX_DEVICE void load_older() {
 #pragma unroll
     for (int s = 0; s < kKeys; ++s)
       if (const int key = key_of(s); key < position_) {
@@ -76,7 +76,7 @@ class DepthWorker {
 
   // All loads are unconditional and issued before any is used: together they take the time of one.
   // Heads past the last are the last one again, whose results are ignored.
-  __device__ __forceinline__ void load_new_and_rotate() {
+  VOX_DEVICE void load_new_and_rotate() {
     const T* const row = static_cast<const T*>(p_.qkv) + b_ * (p_.Hq + 2 * Hkv_) * D;
     const T* const k_row = row + (static_cast<int>(p_.Hq) + h_) * D;
     const uint4 new_k = load_uncached(k_row + column_), k_partner = load_uncached(k_row + partner_);
@@ -108,7 +108,7 @@ class DepthWorker {
     }
   }
 
-  __device__ __forceinline__ void score_keys(DepthShared<T, L>& shared) const {
+  VOX_DEVICE void score_keys(DepthShared<T, L>& shared) const {
 #pragma unroll
     for (int s = 0; s < kKeys; ++s) {
       if (s * kStride + warp_ * kKeysPerLoad > position_) break;  // the whole warp
@@ -129,7 +129,7 @@ class DepthWorker {
   }
 
   // Every warp computes the softmax's state for itself, then sums its own keys' values.
-  __device__ __forceinline__ void sum_values(DepthShared<T, L>& shared) {
+  VOX_DEVICE void sum_values(DepthShared<T, L>& shared) {
     constexpr int kScoresPerLane = kMaxDepthKeys<L> / kWarp;
 #pragma unroll
     for (int g = 0; g < kDepthQueries; ++g) {
@@ -161,7 +161,7 @@ class DepthWorker {
     }
   }
 
-  __device__ __forceinline__ void store(const DepthShared<T, L>& shared) const {
+  VOX_DEVICE void store(const DepthShared<T, L>& shared) const {
     for (int i = threadIdx.x; i < queries_ * D; i += kDepthThreads) {
       const int g = i / D;
       float sum = shared.sums[0][g][i % D], all = state_[0].sum;
@@ -175,9 +175,9 @@ class DepthWorker {
   }
 
  private:
-  __device__ __forceinline__ int key_of(int s) const { return first_key_ + s * kStride; }
+  VOX_DEVICE int key_of(int s) const { return first_key_ + s * kStride; }
 
-  __device__ __forceinline__ void rotate(uint4 raw, uint4 raw_partner, float (&out)[N]) const {
+  VOX_DEVICE void rotate(uint4 raw, uint4 raw_partner, float (&out)[N]) const {
     float own[N], other[N];
     unpack<T>(raw, own);
     unpack<T>(raw_partner, other);
@@ -204,8 +204,8 @@ class DepthWorker {
 // Part `part` of row b. wait() returns true once qkv is complete, or false to give up: then so does
 // this. `shared` may be reused for another part right after.
 template <typename T, int L, typename Wait>
-__device__ __forceinline__ bool attend_depth(const DepthAttentionParams& p, int part, int64_t b,
-                                             DepthShared<T, L>& shared, const Wait& wait) {
+VOX_DEVICE bool attend_depth(const DepthAttentionParams& p, int part, int64_t b,
+                             DepthShared<T, L>& shared, const Wait& wait) {
   DepthWorker<T, L> worker(p, part, b);
   worker.load_older();
   if (!wait()) return false;

@@ -7,18 +7,16 @@
 
 namespace voxkern::attention {
 
-constexpr int kMaxHeadDim = 256;  // of the kernels that go element by element
-
-__device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff800000u); }
+VOX_DEVICE float minus_infinity() { return __uint_as_float(0xff800000u); }
 
 struct SoftmaxState {
   float largest, sum;  // of the scores, of their weights
 
-  static __device__ __forceinline__ SoftmaxState empty() { return {minus_infinity(), 0}; }
+  static VOX_DEVICE SoftmaxState empty() { return {minus_infinity(), 0}; }
 
   // Raises the largest score to `score`. Returns the factor for all sums so far, `sum` included,
   // which is left to the caller.
-  __device__ __forceinline__ float raise(float score) {
+  VOX_DEVICE float raise(float score) {
     const float factor = expf(largest - score);
     largest = score;
     return factor;
@@ -27,8 +25,7 @@ struct SoftmaxState {
 
 // The state of `count` scores that a warp holds: lane i those with the numbers i, i + 32, ...
 template <int kScoresPerLane>
-__device__ __forceinline__ SoftmaxState warp_softmax(const float (&scores)[kScoresPerLane],
-                                                     int count) {
+VOX_DEVICE SoftmaxState warp_softmax(const float (&scores)[kScoresPerLane], int count) {
   const int lane = threadIdx.x % kWarp;
   SoftmaxState state = SoftmaxState::empty();
 #pragma unroll
@@ -45,8 +42,7 @@ __device__ __forceinline__ SoftmaxState warp_softmax(const float (&scores)[kScor
 // Merges kParts parts of a softmax in their order: state(i) is the state of part i, value(i) its
 // sum of weighted values. `total` becomes the sum of all.
 template <int kParts, typename State, typename Value>
-__device__ __forceinline__ SoftmaxState merge_parts(const State& state, const Value& value,
-                                                    float& total) {
+VOX_DEVICE SoftmaxState merge_parts(const State& state, const Value& value, float& total) {
   SoftmaxState merged = SoftmaxState::empty();
   total = 0;
   for (int i = 0; i < kParts; ++i) merged.largest = fmaxf(merged.largest, state(i).largest);

@@ -17,6 +17,7 @@
 // much, so it is kept simple: K and V are read through the caches, once a warp.
 #pragma once
 
+#include "cuda/attention/head_fragment.cuh"
 #include "cuda/attention/online_softmax.cuh"
 #include "params/prefill_attention.h"
 
@@ -31,8 +32,7 @@ struct PrefillTile {
   int64_t b, first_row, rows;  // rows of the sequence, for a key/value head
 };
 
-__device__ __forceinline__ bool find_tile(const PrefillAttentionParams& p, int tile_rows,
-                                          PrefillTile& tile) {
+VOX_DEVICE bool find_tile(const PrefillAttentionParams& p, int tile_rows, PrefillTile& tile) {
   int64_t left = blockIdx.x;
   for (int64_t b = 0; b < p.B; ++b) {
     const int64_t rows = (p.cu_seqlens[b + 1] - p.cu_seqlens[b]) * (p.Hq / p.Hkv);
@@ -51,8 +51,8 @@ struct PrefillRow {
   int64_t token, head, position;
 };
 
-__device__ __forceinline__ PrefillRow find_row(const PrefillAttentionParams& p,
-                                               const PrefillTile& tile, int64_t row) {
+VOX_DEVICE PrefillRow find_row(const PrefillAttentionParams& p, const PrefillTile& tile,
+                               int64_t row) {
   const int64_t group = p.Hq / p.Hkv, at = (row < tile.rows ? row : tile.rows - 1) / group;
   const int64_t begin = p.cu_seqlens[tile.b], length = p.seq_lens[tile.b];
   const int64_t prefix = length - (p.cu_seqlens[tile.b + 1] - begin);
@@ -60,7 +60,7 @@ __device__ __forceinline__ PrefillRow find_row(const PrefillAttentionParams& p,
 }
 
 // Offset of a key of the sequence in the pages, in elements.
-__device__ __forceinline__ int64_t find_key(const PrefillAttentionParams& p, int64_t b, int key) {
+VOX_DEVICE int64_t find_key(const PrefillAttentionParams& p, int64_t b, int key) {
   const int S = static_cast<int>(p.S), page = p.page_table[b * p.M + key / S];
   return ((page * p.Hkv + blockIdx.y) * S + key % S) * p.D;
 }
@@ -73,8 +73,7 @@ class TensorWorker {
   using Scores = float[kKeyTiles][4];
 
  public:
-  __device__ __forceinline__ TensorWorker(const PrefillAttentionParams& p, const PrefillTile& tile,
-                                          int64_t first)
+  VOX_DEVICE TensorWorker(const PrefillAttentionParams& p, const PrefillTile& tile, int64_t first)
       : p_(p), tile_(tile), first_(first), length_(static_cast<int>(p.seq_lens[tile.b])) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) rows_[r] = find_row(p, tile, first + g_ + 8 * r);
@@ -87,7 +86,7 @@ class TensorWorker {
                                                    c * 32 + t_ * 8);
   }
 
-  __device__ __forceinline__ void run() {
+  VOX_DEVICE void run() {
     const int last = static_cast<int>(find_row(p_, tile_, first_ + kTensorRows - 1).position);
     for (int begin = 0; begin <= last; begin += kKeyBlock) {
       locate_keys(begin);
@@ -103,7 +102,7 @@ class TensorWorker {
 
  private:
   // A lane computes the places of keys `lane` (and `lane` + 32); negative past the end.
-  __device__ __forceinline__ void locate_keys(int begin) {
+  VOX_DEVICE void locate_keys(int begin) {
 #pragma unroll
     for (int i = 0; i < kKeyBlock / kWarp; ++i) {
       const int key = begin + lane_ + i * kWarp;
@@ -111,11 +110,11 @@ class TensorWorker {
     }
   }
   // The place of a key of the block; `key / kWarp` is a constant.
-  __device__ __forceinline__ int64_t place_of(int key) const {
+  VOX_DEVICE int64_t place_of(int key) const {
     return __shfl_sync(kWholeWarp, places_[key / kWarp], key % kWarp);
   }
 
-  __device__ __forceinline__ void score_keys(Scores& scores) const {
+  VOX_DEVICE void score_keys(Scores& scores) const {
 #pragma unroll
     for (int j = 0; j < kKeyTiles; ++j) {
       const int64_t place = place_of(j * 8 + g_);
@@ -132,7 +131,7 @@ class TensorWorker {
   }
 
   // Row r's part of `scores`, in place; rescales what the row has summed so far.
-  __device__ __forceinline__ void scores_to_weights(int r, int begin, Scores& scores) {
+  VOX_DEVICE void scores_to_weights(int r, int begin, Scores& scores) {
     float largest = states_[r].largest;
 #pragma unroll
     for (int j = 0; j < kKeyTiles; ++j)
@@ -163,7 +162,7 @@ class TensorWorker {
   }
 
   // 16 keys at a time: the scores' layout is that of the left operand.
-  __device__ __forceinline__ void add_values(const Scores& scores) {
+  VOX_DEVICE void add_values(const Scores& scores) {
 #pragma unroll
     for (int j = 0; j < kKeyTiles; j += 2) {
       const uint32_t weights[4] = {bf16x2_bits(scores[j][0], scores[j][1]),
@@ -195,7 +194,7 @@ class TensorWorker {
     }
   }
 
-  __device__ __forceinline__ void store_rows() {
+  VOX_DEVICE void store_rows() {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float sum = states_[r].sum;

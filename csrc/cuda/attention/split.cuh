@@ -20,6 +20,7 @@
 // + 2 floats a split and head, written and read).
 #pragma once
 
+#include "cuda/attention/head_fragment.cuh"
 #include "cuda/attention/online_softmax.cuh"
 #include "cuda/runtime/elementwise.cuh"
 #include "params/append_kv.h"
@@ -41,57 +42,11 @@ struct Partials {
   unsigned* counters;  // finished blocks of each sequence and part of the heads; 0 at the start
 };
 
-// A lane's part of a row of D elements: N consecutive ones from column N lane on, in one chunk or
-// in kChunks that are L lanes apart.
-template <typename T, int N, int L>
-struct HeadFragment {
-  static constexpr int kChunks = N == 1 ? kMaxHeadDim / L : 1;
-  static constexpr int kSize = N * kChunks;
-  static __device__ __forceinline__ int column(int lane, int i) {
-    return (i / N * L + lane % L) * N + i % N;
-  }
-  using Raw = std::conditional_t<N == 1, T, uint4>;
-  Raw raw[kChunks];
-
-  // With kPartners, loads the columns that these are rotated with.
-  template <bool kPartners = false>
-  __device__ __forceinline__ void load(const T* row, int lane, int D) {
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      const int here = column(lane, c * N), half = D / 2;
-      const int at = !kPartners ? here : here < half ? here + half : here - half;
-      if constexpr (N == 1)
-        raw[c] = here < D ? load_element_uncached(row + at) : from_float<T>(0.0f);
-      else
-        raw[c] = load_uncached(row + at);
-    }
-  }
-  __device__ __forceinline__ void load_shared(const T* row, int lane, int D) {
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      const int at = column(lane, c * N);
-      if constexpr (N == 1)
-        raw[c] = at < D ? row[at] : from_float<T>(0.0f);
-      else
-        raw[c] = *reinterpret_cast<const uint4*>(row + at);
-    }
-  }
-  __device__ __forceinline__ void to_floats(float (&out)[kSize]) const {
-    if constexpr (N == 1) {
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) out[c] = to_float(raw[c]);
-    } else {
-      unpack<T>(raw[0], out);
-    }
-  }
-};
-
 // Merges the n splits of `heads` query heads of a sequence, from row `row` on. A warp takes
 // kLaneColumns times 32 columns of a head, with kTerms loads of each in flight.
 template <typename T>
-__device__ __forceinline__ void combine_splits(const DecodeAttentionParams& p,
-                                               const Partials& partials, int64_t row, int heads,
-                                               int n) {
+VOX_DEVICE void combine_splits(const DecodeAttentionParams& p, const Partials& partials,
+                               int64_t row, int heads, int n) {
   constexpr int kLaneColumns = 2, kTerms = 16;
   const int D = static_cast<int>(p.D), lane = threadIdx.x % kWarp;
   const int chunks = (D + kLaneColumns * kWarp - 1) / (kLaneColumns * kWarp);
@@ -143,8 +98,8 @@ class SplitWorker {
   static constexpr int kLoads = N == 1 ? 1 : kRowLoadsInFlight < L ? kRowLoadsInFlight : L;
 
  public:
-  __device__ __forceinline__ SplitWorker(const DecodeAttentionParams& p, const Partials& partials,
-                                         const AppendKvParams& append)
+  VOX_DEVICE SplitWorker(const DecodeAttentionParams& p, const Partials& partials,
+                         const AppendKvParams& append)
       : p_(p), partials_(partials), append_(append), D_(N == 1 ? static_cast<int>(p.D) : N * L) {
     const int group = static_cast<int>(p.Hq / p.Hkv);
     const int parts = (group + kSplitQueries - 1) / kSplitQueries;
@@ -156,7 +111,7 @@ class SplitWorker {
     split_ = static_cast<int>(blockIdx.x);
   }
 
-  __device__ __forceinline__ void run(float* sums) {
+  VOX_DEVICE void run(float* sums) {
     if constexpr (!kAppend) start();
     locate_keys();
     if constexpr (kAppend) {
@@ -184,25 +139,25 @@ class SplitWorker {
   }
 
  private:
-  static __device__ __forceinline__ void start() {
+  static VOX_DEVICE void start() {
     let_next_kernel_start();
     wait_for_previous_kernel();
   }
   // The new key and its value.
-  static __device__ __forceinline__ auto& new_kv() {
+  static VOX_DEVICE auto& new_kv() {
     VOX_SHARED(T[2][kMaxHeadDim], rows);
     return rows;
   }
-  __device__ __forceinline__ int splits() const { return (length_ + kSplitKeys - 1) / kSplitKeys; }
-  __device__ __forceinline__ bool is_new(int key) const { return kAppend && new_keys_ >> key & 1; }
+  VOX_DEVICE int splits() const { return (length_ + kSplitKeys - 1) / kSplitKeys; }
+  VOX_DEVICE bool is_new(int key) const { return kAppend && new_keys_ >> key & 1; }
   // Past the last query head, the last one, whose results are ignored.
-  __device__ __forceinline__ const T* query_row(int g) const {
+  VOX_DEVICE const T* query_row(int g) const {
     const int64_t query = head_ + (g < queries_ ? g : queries_ - 1);
     return static_cast<const T*>(p_.q) + b_ * p_.q_stride + query * D_;
   }
 
   // Lane i computes where key i of the warp is.
-  __device__ __forceinline__ void locate_keys() {
+  VOX_DEVICE void locate_keys() {
     const int S = static_cast<int>(p_.S);
     const int64_t room = p_.M * p_.S;
     const int keys = __ldcg(p_.seq_lens + b_), begin = split_ * kSplitKeys + warp_ * kWarp;
@@ -226,7 +181,7 @@ class SplitWorker {
   }
 
   // Loads the rows of kLoads consecutive steps.
-  __device__ __forceinline__ void load_rows(const void* pages, int first_step) {
+  VOX_DEVICE void load_rows(const void* pages, int first_step) {
 #pragma unroll
     for (int u = 0; u < kLoads; ++u) {
       const int64_t place =
@@ -235,7 +190,7 @@ class SplitWorker {
     }
   }
 
-  __device__ __forceinline__ void load_rotation() {
+  VOX_DEVICE void load_rotation() {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
       const int column = Fragment::column(lane_, i), at = column % (D_ / 2);
@@ -244,7 +199,7 @@ class SplitWorker {
     }
   }
 
-  __device__ __forceinline__ void load_queries() {
+  VOX_DEVICE void load_queries() {
 #pragma unroll
     for (int g = 0; g < kSplitQueries; ++g) {
       const T* const row = query_row(g);
@@ -259,7 +214,7 @@ class SplitWorker {
 
   // Rotates the queries and the new key; the first split writes the new key and value. All loads
   // are issued before one is used.
-  __device__ __forceinline__ void append_and_rotate() {
+  VOX_DEVICE void append_and_rotate() {
     const int half = D_ / 2, i = static_cast<int>(threadIdx.x) < half ? threadIdx.x : half - 1;
     const T* const k = static_cast<const T*>(append_.k) + b_ * append_.k_stride + h_ * D_ + i;
     const T* const v = static_cast<const T*>(append_.v) + b_ * append_.v_stride + h_ * D_ + i;
@@ -288,8 +243,8 @@ class SplitWorker {
         static_cast<T*>(append_.v_pages)[new_place_ + column] = new_value[column];
       }
   }
-  __device__ __forceinline__ void rotate_query(const Fragment& own, const Fragment& partners,
-                                               float (&q)[kSize]) const {
+  VOX_DEVICE void rotate_query(const Fragment& own, const Fragment& partners,
+                               float (&q)[kSize]) const {
     float mine[kSize], other[kSize];
     own.to_floats(mine);
     partners.to_floats(other);
@@ -301,7 +256,7 @@ class SplitWorker {
              p_.scale;
   }
 
-  __device__ __forceinline__ void score_keys(float (&scores)[kWarp][kSplitQueries]) {
+  VOX_DEVICE void score_keys(float (&scores)[kWarp][kSplitQueries]) {
     for (int step = 0; step < L; step += kLoads) {
       if (step * kKeysPerLoad >= count_) break;
       if (!kAppend || step > 0) load_rows(p_.k_pages, step);
@@ -327,8 +282,8 @@ class SplitWorker {
   }
 
   // In place: lane i takes key i.
-  __device__ __forceinline__ void scores_to_weights(float (&weights)[kWarp][kSplitQueries],
-                                                    SoftmaxState (&states)[kSplitQueries]) const {
+  VOX_DEVICE void scores_to_weights(float (&weights)[kWarp][kSplitQueries],
+                                    SoftmaxState (&states)[kSplitQueries]) const {
 #pragma unroll
     for (int g = 0; g < kSplitQueries; ++g) {
       const float score[1] = {lane_ < count_ ? weights[lane_][g] : minus_infinity()};
@@ -339,8 +294,7 @@ class SplitWorker {
   }
 
   // The warp's weighted values, to [kSplitQueries, D] `sums`.
-  __device__ __forceinline__ void sum_values(const float (&weights)[kWarp][kSplitQueries],
-                                             float* sums) {
+  VOX_DEVICE void sum_values(const float (&weights)[kWarp][kSplitQueries], float* sums) {
     float acc[kSplitQueries][kSize] = {};
     for (int step = 0; step < L; step += kLoads) {
       if (step * kKeysPerLoad >= count_) break;
@@ -373,8 +327,8 @@ class SplitWorker {
   }
 
   // To the split's partial result, or to the output if it is the only split.
-  __device__ __forceinline__ void merge_warps(
-      const SoftmaxState (&states)[kSplitWarps][kSplitQueries], const float* sums) const {
+  VOX_DEVICE void merge_warps(const SoftmaxState (&states)[kSplitWarps][kSplitQueries],
+                              const float* sums) const {
     for (int item = threadIdx.x; item < queries_ * D_; item += kSplitKeys) {
       const int g = item / D_, column = item % D_;
       float total;
@@ -395,7 +349,7 @@ class SplitWorker {
     }
   }
 
-  __device__ __forceinline__ void combine_if_last() const {
+  VOX_DEVICE void combine_if_last() const {
     if (splits() <= 1) return;
     VOX_SHARED(bool, is_last);
     __threadfence();

@@ -14,27 +14,23 @@
 // Float32, keys and values too.
 #pragma once
 
+#include "cuda/attention/head_fragment.cuh"
 #include "cuda/attention/online_softmax.cuh"
 #include "params/mimi_transformer.h"
 
 namespace voxkern::codec {
 namespace {
 
-using attention::kMaxHeadDim;
 using attention::SoftmaxState;
 
 constexpr int kAttentionThreads = 512;
 
-// A lane's part of a row of D elements: N consecutive ones of one chunk, or of kSize chunks that
-// are L lanes apart.
+// Loads, stores and the rotation of a float32 row.
 template <int N, int L>
-struct HeadFragment {
-  static constexpr int kSize = N == 1 ? kMaxHeadDim / L : N;
-  static __device__ __forceinline__ int column(int lane, int i) {
-    return (i / N * L + lane % L) * N + i % N;
-  }
-  static __device__ __forceinline__ void read(const float* row, int lane, int D,
-                                              float (&out)[kSize]) {
+struct HeadFragment : attention::HeadFragment<float, N, L> {
+  using Base = attention::HeadFragment<float, N, L>;
+  using Base::column, Base::kSize;
+  static VOX_DEVICE void read(const float* row, int lane, int D, float (&out)[kSize]) {
 #pragma unroll
     for (int i = 0; i < kSize; i += N) {
       float values[N] = {};
@@ -44,25 +40,19 @@ struct HeadFragment {
     }
   }
   // An old key or value; allowed before the wait.
-  static __device__ __forceinline__ void read_old(const float* row, int lane, int D,
-                                                  float (&out)[kSize]) {
-    if constexpr (N == 1) {
-#pragma unroll
-      for (int i = 0; i < kSize; ++i)
-        out[i] = column(lane, i) < D ? __ldcg(row + column(lane, i)) : 0.0f;
-    } else {
-      unpack<float>(load_uncached(row + column(lane, 0)), out);
-    }
+  static VOX_DEVICE void read_old(const float* row, int lane, int D, float (&out)[kSize]) {
+    Base raw;
+    raw.load(row, lane, D);
+    raw.to_floats(out);
   }
-  static __device__ __forceinline__ void write(float* row, int lane, int D,
-                                               const float (&values)[kSize]) {
+  static VOX_DEVICE void write(float* row, int lane, int D, const float (&values)[kSize]) {
 #pragma unroll
     for (int i = 0; i < kSize; ++i)
       if (column(lane, i) < D) row[column(lane, i)] = values[i];
   }
   // The rotated row; N elements are in the same half of it.
-  static __device__ __forceinline__ void rotate(const float* row, const float* rotation, int lane,
-                                                int D, float (&out)[kSize]) {
+  static VOX_DEVICE void rotate(const float* row, const float* rotation, int lane, int D,
+                                float (&out)[kSize]) {
     const int half = D / 2;
 #pragma unroll
     for (int i = 0; i < kSize; i += N) {
@@ -88,8 +78,8 @@ class AttentionWorker {
   static constexpr int kSize = Fragment::kSize, kGroups = kAttentionThreads / L;
 
  public:
-  __device__ __forceinline__ AttentionWorker(const MimiTransformerParams& p, int64_t layer,
-                                             const float* qkv, float* out)
+  VOX_DEVICE AttentionWorker(const MimiTransformerParams& p, int64_t layer, const float* qkv,
+                             float* out)
       : p_(p), out_(out), b_(blockIdx.x / p.Hkv), position_(__ldcg(p.positions + b_)) {
     const int64_t ring = ((b_ * p.L + layer) * p.Hkv + h_) * p.capacity * D_;
     keys_ = p.keys + ring;
@@ -98,7 +88,7 @@ class AttentionWorker {
     rotations_ = p.rotations + b_ * T_ * D_;
   }
 
-  __device__ __forceinline__ void run(float* sums) {
+  VOX_DEVICE void run(float* sums) {
     select(0);
     load_old(0);
     bool loaded = true;
@@ -127,7 +117,7 @@ class AttentionWorker {
 
  private:
   // The queries t_ .. t_ + queries_ - 1. Their keys are counted from the first that t_ sees on.
-  __device__ __forceinline__ void select(int t) {
+  VOX_DEVICE void select(int t) {
     t_ = t;
     queries_ = T_ - t < kQueries ? T_ - t : kQueries;
     first_seen_ = position_ + t - static_cast<int>(p_.window) + 1;
@@ -141,12 +131,10 @@ class AttentionWorker {
       for (int j = 0; j < kSize; ++j) acc_[i][j] = 0;
   }
   // Key i of this group's in a key block.
-  __device__ __forceinline__ int key_of(int block, int i) const {
-    return first_key_ + (block + i) * kGroups;
-  }
+  VOX_DEVICE int key_of(int block, int i) const { return first_key_ + (block + i) * kGroups; }
 
   // The key block's keys that are in the ring.
-  __device__ __forceinline__ void load_old(int block) {
+  VOX_DEVICE void load_old(int block) {
     const int capacity = static_cast<int>(p_.capacity);
     const int slot = static_cast<int>(first_seen_ % capacity);
 #pragma unroll
@@ -161,7 +149,7 @@ class AttentionWorker {
   }
 
   // The key block's keys that are in qkv, into the ring too if no earlier query has done that.
-  __device__ __forceinline__ void load_new(int block, int g) {
+  VOX_DEVICE void load_new(int block, int g) {
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) {
       const int key = key_of(block, i), row = key - old_;
@@ -176,11 +164,9 @@ class AttentionWorker {
     }
   }
 
-  __device__ __forceinline__ int head(int g) const {
-    return h_ * static_cast<int>(p_.Hq / p_.Hkv) + g;
-  }
+  VOX_DEVICE int head(int g) const { return h_ * static_cast<int>(p_.Hq / p_.Hkv) + g; }
 
-  __device__ __forceinline__ void load_queries(int g) {
+  VOX_DEVICE void load_queries(int g) {
 #pragma unroll
     for (int i = 0; i < kQueries; ++i) {
       const int row = i < queries_ ? t_ + i : t_;
@@ -191,8 +177,8 @@ class AttentionWorker {
     }
   }
 
-  __device__ __forceinline__ void score_keys(int block, float (&scores)[kQueries][kKeys],
-                                             unsigned (&seen)[kQueries]) const {
+  VOX_DEVICE void score_keys(int block, float (&scores)[kQueries][kKeys],
+                             unsigned (&seen)[kQueries]) const {
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) {
       const int key = key_of(block, i);
@@ -213,7 +199,7 @@ class AttentionWorker {
     }
   }
 
-  __device__ __forceinline__ void add_values(int j, const float (&scores)[kKeys], unsigned seen) {
+  VOX_DEVICE void add_values(int j, const float (&scores)[kKeys], unsigned seen) {
     SoftmaxState& state = state_[j];
     float largest = state.largest;
 #pragma unroll
@@ -234,7 +220,7 @@ class AttentionWorker {
   }
 
   // By way of [kGroups, kQueries, D] `sums` to the output. Two barriers.
-  __device__ __forceinline__ void merge_groups(int g, float* sums) {
+  VOX_DEVICE void merge_groups(int g, float* sums) {
     VOX_SHARED(SoftmaxState[kGroups][kQueries], states);
 #pragma unroll
     for (int i = 0; i < kQueries; ++i) {

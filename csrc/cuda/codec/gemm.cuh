@@ -26,7 +26,7 @@
 namespace voxkern::codec {
 namespace {
 
-__device__ __forceinline__ float activate(float x, Activation activation) {
+VOX_DEVICE float activate(float x, Activation activation) {
   switch (activation) {
     case Activation::gelu: return 0.5f * x * (1.0f + erff(x * 0.70710678f));
     case Activation::gelu_tanh:
@@ -48,7 +48,7 @@ class GemmWorker {
   static constexpr bool kAligned = Tile::kAligned;
 
  public:
-  __device__ __forceinline__ GemmWorker(const GemmParams& p, const Prologue& prologue)
+  VOX_DEVICE GemmWorker(const GemmParams& p, const Prologue& prologue)
       : p_(p), prologue_(prologue), m_(first_m(tile_in_block_)), n_(first_n(tile_in_block_)) {
     const int chunks = (p.K + kChunk - 1) / kChunk, each = (chunks + p.splits - 1) / p.splits;
     begin_ = split_ * each;
@@ -56,7 +56,7 @@ class GemmWorker {
     end_ = n_ < p.N ? last : begin_;  // may be less than begin_
   }
 
-  __device__ __forceinline__ void run(float* partials, float (&stats)[kMaxSplits][kM][2]) {
+  VOX_DEVICE void run(float* partials, float (&stats)[kMaxSplits][kM][2]) {
 #pragma unroll
     for (int f = 0; f < kChunksInFlight; ++f) load_weight(begin_ + f, f);
     wait_for_previous_kernel();  // no kernel writes weights: they may be loaded before
@@ -84,25 +84,25 @@ class GemmWorker {
     float bias, add;
   };
 
-  __device__ __forceinline__ int first_m(int tile) const {
+  VOX_DEVICE int first_m(int tile) const {
     return static_cast<int>((blockIdx.x * p_.tiles + tile) % p_.tiles_m) * kM;
   }
-  __device__ __forceinline__ int first_n(int tile) const {
+  VOX_DEVICE int first_n(int tile) const {
     return static_cast<int>((blockIdx.x * p_.tiles + tile) / p_.tiles_m) * kN;
   }
 
-  __device__ __forceinline__ void load_weight(int chunk, int f) {
+  VOX_DEVICE void load_weight(int chunk, int f) {
     const int k = chunk < end_ ? chunk * kChunk + Tile::column(lane_) : p_.K;
     columns_[f] = prologue_.template columns<kColumns, kAligned>(k);
     Tile::read_weight(p_, n_, k, lane_, weights_[f]);
   }
-  __device__ __forceinline__ void load_x(int f) {
+  VOX_DEVICE void load_x(int f) {
 #pragma unroll
     for (int i = 0; i < Tile::kRows; ++i)
       prologue_.template read<kColumns, kAligned>(rows_[i], columns_[f], x_[f][i]);
   }
 
-  __device__ __forceinline__ void multiply_range() {
+  VOX_DEVICE void multiply_range() {
     for (int first = begin_; first < end_; first += kChunksInFlight)
 #pragma unroll
       for (int f = 0; f < kChunksInFlight; ++f) {
@@ -116,7 +116,7 @@ class GemmWorker {
       }
   }
 
-  __device__ __forceinline__ Output output(int i) const {
+  VOX_DEVICE Output output(int i) const {
     Output found = {-1, 0, 0};
     const int tile = i / (kM * kN), m = first_m(tile) + i / kN % kM, n = first_n(tile) + i % kN;
     if (i >= p_.tiles * kM * kN || m >= p_.M || n >= p_.N) return found;
@@ -127,7 +127,7 @@ class GemmWorker {
   }
 
   // Adds the splits' sums in their order.
-  __device__ __forceinline__ void store_results(const float* partials, Output next) const {
+  VOX_DEVICE void store_results(const float* partials, Output next) const {
     for (int i = threadIdx.x; i < p_.tiles * kM * kN; i += blockDim.x) {
       const Output now = next;
       next = output(i + blockDim.x);

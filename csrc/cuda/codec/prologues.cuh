@@ -34,8 +34,7 @@ struct Rows {
 
   // Computes mean and factor of rows m .. m + kM - 1 with the warps of a tile, 8 lanes a row.
   template <int kM, bool kAligned>
-  __device__ __forceinline__ void prepare(int m, int M, int split, int splits,
-                                          float (&stats)[kM][2]) const {
+  VOX_DEVICE void prepare(int m, int M, int split, int splits, float (&stats)[kM][2]) const {
     if constexpr (kNormed) {
       constexpr int kStatsLanes = 8, kRowsPerWarp = kWarp / kStatsLanes, V = 4;
       const int lane = threadIdx.x % kWarp;
@@ -70,14 +69,14 @@ struct Rows {
     }
   }
 
-  __device__ __forceinline__ Row row(int m, const float* stats) const {
+  VOX_DEVICE Row row(int m, const float* stats) const {
     Row found = {x + static_cast<int64_t>(m) * K, 0, 0};
     if constexpr (kNormed) found.mean = stats[0], found.factor = stats[1];
     return found;
   }
 
   template <int V, bool kAligned>
-  __device__ __forceinline__ Columns<V> columns(int k) const {
+  VOX_DEVICE Columns<V> columns(int k) const {
     Columns<V> found = {};
     found.k = k;
     if constexpr (kNormed) {
@@ -88,14 +87,12 @@ struct Rows {
   }
 
   template <int V, bool kAligned>
-  __device__ __forceinline__ void read(const Row& row, const Columns<V>& columns,
-                                       float (&out)[V]) const {
+  VOX_DEVICE void read(const Row& row, const Columns<V>& columns, float (&out)[V]) const {
     read_columns<V, kAligned>(row.row, columns.k, K, out);
   }
 
   template <int V>
-  __device__ __forceinline__ void finish(const Row& row, const Columns<V>& columns,
-                                         float (&values)[V]) const {
+  VOX_DEVICE void finish(const Row& row, const Columns<V>& columns, float (&values)[V]) const {
     if constexpr (kNormed)
 #pragma unroll
       for (int i = 0; i < V; ++i)
@@ -132,9 +129,9 @@ struct Windows {
   }
 
   template <int kM, bool kAligned>
-  __device__ __forceinline__ void prepare(int, int, int, int, float (&)[kM][2]) const {}
+  VOX_DEVICE void prepare(int, int, int, int, float (&)[kM][2]) const {}
 
-  __device__ __forceinline__ Row row(int m, const float*) const {
+  VOX_DEVICE Row row(int m, const float*) const {
     const int64_t b = m / T;
     const int t = m % T;
     Row found;
@@ -146,21 +143,20 @@ struct Windows {
   }
 
   template <int V, bool kAligned>
-  __device__ __forceinline__ Columns<V> columns(int k) const {
+  VOX_DEVICE Columns<V> columns(int k) const {
     if constexpr (!kAligned) return {0, k};
     const int tap = k / C;  // may be past the last
     return {tap * dilation, k - tap * C};
   }
 
-  __device__ __forceinline__ const float* place(const Row& row, int blocks, int column) const {
+  VOX_DEVICE const float* place(const Row& row, int blocks, int column) const {
     if (blocks >= row.past_blocks) return x + row.in_x + static_cast<int64_t>(blocks) * C + column;
     if (row.repeats) return x + row.in_past + column % width;
     return past + row.in_past + static_cast<int64_t>(blocks) * C + column;
   }
 
   template <int V, bool kAligned>
-  __device__ __forceinline__ void read(const Row& row, const Columns<V>& columns,
-                                       float (&out)[V]) const {
+  VOX_DEVICE void read(const Row& row, const Columns<V>& columns, float (&out)[V]) const {
     if constexpr (kAligned) {
       const bool inside = columns.blocks <= context;  // lanes of the last taps may have no columns
       const float* const from = inside ? place(row, columns.blocks, columns.column) : nullptr;
@@ -175,7 +171,7 @@ struct Windows {
   }
 
   template <int V>
-  __device__ __forceinline__ void finish(const Row&, const Columns<V>&, float (&values)[V]) const {
+  VOX_DEVICE void finish(const Row&, const Columns<V>&, float (&values)[V]) const {
     if (!elu) return;
 #pragma unroll
     for (int i = 0; i < V; ++i) values[i] = values[i] > 0.0f ? values[i] : expf(values[i]) - 1.0f;

@@ -9,7 +9,7 @@ namespace {
 
 // Within 1e-7 of torch's. The angle is reduced to -pi / 4 .. pi / 4 in float64, then evaluated with
 // the polynomials of Cephes (https://www.netlib.org/cephes). sinf() would need a stack.
-__device__ __forceinline__ void sine_and_cosine(float angle, float& sine, float& cosine) {
+VOX_DEVICE void sine_and_cosine(float angle, float& sine, float& cosine) {
   const double quarters = rint(static_cast<double>(angle) * 0.63661977236758134308);
   const float r =
       static_cast<float>(fma(quarters, -1.57079632679489661923, static_cast<double>(angle)));

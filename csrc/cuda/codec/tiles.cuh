@@ -29,7 +29,7 @@ struct GemmParams {
 };
 
 template <typename W, bool kBlocked>
-__device__ __forceinline__ W weight_at(const GemmParams& p, int n, int k) {
+VOX_DEVICE W weight_at(const GemmParams& p, int n, int k) {
   if (n >= p.N || k >= p.K) return from_float<W>(0.0f);
   constexpr int kPair = sizeof(W) == 2 ? 2 : 1;
   int64_t at = static_cast<int64_t>(n) * p.K + k;
@@ -44,7 +44,7 @@ __device__ __forceinline__ W weight_at(const GemmParams& p, int n, int k) {
 
 // V columns of a row from k on, zeros past its end.
 template <int V, bool kAligned>
-__device__ __forceinline__ void read_columns(const float* row, int k, int K, float (&out)[V]) {
+VOX_DEVICE void read_columns(const float* row, int k, int K, float (&out)[V]) {
 #pragma unroll
   for (int i = 0; i < V; i += 4) {
     if constexpr (kAligned) {
@@ -70,11 +70,10 @@ struct Bf16Tile {
   };
   float sums[kA][kB][4] = {};
 
-  static __device__ __forceinline__ int column(int lane) { return lane % 4 * kColumns; }
-  static __device__ __forceinline__ int row(int lane, int i) { return 8 * i + lane / 4; }
+  static VOX_DEVICE int column(int lane) { return lane % 4 * kColumns; }
+  static VOX_DEVICE int row(int lane, int i) { return 8 * i + lane / 4; }
 
-  static __device__ __forceinline__ void read_weight(const GemmParams& p, int n, int k, int lane,
-                                                     Raw& raw) {
+  static VOX_DEVICE void read_weight(const GemmParams& p, int n, int k, int lane, Raw& raw) {
 #pragma unroll
     for (int a = 0; a < kA; ++a) {
       const int first = n + kWeightBlockRows * a + lane / 4 * 2;
@@ -111,7 +110,7 @@ struct Bf16Tile {
     }
   }
 
-  __device__ __forceinline__ void multiply(const Raw& raw, const float (&x)[kB][8]) {
+  VOX_DEVICE void multiply(const Raw& raw, const float (&x)[kB][8]) {
 #pragma unroll
     for (int b = 0; b < kB; ++b) {
       uint32_t words[4];
@@ -127,7 +126,7 @@ struct Bf16Tile {
   }
 
   // Stores the sums to [kM, pitch].
-  __device__ __forceinline__ void put(float* to, int pitch, int lane) {
+  VOX_DEVICE void put(float* to, int pitch, int lane) {
 #pragma unroll
     for (int a = 0; a < kA; ++a)
 #pragma unroll
@@ -151,11 +150,10 @@ struct F32Tile {
   };
   float sums[kM][4] = {};
 
-  static __device__ __forceinline__ int column(int lane) { return lane / 4 * kColumns; }
-  static __device__ __forceinline__ int row(int, int i) { return i; }
+  static VOX_DEVICE int column(int lane) { return lane / 4 * kColumns; }
+  static VOX_DEVICE int row(int, int i) { return i; }
 
-  static __device__ __forceinline__ void read_weight(const GemmParams& p, int n, int k, int lane,
-                                                     Raw& raw) {
+  static VOX_DEVICE void read_weight(const GemmParams& p, int n, int k, int lane, Raw& raw) {
     const int first = n + lane % 4 * 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -176,7 +174,7 @@ struct F32Tile {
     }
   }
 
-  __device__ __forceinline__ void multiply(const Raw& raw, const float (&x)[kM][4]) {
+  VOX_DEVICE void multiply(const Raw& raw, const float (&x)[kM][4]) {
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
@@ -186,7 +184,7 @@ struct F32Tile {
           sums[m][r] = fmaf(x[m][i], kBlocked_ ? raw.values[i][r] : raw.values[r][i], sums[m][r]);
   }
 
-  __device__ __forceinline__ void put(float* to, int pitch, int lane) {
+  VOX_DEVICE void put(float* to, int pitch, int lane) {
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll

@@ -10,23 +10,21 @@ struct bf16 {
   uint16_t bits;
 };
 
-__device__ __forceinline__ float to_float(float a) { return a; }
-__device__ __forceinline__ float to_float(bf16 a) {
-  return __uint_as_float(static_cast<uint32_t>(a.bits) << 16);
-}
+VOX_DEVICE float to_float(float a) { return a; }
+VOX_DEVICE float to_float(bf16 a) { return __uint_as_float(static_cast<uint32_t>(a.bits) << 16); }
 template <typename T>
-__device__ __forceinline__ T from_float(float a);
+VOX_DEVICE T from_float(float a);
 template <>
-__device__ __forceinline__ float from_float<float>(float a) {
+VOX_DEVICE float from_float<float>(float a) {
   return a;
 }
 template <>
-__device__ __forceinline__ bf16 from_float<bf16>(float a) {
+VOX_DEVICE bf16 from_float<bf16>(float a) {
   return {static_cast<uint16_t>(bf16_bits(a))};
 }
 // The value after a store and a load.
 template <typename T>
-__device__ __forceinline__ float rounded(float a) {
+VOX_DEVICE float rounded(float a) {
   return to_float(from_float<T>(a));
 }
 
@@ -35,7 +33,7 @@ template <typename T>
 constexpr int kVector = 16 / static_cast<int>(sizeof(T));
 
 template <typename T>
-__device__ __forceinline__ void unpack(uint4 a, float (&out)[kVector<T>]) {
+VOX_DEVICE void unpack(uint4 a, float (&out)[kVector<T>]) {
   const uint32_t words[4] = {a.x, a.y, a.z, a.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -48,7 +46,7 @@ __device__ __forceinline__ void unpack(uint4 a, float (&out)[kVector<T>]) {
   }
 }
 template <typename T>
-__device__ __forceinline__ uint4 pack(const float (&a)[kVector<T>]) {
+VOX_DEVICE uint4 pack(const float (&a)[kVector<T>]) {
   uint32_t words[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -62,7 +60,7 @@ __device__ __forceinline__ uint4 pack(const float (&a)[kVector<T>]) {
 
 // N consecutive elements in one access: a vector (16-byte aligned) or a single element.
 template <int N, typename T>
-__device__ __forceinline__ void load(const T* p, float (&out)[N]) {
+VOX_DEVICE void load(const T* p, float (&out)[N]) {
   static_assert(N == 1 || N == kVector<T>);
   if constexpr (N == 1)
     out[0] = to_float(*p);
@@ -70,7 +68,7 @@ __device__ __forceinline__ void load(const T* p, float (&out)[N]) {
     unpack<T>(*reinterpret_cast<const uint4*>(p), out);
 }
 template <int N, typename T>
-__device__ __forceinline__ void store(T* p, const float (&a)[N]) {
+VOX_DEVICE void store(T* p, const float (&a)[N]) {
   static_assert(N == 1 || N == kVector<T>);
   if constexpr (N == 1)
     *p = from_float<T>(a[0]);
@@ -81,10 +79,10 @@ __device__ __forceinline__ void store(T* p, const float (&a)[N]) {
 // Loads that bypass L1, for data the previous kernel may have written; load_uncached(p) of ptx.cuh
 // is the 16-byte version. load_element_uncached() returns the raw element: converting it here would
 // make the thread wait for the load at once.
-__device__ __forceinline__ float load_element_uncached(const float* p) { return __ldcg(p); }
-__device__ __forceinline__ bf16 load_element_uncached(const bf16* p) { return {__ldcg(&p->bits)}; }
+VOX_DEVICE float load_element_uncached(const float* p) { return __ldcg(p); }
+VOX_DEVICE bf16 load_element_uncached(const bf16* p) { return {__ldcg(&p->bits)}; }
 template <int N, typename T>
-__device__ __forceinline__ void load_uncached(const T* p, float (&out)[N]) {
+VOX_DEVICE void load_uncached(const T* p, float (&out)[N]) {
   static_assert(N == 1 || N == kVector<T>);
   if constexpr (N == 1)
     out[0] = to_float(load_element_uncached(p));

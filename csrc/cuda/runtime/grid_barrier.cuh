@@ -23,10 +23,10 @@ namespace {
 class GridBarrier {
  public:
   // `arrived` is 0 before the launch.
-  __device__ __forceinline__ explicit GridBarrier(unsigned* arrived) : arrived_(arrived) {}
+  VOX_DEVICE explicit GridBarrier(unsigned* arrived) : arrived_(arrived) {}
 
   // Called by the whole block: waits until all phases so far have ended; false if a block gave up.
-  __device__ __forceinline__ bool wait() {
+  VOX_DEVICE bool wait() {
     VOX_SHARED(bool[2], continues);
     buffer_ ^= 1;
     if (threadIdx.x == blockDim.x - kWarp) {
@@ -49,13 +49,13 @@ class GridBarrier {
   }
 
   // Called by the whole block, after it has written its part of this phase.
-  __device__ __forceinline__ void arrive() const {
+  VOX_DEVICE void arrive() const {
     __syncthreads();
     if (threadIdx.x == blockDim.x - kWarp) add_release(arrived_, 1);
   }
 
   // Called by all blocks, participants or not: `blocks` of them took part in the phase that ends.
-  __device__ __forceinline__ void next_phase(unsigned blocks) { expected_ += blocks; }
+  VOX_DEVICE void next_phase(unsigned blocks) { expected_ += blocks; }
 
  private:
   static constexpr unsigned kGivenUp = 1u << 31;  // more blocks than can ever arrive

@@ -5,6 +5,8 @@
 // tensors into Params and registers the op; only that pass sees torch's headers.
 #pragma once
 
+#define VOX_DEVICE __device__ __forceinline__
+
 #ifndef VOX_SIMT
 #include <cuda_runtime.h>
 

@@ -7,7 +7,7 @@ namespace voxkern {
 
 // Reduces `value` over the warp; every lane gets the result.
 template <typename T, typename F>
-__device__ __forceinline__ T warp_reduce(T value, const F& combine) {
+VOX_DEVICE T warp_reduce(T value, const F& combine) {
 #pragma unroll
   for (int offset = kWarp / 2; offset; offset /= 2)
     value = combine(value, __shfl_xor_sync(kWholeWarp, value, offset));
@@ -16,13 +16,13 @@ __device__ __forceinline__ T warp_reduce(T value, const F& combine) {
 
 struct Add {
   template <typename T>
-  __device__ __forceinline__ T operator()(T a, T b) const {
+  VOX_DEVICE T operator()(T a, T b) const {
     return a + b;
   }
 };
 struct Max {
   template <typename T>
-  __device__ __forceinline__ T operator()(T a, T b) const {
+  VOX_DEVICE T operator()(T a, T b) const {
     return a > b ? a : b;
   }
 };
@@ -30,7 +30,7 @@ struct Max {
 // Reduces `value` over the block, with one barrier. `partials` may be reused only after another
 // barrier: consecutive calls alternate between two arrays.
 template <typename T, typename F>
-__device__ __forceinline__ T block_reduce(T value, T (&partials)[kMaxWarps], const F& combine) {
+VOX_DEVICE T block_reduce(T value, T (&partials)[kMaxWarps], const F& combine) {
   value = warp_reduce(value, combine);
   const int warps = (blockDim.x + kWarp - 1) / kWarp;
   if (warps == 1) return value;

@@ -48,11 +48,11 @@ struct alignas(16) Buckets {
 };
 
 // Maps a float to a signed integer of the same order, and back.
-__device__ __forceinline__ int32_t float_order(float a) {
+VOX_DEVICE int32_t float_order(float a) {
   const int32_t bits = __float_as_int(a);
   return bits ^ ((bits >> 31) & 0x7fffffff);
 }
-__device__ __forceinline__ float float_at(int32_t order) {
+VOX_DEVICE float float_at(int32_t order) {
   return __int_as_float(order ^ ((order >> 31) & 0x7fffffff));
 }
 
@@ -62,7 +62,7 @@ constexpr float kLargestFloat = 0x1.fffffep127f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // The lowest score z with e^(z - largest) >= min_p, in float64 on its logarithm.
-__device__ __forceinline__ float min_p_bound(float min_p, float largest) {
+VOX_DEVICE float min_p_bound(float min_p, float largest) {
   const double log_p = log(min_p < 1 ? static_cast<double>(min_p) : 1.0);
   int32_t order = float_order(static_cast<float>(largest + log_p));
 #pragma unroll 1
@@ -81,20 +81,23 @@ struct Scores {
   int32_t low;           // the lowest finite score, by float_order
   float largest, scale;  // of the buckets: per unit below the largest
 
-  // Calls f(first of kCodes codes) for all of this thread's.
+  // Calls f(first code, its kCodes scores) for all of this thread's.
   template <typename F>
-  __device__ __forceinline__ void each(const F& f) const {
+  VOX_DEVICE void each(const F& f) const {
 #pragma unroll 1
     for (int code = static_cast<int>(threadIdx.x) * kCodes; code < V;
-         code += static_cast<int>(blockDim.x) * kCodes)
-      f(code);
+         code += static_cast<int>(blockDim.x) * kCodes) {
+      float scores[kCodes];
+      load<kCodes>(z + code, scores);
+      f(code, scores);
+    }
   }
-  __device__ __forceinline__ int bucket(float a) const {
+  VOX_DEVICE int bucket(float a) const {
     return static_cast<int>(fminf((largest - a) * scale, kBuckets - 1));
   }
 };
 
-__device__ __forceinline__ void load_words(const uint32_t* p, uint32_t (&out)[kCodes]) {
+VOX_DEVICE void load_words(const uint32_t* p, uint32_t (&out)[kCodes]) {
   const uint4 a = *reinterpret_cast<const uint4*>(p);
   out[0] = a.x;
   out[1] = a.y;
@@ -103,17 +106,15 @@ __device__ __forceinline__ void load_words(const uint32_t* p, uint32_t (&out)[kC
 }
 
 // The lowest of the scores above which the weights sum to less than `limit`, by bisection.
-__device__ __forceinline__ float bisect(const Scores& scores, unsigned long long limit,
-                                        BisectionStep (&steps)[2][kMaxWarps]) {
+VOX_DEVICE float bisect(const Scores& scores, unsigned long long limit,
+                        BisectionStep (&steps)[2][kMaxWarps]) {
   const int warps = blockDim.x / kWarp;
   // Invariant: the answer is above `low`, and not above `high`, which occurs.
   int32_t pivot = scores.low - 1, low = kLowestOrder - 1, high = float_order(scores.largest);
   for (int step = 0; low + 1 < high; ++step) {
     BisectionStep mine = {0, kLowestOrder - 1, kHighestOrder};
-    scores.each([&](int code) {
-      float z[kCodes];
+    scores.each([&](int code, const float (&z)[kCodes]) {
       uint32_t weight[kCodes];
-      load<kCodes>(scores.z + code, z);
       load_words(scores.weight + code, weight);
 #pragma unroll
       for (int i = 0; i < kCodes; ++i) {
@@ -155,12 +156,9 @@ __device__ __forceinline__ float bisect(const Scores& scores, unsigned long long
 
 // Weighs the scores not below `bound`, 1 each or by their odds, and adds the weights to the
 // buckets. One barrier.
-__device__ __forceinline__ void fill_buckets(const Scores& scores, bool by_odds, float bound,
-                                             Buckets& buckets) {
-  scores.each([&](int code) {
-    float z[kCodes];
+VOX_DEVICE void fill_buckets(const Scores& scores, bool by_odds, float bound, Buckets& buckets) {
+  scores.each([&](int code, const float (&z)[kCodes]) {
     uint32_t weight[kCodes];
-    load<kCodes>(scores.z + code, z);
 #pragma unroll
     for (int i = 0; i < kCodes; ++i) weight[i] = 1;
     if (by_odds) {
@@ -189,8 +187,7 @@ struct Crossing {
 };
 
 // Every warp finds the crossing for itself. The limit is 0 if the filter keeps nothing.
-__device__ __forceinline__ Crossing find_crossing(const Buckets& buckets, bool by_odds,
-                                                  const SamplerRow& row) {
+VOX_DEVICE Crossing find_crossing(const Buckets& buckets, bool by_odds, const SamplerRow& row) {
   constexpr int kBucketsPerLane = kBuckets / kWarp;
   const int lane = threadIdx.x % kWarp;
   unsigned long long sums[kBucketsPerLane], mine = 0;
@@ -232,10 +229,8 @@ __device__ __forceinline__ Crossing find_crossing(const Buckets& buckets, bool b
 }
 
 // Lists up to 32 scores of a bucket. One barrier.
-__device__ __forceinline__ void list_bucket(const Scores& scores, int bucket, Buckets& buckets) {
-  scores.each([&](int code) {
-    float z[kCodes];
-    load<kCodes>(scores.z + code, z);
+VOX_DEVICE void list_bucket(const Scores& scores, int bucket, Buckets& buckets) {
+  scores.each([&](int code, const float (&z)[kCodes]) {
     unsigned here = 0;
 #pragma unroll
     for (int i = 0; i < kCodes; ++i)
@@ -254,9 +249,8 @@ __device__ __forceinline__ void list_bucket(const Scores& scores, int bucket, Bu
 
 // The lowest score that top-p (`by_odds`) or top-k keeps among those not below `bound`; the largest
 // score if it keeps none. `buckets` are zero. Two barriers.
-__device__ __forceinline__ float lowest_kept(const Scores& scores, bool by_odds, float bound,
-                                             const SamplerRow& row, Buckets& buckets,
-                                             BisectionStep (&steps)[2][kMaxWarps]) {
+VOX_DEVICE float lowest_kept(const Scores& scores, bool by_odds, float bound, const SamplerRow& row,
+                             Buckets& buckets, BisectionStep (&steps)[2][kMaxWarps]) {
   fill_buckets(scores, by_odds, bound, buckets);
   const Crossing crossing = find_crossing(buckets, by_odds, row);
   if (crossing.limit == 0) return scores.largest;

@@ -38,7 +38,7 @@ struct alignas(16) Shared {
   int32_t kept[kMaxKeptList];
 };
 
-__host__ __device__ __forceinline__ int padded(int V) { return (V + kCodes - 1) / kCodes * kCodes; }
+__host__ VOX_DEVICE int padded(int V) { return (V + kCodes - 1) / kCodes * kCodes; }
 
 // Dynamic shared memory of a block that calls sample_row().
 inline size_t shared_bytes(int64_t V) {
@@ -47,8 +47,8 @@ inline size_t shared_bytes(int64_t V) {
 
 // The exponential race between the codes whose scores are not below `bound`: the `listed` ones in
 // shared.kept or, if that is negative, all. Returns the winner in every thread. Two barriers.
-__device__ __forceinline__ int race(const Scores& scores, float bound, int listed,
-                                    const SamplerRow& row, Shared& shared) {
+VOX_DEVICE int race(const Scores& scores, float bound, int listed, const SamplerRow& row,
+                    Shared& shared) {
   PhiloxWords words = {};
   int block = -1;
   const auto random = [&](int code) {
@@ -114,7 +114,7 @@ __device__ __forceinline__ int race(const Scores& scores, float bound, int liste
 // Copies the logits to shared memory. All loads are issued before any is used; missing entries
 // become -inf, so the conversion needs no bounds check.
 template <typename T>
-__device__ __forceinline__ void load_logits(const T* logits, const Scores& scores) {
+VOX_DEVICE void load_logits(const T* logits, const Scores& scores) {
   const int mine = static_cast<int>(threadIdx.x) * kCodes, next = blockDim.x * kCodes;
   T raw[kMaxCodesPerThread];
 #pragma unroll
@@ -132,7 +132,7 @@ __device__ __forceinline__ void load_logits(const T* logits, const Scores& score
   }
 }
 
-__device__ __forceinline__ void clear(Shared& shared) {
+VOX_DEVICE void clear(Shared& shared) {
 #pragma unroll 1
   for (unsigned i = threadIdx.x; i < 2 * kBuckets / 4; i += blockDim.x)
     for (Buckets& buckets : shared.buckets)
@@ -144,8 +144,7 @@ __device__ __forceinline__ void clear(Shared& shared) {
 }
 
 // The repetition penalty, once for each code in the history. Two barriers.
-__device__ __forceinline__ void penalise(const Scores& scores, const SamplerRow& row,
-                                         Shared& shared) {
+VOX_DEVICE void penalise(const Scores& scores, const SamplerRow& row, Shared& shared) {
 #pragma unroll 1
   for (unsigned i = threadIdx.x; i < kMaxVocabulary / 32; i += blockDim.x) shared.penalised[i] = 0;
   __syncthreads();
@@ -162,12 +161,10 @@ __device__ __forceinline__ void penalise(const Scores& scores, const SamplerRow&
 }
 
 // The block's extremes. One barrier.
-__device__ __forceinline__ Extremes find_extremes(const Scores& scores, Shared& shared) {
+VOX_DEVICE Extremes find_extremes(const Scores& scores, Shared& shared) {
   float high = -kInfinity, low = kInfinity;
   int32_t first = static_cast<int>(threadIdx.x) * kCodes;
-  scores.each([&](int code) {
-    float z[kCodes];
-    load<kCodes>(scores.z + code, z);
+  scores.each([&](int code, const float (&z)[kCodes]) {
 #pragma unroll
     for (int i = 0; i < kCodes; ++i) {
       if (z[i] > high) {
@@ -192,10 +189,8 @@ __device__ __forceinline__ Extremes find_extremes(const Scores& scores, Shared& 
   return all;
 }
 
-__device__ __forceinline__ void divide_by(float temperature, const Scores& scores) {
-  scores.each([&](int code) {
-    float z[kCodes];
-    load<kCodes>(scores.z + code, z);
+VOX_DEVICE void divide_by(float temperature, const Scores& scores) {
+  scores.each([&](int code, float (&z)[kCodes]) {
 #pragma unroll
     for (int i = 0; i < kCodes; ++i) z[i] /= temperature;
     store<kCodes>(scores.z + code, z);
@@ -203,8 +198,7 @@ __device__ __forceinline__ void divide_by(float temperature, const Scores& score
 }
 
 // The lowest score that top-k, top-p and min-p keep; `lowest` is the row's lowest finite score.
-__device__ __forceinline__ float filter_bound(Scores& scores, float lowest, const SamplerRow& row,
-                                              Shared& shared) {
+VOX_DEVICE float filter_bound(Scores& scores, float lowest, const SamplerRow& row, Shared& shared) {
   float bound = -kLargestFloat;
   const bool filtered[2] = {row.top_k > 0 && row.top_k < scores.V, row.top_p < 1};
   if (filtered[0] || filtered[1]) {
@@ -226,10 +220,8 @@ __device__ __forceinline__ float filter_bound(Scores& scores, float lowest, cons
 
 // Lists the codes whose scores are not below `bound` in shared.kept. Returns their number, or -1 if
 // they do not fit. One barrier.
-__device__ __forceinline__ int list_kept(const Scores& scores, float bound, Shared& shared) {
-  scores.each([&](int code) {
-    float z[kCodes];
-    load<kCodes>(scores.z + code, z);
+VOX_DEVICE int list_kept(const Scores& scores, float bound, Shared& shared) {
+  scores.each([&](int code, const float (&z)[kCodes]) {
     unsigned kept = 0;
 #pragma unroll
     for (int i = 0; i < kCodes; ++i)
@@ -249,8 +241,7 @@ __device__ __forceinline__ int list_kept(const Scores& scores, float bound, Shar
 // with the same arguments. The caller issues a barrier before it reuses `shared`, whose content
 // need not be initialised. `logits` need no alignment.
 template <typename T>
-__device__ __forceinline__ int sample_row(const T* logits, int V, const SamplerRow& row,
-                                          Shared& shared) {
+VOX_DEVICE int sample_row(const T* logits, int V, const SamplerRow& row, Shared& shared) {
   Scores scores;
   scores.V = V;
   scores.z = reinterpret_cast<float*>(&shared + 1);
