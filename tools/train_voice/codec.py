@@ -11,7 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import MimiConfig, MimiModel
 
+import pulse_codes
+from pulse_codes import PULSE_DIM
+
 CODEBOOK_SIZE = 512
+CONTENT_DIM = 64  # codebook dimensions of every codebook but the pulse codes
+PULSE_BOOK = 1  # index of the codebook of pulse codes
 MEL_BINS = 80
 MEL_HOP_SAMPLES = 240
 MEL_FLOOR = 1e-3  # -60 dB: a lower floor makes the loss chase inaudible noise
@@ -30,8 +35,8 @@ def make_config(num_codebooks: int) -> MimiConfig:
         num_key_value_heads=4,
         head_dim=64,
         codebook_size=CODEBOOK_SIZE,
-        codebook_dim=64,
-        vector_quantization_hidden_dimension=64,
+        codebook_dim=CONTENT_DIM + PULSE_DIM,
+        vector_quantization_hidden_dimension=CONTENT_DIM + PULSE_DIM,
         num_quantizers=num_codebooks,
         upsample_groups=256,
         sliding_window=125,
@@ -78,22 +83,64 @@ def nearest(vectors: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     return ((codes * codes).sum(1) - 2 * vectors @ codes.T).argmin(1)
 
 
-def train_quantize(codec: MimiModel, latents, update: bool, kept=None):
+@torch.no_grad()
+def install_pulses(codec: MimiModel):
+    """Give the pulse codes their codebook, and the last PULSE_DIM channels to carry them.
+
+    The codebooks share no dimension with it, so quantizing in turn finds each on its own.
+    """
+    vectors, kernel = (torch.from_numpy(x) for x in pulse_codes.embeddings())
+    acoustic = rvqs(codec)[1]
+    book = acoustic.layers[PULSE_BOOK - 1].codebook
+    book.embed_sum.zero_()
+    book.embed_sum[:, CONTENT_DIM:] = vectors
+    book.cluster_usage.fill_(1.0)
+    book._embed = None
+    for rvq in rvqs(codec):
+        rvq.output_proj.weight[-PULSE_DIM:] = 0
+        rvq.output_proj.weight[:, CONTENT_DIM:] = 0
+    acoustic.output_proj.weight[-PULSE_DIM:, CONTENT_DIM:, 0] = torch.eye(PULSE_DIM)
+    codec.decoder.upsample.conv.weight[-PULSE_DIM:, 0] = kernel
+
+
+def has_pulses(book) -> bool:
+    return bool(book.embed_sum[:, CONTENT_DIM:].any())
+
+
+def pulse_vectors(codec: MimiModel, pulses):
+    """Pulse codes [B, N] -> [B, D, N]."""
+    book = rvqs(codec)[1].layers[PULSE_BOOK - 1].codebook
+    return codebook_vectors(book)[pulses].transpose(1, 2)
+
+
+def content(projected):
+    """[B, D, N] with the dimensions of the pulse codes set to zero."""
+    return F.pad(projected[:, :CONTENT_DIM], (0, 0, 0, projected.shape[1] - CONTENT_DIM))
+
+
+def train_quantize(codec: MimiModel, latents, update: bool, kept=None, pulses=None):
     """Split residual quantization with gradients.
 
-    latents [B, C, N] float32; kept [B]: how many codebooks each item's sum takes (None: all).
+    latents [B, C, N] float32; kept [B]: how many codebooks each item's sum takes (None: all);
+    pulses [B, N]: the pulse codes, which are not learnt (None: every codebook is).
     -> (quantized [B, C, N], its semantic part [B, C, N], commitment loss, codes [B, K, N])
     """
     batch, _, length = latents.shape
     sums, codes, commitment = [], [], 0.0
     for rvq in rvqs(codec):
         projected = rvq.input_proj(latents)
+        if pulses is not None:
+            projected = content(projected)
         flat = projected.transpose(1, 2).reshape(-1, projected.shape[1])
         residual, total = flat, torch.zeros_like(flat)
         scale = flat.detach().var() + 1e-4
         for layer in rvq.layers:
             book = layer.codebook
             vectors = codebook_vectors(book)
+            if pulses is not None and len(codes) == PULSE_BOOK:
+                total = total + vectors[pulses.reshape(-1)]
+                codes.append(pulses)
+                continue
             with torch.no_grad():
                 index = nearest(residual, vectors)
             chosen = vectors[index]
@@ -130,9 +177,11 @@ def update_codebook(book, vectors, index):
 def init_codebooks(codec: MimiModel, latents):
     """k-means on [B, C, N] latents, one codebook after the other."""
     for rvq in rvqs(codec):
-        projected = rvq.input_proj(latents)
+        projected = content(rvq.input_proj(latents))
         residual = projected.transpose(1, 2).reshape(-1, projected.shape[1])
         for layer in rvq.layers:
+            if has_pulses(layer.codebook):
+                continue
             size = layer.codebook.codebook_size
             vectors = residual[torch.randperm(len(residual), device=residual.device)[:size]].clone()
             for _ in range(8):
@@ -198,6 +247,7 @@ class Stage1(nn.Module):
     def __init__(self, config: MimiConfig, num_phones: int):
         super().__init__()
         self.codec = MimiModel(config)
+        install_pulses(self.codec)
         self.front = MelFront(config.hidden_size)
         self.head = MelHead(config.hidden_size)
         self.phones = nn.Linear(config.hidden_size, 4 * num_phones)

@@ -1,6 +1,6 @@
 """Step 4: encode the speech, and write the codec's checkpoint with K codebooks.
 
-    python encode_speech.py RUN --codebooks 6 [--device cpu]
+    python encode_speech.py RUN --codebooks 7 [--device cpu]
 
 Writes RUN/codec/, a transformers MimiModel whose convolution stacks are still untrained, and
 RUN/codes.npz with the codes of all utterances, int16 [frames, K], and `ends`, the end frame of each
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from codec import CODEBOOK_SIZE, Stage1, log_mel, make_config, reserve_stop_code
+from codec import CODEBOOK_SIZE, PULSE_BOOK, Stage1, log_mel, make_config, reserve_stop_code
 from common import Speech, autocast
 
 BATCH = 32
@@ -32,20 +32,25 @@ def load_stage1(run: Path, codebooks: int | None = None) -> Stage1:
 
 
 @torch.no_grad()
-def encode(model: Stage1, batch: list[np.ndarray], device: str) -> list[np.ndarray]:
-    """Whole utterances -> codes, int16 [frames, K] each."""
+def encode(
+    model: Stage1, batch: list[np.ndarray], pulses: list[np.ndarray], device: str
+) -> list[np.ndarray]:
+    """Whole utterances and their pulse codes -> codes, int16 [frames, K] each."""
     length = max(len(samples) for samples in batch)
     audio = torch.stack([torch.from_numpy(np.pad(s, (0, length - len(s)))) for s in batch])
     with autocast(device):
         latents = model.latents(log_mel(audio.to(device)))
     codes = model.codec.quantizer.encode(latents.float()).permute(1, 2, 0).cpu().numpy()
-    return [c[: len(s) // 1920].astype(np.int16) for c, s in zip(codes, batch, strict=True)]
+    codes = [c[: len(p)].astype(np.int16) for c, p in zip(codes, pulses, strict=True)]
+    for item, known in zip(codes, pulses, strict=True):
+        item[:, PULSE_BOOK] = known
+    return codes
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--codebooks", type=int, default=6)
+    parser.add_argument("--codebooks", type=int, default=7)
     parser.add_argument("--parts", type=int, help="use only this many parts of the speech")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
@@ -57,7 +62,12 @@ def main():
     codes = [None] * len(order)
     for start in range(0, len(order), BATCH):
         indices = order[start : start + BATCH]
-        encoded = encode(model, [speech.samples(i) for i in indices], args.device)
+        encoded = encode(
+            model,
+            [speech.samples(i) for i in indices],
+            [speech.pulses(i) for i in indices],
+            args.device,
+        )
         for index, item in zip(indices, encoded, strict=True):
             codes[index] = item
         if start // BATCH % 50 == 0:

@@ -61,13 +61,12 @@ def evaluate_codec(args, judge):
     for speaker in (0, 1):
         audios, references = [], []
         for seed, text in enumerate(texts):
-            samples, _ = teacher.say(text, speaker, 1.0, seed)
-            padded = np.pad(samples, (0, -len(samples) % 1920))
+            samples, _, pulses = teacher.say(text, speaker, 1.0, seed)
             if args.own_encoder:
                 with torch.no_grad():
-                    codes = codec.encode(torch.from_numpy(padded)[None, None]).audio_codes[0].T
+                    codes = codec.encode(torch.from_numpy(samples)[None, None]).audio_codes[0].T
             else:
-                codes = encode(stage1, [padded], "cpu")[0]
+                codes = encode(stage1, [samples], [pulses], "cpu")[0]
             audios.append(decode(codec, codes))
             references.append(samples)
         for what, sounds in (("teacher", references), ("codec", audios)):

@@ -3,8 +3,9 @@
     python make_data.py RUN --utterances 20000 [--workers 2]
 
 RUN/data/NNNN.i16 holds 500 utterances end to end (int16, 24 kHz); NNNN.jsonl has a line for each:
-text, speaker, start_sample, num_samples, phones [[phone, end_sample], ...]. Finished parts are
-skipped, so an interrupted run resumes and a larger --utterances extends an earlier one.
+text, speaker, start_sample, num_samples, phones [[phone, end_sample], ...], pulses
+(a pulse code per frame). Finished parts are skipped, so an interrupted run resumes and a larger
+--utterances extends an earlier one.
 Two idle CPU cores synthesise about 140 hours of speech per hour.
 """
 
@@ -38,7 +39,7 @@ def make_part(job):
             spoken = teacher.say(text, number % 2, speed, seed=number)
             if spoken is None:
                 continue
-            samples, phones = spoken
+            samples, phones, pulses = spoken
             audio.write((samples * 32767).astype("<i2").tobytes())
             rows.append(
                 dict(
@@ -47,6 +48,7 @@ def make_part(job):
                     start_sample=position,
                     num_samples=len(samples),
                     phones=phones,
+                    pulses=pulses.tolist(),
                 )
             )
             position += len(samples)

@@ -1,6 +1,6 @@
 """Step 2 (codec stage 1): learn the codes on log-mel spectrograms.
 
-    python train_codes.py RUN [--minutes 8] [--codebooks 8] [--device cpu]
+    python train_codes.py RUN [--minutes 8] [--codebooks 7] [--device cpu]
 
 Trains the parts of Mimi that run at 25 Hz or 12.5 Hz: encoder transformer, quantizer, decoder
 transformer. A mel front-end and a mel head replace the two convolution stacks, which makes this
@@ -19,10 +19,12 @@ import torch.nn.functional as F
 
 from codec import (
     Stage1,
+    content,
     decoder_states,
     init_codebooks,
     log_mel,
     make_config,
+    pulse_vectors,
     rvqs,
     train_quantize,
 )
@@ -48,26 +50,29 @@ class Windows:
         self.speech, self.phone_ids, self.rows = speech, phone_ids, rows
 
     def window(self):
-        """Consecutive utterances, cut at a random frame: float32 [S], labels int64 [S / 480]."""
-        audio, labels, length = [], [], 0
+        """Consecutive utterances, cut at a random frame: float32 [S], labels int64 [S / 480],
+        pulse codes int64 [S / 1920]."""
+        audio, labels, pulses, length = [], [], [], 0
         while length < 2 * WINDOW_FRAMES * FRAME_SAMPLES:
             index = self.starts[self.rng.integers(len(self.starts))]
             samples = self.speech.samples(index)
             count = len(samples) // LABEL_SAMPLES
             audio.append(samples)
+            pulses.append(self.speech.pulses(index))
             labels.append(phone_labels(self.rows[index], LABEL_SAMPLES, count, self.phone_ids))
             length += len(samples)
         cut = self.rng.integers(WINDOW_FRAMES + 1) if self.rng.random() < 0.7 else 0
         audio = np.concatenate(audio)[cut * FRAME_SAMPLES :][: WINDOW_FRAMES * FRAME_SAMPLES]
         labels = np.concatenate(labels)[cut * 4 :][: WINDOW_FRAMES * 4]
-        return audio, labels
+        pulses = np.concatenate(pulses)[cut:][:WINDOW_FRAMES]
+        return audio, labels, pulses
 
     def batch(self):
-        audio, labels = zip(*(self.window() for _ in range(BATCH)), strict=True)
-        return torch.from_numpy(np.stack(audio)), torch.from_numpy(np.stack(labels))
+        columns = zip(*(self.window() for _ in range(BATCH)), strict=True)
+        return tuple(torch.from_numpy(np.stack(column)) for column in columns)
 
 
-def losses(model: Stage1, audio, labels, *, quantize: bool, update=False, kept=None):
+def losses(model: Stage1, audio, labels, pulses, *, quantize: bool, update=False, kept=None):
     device = audio.device.type
     mel = log_mel(audio)
     with autocast(device):
@@ -75,9 +80,16 @@ def losses(model: Stage1, audio, labels, *, quantize: bool, update=False, kept=N
     latents = latents.float()
     commitment = torch.zeros((), device=audio.device)
     if quantize:
-        quantized, semantic, commitment, _ = train_quantize(model.codec, latents, update, kept)
+        quantized, semantic, commitment, _ = train_quantize(
+            model.codec, latents, update, kept, pulses
+        )
     else:
-        semantic, acoustic = (rvq.output_proj(rvq.input_proj(latents)) for rvq in rvqs(model.codec))
+        semantic, acoustic = (content(rvq.input_proj(latents)) for rvq in rvqs(model.codec))
+        acoustic = acoustic + pulse_vectors(model.codec, pulses)
+        semantic, acoustic = (
+            rvq.output_proj(x)
+            for rvq, x in zip(rvqs(model.codec), (semantic, acoustic), strict=True)
+        )
         quantized = semantic + acoustic
     # The mel loss must not pull codebook 0 away from phones.
     quantized = quantized - semantic + semantic.detach()
@@ -98,7 +110,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--minutes", type=float, default=8)
-    parser.add_argument("--codebooks", type=int, default=8)
+    parser.add_argument("--codebooks", type=int, default=7)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
@@ -127,12 +139,12 @@ def main():
                 init_codebooks(model.codec, torch.cat([model.latents(log_mel(b)) for b in batches]))
         if step > WARM_STEPS:
             optimizer.param_groups[1]["lr"] *= ENCODER_SLOWDOWN
-        audio, labels = (t.to(args.device) for t in windows.batch())
+        audio, labels, pulses = (t.to(args.device) for t in windows.batch())
         kept = None
         if torch.rand(()) < 0.5:
             kept = torch.randint(2, args.codebooks + 1, (BATCH,), device=args.device)
         quantize = step >= WARM_STEPS
-        loss = losses(model, audio, labels, quantize=quantize, update=quantize, kept=kept)
+        loss = losses(model, audio, labels, pulses, quantize=quantize, update=quantize, kept=kept)
         total = (
             loss["mel"]
             + SLOPE_WEIGHT * loss["slope"]
@@ -146,9 +158,9 @@ def main():
         training.log(**loss)
 
     with torch.no_grad():
-        for count in sorted({4, 6, args.codebooks}):
+        for count in sorted({4, args.codebooks}):
             kept = torch.full((BATCH,), count, device=args.device)
-            rows = [losses(model, a, p, quantize=True, kept=kept) for a, p in validation]
+            rows = [losses(model, *batch, quantize=True, kept=kept) for batch in validation]
             means = {f"val{count}_{k}": torch.stack([r[k] for r in rows]).mean() for k in rows[0]}
             training.record(**means)
     (args.run / "phones.txt").write_text("\n".join(phones))

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import MimiModel
 
-from codec import log_mel, rvqs
+from codec import CONTENT_DIM, PULSE_BOOK, log_mel, pulse_vectors, rvqs
 from common import FRAME_SAMPLES, Speech, Training, autocast
 from encode_speech import load_stage1
+from pulse_codes import PULSE_DIM
 
 BATCH = 8
 WINDOW_FRAMES = 24
@@ -34,16 +35,22 @@ def waveform_latents(codec: MimiModel, audio):
 
 
 def projections(codec: MimiModel, latents):
-    return torch.cat([rvq.input_proj(latents) for rvq in rvqs(codec)], 1)
+    """The dimensions in which some codebook differs: [B, 2 * CONTENT_DIM + PULSE_DIM, N]."""
+    semantic, acoustic = (rvq.input_proj(latents) for rvq in rvqs(codec))
+    return torch.cat([semantic[:, :CONTENT_DIM], acoustic], 1)
 
 
 def window(speech: Speech, rng):
-    """The start of an utterance, or a piece from a random frame, zero-padded at its end."""
-    samples = speech.samples(speech.train[rng.integers(len(speech.train))])
+    """The start of an utterance, or a piece from a random frame, zero-padded at its end; and its
+    pulse codes."""
+    index = speech.train[rng.integers(len(speech.train))]
+    samples = speech.samples(index)
     frames = len(samples) // FRAME_SAMPLES
     start = rng.integers(max(1, frames - WINDOW_FRAMES + 1)) if rng.random() < 0.7 else 0
     piece = samples[start * FRAME_SAMPLES :][: WINDOW_FRAMES * FRAME_SAMPLES]
-    return np.pad(piece, (0, WINDOW_FRAMES * FRAME_SAMPLES - len(piece)))
+    pulses = speech.pulses(index)[start:][:WINDOW_FRAMES]
+    missing = WINDOW_FRAMES - len(pulses)
+    return np.pad(piece, (0, missing * FRAME_SAMPLES)), np.pad(pulses, (0, missing))
 
 
 def main():
@@ -68,11 +75,14 @@ def main():
     speech = Speech(args.run)
     rng = np.random.default_rng(training.step)
     for _ in training.steps():
-        audio = torch.from_numpy(np.stack([window(speech, rng) for _ in range(BATCH)]))
-        audio = audio.to(args.device)
+        columns = zip(*(window(speech, rng) for _ in range(BATCH)), strict=True)
+        audio, pulses = (torch.from_numpy(np.stack(x)).to(args.device) for x in columns)
         with torch.no_grad():
-            target = projections(codec, stage1.latents(log_mel(audio)))
-            codes = codec.quantizer.encode(stage1.latents(log_mel(audio)))
+            known = stage1.latents(log_mel(audio))
+            target = projections(codec, known)
+            target[:, -PULSE_DIM:] = pulse_vectors(codec, pulses)[:, -PULSE_DIM:]
+            codes = codec.quantizer.encode(known)
+            codes[PULSE_BOOK] = pulses
         with autocast(args.device):
             latents = waveform_latents(codec, audio)
         predicted = projections(codec, latents)

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import MimiConfig
 
+from codec import PULSE_BOOK
 from common import Speech, Training, autocast
 from lm import depth_logits, embed_frames, make_config, make_model, rope_table, run_stack
 from lm_data import LABELS_PER_FRAME, batches, collate, describe, load_examples
@@ -36,6 +37,7 @@ DEPTH_SHARE = 0.25
 CLEAN_SHARE = 0.15  # share of utterances whose history stays clean
 MAX_ACOUSTIC_NOISE = 0.7
 CODE0_NOISE = 0.35  # relative to the acoustic noise of the same utterance
+PULSE_NOISE = 0.35  # likewise: a pulse starts where the one of the previous frame ended
 FRAME_NOISE = 0.2
 
 
@@ -47,6 +49,7 @@ def corrupt(codes, is_frame):
     noise *= torch.rand(batch, 1, 1, device=device) > CLEAN_SHARE
     share = noise.expand(-1, -1, count).clone()
     share[..., 0] *= CODE0_NOISE
+    share[..., PULSE_BOOK] *= PULSE_NOISE
     pool = codes[is_frame]
     each = torch.arange(count, device=device)
     # `mixed` takes each codebook from its own random frame, `whole` all of them from one frame.

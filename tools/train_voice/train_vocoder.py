@@ -25,6 +25,7 @@ from transformers import MimiModel
 
 from codec import decoder_states, mel_filters
 from common import FRAME_SAMPLES, Speech, Training, autocast
+from pulse_codes import HALF_DIM, PULSE_DIM, dense_basis
 
 BATCH = 5
 CROP_FRAMES = 12
@@ -37,6 +38,43 @@ FEATURE_WEIGHT = 1.0
 CONTEXT_LR = 0.3  # of the thawed transformer, relative to the SEANet decoder's
 WINDOWS = (1024, 512)
 PERIODS = (2, 3, 5, 7, 11)
+WIRE_OFFSET = 1.25
+
+
+@torch.no_grad()
+def carry_pulses(seanet):
+    """Let some channels of the SEANet decoder start as wires: the pulses' cosine and sine arrive as
+    channels 0 and 1 of the third stage, at 1200 Hz. No 400 steps from a random start find them.
+
+    An offset keeps a wire in the linear half of ELU; a constant channel takes it off again.
+    """
+    first, wide, block_wide, narrow, block_narrow = (seanet.layers[i] for i in (0, 2, 3, 5, 6))
+    assert (wide.conv.stride[0], narrow.conv.stride[0]) == (8, 6)
+    basis = torch.from_numpy(dense_basis()).view(8, 12, HALF_DIM)  # [5 ms step, point, channel]
+    wires = HALF_DIM
+
+    def clear(weight):
+        weight.mul_(1e-3)
+
+    states = first.conv.weight.shape[1] - PULSE_DIM
+    clear(first.conv.weight[: wires + 1])
+    for half in (0, HALF_DIM):
+        rows = torch.arange(HALF_DIM)
+        first.conv.weight[rows, states + half + rows, -1] = 1.0
+    first.conv.bias[: wires + 1] = WIRE_OFFSET
+    clear(wide.conv.weight[:, :13])
+    wide.conv.weight[:wires, :12, :8] = basis.permute(2, 1, 0)
+    wide.conv.weight[wires, :12, :8] = -basis.sum(2).T
+    wide.conv.bias[:13] = WIRE_OFFSET
+    clear(narrow.conv.weight[:, :2])
+    for step in range(6):
+        for part in (0, 1):
+            narrow.conv.weight[2 * step + part, part, step] = 1.0
+            narrow.conv.weight[12, part, step] = -1.0
+    narrow.conv.bias[:2] = WIRE_OFFSET
+    for block, count in ((block_wide, 13), (block_narrow, 2)):
+        clear(block.block[-1].conv.weight[:count])
+        clear(block.block[-1].conv.bias[:count])
 
 
 class Vocoder(nn.Module):
@@ -48,6 +86,8 @@ class Vocoder(nn.Module):
         self.mean, self.std = nn.Buffer(torch.zeros(dim)), nn.Buffer(torch.ones(dim))
         for layer in self.convs():
             weight_norm(layer)
+        with torch.no_grad():  # speech's level from the start, or 100 steps go by on that alone
+            self.convs()[-1].parametrizations.weight.original0.mul_(0.1)
 
     def convs(self):
         kinds = (nn.Conv1d, nn.ConvTranspose1d)
@@ -204,9 +244,9 @@ def main():
     torch.manual_seed(0)
     codec = MimiModel.from_pretrained(args.run / "codec").to(args.device).eval()
     set_trainable(codec, False)
-    vocoder = Vocoder(MimiModel(codec.config).decoder.decoder_seanet, codec.config.hidden_size).to(
-        args.device
-    )
+    seanet = MimiModel(codec.config).decoder.decoder_seanet
+    carry_pulses(seanet)
+    vocoder = Vocoder(seanet, codec.config.hidden_size).to(args.device)
     generator = torch.optim.AdamW(vocoder.parameters(), lr=args.lr, betas=(0.8, 0.99))
     states = {"vocoder": vocoder, "generator": generator}
     if args.adversarial:
@@ -229,6 +269,8 @@ def main():
         sample = torch.cat([crop_states(codec, *batch) for batch in drawn]).flatten(0, 1)
         vocoder.mean.copy_(sample.mean(0))
         vocoder.std.copy_(sample.std(0).clamp(min=1e-3))
+        vocoder.mean[-PULSE_DIM:] = 0  # the wires expect these as they are
+        vocoder.std[-PULSE_DIM:] = 1
 
     trained = [p for group in generator.param_groups for p in group["params"]]
     for _ in training.steps():

@@ -12,6 +12,7 @@ import common
 import judge
 import lm
 import lm_data
+import pulse_codes
 import train_lm
 import train_vocoder
 from checkpoints import TinyShape, build_tiny
@@ -53,6 +54,66 @@ def test_quantizer_is_the_codecs(small_codec):
     torch.testing.assert_close(quantized, small_codec.quantizer.decode(codes))
 
 
+def test_pulse_codes_leave_the_other_codebooks_alone():
+    config = codec.make_config(4)
+    config.num_filters, config.hidden_size, config.upsample_groups = 8, 128, 128
+    config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads = 1, 2, 2
+    model = MimiModel(config).eval()
+    codec.install_pulses(model)
+    codec.init_codebooks(model, torch.randn(4, 128, 300))
+    latents, pulses = torch.randn(2, 128, 9), torch.randint(0, 509, (2, 9))
+    with torch.no_grad():
+        quantized, _, _, codes = codec.train_quantize(model, latents, update=False, pulses=pulses)
+        theirs = model.quantizer.encode(latents).transpose(0, 1)
+    others = [0, 2, 3]
+    assert torch.equal(codes[:, others], theirs[:, others])
+    assert torch.equal(codes[:, 1], pulses)
+    torch.testing.assert_close(quantized, model.quantizer.decode(codes))
+
+
+def test_pulse_codes_follow_the_pitch():
+    time_s = np.arange(40 * FRAME_SAMPLES) / 24000
+    f0_hz = 180 + 40 * np.sin(2 * np.pi * 0.7 * time_s)
+    voiced = (time_s < 1.2) | (time_s > 1.6)
+    codes = pulse_codes.encode(f0_hz, voiced)
+    assert (codes[16:19] == 0).all()
+    assert (codes[:15] > 0).all()
+    phase, made_hz = pulse_codes.trajectory(codes)
+    inside = slice(FRAME_SAMPLES, 14 * FRAME_SAMPLES)
+    assert np.abs(made_hz - f0_hz)[inside].mean() < 4
+    advance = np.diff(phase[inside]) * 24000  # no jump in phase at any frame's edge
+    np.testing.assert_allclose(advance, made_hz[inside][1:], rtol=0.01)
+    start, advance = pulse_codes.unpack(codes)
+    both = (codes[1:] > 0) & (codes[:-1] > 0)
+    assert ((start[:-1] + advance[:-1])[both] % pulse_codes.GRID == start[1:][both]).all()
+
+
+def test_wires_carry_the_phase_to_1200_hz():
+    config = codec.make_config(2)
+    model = MimiModel(config)
+    codec.install_pulses(model)
+    frames = 8
+    voiced = np.ones(frames * FRAME_SAMPLES, bool)
+    codes = pulse_codes.encode(np.full(frames * FRAME_SAMPLES, 203.0), voiced)
+    with torch.no_grad():
+        vectors = codec.pulse_vectors(model, torch.from_numpy(codes)[None])
+        quantized = torch.zeros(1, config.hidden_size, frames)
+        quantized[:, -pulse_codes.PULSE_DIM :] = vectors[:, codec.CONTENT_DIM :]
+        hidden = model.decoder.upsample(quantized)
+        seanet = model.decoder.decoder_seanet
+        train_vocoder.carry_pulses(seanet)
+        for layer in seanet.layers[:7]:
+            hidden = layer(hidden)
+    made = hidden[0, :2].T - train_vocoder.WIRE_OFFSET
+    phase, _ = pulse_codes.trajectory(codes)
+    at = np.arange(2 * FRAME_SAMPLES + 10, len(phase), 20)  # F0 glides at first
+    angle = 2 * np.pi * (phase[at] + phase[at - 1]) / 2  # sample n's phase is taken at n + 0.5
+    made = made[-len(at) :]
+    steady = (at % FRAME_SAMPLES > pulse_codes.GLIDE_SAMPLES) | (codes[at // FRAME_SAMPLES] == 0)
+    wanted = np.stack([np.cos(angle), np.sin(angle)], 1)
+    np.testing.assert_allclose(made[steady], wanted[steady], atol=0.02)
+
+
 def test_codebook_update_follows_its_vectors(small_codec):
     book = codec.rvqs(small_codec)[0].layers[0].codebook
     vectors = torch.randn(64, book.embed_sum.shape[1])
@@ -91,8 +152,9 @@ def test_corruption_replaces_history_by_codes_of_other_frames():
     assert torch.equal(changed // 1000, codes // 1000)  # every code still belongs to its codebook
     share = (changed != codes).float().mean((1, 2))
     assert 0.02 < share.mean() < 0.6
-    semantic, acoustic = ((changed != codes)[..., k].float().mean() for k in (0, 1))
+    semantic, pulse, acoustic = ((changed != codes)[..., k].float().mean() for k in range(3))
     assert semantic < acoustic
+    assert pulse < acoustic
 
 
 def test_every_frame_is_spoken_by_its_tokens():
@@ -181,3 +243,18 @@ def test_built_in_tokenizer_spells_in_phones():
     assert spell("zqxv")[4:-1] == list("zqxv")  # an unknown word stays letters
     assert spell("hello")[1:4] == ["[", "1", "]"]
     assert all("\ue000" <= token < "\ue400" for token in spell("hello")[4:-1])
+
+
+def test_pulses_move_to_their_marks():
+    time_s = np.arange(24000) / 24000
+    source, target_hz, source_hz = 190 * time_s, 130 * time_s, 190.0
+    voiced = np.ones(24000, bool)
+    train = pulse_codes.pulses(source, np.full(24000, source_hz), voiced)
+    marks = pulse_codes.pulse_marks(source, voiced)
+    periods = np.full(len(marks), 24000 / source_hz)
+    targets = pulse_codes.pulse_marks(target_hz, voiced)
+    moved = pulse_codes.move_pulses(train, marks, periods, targets)
+    peaks = np.nonzero(moved > 0.7 * moved.max())[0]
+    distance = np.abs(peaks[:, None] - targets).min(1)
+    assert distance.max() <= 1
+    assert len(targets) == 129
