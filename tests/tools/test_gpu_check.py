@@ -127,7 +127,7 @@ def test_versions_outside_pyprojects_ranges_are_listed(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_requirements, "PackageNotFoundError", KeyError)
     assert gpu_requirements.other_versions() == [
         "tokenizers 0.20 for >=0.21",
-        "transformers 5.17.0 for <6,>=5.18",
+        "transformers 5.17.0 for <6,>=5.22",
     ]
 
 
