@@ -68,7 +68,7 @@ def demangle(name: str) -> str:
     """`rms_norm_kernel<bf16, 8>`, without namespaces and parameters."""
     full = subprocess.run(["c++filt", name], capture_output=True, text=True).stdout.strip()
     full = re.sub(
-        r"\(anonymous namespace\)::|voxkern::|(attention|sampling|codec)::|^void |\(int\)|\(bool\)",
+        r"\(anonymous namespace\)::|\b[a-z_]+::|^void |\(int\)|\(bool\)",
         "",
         full,
     )

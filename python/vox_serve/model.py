@@ -14,7 +14,7 @@ from voxkern.layers import LlamaLayers
 from voxkern.persistent import decode_depth_persistent
 
 PERSISTENT_ROWS = 8
-"""Maximum rows of the persistent depth decoder (kMostRows in cuda/decoder/depth_products.cuh); with
+"""Maximum rows of the persistent depth decoder (kDepthRows in cuda/decoder/persistent.cu); with
 more, `persistent` has no effect."""
 
 

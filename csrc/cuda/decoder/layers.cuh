@@ -1,10 +1,11 @@
-// A stack of layers for one token of each row: what decode_backbone and decode_depth share. A layer
-// of few rows is five launches:
+// A stack of layers for one token of each row, shared by decode_backbone and decode_depth. A layer
+// of few rows in bfloat16 is five launches:
 //
 //   norm, qkv | rope, append, attention | o, residual | norm, gate and up, SwiGLU | down, residual
 //
-// The attention is the op's own. Products that product() does not take (many rows, odd widths) are
-// launches of rms_norm, linear and silu_mul. Either way results are rounded where those store them.
+// The attention is the op's own. Where gemm() cannot fuse (many rows, odd widths, float32),
+// rms_norm and silu_mul are launches of their own. Either way results are rounded where those store
+// them.
 #pragma once
 
 #include "common/arena.h"
@@ -114,7 +115,7 @@ class Layers {
 
   // out = x [B, C] times the transpose of `weight`.
   void project(const void* x, const Weight& weight, void* out, cudaStream_t stream) const {
-    linear({.dtype = dtype_, .M = B_, .x = x, .weight = weight, .out = out}, stream, true);
+    gemm(of(x, weight, weight.N, out), stream);
   }
 
   // out = the norm of the residual.
@@ -133,16 +134,16 @@ class Layers {
 
   // The norm of the residual through `weight`.
   void project_normed(const void* norm, const Weight& weight, void* out, cudaStream_t stream) {
-    ProductParams fused = of(residual, weight, weight.N, out);
-    fused.before = Before::norm;
+    GemmParams fused = of(residual, weight, weight.N, out);
+    fused.prologue = Prologue::norm;
     fused.norm = norm;
-    if (takes(fused)) return product(fused, stream);
+    if (fuses(fused)) return gemm(fused, stream);
     normalise(norm, normed_, stream);
     project(normed_, weight, out, stream);
   }
 
  private:
-  ProductParams of(const void* x, const Weight& weight, int64_t columns, void* out) const {
+  GemmParams of(const void* x, const Weight& weight, int64_t columns, void* out) const {
     return {.dtype = dtype_,
             .M = B_,
             .N = columns,
@@ -153,23 +154,23 @@ class Layers {
             .weight = weight.data,
             .out = out};
   }
-  bool takes(const ProductParams& fused) const { return !has_branch_ && fits(fused); }
+  bool fuses(const GemmParams& fused) const { return !has_branch_ && can_fuse(fused); }
 
   void project_and_add(const void* x, const Weight& weight, cudaStream_t stream) {
-    ProductParams fused = of(x, weight, weight.N, residual);
-    fused.after = After::add;
+    GemmParams fused = of(x, weight, weight.N, residual);
+    fused.epilogue = Epilogue::add;
     fused.residual = residual;
-    if (takes(fused)) return product(fused, stream);
+    if (fuses(fused)) return gemm(fused, stream);
     project(x, weight, branch_, stream);
     has_branch_ = true;
   }
 
   void feed(const void* norm, const Weight& weight, cudaStream_t stream) {
-    ProductParams fused = of(residual, weight, p_.F, activated);
-    fused.before = Before::norm;
+    GemmParams fused = of(residual, weight, p_.F, activated);
+    fused.prologue = Prologue::norm;
     fused.norm = norm;
-    fused.after = After::swiglu;
-    if (takes(fused)) return product(fused, stream);
+    fused.epilogue = Epilogue::swiglu;
+    if (fuses(fused)) return gemm(fused, stream);
     normalise(norm, normed_, stream);
     project(normed_, weight, gate_up_, stream);
     silu_mul({.dtype = dtype_, .rows = B_, .F = p_.F, .gate_up = gate_up_, .out = activated},

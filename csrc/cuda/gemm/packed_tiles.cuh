@@ -1,42 +1,43 @@
-// Products of many rows of x with packed weights: a block takes 32 rows of x and 16 kBlocks of W,
-// whose warps take ranges (packed_dots.cuh) in turns. A warp asks for all of a range at once,
-// before it waits for anything: 4 KB in int8, 2 KB in int4, in 32 or 16 registers a lane. x is
-// quantized meanwhile, once a block and turn.
+// out = x W^T with packed weights where no gemv applies: more than 16 rows of x, and float32. A
+// block takes 32 rows of x and 16 kBlocks rows of W, whose warps take ranges (formats.cuh) in turn.
+// A warp loads all of a range before it waits for anything: 4 KB in int8, 2 KB in int4, in 32 or 16
+// registers a lane. Meanwhile x is quantized, once for each block and step. Rounded once, when out
+// is stored. Floor: W's bytes over 3.35 TB/s.
 #pragma once
 
-#include "cuda/gemm/packed_dots.cuh"
-#include "params/linear.h"
+#include "cuda/gemm/formats.cuh"
+#include "cuda/gemm/gemm.h"
 
-namespace voxkern {
+namespace voxkern::gemm_kernels {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kTileM = 32;
+constexpr int kPackedThreads = 256;
+constexpr int kPackedRows = 32;  // of x
 
-// What a lane has of a range. Lanes read whole packed lines.
+// A lane's part of a range, in registers. Lanes read whole packed lines.
 template <Format kFormat>
-struct PackedRange {
-  uint2 values[kRange][kLoads<kFormat>];
-  uint32_t codes;  // int4: of 4 of the range's 128 scales
+struct RegisterRange {
+  uint2 values[kRangeGroups][kPieces<kFormat>];
+  uint32_t codes;  // int4: 4 of the range's 128 scales
 
-  // Groups first .. first + groups - 1 of the 16 rows of C columns that `block` holds.
-  __device__ __forceinline__ void read(const char* block, int C, int first, int groups) {
+  // Loads groups first .. first + groups - 1 of the 16 rows of C columns in `block`.
+  __device__ __forceinline__ void load(const char* block, int C, int first, int groups) {
     const int lane = threadIdx.x % kWarp;
     const char* const from =
         block + static_cast<int64_t>(first) * kGroupBytes<kFormat> + lane % 4 * 64 + lane / 4 * 8;
-    const auto load = [&](int count) {
+    const auto load_groups = [&](int count) {
 #pragma unroll
-      for (int k = 0; k < kRange; ++k)
+      for (int k = 0; k < kRangeGroups; ++k)
 #pragma unroll
-        for (int i = 0; i < kLoads<kFormat>; ++i) {
+        for (int i = 0; i < kPieces<kFormat>; ++i) {
           values[k][i] = {};
           if (k < count) values[k][i] = load_stream8(from + k * kGroupBytes<kFormat> + i * 256);
         }
     };
-    if (groups == kRange)
-      load(kRange);
+    if (groups == kRangeGroups)
+      load_groups(kRangeGroups);
     else
-      load(groups);
+      load_groups(groups);
     codes = 0;
     if (kFormat == Format::int4 && lane < 4 * groups)
       codes = load_stream4(block + C / kGroup * kGroupBytes<kFormat> + first * 16 + lane * 4);
@@ -51,81 +52,120 @@ struct PackedRange {
   }
 };
 
-// blockIdx.x counts tiles of x, so that the next blocks find the weights still near.
+// The i-th 16 rows of W from row n on; null past its last row.
+template <Format kFormat>
+__device__ __forceinline__ const char* packed_block(const GemmParams& p, int64_t n, int i) {
+  const int64_t block = n / kBlockRows + i;
+  return block * kBlockRows < p.N ? static_cast<const char*>(p.weight) +
+                                        block * block_bytes(kFormat, static_cast<int>(p.C))
+                                  : nullptr;
+}
+
+// blockIdx.x counts tiles of x, so that the blocks of the same weights are neighbours.
 template <typename T, Format kFormat, int kBlocks>
-__global__ void __launch_bounds__(kThreads, 2) packed_tile_kernel(LinearParams p) {
-  using Shared = PackedShared<kTileM>;
-  constexpr int kRows = kBlocks * static_cast<int>(kBlockRows), kSlots = kThreads / kWarp / kBlocks;
-  constexpr int kOutputs = kRows * kTileM / kThreads, kStep = kThreads / kRows;
+__global__ void __launch_bounds__(kPackedThreads, 2) packed_tile_kernel(GemmParams p) {
+  using Shared = PackedShared<kPackedRows>;
+  constexpr int kColumns = kBlocks * static_cast<int>(kBlockRows);  // of out
+  constexpr int kSlots = kPackedThreads / kWarp / kBlocks;          // ranges of a row in a step
+  constexpr int kStepGroups = kSlots * kRangeGroups;
+  constexpr int kRowStep = kPackedThreads / kColumns, kOutputs = kPackedRows / kRowStep;
   VOX_DYNAMIC_SHARED(unsigned char, raw);
   const int warp = threadIdx.x / kWarp, slot = warp / kBlocks;
-  const int64_t m = static_cast<int64_t>(blockIdx.x) * kTileM;
-  const int64_t n = static_cast<int64_t>(blockIdx.y) * kRows, N = p.weight.N;
-  const int C = static_cast<int>(p.weight.C), groups = C / static_cast<int>(kGroup);
-  const int rows = p.M - m < kTileM ? static_cast<int>(p.M - m) : kTileM, log_rows = log_up(rows);
+  const int64_t m = static_cast<int64_t>(blockIdx.x) * kPackedRows;
+  const int64_t n = static_cast<int64_t>(blockIdx.y) * kColumns;
+  const int C = static_cast<int>(p.C), groups = C / static_cast<int>(kGroup);
+  const int rows = p.M - m < kPackedRows ? static_cast<int>(p.M - m) : kPackedRows;
+  const int log_rows = ceil_log2(rows);
   const Shared shared(raw, kSlots, log_rows);
-  const auto block_at = [&](int i) -> const char* {  // where the i-th 16 rows of W begin, or null
-    const int64_t block = n / kBlockRows + i;
-    return block * kBlockRows < N
-               ? static_cast<const char*>(p.weight.data) + block * block_bytes(kFormat, C)
-               : nullptr;
-  };
 
-  const char* const block = block_at(warp % kBlocks);
-  const auto in_range = [&](int turn) {  // groups that this warp has in the turn that begins there
-    const int left = block ? groups - turn - slot * kRange : 0;
-    return left < 0 ? 0 : left < kRange ? left : kRange;
+  const char* const block = packed_block<kFormat>(p, n, warp % kBlocks);
+  const auto groups_of_step = [&](int step) {  // of this warp's range
+    const int left = block ? groups - step - slot * kRangeGroups : 0;
+    return left < 0 ? 0 : left < kRangeGroups ? left : kRangeGroups;
   };
-  PackedRange<kFormat> w;
-  w.read(block, C, slot * kRange, in_range(0));
-  const int row = threadIdx.x % kRows;
-  const char* const scales = block_at(row / kBlockRows);
+  RegisterRange<kFormat> w;
+  w.load(block, C, slot * kRangeGroups, groups_of_step(0));
+  // This thread stores `column` of rows first_row, first_row + kRowStep, ... of out's tile.
+  const int column = threadIdx.x % kColumns, first_row = threadIdx.x / kColumns;
+  const char* const scales = packed_block<kFormat>(p, n, column / kBlockRows);
   float row_scale = 0;
   if (scales)
     row_scale = reinterpret_cast<const float*>(scales + block_bytes(kFormat, C) -
-                                               64)[row % static_cast<int>(kBlockRows)];
+                                               64)[column % static_cast<int>(kBlockRows)];
   let_next_kernel_start();
-  wait_for_previous_kernel();  // weights are nobody's output: they may come before
+  wait_for_previous_kernel();  // no kernel writes weights, so their loads may precede it
 
-  const PlainRows<T> x = {.x = static_cast<const T*>(p.x) + m * C,
-                          .C = C,
-                          .aligned = reinterpret_cast<uintptr_t>(p.x) % 16 == 0};
+  const GlobalRows<T> x = {.x = static_cast<const T*>(p.x) + m * C,
+                           .C = C,
+                           .aligned = reinterpret_cast<uintptr_t>(p.x) % 16 == 0};
   float totals[kOutputs] = {};
-  const int first_m = threadIdx.x / kRows;
-  for (int turn = 0; turn < groups; turn += kSlots * kRange) {
-    const int left = groups - turn, in_turn = left < kSlots * kRange ? left : kSlots * kRange;
-    quantize_rows<kFormat, kTileM, kThreads>(x, rows, log_rows, turn, in_turn, shared.values,
-                                             shared.scales);
+  for (int step = 0; step < groups; step += kStepGroups) {
+    const int step_groups = groups - step < kStepGroups ? groups - step : kStepGroups;
+    quantize_rows<kFormat, kPackedRows, kPackedThreads>(x, rows, log_rows, step, step_groups,
+                                                        shared.values, shared.scales);
     __syncthreads();
-    if (in_range(turn) > 0) {
-      float sums[kTiles<kTileM>][4];
-      if (rows <= kTileM / 2)
-        multiply<kFormat, kTiles<kTileM> / 2>(w, shared, slot * kRange, rows, log_rows, sums);
+    if (groups_of_step(step) > 0) {
+      constexpr int kAll = kRowTiles<kPackedRows>;
+      float sums[kAll][4];
+      if (rows <= kPackedRows / 2)
+        multiply_range<kFormat, kAll / 2>(w, shared, slot * kRangeGroups, rows, log_rows, sums);
       else
-        multiply<kFormat, kTiles<kTileM>>(w, shared, slot * kRange, rows, log_rows, sums);
-      store_sums<kTileM>(sums, rows, shared.partials + warp * kTileM * Shared::kStride);
+        multiply_range<kFormat, kAll>(w, shared, slot * kRangeGroups, rows, log_rows, sums);
+      store_sums<kPackedRows>(sums, rows, shared.partials + warp * kPackedRows * Shared::kStride);
     }
-    const int next = turn + kSlots * kRange;
-    if (next < groups) w.read(block, C, next + slot * kRange, in_range(next));
+    const int next = step + kStepGroups;
+    if (next < groups) w.load(block, C, next + slot * kRangeGroups, groups_of_step(next));
     __syncthreads();
-    const int used = (in_turn + kRange - 1) / kRange;
+    const int used = (step_groups + kRangeGroups - 1) / kRangeGroups;
 #pragma unroll
     for (int i = 0; i < kOutputs; ++i) {
-      const int at = first_m + i * kStep;
-      if (at >= rows) break;
-      const float* from = shared.partials + (row / 16 * kTileM + at) * Shared::kStride + row % 16;
+      const int row = first_row + i * kRowStep;
+      if (row >= rows) break;
+      const float* from =
+          shared.partials + (column / 16 * kPackedRows + row) * Shared::kStride + column % 16;
 #pragma unroll 8
-      for (int s = 0; s < used; ++s) totals[i] += from[s * (kBlocks * kTileM * Shared::kStride)];
+      for (int s = 0; s < used; ++s)
+        totals[i] += from[s * (kBlocks * kPackedRows * Shared::kStride)];
     }
   }
-  T* const out = static_cast<T*>(p.out) + m * N + n;
+  T* const out = static_cast<T*>(p.out) + m * p.N + n;
 #pragma unroll
   for (int i = 0; i < kOutputs; ++i) {
-    const int at = first_m + i * kStep;
-    if (at < rows && n + row < N)
-      out[at * N + row] = from_float<T>(__fmul_rn(totals[i], row_scale));
+    const int row = first_row + i * kRowStep;
+    if (row < rows && n + column < p.N)
+      out[row * p.N + column] = from_float<T>(__fmul_rn(totals[i], row_scale));
   }
 }
 
+template <typename T, Format kFormat, int kBlocks>
+void launch_packed(const GemmParams& p, cudaStream_t stream) {
+  constexpr int kColumns = kBlocks * static_cast<int>(kBlockRows), kWarps = kPackedThreads / kWarp;
+  const int log_rows = ceil_log2(static_cast<int>(p.M < kPackedRows ? p.M : kPackedRows));
+  const int64_t blocks = divide_up(p.N, kColumns);
+  if (blocks > 65535)  // the grid's second dimension is 16 bits wide
+    throw std::runtime_error("weight: packed, on CUDA expected at most " +
+                             std::to_string(65535 * kColumns) + " rows");
+  launch(packed_tile_kernel<T, kFormat, kBlocks>,
+         {.grid = dim3(static_cast<unsigned>(divide_up(p.M, kPackedRows)),
+                       static_cast<unsigned>(blocks)),
+          .block = dim3(kPackedThreads),
+          .shared_bytes = static_cast<size_t>(
+              PackedShared<kPackedRows>::bytes(kWarps / kBlocks, kWarps, log_rows)),
+          .stream = stream,
+          .overlaps_previous = p.overlaps_previous},
+         p);
+}
+
+// 128 rows of W a block, so that x is read and quantized once for many of them. Where that would
+// leave multiprocessors idle (fewer than 128 blocks; an H100 has 132): 16 rows, 8 ranges at a time.
+template <typename T, Format kFormat>
+void launch_packed_tiles(const GemmParams& p, cudaStream_t stream) {
+  constexpr int kWide = 8;
+  if (divide_up(p.N, kWide * kBlockRows) * divide_up(p.M, kPackedRows) >= 128)
+    launch_packed<T, kFormat, kWide>(p, stream);
+  else
+    launch_packed<T, kFormat, 1>(p, stream);
+}
+
 }  // namespace
-}  // namespace voxkern
+}  // namespace voxkern::gemm_kernels

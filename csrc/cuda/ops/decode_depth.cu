@@ -1,13 +1,13 @@
-#include "cuda/decoder/depth_rows.cuh"
 #include "cuda/decoder/layers.cuh"
-#include "cuda/decoder/persistent_depth.h"
+#include "cuda/decoder/persistent.h"
+#include "cuda/decoder/rows.cuh"
 #include "params/decode_depth.h"
 
 // One position after the other. A layer is five launches (for more than 16 rows eight, in float32
 // with packed weights for more than 8), a position has two more: the head with the norm in front,
 // and a draw that also fetches the next position's row. The cache is [L, B, Hkv, K, D]; where
 // depth_attention does not take the heads it is pages of K positions, one a row. It waits for
-// nothing on the host, so a CUDA graph can hold it. persistent_depth.cu has all of it but the
+// nothing on the host, so a CUDA graph can hold it. decoder/persistent.cu has all of it but the
 // projection in one launch, for those who ask for that.
 //
 // begin_kernel, look_up_kernel and draw_kernel let nothing start before their own wait: all behind

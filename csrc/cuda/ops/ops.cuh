@@ -4,10 +4,9 @@
 #include "cuda/runtime/launch.cuh"
 
 // The host's pass alone calls them.
-#include "cuda/gemm/product.h"
+#include "cuda/gemm/gemm.h"
 #include "params/append_kv.h"
 #include "params/decode_attention.h"
-#include "params/linear.h"
 #include "params/rms_norm.h"
 #include "params/silu_mul.h"
 
@@ -15,11 +14,6 @@ namespace voxkern {
 
 void rms_norm(const RmsNormParams& p, cudaStream_t stream);
 void silu_mul(const SiluMulParams& p, cudaStream_t stream);
-// With `overlaps_previous`, the weight is read before the kernel in front has ended: it is not to
-// be what some kernel just made.
-void linear(const LinearParams& p, cudaStream_t stream, bool overlaps_previous);
-// The same of a packed weight alone, at an address in a multiple of 16 bytes.
-void packed_linear(const LinearParams& p, cudaStream_t stream, bool overlaps_previous);
 
 // append_kv and decode_attention fused. It reads lengths, pages, positions and slots, and all keys
 // except those in `slots`, before the wait (see the contract in launch.cuh). `workspace` holds

@@ -1,5 +1,4 @@
-// All positions of decode_depth behind the projection in one launch; persistent_depth.cu defines
-// it.
+// All positions of decode_depth after the projection in one launch. persistent.cu defines it.
 #pragma once
 
 #include "cuda/ops/ops.cuh"
@@ -40,7 +39,7 @@ inline DepthAttentionParams depth_attention_params(const PersistentDepthParams& 
   };
 }
 
-// False, and no launch, if it does not take these sizes, weights or this device.
+// Returns false and launches nothing if it does not take these sizes, weights or this device.
 bool persistent_depth(const PersistentDepthParams& p, cudaStream_t stream);
 
 }  // namespace voxkern

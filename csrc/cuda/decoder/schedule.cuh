@@ -1,0 +1,161 @@
+// The phases of the depth decoder as one kernel (persistent.cu): their order, which the blocks and
+// the weight pipelines ahead of them both follow, and the arguments of each.
+#pragma once
+
+#include "cuda/attention/depth.cuh"
+#include "cuda/decoder/layers.cuh"
+#include "cuda/decoder/persistent.h"
+#include "cuda/gemm/gemv.cuh"
+
+namespace voxkern::decoder {
+namespace {
+
+using gemm_kernels::Matrix;
+
+// In the order of a position. The first five are those of a layer.
+enum Phase { kQkv, kAttention, kO, kGateUp, kDown, kHead, kDraw, kPhases };
+
+// A place in the order of all phases of a frame, at first the first.
+struct Schedule {
+  int positions, layers;
+  int position = 0, layer = 0;
+  int phase = kQkv;
+
+  __device__ __forceinline__ bool done() const { return position == positions; }
+  __device__ __forceinline__ bool multiplies() const {
+    return phase != kAttention && phase != kDraw;
+  }
+  __device__ __forceinline__ void next() {
+    if (phase == kDraw) {
+      ++position;
+      layer = 0;
+      phase = kQkv;
+    } else if (phase == kAttention && position == 0 && layer == layers - 1) {
+      phase = kDraw;  // later positions need only the keys of position 0's last layer
+    } else if (phase == kDown && layer + 1 < layers) {
+      ++layer;
+      phase = kQkv;
+    } else {
+      ++phase;
+    }
+  }
+};
+
+// A phase that multiplies, of layer 0 or position 1, and the way to the next one's operands.
+struct Product {
+  GemmParams params;
+  int64_t weight_stride, norm_stride;  // bytes
+  int blocks;                          // that have a tile of it
+};
+
+struct Arguments {
+  PersistentDepthParams p;
+  Product products[kPhases];       // those of phases that multiply
+  DepthAttentionParams attention;  // of position 0, layer 0
+  int parts;                       // of a row's attention
+  int blocks;                      // that multiply; the others have the rows
+  int row_blocks;
+  int stages, rest;  // of a pipeline, and the bytes that it takes
+
+  __device__ __forceinline__ Schedule schedule() const {
+    return {static_cast<int>(p.op.K), static_cast<int>(p.op.layers.L)};
+  }
+  // Blocks that take part in a phase with `parts` parts a row.
+  __device__ __forceinline__ int blocks_of_rows(int parts) const {
+    const int items = parts * static_cast<int>(p.op.B);
+    return items < row_blocks ? items : row_blocks;
+  }
+};
+
+// Blocks for the phases between the products, at most: the other 128 of an H100 take a tile of o
+// or of down each.
+inline int64_t most_row_blocks() {
+  const int64_t share = multiprocessors() / 33;
+  return share > 2 ? share : 2;
+}
+
+// All arguments but the pipeline's, for products in tiles of `tile` rows of W.
+inline Arguments arguments(const PersistentDepthParams& p, int64_t tile) {
+  const LayersParams& l = p.op.layers;
+  Arguments all = {};
+  all.p = p;
+  all.attention = depth_attention_params(p, 0, 0);
+  all.parts = static_cast<int>(attention::depth_blocks_per_row(all.attention));
+  const int64_t items = all.parts * p.op.B, most = most_row_blocks();
+  all.row_blocks = static_cast<int>(items < most ? items : most);
+  all.blocks = static_cast<int>(multiprocessors()) - all.row_blocks;
+  const int64_t norm_bytes = l.C * element_bytes(Dtype::bf16);
+  const auto product = [&](const void* x, const Weight& weight, void* out, int64_t products = 1) {
+    const int64_t N = weight.N / products, tiles = divide_up(N, tile);
+    return Product{.params = {.dtype = Dtype::bf16,
+                              .M = p.op.B,
+                              .N = N,
+                              .C = weight.C,
+                              .x = x,
+                              .eps = l.eps,
+                              .format = weight.format,
+                              .weight = weight.data,
+                              .out = out},
+                   .weight_stride = matrix_bytes(weight, Dtype::bf16),
+                   .norm_stride = 0,
+                   .blocks = tiles < all.blocks ? static_cast<int>(tiles) : all.blocks};
+  };
+  const auto normed = [&](const Weight& weight, const void* norm, int64_t norm_stride, void* out,
+                          int64_t products = 1) {
+    Product normed = product(p.residual, weight, out, products);
+    normed.params.prologue = Prologue::norm;
+    normed.params.norm = norm;
+    normed.norm_stride = norm_stride;
+    if (products == 2) normed.params.epilogue = Epilogue::swiglu;
+    return normed;
+  };
+  const auto added = [&](const void* x, const Weight& weight) {
+    Product added = product(x, weight, p.residual);
+    added.params.epilogue = Epilogue::add;
+    added.params.residual = p.residual;
+    return added;
+  };
+  all.products[kQkv] = normed(l.qkv, l.attn_norm, norm_bytes, p.qkv);
+  all.products[kO] = added(p.attended, l.o);
+  all.products[kGateUp] = normed(l.gate_up, l.mlp_norm, norm_bytes, p.activated, 2);
+  all.products[kDown] = added(p.activated, l.down);
+  all.products[kHead] = normed(p.op.heads, l.norm, 0, p.logits);
+  return all;
+}
+
+// The WeightSequence of a frame: the matrices of all phases that multiply.
+template <Format kLayers, Format kHeads>
+class DepthWeights {
+ public:
+  static constexpr int kMaxProducts = 2;
+  static constexpr Format kFormats[] = {kLayers, kHeads};
+
+  __device__ __forceinline__ explicit DepthWeights(const Arguments& all)
+      : all_(all), at_(all.schedule()) {}
+
+  __device__ __forceinline__ Matrix first() const { return matrix(); }
+  __device__ __forceinline__ bool next(Matrix& next) {
+    if (at_.done()) return false;
+    do at_.next();
+    while (!at_.done() && !at_.multiplies());
+    if (at_.done()) return false;
+    next = matrix();
+    return true;
+  }
+
+ private:
+  __device__ __forceinline__ Matrix matrix() const {
+    const Product& product = all_.products[at_.phase];
+    const bool head = at_.phase == kHead;
+    const int64_t i = head ? at_.position - 1 : at_.layer;
+    return {static_cast<const char*>(product.params.weight) + i * product.weight_stride,
+            static_cast<int>(product.params.N), static_cast<int>(product.params.C),
+            at_.phase == kGateUp ? 2 : 1, head ? kHeads : kLayers};
+  }
+
+  const Arguments& all_;
+  Schedule at_;
+};
+
+}  // namespace
+}  // namespace voxkern::decoder
