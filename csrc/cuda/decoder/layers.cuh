@@ -28,7 +28,7 @@ inline int64_t matrix_bytes(const Weight& weight, Dtype dtype) {
   if (weight.format == Format::plain) return weight.N * weight.C * element_bytes(dtype);
   return divide_up(weight.N, kBlockRows) * block_bytes(weight.format, weight.C);
 }
-// Matrix `at` of those in `weight`.
+// Matrix `at` of a stack.
 inline Weight matrix(Weight weight, int64_t at, Dtype dtype) {
   weight.data = static_cast<const char*>(weight.data) + at * matrix_bytes(weight, dtype);
   return weight;
@@ -36,7 +36,7 @@ inline Weight matrix(Weight weight, int64_t at, Dtype dtype) {
 
 class Layers {
  public:
-  void* residual;          // [B, C], what run() begins with
+  void* residual;          // [B, C], the input of run()
   void *qkv, *attended;    // [B, (Hq + 2 Hkv) D], [B, Hq D]
   void* activated;         // [B, F], of SwiGLU
   bool keys_only = false;  // of the last layer only the attention runs
@@ -132,7 +132,7 @@ class Layers {
     has_branch_ = false;
   }
 
-  // The norm of the residual through `weight`.
+  // out = the norm of the residual times the transpose of `weight`.
   void project_normed(const void* norm, const Weight& weight, void* out, cudaStream_t stream) {
     GemmParams fused = of(residual, weight, weight.N, out);
     fused.prologue = Prologue::norm;
@@ -185,7 +185,7 @@ class Layers {
 };
 
 #ifdef VOX_HOST_PASS
-// What the attention takes.
+// Checks the limits of the attention kernels.
 inline void check_attention(const LayersParams& p, int64_t B) {
   check(p.D <= 256, "rope_table: on CUDA expected heads of at most 256 elements, got ", p.D);
   check(B <= 65535, "on CUDA expected at most 65535 rows, got ", B);

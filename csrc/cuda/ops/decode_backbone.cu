@@ -1,28 +1,16 @@
 #include "cuda/decoder/layers.cuh"
 #include "params/decode_backbone.h"
 
-// A layer is five launches, for more than 16 rows eight (in float32 with packed weights, for more
-// than 8). begin_kernel in front lets nothing start before its own wait: all behind it may read the
-// op's arguments and older keys before theirs. It waits for nothing on the host, so a CUDA graph
-// can hold it.
+// A layer is five launches of layers.cuh, eight where gemm() cannot fuse. begin_kernel precedes
+// them and lets no kernel start before its own wait: all later kernels may read the op's arguments
+// and older keys before theirs. Nothing waits on the host, so a CUDA graph can capture the op.
 //
-// At batch 1 in bfloat16 on an H100, us a layer at 3.35 TB/s:
-//
-//   launch                    blocks     weights
-//   norm, qkv                    264     12.6 MB   3.8
-//   rope, append, attention  8 a split       -     under 1
-//   o, residual                  256      8.4 MB   2.5
-//   norm, gate, up, SwiGLU       264     67.1 MB  20.0
-//   down, residual               256     33.6 MB  10.0
-//
-// 82 launches for 16 layers, the start and the last norm; 580 us of memory's time. A launch costs
-// what its neighbours' prefetches do not hide of about 1.2 us: x through the norm, the last sums,
-// the end that the next one waits for. Packed weights take the same launches, in 192, 128, 264 and
-// 128 blocks: 290 us of memory's time in int8, 155 in int4.
+// Floor: 580 us of memory's time at batch 1 in bfloat16 for CSM's 16 layers on an H100;
+// docs/cuda.md has the launches.
 namespace voxkern {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kBeginThreads = 256;
 
 // residual = x, of `words` words, counters = 0.
 template <typename Word>
@@ -43,7 +31,7 @@ AppendKvParams append_of(const DecodeBackboneParams& p, const Layers& layers) {
   return append;
 }
 
-// All that a call needs besides its arguments.
+// The scratch memory of a call.
 struct Buffers {
   Layers layers;
   float* splits;
@@ -76,8 +64,8 @@ void decode_backbone(const DecodeBackboneParams& p, void* workspace, cudaStream_
   const auto begin = [&](auto word) {
     using Word = decltype(word);
     launch(begin_kernel<Word>,
-           {.grid = dim3(static_cast<unsigned>(divide_up(bytes, 16 * kThreads))),
-            .block = dim3(kThreads),
+           {.grid = dim3(static_cast<unsigned>(divide_up(bytes, 16 * kBeginThreads))),
+            .block = dim3(kBeginThreads),
             .stream = stream,
             .overlaps_previous = true},
            static_cast<const Word*>(p.x), static_cast<Word*>(layers.residual),

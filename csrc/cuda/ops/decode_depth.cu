@@ -3,42 +3,22 @@
 #include "cuda/decoder/rows.cuh"
 #include "params/decode_depth.h"
 
-// One position after the other. A layer is five launches (for more than 16 rows eight, in float32
-// with packed weights for more than 8), a position has two more: the head with the norm in front,
-// and a draw that also fetches the next position's row. The cache is [L, B, Hkv, K, D]; where
-// depth_attention does not take the heads it is pages of K positions, one a row. It waits for
-// nothing on the host, so a CUDA graph can hold it. decoder/persistent.cu has all of it but the
-// projection in one launch, for those who ask for that.
+// Positions run one after the other. A layer is five launches of layers.cuh; a position has two
+// more: the norm and the head, and a draw that also looks up the next position's row. The cache is
+// [L, B, Hkv, K, D]; if depth_attention does not take the heads, it is pages of K positions, one a
+// row. Nothing waits on the host, so a CUDA graph can capture the op. persistent.cu runs all of it
+// but the projection in one launch, for _decode_depth_persistent.
 //
-// begin_kernel, look_up_kernel and draw_kernel let nothing start before their own wait: all behind
-// them may read the op's arguments and places, and keys of the positions before theirs, ahead of
-// its wait.
+// begin_kernel, look_up_kernel and draw_kernel let no kernel start before their own wait: all later
+// kernels may read the op's arguments and places, and keys of earlier positions, before theirs.
 //
-// At batch 1 in bfloat16 on an H100, us at 3.35 TB/s:
-//
-//   launch                    blocks     weights
-//   norm, qkv                    192      3.1 MB   0.9
-//   rope, append, attention        4         -     about 1
-//   o, residual                  128      2.1 MB   0.6
-//   norm, gate, up, SwiGLU       264     33.6 MB  10.0
-//   down, residual               128     16.8 MB   5.0
-//   norm, head (a position)      257      4.2 MB   1.3
-//   draw, look-up (a position)     1         -     1 (greedy) to 5
-//
-// 31 x 22 launches and 20 for the first position, whose last layer has but its keys to give: 702,
-// and 2.1 ms of memory's time. A launch costs what its neighbours' prefetches do not hide of about
-// 1.2 us; see product.cuh. Packed weights take the same launches, in 96, 64, 264 and 64 blocks and
-// 129 of the head: 1.05 ms of memory's time in int8, 0.56 in int4.
-//
-// With decode_backbone's a frame in int8 is 784 launches and 1.34 ms of memory's time: 2.3 ms if
-// prefetches hid nothing of their 1.2 us. The 1.2 us have no room for what each of its 143 products
-// with down does besides, to quantize 8192 columns: by its instructions 0.35 us, 0.05 ms in all.
+// Floor: 2.1 ms of memory's time at batch 1 in bfloat16 on an H100; docs/cuda.md has the launches.
 namespace voxkern {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kDepthBlockThreads = 256;
 
-// What pages of positions want to know of each position.
+// The paged attention's view of each position.
 struct DepthPlaces {
   int64_t* positions;   // [K, B]
   int64_t* slots;       // [K, B]
@@ -61,7 +41,7 @@ __global__ void places_kernel(DepthPlaces all, int64_t B, int64_t K, unsigned* c
   if (position == 0) all.page_table[b] = static_cast<int32_t>(b);
 }
 
-// out[:, 0] = code0, the rest what nobody has drawn.
+// out[:, 0] = code0, -1 elsewhere; clears the counter of persistent_depth()'s barriers.
 __global__ void begin_kernel(const int64_t* code0, int64_t B, int64_t K, int64_t* out,
                              unsigned* arrived) {
   wait_for_previous_kernel();
@@ -90,7 +70,7 @@ __global__ void __launch_bounds__(sampling::kSamplerThreads)
   draw_and_look_up(p, codebook, blockIdx.x, logits, residual, *shared);
 }
 
-// All that a frame needs besides its arguments.
+// The scratch memory of a frame.
 struct DepthBuffers {
   Layers layers;
   DepthPlaces all;
@@ -117,7 +97,7 @@ struct DepthBuffers {
     arrived = arena.take<unsigned>(1);
   }
 
-  // Of a layer.
+  // A layer's part of a cache.
   void* keys(const DecodeDepthParams& p, void* cache, int64_t layer) const {
     const LayersParams& l = p.layers;
     return offset(cache, layer * p.B * l.Hkv * p.K * l.D, p.dtype);
@@ -167,15 +147,15 @@ void decode(const DecodeDepthParams& p, DepthBuffers& buffers, bool persistent,
   Layers& layers = buffers.layers;
   T* const residual = static_cast<T*>(layers.residual);
   const LaunchShape each_row = {.grid = dim3(static_cast<unsigned>(p.B)),
-                                .block = dim3(kThreads),
+                                .block = dim3(kDepthBlockThreads),
                                 .stream = stream,
                                 .overlaps_previous = true};
   LaunchShape each_draw = each_row;
   each_draw.block = dim3(sampling::block_threads(p.V));
   each_draw.shared_bytes = sampling::shared_bytes(p.V);
   const auto each = [&](int64_t items) -> LaunchShape {
-    return {.grid = dim3(static_cast<unsigned>(divide_up(items, kThreads))),
-            .block = dim3(kThreads),
+    return {.grid = dim3(static_cast<unsigned>(divide_up(items, kDepthBlockThreads))),
+            .block = dim3(kDepthBlockThreads),
             .stream = stream,
             .overlaps_previous = true};
   };
