@@ -34,178 +34,147 @@ struct TileShape {
   static constexpr int kStepVectors = (kTileM + kTileN) * kVectors;
   static constexpr int kSteps = (96 << 10) / (kStepVectors * 16);
   static constexpr int kSharedBytes = kSteps * kStepVectors * 16;
-  static constexpr int kOutStride = kTileN + kLaneValues;        // avoids bank conflicts
-  static constexpr int kHigh = kWarpM / 16, kWide = kWarpN / 8;  // products of a warp
-  using Sums = float[kHigh][kWide][4];
+  static constexpr int kOutStride = kTileN + kLaneValues;  // avoids bank conflicts
   static_assert(kTileM * kOutStride * 2 <= kSharedBytes);
 };
 
-// A thread's share of the copies of a step: vector `vector` of rows row, row + kCopyRows, ...
-template <typename Shape>
-struct StepCopier {
-  static constexpr int kVectors = Shape::kVectors, kCopyRows = Shape::kThreads / kVectors;
-  static_assert(Shape::kTileM % kCopyRows == 0 && Shape::kTileN % kCopyRows == 0 &&
-                kCopyRows % 2 == 0);
-  const GemmParams& p;
-  int64_t m, n;  // the block's first rows of x and of W
-  int row, vector;
-  uint4* to;
-
-  __device__ __forceinline__ StepCopier(const GemmParams& p_, int64_t m_, int64_t n_, uint4* shared)
-      : p(p_), m(m_), n(n_), row(threadIdx.x / kVectors), vector(threadIdx.x % kVectors) {
-    to = shared + row * kVectors + (vector ^ row % 2 * 4);
-  }
-  __device__ __forceinline__ void copy_x(int step, int slot) const {
-    copy<Shape::kTileM>(p.x, m, p.M, step, to + slot * Shape::kStepVectors);
-  }
-  __device__ __forceinline__ void copy_weight(int step, int slot) const {
-    copy<Shape::kTileN>(p.weight, n, p.N, step,
-                        to + slot * Shape::kStepVectors + Shape::kTileM * kVectors);
-  }
-  template <int kRows>
-  __device__ __forceinline__ void copy(const void* matrix, int64_t first, int64_t rows, int step,
-                                       uint4* slot) const {
-    const int64_t C = p.C;
-    const bf16* const from = static_cast<const bf16*>(matrix) + (first + row) * C +
-                             (vector * kLaneValues + step * kStepColumns);
-    const int rows_left = static_cast<int>(rows - first < kRows ? rows - first : kRows);
-    const bool in_row = step * kStepColumns < static_cast<int>(C) - vector * kLaneValues;
-#pragma unroll
-    for (int i = 0; i < kRows / kCopyRows; ++i)
-      copy_async_16(slot + i * kCopyRows * kVectors, from + i * (kCopyRows * C),
-                    in_row && row + i * kCopyRows < rows_left);
-  }
-};
-
-// part += a warp's products of one chunk of a step; `at` is this lane's vector of the chunk in row
-// g of a tile.
-template <typename Shape>
-__device__ __forceinline__ void multiply_tile_chunk(typename Shape::Sums& part, const uint4* rows,
-                                                    int warp_m, int warp_n, int at) {
-  constexpr int kHigh = Shape::kHigh, kWide = Shape::kWide, kVectors = Shape::kVectors;
-  uint4 low[kHigh], high[kHigh], w[kWide];
-#pragma unroll
-  for (int i = 0; i < kHigh; ++i) {
-    low[i] = rows[(warp_m + i * 16) * kVectors + at];
-    high[i] = rows[(warp_m + i * 16 + 8) * kVectors + at];
-  }
-#pragma unroll
-  for (int j = 0; j < kWide; ++j) w[j] = rows[(Shape::kTileM + warp_n + j * 8) * kVectors + at];
-#pragma unroll
-  for (int i = 0; i < kHigh; ++i)
-#pragma unroll
-    for (int j = 0; j < kWide; ++j)
-      multiply_bf16(part[i][j], {low[i].x, high[i].x, low[i].y, high[i].y}, w[j].x, w[j].y);
-#pragma unroll
-  for (int i = 0; i < kHigh; ++i)
-#pragma unroll
-    for (int j = 0; j < kWide; ++j)
-      multiply_bf16(part[i][j], {low[i].z, high[i].z, low[i].w, high[i].w}, w[j].z, w[j].w);
-}
-
-// sums += part, part = 0.
-template <typename Shape>
-__device__ __forceinline__ void end_part(typename Shape::Sums& sums, typename Shape::Sums& part) {
-#pragma unroll
-  for (int i = 0; i < Shape::kHigh; ++i)
-#pragma unroll
-    for (int j = 0; j < Shape::kWide; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        sums[i][j][e] += part[i][j][e];
-        part[i][j][e] = 0;
-      }
-}
-
-// Stores a tile by way of shared memory, so that a row of it is stored in whole vectors.
-template <typename Shape>
-__device__ __forceinline__ void store_tile(const GemmParams& p, int64_t m, int64_t n,
-                                           const typename Shape::Sums& sums, int warp_m, int warp_n,
-                                           uint4* shared) {
-  constexpr int kTileN = Shape::kTileN, kStride = Shape::kOutStride;
-  const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-  __syncthreads();
-  auto* const tile = reinterpret_cast<bf16*>(shared);  // [kTileM][kStride]
-#pragma unroll
-  for (int i = 0; i < Shape::kHigh; ++i)
-#pragma unroll
-    for (int j = 0; j < Shape::kWide; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; e += 2)
-        *reinterpret_cast<uint32_t*>(tile + (warp_m + i * 16 + g + e / 2 * 8) * kStride + warp_n +
-                                     j * 8 + t * 2) = bf16x2_bits(sums[i][j][e], sums[i][j][e + 1]);
-  __syncthreads();
-  const int64_t N = p.N;
-  bf16* const out = static_cast<bf16*>(p.out) + m * N + n;
-  const bool vectors = N % kLaneValues == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
-  for (int item = threadIdx.x; item < Shape::kTileM * (kTileN / kLaneValues);
-       item += Shape::kThreads) {
-    const int row = item / (kTileN / kLaneValues);
-    const int column = item % (kTileN / kLaneValues) * kLaneValues;
-    if (m + row >= p.M) break;
-    const bf16* const from = tile + row * kStride + column;
-    if (vectors && n + column < N)
-      *reinterpret_cast<uint4*>(out + row * N + column) = *reinterpret_cast<const uint4*>(from);
-    else
-      for (int i = 0; i < kLaneValues && n + column + i < N; ++i)
-        out[row * N + column + i] = from[i];
-  }
-}
-
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads) dense_tile_kernel(GemmParams p) {
-  constexpr int kSteps = Shape::kSteps, kStepChunks = kStepColumns / kSumColumns;
+  constexpr int kTileM = Shape::kTileM, kTileN = Shape::kTileN, kVectors = Shape::kVectors;
+  constexpr int kSize = kVector<bf16>, kSteps = Shape::kSteps;
+  constexpr int kHigh = Shape::kWarpM / 16, kWide = Shape::kWarpN / 8;  // products of a warp
+  constexpr int kCopyRows = Shape::kThreads / kVectors;
+  static_assert(kTileM % kCopyRows == 0 && kTileN % kCopyRows == 0 && kCopyRows % 2 == 0);
   VOX_DYNAMIC_SHARED(uint4, shared);  // [kSteps][x: kTileM, W: kTileN][kVectors]
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int g = lane / 4, t = lane % 4;  // as in multiply_bf16
-  const int warp_m = warp / (Shape::kTileN / Shape::kWarpN) * Shape::kWarpM;
-  const int warp_n = warp % (Shape::kTileN / Shape::kWarpN) * Shape::kWarpN;
-  const unsigned tiles_m = static_cast<unsigned>(divide_up(p.M, Shape::kTileM));
-  const int64_t m = static_cast<int64_t>(blockIdx.x % tiles_m) * Shape::kTileM;
-  const int64_t n = static_cast<int64_t>(blockIdx.x / tiles_m) * Shape::kTileN;
-  const StepCopier<Shape> copier(p, m, n, shared);
-  const int steps = static_cast<int>(divide_up(p.C, kStepColumns));
+  const int warp_m = warp / (kTileN / Shape::kWarpN) * Shape::kWarpM;
+  const int warp_n = warp % (kTileN / Shape::kWarpN) * Shape::kWarpN;
+  const int64_t N = p.N, C = p.C;
+  const unsigned tiles_m = static_cast<unsigned>(divide_up(p.M, kTileM));
+  const int64_t m = static_cast<int64_t>(blockIdx.x % tiles_m) * kTileM;
+  const int64_t n = static_cast<int64_t>(blockIdx.x / tiles_m) * kTileN;
+
+  // This thread's share of the copies of a step: vector `vector` of rows copy_row, copy_row +
+  // kCopyRows, ...
+  const int copy_row = threadIdx.x / kVectors, vector = threadIdx.x % kVectors;
+  const int columns = static_cast<int>(C) - vector * kSize;  // from the vector on
+  uint4* const copy_to = shared + copy_row * kVectors + (vector ^ copy_row % 2 * 4);
+  const auto copy = [&](auto tile_rows, const void* from, int64_t first, int64_t rows, int step,
+                        uint4* to) {
+    const bf16* const at = static_cast<const bf16*>(from) + (first + copy_row) * C +
+                           (vector * kSize + step * kStepColumns);
+    constexpr int kRows = decltype(tile_rows)::value;
+    const int rows_left = static_cast<int>(rows - first < kRows ? rows - first : kRows);
+    const bool in_row = step * kStepColumns < columns;
+#pragma unroll
+    for (int i = 0; i < kRows / kCopyRows; ++i)
+      copy_async_16(to + i * kCopyRows * kVectors, at + i * (kCopyRows * C),
+                    in_row && copy_row + i * kCopyRows < rows_left);
+  };
+  const auto copy_x = [&](int step, int slot) {
+    copy(std::integral_constant<int, kTileM>(), p.x, m, p.M, step,
+         copy_to + slot * Shape::kStepVectors);
+  };
+  const auto copy_weight = [&](int step, int slot) {
+    copy(std::integral_constant<int, kTileN>(), p.weight, n, N, step,
+         copy_to + slot * Shape::kStepVectors + kTileM * kVectors);
+  };
+  const int steps = static_cast<int>(divide_up(C, kStepColumns));
 
 #pragma unroll
   for (int s = 0; s < kSteps - 1; ++s)
-    if (s < steps) copier.copy_weight(s, s);
+    if (s < steps) copy_weight(s, s);
   let_next_kernel_start();
   wait_for_previous_kernel();
 #pragma unroll
   for (int s = 0; s < kSteps - 1; ++s) {
-    if (s < steps) copier.copy_x(s, s);
+    if (s < steps) copy_x(s, s);
     commit_copies();
   }
 
-  typename Shape::Sums part = {}, sums = {};
-  const int chunks = static_cast<int>(divide_up(p.C, kSumColumns));
-  const int part_chunks = static_cast<int>(divide_up(p.C, kSumParts * kSumColumns));
-  int left = part_chunks, slot = 0;
+  float part[kHigh][kWide][4] = {}, sums[kHigh][kWide][4] = {};
+  const auto end_part = [&] {
+#pragma unroll
+    for (int i = 0; i < kHigh; ++i)
+#pragma unroll
+      for (int j = 0; j < kWide; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          sums[i][j][e] += part[i][j][e];
+          part[i][j][e] = 0;
+        }
+  };
+  const int chunks = static_cast<int>(divide_up(C, kSumColumns));
+  const int chunks_of_part = static_cast<int>(divide_up(C, kSumParts * kSumColumns));
+  int left = chunks_of_part, slot = 0;
   for (int step = 0; step < steps; ++step) {
     wait_copies<kSteps - 2>();
     __syncthreads();  // all copies have arrived, and no thread reads the previous step any more
     if (step + kSteps - 1 < steps) {
-      const int previous = slot == 0 ? kSteps - 1 : slot - 1;
-      copier.copy_weight(step + kSteps - 1, previous);
-      copier.copy_x(step + kSteps - 1, previous);
+      const int before = slot == 0 ? kSteps - 1 : slot - 1;
+      copy_weight(step + kSteps - 1, before);
+      copy_x(step + kSteps - 1, before);
     }
     commit_copies();
     const uint4* const rows = shared + slot * Shape::kStepVectors;
     slot = slot == kSteps - 1 ? 0 : slot + 1;
 #pragma unroll
-    for (int c = 0; c < kStepChunks; ++c) {
-      if (step * kStepChunks + c >= chunks) break;
+    for (int c = 0; c < kStepColumns / kSumColumns; ++c) {
+      if (step * (kStepColumns / kSumColumns) + c >= chunks) break;
       if (left == 0) {
-        end_part<Shape>(sums, part);
-        left = part_chunks;
+        end_part();
+        left = chunks_of_part;
       }
       --left;
-      multiply_tile_chunk<Shape>(part, rows, warp_m, warp_n,
-                                 g * Shape::kVectors + ((c * 4 + t) ^ g % 2 * 4));
+      const int at = g * kVectors + ((c * 4 + t) ^ g % 2 * 4);
+      uint4 low[kHigh], high[kHigh], w[kWide];
+#pragma unroll
+      for (int i = 0; i < kHigh; ++i) {
+        low[i] = rows[(warp_m + i * 16) * kVectors + at];
+        high[i] = rows[(warp_m + i * 16 + 8) * kVectors + at];
+      }
+#pragma unroll
+      for (int j = 0; j < kWide; ++j) w[j] = rows[(kTileM + warp_n + j * 8) * kVectors + at];
+#pragma unroll
+      for (int i = 0; i < kHigh; ++i)
+#pragma unroll
+        for (int j = 0; j < kWide; ++j)
+          multiply_bf16(part[i][j], {low[i].x, high[i].x, low[i].y, high[i].y}, w[j].x, w[j].y);
+#pragma unroll
+      for (int i = 0; i < kHigh; ++i)
+#pragma unroll
+        for (int j = 0; j < kWide; ++j)
+          multiply_bf16(part[i][j], {low[i].z, high[i].z, low[i].w, high[i].w}, w[j].z, w[j].w);
     }
   }
-  end_part<Shape>(sums, part);
-  store_tile<Shape>(p, m, n, sums, warp_m, warp_n, shared);
+  end_part();
+
+  // A tile goes through shared memory, so that a row of it is stored in whole vectors.
+  __syncthreads();
+  auto* const tile = reinterpret_cast<bf16*>(shared);  // [kTileM][kOutStride]
+#pragma unroll
+  for (int i = 0; i < kHigh; ++i)
+#pragma unroll
+    for (int j = 0; j < kWide; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; e += 2)
+        *reinterpret_cast<uint32_t*>(tile + (warp_m + i * 16 + g + e / 2 * 8) * Shape::kOutStride +
+                                     warp_n + j * 8 + t * 2) =
+            bf16x2_bits(sums[i][j][e], sums[i][j][e + 1]);
+  __syncthreads();
+  bf16* const out = static_cast<bf16*>(p.out) + m * N + n;
+  const bool vectors = N % kSize == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
+  for (int item = threadIdx.x; item < kTileM * (kTileN / kSize); item += Shape::kThreads) {
+    const int row = item / (kTileN / kSize), column = item % (kTileN / kSize) * kSize;
+    if (m + row >= p.M) break;
+    const bf16* const from = tile + row * Shape::kOutStride + column;
+    if (vectors && n + column < N) {
+      *reinterpret_cast<uint4*>(out + row * N + column) = *reinterpret_cast<const uint4*>(from);
+    } else {
+      for (int i = 0; i < kSize && n + column + i < N; ++i) out[row * N + column + i] = from[i];
+    }
+  }
 }
 
 constexpr int kFloatRows = 2;        // of W in a warp
