@@ -21,15 +21,14 @@
 namespace voxkern::codec {
 namespace {
 
-using attention::SoftmaxState;
-
 constexpr int kAttentionThreads = 512;
 
-// Loads, stores and the rotation of a float32 row.
+// A lane's part of a row of D elements: N consecutive ones of one chunk, or of kSize chunks that
+// are L lanes apart.
 template <int N, int L>
-struct HeadFragment : attention::HeadFragment<float, N, L> {
-  using Base = attention::HeadFragment<float, N, L>;
-  using Base::column, Base::kSize;
+struct HeadFragment {
+  static constexpr int kSize = N == 1 ? attention::kMaxHeadDim / L : N;
+  static VOX_DEVICE int column(int lane, int i) { return (i / N * L + lane % L) * N + i % N; }
   static VOX_DEVICE void read(const float* row, int lane, int D, float (&out)[kSize]) {
 #pragma unroll
     for (int i = 0; i < kSize; i += N) {
@@ -41,9 +40,13 @@ struct HeadFragment : attention::HeadFragment<float, N, L> {
   }
   // An old key or value; allowed before the wait.
   static VOX_DEVICE void read_old(const float* row, int lane, int D, float (&out)[kSize]) {
-    Base raw;
-    raw.load(row, lane, D);
-    raw.to_floats(out);
+    if constexpr (N == 1) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i)
+        out[i] = column(lane, i) < D ? __ldcg(row + column(lane, i)) : 0.0f;
+    } else {
+      unpack<float>(load_uncached(row + column(lane, 0)), out);
+    }
   }
   static VOX_DEVICE void write(float* row, int lane, int D, const float (&values)[kSize]) {
 #pragma unroll
@@ -71,214 +74,174 @@ struct HeadFragment : attention::HeadFragment<float, N, L> {
   }
 };
 
-// One block's work, step by step.
-template <int N, int L, int kKeys, int kQueries>
-class AttentionWorker {
-  using Fragment = HeadFragment<N, L>;
-  static constexpr int kSize = Fragment::kSize, kGroups = kAttentionThreads / L;
-
- public:
-  VOX_DEVICE AttentionWorker(const MimiTransformerParams& p, int64_t layer, const float* qkv,
-                             float* out)
-      : p_(p), out_(out), b_(blockIdx.x / p.Hkv), position_(__ldcg(p.positions + b_)) {
-    const int64_t ring = ((b_ * p.L + layer) * p.Hkv + h_) * p.capacity * D_;
-    keys_ = p.keys + ring;
-    values_ = p.values + ring;
-    rows_ = qkv + b_ * T_ * stride_;
-    rotations_ = p.rotations + b_ * T_ * D_;
-  }
-
-  VOX_DEVICE void run(float* sums) {
-    select(0);
-    load_old(0);
-    bool loaded = true;
-    wait_for_previous_kernel();
-    let_next_kernel_start();
-    for (int t = 0; t < T_; t += kQueries)
-      for (int g = 0; g < static_cast<int>(p_.Hq / p_.Hkv); ++g) {
-        select(t);
-        load_queries(g);
-#pragma unroll
-        for (int i = 0; i < kQueries; ++i) state_[i] = SoftmaxState::empty();
-        for (int block = 0; block * kGroups < count_; block += kKeys) {
-          if (!loaded) load_old(block);
-          loaded = false;
-          load_new(block, g);
-          float scores[kQueries][kKeys];
-          unsigned seen[kQueries] = {};  // a bit a key
-          score_keys(block, scores, seen);
-#pragma unroll
-          for (int j = 0; j < kQueries; ++j)
-            if (seen[j]) add_values(j, scores[j], seen[j]);
-        }
-        merge_groups(g, sums);
-      }
-  }
-
- private:
-  // The queries t_ .. t_ + queries_ - 1. Their keys are counted from the first that t_ sees on.
-  VOX_DEVICE void select(int t) {
-    t_ = t;
-    queries_ = T_ - t < kQueries ? T_ - t : kQueries;
-    first_seen_ = position_ + t - static_cast<int>(p_.window) + 1;
-    if (first_seen_ < 0) first_seen_ = 0;
-    old_ = static_cast<int>(position_ - first_seen_);
-    count_ = old_ + t + queries_;
-    first_key_ = (group_ - static_cast<int>(first_seen_ % kGroups) + kGroups) % kGroups;
-#pragma unroll
-    for (int i = 0; i < kQueries; ++i)
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) acc_[i][j] = 0;
-  }
-  // Key i of this group's in a key block.
-  VOX_DEVICE int key_of(int block, int i) const { return first_key_ + (block + i) * kGroups; }
-
-  // The key block's keys that are in the ring.
-  VOX_DEVICE void load_old(int block) {
-    const int capacity = static_cast<int>(p_.capacity);
-    const int slot = static_cast<int>(first_seen_ % capacity);
-#pragma unroll
-    for (int i = 0; i < kKeys; ++i) {
-      const int key = key_of(block, i);
-      if (key >= old_) continue;
-      const int64_t at =
-          static_cast<int64_t>(slot + key < capacity ? slot + key : slot + key - capacity) * D_;
-      Fragment::read_old(keys_ + at, lane_, D_, k_[i]);
-      Fragment::read_old(values_ + at, lane_, D_, v_[i]);
-    }
-  }
-
-  // The key block's keys that are in qkv, into the ring too if no earlier query has done that.
-  VOX_DEVICE void load_new(int block, int g) {
-#pragma unroll
-    for (int i = 0; i < kKeys; ++i) {
-      const int key = key_of(block, i), row = key - old_;
-      if (row < 0 || key >= count_) continue;
-      const float* const new_key = rows_ + row * stride_ + (p_.Hq + h_) * D_;
-      Fragment::rotate(new_key, rotations_ + static_cast<int64_t>(row) * D_, lane_, D_, k_[i]);
-      Fragment::read(new_key + p_.Hkv * D_, lane_, D_, v_[i]);
-      if (row < t_ || g > 0) continue;
-      const int64_t at = (position_ + row) % p_.capacity * D_;
-      Fragment::write(keys_ + at, lane_, D_, k_[i]);
-      Fragment::write(values_ + at, lane_, D_, v_[i]);
-    }
-  }
-
-  VOX_DEVICE int head(int g) const { return h_ * static_cast<int>(p_.Hq / p_.Hkv) + g; }
-
-  VOX_DEVICE void load_queries(int g) {
-#pragma unroll
-    for (int i = 0; i < kQueries; ++i) {
-      const int row = i < queries_ ? t_ + i : t_;
-      Fragment::rotate(rows_ + row * stride_ + head(g) * D_,
-                       rotations_ + static_cast<int64_t>(row) * D_, lane_, D_, q_[i]);
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) q_[i][j] *= p_.scale;
-    }
-  }
-
-  VOX_DEVICE void score_keys(int block, float (&scores)[kQueries][kKeys],
-                             unsigned (&seen)[kQueries]) const {
-#pragma unroll
-    for (int i = 0; i < kKeys; ++i) {
-      const int key = key_of(block, i);
-#pragma unroll
-      for (int j = 0; j < kQueries; ++j) {
-        const int distance = old_ + t_ + j - key;
-        if (distance >= 0 && distance < static_cast<int>(p_.window) && key < count_ && j < queries_)
-          seen[j] |= 1u << i;
-        float dot = 0;
-        if (key < count_)
-#pragma unroll
-          for (int c = 0; c < kSize; ++c) dot = fmaf(q_[j][c], k_[i][c], dot);
-#pragma unroll
-        for (int offset = L / 2; offset; offset /= 2)
-          dot += __shfl_xor_sync(kWholeWarp, dot, offset);
-        scores[j][i] = dot;
-      }
-    }
-  }
-
-  VOX_DEVICE void add_values(int j, const float (&scores)[kKeys], unsigned seen) {
-    SoftmaxState& state = state_[j];
-    float largest = state.largest;
-#pragma unroll
-    for (int i = 0; i < kKeys; ++i)
-      if (seen >> i & 1) largest = scores[i] > largest ? scores[i] : largest;
-    const float factor = state.raise(largest);
-    state.sum *= factor;
-#pragma unroll
-    for (int c = 0; c < kSize; ++c) acc_[j][c] *= factor;
-#pragma unroll
-    for (int i = 0; i < kKeys; ++i) {
-      if (!(seen >> i & 1)) continue;
-      const float weight = expf(scores[i] - largest);
-      state.sum += weight;
-#pragma unroll
-      for (int c = 0; c < kSize; ++c) acc_[j][c] = fmaf(weight, v_[i][c], acc_[j][c]);
-    }
-  }
-
-  // By way of [kGroups, kQueries, D] `sums` to the output. Two barriers.
-  VOX_DEVICE void merge_groups(int g, float* sums) {
-    VOX_SHARED(SoftmaxState[kGroups][kQueries], states);
-#pragma unroll
-    for (int i = 0; i < kQueries; ++i) {
-      Fragment::write(sums + (group_ * kQueries + i) * D_, lane_, D_, acc_[i]);
-      if (threadIdx.x % L == 0) states[group_][i] = state_[i];
-    }
-    __syncthreads();
-    for (int item = threadIdx.x; item < queries_ * D_; item += kAttentionThreads) {
-      const int i = item / D_, column = item % D_;
-      float total;
-      const SoftmaxState merged = attention::merge_parts<kGroups>(
-          [&](int of) { return states[of][i]; },
-          [&](int of) { return sums[(of * kQueries + i) * D_ + column]; }, total);
-      out_[((b_ * T_ + t_ + i) * p_.Hq + head(g)) * D_ + column] = total / merged.sum;
-    }
-    __syncthreads();
-  }
-
-  const MimiTransformerParams& p_;
-  float *const out_, *keys_, *values_;
-  const int64_t b_, position_, stride_ = p_.qkv.N;
-  const float *rows_, *rotations_;
-  const int lane_ = threadIdx.x % kWarp, group_ = threadIdx.x / L;
-  const int h_ = static_cast<int>(blockIdx.x % p_.Hkv);
-  const int D_ = static_cast<int>(p_.D), T_ = static_cast<int>(p_.T);
-  int t_, queries_, old_, count_, first_key_;  // of the selected queries; old: keys in the ring
-  int64_t first_seen_;
-  float k_[kKeys][kSize], v_[kKeys][kSize], q_[kQueries][kSize], acc_[kQueries][kSize];
-  SoftmaxState state_[kQueries];
-};
-
+// One function: as steps of a class it spills registers (bench/LOG.md).
 template <int N, int L, int kKeys, int kQueries>
 __global__ void __launch_bounds__(kAttentionThreads)
-    attention_kernel(MimiTransformerParams p, int64_t layer, const float* qkv, float* out) {
+    attend_kernel(MimiTransformerParams p, int64_t layer, const float* qkv, float* out) {
+  using Own = HeadFragment<N, L>;
+  constexpr int kSize = Own::kSize, kGroups = kAttentionThreads / L;
   VOX_DYNAMIC_SHARED(float, sums);  // [kGroups, kQueries, D]
-  AttentionWorker<N, L, kKeys, kQueries>(p, layer, qkv, out).run(sums);
+  VOX_SHARED(attention::SoftmaxState[kGroups][kQueries], states);
+  const float lowest = __uint_as_float(0xff800000u);
+  const int lane = threadIdx.x % kWarp, mine = threadIdx.x / L;
+  const int h = static_cast<int>(blockIdx.x % p.Hkv), D = static_cast<int>(p.D);
+  const int64_t b = blockIdx.x / p.Hkv, position = __ldcg(p.positions + b);
+  const int T = static_cast<int>(p.T), window = static_cast<int>(p.window);
+  const int capacity = static_cast<int>(p.capacity), per_key = static_cast<int>(p.Hq / p.Hkv);
+  const int64_t ring = ((b * p.L + layer) * p.Hkv + h) * p.capacity * D, stride = p.qkv.N;
+  float *const keys = p.keys + ring, *const values = p.values + ring;
+  const float* const rows = qkv + b * T * stride;
+  const float* const rotations = p.rotations + b * T * D;
+
+  // Keys from the first that query t sees on are counted from 0.
+  const auto first_seen = [&](int64_t t) {
+    const int64_t at = position + t - window + 1;
+    return at > 0 ? at : 0;
+  };
+  float k[kKeys][kSize], v[kKeys][kSize];
+  // Loads the key block's keys that are in the ring.
+  const auto read_old = [&](int t, int key_block) {
+    const int64_t from = first_seen(t);
+    const int count = static_cast<int>(position - from), slot = static_cast<int>(from % capacity);
+    const int own = (mine - static_cast<int>(from % kGroups) + kGroups) % kGroups;
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) {
+      const int key = own + (key_block + i) * kGroups;
+      if (key >= count) continue;
+      const int64_t at =
+          static_cast<int64_t>(slot + key < capacity ? slot + key : slot + key - capacity) * D;
+      Own::read_old(keys + at, lane, D, k[i]);
+      Own::read_old(values + at, lane, D, v[i]);
+    }
+  };
+  read_old(0, 0);
+  bool loaded = true;
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+
+  for (int t = 0; t < T; t += kQueries)
+    for (int g = 0; g < per_key; ++g) {
+      const int head = h * per_key + g, queries = T - t < kQueries ? T - t : kQueries;
+      const int64_t from = first_seen(t);
+      const int old = static_cast<int>(position - from), count = old + t + queries;
+      const int own = (mine - static_cast<int>(from % kGroups) + kGroups) % kGroups;
+      float q[kQueries][kSize];
+#pragma unroll
+      for (int i = 0; i < kQueries; ++i) {
+        const int row = i < queries ? t + i : t;
+        Own::rotate(rows + row * stride + head * D, rotations + static_cast<int64_t>(row) * D, lane,
+                    D, q[i]);
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) q[i][j] *= p.scale;
+      }
+      attention::SoftmaxState state[kQueries];
+      float acc[kQueries][kSize] = {};
+#pragma unroll
+      for (int i = 0; i < kQueries; ++i) state[i] = {lowest, 0};
+
+      for (int key_block = 0; key_block * kGroups < count; key_block += kKeys) {
+        if (!loaded) read_old(t, key_block);
+        loaded = false;
+#pragma unroll
+        for (int i = 0; i < kKeys; ++i) {
+          const int key = own + (key_block + i) * kGroups, row = key - old;
+          if (row < 0 || key >= count) continue;
+          const float* const new_key = rows + row * stride + (p.Hq + h) * D;
+          Own::rotate(new_key, rotations + static_cast<int64_t>(row) * D, lane, D, k[i]);
+          Own::read(new_key + p.Hkv * D, lane, D, v[i]);
+          if (row < t || g > 0) continue;  // written before
+          const int64_t at = (position + row) % capacity * D;
+          Own::write(keys + at, lane, D, k[i]);
+          Own::write(values + at, lane, D, v[i]);
+        }
+        float weights[kQueries][kKeys];
+        unsigned seen[kQueries] = {};  // a bit for each key
+#pragma unroll
+        for (int i = 0; i < kKeys; ++i) {
+          const int key = own + (key_block + i) * kGroups;
+#pragma unroll
+          for (int j = 0; j < kQueries; ++j) {
+            const int distance = old + t + j - key;
+            if (distance >= 0 && distance < window && key < count && j < queries)
+              seen[j] |= 1u << i;
+            float dot = 0;
+            if (key < count)
+#pragma unroll
+              for (int c = 0; c < kSize; ++c) dot = fmaf(q[j][c], k[i][c], dot);
+#pragma unroll
+            for (int offset = L / 2; offset; offset /= 2)
+              dot += __shfl_xor_sync(kWholeWarp, dot, offset);
+            weights[j][i] = dot;
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < kQueries; ++j) {
+          if (!seen[j]) continue;
+          float largest = state[j].largest;
+#pragma unroll
+          for (int i = 0; i < kKeys; ++i)
+            if (seen[j] >> i & 1) largest = weights[j][i] > largest ? weights[j][i] : largest;
+          const float factor = expf(state[j].largest - largest);
+          state[j].largest = largest;
+          state[j].sum *= factor;
+#pragma unroll
+          for (int c = 0; c < kSize; ++c) acc[j][c] *= factor;
+#pragma unroll
+          for (int i = 0; i < kKeys; ++i) {
+            if (!(seen[j] >> i & 1)) continue;
+            const float weight = expf(weights[j][i] - largest);
+            state[j].sum += weight;
+#pragma unroll
+            for (int c = 0; c < kSize; ++c) acc[j][c] = fmaf(weight, v[i][c], acc[j][c]);
+          }
+        }
+      }
+
+#pragma unroll
+      for (int i = 0; i < kQueries; ++i) {
+        Own::write(sums + (mine * kQueries + i) * D, lane, D, acc[i]);
+        if (threadIdx.x % L == 0) states[mine][i] = state[i];
+      }
+      __syncthreads();
+      for (int item = threadIdx.x; item < queries * D; item += kAttentionThreads) {
+        const int i = item / D, column = item % D;
+        float largest = lowest, sum = 0, total = 0;
+        for (int of = 0; of < kGroups; ++of) largest = fmaxf(largest, states[of][i].largest);
+        for (int of = 0; of < kGroups; ++of) {
+          if (states[of][i].sum == 0) continue;
+          const float factor = expf(states[of][i].largest - largest);
+          sum = fmaf(states[of][i].sum, factor, sum);
+          total = fmaf(sums[(of * kQueries + i) * D + column], factor, total);
+        }
+        out[((b * T + t + i) * p.Hq + head) * D + column] = total / sum;
+      }
+      __syncthreads();
+    }
+}
+
+template <int N, int L, int kKeys, int kQueries>
+void launch_attention_of(const MimiTransformerParams& p, int64_t layer, const float* qkv,
+                         float* out, cudaStream_t stream) {
+  launch(attend_kernel<N, L, kKeys, kQueries>,
+         {.grid = dim3(static_cast<unsigned>(p.B * p.Hkv)),
+          .block = dim3(kAttentionThreads),
+          .shared_bytes = kAttentionThreads / L * kQueries * p.D * sizeof(float),
+          .stream = stream,
+          .overlaps_previous = true},
+         p, layer, qkv, out);
 }
 
 inline void launch_attention(const MimiTransformerParams& p, int64_t layer, const float* qkv,
                              float* out, cudaStream_t stream) {
-  constexpr int kLanesPerRow = 16, kKeys = 8, kKeyBlock = kAttentionThreads / kLanesPerRow * kKeys;
-  const bool vectors = p.D == 4 * kLanesPerRow && is_vector_aligned<float>(p.keys, p.D) &&
+  constexpr int kLanes = 16, kKeys = 8, kKeyBlock = kAttentionThreads / kLanes * kKeys;
+  const bool vectors = p.D == 4 * kLanes && is_vector_aligned<float>(p.keys, p.D) &&
                        is_vector_aligned<float>(p.values, p.D);
-  const auto run = [&](auto kernel, int lanes, int queries) {
-    launch(kernel,
-           {.grid = dim3(static_cast<unsigned>(p.B * p.Hkv)),
-            .block = dim3(kAttentionThreads),
-            .shared_bytes = kAttentionThreads / lanes * queries * p.D * sizeof(float),
-            .stream = stream,
-            .overlaps_previous = true},
-           p, layer, qkv, out);
-  };
   if (vectors && p.window < kKeyBlock)
-    run(attention_kernel<4, kLanesPerRow, kKeys, 2>, kLanesPerRow, 2);
+    launch_attention_of<4, kLanes, kKeys, 2>(p, layer, qkv, out, stream);
   else if (vectors)
-    run(attention_kernel<4, kLanesPerRow, kKeys / 2, 1>, kLanesPerRow, 1);
+    launch_attention_of<4, kLanes, kKeys / 2, 1>(p, layer, qkv, out, stream);
   else
-    run(attention_kernel<1, kWarp, 2, 1>, kWarp, 1);
+    launch_attention_of<1, kWarp, 2, 1>(p, layer, qkv, out, stream);
 }
 
 }  // namespace
