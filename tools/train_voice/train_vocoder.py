@@ -33,6 +33,7 @@ CONTEXT_FRAMES = 4  # real history before the crop: heard by the decoder, not by
 HISTORY_FRAMES = 50
 STATE_SAMPLES = FRAME_SAMPLES // 2
 SCALES = ((2048, 128), (512, 60), (128, 15))  # n_fft, mel bins
+COMPLEX_SCALES = (2048, 512)
 ADVERSARIAL_WEIGHT = 0.2
 FEATURE_WEIGHT = 1.0
 CONTEXT_LR = 0.3  # of the thawed transformer, relative to the SEANet decoder's
@@ -132,6 +133,18 @@ class SpectralLoss(nn.Module):
             total = total + 0.3 * F.l1_loss(a, b) / (b.mean() + 1e-4)
             total = total + 0.3 * F.l1_loss(torch.log(a + 3e-3), torch.log(b + 3e-3))
         return total / len(SCALES)
+
+
+def complex_loss(made, real):
+    """L1 between complex spectra, relative to the mean of the real one; 1 for silence."""
+    total = 0.0
+    for n_fft in COMPLEX_SCALES:
+        window = torch.hann_window(n_fft, device=made.device)
+        both = torch.cat([made, real]).squeeze(1)
+        spectrum = torch.stft(both, n_fft, n_fft // 4, window=window, return_complex=True)
+        a, b = torch.view_as_real(spectrum).chunk(2)
+        total = total + F.l1_loss(a, b) / (b.abs().mean() + 1e-3)
+    return total / len(COMPLEX_SCALES)
 
 
 class ScaleDiscriminator(nn.Module):
@@ -238,6 +251,8 @@ def main():
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--lr", type=float, help="1.5e-3, or 6e-4 adversarial, unless given")
     parser.add_argument("--adversarial", action="store_true")
+    parser.add_argument("--spectral-weight", type=float, default=1.0)
+    parser.add_argument("--complex-weight", type=float, default=0.0, help="of the phase's loss")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     args.lr = args.lr or (6e-4 if args.adversarial else 1.5e-3)
@@ -280,7 +295,10 @@ def main():
             made = vocoder(inputs)
         made = made.float()[..., CONTEXT_FRAMES * FRAME_SAMPLES :]
         loss = {"spectral": spectral(made, real)}
-        total = loss["spectral"]
+        total = args.spectral_weight * loss["spectral"]
+        if args.complex_weight:
+            loss["complex"] = complex_loss(made, real)
+            total = total + args.complex_weight * loss["complex"]
         if args.adversarial:
             with autocast(args.device):
                 for_real = [judge(real) for judge in judges]

@@ -144,6 +144,14 @@ def test_whitening_folds_into_the_first_convolution(small_codec):
     torch.testing.assert_close(made[..., 11520:], expected[..., 11520:], rtol=1e-3, atol=1e-5)
 
 
+def test_complex_loss_hears_phase():
+    torch.manual_seed(0)
+    noise = torch.randn(2, 1, 9600)
+    assert train_vocoder.complex_loss(noise, noise) == 0
+    assert train_vocoder.complex_loss(torch.zeros_like(noise), noise) == pytest.approx(1, abs=0.01)
+    assert train_vocoder.complex_loss(-noise, noise) == pytest.approx(2, abs=0.01)
+
+
 def test_corruption_replaces_history_by_codes_of_other_frames():
     torch.manual_seed(1)
     codes = torch.arange(1, 401).view(4, 100, 1) + torch.tensor([0, 1000, 2000])
