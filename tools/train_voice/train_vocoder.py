@@ -45,7 +45,7 @@ WIRE_OFFSET = 1.25
 @torch.no_grad()
 def carry_pulses(seanet):
     """Let some channels of the SEANet decoder start as wires: the pulses' cosine and sine arrive as
-    channels 0 and 1 of the third stage, at 1200 Hz. No 400 steps from a random start find them.
+    channels 0 and 1 of the third stage, at 1200 Hz. 275 steps from a random start do not find them.
 
     An offset keeps a wire in the linear half of ELU; a constant channel takes it off again.
     """
