@@ -99,6 +99,7 @@ lint: $(VENV)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(RUN) tools/prose_check.py
 	$(BIN)/clang-format --dry-run -Werror $(CPP) $(CUDA) $(SIMT) $(PLANTED)
 
 format: $(VENV)/lint
