@@ -1,7 +1,7 @@
-"""Weights of a transformer's layers, as the backends pass them on.
+"""The weights of a transformer's layers as one object, for callers and backends of the ops.
 
-The ops take these tensors one by one, because an op's schema has no structs; `voxkern.ops` says
-what each of them is.
+The schema of an op cannot contain a struct, so the ops themselves take these tensors one by one;
+`voxkern.ops` documents each.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LlamaLayers:
-    """Stacked weights `[L, ..]` of Llama layers, and the norm after the last layer."""
+    """Weights of L Llama layers, and what all of them share.
+
+    The weights are stacked, `[L, ...]`, except `norm`, `[C]`, the norm after the last layer. Shared
+    are `rope_table`, `[max_positions, D]`, the numbers of heads, and `eps`, of every norm.
+    """
 
     attn_norm: Tensor
     qkv: Tensor
@@ -35,7 +39,7 @@ class LlamaLayers:
 
     @property
     def qkv_rows(self) -> int:
-        """Rows of one layer's qkv, without the padding rows of a packed weight."""
+        """Rows of one layer's qkv, `(Hq + 2 Hkv) D`, without a packed weight's padding rows."""
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
     def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,7 +51,7 @@ class LlamaLayers:
 
 @dataclass(frozen=True)
 class MimiLayers:
-    """Stacked weights `[L, ..]` of the layers of Mimi's transformer."""
+    """Weights of the L layers of Mimi's transformer, all stacked: `[L, ...]`."""
 
     norms: Tensor
     qkv: Tensor

@@ -1,4 +1,5 @@
-// The floating-point types of the kernels. No torch here: ISA passes and device code include it.
+// The floating-point types of the kernels. Must not include torch: device code and the
+// per-instruction-set CPU builds include this file. Also defines VOX_HOST_DEVICE.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,6 @@
-// Philox 4x32-10, the counter-based random numbers of every draw on every device (Salmon et al.
-// 2011, https://doi.org/10.1145/2063384.2063405).
+// Philox 4x32-10, the counter-based random number generator that all sampling on every device uses
+// (Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405). The key is the seed; the counter
+// is (block, codebook, frame).
 #pragma once
 
 #include <cstdint>
@@ -7,7 +8,9 @@
 #include "common/dtype.h"
 
 namespace voxkern {
-namespace {  // internal linkage: CPU kernels are compiled once per instruction set
+// Internal linkage: CPU kernels are compiled once per instruction set, and the linker must not
+// merge the copies, or a CPU would run another instruction set's.
+namespace {
 
 struct PhiloxWords {
   uint32_t word[4];
@@ -28,7 +31,8 @@ VOX_HOST_DEVICE inline PhiloxWords philox(PhiloxWords counter, uint32_t key0, ui
   return {{a, b, c, d}};
 }
 
-// The random words of codes 4 * block .. 4 * block + 3 of one draw.
+// One draw is (seed, frame, codebook). Returns the words for its candidate codes 4 * block to
+// 4 * block + 3.
 VOX_HOST_DEVICE inline PhiloxWords draw_words(int64_t seed, int64_t frame, int64_t codebook,
                                               int64_t block) {
   const uint64_t s = static_cast<uint64_t>(seed), f = static_cast<uint64_t>(frame);

@@ -1,4 +1,4 @@
-"""Shared by the commands: flags from `Config` and one-line errors."""
+"""Helpers that all commands share: flags made from `Config`, and one-line errors."""
 
 import argparse
 import os
@@ -28,7 +28,7 @@ class CommandError(Exception):
 
 
 class _OneSpelling(argparse.HelpFormatter):
-    """Shows `--top_k K` where argparse would show `--top_k K, --top-k K`."""
+    """Shows `--top_k K` where argparse would show `--top_k K, --top-k K`; also for `--no-..`."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=30, width=100)
@@ -36,7 +36,11 @@ class _OneSpelling(argparse.HelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings:
             return super()._format_action_invocation(action)
-        spellings = [flag for flag in action.option_strings if "-" not in flag.removeprefix("--")]
+        spellings = [
+            flag
+            for flag in action.option_strings
+            if "-" not in flag.removeprefix("--").removeprefix("no-")
+        ]
         short = [flag for flag in action.option_strings if not flag.startswith("--")]
         names = ", ".join(dict.fromkeys([*short, *spellings]))
         if action.nargs == 0:
@@ -47,7 +51,7 @@ class _OneSpelling(argparse.HelpFormatter):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An argument parser with `Config`'s flags; errors take one line and exit code 2.
+    """A parser of a command's own flags and of `Config`'s. It exits on an error: one line, code 2.
 
     Args:
         prog: the command's name in messages.
@@ -71,14 +75,14 @@ class CommandParser(argparse.ArgumentParser):
         add_flag(self, name, **options)
 
     def add_settings(self, *groups: type[Settings]) -> None:
-        """Add a flag for every setting in `groups`; those not given leave no attribute."""
+        """Add a flag for every setting in `groups`. A flag not given sets no attribute."""
         for group in groups:
             section = self.add_argument_group(group.title)
             for name, field in group.model_fields.items():
                 add_flag(section, name, dest=name, **_flag_options(name, field))
 
     def parse(self, argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
-        """Parse the command's own flags, and the config from flags and environment."""
+        """Parse `argv`; returns the flags, and the config made from them and the environment."""
         args = self.parse_args(argv)
         given = {name: value for name, value in vars(args).items() if name in Config.model_fields}
         try:
@@ -119,18 +123,19 @@ def _flag_options(name: str, field: FieldInfo) -> dict[str, Any]:
 
 
 def one_line(message: object) -> str:
-    """The message without line breaks, always printable, of limited length."""
+    """The message collapsed to one line, shortened, and safe to encode as UTF-8."""
     text = textwrap.shorten(str(message), MAX_MESSAGE_CHARS, placeholder=" ...")
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def run_command(prog: str, command: Callable[[], int]) -> int:
-    """Run a command's body; report an error as one line and an exit code, 2 for a wrong setting.
+    """Run `command` and return its exit code; an error prints one line and gives 1 instead.
 
-    `VOX_SERVE_TRACEBACK=1` shows the traceback too.
+    A wrong setting gives 2, an interrupt 130 and no line. With `VOX_SERVE_TRACEBACK=1` errors are
+    raised again: the traceback replaces the line.
     """
-    # Torch's threads would spin after each of the codec's ops and take the kernels' cores. Set
-    # here because the variable is read when the command loads torch.
+    # Otherwise torch's OpenMP threads spin after each of the codec's ops, on cores that the kernels
+    # need. Set here because OpenMP reads the variable when the command loads torch.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return command()

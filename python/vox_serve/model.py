@@ -1,4 +1,4 @@
-"""CSM's two transformers as calls of voxkern's ops. Owns the weights, and no state."""
+"""CSM's two transformers, run with voxkern's ops. The model holds weights, but no state."""
 
 from typing import Any, NamedTuple
 
@@ -14,8 +14,8 @@ from voxkern.layers import LlamaLayers
 from voxkern.persistent import decode_depth_persistent
 
 PERSISTENT_ROWS = 8
-"""Maximum rows of the persistent depth decoder (kDepthRows in cuda/decoder/persistent.cu); with
-more, `persistent` has no effect."""
+"""Maximum batch size of the persistent depth decoder (kDepthRows in cuda/decoder/persistent.cu);
+above it, `decode_depth_persistent` falls back to `decode_depth`."""
 
 
 class _Layer(NamedTuple):
@@ -30,7 +30,7 @@ class _Layer(NamedTuple):
 
 
 class CsmModel:
-    """The backbone, and the depth decoder over a frame's codebooks.
+    """The backbone, which runs once a frame, and the depth decoder, which draws a frame's codes.
 
     Args:
         config: the model's sizes.
@@ -62,12 +62,12 @@ class CsmModel:
     def backbone_step(
         self, frames: Tensor, mask: Tensor, batch: CacheBatch, cache: KvCache
     ) -> Tensor:
-        """Run the backbone over new tokens, and write their keys and values to the cache.
+        """Run the backbone over new frames, and write their keys and values to the cache.
 
         Args:
-            frames: `[T, K + 1]` int64, the tokens of all sequences, concatenated.
+            frames: `[T, K + 1]` int64, the new frames of all sequences, concatenated.
             mask: `[T, K + 1]` bool, as in `voxkern.ops.embed_frames`.
-            batch: cache locations of the tokens.
+            batch: cache locations of the frames.
             cache: keys and values; updated in place.
 
         Returns:
@@ -79,7 +79,7 @@ class CsmModel:
         return self._prefill(x, batch, cache)[batch.last_tokens]
 
     def backbone_arguments(self, x: Tensor, batch: CacheBatch, cache: KvCache) -> dict[str, Any]:
-        """Keyword arguments of `voxkern.ops.decode_backbone` for embedded tokens x `[B, C]`."""
+        """Keyword arguments of `voxkern.ops.decode_backbone` for embedded frames x `[B, C]`."""
         return {
             "x": x,
             **vars(self._backbone),
@@ -92,7 +92,7 @@ class CsmModel:
         }
 
     def _prefill(self, residual: Tensor, batch: CacheBatch, cache: KvCache) -> Tensor:
-        """Run embedded prompt tokens `[T, C]` through the layers; returns the hidden states."""
+        """Run embedded prompt frames `[T, C]` through the layers; returns the hidden states."""
         c = self.config.backbone
         scale = c.head_dim**-0.5
         assert batch.cu_seqlens is not None  # only a decoding batch has none
@@ -121,7 +121,7 @@ class CsmModel:
             persistent: decode with `voxkern.persistent.decode_depth_persistent`.
 
         Returns:
-            `[B, K]` int64.
+            The drawn codes, `[B, K]` int64.
         """
         code0 = ops.sample_tokens(
             ops.linear(hidden, self.weights.code0_head),
@@ -171,6 +171,6 @@ def _llama_layers(weights: TransformerWeights, config: TransformerConfig) -> Lla
 
 
 def _draw_arguments(rows: SamplingRows) -> dict[str, Tensor]:
-    """The arguments with which every codebook is drawn."""
+    """The sampling arguments that the draws of all codebooks share."""
     names = ("temperature", "top_k", "top_p", "min_p", "seeds", "frames")
     return {name: getattr(rows, name) for name in names}

@@ -82,6 +82,8 @@ def test_help_needs_no_model_and_no_torch():
         env=_environment(),
     )
     assert "--max_batch_size SIZE" in done.stdout
+    assert "--allow_pickle, --no-allow_pickle" in done.stdout
+    assert "allow-pickle" not in done.stdout
 
 
 def test_serving_needs_no_transformers():

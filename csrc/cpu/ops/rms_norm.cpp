@@ -6,7 +6,8 @@
 #include "cpu/runtime/team.h"
 #include "cpu/simd/norm.h"
 
-// Threads partition the rows; norm.h says how a row is summed and where it rounds.
+// RMS norm of each row of x, optionally after adding x to `residual` in place. The rows are divided
+// among the threads; norm.h defines the summation order and the rounding.
 namespace voxkern {
 namespace {
 

@@ -1,7 +1,15 @@
 #include "cuda/attention/depth.cuh"
 
-// One launch of attend_depth() for each part of each row. Apart from the new row, the cache was
-// complete when the kernel was launched.
+// Attention of the depth decoder as a kernel: one block per (part of a row, batch row), grid x =
+// part (depth_blocks_per_row() of them), y = row; depth.cuh says what a part is.
+//
+// Only the newest key and value, in qkv, come from the preceding kernel; the cache rows before them
+// were complete when this kernel was launched. So attend_depth() reads those before it calls its
+// wait. Here the wait always returns true: qkv is complete. (The persistent decoder's wait may give
+// up and return false.)
+//
+// Precondition: supports_depth_attention(). D is 32, 64 or 128 in float32, 64 or 128 in bf16; a
+// block must hold all K keys, and B is at most 65535, the limit of gridDim.y.
 namespace voxkern {
 namespace {
 

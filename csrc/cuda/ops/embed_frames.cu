@@ -1,14 +1,20 @@
 #include "cuda/runtime/elements.cuh"
 #include "params/embed_frames.h"
 
-// A block takes a frame and blockDim.x vectors of its columns (16 bytes, or single elements if the
-// tables are not aligned). The block first lists the rows that the mask selects; then each thread
-// adds its columns of them in float32, in the order of the codebooks with the text last, and rounds
-// once. An id outside its table adds nothing: rejecting it would need a read on the host.
+// Sums the embeddings that a frame's mask selects: frames and mask [T, K + 1], audio_table
+// [K * V, C], text_table [text_rows, C], out [T, C].
 //
-// Floor: (K + 2) C elements a frame over 3.35 TB/s: 139 KB for CSM's frame in bf16, 11 us at 256
-// frames on an H100 (out of a 134 MB table: L2 helps little). Latency at one
-// frame: ids, then kRowsInFlight rows at a time.
+// One block computes blockDim.x vectors (16 bytes each) of one frame's output row: grid x =
+// columns, y = frame. Warp 0 lists the selected rows, up to kMaxListedRows at a time; then each
+// thread adds its vector of them in float32, in the order of the codebooks with the text last, and
+// rounds once. If a table or out is not aligned to 16 bytes, or a row of C is no whole number of
+// vectors, single elements take the place of vectors. An id outside its table adds nothing:
+// reporting it would need a copy to the host and a synchronisation.
+//
+// Floor: K + 1 rows read and 1 written, C elements each, over 3.35 TB/s: 139 KB for CSM-1B's frame
+// in bf16, 11 us at 256 frames on an H100. The audio table of CSM-1B is 134 M elements (269 MB in
+// bf16), so L2 helps little. With one frame, latency dominates: a round trip for the mask, one for
+// the ids, then one per kRowsInFlight rows.
 namespace voxkern {
 namespace {
 

@@ -31,13 +31,13 @@ class Quantizer:
         self.device = self.table.device
         self.project_out: Tensor | None = None
         if config.has_quantizer_projections:
-            # One matrix for the sums of both chains, concatenated.
+            # Both chains' output projections side by side: one product projects and adds both sums.
             outs = [chain.project_out for chain in self.chains if chain.project_out is not None]
             self.project_out = torch.cat(outs, 1)
         self.mask = self._sums_mask(len(books))
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Sum the code vectors of each frame.
+        """Sum the code vectors of each frame, and project the sums to latents if the codec does.
 
         Args:
             codes: `[B, N, K]` int64, K at most the number of codebooks. Out-of-range codes are
@@ -47,7 +47,7 @@ class Quantizer:
             `[B, N, C]`.
         """
         batch, frames, width = codes.shape
-        # The text column of embed_frames is masked out.
+        # embed_frames expects a text column after the codes: pad it with zeros and mask it out.
         rows = F.pad(codes.clamp(0, self.codebook_size - 1), (0, 1)).flatten(0, 1)
         mask = self.mask if width + 1 == self.mask.shape[1] else self._sums_mask(width)
         if len(mask) > 1:
@@ -66,7 +66,7 @@ class Quantizer:
         return torch.stack((semantic, ~semantic)) & (columns < width)
 
     def encode(self, latent: Tensor, num_codebooks: int) -> Tensor:
-        """Args: latent `[B, N, C]`. Returns codes `[B, N, K]` int64, K = num_codebooks."""
+        """Quantize latent `[B, N, C]`; returns codes `[B, N, K]` int64, K = num_codebooks."""
         batch, frames, _ = latent.shape
         latent = latent.reshape(batch * frames, -1)
         codes: list[Tensor] = []
@@ -81,6 +81,8 @@ class _Chain:
     def __init__(self, config: MimiConfig, tensors: TensorReader, kind: str, length: int) -> None:
         name = f"quantizer.{kind}_residual_vector_quantizer"
         size, dim = config.codebook_size, config.codebook_dim
+        # A checkpoint stores the running sum of the latents assigned to each code, and their count;
+        # the code's vector is their mean.
         self.books = []
         for i in range(length):
             codebook = f"{name}.layers.{i}.codebook"
@@ -95,7 +97,7 @@ class _Chain:
                 self.project_in = tensors(f"{name}.input_proj.weight", *shape).squeeze(2)
 
     def encode(self, latent: Tensor, limit: int) -> list[Tensor]:
-        """Args: latent `[M, C]`. Returns up to limit codes `[M]`, one tensor per codebook."""
+        """Quantize latent `[M, C]`; returns codes `[M]` of each of the first `limit` codebooks."""
         residual = latent if self.project_in is None else ops.linear(latent, self.project_in)
         codes = []
         for book in self.books[:limit]:
