@@ -7,9 +7,9 @@
 // One block computes blockDim.x vectors (16 bytes each) of one frame's output row: grid x =
 // columns, y = frame. Warp 0 lists the selected rows, up to kMaxListedRows at a time; then each
 // thread adds its vector of them in float32, in the order of the codebooks with the text last, and
-// rounds once. If a table or out is not aligned to 16 bytes, or a row of C is no whole number of
-// vectors, single elements take the place of vectors. An id outside its table adds nothing:
-// reporting it would need a copy to the host and a synchronisation.
+// rounds once. If a table or out is not aligned to 16 bytes, or C is not a multiple of a vector's
+// elements, each thread handles one element instead (the scalar path). An id outside its table adds
+// nothing: reporting it would need a copy to the host and a synchronisation.
 //
 // Floor: K + 1 rows read and 1 written, C elements each, over 3.35 TB/s: 139 KB for CSM-1B's frame
 // in bf16, 11 us at 256 frames on an H100. The audio table of CSM-1B is 134 M elements (269 MB in
