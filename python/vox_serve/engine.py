@@ -84,14 +84,12 @@ class Engine:
         # One sequence more than the live requests, for the shared prefix.
         self._cache = KvCache(model.config.backbone, max_batch_size + 1, model.dtype, model.device)
         self._default_context = tuple(default_context)
-        self._prefix = CacheSequence()
         self._batch: FrameBatch[_Live] = FrameBatch(model, mimi, self._cache, max_batch_size)
         self._pending: deque[_Pending] = deque()
         self._failed = False
         self._waiting: deque[_Live] = deque()
         self._live: dict[str, _Live] = {}
-        if self._default_context:
-            self._fill_prefix()
+        self._prefix = self._fill_prefix()
 
     @property
     def num_codebooks(self) -> int:
@@ -166,6 +164,28 @@ class Engine:
             self._end(live)
         self._waiting = deque(w for w in self._waiting if w.request.id != request_id)
 
+    def reset(self) -> None:
+        """Drop all requests and rebuild the state; the engine can serve again after a failed step.
+
+        Pages are freed, the batch is emptied and the default context is computed again. Weights and
+        CUDA graphs stay as they are. `prepare` may run in another thread meanwhile.
+
+        Raises:
+            RuntimeError: the device has failed; the engine then cannot serve.
+        """
+        self._failed = True
+        for live in self._live.values():
+            live.ended = True
+        self._live.clear()
+        self._waiting.clear()
+        self._pending.clear()
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)  # raises the error of any kernel in flight
+        self._batch.reset()
+        self._cache.reset()
+        self._prefix = self._fill_prefix()
+        self._failed = False
+
     @torch.inference_mode()
     def step(self) -> list[FrameOutput]:
         """Prefill some prompt tokens, and make one frame for each request whose prompt is complete.
@@ -175,7 +195,8 @@ class Engine:
             late, so the list may be empty while requests are live.
 
         Raises:
-            RuntimeError: an earlier step failed halfway, so the engine's state is inconsistent.
+            RuntimeError: an earlier step failed halfway, so the engine's state is inconsistent
+                until `reset`.
         """
         if self._failed:
             raise RuntimeError("the engine failed in an earlier step")
@@ -277,7 +298,11 @@ class Engine:
         self._cache.release(live.cache)
 
     @torch.inference_mode()
-    def _fill_prefix(self) -> None:
+    def _fill_prefix(self) -> CacheSequence:
+        """Compute the keys and values of the default context."""
+        prefix = CacheSequence()
+        if not self._default_context:
+            return prefix
         frames, mask = self.prompts.build(self._default_context)
         if len(frames) >= self._cache.max_positions:
             raise PromptTooLongError(
@@ -287,7 +312,8 @@ class Engine:
         chunk = PREFILL_CHUNK_TOKENS[device.type]
         for start in range(0, len(frames), chunk):
             part = slice(start, start + chunk)
-            batch = CacheBatch.prefill(self._cache, [self._prefix], [len(frames[part])])
+            batch = CacheBatch.prefill(self._cache, [prefix], [len(frames[part])])
             self.model.backbone_step(
                 frames[part].to(device), mask[part].to(device), batch, self._cache
             )
+        return prefix

@@ -124,6 +124,16 @@ class FrameBatch(Generic[Member]):
         self._cache_rows.clear(last)
 
     @torch.inference_mode()
+    def reset(self) -> None:
+        """Remove all members, whatever state an interrupted frame left. Graphs are kept."""
+        self.members.clear()
+        self._cache_rows.reset()
+        for tensor in (self._codes, self._hidden, self._audio):
+            tensor.zero_()
+        for row in range(self._streams.batch_size):
+            self._streams.reset(row)
+
+    @torch.inference_mode()
     def step_backbone(self) -> None:
         """Turn every row's last frame into its next hidden state."""
         if self.members:

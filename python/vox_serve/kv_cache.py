@@ -57,6 +57,11 @@ class KvCache:
         self.k_pages = torch.empty(shape, dtype=dtype, device=device)
         self.v_pages = torch.empty(shape, dtype=dtype, device=device)
         self.device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Free all pages. Sequences that held some must not be used again."""
+        num_pages = self.k_pages.shape[1]
         self._free = list(range(num_pages - 1, -1, -1))
         self._owners = [0] * num_pages
 
@@ -207,6 +212,11 @@ class CacheRows:
         """Mark a row as unused: the ops write nothing for it."""
         self._positions[row] = 0
         self._steps[row] = 0
+
+    def reset(self) -> None:
+        """Mark all rows as unused."""
+        for tensor in (self._positions, self._steps, self._page_table):
+            tensor.zero_()
 
     def copy_row(self, source: int, target: int) -> None:
         """Overwrite one used row with another."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from vox_serve.prompt import Segment
 from vox_serve.sampling import SamplingParams
 
-FinishReason = Literal["stop", "length", "context"]
+FinishReason = Literal["stop", "length", "context", "silence", "error"]
 
 _request_ids = itertools.count()
 
@@ -58,13 +58,17 @@ class FrameOutput(NamedTuple):
 
     Attributes:
         request_id: the request's id.
-        codes: `[K]` int64 on the CPU; None if the frame is a stop frame, which is not spoken.
+        codes: `[K]` int64 on the CPU; None if the frame is a stop frame, which is not spoken, or
+            could not be made.
         audio: float32 `[1920]`, in -1 to 1 or slightly beyond; None if `codes` is.
         finish_reason: None while more frames follow; "stop" if the model drew a stop frame,
-            "length" at `max_frames`, "context" if the model's context is full.
+            "length" at `max_frames`, "context" if the model's context is full, "silence" after too
+            long a silence, "error" if the frame could not be made.
+        error: why the request ended with "error", for its client; None otherwise.
     """
 
     request_id: str
     codes: Tensor | None
     audio: np.ndarray | None
     finish_reason: FinishReason | None
+    error: str | None = None
