@@ -5,6 +5,7 @@ gradients, exponential moving averages written into the codebook buffers Mimi sa
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,43 @@ def make_config(num_codebooks: int) -> MimiConfig:
         layer_scale_initial_scale=0.1,
         max_position_embeddings=8000,
     )
+
+
+@dataclass
+class Parts:
+    """Mimi's modules between the waveform and the quantizer, in both directions."""
+
+    encoder_seanet: nn.Module
+    encoder_transformer: nn.Module
+    downsample: nn.Module
+    upsample: nn.Module
+    decoder_transformer: nn.Module
+    decoder_seanet: nn.Module
+
+
+# Where transformers keeps each of the Parts: since it has MimiEncoderModel, and before.
+PART_PATHS = {
+    "encoder_seanet": ("encoder.encoder_seanet", "encoder"),
+    "encoder_transformer": ("encoder.encoder_transformer", "encoder_transformer"),
+    "downsample": ("encoder.downsample", "downsample"),
+    "upsample": ("decoder.upsample", "upsample"),
+    "decoder_transformer": ("decoder.decoder_transformer", "decoder_transformer"),
+    "decoder_seanet": ("decoder.decoder_seanet", "decoder"),
+}
+
+
+def parts(codec: MimiModel) -> Parts:
+    modules = dict(codec.named_modules())
+    found = {}
+    for name, paths in PART_PATHS.items():
+        path = next((path for path in paths if path in modules), None)
+        if path is None:
+            raise RuntimeError(
+                f"this transformers' MimiModel has no module {' or '.join(paths)}; "
+                f"add its name to PART_PATHS in {__file__}"
+            )
+        found[name] = modules[path]
+    return Parts(**found)
 
 
 def mel_filters(n_fft: int, bins: int, device="cpu") -> torch.Tensor:
@@ -100,7 +138,7 @@ def install_pulses(codec: MimiModel):
         rvq.output_proj.weight[-PULSE_DIM:] = 0
         rvq.output_proj.weight[:, CONTENT_DIM:] = 0
     acoustic.output_proj.weight[-PULSE_DIM:, CONTENT_DIM:, 0] = torch.eye(PULSE_DIM)
-    codec.decoder.upsample.conv.weight[-PULSE_DIM:, 0] = kernel
+    parts(codec).upsample.conv.weight[-PULSE_DIM:, 0] = kernel
 
 
 def has_pulses(book) -> bool:
@@ -206,7 +244,7 @@ def reserve_stop_code(codec: MimiModel):
 
 def decoder_states(codec: MimiModel, quantized):
     """[B, C, N] -> what the SEANet decoder reads, [B, 2N, C]."""
-    decoder = codec.decoder
+    decoder = parts(codec)
     upsampled = decoder.upsample(quantized).transpose(1, 2)
     return decoder.decoder_transformer(upsampled).last_hidden_state
 
@@ -252,8 +290,15 @@ class Stage1(nn.Module):
         self.head = MelHead(config.hidden_size)
         self.phones = nn.Linear(config.hidden_size, 4 * num_phones)
 
+    def seanet_names(self) -> set[str]:
+        """Names of the parameters that stage 1 does not train: the two convolution stacks."""
+        found = parts(self.codec)
+        stacks = (found.encoder_seanet, found.decoder_seanet)
+        stack_parameters = {id(p) for stack in stacks for p in stack.parameters()}
+        return {name for name, p in self.named_parameters() if id(p) in stack_parameters}
+
     def latents(self, mel):
-        encoder = self.codec.encoder
+        encoder = parts(self.codec)
         hidden = self.front(mel).transpose(1, 2)
         hidden = encoder.encoder_transformer(hidden).last_hidden_state
         return encoder.downsample(hidden.transpose(1, 2))

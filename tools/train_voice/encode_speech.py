@@ -24,9 +24,10 @@ def load_stage1(run: Path, codebooks: int | None = None) -> Stage1:
     state = torch.load(run / "codes.pt", map_location="cpu", weights_only=True)["model"]
     trained = sum(key.endswith("embed_sum") for key in state)
     model = Stage1(make_config(codebooks or trained), state["phones.bias"].numel() // 4)
-    known = {k: v for k, v in state.items() if k in model.state_dict() and "seanet" not in k}
-    missing = model.load_state_dict(known, strict=False).missing_keys
-    assert all("seanet" in key for key in missing), missing
+    untrained = model.seanet_names()
+    known = {k: v for k, v in state.items() if k in model.state_dict() and k not in untrained}
+    missing = set(model.load_state_dict(known, strict=False).missing_keys) - untrained
+    assert not missing, missing
     reserve_stop_code(model.codec)
     return model.eval()
 

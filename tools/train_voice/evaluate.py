@@ -18,7 +18,7 @@ import soundfile
 import torch
 from transformers import MimiModel
 
-from codec import decoder_states
+from codec import decoder_states, parts
 from common import SAMPLE_RATE_HZ, Speech
 from encode_speech import encode, load_stage1
 from judge import Judge
@@ -40,7 +40,7 @@ def decode(codec: MimiModel, codes) -> np.ndarray:
         return np.zeros(SAMPLE_RATE_HZ // 10, np.float32)
     codes = torch.as_tensor(np.asarray(codes), dtype=torch.int64).clamp(max=511).T[None]
     states = decoder_states(codec, codec.quantizer.decode(codes))
-    return codec.decoder.decoder_seanet(states.transpose(1, 2))[0, 0].numpy()
+    return parts(codec).decoder_seanet(states.transpose(1, 2))[0, 0].numpy()
 
 
 def report(run: Path, results: dict, texts, heard, show: int):

@@ -24,6 +24,7 @@ from codec import (
     init_codebooks,
     log_mel,
     make_config,
+    parts,
     pulse_vectors,
     rvqs,
     train_quantize,
@@ -119,8 +120,14 @@ def main():
     phones = speech.phones()
     phone_ids = {phone: i for i, phone in enumerate(phones)}
     model = Stage1(make_config(args.codebooks), len(phones)).to(args.device)
-    trained = [p for n, p in model.named_parameters() if "seanet" not in n]
-    before_codes = [*model.front.parameters(), *model.codec.encoder.parameters()]
+    untrained = model.seanet_names()
+    trained = [p for n, p in model.named_parameters() if n not in untrained]
+    encoder = parts(model.codec)
+    before_codes = [
+        *model.front.parameters(),
+        *encoder.encoder_transformer.parameters(),
+        *encoder.downsample.parameters(),
+    ]
     before_codes += [rvq.input_proj.weight for rvq in rvqs(model.codec)]
     slow = {id(parameter) for parameter in before_codes}
     groups = [{"params": [p for p in trained if id(p) not in slow]}]

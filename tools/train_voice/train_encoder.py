@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import MimiModel
 
-from codec import CONTENT_DIM, PULSE_BOOK, log_mel, pulse_vectors, rvqs
+from codec import CONTENT_DIM, PULSE_BOOK, log_mel, parts, pulse_vectors, rvqs
 from common import FRAME_SAMPLES, Speech, Training, autocast
 from encode_speech import load_stage1
 from pulse_codes import PULSE_DIM
@@ -28,7 +28,7 @@ WINDOW_FRAMES = 24
 
 def waveform_latents(codec: MimiModel, audio):
     """[B, S] -> [B, C, S / 1920], as in MimiModel.encode."""
-    encoder = codec.encoder
+    encoder = parts(codec)
     hidden = encoder.encoder_seanet(audio[:, None])
     hidden = encoder.encoder_transformer(hidden.transpose(1, 2)).last_hidden_state
     return encoder.downsample(hidden.transpose(1, 2)).float()
@@ -64,11 +64,10 @@ def main():
     codec = MimiModel.from_pretrained(args.run / "codec").to(args.device)
     stage1 = load_stage1(args.run, codec.config.num_quantizers).to(args.device)
     # The 25 Hz layers start from their weights of stage 1, trained with the mel front-end.
-    codec.encoder.encoder_transformer.load_state_dict(
-        stage1.codec.encoder.encoder_transformer.state_dict()
-    )
-    trained = list(codec.encoder.parameters())
-    encoder = nn.ModuleList([codec.encoder])
+    own, start = parts(codec), parts(stage1.codec)
+    own.encoder_transformer.load_state_dict(start.encoder_transformer.state_dict())
+    encoder = nn.ModuleList([own.encoder_seanet, own.encoder_transformer, own.downsample])
+    trained = list(encoder.parameters())
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.99))
     states = {"encoder": encoder, "optimizer": optimizer}
     training = Training(args.run, "encoder", args.minutes, states)

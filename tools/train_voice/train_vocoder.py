@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 from transformers import MimiModel
 
-from codec import decoder_states, mel_filters
+from codec import decoder_states, mel_filters, parts
 from common import FRAME_SAMPLES, Speech, Training, autocast
 from pulse_codes import HALF_DIM, PULSE_DIM, dense_basis
 
@@ -259,13 +259,14 @@ def main():
     torch.manual_seed(0)
     codec = MimiModel.from_pretrained(args.run / "codec").to(args.device).eval()
     set_trainable(codec, False)
-    seanet = MimiModel(codec.config).decoder.decoder_seanet
+    seanet = parts(MimiModel(codec.config)).decoder_seanet
     carry_pulses(seanet)
     vocoder = Vocoder(seanet, codec.config.hidden_size).to(args.device)
     generator = torch.optim.AdamW(vocoder.parameters(), lr=args.lr, betas=(0.8, 0.99))
     states = {"vocoder": vocoder, "generator": generator}
     if args.adversarial:
-        context = nn.ModuleList([codec.decoder.upsample, codec.decoder.decoder_transformer])
+        decoder = parts(codec)
+        context = nn.ModuleList([decoder.upsample, decoder.decoder_transformer])
         set_trainable(context, True)
         generator.add_param_group(dict(params=context.parameters(), lr=args.lr * CONTEXT_LR))
         judges = nn.ModuleList(
@@ -328,7 +329,7 @@ def main():
         generator.step()
         training.log(**{key: value.detach() for key, value in loss.items()})
 
-    codec.decoder.decoder_seanet.load_state_dict(vocoder.cpu().folded().state_dict())
+    parts(codec).decoder_seanet.load_state_dict(vocoder.cpu().folded().state_dict())
     codec.save_pretrained(args.run / "codec")
 
 

@@ -54,6 +54,27 @@ def test_quantizer_is_the_codecs(small_codec):
     torch.testing.assert_close(quantized, small_codec.quantizer.decode(codes))
 
 
+def test_parts_are_found_in_either_layout(small_codec):
+    new = codec.parts(small_codec)
+    older = torch.nn.Module()  # as transformers was before MimiEncoderModel
+    older.encoder, older.decoder = new.encoder_seanet, new.decoder_seanet
+    for name in ("encoder_transformer", "downsample", "upsample", "decoder_transformer"):
+        setattr(older, name, getattr(new, name))
+    assert codec.parts(older) == new
+    del older.upsample
+    with pytest.raises(RuntimeError, match=r"no module decoder\.upsample or upsample"):
+        codec.parts(older)
+
+
+def test_stage_1_skips_only_the_convolution_stacks(small_codec):
+    stage1 = codec.Stage1(small_codec.config, 5)
+    skipped = stage1.seanet_names()
+    names = [name for name, _ in stage1.named_parameters()]
+    stacks = {name for name in names if ".layers." in name and "conv" in name}
+    assert skipped == stacks
+    assert skipped
+
+
 def test_pulse_codes_leave_the_other_codebooks_alone():
     config = codec.make_config(4)
     config.num_filters, config.hidden_size, config.upsample_groups = 8, 128, 128
@@ -99,8 +120,9 @@ def test_wires_carry_the_phase_to_1200_hz():
         vectors = codec.pulse_vectors(model, torch.from_numpy(codes)[None])
         quantized = torch.zeros(1, config.hidden_size, frames)
         quantized[:, -pulse_codes.PULSE_DIM :] = vectors[:, codec.CONTENT_DIM :]
-        hidden = model.decoder.upsample(quantized)
-        seanet = model.decoder.decoder_seanet
+        decoder = codec.parts(model)
+        hidden = decoder.upsample(quantized)
+        seanet = decoder.decoder_seanet
         train_vocoder.carry_pulses(seanet)
         for layer in seanet.layers[:7]:
             hidden = layer(hidden)
@@ -131,9 +153,7 @@ def test_reserved_code_is_never_used(small_codec):
 
 
 def test_whitening_folds_into_the_first_convolution(small_codec):
-    if not hasattr(small_codec.decoder, "decoder_seanet"):
-        pytest.skip("training needs a newer transformers, with Mimi's decoder_seanet")
-    vocoder = train_vocoder.Vocoder(small_codec.decoder.decoder_seanet, 96)
+    vocoder = train_vocoder.Vocoder(codec.parts(small_codec).decoder_seanet, 96)
     vocoder.mean.normal_()
     vocoder.std.uniform_(0.5, 100)
     states = torch.randn(1, 24, 96) * vocoder.std + vocoder.mean
