@@ -13,6 +13,7 @@ from vox_serve import engine
 from vox_serve.config import Config, SpeechSettings
 from vox_serve.http_io import AsciiJSONResponse, read_fields, speech_response
 from vox_serve.runner import EngineFailure, QueueFull, RequestRefused, Runner
+from vox_serve.text_bound import check_length
 
 MAX_SHOWN_ERRORS = 20
 
@@ -35,8 +36,18 @@ class _Utterance(BaseModel):
         return text
 
     def to_engine(self, config: Config) -> engine.Request:
-        """Convert to the engine's request; `config` has the defaults."""
+        """Convert to the engine's request; `config` has the defaults.
+
+        Raises:
+            RequestRefused: `max_frames` is above the server's limit.
+        """
         overrides = self.model_dump(exclude=set(_Utterance.model_fields))
+        limit = config.frames_limit
+        if (overrides["max_frames"] or 0) > limit:
+            raise RequestRefused(
+                f"max_frames must be at most {limit} on this server, got {overrides['max_frames']}"
+            )
+        overrides["max_frames"] = overrides["max_frames"] or min(config.max_frames, limit)
         speech = config.override(**overrides)
         return engine.Request(
             text=self.text,
@@ -110,6 +121,11 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
     async def generate(request: Request) -> Response:
         """Speak a text. Send JSON, or a form with the same fields."""
         given, is_form = await read_fields(request, config.max_body_bytes)
+        if isinstance(text := given.get("text"), str):
+            try:
+                check_length(text, config.max_text_chars)
+            except ValueError as error:
+                raise RequestRefused(str(error)) from None
         validate = (
             GenerateRequest.model_validate_strings if is_form else GenerateRequest.model_validate
         )

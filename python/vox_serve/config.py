@@ -99,6 +99,14 @@ class ModelSettings(Settings):
         None, "CPU threads of the kernels", ge=1, le=1024
     )
     allow_pickle: bool = setting(False, "read .pt checkpoints too (tensors only, never code)")
+    max_text_chars: int = setting(
+        100_000, "longest text, in characters; a request with a longer one gets 422", ge=1, le=2**30
+    )
+
+
+def random_seed() -> int:
+    """A fresh seed, 0 to 2^63 - 1."""
+    return int.from_bytes(os.urandom(8)) >> 1
 
 
 class SamplingParams(Settings):
@@ -119,10 +127,6 @@ class SamplingParams(Settings):
     seed: Annotated[int | None, Shown("a new one for every request", "a signed 64-bit integer")] = (
         setting(None, "the same seed gives the same speech", ge=-(2**63), le=2**63 - 1)
     )
-
-    def resolved_seed(self) -> int:
-        """The seed, or a fresh random one."""
-        return int.from_bytes(os.urandom(8)) >> 1 if self.seed is None else self.seed
 
 
 class SpeechSettings(SamplingParams):
@@ -157,10 +161,22 @@ class ServerSettings(Settings):
         int | None, Shown("8; on a GPU 64, or as many as half of its free memory holds")
     ] = setting(None, "requests spoken at the same time", ge=1, le=1024)
     max_queue_size: int = setting(
-        64, "requests that may wait; more are answered 503", ge=0, le=100_000
+        64, "requests that may wait; more are answered 429", ge=0, le=100_000
+    )
+    max_frames_limit: Annotated[int | None, Shown("`--max_frames` if that is given, else 2048")] = (
+        setting(None, "highest `max_frames` that a request may ask for", ge=1, le=2048)
     )
     max_body_bytes: int = setting(
         262_144, "longest request body; a longer one is answered 413", ge=1024, le=2**30
+    )
+    max_unread_bytes: int = setting(
+        2**28, "audio that waits for its readers, all clients together", ge=2**16, le=2**40
+    )
+    stall_timeout_s: float = setting(
+        30.0, "a client that takes none of its audio for this long is dropped", gt=0, le=86400
+    )
+    drain_s: float = setting(
+        30.0, "time that SIGTERM gives speech to finish; a second signal gives none", ge=0, le=86400
     )
     log_level: Literal["error", "warning", "info", "debug"] = setting(
         "info", "least severe messages to log"
@@ -177,6 +193,15 @@ class Config(BaseSettings, ServerSettings, SpeechSettings, ModelSettings):
     """
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True)
+
+    @property
+    def frames_limit(self) -> int:
+        """The highest `max_frames` of a request."""
+        if self.max_frames_limit is not None:
+            return self.max_frames_limit
+        if "max_frames" in self.model_fields_set:
+            return self.max_frames
+        return bound(SpeechSettings.model_fields["max_frames"], "le")
 
     @classmethod
     def settings_customise_sources(

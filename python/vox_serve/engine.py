@@ -153,7 +153,7 @@ class Engine:
                 request,
                 *prompt,
                 CacheSequence(),
-                request.sampling.resolved_seed(),
+                request.seed,
                 max_frames=max_frames,
             )
         )

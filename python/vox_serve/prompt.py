@@ -1,5 +1,6 @@
 """Turns text and earlier speech into the backbone's input: frames of K codes and a text token."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,21 @@ from vox_serve.model_config import CsmConfig
 
 BOS = "<|begin_of_text|>"
 EOS = "<|end_of_text|>"
+
+CHARS_PER_POSITION = 4
+"""Most characters of a text per position of the model's context. English takes about 4 per token,
+and speech takes more positions than its text."""
+
+PREFIX_SLACK_TOKENS = 64
+"""Tokens by which a prefix may exceed the whole text, because the cut splits a word."""
+
+# With this, the library tokenizes on the calling thread. Otherwise all calls share one pool of
+# threads, in which two long texts delay every other.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+class PromptTooLongError(ValueError):
+    """The prompt leaves no room for a frame in the model's context."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +106,16 @@ class PromptBuilder:
         """Token ids of a segment's text: BOS, `[speaker]text`, EOS.
 
         Raises:
+            PromptTooLongError: the text is longer than the model's context can hold.
             ValueError: the text is empty or blank, is not valid Unicode, or has a token outside the
                 model's vocabulary; or the speaker is negative.
         """
+        max_chars = CHARS_PER_POSITION * self.config.backbone.max_positions
+        if len(segment.text) > max_chars:
+            raise PromptTooLongError(
+                f"the text has {len(segment.text)} characters, and the model's context of "
+                f"{self.config.backbone.max_positions} positions has room for at most {max_chars}"
+            )
         if segment.speaker < 0:
             raise ValueError(f"speaker must be 0 or more, got {segment.speaker}")
         if not segment.text.strip():
@@ -101,14 +124,32 @@ class PromptBuilder:
             segment.text.encode()
         except UnicodeEncodeError:
             raise ValueError("text must be valid Unicode, but has a lone surrogate") from None
-        text = f"[{segment.speaker}]{segment.text}"
-        # Unlike `encode`, this releases the GIL; the fast variant computes no offsets.
-        ids = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        ids = self._encode(f"[{segment.speaker}]{segment.text}")
         if ids and max(ids) >= self.config.text_vocab_size:
             raise ValueError(
                 f"text has token {max(ids)}, but the model has {self.config.text_vocab_size}"
             )
         return [self._bos, *ids, self._eos]
+
+    def _encode(self, text: str) -> list[int]:
+        """Token ids of a text.
+
+        Some tokenizers take 0.3 ms per character. Prefixes of doubling length come first, so that a
+        text with too many tokens is refused after about the work that one which fits may cost.
+        """
+        limit = self.config.backbone.max_positions
+        end = limit // 2
+        while True:
+            # Unlike `encode`, this releases the GIL; the fast variant computes no offsets.
+            ids = self._tokenizer.encode_batch_fast([text[:end]], add_special_tokens=False)[0].ids
+            if end >= len(text):
+                return ids
+            if len(ids) > limit + PREFIX_SLACK_TOKENS:
+                raise PromptTooLongError(
+                    f"the text takes more than {limit} positions, the model's whole context, and "
+                    "must leave room for speech"
+                )
+            end *= 2
 
     def build(self, segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
         """The backbone's input for segments, oldest first.

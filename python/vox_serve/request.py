@@ -8,16 +8,14 @@ from typing import Literal, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from vox_serve.config import random_seed
+from vox_serve.prompt import PromptTooLongError as PromptTooLongError
 from vox_serve.prompt import Segment
 from vox_serve.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length", "context", "silence", "error"]
 
 _request_ids = itertools.count()
-
-
-class PromptTooLongError(ValueError):
-    """The prompt leaves no room for a frame in the model's context."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,8 @@ class Request:
         sampling: how codes are drawn.
         max_frames: stop after this many frames of 80 ms; None for the engine's default.
         id: unique among the live requests.
+        drawn_seed: the seed if `sampling` gives none; drawn with the request, so that a request
+            that is run again gets the same codes.
     """
 
     text: str
@@ -39,6 +39,12 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     max_frames: int | None = None
     id: str = field(default_factory=lambda: f"request-{next(_request_ids)}")
+    drawn_seed: int = field(default_factory=random_seed, repr=False)
+
+    @property
+    def seed(self) -> int:
+        """The seed of the request's draws."""
+        return self.drawn_seed if self.sampling.seed is None else self.sampling.seed
 
 
 class Prompt(NamedTuple):

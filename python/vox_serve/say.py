@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from vox_serve.cli import CommandError, CommandParser, run_command
 from vox_serve.config import Config, ModelSettings, SpeechSettings
 from vox_serve.speech import make_engine
+from vox_serve.text_bound import check_length
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.greedy:
         config = config.model_copy(update={"temperature": 0.0})
     text = args.text if args.text is not None else _read_stdin()
-    if problem := _text_problem(text):
+    if problem := _text_problem(text, config.max_text_chars):
         parser.error(problem)
     return run_command(PROG, lambda: _say(text, args.speaker, args.output, args.codes, config))
 
@@ -56,7 +57,11 @@ def _read_stdin() -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _text_problem(text: str) -> str | None:
+def _text_problem(text: str, max_chars: int) -> str | None:
+    try:
+        check_length(text, max_chars)
+    except ValueError as error:
+        return str(error)
     if not text.strip():
         return "there is no text to say"
     try:

@@ -7,6 +7,7 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from vox_serve.config import Config, ConfigError, SpeechSettings
+from vox_serve.text_bound import check_length
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,7 +35,7 @@ def load(model: str | os.PathLike[str] = "demo", **settings: Any) -> "Voice":
     # Read when torch is loaded: its idle threads would spin and take the kernels' cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     config = Config(model=os.fspath(model), **settings)
-    return Voice(make_engine(config), config)
+    return Voice(make_engine(config), config, config.max_text_chars)
 
 
 class Voice:
@@ -46,11 +47,18 @@ class Voice:
     Args:
         engine: nothing else may call it.
         settings: the defaults of `say` and `stream`.
+        max_text_chars: longest text, in characters.
     """
 
-    def __init__(self, engine: "Engine", settings: SpeechSettings):
+    def __init__(
+        self,
+        engine: "Engine",
+        settings: SpeechSettings,
+        max_text_chars: int = Config.model_fields["max_text_chars"].default,
+    ):
         self._engine = engine
         self._settings = settings
+        self._max_text_chars = max_text_chars
         self._lock = threading.Lock()  # guards the engine, but for its `prepare`
         self._outputs: dict[str, deque[FrameOutput]] = {}
         self._left: deque[str] = deque()  # ids of closed streams, to be aborted
@@ -96,6 +104,8 @@ class Voice:
     def _request(self, text: str, speaker: int, overrides: dict[str, Any]) -> "Request":
         from vox_serve.engine import Request
 
+        if isinstance(text, str):
+            check_length(text, self._max_text_chars)
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"text must be a string that is not blank, got {text!r}")
         if any("\ud800" <= character <= "\udfff" for character in text):

@@ -261,6 +261,35 @@ def test_two_megabytes_are_413(text, chunked, client):
     assert client.post("/generate", json={"text": "next"}).status_code == 200
 
 
+@SENDERS
+def test_the_longest_text_is_a_setting(send):
+    engine = FakeEngine()
+    with serve(engine, max_text_chars=10) as client:
+        assert send(client, {"text": "x" * 10}).status_code == 200
+        assert_refused(send(client, {"text": "x" * 11}), 422, "at most 10 characters, got 11")
+    assert [request.text for request in engine.requests] == ["x" * 10]
+
+
+@SENDERS
+@pytest.mark.parametrize(
+    ("settings", "default", "limit"),
+    [
+        ({"max_frames": 5}, 5, 5),
+        ({"max_frames": 5, "max_frames_limit": 7}, 5, 7),
+        ({"max_frames_limit": 7}, 7, 7),
+        ({"max_frames": 9, "max_frames_limit": 7}, 7, 7),
+        ({}, 1125, 2048),
+    ],
+)
+def test_the_most_frames_are_a_limit_beside_the_default(send, settings, default, limit):
+    engine = FakeEngine(num_frames=0)
+    with serve(engine, **settings) as client:
+        assert send(client, {"text": "a"}).status_code == 200
+        assert send(client, {"text": "a", "max_frames": limit}).status_code == 200
+        assert_refused(send(client, {"text": "a", "max_frames": limit + 1}), 422, "max_frames")
+    assert [request.max_frames for request in engine.requests] == [default, limit]
+
+
 def test_a_text_beyond_the_context_is_422_with_the_numbers(client):
     for streaming in (False, True):
         answer = client.post("/generate", json={"text": "x" * 5000, "streaming": streaming})

@@ -10,7 +10,7 @@ from checkpoints import TinyShape, build_tiny
 from csm_reference import reference_prompt, reference_tokens
 from vox_serve.checkpoint import CheckpointError
 from vox_serve.model_config import CsmConfig
-from vox_serve.prompt import PromptBuilder, Segment
+from vox_serve.prompt import CHARS_PER_POSITION, PromptBuilder, PromptTooLongError, Segment
 
 TEXTS = [
     "Hello there, how are you?",
@@ -25,6 +25,12 @@ TEXTS = [
     "\x00\x07 control \x1b[0m",
     "0123456789" * 20,
 ]
+
+
+def sizes(text_vocab_size: int) -> SimpleNamespace:
+    """The part of a `CsmConfig` that the builder reads."""
+    backbone = SimpleNamespace(max_positions=64)
+    return SimpleNamespace(text_vocab_size=text_vocab_size, num_codebooks=4, backbone=backbone)
 
 
 def builder(tiny) -> PromptBuilder:
@@ -75,6 +81,35 @@ def test_truncation_and_padding_of_a_tokenizer_are_disabled():
     for text in ("Hi", "Hello there, how are you?"):
         expected = reference_tokens(tiny.tokenizer, 0, text)
         assert builder.tokens(Segment(0, text)) == expected
+
+
+def test_no_piece_longer_than_the_context_can_hold_reaches_the_tokenizer():
+    tiny = build_tiny()
+    prompts = builder(tiny)
+    positions = prompts.config.backbone.max_positions
+    longest = CHARS_PER_POSITION * positions
+    pieces: list[int] = []
+
+    class Spy:
+        def encode_batch_fast(self, texts, **options):
+            pieces.extend(map(len, texts))
+            return tiny.tokenizer.encode_batch_fast(texts, **options)
+
+    prompts._tokenizer = Spy()
+    with pytest.raises(PromptTooLongError, match=f"has {longest + 1} .* at most {longest}"):
+        prompts.tokens(Segment(0, "a" * (longest + 1)))
+    assert pieces == []
+    with pytest.raises(PromptTooLongError, match=f"more than {positions} positions"):
+        prompts.tokens(Segment(0, "1" * longest))
+    assert sum(pieces) < 4 * positions
+
+
+def test_a_text_read_in_prefixes_has_the_tokens_of_the_whole():
+    tiny = build_tiny()
+    prompts = builder(tiny)
+    text = "these words are common enough " * 8
+    assert len(text) > prompts.config.backbone.max_positions // 2
+    assert prompts.tokens(Segment(0, text)) == reference_tokens(tiny.tokenizer, 0, text)
 
 
 @pytest.mark.parametrize("num_codebooks", [4, 32])
@@ -166,13 +201,13 @@ def plain_tokenizer() -> Tokenizer:
     ],
 )
 def test_special_ids_from_settings(settings, bos, eos):
-    config = SimpleNamespace(text_vocab_size=20, num_codebooks=4)
+    config = sizes(text_vocab_size=20)
     prompts = PromptBuilder(plain_tokenizer(), config, settings)
     assert prompts.tokens(Segment(0, "x")) == [bos, 0, 1, 2, 3, eos]
 
 
 def test_unsuitable_tokenizers_are_refused(tmp_path):
-    config = SimpleNamespace(text_vocab_size=8, num_codebooks=4)
+    config = sizes(text_vocab_size=8)
     with pytest.raises(CheckpointError, match=r"no <\|begin_of_text\|>"):
         PromptBuilder(plain_tokenizer(), config, {"eos_token_id": 1})
     with pytest.raises(CheckpointError, match=r"<\|end_of_text\|> is token 8"):
@@ -192,6 +227,6 @@ def test_from_folder_reads_ids(tmp_path):
     plain_tokenizer().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "config.json").write_text('{"bos_token_id": 5, "eos_token_id": null}')
     (tmp_path / "generation_config.json").write_text('{"bos_token_id": 6, "eos_token_id": 7}')
-    config = SimpleNamespace(text_vocab_size=20, num_codebooks=4)
+    config = sizes(text_vocab_size=20)
     prompts = PromptBuilder.from_folder(tmp_path, config)
     assert prompts.tokens(Segment(0, "x")) == [5, 0, 1, 2, 3, 7]

@@ -142,6 +142,7 @@ def test_an_empty_utterance():
         ({"text": None}, "text must be"),
         ({"text": "a\udc80"}, "text must be valid Unicode"),
         ({"text": "x" * 5000}, "takes 5000 of 2000"),
+        ({"text": "x" * 100_001}, "at most 100000 characters, got 100001"),
         ({"speaker": -1}, "speaker must be a whole number from 0, got -1"),
         ({"speaker": "0"}, "speaker must be"),
         ({"speaker": True}, "speaker must be"),
