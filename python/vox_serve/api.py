@@ -10,8 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
 from vox_serve import engine
+from vox_serve.access import AccessPolicy, add_access_checks
 from vox_serve.config import Config, SpeechSettings
-from vox_serve.http_io import AsciiJSONResponse, read_fields, speech_response
+from vox_serve.http_io import AsciiJSONResponse, HeadAsGet, read_fields, speech_response
 from vox_serve.runner import EngineFailure, QueueFull, RequestRefused, Runner
 from vox_serve.text_bound import check_length
 
@@ -150,7 +151,24 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
         }
         return AsciiJSONResponse(state, 503 if runner.failure else 200)
 
+    @app.get("/health/live")
+    async def live() -> Response:
+        """200 while the process lives."""
+        return AsciiJSONResponse({"status": "live"})
+
+    @app.get("/health/ready", responses={503: {"description": "send no requests here"}})
+    async def ready() -> Response:
+        """200 when new requests are served, 503 with the reason when they are not."""
+        draining = getattr(runner, "draining", False)
+        reason = runner.failure or ("the server is shutting down" if draining else None)
+        if reason is None:
+            return AsciiJSONResponse({"status": "ready"})
+        status = "failed" if runner.failure else "draining"
+        return AsciiJSONResponse({"status": status, "reason": reason}, 503)
+
     _add_error_handlers(app)
+    app.add_middleware(HeadAsGet)
+    add_access_checks(app, AccessPolicy.of(config))
     return app
 
 

@@ -9,6 +9,7 @@ the table.
 import os
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -38,6 +39,11 @@ class Shown:
     limits: str | None = None
 
 
+@dataclass(frozen=True)
+class Secret:
+    """Marks a setting whose value no message shows, and whose variable may not be empty."""
+
+
 def setting(default: Any, description: str, **bounds: Any) -> Any:
     """A field of `Settings`; bounds are `ge`, `gt` and `le`."""
     return Field(default, description=description, **bounds)
@@ -64,6 +70,14 @@ class Settings(BaseModel):
                 raise ConfigError(f"{name} is not a setting") from None
             field = type(self).model_fields[name]
             raise ConfigError(_reason(f"{name} must be", field, error)) from None
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        fields = type(self).model_fields
+        return [
+            (name, value)
+            for name, value in super().__repr_args__()
+            if not (name in fields and _is_secret(fields[name]))
+        ]
 
 
 class ModelSettings(Settings):
@@ -178,6 +192,17 @@ class ServerSettings(Settings):
     drain_s: float = setting(
         30.0, "time that SIGTERM gives speech to finish; a second signal gives none", ge=0, le=86400
     )
+    api_key: Annotated[str | None, Shown("none: everybody may use the server"), Secret()] = setting(
+        None,
+        "keys of which a client sends one (Authorization: Bearer, or X-API-Key), comma-separated; "
+        "/health needs none; better set as VOX_SERVE_API_KEY, since other users see flags",
+    )
+    cors_origins: Annotated[str | None, Shown("none")] = setting(
+        None, "origins whose web pages may use the server, comma-separated; * for all"
+    )
+    allowed_hosts: Annotated[
+        str | None, Shown("on loopback names of this machine or network, else all")
+    ] = setting(None, "names that a request's Host may have, comma-separated; * for all")
     log_level: Literal["error", "warning", "info", "debug"] = setting(
         "info", "least severe messages to log"
     )
@@ -221,6 +246,9 @@ class _Environment(EnvSettingsSource):
         values = {}
         for name in Config.model_fields.keys() - self.current_state.keys():
             variable = ENV_PREFIX + name.upper()
+            if os.environ.get(variable) == "" and _is_secret(Config.model_fields[name]):
+                # Taken for "not set", an unset variable in a script would open the server.
+                raise ConfigError(f"environment variable {variable}: must not be empty")
             if text := self.env_vars.get(variable.lower()):
                 try:
                     values[name] = parse_value(name, text)
@@ -302,10 +330,15 @@ def _shown(field: FieldInfo) -> Shown:
     return next((item for item in field.metadata if isinstance(item, Shown)), Shown())
 
 
+def _is_secret(field: FieldInfo) -> bool:
+    return any(isinstance(item, Secret) for item in field.metadata)
+
+
 def _reason(must_be: str, field: FieldInfo, error: Any) -> str:
     if error["type"] in _BOUND_ERRORS:
         return f"{must_be} {limits(field)}, got {error['input']}"
-    return f"{must_be} {_TYPE_WORDS[base_type(field)]}, got {error['input']!r}"
+    given = "" if _is_secret(field) else f", got {error['input']!r}"
+    return f"{must_be} {_TYPE_WORDS[base_type(field)]}{given}"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar
@@ -11,7 +12,7 @@ from urllib.parse import parse_qsl
 from fastapi import HTTPException, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.requests import ClientDisconnect
-from starlette.types import Message, Receive, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vox_serve.audio import wav_file, wav_header
 from vox_serve.runner import EngineFailure, Job
@@ -28,6 +29,24 @@ class AsciiJSONResponse(JSONResponse):
 
     def render(self, content: Any) -> bytes:
         return json.dumps(content, allow_nan=False).encode("ascii")
+
+
+class HeadAsGet:
+    """ASGI middleware that answers HEAD wherever GET is answered, without the body."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            return await self.app(scope, receive, send)
+
+        async def send_head(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
+        await self.app({**scope, "method": "GET"}, receive, send_head)
 
 
 async def read_fields(request: Request, max_bytes: int) -> tuple[dict[str, Any], bool]:
@@ -94,7 +113,7 @@ def _form_fields(items: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 def _json_fields(body: bytes) -> dict[str, Any]:
     try:
-        fields = json.loads(body)
+        fields = json.loads(body, object_pairs_hook=_unique_fields)
     except RecursionError:
         raise HTTPException(400, "the JSON is nested too deeply") from None
     except ValueError as error:
@@ -102,6 +121,14 @@ def _json_fields(body: bytes) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise HTTPException(422, "the body must be a JSON object")
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = Counter(name for name, _ in pairs)
+        raise HTTPException(422, f"the JSON gives {names.most_common(1)[0][0][:100]!r} twice")
+    return fields
 
 
 async def speech_response(job: Job, streaming: bool, receive: Receive) -> Response:

@@ -4,6 +4,7 @@ python -m vox_serve.launch --model sesame/csm-1b --port 8000
 """
 
 import asyncio
+import errno
 import socket
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from vox_serve.runner import Runner
 
 PROG = "vox-serve"
+
+_NOT_OUR_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 SHUTDOWN_GRACE_S = 5.0
 """Time that a stopping server gives its clients to read their responses."""
@@ -46,9 +49,13 @@ def serve(config: Config) -> int:
     Raises:
         CommandError: the address is invalid or in use.
     """
+    from vox_serve.access import AccessPolicy
+
+    AccessPolicy.of(config)  # a wrong setting is reported before the model is loaded
+
     # Bind before loading the model: a port in use is reported at once, and nobody takes it
     # meanwhile.
-    listener = reserve_address(config.host, config.port)
+    listeners = reserve_addresses(config.host, config.port)
 
     from vox_serve.api import create_app
     from vox_serve.runner import Runner
@@ -57,10 +64,10 @@ def serve(config: Config) -> int:
     engine = make_engine(config)
     runner = Runner(engine, max_jobs=engine.max_batch_size + config.max_queue_size)
     server = make_server(
-        create_app(runner, config, describe(engine, config)), runner, config, listener
+        create_app(runner, config, describe(engine, config)), runner, config, listeners[0]
     )
     try:
-        server.run(sockets=[listener])
+        server.run(sockets=listeners)
     except KeyboardInterrupt:  # the normal way to stop a server
         return 0
     return 0 if server.started else 1
@@ -81,27 +88,60 @@ def describe(engine: "Engine", config: Config) -> dict[str, str | int]:
     }
 
 
+def reserve_addresses(host: str, port: int) -> list[socket.socket]:
+    """Bind a socket to each of the host's addresses that this machine has, without listening yet.
+
+    `localhost` often has one address of IPv4 and one of IPv6, and clients try either first.
+
+    Raises:
+        CommandError: see `reserve_address`.
+    """
+    listeners: list[socket.socket] = []
+    addresses = _resolve(host)
+    for address in addresses if host else addresses[:1]:  # without a host, one stands for all
+        try:
+            listeners.append(reserve_address(address, port))
+        except CommandError as error:
+            not_here = getattr(error.__cause__, "errno", None) in _NOT_OUR_ADDRESS
+            if not_here and (listeners or address != addresses[-1]):
+                continue
+            for listener in listeners:
+                listener.close()
+            raise
+        port = listeners[0].getsockname()[1]  # the same free port for all
+    return listeners
+
+
 def reserve_address(host: str, port: int) -> socket.socket:
-    """Bind a socket to the address, without listening yet.
+    """Bind a socket to the host's first address, without listening yet.
 
     Raises:
         CommandError: the address is in use, not of this machine, or invalid.
     """
+    address = _resolve(host)[0]
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = None
+    try:
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address, port))
+    except OSError as error:
+        if listener:
+            listener.close()
+        raise CommandError(f"cannot listen on {host} port {port}: {error.strerror}") from error
+    return listener
+
+
+def _resolve(host: str) -> list[str]:
+    """The host's addresses, each once."""
     try:
         found = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-    except OSError as error:
-        raise CommandError(f"--host {host}: {error.strerror}") from None
-    family, kind, protocol, _, address = found[0]
-    listener = socket.socket(family, kind, protocol)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        listener.close()
-        raise CommandError(f"cannot listen on {host} port {port}: {error.strerror}") from None
-    return listener
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CommandError(f"--host {host}: {reason}") from None
+    return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
 def make_server(

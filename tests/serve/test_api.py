@@ -212,6 +212,21 @@ def test_broken_json_is_refused(content, status_code, client):
 
 
 @pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        ('{"text": "a", "text": "b"}', "'text'"),
+        ('{"text": "a", "seed": null, "seed": 1}', "'seed'"),
+        ('{"text": "a", "x": {"deep": 1, "deep": 1}}', "'deep'"),
+        (r'{"text": "a", "te\u0078t": "b"}', "'text'"),
+        (r'{"\ud800": 1, "text": "a", "\ud800": 1}', "ud800"),
+        (f'{{"{"x" * 5000}": 1, "{"x" * 5000}": 1}}', "xxxx"),
+    ],
+)
+def test_a_key_given_twice_is_422_and_named(body, name, client):
+    assert_refused(client.post("/generate", content=body), 422, name)
+
+
+@pytest.mark.parametrize(
     ("content_type", "content", "status_code"),
     [
         ("text/plain", b"hello", 415),
@@ -319,6 +334,26 @@ def test_health_says_what_is_true(client):
         "waiting_requests": 0,
         "max_queue_size": 64,
     }
+
+
+@pytest.mark.parametrize("path", ["/health", "/health/live", "/health/ready", "/docs", "/nothing"])
+def test_head_is_get_without_the_body(path, client):
+    got, head = client.get(path), client.head(path)
+    assert head.status_code == got.status_code
+    assert head.headers == got.headers
+    assert head.content == b""
+    assert client.head("/generate").status_code == 405
+
+
+def test_readiness_fails_with_a_reason_and_liveness_stays():
+    with serve(FakeEngine(fail_at_step=1)) as client:
+        assert client.get("/health/ready").json() == {"status": "ready"}
+        client.post("/generate", json={"text": "a"})
+        ready = client.get("/health/ready")
+        assert ready.status_code == 503
+        assert ready.json()["status"] == "failed"
+        assert ready.json()["reason"]
+        assert client.get("/health/live").status_code == 200
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import pytest
 from checkpoints import build_tiny
 from vox_serve import launch
 from vox_serve.cli import CommandError
-from vox_serve.launch import reserve_address, url_of
+from vox_serve.launch import reserve_address, reserve_addresses, url_of
 
 TIMEOUT_S = 120
 
@@ -61,6 +62,70 @@ def test_a_host_that_is_not_ours_is_one_line(no_loading):
         reserve_address("192.0.2.1", 0)
     with pytest.raises(CommandError, match=r"--host no\.such\.host\.invalid"):
         reserve_address("no.such.host.invalid", 0)
+
+
+def resolve_to(monkeypatch, *addresses):
+    """Make every name resolve to these addresses."""
+    lookup = socket.getaddrinfo
+
+    def getaddrinfo(host, port, *args, **kwargs):
+        hosts = addresses if host == "localhost" else [host]
+        return [found for name in hosts for found in lookup(name, port, *args, **kwargs)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+
+def bound(host: str, port: int = 0) -> list[str]:
+    """Addresses on which a server of this host listens; all have one port."""
+    listeners = reserve_addresses(host, port)
+    names = [listener.getsockname()[:2] for listener in listeners]
+    for listener in listeners:
+        listener.close()
+    assert len({port for _, port in names}) == 1
+    return [address for address, _ in names]
+
+
+def test_localhost_is_all_its_addresses(monkeypatch):
+    resolve_to(monkeypatch, "127.0.0.2", "127.0.0.1", "127.0.0.2")
+    assert bound("localhost") == ["127.0.0.2", "127.0.0.1"]
+
+
+@pytest.mark.parametrize("addresses", [("::1", "127.0.0.1"), ("127.0.0.1", "::1")])
+@pytest.mark.parametrize("missing", ["socket", "address"])
+def test_localhost_works_without_ipv6(addresses, missing, monkeypatch):
+    class NoIPv6(socket.socket):
+        def __init__(self, family=socket.AF_INET, *args, **kwargs):
+            if missing == "socket" and family == socket.AF_INET6:
+                raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+            super().__init__(family, *args, **kwargs)
+
+        def bind(self, address):
+            if ":" in address[0]:
+                raise OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address")
+            super().bind(address)
+
+    resolve_to(monkeypatch, *addresses)
+    monkeypatch.setattr(socket, "socket", NoIPv6)
+    assert bound("localhost") == ["127.0.0.1"]
+    resolve_to(monkeypatch, "::1")
+    with pytest.raises(CommandError, match="cannot listen on ::1 port 0: "):
+        reserve_addresses("localhost", 0)
+
+
+def test_a_port_in_use_on_one_of_the_addresses_is_an_error(monkeypatch):
+    resolve_to(monkeypatch, "127.0.0.2", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(CommandError, match=f"127.0.0.1 port {port}: Address already in use"):
+            reserve_addresses("localhost", port)
+        socket.create_server(("127.0.0.2", port)).close()  # the other address was let go
+
+
+def test_no_host_is_one_socket_for_all_addresses():
+    assert bound("") == ["0.0.0.0"]
+    assert bound("0.0.0.0") == ["0.0.0.0"]
+    with pytest.raises(CommandError, match="--host"):
+        reserve_addresses("a..b", 0)
 
 
 def test_an_unknown_model_is_one_line(capsys):
