@@ -54,6 +54,10 @@ from pathlib import Path
 import gpu_requirements
 from gpu_results import card, count_tests, headlines, pack_logs
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "python"))  # nothing is installed yet
+
+from vox_serve.console import standard_streams
+
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "build" / "gpu_check"
 BUILD = ROOT / "build" / "gpu"
@@ -382,6 +386,7 @@ def end_group(process: subprocess.Popen) -> None:
             continue
 
 
+@standard_streams()
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -13,8 +13,12 @@ CLOSED_PIPE_STATUS = 141  # what a shell reports for a process that SIGPIPE kill
 def quiet_on_closed_pipe() -> Iterator[None]:
     """Exit without a traceback if the reader of stdout closes it first, as in `command | head`.
 
+    A stdout that is closed from the start is one line and code 1.
+
     A decorator of `main`, or a `with` block around it.
     """
+    if sys.stdout is None:
+        sys.exit("stdout is closed")
     try:
         try:
             yield

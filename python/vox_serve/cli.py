@@ -19,8 +19,10 @@ from vox_serve.config import (
     parse_value,
     shown_default,
 )
+from vox_serve.console import discard_stdout, stdout_is_broken
 
 MAX_MESSAGE_CHARS = 500
+_MAX_SCANNED_CHARS = 10_000  # of a message that may quote megabytes
 
 
 class CommandError(Exception):
@@ -90,6 +92,19 @@ class CommandParser(argparse.ArgumentParser):
         except ConfigError as error:
             self.error(str(error))
 
+    def print_help(self, file: Any = None) -> None:
+        if file is not None:
+            return super().print_help(file)
+        if sys.stdout is None:
+            self.exit(1, f"{self.prog}: error: stdout is closed\n")
+        try:
+            print(self.format_help(), end="", flush=True)  # argparse would ignore an error
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            discard_stdout()
+            self.exit(1, f"{self.prog}: error: cannot write stdout: {error.strerror}\n")
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {one_line(message)} (--help lists the flags)\n")
 
@@ -123,15 +138,23 @@ def _flag_options(name: str, field: FieldInfo) -> dict[str, Any]:
 
 
 def one_line(message: object) -> str:
-    """The message collapsed to one line, shortened, and safe to encode as UTF-8."""
-    text = textwrap.shorten(str(message), MAX_MESSAGE_CHARS, placeholder=" ...")
-    return text.encode("utf-8", "backslashreplace").decode()
+    """The message as one short line of characters that a terminal shows and does not obey.
+
+    Others, such as ESC, bidirectional overrides and lone surrogates, become escapes (`\\x1b`).
+    """
+    text = textwrap.shorten(
+        str(message)[:_MAX_SCANNED_CHARS], MAX_MESSAGE_CHARS, placeholder=" ..."
+    )
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
 
 
 def run_command(prog: str, command: Callable[[], int]) -> int:
     """Run `command` and return its exit code; an error prints one line and gives 1 instead.
 
-    A wrong setting gives 2, an interrupt 130 and no line. With `VOX_SERVE_TRACEBACK=1` errors are
+    A wrong setting gives 2, an interrupt 130 and no line. A stdout that nobody reads any more is
+    left to `standard_streams`. With `VOX_SERVE_TRACEBACK=1` errors are
     raised again: the traceback replaces the line.
     """
     # Otherwise torch's OpenMP threads spin after each of the codec's ops, on cores that the kernels
@@ -142,7 +165,8 @@ def run_command(prog: str, command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if os.environ.get("VOX_SERVE_TRACEBACK"):
+        is_quiet = isinstance(error, BrokenPipeError) and stdout_is_broken()
+        if is_quiet or os.environ.get("VOX_SERVE_TRACEBACK"):
             raise
         known = isinstance(error, CommandError | OSError | ValueError) and str(error)
         message = error if known else f"{type(error).__name__}: {error}"

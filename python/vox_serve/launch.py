@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from vox_serve.cli import CommandError, CommandParser, run_command
 from vox_serve.config import ENV_PREFIX, Config, ModelSettings, ServerSettings, SpeechSettings
+from vox_serve.console import standard_streams
 from vox_serve.speech import make_engine
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ SHUTDOWN_GRACE_S = 5.0
 """Time that a stopping server gives its clients to read their responses."""
 
 
+@standard_streams()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = CommandParser(

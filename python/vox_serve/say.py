@@ -3,14 +3,18 @@
 python -m vox_serve.say "Hello." -o hello.wav
 """
 
+import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
+from vox_serve.atomic_file import atomic_write, sync
 from vox_serve.cli import CommandError, CommandParser, run_command
 from vox_serve.config import Config, ModelSettings, SpeechSettings
+from vox_serve.console import discard_stdout, standard_streams
 from vox_serve.speech import make_engine
 from vox_serve.text_bound import check_length
 
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
 PROG = "say"
 
 
+@standard_streams()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = CommandParser(
@@ -31,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("text", nargs="?", help="text to say; read from stdin if not given")
     parser.add_argument("-o", "--output", metavar="WAV", help="the file to write; - is stdout")
-    parser.add_flag("codes", metavar="NPY", help="write the frames too, int64 [N, K]")
+    parser.add_flag("codes", metavar="NPY", help="write the frames too, int64 [N, K]; - is stdout")
     parser.add_flag(
         "speaker", type=int, choices=(0, 1), default=0, help="id of the voice [default 0]"
     )
@@ -40,20 +45,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, config = parser.parse(argv)
     if args.output is None and args.codes is None:
         parser.error("give -o out.wav")
+    if args.output is not None and args.codes is not None and _same_file(args.output, args.codes):
+        parser.error("-o and --codes name the same file")
     if args.greedy and config.temperature and "temperature" in args:
         parser.error("--greedy is --temperature 0: give one of the two")
     if args.greedy:
         config = config.model_copy(update={"temperature": 0.0})
-    text = args.text if args.text is not None else _read_stdin()
-    if problem := _text_problem(text, config.max_text_chars):
-        parser.error(problem)
-    return run_command(PROG, lambda: _say(text, args.speaker, args.output, args.codes, config))
+
+    def command() -> int:
+        limit = config.max_text_chars
+        text = args.text if args.text is not None else _read_stdin(limit)
+        if problem := _text_problem(text, limit):
+            parser.error(problem)
+        return _say(text, args.speaker, args.output, args.codes, config)
+
+    return run_command(PROG, command)
 
 
-def _read_stdin() -> str:
+def _same_file(a: str, b: str) -> bool:
+    """True if two outputs (`-` is stdout) are one file, whatever their spellings and links."""
+    if a == b == "-":
+        return True
+    statuses = []
+    for path in (a, b):
+        try:
+            statuses.append(os.fstat(1) if path == "-" else os.stat(path))
+        except OSError:  # most often, it does not exist yet
+            return "-" not in (a, b) and os.path.realpath(a) == os.path.realpath(b)
+    return os.path.samestat(*statuses) and not os.path.samestat(statuses[0], os.stat(os.devnull))
+
+
+def _read_stdin(max_chars: int) -> str:
+    """The text on stdin; a longer one is cut somewhere above `max_chars`."""
+    if sys.stdin is None:
+        raise CommandError("stdin is closed: give a text")
     if sys.stdin.isatty():
         print("type what to say, then ctrl-D:", file=sys.stderr)
-    text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
+    # UTF-8 takes at most four bytes for a character. The end of a line does not count.
+    max_bytes = 4 * max_chars + 2
+    data = sys.stdin.buffer.read(max_bytes + 1)
+    text = data.decode("utf-8", "replace" if len(data) > max_bytes else "surrogateescape")
     return text.removesuffix("\n").removesuffix("\r")
 
 
@@ -75,6 +106,8 @@ def _say(
     text: str, speaker: int, output: str | None, codes_path: str | None, config: Config
 ) -> int:
     for path in (output, codes_path):  # fail before the long work, not after it
+        if path == "-" and sys.stdout is None:
+            raise CommandError("stdout is closed")
         if path is not None and path != "-":
             _check_writable(Path(path))
 
@@ -96,25 +129,67 @@ def _say(
         total=config.max_frames, unit="frame", disable=not sys.stderr.isatty(), leave=False
     ) as bar:
         audio, codes = speak(engine, request, bar.update)
+    contents: list[tuple[str, bytes]] = []
     if codes_path is not None:
-        with open(codes_path, "wb") as file:
-            np.save(file, codes)
+        npy = io.BytesIO()
+        np.save(npy, codes)
+        contents.append((codes_path, npy.getvalue()))
     if output is not None:
         wav = wav_file(pcm16(audio).tobytes(), engine.sample_rate_hz)
-        if output == "-":
-            sys.stdout.buffer.write(wav)
-            sys.stdout.buffer.flush()
-        else:
-            Path(output).write_bytes(wav)
+        contents.append((output, wav))
+    _write(contents)
     return 0
+
+
+def _write(contents: list[tuple[str, bytes]]) -> None:
+    """Write each content to its path, or to stdout for `-`. Files are replaced only when all are on
+    disk."""
+    with ExitStack() as files:
+        written = []
+        for path, content in contents:
+            if path != "-":
+                written.append((files.enter_context(_replacing(path)), content))
+        for file, content in written:
+            file.write(content)
+            sync(file)
+        for path, content in contents:
+            if path == "-":
+                _write_stdout(content)
+
+
+@contextmanager
+def _replacing(path: str) -> Iterator[IO[bytes]]:
+    try:
+        with atomic_write(path) as file:
+            yield file
+    except BrokenPipeError:  # a fifo, or /dev/stdout
+        raise
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _write_stdout(content: bytes) -> None:
+    try:
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        discard_stdout()
+        raise CommandError(f"cannot write stdout: {error.strerror}") from None
 
 
 def _check_writable(path: Path) -> None:
     if path.is_dir():
         raise CommandError(f"cannot write {path}: it is a folder")
-    if not path.parent.is_dir():
-        raise CommandError(f"cannot write {path}: there is no folder {path.parent}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    if path.exists():  # not its folder: that of /dev/stdout holds no file of this name
+        if not os.access(path, os.W_OK):
+            raise CommandError(f"cannot write {path}: permission denied")
+        return
+    folder = Path(os.path.realpath(path)).parent
+    if not folder.is_dir():
+        raise CommandError(f"cannot write {path}: there is no folder {folder}")
+    if not os.access(folder, os.W_OK):
         raise CommandError(f"cannot write {path}: permission denied")
 
 

@@ -20,10 +20,9 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -31,6 +30,8 @@ from typing import IO, Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from vox_serve.atomic_file import replaced
 
 _DTYPE_NAMES = {
     torch.float32: "F32",
@@ -153,7 +154,9 @@ class WeightCache:
                     raise OSError(f"{path} was changed while it was read")
         self._remove_stale(folder, sources)
         data, record = self._files(folder)
-        with _replace(data, lambda file: _write(file, tensors)) as file:
+        with replaced(data) as file:
+            _write(file, tensors)
+        with file:
             try:
                 self._write_record(record, sources, _content(file, _OUR_SETTLED_S))
             except OSError:
@@ -164,7 +167,9 @@ class WeightCache:
     def _write_record(self, record: Path, sources: dict[str, _Content], data: _Content) -> None:
         value = {"version": self._version, "sources": sources, "tensors": data}
         text = json.dumps(value, indent=1).encode()
-        _replace(record, lambda file: file.write(text)).close()
+        with replaced(record) as file:
+            file.write(text)
+        file.close()
 
     def _remove_stale(self, folder: Path, sources: Mapping[str, _Content]) -> None:
         """Remove files that no process can use any more: caches of other versions or of the
@@ -225,35 +230,6 @@ def _read_record(path: Path) -> tuple[list[int], dict[str, _Content], _Content]:
     value = json.loads(path.read_text(encoding="utf-8"))
     sources = {name: _Content(*content) for name, content in value["sources"].items()}
     return value["version"], sources, _Content(*value["tensors"])
-
-
-def _replace(path: Path, write: Callable[[IO[bytes]], object]) -> IO[bytes]:
-    """Replace `path` by what `write` writes, once that is complete and on disk. Returns it open."""
-    file = _temporary(path)
-    temporary = Path(file.name)
-    try:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # closing flushes the rest of the buffer
-            file.close()
-        raise
-    return file
-
-
-def _temporary(path: Path) -> IO[bytes]:
-    """A new locked file next to `path`. Before it is locked, another writer may mistake it for the
-    file of a dead process and remove it; then the next one is tried."""
-    while True:
-        file = open(path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp"), "x+b")  # noqa: SIM115
-        with contextlib.suppress(OSError):  # the file system has no locks
-            fcntl.flock(file, fcntl.LOCK_EX)
-        if os.fstat(file.fileno()).st_nlink:
-            return file
-        file.close()
 
 
 def _write(file: IO[bytes], tensors: Mapping[str, Tensor]) -> None:

@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from checkpoints import TinyShape, build_tiny
 from vox_serve import say, weight_cache, weights
+from vox_serve.atomic_file import replaced
 from vox_serve.engine import Request
 from vox_serve.loading import cache_folders, load_engine
 from vox_serve.sampling import SamplingParams
@@ -352,25 +353,21 @@ def test_files_of_killed_writers_are_removed_and_those_of_live_ones_stay(folder)
     cache = folder / ".voxkern"
     cache.mkdir()
     killed = run(
-        "import os, signal, sys; from pathlib import Path; from vox_serve import weight_cache\n"
-        "def write(file):\n"
+        "import os, signal, sys; from pathlib import Path\n"
+        "from vox_serve.atomic_file import replaced\n"
+        "with replaced(Path(sys.argv[1])) as file:\n"
         "    file.write(b'half')\n"
         "    file.flush()\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "weight_cache._replace(Path(sys.argv[1]), write)\n",
+        "    os.kill(os.getpid(), signal.SIGKILL)\n",
         cache / f"{NAME}.safetensors",
     )
     killed.communicate(timeout=TIMEOUT_S)
     assert killed.returncode == -signal.SIGKILL
     (left,) = files_in(cache)
-    seen = []
-
-    def write(file):
+    with replaced(cache / "other.json") as file:
         load(folder)
-        seen.extend([os.path.basename(file.name), *files_in(cache)])
-
-    weight_cache._replace(cache / "other.json", write).close()
-    mine, *there = seen
+        mine, there = os.path.basename(file.name), files_in(cache)
+    file.close()
     assert mine != left
     assert there == sorted([mine, f"{NAME}.json", f"{NAME}.safetensors"])
 
