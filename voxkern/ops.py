@@ -239,8 +239,9 @@ def sample_tokens(
       word `i % 4` of Philox 4x32-10 (Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405)
       with key `(seed low, seed high)` and counter `(i // 4, codebook, frame low, frame high)`.
 
-    A NaN logit counts as minus infinity. A row whose largest scaled logit is infinite (a
-    temperature near 0, or no finite logit) is greedy.
+    A row whose largest penalised logit is not finite draws no code: it holds NaN or plus infinity,
+    or nothing but minus infinity. A row whose largest scaled logit is infinite (a temperature near
+    0) is greedy.
 
     Args:
         logits: `[B, V]`.
@@ -256,7 +257,7 @@ def sample_tokens(
         codebook: index of the codebook that is drawn.
 
     Returns:
-        `[B]` int64.
+        `[B]` int64; -1 in rows that draw no code.
     """
     return logits.new_empty((logits.shape[0],), dtype=torch.int64)
 
@@ -352,7 +353,7 @@ def decode_depth(
 
     Args:
         hidden: `[B, Cb]`, the backbone's hidden states after its last norm.
-        code0: `[B]` int64, codebook 0.
+        code0: `[B]` int64, codebook 0; -1 in rows that drew none.
         audio_rows: `[K * V, C]`, the depth decoder's embeddings of codes, with the projection
             already applied; code c of codebook k is row `k * V + c`.
         projection: matrix `[C, Cb]`.
@@ -369,10 +370,11 @@ def decode_depth(
         temperature, top_k, top_p, min_p, seeds, frames: `[B]`, as in `sample_tokens`.
 
     Returns:
-        `[B, K]` int64, `code0` in column 0.
+        `[B, K]` int64, `code0` in column 0; -1 for a code that `sample_tokens` does not draw. A row
+        with a -1 is not a frame: its other codes mean nothing.
 
     Raises:
-        RuntimeError: a shape or dtype is wrong; on the CPU also a code outside `0..V-1`.
+        RuntimeError: a shape or dtype is wrong; on the CPU also a code outside `-1..V-1`.
     """
     return code0.new_empty((code0.shape[0], heads.shape[0] + 1))
 

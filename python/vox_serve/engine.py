@@ -27,6 +27,9 @@ PREFILL_CHUNK_TOKENS = {"cpu": 64, "cuda": 512}
 """Most prompt tokens in one step, by device type: few enough that a long prompt does not delay live
 requests for long, enough to reuse each weight that is read."""
 
+NOT_FINITE = "the model produced numbers that are not finite"
+"""The error of a request whose hidden states, logits or audio hold NaN or infinity."""
+
 FRAMES_AHEAD = {"cpu": 0, "cuda": 1}
 """Frames that may be in flight when `step` returns, by device type."""
 
@@ -270,12 +273,21 @@ class Engine:
     def _finish_frames(self, pending: _Pending) -> list[FrameOutput]:
         pending.frames.wait()
         return [
-            self._finish_frame(live, codes, audio)
-            for live, codes, audio in zip(
-                pending.members, pending.frames.codes, pending.frames.audio, strict=True
+            self._finish_frame(live, codes, audio) if finite else self._fail(live, NOT_FINITE)
+            for live, codes, audio, finite in zip(
+                pending.members,
+                pending.frames.codes,
+                pending.frames.audio,
+                pending.frames.is_finite(),
+                strict=True,
             )
             if not live.ended
         ]
+
+    def _fail(self, live: _Live, error: str) -> FrameOutput:
+        """End one request with an error."""
+        self.abort(live.request.id)
+        return FrameOutput(live.request.id, None, None, "error", error)
 
     def _finish_frame(self, live: _Live, codes: Tensor, audio: Tensor) -> FrameOutput:
         """Output a frame `[K]` and its samples, both on the CPU; end the request after its last."""

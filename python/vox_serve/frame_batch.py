@@ -21,6 +21,10 @@ from voxkern.backend import OPS, backend_for
 
 Member = TypeVar("Member")
 
+NOT_FINITE = -1
+"""The code that `sample_tokens` draws from logits that are not finite. A persistent depth decoder
+that gives up a frame leaves lower ones."""
+
 
 class Half(Enum):
     """The two halves of a frame."""
@@ -33,7 +37,7 @@ class Frames(NamedTuple):
     """One frame of every row, on the CPU.
 
     Attributes:
-        codes: `[B, K]` int64.
+        codes: `[B, K]` int64; see `is_finite` for negative ones.
         audio: `[B, frame_samples]` float32.
         copied: recorded on a GPU after the copies of both; None on a CPU.
     """
@@ -46,15 +50,24 @@ class Frames(NamedTuple):
         """Wait for the copies from the GPU.
 
         Raises:
-            RuntimeError: the depth decoder gave up a frame, so it has no valid codes.
+            RuntimeError: the depth decoder gave up a frame, so no row has valid codes.
         """
         if self.copied is not None:
             self.copied.synchronize()
-        if bool((self.codes < 0).any()):
+        if bool((self.codes < NOT_FINITE).any()):
             raise RuntimeError(
                 "decode_depth's watchdog ended a frame: the blocks of its persistent kernel waited "
                 "for each other in vain"
             )
+
+    def is_finite(self) -> list[bool]:
+        """False for each row with NaN or infinity in its hidden states, logits or audio.
+
+        The first two have no code: `sample_tokens` draws -1 from logits that are not finite, and
+        all logits of such a hidden state are NaN. So a GPU reports them without another copy.
+        """
+        drawn = (self.codes >= 0).all(1)
+        return (drawn & self.audio.isfinite().all(1)).tolist()
 
 
 class FrameBatch(Generic[Member]):

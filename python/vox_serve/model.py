@@ -121,7 +121,7 @@ class CsmModel:
             persistent: decode with `voxkern.persistent.decode_depth_persistent`.
 
         Returns:
-            The drawn codes, `[B, K]` int64.
+            The drawn codes, `[B, K]` int64; some are -1 in rows whose numbers are not finite.
         """
         code0 = ops.sample_tokens(
             ops.linear(hidden, self.weights.code0_head),
@@ -149,13 +149,13 @@ class CsmModel:
         """The backbone's input for frames of audio codes.
 
         Args:
-            codes: `[T, K]` int64.
+            codes: `[T, K]` int64; negative ones, which were not drawn, are masked.
 
         Returns:
             Frames `[T, K + 1]` int64 and mask `[T, K + 1]` bool.
         """
         frames = torch.nn.functional.pad(codes, (0, 1))
-        mask = torch.ones_like(frames, dtype=torch.bool)
+        mask = frames >= 0
         mask[:, -1] = False
         return frames, mask
 

@@ -73,6 +73,31 @@ def test_codes_are_the_references(target, sizes, rows):
         assert torch.equal(got[:, 0], arguments["code0"])
 
 
+@pytest.mark.parametrize("packing", [{}, *PACKINGS], ids=str)
+@pytest.mark.parametrize("private", [False, True], ids=["op", "persistent"])
+def test_rows_that_are_not_finite_draw_no_codes(target, packing, private, request):
+    """A hidden state with NaN or infinity, and a row without codebook 0, disturb no other row."""
+    draw = run
+    if private:
+        request.getfixturevalue("_has_persistent_kernel")
+        draw = run_persistent
+    sizes = shortened(target, PACKED_SIZES[0] if packing else SIZES[0])
+    dtype = torch.bfloat16 if private else torch.float32
+    arguments = packed(make(sizes, dtype, 6), packing)
+    expected = draw(target, arguments)
+    assert expected.min() >= 0
+    hidden, code0 = arguments["hidden"].clone(), arguments["code0"].clone()
+    hidden[0, -1] = float("nan")
+    hidden[2, 0] = float("inf")
+    hidden[5] = float("nan")
+    code0[3] = -1
+    codes = draw(target, arguments | {"hidden": hidden, "code0": code0})
+    kept = torch.tensor([1, 4])
+    assert torch.equal(codes[kept], expected[kept])
+    assert (codes[[0, 2, 5], 1:] == -1).all()
+    assert codes[3, 0] == -1
+
+
 def test_every_position_is_attended_to(target):
     """Many codes and a strong attention make the weight of every key matter."""
     sizes = Sizes(K=32, V=601, L=1, Cb=40, C=40, F=8, Hq=4, Hkv=2, D=16)
@@ -224,8 +249,8 @@ def test_any_number_of_threads(target, packing):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"code0": torch.tensor([0, 35, 1])}, "code0: expected codes of 0 to 34, got 35 in row 1"),
-        ({"code0": torch.tensor([0, 1, -1])}, "code0: expected codes of 0 to 34, got -1 in row 2"),
+        ({"code0": torch.tensor([0, 35, 1])}, "code0: expected codes of -1 to 34, got 35 in row 1"),
+        ({"code0": torch.tensor([0, 1, -2])}, "code0: expected codes of -1 to 34, got -2 in row 2"),
         ({"code0": torch.zeros(2).long()}, r"code0: expected shape \[B\] = \[3\], got \[2\]"),
         ({"norm": torch.ones(39)}, r"norm: expected shape \[C\] = \[40\], got \[39\]"),
         (

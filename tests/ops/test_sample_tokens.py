@@ -243,19 +243,39 @@ def test_top_k_past_the_vocabulary_keeps_all(target):
         assert torch.equal(draw(target, logits, top_k=top_k), unlimited)
 
 
-def test_not_a_number_and_minus_infinity_are_never_drawn(target):
+def test_minus_infinity_is_never_drawn(target):
     logits = torch.randn(2000, 16)
-    logits[:, [0, 7]] = float("nan")
-    logits[:, 15] = -INF
+    logits[:, [0, 7, 15]] = -INF
     codes = draw(target, logits)
     assert set(codes.tolist()) == set(range(16)) - {0, 7, 15}
-    assert torch.equal(codes, draw(target, logits.nan_to_num(-INF, INF, -INF)))
-    greedy = draw(target, logits, temperature=0.0)
-    assert torch.equal(greedy, logits.nan_to_num(-INF, INF, -INF).argmax(-1))
-    # Without any finite logit the result is code 0, drawn or greedy.
-    for nothing in (-INF, float("nan")):
-        assert draw(target, torch.full((2, 9), nothing)).tolist() == [0, 0]
-        assert draw(target, torch.full((2, 9), nothing), temperature=0.0).tolist() == [0, 0]
+    assert torch.equal(draw(target, logits, temperature=0.0), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("vocab_size", [1, 9, VOCAB_SIZE])
+def test_a_row_that_is_not_finite_draws_no_code(target, dtype, temperature, vocab_size):
+    """Wherever the number lies; other rows draw what they draw without it."""
+    logits = torch.randn(24, vocab_size).to(dtype)
+    parameters = {
+        "temperature": temperature,
+        "top_k": 5,
+        "top_p": 0.9,
+        "min_p": 0.01,
+        "repetition_penalty": 1.2,
+        "history": torch.randint(0, vocab_size, (24, 7)),
+    }
+    expected = draw(target, logits, **parameters)
+    assert expected.min() >= 0
+    for value in (INF, float("nan"), -float("nan")):
+        ruined = logits.clone()
+        for row, code in ((0, 0), (3, vocab_size // 2), (11, vocab_size - 1), (23, 7)):
+            ruined[row, code % vocab_size] = value
+        ruined[5] = value
+        ruined[6] = -INF
+        rows = torch.tensor([0, 3, 5, 6, 11, 23])
+        codes = draw(target, ruined, **parameters)
+        assert torch.equal(codes, expected.index_fill(0, rows, -1))
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-44])

@@ -397,7 +397,7 @@ def test_after_a_failed_step_the_engine_refuses_to_step(engine, monkeypatch):
 
 
 def test_a_frame_that_was_given_up_is_an_error(engine, monkeypatch):
-    """Codes of -1, as a persistent kernel leaves them when its watchdog ends it."""
+    """Codes of -2, as a persistent kernel leaves them when its watchdog ends it."""
     broken = Engine(engine.model, engine.mimi, engine.prompts)
     for name in ("One.", "Two."):
         broken.add(Request(text=name, sampling=GREEDY))
@@ -405,7 +405,7 @@ def test_a_frame_that_was_given_up_is_an_error(engine, monkeypatch):
 
     def draw(hidden, rows, persistent=False):
         codes = torch.ones(len(hidden), engine.num_codebooks, dtype=torch.int64)
-        codes[1, 1:] = -1
+        codes[1, 1:] = -2
         return codes.to(hidden.device)
 
     monkeypatch.setattr(engine.model, "draw_frames", draw)

@@ -45,8 +45,8 @@ def decode_depth(
     batch_size = hidden.shape[0]
     num_codebooks = heads.shape[0] + 1
     vocab_size = len(audio_rows) // num_codebooks
-    if bool(((code0 < 0) | (code0 >= vocab_size)).any()):
-        raise RuntimeError(f"code0: expected codes of 0 to {vocab_size - 1}")
+    if bool(((code0 < -1) | (code0 >= vocab_size)).any()):
+        raise RuntimeError(f"code0: expected codes of -1 to {vocab_size - 1}")
 
     k_pages, v_pages = hidden.new_zeros(
         2, len(qkv), batch_size, num_kv_heads, num_codebooks, layers.head_dim
@@ -70,7 +70,8 @@ def decode_depth(
         if position == 0:
             x = project(hidden, projection, layers.width)
         else:
-            x = audio_rows[(position - 1) * vocab_size + codes[:, position - 1]]
+            previous = codes[:, position - 1].clamp(min=0)  # sample_tokens may have drawn none
+            x = audio_rows[(position - 1) * vocab_size + previous]
         x = rms_norm(run_layers(layers, x, partial(attend, position)), norm, eps)
         if position == 0:
             continue

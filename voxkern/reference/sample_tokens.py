@@ -25,18 +25,20 @@ def sample_tokens(
     order draw the same codes.
     """
     logits = penalise(
-        logits.float().nan_to_num(float("-inf"), float("inf"), float("-inf")),
+        logits.float().nan_to_num(float("inf"), float("inf"), float("-inf")),
         repetition_penalty,
         history,
     )
+    broken = logits.amax(-1).isinf()
     greedy = ~(temperature > 0)
     scaled = logits / torch.where(greedy, 1.0, temperature)[:, None]
-    # Infinite scores cannot be ranked: all logits are minus infinity, or the temperature is near 0.
+    # Infinite scores cannot be ranked: the temperature is near 0, or the row is broken.
     greedy |= scaled.amax(-1).isinf()
     keep = kept(scaled, top_k, top_p, min_p)
     scores = relative(scaled) - (-uniform(seeds, frames, codebook, logits.shape[1]).log()).log()
     scores.masked_fill_(~keep, float("-inf"))
-    return first_largest(torch.where(greedy[:, None], logits.double(), scores))
+    codes = first_largest(torch.where(greedy[:, None], logits.double(), scores))
+    return codes.masked_fill(broken, -1)
 
 
 def penalise(logits: Tensor, penalty: Tensor, history: Tensor) -> Tensor:

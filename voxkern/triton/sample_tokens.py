@@ -49,7 +49,7 @@ def sample_tokens_kernel(
     code = tl.arange(0, BLOCK)[None, :]
     pointers = logits + row[:, None] * logits_stride + code
     z = tl.load(pointers, mask=valid[:, None] & (code < V), other=float("-inf")).to(tl.float32)
-    z = tl.where(z == z, z, float("-inf"))
+    z = tl.where(z == z, z, float("inf"))
 
     if W > 0:
         seen = tl.zeros((ROWS, BLOCK), tl.int1)
@@ -59,12 +59,13 @@ def sample_tokens_kernel(
         quotient = tl.div_rn(z, tl.zeros_like(z) + penalty)
         z = tl.where(seen, tl.where(z > 0, quotient, z * penalty), z)
 
+    broken = tl.abs(tl.max(z, 1)) == float("inf")
     first = tl.min(tl.where(z == tl.max(z, 1)[:, None], code, BLOCK), 1)
     heat = tl.load(temperature + row, mask=valid, other=0.0)
     greedy = (heat > 0) == 0
     z = tl.div_rn(z, tl.zeros_like(z) + tl.where(greedy, 1.0, heat)[:, None])
     largest = tl.max(z, 1)
-    # Infinite scores cannot be ranked: all logits are minus infinity, or the temperature is near 0.
+    # Infinite scores cannot be ranked: the temperature is near 0, or the row is broken.
     greedy = greedy | (tl.abs(largest) == float("inf"))
     largest = tl.where(greedy, 0.0, largest)[:, None]
 
@@ -105,12 +106,12 @@ def sample_tokens_kernel(
         better = (exact > best) & (candidate < BLOCK)
         best = tl.where(better, exact, best)
         drawn = tl.where(better, candidate, drawn)
-    drawn = tl.where(greedy, first, drawn).to(tl.int64)
+    drawn = tl.where(broken, -1, tl.where(greedy, first, drawn)).to(tl.int64)
     tl.store(out + row * out_stride, drawn, mask=valid)
     if BLOCK_C:
         column = tl.arange(0, BLOCK_C)[None, :]
         inside = valid[:, None] & (column < C)
-        offset = (drawn + codebook * V)[:, None] * C + column
+        offset = (tl.maximum(drawn, 0) + codebook * V)[:, None] * C + column
         values = tl.load(table + offset, mask=inside, other=0.0)
         tl.store(embedded + row[:, None] * C + column, values, mask=inside)
 

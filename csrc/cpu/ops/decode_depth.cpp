@@ -85,7 +85,8 @@ class Worker {
   // Row b's input of a position: the projected hidden state at 0, then the embeddings of codes.
   const T* input(int64_t position, int64_t b) const {
     if (position == 0) return shared_.layers.branch + b * p_.layers.C;
-    const int64_t codebook = position - 1, code = p_.out[b * p_.K + codebook];
+    const int64_t codebook = position - 1, drawn = p_.out[b * p_.K + codebook];
+    const int64_t code = drawn < 0 ? 0 : drawn;  // sample_row() may have drawn none
     return static_cast<const T*>(p_.audio_rows) + (codebook * p_.V + code) * p_.layers.C;
   }
 
@@ -184,8 +185,8 @@ Tensor decode_depth_cpu(Tensor hidden, Tensor code0, Tensor audio_rows, Tensor p
   Tensor out = torch::stable::new_empty(code0, {p.B, p.K});
   p.out = static_cast<int64_t*>(out.mutable_data_ptr());
   for (int64_t b = 0; b < p.B; ++b) {
-    check(p.code0[b] >= 0 && p.code0[b] < p.V, "code0: expected codes of 0 to ", p.V - 1, ", got ",
-          p.code0[b], " in row ", b);
+    check(p.code0[b] >= -1 && p.code0[b] < p.V, "code0: expected codes of -1 to ", p.V - 1,
+          ", got ", p.code0[b], " in row ", b);
     p.out[b * p.K] = p.code0[b];
   }
   if (p.B == 0) return out;

@@ -16,7 +16,7 @@ namespace {
 // Bytes of scratch that sample_row needs.
 VOX_INLINE int64_t sampler_scratch_bytes(int64_t V) { return 5 * 4 * sampler_padded(V); }
 
-// Fills z[0..V) with the penalised logits, padded with minus infinity; NaN becomes minus infinity.
+// Fills z[0..V) with the penalised logits, padded with minus infinity; NaN becomes plus infinity.
 // Returns the largest.
 template <typename T>
 inline float read_logits(const T* logits, int64_t V, const SamplerRow& row, float* z) {
@@ -24,12 +24,12 @@ inline float read_logits(const T* logits, int64_t V, const SamplerRow& row, floa
   int64_t i = 0;
   for (; i + kWidth <= V; i += kWidth) {
     const vfloat a = load(logits + i);
-    store(z + i, select(a == a, a, lowest));
+    store(z + i, select(a == a, a, splat(__builtin_inff())));
   }
   if (i < V) store(z + i, lowest);
   for (; i < V; ++i) {
     const float a = to_float(logits[i]);
-    z[i] = a == a ? a : -__builtin_inff();
+    z[i] = a == a ? a : __builtin_inff();
   }
   // Always starts from the unpenalised logit, so a code that occurs twice is penalised once.
   for (int64_t w = 0; w < row.W; ++w) {
@@ -103,7 +103,8 @@ inline int64_t race(const float* z, const int32_t* codes, int64_t n, float large
   return winner;
 }
 
-// V >= 1; `scratch` is aligned to 4 bytes and sampler_scratch_bytes(V) long.
+// Returns -1 if the largest logit is not finite. V >= 1; `scratch` is aligned to 4 bytes and
+// sampler_scratch_bytes(V) long.
 template <typename T>
 inline int64_t sample_row(const T* logits, int64_t V, const SamplerRow& row, void* scratch) {
   float* const z = static_cast<float*>(scratch);
@@ -112,9 +113,10 @@ inline int64_t sample_row(const T* logits, int64_t V, const SamplerRow& row, voi
   int32_t* const codes = reinterpret_cast<int32_t*>(near + 2 * sampler_padded(V));
 
   const float largest_logit = read_logits(logits, V, row, z);
+  if (__builtin_isinf(largest_logit)) return -1;
   const float largest = largest_logit / row.temperature;
   // Take the largest logit: at temperature 0, and where infinite scores could not rank the codes,
-  // because all logits are minus infinity or the temperature is near 0.
+  // because the temperature is near 0.
   if (!(row.temperature > 0) || __builtin_isinf(largest)) return first_equal(z, V, largest_logit);
   for (int64_t i = 0; i < V; i += kWidth) store(z + i, load(z + i) / splat(row.temperature));
 

@@ -41,14 +41,15 @@ __global__ void places_kernel(DepthPlaces all, int64_t B, int64_t K, unsigned* c
   if (position == 0) all.page_table[b] = static_cast<int32_t>(b);
 }
 
-// out[:, 0] = code0, -1 elsewhere; clears the counter of persistent_depth()'s barriers.
+// out[:, 0] = code0, -2 elsewhere (kept if the grid gives up); clears the counter of
+// persistent_depth()'s barriers.
 __global__ void begin_kernel(const int64_t* code0, int64_t B, int64_t K, int64_t* out,
                              unsigned* arrived) {
   wait_for_previous_kernel();
   let_next_kernel_start();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i == 0) *arrived = 0;
-  if (i < B * K) out[i] = i % K ? -1 : code0[i / K];
+  if (i < B * K) out[i] = i % K ? -2 : code0[i / K];
 }
 
 // A block takes a row: codebook 0 to the residual of position 1.

@@ -72,8 +72,8 @@ VOX_DEVICE float min_p_bound(float min_p, float largest) {
   return float_at(order);
 }
 
-// A row's scores: z = logit / temperature. It may be NaN: then all comparisons are false, as they
-// should be. A thread has the codes of whole counters; those past V are -inf.
+// A row's scores: z = logit / temperature, never NaN or +inf. A thread has the codes of whole
+// counters; those past V are -inf.
 struct Scores {
   int V;
   float* z;              // [padded V]

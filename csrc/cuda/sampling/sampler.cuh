@@ -111,8 +111,8 @@ VOX_DEVICE int race(const Scores& scores, float bound, int listed, const Sampler
   return winner.code;
 }
 
-// Copies the logits to shared memory. All loads are issued before any is used; missing entries
-// become -inf, so the conversion needs no bounds check.
+// Copies the logits to shared memory; NaN becomes +inf. All loads are issued before any is used;
+// missing entries become -inf, so the conversion needs no bounds check.
 template <typename T>
 VOX_DEVICE void load_logits(const T* logits, const Scores& scores) {
   const int mine = static_cast<int>(threadIdx.x) * kCodes, next = blockDim.x * kCodes;
@@ -125,8 +125,12 @@ VOX_DEVICE void load_logits(const T* logits, const Scores& scores) {
   }
 #pragma unroll
   for (int s = 0; s < kMaxCodesPerThread; s += kCodes) {
-    const float four[kCodes] = {to_float(raw[s]), to_float(raw[s + 1]), to_float(raw[s + 2]),
-                                to_float(raw[s + 3])};
+    float four[kCodes];
+#pragma unroll
+    for (int i = 0; i < kCodes; ++i) {
+      const float logit = to_float(raw[s + i]);
+      four[i] = logit == logit ? logit : kInfinity;
+    }
     const int first_code = mine + s / kCodes * next;
     if (first_code < scores.V) store<kCodes>(scores.z + first_code, four);
   }
@@ -236,10 +240,11 @@ VOX_DEVICE int list_kept(const Scores& scores, float bound, Shared& shared) {
   return shared.kept_count <= kMaxKeptList ? shared.kept_count : -1;
 }
 
-// Draws a code and returns it in every thread. Needs a one-dimensional block of whole warps,
-// V <= kMaxCodesPerThread times its threads, and shared_bytes(V) at `shared`; all threads call it
-// with the same arguments. The caller issues a barrier before it reuses `shared`, whose content
-// need not be initialised. `logits` need no alignment.
+// Draws a code and returns it in every thread; -1 if the largest logit is not finite. Needs a
+// one-dimensional block of whole warps, V <= kMaxCodesPerThread times its threads, and
+// shared_bytes(V) at `shared`; all threads call it with the same arguments. The caller issues a
+// barrier before it reuses `shared`, whose content need not be initialised. `logits` need no
+// alignment.
 template <typename T>
 VOX_DEVICE int sample_row(const T* logits, int V, const SamplerRow& row, Shared& shared) {
   Scores scores;
@@ -250,8 +255,9 @@ VOX_DEVICE int sample_row(const T* logits, int V, const SamplerRow& row, Shared&
   clear(shared);
   if (row.W > 0) penalise(scores, row, shared);
   const Extremes all = find_extremes(scores, shared);
+  if (isinf(float_at(all.high))) return -1;
   scores.largest = float_at(all.high) / row.temperature;
-  // Infinite scores cannot be told apart: all logits -inf, or a temperature near 0.
+  // Infinite scores cannot be told apart: a temperature near 0.
   if (!(row.temperature > 0) || isinf(scores.largest)) return all.first;
   divide_by(row.temperature, scores);
   const float bound = filter_bound(scores, float_at(all.low) / row.temperature, row, shared);
