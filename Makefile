@@ -27,7 +27,7 @@ DEPENDENCIES = $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.to
 CMAKE = PATH=$(CURDIR)/$(BIN):$$PATH cmake
 CONFIGURE = $(CMAKE) -S . -G Ninja -DVOXKERN_TORCH=$$($(RUN) -c 'import torch; print(torch.__path__[0])')
 
-.PHONY: build serve test test-fast simt cuda-check cuda-link-check triton-check lint format bench peers sanitize clean
+.PHONY: build serve test test-fast simt cuda-check cuda-link-check gpu-carry triton-check lint format bench peers sanitize clean
 
 build: $(VENV)/built
 
@@ -93,6 +93,11 @@ cuda-link-check: $(VENV)/torch
 	  -DVOXKERN_TORCH=$$($(LINK)/venv/bin/python -c 'import torch; print(torch.__path__[0])')
 	$(CMAKE) --build $(LINK)/cmake --target voxkern voxkern_cuda
 	$(LINK)/venv/bin/python tools/cuda_link_check.py $(LINK)/cmake
+
+# Gathers what a machine with a GPU and without a network lacks, in build/gpu-carry: wheels, the CUDA
+# library, the committed files. CARRY=--no-tree leaves out the last.
+gpu-carry: $(VENV)/built cuda-link-check
+	$(RUN) bench/gpu_carry.py build/gpu-carry --libraries $(LINK)/cmake $(CARRY)
 
 # Compiles every Triton kernel at CSM-1B's shapes for NVIDIA and AMD. Needs no GPU.
 triton-check: $(VENV)/test

@@ -14,13 +14,21 @@ Stages, in this order. A stage is limited by its own time limit and by the rest 
     kernels    bench/run.py kernels: every op at batches of 1, 8, 64 and 256, packed weights at two
     speech     bench/run.py speech: the engine's steps, codec included, at batches that show whether
                400 streams are served in real time
+    depth      bench/run.py depth: launches or one persistent kernel at 1, 2, 4 and 8 rows, and
+               with which pipeline; whether dependent launches overlap; 1,000 equal runs; 200
+               batches with other neighbours; what a cold draw costs
+    steps      bench/run.py steps: time of a step by rows (1 to 2,048) and prompt tokens, memory of
+               a stream: the table that scheduling starts from. depth and steps run only if
+               `--stages` names them
     triton_ops, triton_engine, triton_frame, triton_kernels
                the same with the Triton kernels, compared with the CUDA kernels if those are built.
                They run only if `--stages` names them: they compile some hundreds of kernels, which
                are cached in build/gpu_check/triton for the next run
 
-A failed stage does not stop the others, except that a failed build skips all of them. A benchmark
-that reaches its time limit keeps the rows it has: its result is "cut", which is not a failure.
+A failed stage does not stop the others, except that a failed build skips all of them, unless
+VOXKERN_PREBUILT names a folder with _C.so and _C_cuda.so to use instead (`make gpu-carry`). A
+benchmark that reaches its time limit keeps the rows it has: its result is "cut", which is not a
+failure.
 Results are written after every stage to RESULTS/CARD (`--results`, default bench/results):
 gpu_check.json has each stage's result, all benchmark tables, the card with its driver and clocks,
 and versions; logs.tar.gz has every stage's output and pytest's reports, from build/gpu_check. Exits
@@ -93,6 +101,8 @@ STAGES = {
     "sanitize": 130,
     "kernels": 120,
     "speech": 80,
+    "depth": 300,
+    "steps": 420,
     "triton_ops": 120,
     "triton_engine": 90,
     "triton_frame": 110,
@@ -100,7 +110,9 @@ STAGES = {
 }
 """Time limits in seconds. They add up to more than a run has, since most stages take a fraction of
 theirs. The most valuable stages come first: the last ones may have no time left."""
-DEFAULT_STAGES = [name for name in STAGES if not name.startswith("triton")]
+DEFAULT_STAGES = [
+    name for name in STAGES if not name.startswith("triton") and name not in ("depth", "steps")
+]
 
 
 class Check:
@@ -142,7 +154,8 @@ class Check:
     def build(self, stage: Stage) -> None:
         if missing := gpu_requirements.missing():
             stage.result, stage.what = "failed", f"not installed: {', '.join(missing)}"
-            return
+            if not self.use_prebuilt(stage):
+                return
         torch_path = Path(importlib.util.find_spec("torch").origin).parent
         configure = [
             *("cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", f"-DVOXKERN_TORCH={torch_path}"),
@@ -152,9 +165,12 @@ class Check:
         commands = [configure, ["cmake", "--build", BUILD, "--target", *targets]]
         if not self.args.dry_run:
             commands.append(["cmake", "--install", BUILD, "--prefix", ROOT / "voxkern"])
-        for command in commands:
+        for command in commands if "prebuilt" not in stage.details else []:
             if self.command(stage, command) != 0:
-                return self.fail(stage)
+                self.fail(stage)
+                if not self.use_prebuilt(stage):
+                    return
+                break
         if not self.args.dry_run:
             # Loads the extension for the first time, so a missing symbol is reported here.
             code = (
@@ -169,11 +185,25 @@ class Check:
             name: gpu_requirements.program_version(name)
             for name in ("nvcc", "cmake", "compute-sanitizer")
         }
-        stage.result, stage.what = "passed", f"for {self.args.arch or 'the installed GPU'}"
+        built = f"for {self.args.arch or 'the installed GPU'}"
+        if "prebuilt" in stage.details:
+            built = f"FAILED, took the libraries of {stage.details['prebuilt']}"
+        stage.result, stage.what = "passed", built
         if absent := gpu_requirements.absent():
             stage.what += f"; not installed, so some tests are skipped: {', '.join(absent)}"
         if others := gpu_requirements.other_versions():
             stage.what += f"; not allowed by pyproject.toml, so tests may fail: {', '.join(others)}"
+
+    def use_prebuilt(self, stage: Stage) -> bool:
+        """Install the libraries in VOXKERN_PREBUILT; False if it names none."""
+        folder = Path(os.environ.get("VOXKERN_PREBUILT") or "none")
+        libraries = [folder / name for name in ("_C.so", "_C_cuda.so")]
+        if self.args.dry_run or not all(library.is_file() for library in libraries):
+            return False
+        for library in libraries:
+            shutil.copy2(library, ROOT / "voxkern" / library.name)
+        stage.details["prebuilt"] = str(folder)
+        return True
 
     def ops(self, stage: Stage) -> None:
         if self.args.dry_run:
@@ -241,6 +271,12 @@ class Check:
             ["--batch", "400,256", "--quantize", "none,int8"],
         )
 
+    def depth(self, stage: Stage) -> None:
+        self.bench(stage, ["--batch", "1", "--quantize", "none"])
+
+    def steps(self, stage: Stage) -> None:
+        self.bench(stage, ["--batch", "2", "--quantize", "none"], ["--quantize", "int8,none"])
+
     def triton_frame(self, stage: Stage) -> None:
         compared = ["--backend", self.triton_and_native(), "--no-peer"]
         rehearsed = [*compared, "--batch", "1", "--quantize", "none"]
@@ -267,8 +303,11 @@ class Check:
         tables = json.loads(saved.read_text()) if saved.exists() else {}
         self.machine = tables.pop("machine", self.machine)
         left_out, rows = tables.pop("left out", []), tables.get(name, [])
-        if rows:
-            self.tables[stage.name] = rows
+        for table, found in tables.items():
+            if found:
+                key = stage.name if table == name else f"{stage.name}: {table}"
+                self.tables[key] = found
+                print(json.dumps({key: found}), flush=True)
         stage.what = f"{len(rows)} rows"
         if left_out:
             stage.details["left out"] = left_out

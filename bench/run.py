@@ -6,6 +6,9 @@
     python bench/run.py codec      a streamed frame of full-size Mimi, against transformers
     python bench/run.py speech     steps of the engine: frames, sampling and the codec together
     python bench/run.py all        these five
+    python bench/run.py steps      an engine's step by rows and prompt tokens, memory of a stream
+    python bench/run.py depth      questions about the depth decoder on a GPU: launches or one
+                                   kernel, overlap of launches, equal runs, cold draws
     python bench/run.py quantization   effect of packed weights on the logits; needs 10 GB of memory
     python bench/run.py peers      whole frames of several programs in turn: ours, llama.cpp,
                                    transformers, torch.compile (details in bench/peers.py). The
@@ -14,8 +17,8 @@
                                    seven minutes and, with all programs, 22 GB of memory
 
 Options:
-    --device cpu|cuda          where to run (default cpu); a GPU supports roofline, kernels, frame
-                               and speech, and "all" means these four
+    --device cpu|cuda          where to run (default cpu); a GPU supports roofline, kernels, frame,
+                               speech, steps and depth, and "all" means the first four
     --rehearse                 runs the GPU's timing code on the CPU with a tiny model: a check that
                                it works; the figures mean nothing
     --backend NAME[,NAME ...]  native, triton or reference for every op (default: the first that has
@@ -32,8 +35,9 @@ Options:
     --quantize none,int8,int4  frame, codec, speech: packings; "none" runs in every dtype (default
                                all; the codec has no int4)
     --batch 1,8,64             batch sizes (defaults: kernels 1,8,64; frame 1,2,4; codec 1,4;
-                               speech 1; on a GPU kernels 1,8,64,256; frame 1,8,32,64,128,256,384,
-                               512; speech 1,64,256,384)
+                               speech 1; steps 1,2,4,8; on a GPU kernels 1,8,64,256; frame 1,8,32,
+                               64,128,256,384,512; speech 1,64,256,384; steps 1,2,4 ... 2048; depth
+                               1,2,4,8)
     --packed-batch 1,64        kernels: batch sizes with packed weights (default: all of --batch)
     --ops linear,silu_mul      kernels: only these ops
     --threads N                threads (default: the processors that this process may use)
@@ -74,6 +78,8 @@ from voxkern.console import quiet_on_closed_pipe
 
 BENCHES = ("roofline", "kernels", "frame", "codec", "speech")
 GPU_BENCHES = ("roofline", "kernels", "frame", "speech")
+ONLY_BY_NAME = ("steps", "depth")
+"""Benchmarks that "all" leaves out."""
 BATCHES = {
     ("kernels", "cpu"): [1, 8, 64],
     ("kernels", "cuda"): [1, 8, 64, 256],
@@ -82,6 +88,9 @@ BATCHES = {
     ("codec", "cpu"): [1, 4],
     ("speech", "cpu"): [1],
     ("speech", "cuda"): [1, 64, 256, 384],
+    ("steps", "cpu"): [1, 2, 4, 8],
+    ("steps", "cuda"): [1 << n for n in range(12)],
+    ("depth", "cuda"): [1, 2, 4, 8],
 }
 
 
@@ -92,7 +101,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("bench", choices=[*BENCHES, "all", "quantization", "peers"])
+    parser.add_argument("bench", choices=[*BENCHES, *ONLY_BY_NAME, "all", "quantization", "peers"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--backend")
@@ -109,8 +118,10 @@ def main() -> None:
     parser.add_argument("--save", type=Path)
     args = parser.parse_args()
     on_gpu = args.rehearse or args.device == "cuda"
-    if on_gpu and args.bench not in (*GPU_BENCHES, "all"):
+    if on_gpu and args.bench not in (*GPU_BENCHES, *ONLY_BY_NAME, "all"):
         parser.error(f"{args.bench} does not run on a GPU yet")
+    if args.bench == "depth" and not on_gpu:
+        parser.error("depth measures a GPU: add --device cuda or --rehearse")
     if args.device == "cuda" and not args.rehearse and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU")
     if args.backend:
@@ -197,6 +208,14 @@ def run(report: Report, args: argparse.Namespace, timer: CpuTimer | GpuTimer, on
         import bench_speech
 
         bench_speech.run(report, timer, config, precisions, batches("speech"))
+    if "steps" in chosen:
+        import bench_steps
+
+        bench_steps.run(report, timer, config, precisions, batches("steps"))
+    if "depth" in chosen:
+        import bench_depth
+
+        bench_depth.run(report, timer, config, precisions, batches("depth"))
     if args.bench == "quantization":
         import bench_quantization
 

@@ -2,12 +2,16 @@
 
 import contextlib
 import copy
+import itertools
 import json
+import os
 from collections.abc import Callable
 
 import bench_backends
+import bench_depth
 import bench_frame
 import bench_kernels
+import bench_steps
 import pytest
 import torch
 from codec_cases import codec_cases
@@ -32,6 +36,32 @@ def test_gpu_benches_rehearsed():
     assert [row[:2] for row in frames] == [(p, b) for p in ("bfloat16", "int8") for b in (1, 2)]
     assert {row[3] for row in kernels} == {row[2] for row in frames} == {"native"}
     assert not timer.without_graph
+
+
+@pytest.mark.slow
+def test_questions_about_the_depth_decoder_rehearsed(monkeypatch):
+    monkeypatch.setattr(bench_depth, "REPEATS", {"cpu": 2})
+    timer, config, report = timer_for("cuda", rehearse=True), config_for(rehearse=True), Report()
+    bench_depth.run(report, timer, config, ["bfloat16"], [1])
+    tables = {table.name: table.rows for table in report.tables}
+    assert [len(tables[name]) for name in ("depth", "overlap", "repeat", "cold")] == [1, 0, 4, 3]
+    assert [row[-1] for row in tables["repeat"]] == [0, 0, 0, 0]
+    assert bench_depth.STAGES_VARIABLE not in os.environ
+
+
+def test_questions_find_codes_that_change():
+    calls = itertools.count()
+    assert bench_depth._different(lambda: torch.tensor([next(calls) // 2]), {}, 5) == 4
+
+
+@pytest.mark.slow
+def test_steps_rehearsed():
+    timer, config, report = timer_for("cuda", rehearse=True), config_for(rehearse=True), Report()
+    timer.rounds = 1
+    bench_steps.run(report, timer, config, ["float32"], [1, 2])
+    assert [row[1:3] for row in report.tables[0].rows] == [
+        (rows, tokens) for rows in (2, 1) for tokens in (0, 16, 64)
+    ]
 
 
 def test_codec_cases_match_their_references():

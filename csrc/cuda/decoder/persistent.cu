@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cstdlib>
 
 #include "cuda/decoder/persistent.h"
 #include "cuda/decoder/rows.cuh"
@@ -221,6 +222,14 @@ bool with_gemv(const PersistentDepthParams& p, const Call& call) {
   return layers == Format::int4 && packed.template operator()<Format::int4>();
 }
 
+// The most stages of the weight pipeline: all that the kernel can have, or fewer by the environment
+// variable VOXKERN_PERSISTENT_STAGES, with which bench/run.py depth compares lengths.
+template <typename Gemv>
+int most_stages() {
+  const char* text = std::getenv("VOXKERN_PERSISTENT_STAGES");
+  return text ? std::clamp(std::atoi(text), int{Gemv::kLeast}, int{Gemv::kMost}) : Gemv::kMost;
+}
+
 // Shared memory with the longest pipeline that fits, whose length goes to `all`; 0 if none does.
 template <typename Gemv>
 int64_t plan_shared(Arguments& all) {
@@ -233,7 +242,7 @@ int64_t plan_shared(Arguments& all) {
       std::max({sizeof(attention::DepthShared<bf16, 8>), sizeof(attention::DepthShared<bf16, 16>),
                 sampling::shared_bytes(all.p.op.V)});
   const Kernel kernel = kernel_for<Gemv>(all.attention.D);
-  for (all.stages = Gemv::kMost; all.stages >= Gemv::kLeast; --all.stages) {
+  for (all.stages = most_stages<Gemv>(); all.stages >= Gemv::kLeast; --all.stages) {
     all.rest = static_cast<int>(Gemv::pipeline_bytes(all.stages));
     const int64_t bytes = std::max(all.rest + rest, of_rows);
     if (bytes + kVariableBytes <= shared_bytes_limit() &&
