@@ -1,5 +1,6 @@
 """The HTTP interface: routes, request model and error responses."""
 
+import dataclasses
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
@@ -12,8 +13,10 @@ from pydantic.fields import FieldInfo
 from vox_serve import engine
 from vox_serve.access import AccessPolicy, add_access_checks
 from vox_serve.config import Config, SpeechSettings
-from vox_serve.http_io import AsciiJSONResponse, HeadAsGet, read_fields, speech_response
-from vox_serve.runner import EngineFailure, QueueFull, RequestRefused, Runner
+from vox_serve.http_io import AsciiJSONResponse, HeadAsGet, read_fields
+from vox_serve.job import QueueFull, RequestFailed, RequestRefused, Unavailable
+from vox_serve.runner import Runner
+from vox_serve.speech_response import speech_response
 from vox_serve.text_bound import check_length
 
 MAX_SHOWN_ERRORS = 20
@@ -92,7 +95,9 @@ _GENERATE_RESPONSES: dict[int | str, dict[str, Any]] = {
     413: {"description": "the body is too long"},
     415: {"description": "the body is neither JSON nor a form"},
     422: {"description": "a field is invalid, or the text too long for the model's context"},
-    503: {"description": "the queue is full, or the engine stopped"},
+    429: {"description": "too many requests wait; Retry-After says when to try again"},
+    500: {"description": "the request failed"},
+    503: {"description": "the engine stopped, or the server is shutting down"},
 }
 
 
@@ -112,6 +117,12 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
         await runner.stop()
 
     app = FastAPI(title="VoxKern", description="Text to speech with CSM.", lifespan=lifespan)
+
+    def readiness() -> tuple[str, str | None]:
+        """A word for the server's state, and why it takes no requests."""
+        if runner.draining:
+            return "draining", "the server is shutting down"
+        return ("failed" if runner.failure else "ok"), runner.failure
 
     @app.post(
         "/generate",
@@ -134,22 +145,25 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
             wanted = validate(given)
         except ValidationError as error:
             raise RequestValidationError(error.errors()) from None
-        job = runner.submit(wanted.to_engine(config))
+        job = runner.submit(wanted.to_engine(config), client_of(request), wanted.streaming)
         return await speech_response(job, wanted.streaming, request.receive)
 
     @app.get("/health", responses={503: {"description": "the engine cannot serve"}})
     async def health() -> Response:
         """200 when the engine can serve, 503 with the reason when it cannot."""
         live, waiting = runner.count_jobs()
+        status, reason = readiness()
         state = {
-            "status": "failed" if runner.failure else "ok",
-            **({"reason": runner.failure} if runner.failure else {}),
+            "status": status,
+            **({"reason": reason} if reason else {}),
             **description,
             "live_requests": live,
             "waiting_requests": waiting,
+            "unread_bytes": runner.unread_bytes,
             "max_queue_size": config.max_queue_size,
+            "counts": dataclasses.asdict(runner.counts),
         }
-        return AsciiJSONResponse(state, 503 if runner.failure else 200)
+        return AsciiJSONResponse(state, 503 if reason else 200)
 
     @app.get("/health/live")
     async def live() -> Response:
@@ -159,17 +173,21 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
     @app.get("/health/ready", responses={503: {"description": "send no requests here"}})
     async def ready() -> Response:
         """200 when new requests are served, 503 with the reason when they are not."""
-        draining = getattr(runner, "draining", False)
-        reason = runner.failure or ("the server is shutting down" if draining else None)
+        status, reason = readiness()
         if reason is None:
             return AsciiJSONResponse({"status": "ready"})
-        status = "failed" if runner.failure else "draining"
         return AsciiJSONResponse({"status": status, "reason": reason}, 503)
 
     _add_error_handlers(app)
     app.add_middleware(HeadAsGet)
     add_access_checks(app, AccessPolicy.of(config))
     return app
+
+
+def client_of(request: Request) -> str:
+    """Whose request it is: what the access checks found out, or else the address."""
+    known = getattr(request.state, "client", None)
+    return known or (request.client.host if request.client else "")
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -192,14 +210,16 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def refused(_: Request, error: RequestRefused) -> Response:
         return AsciiJSONResponse({"detail": str(error)}, 422)
 
-    @app.exception_handler(QueueFull)
-    async def queue_full(_: Request, error: QueueFull) -> Response:
-        return AsciiJSONResponse({"detail": str(error)}, 503, headers={"Retry-After": "1"})
+    @app.exception_handler(Unavailable)
+    async def unavailable(_: Request, error: Unavailable) -> Response:
+        status_code = 429 if isinstance(error, QueueFull) else 503
+        headers = {"Retry-After": str(error.retry_after_s)}
+        return AsciiJSONResponse({"detail": str(error)}, status_code, headers)
 
-    @app.exception_handler(EngineFailure)
-    async def engine_failed(_: Request, error: EngineFailure) -> Response:
-        return AsciiJSONResponse({"detail": str(error)}, 503)
+    @app.exception_handler(RequestFailed)
+    async def failed(_: Request, error: RequestFailed) -> Response:
+        return AsciiJSONResponse({"detail": str(error)}, 500)
 
     @app.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> Response:
-        return AsciiJSONResponse({"detail": f"internal error: {type(error).__name__}"}, 500)
+    async def unexpected(_: Request, __: Exception) -> Response:
+        return AsciiJSONResponse({"detail": "internal error"}, 500)

@@ -1,21 +1,16 @@
 """HTTP below the routes: size-limited bodies to fields, jobs to WAV responses."""
 
-import asyncio
 import json
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
-from fastapi import HTTPException, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi import HTTPException, Request
+from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-from vox_serve.audio import wav_file, wav_header
-from vox_serve.runner import EngineFailure, Job
 
 logger = logging.getLogger("vox_serve")
 
@@ -129,64 +124,3 @@ def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = Counter(name for name, _ in pairs)
         raise HTTPException(422, f"the JSON gives {names.most_common(1)[0][0][:100]!r} twice")
     return fields
-
-
-async def speech_response(job: Job, streaming: bool, receive: Receive) -> Response:
-    """A job's audio as a WAV: whole, or in chunks as it is made.
-
-    No response exists before the first frame, so that an error until then still gets its own
-    status code. A client that disconnects ends the job.
-
-    Args:
-        job: closed here, or by the response that streams it.
-        streaming: send the header with the first frame, then each frame.
-        receive: of the request, whose body has been read.
-    """
-    with ExitStack() as stack:
-        stack.enter_context(job)
-        first = await _unless_gone(receive, anext(job, b""))
-        if streaming and first:
-            stack.pop_all()
-            return _SpeechStream(job, first)
-        rest = await _unless_gone(receive, _read(job))
-    return Response(wav_file((first or b"") + (rest or b"")), media_type="audio/wav")
-
-
-class _SpeechStream(StreamingResponse):
-    def __init__(self, job: Job, first: bytes):
-        async def chunks() -> AsyncIterator[bytes]:
-            yield wav_header(None) + first
-            async for chunk in job:
-                yield chunk
-
-        super().__init__(chunks(), media_type="audio/wav")
-        self.job = job
-
-    async def stream_response(self, send: Send) -> None:
-        with self.job:
-            try:
-                await super().stream_response(send)
-            except EngineFailure as error:
-                # The status is sent: the missing last chunk tells the client.
-                logger.error("request %s was cut: %s", self.job.request.id, error)
-
-
-async def _read(job: Job) -> bytes:
-    return b"".join([chunk async for chunk in job])
-
-
-async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of `work`; None, and `work` is cancelled, when the client disconnects."""
-
-    async def gone() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return tasks[0].result() if tasks[0].done() else None
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

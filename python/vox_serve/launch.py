@@ -4,11 +4,16 @@ python -m vox_serve.launch --model sesame/csm-1b --port 8000
 """
 
 import asyncio
+import contextlib
 import errno
+import os
+import signal
 import socket
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import threading
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
 
 from vox_serve.cli import CommandError, CommandParser, run_command
 from vox_serve.config import ENV_PREFIX, Config, ModelSettings, ServerSettings, SpeechSettings
@@ -28,6 +33,9 @@ _NOT_OUR_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 SHUTDOWN_GRACE_S = 5.0
 """Time that a stopping server gives its clients to read their responses."""
+
+EXIT_INTERRUPTED = 130
+"""Exit code after a second signal."""
 
 
 @standard_streams()
@@ -64,15 +72,23 @@ def serve(config: Config) -> int:
 
     print(f"Loading {config.model} ...", flush=True)
     engine = make_engine(config)
-    runner = Runner(engine, max_jobs=engine.max_batch_size + config.max_queue_size)
+    runner = Runner.for_config(engine, config)
     server = make_server(
         create_app(runner, config, describe(engine, config)), runner, config, listeners[0]
     )
-    try:
-        server.run(sockets=listeners)
-    except KeyboardInterrupt:  # the normal way to stop a server
-        return 0
-    return 0 if server.started else 1
+    server.run(sockets=listeners)
+    exit_code = runner.exit_code if server.started else 1
+    if runner.is_busy:  # a thread in native code would crash the interpreter's own end
+        end_now(exit_code)
+    return exit_code
+
+
+def end_now(exit_code: int) -> NoReturn:
+    """End the process without waiting for any thread."""
+    with contextlib.suppress(Exception):  # a signal handler may interrupt a write
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def describe(engine: "Engine", config: Config) -> dict[str, str | int]:
@@ -149,16 +165,43 @@ def _resolve(host: str) -> list[str]:
 def make_server(
     app: "FastAPI", runner: "Runner", config: Config, listener: socket.socket
 ) -> "uvicorn.Server":
-    """A server of `app` that prints when it is ready, and on shutdown cuts live streams at once."""
+    """A server of `app` that prints when it is ready.
+
+    On a signal it begins no request any more, but answers, finishes what is being spoken within
+    `drain_s`, then cuts the rest. A second signal ends the process at once.
+    """
     import uvicorn
 
     class Server(uvicorn.Server):
+        signalled = False
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            # Uvicorn raises the signals again afterwards; here they end with the exit code 0.
+            if threading.current_thread() is not threading.main_thread():
+                yield
+                return
+            signals = (signal.SIGINT, signal.SIGTERM)
+            previous = {sig: signal.signal(sig, self.handle_exit) for sig in signals}
+            try:
+                yield
+            finally:
+                for sig, handler in previous.items():
+                    signal.signal(sig, handler)
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if self.signalled:
+                end_now(EXIT_INTERRUPTED)
+            self.signalled = self.should_exit = True
+
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             if not self.should_exit:
                 print(_greeting(url_of(listener)), flush=True)
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            # The listener stays open meanwhile: probes see that the server lives but is not ready.
+            await runner.drain(config.drain_s)
             # Uvicorn waits for open responses before it stops the app: end them first.
             runner.request_stop()
             # Then hang up on clients that neither send nor read. Uvicorn's own
@@ -171,7 +214,13 @@ def make_server(
             for connection in list(self.server_state.connections):
                 connection.transport.abort()
 
-    return Server(uvicorn.Config(app, log_level=config.log_level))
+    server = Server(uvicorn.Config(app, log_level=config.log_level))
+
+    def end_server() -> None:
+        server.should_exit = True
+
+    runner.on_failure = end_server
+    return server
 
 
 def url_of(listener: socket.socket) -> str:

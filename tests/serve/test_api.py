@@ -27,7 +27,7 @@ DESCRIPTION = {"model": "fake", "device": "cpu", "dtype": "float32", "backend": 
 
 def serve(engine: FakeEngine, **settings) -> TestClient:
     config = Config(**settings)
-    runner = Runner(engine, engine.max_batch_size + config.max_queue_size)
+    runner = Runner.for_config(engine, config)
     return TestClient(create_app(runner, config, DESCRIPTION), raise_server_exceptions=False)
 
 
@@ -319,7 +319,9 @@ def test_other_routes_and_methods_are_json_errors(client):
 
 
 def test_a_bug_in_the_engine_is_a_json_error_and_no_more(client):
-    assert_refused(client.post("/generate", json={"text": "crash"}), 503, "a bug in add")
+    answer = client.post("/generate", json={"text": "crash"})
+    assert_refused(answer, 500, "internal error")
+    assert "a bug in add" not in answer.text
     assert client.get("/health").status_code == 200
     assert client.post("/generate", json={"text": "next"}).status_code == 200
 
@@ -332,7 +334,17 @@ def test_health_says_what_is_true(client):
         **DESCRIPTION,
         "live_requests": 0,
         "waiting_requests": 0,
+        "unread_bytes": 0,
         "max_queue_size": 64,
+        "counts": {
+            "finished": {},
+            "cancelled": 0,
+            "failed": 0,
+            "non_finite": 0,
+            "refused": 0,
+            "stalled": 0,
+            "recoveries": 0,
+        },
     }
 
 
@@ -346,7 +358,9 @@ def test_head_is_get_without_the_body(path, client):
 
 
 def test_readiness_fails_with_a_reason_and_liveness_stays():
-    with serve(FakeEngine(fail_at_step=1)) as client:
+    engine = FakeEngine(fail_at_step=1)
+    engine.reset = None  # calling it raises
+    with serve(engine) as client:
         assert client.get("/health/ready").json() == {"status": "ready"}
         client.post("/generate", json={"text": "a"})
         ready = client.get("/health/ready")
@@ -357,16 +371,32 @@ def test_readiness_fails_with_a_reason_and_liveness_stays():
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_broken_engine_is_503_from_then_on(streaming):
-    with serve(FakeEngine(fail_at_step=1)) as client:
+def test_a_step_that_fails_before_the_first_frame_is_repeated(streaming):
+    engine = FakeEngine(fail_at_step=1)
+    with serve(engine) as client:
+        body = {"text": "a", "streaming": streaming}
+        assert client.post("/generate", json=body).content[44:] == expected_pcm("a", 3)
+        health = client.get("/health")
+        assert health.status_code == 200
+        assert health.json()["counts"]["recoveries"] == 1
+    assert engine.num_resets == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_engine_that_cannot_start_again_is_503_from_then_on(streaming):
+    engine = FakeEngine(fail_at_step=1)
+    engine.reset = None  # calling it raises
+    with serve(engine) as client:
         assert client.get("/health").status_code == 200
         body = {"text": "a", "streaming": streaming}
         for _ in range(2):
-            assert_refused(client.post("/generate", json=body), 503, "the fake engine broke")
+            answer = client.post("/generate", json=body)
+            assert_refused(answer, 503, "the engine failed")
+            assert "broke" not in answer.text
         health = client.get("/health")
         assert health.status_code == 503
         assert health.json()["status"] == "failed"
-        assert "the fake engine broke" in health.json()["reason"]
+        assert health.json()["reason"] == "the engine failed"
 
 
 def test_openapi_describes_the_request(client):

@@ -6,7 +6,7 @@ import pytest
 
 from fake_engine import ENDLESS, TIMEOUT_S, FakeEngine, expected_pcm, fake_audio
 from vox_serve.engine import Request
-from vox_serve.runner import EngineFailure, QueueFull, RequestRefused, Runner
+from vox_serve.runner import EngineFailure, Job, QueueFull, RequestFailed, RequestRefused, Runner
 from vox_serve.sampling import SamplingParams
 
 
@@ -24,9 +24,13 @@ def run_with(engine: FakeEngine, scenario, max_jobs: int = 8):
     return asyncio.run(main())
 
 
-async def read(runner: Runner, request: Request) -> bytes:
-    with runner.submit(request) as job:
+async def read_job(job: Job) -> bytes:
+    with job:
         return b"".join([chunk async for chunk in job])
+
+
+async def read(runner: Runner, request: Request) -> bytes:
+    return await read_job(runner.submit(request))
 
 
 async def until_aborted(engine: FakeEngine) -> None:
@@ -123,8 +127,9 @@ def test_a_refused_request_harms_no_other():
     async def scenario(runner):
         with pytest.raises(RequestRefused, match="takes 5000 of 2000"):
             await read(runner, Request("x" * 5000))
-        with pytest.raises(EngineFailure, match="a bug in add"):
+        with pytest.raises(RequestFailed, match="internal error") as failed:
             await read(runner, Request("crash"))
+        assert "a bug in add" not in str(failed.value)
         assert runner.failure is None
         assert runner.count_jobs() == (0, 0)
         return await read(runner, Request("fine"))
@@ -132,20 +137,20 @@ def test_a_refused_request_harms_no_other():
     assert run_with(FakeEngine(), scenario) == expected_pcm("fine", 3)
 
 
-def test_an_engine_that_breaks_fails_every_job_and_takes_no_more():
-    engine = FakeEngine(num_frames=ENDLESS, fail_at_step=3)
+def test_an_engine_that_breaks_cuts_its_streams_and_goes_on():
+    engine = FakeEngine(num_frames=ENDLESS, max_batch_size=4, fail_at_step=3)
 
     async def scenario(runner):
-        results = await asyncio.gather(
-            *(read(runner, Request(text)) for text in "abcd"), return_exceptions=True
-        )
-        assert [type(result) for result in results] == [EngineFailure] * 4
-        assert "RuntimeError: the fake engine broke" in str(results[0])
-        with pytest.raises(EngineFailure, match="the fake engine broke"):
-            runner.submit(Request("later"))
-        return runner.failure
+        jobs = [runner.submit(Request(text)) for text in "ab"]
+        results = await asyncio.gather(*map(read_job, jobs), return_exceptions=True)
+        assert [type(result) for result in results] == [RequestFailed] * 2
+        assert "the fake engine broke" not in str(results[0])
+        assert runner.failure is None
+        assert (runner.counts.failed, runner.counts.recoveries) == (2, 1)
+        return await read(runner, Request("later", max_frames=2))
 
-    assert "the fake engine broke" in run_with(engine, scenario)
+    assert run_with(engine, scenario) == expected_pcm("later", 2)
+    assert engine.num_resets == 1
 
 
 def test_stopping_ends_live_jobs():

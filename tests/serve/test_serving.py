@@ -39,7 +39,7 @@ def alone(folder) -> Engine:
 def client(folder):
     config = Config(model=str(folder), max_frames=NUM_FRAMES, max_batch_size=3)
     engine = load_engine(config.model, max_batch_size=config.max_batch_size)
-    runner = Runner(engine, engine.max_batch_size + config.max_queue_size)
+    runner = Runner.for_config(engine, config)
     with TestClient(create_app(runner, config, describe(engine, config))) as client:
         yield client
 

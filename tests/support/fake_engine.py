@@ -3,6 +3,7 @@
 import threading
 import time
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -39,6 +40,10 @@ class FakeEngine:
         step_s: duration of a step.
         prepare_s: duration of `prepare`.
         fail_at_step: the step that raises RuntimeError.
+
+    A step also raises RuntimeError while a request with the text "poison" is in it; "late poison"
+    lets its first two frames pass. The text "nan" ends with "error" after two frames. `fault` is
+    called before every step, and may raise.
     """
 
     sample_rate_hz = 24_000
@@ -61,6 +66,10 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.saw_abort = threading.Event()
         self.num_steps = 0
+        self.num_resets = 0
+        self.most_open = 0
+        self.fault: Callable[[], None] = lambda: None
+        self._broken = False
         self._open: dict[str, tuple[Request, int]] = {}
 
     @property
@@ -86,18 +95,34 @@ class FakeEngine:
             self.aborted.append(request_id)
             self.saw_abort.set()
 
+    def reset(self) -> None:
+        self.num_resets += 1
+        self._open.clear()
+        self._broken = False
+
     def step(self) -> list[FrameOutput]:
         time.sleep(self.step_s)
         self.num_steps += 1
+        assert not self._broken
+        self.most_open = max(self.most_open, len(self._open))
+        live = list(self._open.values())[: self.max_batch_size]
+        self._broken = True
+        self.fault()
         if self.num_steps == self.fail_at_step:
             raise RuntimeError("the fake engine broke")
-        live = list(self._open.values())[: self.max_batch_size]
+        for request, frame in live:
+            if request.text == "poison" or (request.text == "late poison" and frame == 2):
+                raise RuntimeError("the fake engine broke")
+        self._broken = False
         return [self._next(request, frame) for request, frame in live]
 
     def _next(self, request: Request, frame: int) -> FrameOutput:
         if frame == self.num_frames:
             del self._open[request.id]
             return FrameOutput(request.id, None, None, "stop")
+        if request.text == "nan" and frame == 2:
+            del self._open[request.id]
+            return FrameOutput(request.id, None, None, "error", "the audio is not finite")
         self._open[request.id] = (request, frame + 1)
         reason = None
         if frame + 1 == request.max_frames:

@@ -17,10 +17,10 @@ class LiveServer:
     """A server in its own thread, on a free port."""
 
     def __init__(self, engine: FakeEngine, **settings):
-        config = Config(log_level="warning", **settings)
+        config = Config(log_level="warning", **({"drain_s": 0.0} | settings))
         listener = reserve_address("127.0.0.1", 0)
         self.port = listener.getsockname()[1]
-        self.runner = Runner(engine, engine.max_batch_size + config.max_queue_size)
+        self.runner = Runner.for_config(engine, config)
         app = create_app(self.runner, config, {})
         self.server = make_server(app, self.runner, config, listener)
         self.thread = threading.Thread(target=self.server.run, args=([listener],))

@@ -1,0 +1,251 @@
+"""A request on its way through the runner, as its reader sees it."""
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from vox_serve.request import FinishReason, Prompt, Request
+
+
+class RequestRefused(ValueError):  # noqa: N818
+    """The engine rejects this request; the message says why."""
+
+
+class RequestFailed(RuntimeError):  # noqa: N818
+    """This request fails, and others go on; the message is for its client."""
+
+
+class ReaderStalled(RequestFailed):
+    """The job's reader took no audio for too long, or left too much of it unread."""
+
+
+@dataclass
+class Unavailable(RuntimeError):  # noqa: N818
+    """The server takes no request now, but may later.
+
+    Attributes:
+        reason: why.
+        retry_after_s: the time after which a new attempt is sensible, in whole seconds.
+    """
+
+    reason: str
+    retry_after_s: int = 1
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+class QueueFull(Unavailable):
+    """As many requests wait as may wait."""
+
+
+class EngineFailure(Unavailable):
+    """The engine can no longer serve."""
+
+
+class ShuttingDown(EngineFailure):
+    """The server is about to end, and begins no request any more."""
+
+
+class Owner(Protocol):
+    """A job's runner, as the job sees it."""
+
+    stall_timeout_s: float
+
+    def close(self, job: "Job") -> None: ...
+    def stalled(self, job: "Job") -> None: ...
+    def count_unread(self, job: "Job", num_bytes: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class End:
+    """The end of a job.
+
+    Attributes:
+        finish_reason: why the speech ends.
+        error: raised to the reader after the audio that came before.
+    """
+
+    finish_reason: "FinishReason | None" = None
+    error: Exception | None = None
+
+
+class Restart:
+    """The audio so far is void; the utterance begins again."""
+
+
+Item = bytes | End | Restart
+
+
+@dataclass
+class Progress:
+    """A job as the engine's thread sees it.
+
+    Attributes:
+        prompt: set before the job becomes ready.
+        num_frames: frames since the last start.
+        started_s: time of the first start, by the monotonic clock.
+        num_failures: failed steps in which it took part.
+        num_failures_alone: those in which it was the only one.
+    """
+
+    prompt: "Prompt | None" = None
+    num_frames: int = 0
+    started_s: float | None = None
+    num_failures: int = 0
+    num_failures_alone: int = 0
+
+
+class Job:
+    """Async iterator over one request's PCM chunks, one per frame; use it inside `with`.
+
+    Leaving the `with` block before the end aborts the request. All methods except `post` belong to
+    the event loop that made the job.
+
+    Args:
+        request: the request to run.
+        client: whose request it is.
+        streaming: chunks are read as they are made. Otherwise they are read after `finished`, and
+            a failed step can start the utterance again.
+        owner: the runner.
+
+    Attributes:
+        finish_reason: set when the job ends.
+        unread_bytes: audio that the reader has not taken.
+
+    Raises:
+        RequestRefused: on the first chunk, when the engine rejects the request.
+        RequestFailed: on any chunk, when this request failed.
+        Unavailable: on any chunk, when the server could not run or finish the request.
+    """
+
+    def __init__(self, request: "Request", client: str, streaming: bool, owner: Owner):
+        self.request = request
+        self.client = client
+        self.streaming = streaming
+        self.num_frames = 0
+        self.unread_bytes = 0
+        self.ended = False
+        self.closed = False
+        self.finish_reason: FinishReason | None = None
+        self.progress = Progress()
+        self._owner = owner
+        self._error: Exception | None = None
+        self._chunks: deque[bytes] = deque()
+        self._loop = asyncio.get_running_loop()
+        self._changed = asyncio.Event()
+        self._last_taken_s = 0.0
+        self._stall_timer: asyncio.TimerHandle | None = None
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __aiter__(self) -> "Job":
+        return self
+
+    async def __anext__(self) -> bytes:
+        while not self._chunks and not self.ended:
+            await self._wait()
+        if self._chunks:
+            return self._take()
+        if self._error is not None:
+            raise self._error
+        raise StopAsyncIteration
+
+    async def finished(self) -> int:
+        """Wait for the end; return the number of bytes that `async for` then yields.
+
+        Raises:
+            See `Job`.
+        """
+        while not self.ended:
+            await self._wait()
+        if self._error is not None:
+            raise self._error
+        return self.unread_bytes
+
+    def close(self) -> None:
+        """Give the job up; abort it unless it ended. Idempotent."""
+        self.closed = True
+        self.discard()
+        self._owner.close(self)
+
+    def post(self, *items: Item) -> None:
+        """Queue chunks; an `End` ends the job. Callable from any thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._receive, items)
+        except RuntimeError:  # the loop is closed: the reader is gone
+            self.close()
+
+    def drop(self, error: Exception) -> None:
+        """End the job now: forget its unread audio, and raise `error` to the reader."""
+        self.discard()
+        self._end(End(error=error))
+        self._changed.set()
+        self.close()
+
+    def discard(self) -> None:
+        """Forget the unread audio."""
+        self._chunks.clear()
+        self._count(-self.unread_bytes)
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
+
+    async def _wait(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+    def _take(self) -> bytes:
+        self._last_taken_s = self._loop.time()
+        chunk = self._chunks.popleft()
+        self._count(-len(chunk))
+        return chunk
+
+    def _count(self, num_bytes: int) -> None:
+        self.unread_bytes += num_bytes
+        self._owner.count_unread(self, num_bytes)
+
+    def _receive(self, items: Sequence[Item]) -> None:
+        for item in items:
+            if self.ended or self.closed:
+                break
+            if isinstance(item, bytes):
+                self.num_frames += 1
+                self._chunks.append(item)
+                self._count(len(item))
+            elif isinstance(item, Restart):
+                self.num_frames = 0
+                self.discard()
+            else:
+                self._end(item)
+        self._changed.set()
+        if self._chunks and self._stall_timer is None and (self.streaming or self.ended):
+            self._last_taken_s = self._loop.time()
+            self._watch(self._owner.stall_timeout_s)
+
+    def _end(self, end: End) -> None:
+        if not self.ended:
+            self.ended = True
+            self.finish_reason, self._error = end.finish_reason, end.error
+        elif end.error is not None:
+            self._error = end.error
+
+    def _watch(self, delay_s: float) -> None:
+        self._stall_timer = self._loop.call_later(delay_s, self._check_reader)
+
+    def _check_reader(self) -> None:
+        self._stall_timer = None
+        if not self._chunks:
+            return
+        left_s = self._last_taken_s + self._owner.stall_timeout_s - self._loop.time()
+        if left_s > 0:
+            self._watch(left_s)
+        else:
+            self._owner.stalled(self)
