@@ -3,7 +3,7 @@
 Nothing is unpickled unless the caller allows it, and then only plain tensors.
 """
 
-import json
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from vox_serve.json_file import read_json_file, refuse_special
 
 # Files that hold only the codec; never mistaken for the model.
 CODEC_FILE_PATTERNS = ("mimi.safetensors", "tokenizer-*.safetensors")
@@ -21,6 +23,24 @@ _INDEX_SUFFIX = ".safetensors.index.json"
 _USUAL_FILES = (f"transformers{_INDEX_SUFFIX}", f"model{_INDEX_SUFFIX}", "model.safetensors")
 
 
+MAX_HEADER_BYTES = 16 << 20
+"""Longest header of a safetensors file; that of a file with 10,000 tensors has 1 MB."""
+_FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DTYPE_NAMES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F64": torch.float64,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
+}
+"""dtypes by safetensors' names; others are shown by that name."""
+
+
 class CheckpointError(ValueError):
     """An invalid checkpoint; the message is one line that names the file or tensor."""
 
@@ -29,10 +49,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """Parse a file that must hold a JSON object.
 
     Raises:
-        CheckpointError: the file is missing, is not JSON, or holds something else.
+        CheckpointError: the file is missing, is no acceptable JSON (see `read_json_file`), or holds
+            something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json_file(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}") from None
     except (OSError, ValueError) as error:
@@ -146,6 +167,27 @@ class TensorFiles:
     def names(self) -> set[str]:
         return set(self._source)
 
+    def names_below(self, prefix: str) -> list[str]:
+        return [name for name in self._source if name.startswith(prefix)]
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """A tensor's shape by the file's header; None if there is no such tensor."""
+        return self._source[name].shapes[name] if name in self._source else None
+
+    def check(self, name: str, shape: tuple[int, ...] | None = None) -> None:
+        """Check a tensor without reading it (see `read`)."""
+        where = ", ".join(str(path) for path in self.paths)
+        if name not in self._source:
+            raise CheckpointError(f"tensor {name} is missing in {where}")
+        source = self._source[name]
+        if shape is not None and source.shapes[name] != tuple(shape):
+            raise CheckpointError(
+                f"tensor {name} must be {list(shape)} by config.json, but is "
+                f"{list(source.shapes[name])} in {where}"
+            )
+        if (dtype := source.dtypes[name]) not in _FLOAT_DTYPES:
+            raise CheckpointError(f"tensor {name} has dtype {dtype}, which is not supported")
+
     def read(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """Read a floating-point tensor to the CPU, in the file's dtype.
 
@@ -156,18 +198,8 @@ class TensorFiles:
         Raises:
             CheckpointError: the tensor is missing, or its shape or dtype is wrong.
         """
-        where = ", ".join(str(path) for path in self.paths)
-        if name not in self._source:
-            raise CheckpointError(f"tensor {name} is missing in {where}")
-        tensor = self._source[name].read(name)
-        if shape is not None and tuple(tensor.shape) != tuple(shape):
-            raise CheckpointError(
-                f"tensor {name} must be {list(shape)} by config.json, but is "
-                f"{list(tensor.shape)} in {where}"
-            )
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise CheckpointError(f"tensor {name} has dtype {tensor.dtype}, which is not supported")
-        return tensor
+        self.check(name, shape)
+        return self._source[name].read(name)
 
 
 class _Safetensors:
@@ -178,15 +210,38 @@ class _Safetensors:
 
     def __init__(self, path: Path):
         self._path = path
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype | str] = {}
         try:
+            check_header(path)
             with safe_open(path, framework="pt") as file:
-                self.names = list(file.keys())
-        except (OSError, SafetensorError) as error:
+                for name in file.keys():  # noqa: SIM118 (no dict)
+                    tensor = file.get_slice(name)
+                    self.shapes[name] = tuple(tensor.get_shape())
+                    dtype = tensor.get_dtype()
+                    self.dtypes[name] = _DTYPE_NAMES.get(dtype, dtype)
+        except (OSError, SafetensorError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from None
+        self.names = list(self.shapes)
 
     def read(self, name: str) -> Tensor:
         with safe_open(self._path, framework="pt") as file:
             return file.get_tensor(name)
+
+
+def check_header(path: Path) -> None:
+    """Bound the length of a safetensors file's header; the library checks the rest.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the header is too long, or the file is a pipe or a device.
+    """
+    refuse_special(path)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    # Where the length is beyond the file's end, the library's message says more.
+    if MAX_HEADER_BYTES < length <= path.stat().st_size:
+        raise ValueError(f"its header is longer than {MAX_HEADER_BYTES} bytes")
 
 
 class _Pickled:
@@ -194,14 +249,39 @@ class _Pickled:
 
     def __init__(self, path: Path):
         try:
+            _check_archive(path)
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # which errors torch.load raises depends on the bytes
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(f"{path} cannot be read as plain tensors: {reason}") from None
         if not isinstance(tensors, dict):
             raise CheckpointError(f"{path} holds no dict of tensors")
-        self._tensors = tensors
-        self.names = [name for name, value in tensors.items() if isinstance(value, Tensor)]
+        self._tensors = {
+            name: value
+            for name, value in tensors.items()
+            if isinstance(name, str) and isinstance(value, Tensor)
+        }
+        self.names = list(self._tensors)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        self.dtypes: dict[str, torch.dtype | str] = {}
+        max_bytes = path.stat().st_size
+        for name, tensor in self._tensors.items():
+            # A view with strides of 0 has any number of elements in a few bytes.
+            if tensor.layout != torch.strided or tensor.nbytes > max_bytes:
+                raise CheckpointError(f"{path}: tensor {name} is larger than the file")
+            self.dtypes[name] = tensor.dtype
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name]
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse a .pt whose parts expand: torch.save writes a zip file without compression."""
+    refuse_special(path)
+    if not zipfile.is_zipfile(path):
+        return  # torch.load refuses other formats, since it is to map the file
+    with zipfile.ZipFile(path) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise ValueError("a part of it is compressed")
+        if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
+            raise ValueError("its parts are larger than the file")

@@ -11,10 +11,11 @@ import torch
 
 from vox_serve.checkpoint import read_json
 from vox_serve.config import Config
-from vox_serve.csm_weights import CsmWeights
+from vox_serve.csm_weights import CsmWeights, TransformerWeights
 from vox_serve.engine import Engine
 from vox_serve.hub import resolve_model
 from vox_serve.kv_cache import KvCache
+from vox_serve.memory import memory_bytes
 from vox_serve.model import CsmModel
 from vox_serve.model_config import CsmConfig
 from vox_serve.prompt import PromptBuilder
@@ -58,10 +59,11 @@ def load_engine(model: str | Path, **settings: Any) -> Engine:
     caches = cache_folders(setting.weight_cache, folder, small)
     checkpoint = load_checkpoint(folder, dtype, device, setting.allow_pickle, quantize, caches)
     mimi = load_codec(checkpoint, setting.codec, codec_precision(device.type, dtype, quantize))
+    _check_context_fits(config, dtype, device)
     if setting.context == "none":
         segments = []
     elif setting.context is not None:
-        segments = load_context(setting.context, mimi, config)
+        segments = load_context(setting.context, mimi, config, setting.max_text_chars)
     else:
         segments = default_context(folder, mimi, config)
     prompts = PromptBuilder.from_folder(folder, config)
@@ -70,6 +72,8 @@ def load_engine(model: str | Path, **settings: Any) -> Engine:
         free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
         sequence_bytes = KvCache.sequence_bytes(config.backbone, dtype)
         max_batch_size = choose_batch_size(sequence_bytes, free_bytes)
+        if device.type == "cpu":
+            max_batch_size = max(1, min(max_batch_size, memory_bytes() // 2 // sequence_bytes))
     try:
         return Engine(
             CsmModel(config, checkpoint.weights),
@@ -79,8 +83,11 @@ def load_engine(model: str | Path, **settings: Any) -> Engine:
             max_batch_size,
             default_max_frames=setting.max_frames,
         )
-    except torch.OutOfMemoryError as error:
-        raise ValueError(f"max_batch_size {max_batch_size}: {error}") from None
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"max_batch_size {max_batch_size}: {reason}") from None
 
 
 def choose_batch_size(sequence_bytes: int, free_bytes: int | None) -> int:
@@ -155,8 +162,28 @@ def _why_no_gpu() -> str | None:
 
 
 def _num_parameters(config: CsmConfig) -> int:
-    weights = CsmWeights.empty(config, torch.float32, "meta")
-    parts = [*vars(weights.backbone).values(), *vars(weights.depth).values()]
-    derived = "depth_audio_rows"
-    parts += [t for n, t in vars(weights).items() if isinstance(t, torch.Tensor) and n != derived]
-    return sum(math.prod(t.shape) for t in parts)
+    shapes = [
+        *TransformerWeights.shapes(config.backbone).values(),
+        *TransformerWeights.shapes(config.depth).values(),
+        *(s for name, s in CsmWeights.shapes(config).items() if name != "depth_audio_rows"),
+    ]
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def _check_context_fits(config: CsmConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a context whose keys, values or rotary angles cannot fit the device's memory."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        memory = torch.cuda.mem_get_info(device)[1]
+    else:
+        memory = memory_bytes()
+    for where, part, needed in (
+        ("", config.backbone, KvCache.sequence_bytes(config.backbone, dtype)),
+        ("depth_decoder_config.", config.depth, 0),
+    ):
+        needed += 4 * part.max_positions * part.head_dim
+        if needed > memory:
+            raise ValueError(
+                f"config.json: {where}max_position_embeddings {part.max_positions} needs "
+                f"{needed / 2**30:.1f} GiB for one request, and {device} has "
+                f"{memory / 2**30:.1f} GiB"
+            )

@@ -8,6 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vox_serve.json_file import shown
+
+MAX_POSITIONS = 2**18
+"""Longest context of a model: its table of rotary angles takes up to 1 MiB per channel of a head.
+Keys and values are bounded by the machine's memory (`loading`)."""
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -141,8 +147,8 @@ class CsmConfig:
         ):
             if (value := depth_settings.get(key, expected)) != expected:
                 raise ValueError(
-                    f"config.json: depth_decoder_config.{key} is {value}, but the model around it "
-                    f"has {expected}"
+                    f"config.json: depth_decoder_config.{key} is {shown(value)}, but the model "
+                    f"around it has {expected}"
                 )
         return cls(
             backbone,
@@ -184,6 +190,8 @@ _FLAVORS = {
 
 # Fixed in the original's code for both transformers: Llama 3.2's values.
 _ROPE_THETA = 500_000.0
+_MAX_THETA = 1e12
+_MAX_FACTOR = 1e6  # of RoPE's scaling
 _ROPE_SCALING = RopeScaling(32.0, 1.0, 4.0, 8192)
 
 _SUPPORTED = {
@@ -195,9 +203,9 @@ _SUPPORTED = {
 
 def _flavor(settings: Mapping[str, Any], key: str, default: str) -> dict[str, int]:
     name = settings.get(key, default)
-    if name not in _FLAVORS:
+    if not isinstance(name, str) or name not in _FLAVORS:
         known = " or ".join(_FLAVORS)
-        raise ValueError(f"config.json: {key} must be {known}, got {name!r}")
+        raise ValueError(f"config.json: {key} must be {known}, got {shown(name)}")
     return _FLAVORS[name]
 
 
@@ -211,12 +219,23 @@ def _transformer(
 ) -> TransformerConfig:
     for key, supported in _SUPPORTED.items():
         if (value := settings.get(key, supported[0])) not in supported:
-            raise ValueError(f"config.json: {where}{key} = {value!r} is not supported")
+            raise ValueError(f"config.json: {where}{key} = {shown(value)} is not supported")
     sizes = {key: _whole(settings, key, where=where, default=flavor[key]) for key in flavor}
     heads = sizes["num_attention_heads"]
+    if settings.get("head_dim") is None and heads > sizes["hidden_size"]:
+        raise ValueError(
+            f"config.json: {where}num_attention_heads is {heads}, but hidden_size is "
+            f"{sizes['hidden_size']}"
+        )
     if settings.get("num_key_value_heads", heads) is None:
         sizes["num_key_value_heads"] = heads
-    positions = _whole(settings, "max_position_embeddings", where=where, default=default_positions)
+    positions = _whole(
+        settings,
+        "max_position_embeddings",
+        where=where,
+        default=default_positions,
+        at_most=MAX_POSITIONS,
+    )
     scaling: RopeScaling | None
     if original:
         theta, scaling = _ROPE_THETA, _ROPE_SCALING
@@ -232,7 +251,7 @@ def _transformer(
                 settings, "head_dim", where=where, default=sizes["hidden_size"] // heads
             ),
             ffn_dim=sizes["intermediate_size"],
-            norm_eps=_number(settings, "rms_norm_eps", where, 1e-5),
+            norm_eps=_number(settings, "rms_norm_eps", where, 1e-5, at_most=1),
             max_positions=max(positions, min_positions),
             rope_theta=theta,
             rope_scaling=scaling,
@@ -250,42 +269,75 @@ def _rope(
     where = f"{where}{key}."
     if not isinstance(rope, Mapping):
         raise ValueError(f"config.json: {where[:-1]} must be an object")
-    theta = _number({**settings, **rope}, "rope_theta", where, _ROPE_THETA)
+    theta = _number(
+        {**settings, **rope}, "rope_theta", where, _ROPE_THETA, at_least=1, at_most=_MAX_THETA
+    )
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError(f"config.json: {where}partial_rotary_factor is not supported")
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise ValueError(f"config.json: {where}rope_type = {kind!r} is not supported")
+        raise ValueError(f"config.json: {where}rope_type = {shown(kind)} is not supported")
+    factor = _number(rope, "factor", where, at_least=1, at_most=_MAX_FACTOR)
+    low = _number(rope, "low_freq_factor", where, at_most=_MAX_FACTOR)
+    high = _number(rope, "high_freq_factor", where, at_most=_MAX_FACTOR)
+    if low >= high:
+        raise ValueError(
+            f"config.json: {where}high_freq_factor must be above low_freq_factor = {low}, "
+            f"got {high}"
+        )
     return theta, RopeScaling(
-        factor=_number(rope, "factor", where),
-        low_freq_factor=_number(rope, "low_freq_factor", where),
-        high_freq_factor=_number(rope, "high_freq_factor", where),
+        factor=factor,
+        low_freq_factor=low,
+        high_freq_factor=high,
         original_max_positions=_whole(
             rope, "original_max_position_embeddings", where=where, default=positions
         ),
     )
 
 
-def _whole(settings: Mapping[str, Any], *keys: str, where: str = "", default: int) -> int:
+def _whole(
+    settings: Mapping[str, Any],
+    *keys: str,
+    where: str = "",
+    default: int,
+    at_most: int = 2**31 - 1,
+) -> int:
     """The value of the first key that is present and not null: an integer of at least 1."""
     for key in keys:
         value = settings.get(key)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"config.json: {where}{key} must be a positive integer, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= at_most:
+            raise ValueError(
+                f"config.json: {where}{key} must be a whole number from 1 to {at_most}, got "
+                f"{shown(value)}"
+            )
         return value
     return default
 
 
 def _number(
-    settings: Mapping[str, Any], key: str, where: str, default: float | None = None
+    settings: Mapping[str, Any],
+    key: str,
+    where: str,
+    default: float | None = None,
+    *,
+    at_least: float = 0,
+    at_most: float,
 ) -> float:
+    """The value of a key, a finite number above 0 within bounds; the default if it is null."""
     value = settings.get(key)
     if value is None and default is not None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise ValueError(f"config.json: {where}{key} must be a positive number, got {value!r}")
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not (at_least <= value <= at_most and value > 0)  # NaN fails too
+    ):
+        bounds = f"from {at_least:g} to" if at_least else "above 0 and up to"
+        raise ValueError(
+            f"config.json: {where}{key} must be a number {bounds} {at_most:g}, got {shown(value)}"
+        )
     return float(value)

@@ -1,7 +1,9 @@
 """Turns text and earlier speech into the backbone's input: frames of K codes and a text token."""
 
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from vox_serve.checkpoint import CheckpointError, read_json
+from vox_serve.json_file import read_bounded
 from vox_serve.model_config import CsmConfig
 
 BOS = "<|begin_of_text|>"
@@ -26,6 +29,18 @@ PREFIX_SLACK_TOKENS = 64
 # With this, the library tokenizes on the calling thread. Otherwise all calls share one pool of
 # threads, in which two long texts delay every other.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+MAX_TOKENIZER_BYTES = 64 << 20
+"""Longest tokenizer.json that is read; Llama 3.2's has 17 MB."""
+_MAX_TOKENIZER_PART_BYTES = 1 << 20
+_MAX_TOKENIZER_CHARS = {
+    "Regex": 10_000,
+    "String": 10_000,
+    "content": 100,
+    "prepend": 100,
+    "replacement": 100,
+}
+"""Bounds by the key in tokenizer.json: patterns, and texts that replace a match."""
 
 
 class PromptTooLongError(ValueError):
@@ -91,10 +106,7 @@ class PromptBuilder:
             raise CheckpointError(
                 f"{folder} has no tokenizer.json (CSM uses the tokenizer of Llama 3.2)"
             )
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exceptions
-            raise CheckpointError(f"{path} cannot be read as a tokenizer: {error}") from None
+        tokenizer = _read_tokenizer(path)
         settings: dict[str, Any] = {}
         for name in ("generation_config.json", "config.json", "tokenizer_config.json"):
             if (folder / name).is_file():
@@ -141,7 +153,9 @@ class PromptBuilder:
         end = limit // 2
         while True:
             # Unlike `encode`, this releases the GIL; the fast variant computes no offsets.
-            ids = self._tokenizer.encode_batch_fast([text[:end]], add_special_tokens=False)[0].ids
+            with _panics_as_errors():
+                encoded = self._tokenizer.encode_batch_fast([text[:end]], add_special_tokens=False)
+            ids = encoded[0].ids
             if end >= len(text):
                 return ids
             if len(ids) > limit + PREFIX_SLACK_TOKENS:
@@ -189,16 +203,70 @@ class PromptBuilder:
         return [(frames, mask), (spoken, spoken_mask)]
 
 
+def _read_tokenizer(path: Path) -> Tokenizer:
+    try:
+        data = read_bounded(path, MAX_TOKENIZER_BYTES)
+        with _panics_as_errors():
+            tokenizer = Tokenizer.from_buffer(data)
+            _check_expansion(tokenizer)
+    except Exception as error:  # the library raises bare Exceptions
+        raise CheckpointError(f"{path} cannot be read as a tokenizer: {error}") from None
+    return tokenizer
+
+
+@contextmanager
+def _panics_as_errors() -> Iterator[None]:
+    """Turn a panic of the library, which is no `Exception`, into a ValueError.
+
+    It panics where a regular expression of tokenizer.json exceeds the limit on backtracking.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # the class cannot be imported
+            raise
+        raise ValueError(f"the tokenizer fails on this text: {error}") from None
+
+
+def _check_expansion(tokenizer: Tokenizer) -> None:
+    """Bound a tokenizer's regular expressions, and what it inserts for each character of a text.
+
+    Raises:
+        ValueError: a part is longer than that of any real tokenizer; the message names it.
+    """
+    for name in ("normalizer", "pre_tokenizer"):
+        part = getattr(tokenizer, name)
+        state = part.__getstate__() if part is not None else b"{}"
+        if len(state) > _MAX_TOKENIZER_PART_BYTES:
+            raise ValueError(f"{name} is longer than {_MAX_TOKENIZER_PART_BYTES} bytes")
+        pending: list[Any] = [json.loads(state)]
+        while pending:
+            item = pending.pop()
+            if isinstance(item, dict):
+                for key, value in item.items():
+                    limit = _MAX_TOKENIZER_CHARS.get(key)
+                    if limit and isinstance(value, str) and len(value) > limit:
+                        raise ValueError(f"{name}: {key} is longer than {limit} characters")
+                pending += item.values()
+            elif isinstance(item, list):
+                pending += item
+
+
 def check_codes(codes: Tensor, config: CsmConfig) -> None:
     """Raise a ValueError unless codes are `[N, K]` int64 in the audio vocabulary."""
-    k, v = config.num_codebooks, config.audio_vocab_size
-    if codes.dtype != torch.int64 or codes.ndim != 2 or codes.shape[1] != k:
-        got = f"{codes.dtype} {list(codes.shape)}".removeprefix("torch.")
-        raise ValueError(f"codes must be int64 [N, {k}], got {got}")
+    v = config.audio_vocab_size
+    check_codes_shape(str(codes.dtype).removeprefix("torch."), codes.shape, config)
     if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < v:
         raise ValueError(
             f"codes must be 0 to {v - 1}, got {int(codes.min())} to {int(codes.max())}"
         )
+
+
+def check_codes_shape(dtype: str, shape: Sequence[int], config: CsmConfig) -> None:
+    """Raise a ValueError unless dtype and shape are those of codes: int64 `[N, K]`."""
+    k = config.num_codebooks
+    if dtype != "int64" or len(shape) != 2 or shape[1] != k:
+        raise ValueError(f"codes must be int64 [N, {k}], got {dtype} {list(shape)[:8]}")
 
 
 def _special_id(tokenizer: Tokenizer, name: str, settings: Mapping[str, Any], key: str) -> int:
@@ -208,7 +276,7 @@ def _special_id(tokenizer: Tokenizer, name: str, settings: Mapping[str, Any], ke
     token = settings.get(f"{key}_id")
     if isinstance(token, list) and token:
         token = token[0]
-    if isinstance(token, int):
+    if isinstance(token, int) and not isinstance(token, bool):
         return token
     named = settings.get(key)
     if isinstance(named, Mapping):

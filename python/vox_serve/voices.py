@@ -1,18 +1,22 @@
 """Context segments: the model folder's own speakers, or a context.json."""
 
-import json
+import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vox_serve.audio import read_audio
+from vox_serve.config import ModelSettings
+from vox_serve.json_file import read_json_file, refuse_special, shown
 from vox_serve.mimi import Mimi
 from vox_serve.model_config import CsmConfig
-from vox_serve.prompt import Segment, check_codes
+from vox_serve.prompt import Segment, check_codes, check_codes_shape
+from vox_serve.text_bound import check_length
 
 # Transcripts of the two recordings in sesame/csm-1b, its speakers 0 and 1.
 DEFAULT_PROMPTS = (
@@ -35,6 +39,9 @@ DEFAULT_PROMPTS = (
         "you can go punching question blocks around.",
     ),
 )
+
+DEFAULT_MAX_TEXT_CHARS: int = ModelSettings.model_fields["max_text_chars"].default
+_NPY_HEADER_BYTES = 16_384  # numpy writes 128 and reads no more than 10,000
 
 
 class ContextError(ValueError):
@@ -61,7 +68,12 @@ def default_context(folder: Path | str, mimi: Mimi, config: CsmConfig) -> list[S
     ]
 
 
-def load_context(path: Path | str, mimi: Mimi, config: CsmConfig) -> list[Segment]:
+def load_context(
+    path: Path | str,
+    mimi: Mimi,
+    config: CsmConfig,
+    max_text_chars: int = DEFAULT_MAX_TEXT_CHARS,
+) -> list[Segment]:
     """Read a context.json.
 
     The file is a list of `{"speaker": 0, "text": "...", "audio": "a.wav"}`, or with
@@ -70,7 +82,9 @@ def load_context(path: Path | str, mimi: Mimi, config: CsmConfig) -> list[Segmen
     Args:
         path: the file.
         mimi: encodes the audio.
-        config: the model's sizes.
+        config: the model's sizes. A recording or a file of codes may fill its context, and not
+            more.
+        max_text_chars: longest text of a segment.
 
     Returns:
         The segments in the file's order, codes `[N, K]` int64 each.
@@ -80,34 +94,50 @@ def load_context(path: Path | str, mimi: Mimi, config: CsmConfig) -> list[Segmen
     """
     path = Path(path)
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = read_json_file(path, any_kind=True)
     except FileNotFoundError:
         raise ContextError(f"{path}: there is no such file") from None
     except (OSError, ValueError) as error:
         raise ContextError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(entries, list):
         raise ContextError(f"{path}: must be a list of segments")
+    if len(entries) > config.backbone.max_positions:
+        raise ContextError(
+            f"{path}: has {len(entries)} segments, more than the model's context of "
+            f"{config.backbone.max_positions} positions"
+        )
     return [
-        _segment(entry, f"{path}, entry {i}", path.parent, mimi, config)
+        _segment(entry, f"{path}, entry {i}", path.parent, mimi, config, max_text_chars)
         for i, entry in enumerate(entries)
     ]
 
 
-def _segment(entry: Any, where: str, folder: Path, mimi: Mimi, config: CsmConfig) -> Segment:
+def _segment(
+    entry: Any, where: str, folder: Path, mimi: Mimi, config: CsmConfig, max_text_chars: int
+) -> Segment:
     if not isinstance(entry, Mapping):
         raise ContextError(f"{where}: must be an object with speaker, text, and audio or codes")
     if unknown := sorted(set(entry) - {"speaker", "text", "audio", "codes"}):
-        raise ContextError(f"{where}: {unknown[0]} is no field of a segment")
+        raise ContextError(f"{where}: {unknown[0][:100]} is no field of a segment")
     speaker, text = entry.get("speaker"), entry.get("text")
-    if isinstance(speaker, bool) or not isinstance(speaker, int) or speaker < 0:
-        raise ContextError(f"{where}: speaker must be a whole number from 0, got {speaker!r}")
+    if isinstance(speaker, bool) or not isinstance(speaker, int) or not 0 <= speaker < 2**31:
+        raise ContextError(f"{where}: speaker must be a whole number from 0, got {shown(speaker)}")
     if not isinstance(text, str) or not text.strip():
-        raise ContextError(f"{where}: text must be a string that is not blank, got {text!r}")
+        raise ContextError(f"{where}: text must be a string that is not blank, got {shown(text)}")
+    try:
+        check_length(text, max_text_chars)
+        text.encode()
+    except UnicodeEncodeError:
+        raise ContextError(f"{where}: text must be valid Unicode") from None
+    except ValueError as error:
+        raise ContextError(f"{where}: {error}") from None
     if ("audio" in entry) == ("codes" in entry):
         raise ContextError(f"{where}: give either audio or codes")
     field = "audio" if "audio" in entry else "codes"
     if not isinstance(entry[field], str) or not entry[field]:
-        raise ContextError(f"{where}: {field} must be the path of a file, got {entry[field]!r}")
+        raise ContextError(
+            f"{where}: {field} must be the path of a file, got {shown(entry[field])}"
+        )
     file = folder / entry[field]
     try:
         codes = _read_codes(file, config) if field == "codes" else _encode(file, mimi, config)
@@ -117,22 +147,55 @@ def _segment(entry: Any, where: str, folder: Path, mimi: Mimi, config: CsmConfig
 
 
 def _encode(path: Path, mimi: Mimi, config: CsmConfig) -> Tensor:
+    # One frame of codes takes one position.
+    sizes = mimi.config
+    max_s = config.backbone.max_positions * sizes.frame_samples / sizes.sample_rate_hz
     try:
-        audio = torch.from_numpy(read_audio(path, mimi.config.sample_rate_hz))
+        audio = torch.from_numpy(read_audio(path, sizes.sample_rate_hz, max_s))
         return mimi.encode(audio[None].to(mimi.device), config.num_codebooks)[0].cpu()
     except (OSError, ValueError) as error:
         raise ContextError(str(error)) from None
 
 
 def _read_codes(path: Path, config: CsmConfig) -> Tensor:
+    """Codes of a .npy file, whose header is checked before the rest is read."""
     try:
-        codes = np.load(path, allow_pickle=False)
-        if not isinstance(codes, np.ndarray):
-            raise ContextError(f"{path} holds several arrays")
-        tensor = torch.from_numpy(np.ascontiguousarray(codes))
+        refuse_special(path)
+        with open(path, "rb") as file:
+            shape, is_fortran, dtype = _npy_header(file)
+            check_codes_shape(str(dtype), shape, config)
+            most = config.backbone.max_positions
+            if not 0 <= shape[0] <= most:
+                raise ValueError(f"it has {shape[0]} frames, the model's context {most} positions")
+            num_bytes = math.prod(shape) * dtype.itemsize
+            data = file.read(num_bytes)
+        if len(data) < num_bytes:
+            raise ValueError("it is cut short")
+        codes = np.frombuffer(data, dtype).reshape(shape, order="F" if is_fortran else "C")
+        tensor = torch.from_numpy(np.array(codes, order="C"))
         check_codes(tensor, config)
     except FileNotFoundError:
         raise ContextError(f"{path}: there is no such file") from None
-    except (OSError, ValueError, TypeError, EOFError) as error:
+    except (OSError, ValueError) as error:
         raise ContextError(f"{path}: {error}") from None
     return tensor
+
+
+def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, Fortran order and dtype of an open .npy file, which is left at its first element."""
+    head = io.BytesIO(file.read(_NPY_HEADER_BYTES))
+    if head.getvalue().startswith(b"PK\x03\x04"):
+        raise ValueError("it holds several arrays")
+    try:
+        version = np.lib.format.read_magic(head)
+        read = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }.get(version)
+        if read is None:
+            raise ValueError(f"version {version} is not supported")
+        found = read(head)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(f"it is no .npy file: {str(error)[:200]}") from None
+    file.seek(head.tell())
+    return found

@@ -32,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vox_serve.atomic_file import replaced
+from vox_serve.json_file import read_json_file
 
 _DTYPE_NAMES = {
     torch.float32: "F32",
@@ -227,7 +228,7 @@ def _digest(fd: int, size: int) -> str:
 
 
 def _read_record(path: Path) -> tuple[list[int], dict[str, _Content], _Content]:
-    value = json.loads(path.read_text(encoding="utf-8"))
+    value = read_json_file(path)
     sources = {name: _Content(*content) for name, content in value["sources"].items()}
     return value["version"], sources, _Content(*value["tensors"])
 

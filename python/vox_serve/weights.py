@@ -18,6 +18,7 @@ from vox_serve.checkpoint import (
     find_weights,
     read_json,
 )
+from vox_serve.checkpoint_sizes import check_sizes
 from vox_serve.csm_weights import CsmWeights, TransformerWeights
 from vox_serve.hub import resolve_codec
 from vox_serve.mimi import Mimi, load_mimi, mimi_from_checkpoint
@@ -99,9 +100,13 @@ def load_checkpoint(
             [folder / "config.json", *paths],
         )
     files = TensorFiles(paths)
+    names = names_in(files)
+    if names is None:
+        raise CheckpointError(f"{paths[0]} holds no CSM: it has no tensor {HF.code0_head}")
+    check_sizes(files, names, config, settings)
     weights = _cached_weights(cache, config, dtype, quantize)
     if weights is None:
-        weights = _read_weights(files, config, dtype, device, quantize)
+        weights = _read_weights(files, names, config, dtype, device, quantize)
         if cache and (kept := cache.save(weights.named())):
             weights = weights.with_named(kept)
     codec = {
@@ -159,15 +164,12 @@ def _cached_weights(
 
 def _read_weights(
     files: TensorFiles,
+    names: TensorNames,
     config: CsmConfig,
     dtype: torch.dtype,
     device: torch.device | str,
     quantize: str,
 ) -> CsmWeights:
-    names = names_in(files)
-    if names is None:
-        raise CheckpointError(f"{files.paths[0]} holds no CSM: it has no tensor {HF.code0_head}")
-    _refuse_unknown(files, names, config)
     weights = CsmWeights.empty(config, dtype, device, quantize)
     scratch = _Scratch()
     # The largest tensor first, while little else is in memory.
@@ -285,15 +287,3 @@ def _read_audio_tables(files: TensorFiles, names: TensorNames, weights: CsmWeigh
     shape = tuple(weights.audio_table.shape)
     tied = found[0] == found[-1]
     weights.project_audio_rows(weights.audio_table if tied else files.read(found[-1], shape))
-
-
-def _refuse_unknown(files: TensorFiles, names: TensorNames, config: CsmConfig) -> None:
-    """Refuse biases and extra layers: leaving them out would silently give wrong speech."""
-    for prefix, sizes in ((names.backbone, config.backbone), (names.depth, config.depth)):
-        known = {f"{i}.{name}" for i in range(sizes.num_layers) for name in names.layer.values()}
-        layers = f"{prefix}layers."
-        for name in sorted(files.names):
-            if not name.startswith(layers) or name.endswith("rotary_emb.inv_freq"):
-                continue
-            if name.removeprefix(layers) not in known:
-                raise CheckpointError(f"tensor {name} does not fit config.json ({files.paths[0]})")

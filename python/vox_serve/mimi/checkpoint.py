@@ -1,6 +1,5 @@
 """Codec checkpoints: finding the file, converting moshi's names, inferring sizes from shapes."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -12,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vox_serve.checkpoint import check_header
+from vox_serve.json_file import read_json_file
 from vox_serve.mimi.codec import Mimi
 from vox_serve.mimi.config import MimiConfig
 
@@ -65,8 +66,9 @@ def load_mimi(
     if not file.is_file():
         raise FileNotFoundError(f"no such Mimi checkpoint: {file}")
     try:
+        check_header(file)
         tensors = load_file(file)
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{file} is not a safetensors file: {error}") from None
     return mimi_from_checkpoint(tensors, _codec_settings(file.parent), precision, device)
 
@@ -119,7 +121,7 @@ def _codec_settings(folder: Path) -> dict[str, Any] | None:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings = read_json_file(file)
     except FileNotFoundError:
         return {}
     except ValueError as error:
