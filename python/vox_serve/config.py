@@ -192,6 +192,23 @@ class ServerSettings(Settings):
     drain_s: float = setting(
         30.0, "time that SIGTERM gives speech to finish; a second signal gives none", ge=0, le=86400
     )
+    max_connections: Annotated[
+        int | None, Shown("10000, or as many as the limit on open files permits")
+    ] = setting(
+        None,
+        "connections at a time; a new one takes the place of the one silent for longest",
+        ge=1,
+        le=1_000_000,
+    )
+    header_timeout_s: float = setting(
+        10.0, "a request's head must arrive within this time", gt=0, le=86400
+    )
+    body_timeout_s: float = setting(
+        30.0, "a request's body must arrive within this time, or at 16 KiB/s", gt=0, le=86400
+    )
+    keep_alive_s: float = setting(
+        5.0, "an idle connection is closed after this time", gt=0, le=86400
+    )
     api_key: Annotated[str | None, Shown("none: everybody may use the server"), Secret()] = setting(
         None,
         "keys of which a client sends one (Authorization: Bearer, or X-API-Key), comma-separated; "

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 from vox_serve.cli import CommandError, CommandParser, run_command
 from vox_serve.config import ENV_PREFIX, Config, ModelSettings, ServerSettings, SpeechSettings
 from vox_serve.console import standard_streams
+from vox_serve.logs import repeats_counted
 from vox_serve.speech import make_engine
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ def serve(config: Config) -> int:
     server = make_server(
         create_app(runner, config, describe(engine, config)), runner, config, listeners[0]
     )
-    server.run(sockets=listeners)
+    with repeats_counted():
+        server.run(sockets=listeners)
     exit_code = runner.exit_code if server.started else 1
     if runner.is_busy:  # a thread in native code would crash the interpreter's own end
         end_now(exit_code)
@@ -172,6 +174,8 @@ def make_server(
     """
     import uvicorn
 
+    from vox_serve.connections import ACCEPT_BATCH, BACKLOG, ConnectionGuard
+
     class Server(uvicorn.Server):
         signalled = False
 
@@ -196,6 +200,8 @@ def make_server(
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
+            for waiting in sockets or []:
+                waiting.listen(BACKLOG)  # asyncio uses one number for this and for ACCEPT_BATCH
             if not self.should_exit:
                 print(_greeting(url_of(listener)), flush=True)
 
@@ -214,7 +220,14 @@ def make_server(
             for connection in list(self.server_state.connections):
                 connection.transport.abort()
 
-    server = Server(uvicorn.Config(app, log_level=config.log_level))
+    server = Server(
+        uvicorn.Config(
+            app,
+            http=ConnectionGuard(config).protocol_class(),
+            backlog=ACCEPT_BATCH,
+            log_level=config.log_level,
+        )
+    )
 
     def end_server() -> None:
         server.should_exit = True

@@ -1,0 +1,97 @@
+"""A log that does not repeat itself."""
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+LOGGERS = ("vox_serve", "uvicorn.error", "asyncio")
+
+MAX_KINDS = 1000
+
+
+@dataclass
+class _Kind:
+    """Messages that differ in their arguments only."""
+
+    since: float
+    num_shown: int = 0
+    num_hidden: int = 0
+    last: str = ""
+
+
+class RepeatFilter(logging.Filter):
+    """Passes the first few warnings of a kind, then one line per period that counts the others.
+
+    A kind is a logger, a level, the first line of a message before its arguments are filled in, and
+    the type of the exception. Messages below a warning always pass.
+
+    Args:
+        period_s: time after which a kind is counted from zero again.
+        num_first: messages of a kind that pass in each period.
+    """
+
+    def __init__(self, period_s: float = 60.0, num_first: int = 5):
+        super().__init__()
+        self.period_s = period_s
+        self.num_first = num_first
+        self._kinds: dict[tuple[object, ...], _Kind] = {}
+        self._lock = threading.RLock()
+        self._timer: threading.Timer | None = None
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING:
+            return True
+        error = record.exc_info[0] if record.exc_info else None
+        text = str(record.msg).partition("\n")[0][:200]
+        with self._lock:
+            key = (record.name, record.levelno, text, error)
+            if key not in self._kinds and len(self._kinds) == MAX_KINDS:
+                self._report()
+            kind = self._kinds.setdefault(key, _Kind(time.monotonic()))
+            if kind.num_hidden == 0 and time.monotonic() - kind.since > self.period_s:
+                kind.since, kind.num_shown = time.monotonic(), 0
+            if kind.num_shown < self.num_first:
+                kind.num_shown += 1
+                return True
+            kind.num_hidden += 1
+            kind.last = record.getMessage().partition("\n")[0]
+            if self._timer is None:
+                self._timer = threading.Timer(self.period_s, self.report)
+                self._timer.daemon = True
+                self._timer.start()
+            return False
+
+    def report(self) -> None:
+        """Log the number of hidden messages of each kind, and count from zero again."""
+        with self._lock:
+            if self._timer:
+                self._timer.cancel()
+                self._timer = None
+            self._report()
+
+    def _report(self) -> None:
+        for (name, level, *_), kind in self._kinds.items():
+            if kind.num_hidden:
+                line = f"{kind.num_hidden} more like this in {self.period_s:g} s: {kind.last}"
+                logger = logging.getLogger(str(name))
+                args = (name, level, __file__, 0, line, (), None)
+                logger.callHandlers(logging.LogRecord(*args))  # type: ignore[arg-type]
+        self._kinds.clear()
+
+
+@contextmanager
+def repeats_counted() -> Iterator[None]:
+    """Within the block, repeated warnings of the server's loggers become a count."""
+    repeats = RepeatFilter()
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    for logger in loggers:
+        logger.addFilter(repeats)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(repeats)
+        repeats.report()
