@@ -53,6 +53,7 @@ sys.exit(launch.main(["--port", sys.argv[1]]))
 """
 
 
+@pytest.mark.slow
 def test_more_silent_clients_than_descriptors_leave_normal_ones_unhurt(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
