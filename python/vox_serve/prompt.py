@@ -32,7 +32,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 MAX_TOKENIZER_BYTES = 64 << 20
 """Longest tokenizer.json that is read; Llama 3.2's has 17 MB."""
-_MAX_TOKENIZER_PART_BYTES = 1 << 20
+_MAX_TOKENIZER_PART_BYTES = 8 << 20
 _MAX_TOKENIZER_CHARS = {
     "Regex": 10_000,
     "String": 10_000,
