@@ -170,7 +170,7 @@ async def _read_head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]
 
 async def _parts(reader: asyncio.StreamReader, headers: dict[str, str]) -> AsyncIterator[bytes]:
     if headers.get("transfer-encoding") == "chunked":
-        while size := int(await reader.readline() or b"x", 16):
+        while size := int((await reader.readuntil(b"\n")).strip(), 16):
             yield (await reader.readexactly(size + 2))[:-2]
         return
     left = int(headers.get("content-length", 0))
