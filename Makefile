@@ -27,7 +27,7 @@ DEPENDENCIES = $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.to
 CMAKE = PATH=$(CURDIR)/$(BIN):$$PATH cmake
 CONFIGURE = $(CMAKE) -S . -G Ninja -DVOXKERN_TORCH=$$($(RUN) -c 'import torch; print(torch.__path__[0])')
 
-.PHONY: build serve test test-fast simt cuda-check cuda-link-check gpu-carry triton-check lint format bench peers sanitize clean
+.PHONY: build serve test test-fast soak simt cuda-check cuda-link-check gpu-carry triton-check lint format bench peers sanitize clean
 
 build: $(VENV)/built
 
@@ -78,6 +78,12 @@ test: $(VENV)/test $(VENV)/simt
 # For every edit: no slow test, no emulated GPU.
 test-fast: $(VENV)/test
 	$(PYTEST) -m 'not slow' -k 'not simt'
+
+# A mixed load with cancels, stalls and faults for MINUTES: results in build/soak.
+MINUTES ?= 30
+soak: $(VENV)/test
+	$(BIN)/pip install --quiet matplotlib
+	$(RUN) bench/soak.py --minutes $(MINUTES)
 
 # Compiles every CUDA kernel for every target. Needs nvcc, no GPU.
 cuda-check: $(VENV)/torch
