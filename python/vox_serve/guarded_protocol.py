@@ -33,6 +33,8 @@ client would seem to have stopped reading.
 _STATUS_LINE = b"HTTP/1.1 "
 """Start of every response: what a probe may send before the response is known."""
 
+_TCP_CLOSE_WAIT = 8  # of Linux's TCP_INFO
+
 STATE_KEY = "connection"
 """Key of the `GuardedProtocol` in the state of a request's scope."""
 
@@ -140,9 +142,7 @@ class GuardedProtocol(H11Protocol):
         # sending what was written.
         if self.is_lingering or self._is_between_requests or self.cycle.more_body:
             return False
-        self.is_half_closed = True
-        self._probe_gap_s = 0.5
-        self._probe()
+        self._half_close()
         return True
 
     def handle_websocket_upgrade(self, event: Any) -> None:
@@ -197,7 +197,9 @@ class GuardedProtocol(H11Protocol):
             self._time_out("the request's body")
         elif name == "answer":
             self.end_if_reset()
-            if self.is_half_closed and now >= self._probe_at:
+            if not self.is_half_closed and self.flow.read_paused and self._has_unseen_eof():
+                self._half_close()
+            elif self.is_half_closed and now >= self._probe_at:
                 self._probe()
 
     def _phase_name(self) -> str:
@@ -251,6 +253,22 @@ class GuardedProtocol(H11Protocol):
         connected = self.transport.get_extra_info("socket")
         if connected.fileno() >= 0 and connected.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self.transport.abort()
+
+    def _has_unseen_eof(self) -> bool:
+        """True if the client has closed its side, but sent more than the request before that.
+
+        The rest is not read before the answer is complete, and so asyncio does not see the end.
+        """
+        if not hasattr(socket, "TCP_INFO"):
+            return False
+        connected = self.transport.get_extra_info("socket")
+        state = connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        return bool(state == _TCP_CLOSE_WAIT)
+
+    def _half_close(self) -> None:
+        self.is_half_closed = True
+        self._probe_gap_s = 0.5
+        self._probe()
 
     def _probe(self) -> None:
         """Find out whether a client that sends no more still reads.

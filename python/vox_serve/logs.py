@@ -10,6 +10,7 @@ from dataclasses import dataclass
 LOGGERS = ("vox_serve", "uvicorn.error", "asyncio")
 
 MAX_KINDS = 1000
+MAX_SHOWN_CHARS = 200
 
 
 @dataclass
@@ -45,7 +46,7 @@ class RepeatFilter(logging.Filter):
         if record.levelno < logging.WARNING:
             return True
         error = record.exc_info[0] if record.exc_info else None
-        text = str(record.msg).partition("\n")[0][:200]
+        text = str(record.msg).partition("\n")[0][:MAX_SHOWN_CHARS]
         with self._lock:
             key = (record.name, record.levelno, text, error)
             if key not in self._kinds and len(self._kinds) == MAX_KINDS:
@@ -82,16 +83,31 @@ class RepeatFilter(logging.Filter):
         self._kinds.clear()
 
 
+class ShortPaths(logging.Filter):
+    """Shortens the paths in uvicorn's access log: a client may send 16 kB."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if isinstance(record.args, tuple):
+            record.args = tuple(
+                f"{arg[:MAX_SHOWN_CHARS]}..."
+                if isinstance(arg, str) and len(arg) > MAX_SHOWN_CHARS
+                else arg
+                for arg in record.args
+            )
+        return True
+
+
 @contextmanager
-def repeats_counted() -> Iterator[None]:
-    """Within the block, repeated warnings of the server's loggers become a count."""
-    repeats = RepeatFilter()
-    loggers = [logging.getLogger(name) for name in LOGGERS]
-    for logger in loggers:
-        logger.addFilter(repeats)
+def bounded_log() -> Iterator[None]:
+    """Within the block, repeated warnings of the server become a count, and long paths short."""
+    repeats, short_paths = RepeatFilter(), ShortPaths()
+    for name in LOGGERS:
+        logging.getLogger(name).addFilter(repeats)
+    logging.getLogger("uvicorn.access").addFilter(short_paths)
     try:
         yield
     finally:
-        for logger in loggers:
-            logger.removeFilter(repeats)
+        for name in LOGGERS:
+            logging.getLogger(name).removeFilter(repeats)
+        logging.getLogger("uvicorn.access").removeFilter(short_paths)
         repeats.report()

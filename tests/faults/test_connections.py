@@ -263,12 +263,14 @@ def test_a_client_that_is_gone_ends_its_request(half_close, leave, streaming, pa
         assert_serves_one_frame(server)
 
 
-def test_a_gone_client_that_pipelined_ends_its_first_request():
+@pytest.mark.parametrize("more", [post(text="b"), b"\r\n"])
+@pytest.mark.parametrize("leave", [socket.socket.close, reset])
+def test_a_gone_client_that_sent_more_ends_its_first_request(leave, more):
     engine = FakeEngine(num_frames=ENDLESS, step_s=0.01)
-    with LiveServer(engine) as server:
-        raw = connect(server, post(text="a") + post(text="b"))
+    with LiveServer(engine, **SOON | {"stall_timeout_s": 600}) as server:
+        raw = connect(server, post(text="a") + more)
         wait_until(lambda: server.runner.count_jobs() == (1, 0))
-        reset(raw)
+        leave(raw)
         wait_until(lambda: no_requests(server))
         wait_until(lambda: len(engine.aborted) == len(engine.requests))
 

@@ -18,7 +18,7 @@ from live_server import wait_until
 from vox_serve import connections
 from vox_serve.audio import wav_file
 from vox_serve.connections import connection_limit
-from vox_serve.logs import RepeatFilter
+from vox_serve.logs import RepeatFilter, ShortPaths
 
 WHOLE = wav_file(expected_pcm("hello", 3))
 
@@ -132,3 +132,13 @@ def test_kinds_of_messages_are_bounded():
     for i in range(3000):
         repeats.filter(logging.LogRecord("x", logging.ERROR, "", 0, f"message {i}", (), None))
     assert len(repeats._kinds) <= 1000
+
+
+def test_the_access_log_shows_short_paths():
+    args = ("127.0.0.1:5", "GET", "/" + "x" * 10_000, "1.1", 404)
+    record = logging.LogRecord(
+        "uvicorn.access", logging.INFO, "", 0, '%s "%s %s %s" %d', args, None
+    )
+    assert ShortPaths().filter(record)
+    assert len(record.getMessage()) < 300
+    assert record.getMessage().endswith('1.1" 404')
