@@ -18,7 +18,7 @@ class LineFull(Exception):  # noqa: N818
 
 @dataclass
 class _Share(Generic[Item]):
-    """What one client holds. Dicts are sets that keep the order of arrival."""
+    """The items of one client. Dicts are sets that keep the order of arrival."""
 
     turn: float  # the take that served this client last
     waiting: dict[Item, None] = field(default_factory=dict)  # ready or not

@@ -12,12 +12,11 @@ from collections import deque
 from collections.abc import Callable
 
 MAX_THREADS = 256
-NICENESS = 10
-"""A thread at this distance gets a tenth of the time of one at normal priority."""
+MAX_NICENESS = 19
 
 
 class Preparing:
-    """Starts calls at once, `MAX_THREADS` at most; further ones wait in order."""
+    """Starts calls at once, `MAX_THREADS` at most; further ones wait for a thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -29,12 +28,13 @@ class Preparing:
         """True while a call runs."""
         return self._num_threads > 0
 
-    def start(self, call: Callable[[], None], in_background: bool) -> None:
+    def start(self, call: Callable[[], None], niceness: int) -> None:
         """Run a call, which must not raise, in a thread.
 
         Args:
             call: the work.
-            in_background: it may take long: give it the time that others leave.
+            niceness: 0 for the process's priority; at 10 a thread gets a tenth of the time of one
+                at 0, at 19 next to none while others need it.
 
         Raises:
             RuntimeError: the system gives no more threads.
@@ -44,14 +44,14 @@ class Preparing:
                 self._backlog.append(call)
                 return
             thread = threading.Thread(
-                target=self._run, args=(call, in_background), name="preparing", daemon=True
+                target=self._run, args=(call, niceness), name="preparing", daemon=True
             )
             thread.start()
             self._num_threads += 1
 
-    def _run(self, first: Callable[[], None], in_background: bool) -> None:
-        if in_background:
-            _lower_priority()
+    def _run(self, first: Callable[[], None], niceness: int) -> None:
+        if niceness:
+            _lower_priority(niceness)
         call: Callable[[], None] | None = first
         while call is not None:
             call()
@@ -60,10 +60,10 @@ class Preparing:
                 self._num_threads -= call is None
 
 
-def _lower_priority() -> None:
+def _lower_priority(niceness: int) -> None:
     """Lower the priority of the calling thread, where the system has priorities of threads."""
     if sys.platform != "linux":
         return
-    niceness = os.getpriority(os.PRIO_PROCESS, 0) + NICENESS
+    total = min(os.getpriority(os.PRIO_PROCESS, os.getpid()) + niceness, MAX_NICENESS)
     with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(niceness, 19))
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), total)

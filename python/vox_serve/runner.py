@@ -56,8 +56,9 @@ EXIT_ENGINE_FAILED = 70
 MAX_FRUITLESS_FAILURES = 32
 """Failed steps without a frame between them, after which a restart of the engine does not help."""
 
-BACKGROUND_CHARS = 512
-"""A longer text is tokenized at a low priority."""
+SHORT_CHARS = 512
+CHARS_PER_NICENESS = 100
+"""Texts that are not short are tokenized at a lower priority, the longer the lower."""
 
 MAX_RETRY_AFTER_S = 3600
 JOIN_TIMEOUT_S = 10.0
@@ -222,9 +223,10 @@ class Runner:
             self._jobs[request.id] = job
             if evicted is not None:
                 evicted.post(End(error=self._queue_full()))
-        is_long = len(request.text) > BACKGROUND_CHARS
+        num_chars = len(request.text)
+        niceness = 0 if num_chars <= SHORT_CHARS else min(num_chars // CHARS_PER_NICENESS, 19)
         try:
-            self._preparing.start(partial(self._prepare, job), in_background=is_long)
+            self._preparing.start(partial(self._prepare, job), niceness)
         except RuntimeError:  # no more threads
             job.close()
             with self._lock:
