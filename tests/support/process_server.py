@@ -1,0 +1,78 @@
+"""The server's command in a process of its own, with a fake engine."""
+
+import http.client
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from fake_engine import TIMEOUT_S
+
+CODE = """
+import sys
+from fake_engine import ENDLESS, FakeEngine
+from vox_serve import launch
+
+engine = FakeEngine({engine})
+{after}
+launch.make_engine = lambda config: engine
+launch.describe = lambda engine, config: {{}}
+sys.exit(launch.main(sys.argv[1:]))
+"""
+
+
+class ProcessServer:
+    """`vox-serve` on a free port, or on `port`.
+
+    Args:
+        log: where its stderr goes.
+        engine: arguments of `FakeEngine`, as source.
+        after: source that runs once `engine` exists.
+        flags: of the command.
+    """
+
+    def __init__(self, log: Path, engine: str = "", after: str = "", port: int = 0, flags=()):
+        self.log = log
+        code = CODE.format(engine=engine, after=after)
+        command = [sys.executable, "-c", code, "--port", str(port), "--log_level=info", *flags]
+        path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={**os.environ, "PYTHONPATH": path},
+            )
+        url = next((line for line in self.process.stdout if "ready at" in line), "")
+        assert url, log.read_text()
+        self.port = int(url.split(" (")[0].rpartition(":")[2])
+
+    def __enter__(self) -> "ProcessServer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait(TIMEOUT_S)
+        self.process.stdout.close()
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def wait(self) -> int:
+        return self.process.wait(TIMEOUT_S)
+
+    def request(self, method: str, path: str, body: object = None) -> http.client.HTTPResponse:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT_S)
+        headers = {"Content-Type": "application/json"} if body is not None else {}
+        connection.request(method, path, json.dumps(body) if body is not None else None, headers)
+        return connection.getresponse()
+
+    def speak(self, text: str, **fields) -> http.client.HTTPResponse:
+        return self.request("POST", "/generate", {"text": text, **fields})
+
+    def status(self, path: str) -> int:
+        response = self.request("GET", path)
+        response.read()
+        return response.status
