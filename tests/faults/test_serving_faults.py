@@ -3,6 +3,8 @@
 import asyncio
 import os
 import socket
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -215,3 +217,26 @@ def test_clients_that_never_read_hold_no_places():
             raw.close()
         wait_until(lambda: not server.runner._jobs)
         assert server.runner.unread_bytes == 0
+
+
+FORK = """
+import os, signal, sys
+import vox_serve
+
+voice = vox_serve.load(sys.argv[1], num_threads=2)
+before = voice.say("Hello.", seed=1, max_frames=3)
+child = os.fork()
+if not child:
+    signal.alarm(20)
+same = (voice.say("Hello.", seed=1, max_frames=3) == before).all()
+if not child:
+    os._exit(0 if same else 3)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or (0 if same else 4))
+"""
+
+
+def test_a_forked_process_and_its_parent_speak_on(folder):
+    path = os.pathsep.join(filter(None, sys.path))
+    environment = {**os.environ, "PYTHONPATH": path, "VOX_SERVE_DEVICE": "cpu"}
+    command = [sys.executable, "-c", FORK, str(folder)]
+    assert subprocess.run(command, env=environment, timeout=4 * TIMEOUT_S).returncode == 0
