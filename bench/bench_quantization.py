@@ -191,7 +191,7 @@ def demo_speech() -> tuple[CsmModel, Speech]:
         for speaker in (0, 1)
         for seed, text in enumerate(SENTENCES)
     ]
-    codes = [torch.from_numpy(speak(engine, request)[1]) for request in requests]
+    codes = [torch.from_numpy(speak(engine, request).codes) for request in requests]
     return engine.model, Speech([engine.prepare(request) for request in requests], codes)
 
 

@@ -11,9 +11,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vox_serve.speech import Voice, load
+    from vox_serve.speech import SpeechCutWarning, Voice, load
 
-__all__ = ["Voice", "load"]
+__all__ = ["SpeechCutWarning", "Voice", "load"]
 
 
 def __getattr__(name: str) -> Any:

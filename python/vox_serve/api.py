@@ -52,7 +52,9 @@ class _Utterance(BaseModel):
             raise RequestRefused(
                 f"max_frames must be at most {limit} on this server, got {overrides['max_frames']}"
             )
-        overrides["max_frames"] = overrides["max_frames"] or min(config.max_frames, limit)
+        overrides["max_frames"] = overrides["max_frames"] or min(
+            config.frames_for(self.text), limit
+        )
         speech = config.override(**overrides)
         return engine.Request(
             text=self.text,

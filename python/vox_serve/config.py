@@ -22,6 +22,8 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from vox_serve.text_bound import frames_bound
+
 ENV_PREFIX = "VOX_SERVE_"
 DEFAULT_CODEC = "kyutai/mimi"
 DEFAULT_MAX_FRAMES = 1125  # 90 s, Sesame's own limit
@@ -116,6 +118,12 @@ class ModelSettings(Settings):
     max_text_chars: int = setting(
         100_000, "longest text, in characters; a request with a longer one gets 422", ge=1, le=2**30
     )
+    max_silence_s: float = setting(
+        3.0,
+        "silence after which speech is cut; 0 for no such cut, and none by the text's length",
+        ge=0,
+        le=3600,
+    )
 
 
 def random_seed() -> int:
@@ -148,13 +156,17 @@ class SpeechSettings(SamplingParams):
 
     title = "sampling (a request may override each of these)"
 
-    max_frames: int = setting(
+    max_frames: Annotated[int, Shown("`1125`, or fewer by the text's length")] = setting(
         DEFAULT_MAX_FRAMES, "longest utterance, in frames of 80 ms", ge=1, le=2048
     )
 
     @property
     def sampling(self) -> SamplingParams:
         return SamplingParams(**self.model_dump(include=set(SamplingParams.model_fields)))
+
+    def frames_for(self, text: str) -> int:
+        """The `max_frames` of a request that sets none."""
+        return self.max_frames
 
     def override(self, **values: Any) -> "SpeechSettings":
         """These settings with a request's own values; None keeps the setting.
@@ -235,6 +247,13 @@ class Config(BaseSettings, ServerSettings, SpeechSettings, ModelSettings):
     """
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True)
+
+    def frames_for(self, text: str) -> int:
+        """The `max_frames` of a request that sets none: the setting if that was given, else no more
+        than the text can take."""
+        if "max_frames" in self.model_fields_set or not self.max_silence_s:
+            return self.max_frames
+        return min(self.max_frames, frames_bound(text))
 
     @property
     def frames_limit(self) -> int:

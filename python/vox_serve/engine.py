@@ -8,6 +8,7 @@ A GPU works on one frame while the host handles the previous one. By the time th
 request has ended, the GPU has already begun one more frame of it, which is discarded.
 """
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vox_serve.ending import SilenceGuard
 from vox_serve.frame_batch import FrameBatch, Frames
 from vox_serve.kv_cache import CacheBatch, CacheSequence, KvCache, copy_to_device
 from vox_serve.mimi import Mimi
@@ -44,6 +46,7 @@ class _Live:
     cache: CacheSequence
     seed: int
     max_frames: int
+    silence: SilenceGuard
     num_begun: int = 0  # frames given to the model
     num_frames: int = 0  # frames that came back
     ended: bool = False
@@ -68,6 +71,7 @@ class Engine:
         max_batch_size: most requests in a step; further ones wait in line.
         default_max_frames: `max_frames` of requests that set none; None for as many as the model's
             context has room for.
+        max_silence_s: silence after which a request ends; 0 for no such end.
     """
 
     def __init__(
@@ -78,12 +82,14 @@ class Engine:
         default_context: Sequence[Segment] = (),
         max_batch_size: int = 8,
         default_max_frames: int | None = None,
+        max_silence_s: float = 0.0,
     ) -> None:
         self.model = model
         self.mimi = mimi
         self.prompts = prompts
         self.max_batch_size = max_batch_size
         self.default_max_frames = default_max_frames
+        self.max_silence_s = max_silence_s
         # One sequence more than the live requests, for the shared prefix.
         self._cache = KvCache(model.config.backbone, max_batch_size + 1, model.dtype, model.device)
         self._default_context = tuple(default_context)
@@ -158,6 +164,7 @@ class Engine:
                 CacheSequence(),
                 request.seed,
                 max_frames=max_frames,
+                silence=SilenceGuard(self.max_silence_s),
             )
         )
 
@@ -273,24 +280,25 @@ class Engine:
     def _finish_frames(self, pending: _Pending) -> list[FrameOutput]:
         pending.frames.wait()
         return [
-            self._finish_frame(live, codes, audio) if finite else self._fail(live, NOT_FINITE)
-            for live, codes, audio, finite in zip(
+            self._finish_frame(live, codes, audio, level)
+            for live, codes, audio, level in zip(
                 pending.members,
                 pending.frames.codes,
                 pending.frames.audio,
-                pending.frames.is_finite(),
+                pending.frames.levels(),
                 strict=True,
             )
             if not live.ended
         ]
 
-    def _fail(self, live: _Live, error: str) -> FrameOutput:
-        """End one request with an error."""
-        self.abort(live.request.id)
-        return FrameOutput(live.request.id, None, None, "error", error)
+    def _finish_frame(self, live: _Live, codes: Tensor, audio: Tensor, level: float) -> FrameOutput:
+        """Output a frame `[K]` and its samples, both on the CPU; end the request after its last.
 
-    def _finish_frame(self, live: _Live, codes: Tensor, audio: Tensor) -> FrameOutput:
-        """Output a frame `[K]` and its samples, both on the CPU; end the request after its last."""
+        `level` is the root mean square of the samples; not finite if the frame is not.
+        """
+        if not math.isfinite(level):
+            self.abort(live.request.id)
+            return FrameOutput(live.request.id, None, None, "error", NOT_FINITE)
         if not codes.any():  # Sesame's stop frame, which is not spoken
             self.abort(live.request.id)
             return FrameOutput(live.request.id, None, None, "stop")
@@ -299,6 +307,9 @@ class Engine:
         if live.num_frames == live.max_frames:
             is_limit = live.num_frames == self._frame_limit(live.request)
             reason = "length" if is_limit else "context"
+        elif live.silence.is_over(level):
+            reason = "silence"
+        if reason:
             self.abort(live.request.id)
         # Copy: the rows are views of the whole batch's tensors, in memory that the GPU writes to.
         return FrameOutput(live.request.id, codes.clone(), audio.clone().numpy(), reason)

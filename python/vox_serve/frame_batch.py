@@ -37,7 +37,7 @@ class Frames(NamedTuple):
     """One frame of every row, on the CPU.
 
     Attributes:
-        codes: `[B, K]` int64; see `is_finite` for negative ones.
+        codes: `[B, K]` int64; see `levels` for negative ones.
         audio: `[B, frame_samples]` float32.
         copied: recorded on a GPU after the copies of both; None on a CPU.
     """
@@ -60,14 +60,17 @@ class Frames(NamedTuple):
                 "for each other in vain"
             )
 
-    def is_finite(self) -> list[bool]:
-        """False for each row with NaN or infinity in its hidden states, logits or audio.
+    def levels(self) -> list[float]:
+        """The root mean square of each row's samples; not finite if the row is not.
 
-        The first two have no code: `sample_tokens` draws -1 from logits that are not finite, and
-        all logits of such a hidden state are NaN. So a GPU reports them without another copy.
+        Such a row has NaN or infinity in its hidden states, logits or audio. The first two have no
+        code: `sample_tokens` draws -1 from logits that are not finite, and all logits of such a
+        hidden state are NaN. So a GPU reports them without another copy.
         """
-        drawn = (self.codes >= 0).all(1)
-        return (drawn & self.audio.isfinite().all(1)).tolist()
+        # In float64 the squares of finite samples do not overflow.
+        norms = torch.linalg.vector_norm(self.audio, dim=1, dtype=torch.float64)
+        levels = norms / self.audio.shape[1] ** 0.5
+        return levels.masked_fill((self.codes < 0).any(1), torch.nan).tolist()
 
 
 class FrameBatch(Generic[Member]):

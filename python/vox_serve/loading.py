@@ -82,6 +82,7 @@ def load_engine(model: str | Path, **settings: Any) -> Engine:
             segments,
             max_batch_size,
             default_max_frames=setting.max_frames,
+            max_silence_s=setting.max_silence_s,
         )
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):

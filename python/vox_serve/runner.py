@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from vox_serve.audio import pcm16
 from vox_serve.config import ServerSettings
+from vox_serve.ending import delivered_audio
 from vox_serve.fair_queue import FairQueue, LineFull
 from vox_serve.job import (
     End,
@@ -398,9 +399,9 @@ class Runner:
                 self._leave(output.request_id)
                 continue
             chunks: list[Item] = []
-            if output.audio is not None:
+            if (audio := delivered_audio(output)) is not None:
                 job.progress.num_frames += 1
-                chunks.append(pcm16(output.audio).tobytes())
+                chunks.append(pcm16(audio).tobytes())
             if output.finish_reason is None:
                 job.post(*chunks)
                 continue

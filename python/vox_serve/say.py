@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from vox_serve.atomic_file import atomic_write, sync
 from vox_serve.cli import CommandError, CommandParser, run_command
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from vox_serve.engine import Engine, Request
+    from vox_serve.request import FinishReason
 
 PROG = "say"
 
@@ -114,6 +115,7 @@ def _say(
     import numpy as np
 
     from vox_serve.audio import pcm16, wav_file
+    from vox_serve.ending import why_cut
     from vox_serve.engine import Request
 
     engine = make_engine(config.model_copy(update={"max_batch_size": 1}))
@@ -121,14 +123,16 @@ def _say(
         text=text,
         speaker=speaker,
         sampling=config.sampling,
-        max_frames=config.max_frames,
+        max_frames=config.frames_for(text),
     )
     from tqdm import tqdm
 
     with tqdm(
-        total=config.max_frames, unit="frame", disable=not sys.stderr.isatty(), leave=False
+        total=request.max_frames, unit="frame", disable=not sys.stderr.isatty(), leave=False
     ) as bar:
-        audio, codes = speak(engine, request, bar.update)
+        audio, codes, reason = speak(engine, request, bar.update)
+    if cut := why_cut(reason, len(codes)):
+        print(f"{PROG}: warning: {cut}", file=sys.stderr)
     contents: list[tuple[str, bytes]] = []
     if codes_path is not None:
         npy = io.BytesIO()
@@ -193,9 +197,23 @@ def _check_writable(path: Path) -> None:
         raise CommandError(f"cannot write {path}: permission denied")
 
 
+class Speech(NamedTuple):
+    """A spoken request.
+
+    Attributes:
+        audio: `[S]` float32 samples; S may be 0.
+        codes: `[N, K]` int64 frames; N may be 0.
+        finish_reason: why it ended.
+    """
+
+    audio: "np.ndarray"
+    codes: "np.ndarray"
+    finish_reason: "FinishReason"
+
+
 def speak(
     engine: "Engine", request: "Request", on_frame: Callable[[], object] = lambda: None
-) -> "tuple[np.ndarray, np.ndarray]":
+) -> Speech:
     """Run one request to its end on an idle engine.
 
     Args:
@@ -204,22 +222,30 @@ def speak(
         on_frame: called after every frame.
 
     Returns:
-        Samples `[S]` float32, and frames `[N, K]` int64; S and N may be 0.
+        The speech; if it was cut, its last 10 ms are faded out.
 
     Raises:
         ValueError: the engine rejects the request.
+        CommandError: the model produced numbers that are not finite.
     """
     import numpy as np
 
+    from vox_serve.ending import delivered_audio
+
     engine.add(request)
+    reason: FinishReason | None = None
     audio, codes = [np.zeros(0, np.float32)], [np.zeros((0, engine.num_codebooks), np.int64)]
     while engine.has_work:
         for output in engine.step():
-            if output.codes is not None and output.audio is not None:
-                audio.append(output.audio)
+            reason = output.finish_reason
+            if reason == "error":
+                raise CommandError(output.error)
+            delivered = delivered_audio(output)
+            if output.codes is not None and delivered is not None:
+                audio.append(delivered)
                 codes.append(output.codes.numpy()[None])
                 on_frame()
-    return np.concatenate(audio), np.concatenate(codes)
+    return Speech(np.concatenate(audio), np.concatenate(codes), reason or "stop")
 
 
 if __name__ == "__main__":

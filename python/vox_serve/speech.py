@@ -2,6 +2,7 @@
 
 import os
 import threading
+import warnings
 from collections import deque
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     import numpy as np
 
     from vox_serve.engine import Engine, FrameOutput, Prompt, Request
+    from vox_serve.request import FinishReason
+
+    Chunks = Generator[np.ndarray, None, FinishReason]
 
 
 def load(model: str | os.PathLike[str] = "demo", **settings: Any) -> "Voice":
@@ -36,6 +40,10 @@ def load(model: str | os.PathLike[str] = "demo", **settings: Any) -> "Voice":
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     config = Config(model=os.fspath(model), **settings)
     return Voice(make_engine(config), config, config.max_text_chars)
+
+
+class SpeechCutWarning(UserWarning):
+    """Speech was cut, because the model did not end it."""
 
 
 class Voice:
@@ -82,24 +90,37 @@ class Voice:
         Raises:
             ValueError: an argument is unknown or invalid, or the text too long for the model's
                 context; the message names it.
+            RuntimeError: the model produced numbers that are not finite.
+
+        Warns:
+            SpeechCutWarning: the speech did not end by itself: it reached `max_frames` ("length"),
+                the end of the model's context ("context") or `max_silence_s` ("silence"). Its last
+                10 ms are faded out. The finish reason of other speech is "stop".
         """
         import numpy as np
 
-        return np.concatenate([np.zeros(0, np.float32), *self.stream(text, speaker, **overrides)])
+        chunks = self._start(text, speaker, overrides, stacklevel=3)
+        return np.concatenate([np.zeros(0, np.float32), *chunks])
 
-    def stream(
-        self, text: str, speaker: int = 0, **overrides: Any
-    ) -> Generator["np.ndarray", None, None]:
+    def stream(self, text: str, speaker: int = 0, **overrides: Any) -> "Chunks":
         """Speak a text in chunks, as they are made; together they equal `say`'s samples.
 
-        Arguments and errors are those of `say`. Errors are raised by this call; the computation
-        starts with the first chunk. Closing or dropping the generator aborts the rest.
+        Arguments, errors and warnings are those of `say`. ValueError is raised by this call; the
+        computation starts with the first chunk. Closing or dropping the generator aborts the rest.
 
         Yields:
             `[1920]` float32 samples, 80 ms.
+
+        Returns:
+            The generator's return value is the finish reason, as in `say`.
         """
+        return self._start(text, speaker, overrides, stacklevel=2)
+
+    def _start(
+        self, text: str, speaker: int, overrides: dict[str, Any], stacklevel: int
+    ) -> "Chunks":
         request = self._request(text, speaker, overrides)
-        return self._run(request, self._engine.prepare(request))
+        return self._run(request, self._engine.prepare(request), stacklevel)
 
     def _request(self, text: str, speaker: int, overrides: dict[str, Any]) -> "Request":
         from vox_serve.engine import Request
@@ -113,22 +134,32 @@ class Voice:
         if type(speaker) is not int or speaker < 0:
             raise ValueError(f"speaker must be a whole number from 0, got {speaker!r}")
         speech = self._settings.override(**overrides)
-        return Request(text, speaker, sampling=speech.sampling, max_frames=speech.max_frames)
+        max_frames = overrides.get("max_frames") or self._settings.frames_for(text)
+        return Request(text, speaker, sampling=speech.sampling, max_frames=max_frames)
 
-    def _run(self, request: "Request", prompt: "Prompt") -> Generator["np.ndarray", None, None]:
+    def _run(self, request: "Request", prompt: "Prompt", stacklevel: int) -> "Chunks":
+        from vox_serve.ending import delivered_audio, why_cut
+
         outputs = self._outputs[request.id] = deque()
-        finished = False
+        num_frames = 0
+        reason: FinishReason | None = None
         try:
             with self._lock:
                 self._engine.add(request, prompt)
-            while not finished:
+            while reason is None:
                 with self._lock:
                     while not outputs:
                         self._step()
                     output = outputs.popleft()
-                finished = output.finish_reason is not None
-                if output.audio is not None:
-                    yield output.audio
+                reason = output.finish_reason
+                if reason == "error":
+                    raise RuntimeError(output.error)
+                if (audio := delivered_audio(output)) is not None:
+                    num_frames += 1
+                    yield audio
+            if cut := why_cut(reason, num_frames):
+                warnings.warn(f"speech was {cut}", SpeechCutWarning, stacklevel=stacklevel)
+            return reason
         finally:
             del self._outputs[request.id]
             self._left.append(request.id)

@@ -10,7 +10,8 @@ from fastapi import Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Send
 
-from vox_serve.audio import wav_header
+from vox_serve.audio import pcm16, wav_header
+from vox_serve.ending import fade_tail
 from vox_serve.job import Job, ReaderStalled, RequestFailed, Unavailable
 
 T = TypeVar("T")
@@ -76,13 +77,27 @@ class _SpeechResponse(StreamingResponse):
                 level = logging.WARNING if isinstance(error, ReaderStalled) else logging.ERROR
                 logger.log(level, "request %s was cut: %s", job.request.id, error)
             else:
-                logger.info("request %s ended: %s", job.request.id, job.finish_reason)
+                ending = job.request.id, job.finish_reason, job.num_frames
+                logger.info("request %s ended: %s, %d frames", *ending)
 
 
 async def _stream(job: Job, first: bytes) -> AsyncIterator[bytes]:
     yield wav_header(None) + first
-    async for chunk in job:
-        yield chunk
+    last = first
+    try:
+        async for chunk in job:
+            last = chunk
+            yield chunk
+    except (Unavailable, RequestFailed) as error:
+        if not isinstance(error, ReaderStalled):
+            yield _fade_after(last)
+        raise
+
+
+def _fade_after(chunk: bytes) -> bytes:
+    """PCM that leads from a chunk's last sample to zero."""
+    sample = int.from_bytes(chunk[-2:], "little", signed=True) / 32768
+    return pcm16(fade_tail(sample)).tobytes()
 
 
 async def _whole(job: Job, header: bytes) -> AsyncIterator[bytes]:

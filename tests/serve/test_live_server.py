@@ -6,13 +6,15 @@ import logging
 import socket
 import time
 
+import numpy as np
 import pytest
 import uvicorn
 
 from fake_engine import ENDLESS, TIMEOUT_S, FakeEngine, expected_pcm
 from live_server import LiveServer, wait_until
 from vox_serve import launch
-from vox_serve.audio import wav_file, wav_header
+from vox_serve.audio import pcm16, wav_file, wav_header
+from vox_serve.ending import FADE_SAMPLES, fade_tail
 
 
 class Kept(logging.Handler):
@@ -64,7 +66,9 @@ def test_a_disconnect_aborts_the_request(streaming, errors):
         assert engine.saw_abort.wait(TIMEOUT_S)
         assert not engine.has_work
         assert server.runner.count_jobs() == (0, 0)
-        assert server.post(text="next", max_frames=1).read() == wav_file(expected_pcm("next", 1))
+        assert server.post(text="next", max_frames=1).read() == wav_file(
+            expected_pcm("next", 1, cut=True)
+        )
     assert errors == []
 
 
@@ -103,8 +107,8 @@ def test_a_slow_reader_does_not_stall_the_others():
     with LiveServer(engine, max_frames=2048) as server:
         slow = server.post(text="slow", streaming=True)  # 7.9 MB, more than the sockets buffer
         others = [server.post(text=f"{i}", max_frames=2).read() for i in range(5)]
-        assert others == [wav_file(expected_pcm(f"{i}", 2)) for i in range(5)]
-        assert slow.read() == wav_header(None) + expected_pcm("slow", 2048)
+        assert others == [wav_file(expected_pcm(f"{i}", 2, cut=True)) for i in range(5)]
+        assert slow.read() == wav_header(None) + expected_pcm("slow", 2048, cut=True)
 
 
 def test_a_failing_engine_cuts_the_stream(errors):
@@ -113,7 +117,11 @@ def test_a_failing_engine_cuts_the_stream(errors):
         assert answer.status == 200
         with pytest.raises(http.client.IncompleteRead) as cut:
             answer.read()
-        assert (wav_header(None) + expected_pcm("hello", 3)).startswith(cut.value.partial)
+        samples = np.frombuffer(cut.value.partial[44:], "<i2")
+        spoken = np.frombuffer(expected_pcm("hello", 3), "<i2")
+        spoken, tail = spoken[: len(samples) - FADE_SAMPLES], samples[-FADE_SAMPLES:]
+        np.testing.assert_array_equal(samples[:-FADE_SAMPLES], spoken)
+        np.testing.assert_array_equal(tail, pcm16(fade_tail(spoken[-1] / 32768)))
     assert sum("the engine failed in a step" in message for message in errors) == 1
     assert sum("was cut: the request failed: internal error" in m for m in errors) == 1
 

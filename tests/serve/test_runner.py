@@ -53,7 +53,7 @@ def test_a_job_yields_its_frames(num_frames):
 def test_the_last_frame_and_the_end_may_come_together():
     request = Request("hello", max_frames=2)
     pcm = run_with(FakeEngine(num_frames=9), lambda runner: read(runner, request))
-    assert pcm == expected_pcm("hello", 2)
+    assert pcm == expected_pcm("hello", 2, cut=True)
 
 
 def test_jobs_do_not_mix():
@@ -79,7 +79,7 @@ def test_leaving_a_job_aborts_it_and_frees_its_place():
         await until_aborted(engine)
         return await read(runner, Request("three", max_frames=1))
 
-    assert run_with(engine, scenario, max_jobs=1) == expected_pcm("three", 1)
+    assert run_with(engine, scenario, max_jobs=1) == expected_pcm("three", 1, cut=True)
     assert engine.aborted == ["one"]
 
 
@@ -149,7 +149,7 @@ def test_an_engine_that_breaks_cuts_its_streams_and_goes_on():
         assert (runner.counts.failed, runner.counts.recoveries) == (2, 1)
         return await read(runner, Request("later", max_frames=2))
 
-    assert run_with(engine, scenario) == expected_pcm("later", 2)
+    assert run_with(engine, scenario) == expected_pcm("later", 2, cut=True)
     assert engine.num_resets == 1
 
 
@@ -175,8 +175,8 @@ def test_an_unread_job_stalls_no_other():
         return answers, kept
 
     answers, kept = run_with(FakeEngine(num_frames=ENDLESS), scenario)
-    assert answers == [expected_pcm(f"{i}", 2) for i in range(30)]
-    assert kept == expected_pcm("unread", 50)
+    assert answers == [expected_pcm(f"{i}", 2, cut=True) for i in range(30)]
+    assert kept == expected_pcm("unread", 50, cut=True)
 
 
 def test_a_text_that_is_being_tokenized_stalls_no_live_request():

@@ -13,6 +13,7 @@ from fake_engine import FakeEngine, expected_pcm, fake_audio, fake_codes
 from vox_serve import loading, say
 from vox_serve.audio import wav_file
 from vox_serve.config import Config
+from vox_serve.ending import FADE_SAMPLES
 from vox_serve.prompt import Segment
 from vox_serve.sampling import SamplingParams
 from voxkern import backend
@@ -96,7 +97,9 @@ def test_flags_reach_the_engine(loads, tmp_path):
     (request,) = loads.engine.requests
     assert (request.text, request.speaker, request.max_frames) == ("hello", 1, 2)
     assert request.sampling == sampling
-    assert (tmp_path / "out.wav").read_bytes() == wav_file(expected_pcm("hello", 2, seed=7))
+    assert (tmp_path / "out.wav").read_bytes() == wav_file(
+        expected_pcm("hello", 2, seed=7, cut=True)
+    )
 
 
 def test_greedy_is_temperature_zero(loads, tmp_path):
@@ -235,8 +238,9 @@ def test_speak_collects_codes_and_audio():
     from vox_serve.engine import Request
 
     frames = []
-    audio, codes = say.speak(FakeEngine(2), Request("hello"), lambda: frames.append(1))
+    audio, codes, reason = say.speak(FakeEngine(2), Request("hello"), lambda: frames.append(1))
     assert len(frames) == 2
+    assert reason == "stop"
     np.testing.assert_array_equal(
         audio, np.concatenate([fake_audio("hello", None, i) for i in (0, 1)])
     )
@@ -267,7 +271,9 @@ def test_a_checkpoint_gives_transformers_codes_and_audio(tiny, folder, tmp_path)
         pcm = np.frombuffer(reader.readframes(reader.getnframes()), "<i2")
     valid = codes.clamp(max=SHAPE.audio_vocab_size - 4)
     audio = tiny.model.codec_model.decode(valid.T[None]).audio_values[0, 0].numpy()
-    np.testing.assert_allclose(pcm / 32768, audio.clip(-1, 1 - 2**-15), atol=1e-4)
+    kept = slice(-FADE_SAMPLES)  # max_frames cuts the speech, so the rest fades
+    expected = audio.clip(-1, 1 - 2**-15)
+    np.testing.assert_allclose((pcm / 32768)[kept], expected[kept], atol=1e-4)
 
 
 def test_a_context_file_comes_first(tiny, folder, tmp_path):

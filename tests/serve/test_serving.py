@@ -45,7 +45,7 @@ def client(folder):
 
 
 def expected_wav(engine: Engine, text: str, **fields) -> bytes:
-    audio, _ = speak(engine, Request(text, max_frames=NUM_FRAMES, **fields))
+    audio, *_ = speak(engine, Request(text, max_frames=NUM_FRAMES, **fields))
     return wav_file(pcm16(audio).tobytes())
 
 

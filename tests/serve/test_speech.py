@@ -8,7 +8,7 @@ import pytest
 
 import vox_serve
 from checkpoints import build_tiny
-from fake_engine import ENDLESS, FakeEngine, fake_audio
+from fake_engine import ENDLESS, FakeEngine, expected_audio
 from vox_serve import say
 from vox_serve.audio import pcm16
 from vox_serve.config import ConfigError, SpeechSettings
@@ -119,9 +119,7 @@ def test_a_stream_that_is_collected_within_a_step_is_aborted_by_the_next():
 def test_settings_are_the_defaults_and_keywords_override_them():
     engine = FakeEngine()
     voice = fake_voice(engine, temperature=0.5, seed=3, max_frames=2)
-    np.testing.assert_array_equal(
-        voice.say("a"), np.concatenate([fake_audio("a", 3, i) for i in range(2)])
-    )
+    np.testing.assert_array_equal(voice.say("a"), expected_audio("a", 2, seed=3, cut=True))
     voice.say("b", speaker=1, seed=4, max_frames=1, top_p=None)
     first, second = engine.requests
     assert (first.speaker, first.max_frames, first.sampling.temperature) == (0, 2, 0.5)

@@ -110,7 +110,7 @@ def test_speech_is_the_same_with_and_without_a_cache(folder, tmp_path, no_packin
         spoken.append(say.speak(engine, request))
         if cache.exists():
             no_packing()
-    for audio, codes in spoken:
+    for audio, codes, _ in spoken:
         assert len(codes) == 5
         np.testing.assert_array_equal(codes, spoken[0][1])
         np.testing.assert_array_equal(audio, spoken[0][0])

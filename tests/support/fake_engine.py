@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from vox_serve.audio import pcm16
+from vox_serve.ending import fade_out
 from vox_serve.engine import FrameOutput, Prompt, PromptTooLongError, Request
 
 NUM_CODEBOOKS = 4
@@ -132,6 +133,20 @@ class FakeEngine:
         return FrameOutput(request.id, fake_codes(request.text, frame), audio, reason)
 
 
-def expected_pcm(text: str, num_frames: int, seed: int | None = None) -> bytes:
-    """16-bit PCM of an utterance that a `FakeEngine` speaks."""
-    return b"".join(pcm16(fake_audio(text, seed, i)).tobytes() for i in range(num_frames))
+def expected_audio(
+    text: str, num_frames: int, seed: int | None = None, cut: bool = False
+) -> np.ndarray:
+    """An utterance that a `FakeEngine` speaks, as it is delivered.
+
+    Args:
+        text, num_frames, seed: the utterance.
+        cut: `max_frames` ends it, so that it fades.
+    """
+    frames = [fake_audio(text, seed, i) for i in range(num_frames)]
+    audio = np.concatenate([np.zeros(0, np.float32), *frames])
+    return fade_out(audio) if cut else audio
+
+
+def expected_pcm(text: str, num_frames: int, seed: int | None = None, cut: bool = False) -> bytes:
+    """16-bit PCM of `expected_audio`."""
+    return pcm16(expected_audio(text, num_frames, seed, cut)).tobytes()

@@ -92,8 +92,8 @@ def evaluate_voice(args, judge):
         for seed, text in enumerate(texts, args.seed):
             sampling = SamplingParams(temperature=args.temperature, top_k=args.top_k, seed=seed)
             request = Request(text=text, speaker=speaker, sampling=sampling, max_frames=MAX_FRAMES)
-            audio, codes = speak(engine, request)
-            unended += len(codes) == MAX_FRAMES
+            audio, _, reason = speak(engine, request)
+            unended += reason != "stop"
             audios.append(audio)
         made_s = time.time() - started
         speech_s = sum(map(len, audios)) / SAMPLE_RATE_HZ

@@ -58,7 +58,7 @@ def main():
             request = Request(
                 text=text, speaker=speaker, sampling=SamplingParams(seed=number), max_frames=200
             )
-            audio, _ = speak(engine, request)
+            audio = speak(engine, request).audio
             name = f"speaker{speaker}_{number}.wav"
             (args.out / name).write_bytes(wav_file(pcm16(audio).tobytes(), SAMPLE_RATE_HZ))
             print(name, text)
