@@ -1,6 +1,5 @@
 """The HTTP interface: routes, request model and error responses."""
 
-import dataclasses
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
@@ -121,12 +120,6 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
 
     app = FastAPI(title="VoxKern", description="Text to speech with CSM.", lifespan=lifespan)
 
-    def readiness() -> tuple[str, str | None]:
-        """A word for the server's state, and why it takes no requests."""
-        if runner.draining:
-            return "draining", "the server is shutting down"
-        return ("failed" if runner.failure else "ok"), runner.failure
-
     @app.post(
         "/generate",
         response_class=Response,
@@ -155,7 +148,7 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
     async def health() -> Response:
         """200 when the engine can serve, 503 with the reason when it cannot."""
         live, waiting = runner.count_jobs()
-        status, reason = readiness()
+        status, reason = runner.status
         state = {
             "status": status,
             **({"reason": reason} if reason else {}),
@@ -164,7 +157,7 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
             "waiting_requests": waiting,
             "unread_bytes": runner.unread_bytes,
             "max_queue_size": config.max_queue_size,
-            "counts": dataclasses.asdict(runner.counts),
+            "counts": runner.totals(),
         }
         return AsciiJSONResponse(state, 503 if reason else 200)
 
@@ -176,7 +169,7 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
     @app.get("/health/ready", responses={503: {"description": "send no requests here"}})
     async def ready() -> Response:
         """200 when new requests are served, 503 with the reason when they are not."""
-        status, reason = readiness()
+        status, reason = runner.status
         if reason is None:
             return AsciiJSONResponse({"status": "ready"})
         return AsciiJSONResponse({"status": status, "reason": reason}, 503)

@@ -17,9 +17,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vox_serve.audio import pcm16
 from vox_serve.config import ServerSettings
@@ -50,6 +50,8 @@ logger = logging.getLogger("vox_serve")
 
 INTERNAL_ERROR = "the request failed: internal error"
 """All that a client learns of an exception; the log has the rest."""
+
+SHUTTING_DOWN = "the server is shutting down"
 
 EXIT_ENGINE_FAILED = 70
 """Exit code (EX_SOFTWARE) after which a supervisor should start the process again."""
@@ -174,7 +176,7 @@ class Runner:
 
     def request_stop(self) -> None:
         """End all jobs now with `ShuttingDown`, and the thread after its current step."""
-        self._fail_all("the server is shutting down", ShuttingDown)
+        self._fail_all(SHUTTING_DOWN, ShuttingDown)
 
     async def stop(self) -> None:
         """Call `request_stop` and wait for the engine's thread."""
@@ -189,7 +191,7 @@ class Runner:
         with self._lock:
             self.draining = True
             self._on_empty = lambda: loop.call_soon_threadsafe(emptied.set)
-            error = ShuttingDown("the server is shutting down", self._retry_after_s())
+            error = ShuttingDown(SHUTTING_DOWN, self._retry_after_s())
             waiting = self._queue.remove_waiting()
             if not self._jobs:
                 return
@@ -199,6 +201,8 @@ class Runner:
             await asyncio.wait_for(emptied.wait(), within_s)
         except TimeoutError:
             logger.warning("the shutdown cuts %d requests", len(self._jobs))
+        finally:
+            self._on_empty = lambda: None
 
     def submit(self, request: "Request", client: str = "", streaming: bool = True) -> Job:
         """Queue a request. Call this on the event loop that will read the job.
@@ -216,23 +220,37 @@ class Runner:
         with self._lock:
             if self.failure or self.draining:
                 kind = ShuttingDown if self.draining else EngineFailure
-                raise kind(self.failure or "the server is shutting down", self._retry_after_s())
+                raise kind(self.failure or SHUTTING_DOWN, self._retry_after_s())
             try:
                 evicted = self._queue.put(job, client)
             except LineFull:
                 raise self._queue_full() from None
             self._jobs[request.id] = job
-            if evicted is not None:
-                evicted.post(End(error=self._queue_full()))
+            full = self._queue_full() if evicted is not None else None
+        if evicted is not None:
+            evicted.post(End(error=full))
         num_chars = len(request.text)
         niceness = 0 if num_chars <= SHORT_CHARS else min(num_chars // CHARS_PER_NICENESS, 19)
         try:
             self._preparing.start(partial(self._prepare, job), niceness)
         except RuntimeError:  # no more threads
+            job.ended = True
             job.close()
             with self._lock:
                 raise self._queue_full() from None
         return job
+
+    @property
+    def status(self) -> tuple[str, str | None]:
+        """The words "ok", "draining" or "failed", and why no request is taken."""
+        if self.draining and not self.exit_code:
+            return "draining", SHUTTING_DOWN
+        return ("failed" if self.failure else "ok"), self.failure
+
+    def totals(self) -> dict[str, Any]:
+        """`counts` as a dict."""
+        with self._lock:
+            return asdict(self.counts)
 
     def count_jobs(self) -> tuple[int, int]:
         """Count the jobs that are being spoken, and those that wait for their first frame."""

@@ -330,6 +330,30 @@ class TestPreparation:
         finally:
             hanging.set()
 
+    def test_slow_texts_of_clients_that_left_delay_no_other(self):
+        engine = FakeEngine()
+        hanging, prepare = threading.Event(), engine.prepare
+        seen = []
+
+        def hang(request):
+            seen.append(request.text)
+            if len(request.text) > 1000:
+                hanging.wait(TIMEOUT_S)
+            return prepare(request)
+
+        engine.prepare = hang
+
+        async def scenario(runner):
+            for _ in range(200):
+                runner.submit(Request("1" * 1500)).close()
+            answer = await streamed(runner.submit(Request("quick")))
+            hanging.set()
+            await until(lambda: not runner._preparing.is_busy)
+            return answer
+
+        assert run_with(engine, scenario) == expected_pcm("quick", 3)
+        assert len(seen) <= 17  # those that had left were skipped
+
     def test_no_threads_left_is_overload(self, monkeypatch):
         async def scenario(runner):
             def refuse(thread):
