@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python
 CUDA := $(wildcard csrc/cuda/*/*)
 SIMT := $(wildcard tests/simt/*.h tests/simt/*.cpp)
-PLANTED := tests/sanitize/planted.cu
+PLANTED := $(wildcard tests/sanitize/planted.*)
 CPP := $(wildcard csrc/*.cpp csrc/common/* csrc/params/* csrc/cpu/*/*)
 # One worker per core, at most 8. Workers have one thread each unless a variable or a test says
 # otherwise (conftest.py).
@@ -27,7 +27,7 @@ DEPENDENCIES = $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.to
 CMAKE = PATH=$(CURDIR)/$(BIN):$$PATH cmake
 CONFIGURE = $(CMAKE) -S . -G Ninja -DVOXKERN_TORCH=$$($(RUN) -c 'import torch; print(torch.__path__[0])')
 
-.PHONY: build serve test test-fast soak simt cuda-check cuda-link-check gpu-carry triton-check lint format bench peers sanitize clean
+.PHONY: build serve test test-fast soak simt cuda-check cuda-link-check gpu-carry triton-check lint format bench peers sanitize tsan fuzz clean
 
 build: $(VENV)/built
 
@@ -50,6 +50,7 @@ $(VENV)/test: $(VENV)/built
 	$(BIN)/pip install --quiet --no-build-isolation -e '.[test]'
 	$(BIN)/pip install --quiet --no-deps moshi einops sentencepiece || echo 'moshi is unavailable: its tests will be skipped'
 	$(BIN)/pip install --quiet $$($(call EXTRA,judge)) || echo 'the speech recogniser is unavailable: tests that transcribe the voice will be skipped'
+	for fuzzer in $$($(call EXTRA,fuzz)); do $(BIN)/pip install --quiet $$fuzzer || echo "$$fuzzer is unavailable: its tests will be skipped"; done
 	touch $@
 
 $(VENV)/lint: $(VENV)/torch
@@ -133,10 +134,31 @@ peers: $(VENV)/built
 # sanitizers: their last report would be lost otherwise.
 sanitize: $(VENV)/test
 	$(CONFIGURE) -B build/sanitize -DVOXKERN_SANITIZE=ON
-	$(CMAKE) --build build/sanitize --target voxkern voxkern_simt
+	$(CMAKE) --build build/sanitize --target voxkern voxkern_simt sanitize_planted
+	$(RUN) tests/sanitize/check_planted.py build/sanitize/sanitize_planted address
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	UBSAN_OPTIONS=print_stacktrace=1 VOXKERN_LIBRARY=build/sanitize/_C.so \
 	VOXKERN_SIMT_LIBRARY=build/sanitize/tests/simt/voxkern_simt.so VOXKERN_SIMT_ORDER=descending $(RUN) -m pytest -q --capture=sys $(OP_TESTS)
+
+# The CPU kernels' team of threads under the thread sanitizer: first on planted races, then small cases
+# of every op on three threads, and callers of several threads. torch computes on one thread: its
+# OpenMP library is not instrumented, and would give false reports. setarch: the sanitizer supports
+# no more address randomisation than older kernels had.
+TSAN = OMP_NUM_THREADS=1 VOXKERN_NUM_THREADS=3 TSAN_OPTIONS=exitcode=66 VOXKERN_LIBRARY=build/tsan/_C.so \
+	LD_PRELOAD="$$(c++ -print-file-name=libtsan.so) $$(c++ -print-file-name=libstdc++.so)" setarch -R $(RUN)
+tsan: $(VENV)/test
+	$(CONFIGURE) -B build/tsan -DVOXKERN_SANITIZE_THREAD=ON -DVOXKERN_CUDA=off
+	$(CMAKE) --build build/tsan --target voxkern sanitize_planted
+	$(RUN) tests/sanitize/check_planted.py build/tsan/sanitize_planted thread
+	PYTHONPATH=tests/support $(TSAN) tests/support/sanitizer_cases.py native-cpu
+	$(TSAN) -m pytest -q --capture=sys tests/ops/test_team.py -k resizing
+
+# Each fuzz target for FUZZ_MINUTES with atheris; `make test` gives each some seconds. Findings are
+# written to build/fuzz.
+FUZZ_MINUTES ?= 30
+FUZZ_TARGETS := $(notdir $(wildcard tests/fuzz/corpus/*))
+fuzz: $(VENV)/test
+	set -e; for target in $(FUZZ_TARGETS); do $(RUN) tests/fuzz/fuzz.py $$target $$(($(FUZZ_MINUTES) * 60)); done
 
 # Removes all that make has created, the environment included.
 clean:

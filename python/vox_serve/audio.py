@@ -118,10 +118,10 @@ def read_audio(
     ) as error:  # TypeError: a headerless format, by the file's name
         reason = getattr(error, "error_string", error)
         raise AudioError(f"cannot read audio from {path}: {reason}") from None
-    if not len(mono):
-        raise AudioError(f"{path} holds no samples")
     if file_rate_hz != sample_rate_hz:
         mono = soxr.resample(mono, file_rate_hz, sample_rate_hz)
+    if not len(mono):  # a few samples at a high rate are none at a lower one
+        raise AudioError(f"{path} holds no samples")
     return np.ascontiguousarray(mono, dtype=np.float32)
 
 

@@ -516,6 +516,7 @@ def wav(
         (wav(np.float32([0, -np.inf]).tobytes(), bits=32, tag=3), "not numbers"),
         (wav(np.float32([0, 1e38]).tobytes(), bits=32, tag=3), "beyond 65536"),
         (wav(b""), "no samples"),
+        (wav(bytes(12), rate=300_000), "no samples"),
         (b"RIFF", ""),
         (b"fLaC" + bytes(100), ""),
         (b"OggS" + bytes(100), ""),

@@ -11,7 +11,7 @@ namespace {
 const char* const kNames[] = {"baseline", "avx2", "avx512"};
 
 bool supported(Isa isa) {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(VOX_BASELINE_ONLY)
   __builtin_cpu_init();
   switch (isa) {
     case Isa::avx512:

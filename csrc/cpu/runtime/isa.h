@@ -19,7 +19,7 @@ Isa isa();
 
 }  // namespace voxkern
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(VOX_BASELINE_ONLY)
 #define VOX_KERNEL(name, Params)                         \
   namespace baseline {                                   \
   void name(const Params&);                              \

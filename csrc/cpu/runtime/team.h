@@ -45,7 +45,12 @@ inline Range partition(int64_t n, int64_t grain, int rank, int size) {
 }
 
 // Operations or bytes below which a job stays on one thread: waking the team costs microseconds.
+// The thread sanitizer's build has small cases run on the team too.
+#ifdef VOX_MIN_TEAM_WORK
+constexpr int64_t kMinTeamWork = VOX_MIN_TEAM_WORK;
+#else
 constexpr int64_t kMinTeamWork = 1 << 15;
+#endif
 
 // Calls f(begin, end) on ranges that cover 0..n. `work` is the total in operations or bytes: a job
 // below kMinTeamWork stays on the calling thread, because waking the team costs microseconds.

@@ -1,0 +1,142 @@
+"""Write the seeds of the fuzz targets: small valid inputs, and the known bad kinds.
+
+    python tests/fuzz/make_corpus.py
+
+Other files in tests/fuzz/corpus are inputs that once were findings; they stay.
+"""
+
+import io
+import json
+import struct
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "tests" / "support"), str(Path(__file__).parent)]
+
+import numpy as np
+import soundfile
+from safetensors.torch import save
+
+from checkpoints import TinyShape, build_tiny
+from targets import CONTENT_TYPES
+
+CORPUS = Path(__file__).parent / "corpus"
+SHAPE = TinyShape(layers=1, depth_layers=1)
+
+
+def write(target: str, name: str, data: bytes) -> None:
+    (CORPUS / target).mkdir(parents=True, exist_ok=True)
+    (CORPUS / target / name).write_bytes(data)
+
+
+def audio() -> None:
+    sine = 0.5 * np.sin(np.arange(480) / 10)
+    for name, form, subtype in (
+        ("sine.wav", "WAV", "PCM_16"),
+        ("float.wav", "WAV", "FLOAT"),
+        ("adpcm.wav", "WAV", "IMA_ADPCM"),
+        ("sine.flac", "FLAC", "PCM_16"),
+        ("sine.ogg", "OGG", "VORBIS"),
+        ("sine.mp3", "MP3", "MPEG_LAYER_III"),
+        ("sine.aiff", "AIFF", "PCM_16"),
+        ("sine.au", "AU", "ULAW"),
+    ):
+        file = io.BytesIO()
+        soundfile.write(file, sine, 24_000, subtype, format=form)
+        write("audio", name, file.getvalue())
+    file = io.BytesIO()
+    soundfile.write(file, np.stack([sine, -sine], axis=1), 48_000, "PCM_24", format="WAV")
+    write("audio", "stereo.wav", file.getvalue())
+
+
+def safetensors() -> None:
+    tensors = build_tiny(SHAPE).tensors
+    small = {name: t.flatten()[:2].contiguous() for name, t in list(tensors.items())[::9]}
+    write("safetensors", "small", save(small))
+    for name, shape, offsets in (
+        ("overflow", (2**62, 8), (0, 8)),
+        ("beyond", (2,), (0, 800)),
+        ("empty", (0, 2**40), (0, 0)),
+    ):
+        header = {"a": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}
+        text = json.dumps(header).encode()
+        write("safetensors", name, struct.pack("<Q", len(text)) + text + bytes(8))
+
+
+def config_json() -> None:
+    shapes = {name: list(t.shape) for name, t in build_tiny(SHAPE).tensors.items()}
+    (Path(__file__).parent / "shapes.json").write_text(json.dumps(shapes, indent=0) + "\n")
+    config = build_tiny(SHAPE).config
+    write("config_json", "hf", json.dumps(config).encode())
+    flavors = {"backbone_flavor": "llama-1B", "decoder_flavor": "llama-100M"}
+    sizes = {"text_vocab_size": 128256, "audio_vocab_size": 2051, "audio_num_codebooks": 32}
+    write("config_json", "original", json.dumps(flavors | sizes).encode())
+    write("config_json", "layers", json.dumps(config | {"num_hidden_layers": 10**9}).encode())
+    write("config_json", "deep", b'{"a":' * 2000)
+    write("config_json", "twice", b'{"vocab_size": 1, "vocab_size": 2}')
+    write("config_json", "infinite", b'{"rms_norm_eps": 1e400, "rope_theta": NaN}')
+
+
+def tokenizer_json() -> None:
+    settings = json.loads(build_tiny(SHAPE).tokenizer.to_str())
+    write("tokenizer_json", "tiny", json.dumps(settings).encode())
+    pattern = {"Regex": "(a+)+$"}
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    small = settings | {"pre_tokenizer": split}
+    small["model"] = settings["model"] | {"vocab": {"a": 0, "b": 1}, "merges": []}
+    write("tokenizer_json", "backtracking", json.dumps(small).encode())
+    lower = {"type": "Sequence", "normalizers": [{"type": "NFKC"}, {"type": "Lowercase"}]}
+    write("tokenizer_json", "small", json.dumps(small | {"normalizer": lower}).encode())
+
+
+def context_json() -> None:
+    entries = [
+        {"speaker": 0, "text": "one", "audio": "a.wav"},
+        {"speaker": 1, "text": "zwei", "codes": "a.npy"},
+    ]
+    write("context_json", "both", json.dumps(entries).encode())
+    write("context_json", "device", b'[{"speaker": 0, "text": "x", "codes": "/dev/zero"}]')
+    write("context_json", "surrogate", b'[{"speaker": 0, "text": "\\ud800", "codes": "a.npy"}]')
+    write("context_json", "zero byte", b'[{"speaker": 0, "text": "x", "audio": "\\u0000"}]')
+
+
+def codes_npy() -> None:
+    file = io.BytesIO()
+    np.save(file, np.zeros((2, SHAPE.num_codebooks), np.int64))
+    data = file.getvalue()
+    write("codes_npy", "codes.npy", data)
+    write("codes_npy", "huge.npy", data.replace(b"(2, 4), }", b"(999999999999, 4)}"))
+    write("codes_npy", "object.npy", data.replace(b"<i8", b"|O8"))
+
+
+def http_body() -> None:
+    fields = {"text": "Hello.", "speaker": 1, "temperature": 0.5, "seed": 7, "max_frames": 3}
+    form = "&".join(f"{name}={value}" for name, value in fields.items())
+    parts = "".join(
+        f'--b\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
+        for name, value in fields.items()
+    )
+    bodies = [json.dumps(fields), form, f"{parts}--b--\r\n", parts, "Hello.", '{"text": "x"}']
+    for i, (kind, body) in enumerate(zip(CONTENT_TYPES, bodies, strict=True)):
+        name = kind.partition(";")[0].replace("/", " ") or "none"
+        write("http_body", f"{i} {name}", bytes([i]) + body.encode())
+    write(
+        "http_body", "file", b'\x02--b\r\nContent-Disposition: form-data; name="text"; filename="'
+    )
+    write("http_body", "surrogate", b'\x00{"text": "\\ud800", "seed": 1e400}')
+
+
+if __name__ == "__main__":
+    for make in (
+        audio,
+        safetensors,
+        config_json,
+        tokenizer_json,
+        context_json,
+        codes_npy,
+        http_body,
+    ):
+        make()
+    size = sum(path.stat().st_size for path in CORPUS.rglob("*") if path.is_file())
+    print(f"{size} bytes in {CORPUS}")

@@ -1,0 +1,188 @@
+"""Fuzz targets: each reads bytes as one kind of input, and may raise what its reader documents.
+
+An input is a finding if it raises anything else, takes more than `MEMORY_BYTES`, or runs for more
+than `TIMEOUT_S`.
+"""
+
+import asyncio
+import json
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import torch
+from fastapi import Request
+from pydantic import ValidationError
+from safetensors.torch import save_file
+from starlette.exceptions import HTTPException
+
+from limits import memory_limit
+from vox_serve.api import GenerateRequest
+from vox_serve.audio import AudioError, read_audio
+from vox_serve.checkpoint import CheckpointError, TensorFiles
+from vox_serve.config import Config, ConfigError
+from vox_serve.http_io import read_fields
+from vox_serve.mimi import Mimi, load_mimi, mimi_from_checkpoint
+from vox_serve.model_config import CsmConfig
+from vox_serve.prompt import PromptBuilder, Segment
+from vox_serve.runner import RequestRefused
+from vox_serve.voices import ContextError, load_context
+from vox_serve.weights import load_checkpoint
+
+MEMORY_BYTES = 2 << 30
+TIMEOUT_S = 20
+HERE = Path(__file__).parent
+SPOKEN = "Hello, wörld! 123 aaaaaaaaaaaaaaaaaaaa \n"
+CONTENT_TYPES = (
+    "application/json",
+    "application/x-www-form-urlencoded",
+    "multipart/form-data; boundary=b",
+    "multipart/form-data",
+    "text/plain",
+    "",
+)
+"""The first byte of an HTTP input chooses one of these."""
+
+
+def _seed(name: str) -> bytes:
+    return (HERE / "corpus" / name).read_bytes()
+
+
+@cache
+def _tensors() -> dict[str, torch.Tensor]:
+    """Tensors of the tiny checkpoint that corpus/config_json/hf describes."""
+    shapes = json.loads((HERE / "shapes.json").read_text())
+    torch.manual_seed(0)
+    return {name: 0.1 * torch.randn(shape) for name, shape in shapes.items()}
+
+
+@cache
+def _folder() -> Path:
+    """A checkpoint on which each input replaces one file. Made without transformers, whose import
+    takes longer than many inputs."""
+    folder = Path(tempfile.mkdtemp(prefix="voxkern-fuzz-")) / "model"
+    folder.mkdir()
+    save_file(_tensors(), folder / "model.safetensors")
+    (folder / "config.json").write_bytes(_seed("config_json/hf"))
+    (folder / "tokenizer.json").write_bytes(_seed("tokenizer_json/tiny"))
+    (folder.parent / "a.wav").write_bytes(_seed("audio/sine.wav"))
+    (folder.parent / "a.npy").write_bytes(_seed("codes_npy/codes.npy"))
+    return folder
+
+
+@cache
+def _config() -> CsmConfig:
+    return CsmConfig.from_json(json.loads(_seed("config_json/hf")))
+
+
+@cache
+def _mimi() -> Mimi:
+    prefix = "codec_model."
+    tensors = {n.removeprefix(prefix): t for n, t in _tensors().items() if n.startswith(prefix)}
+    return mimi_from_checkpoint(tensors, json.loads(_seed("config_json/hf"))["codec_config"])
+
+
+def set_up() -> None:
+    """Make what the targets share, so that no input is charged for it."""
+    _folder()
+    _mimi()
+
+
+def _written(name: str, data: bytes) -> Path:
+    path = _folder().parent / name
+    path.write_bytes(data)
+    return path
+
+
+def audio(data: bytes) -> None:
+    """A recording: WAV, FLAC, OGG, MP3, AIFF, ..."""
+    with suppress(AudioError):
+        samples = read_audio(_written("audio.wav", data), max_s=5)
+        assert 0 < len(samples) <= 5 * 24_000 + 1
+
+
+def safetensors(data: bytes) -> None:
+    """A model's and a codec's tensor file."""
+    path = _written("a.safetensors", data)
+    with suppress(CheckpointError):
+        files = TensorFiles([path])
+        for name in files.names:
+            with suppress(CheckpointError):
+                assert files.read(name).nbytes <= len(data)
+    with suppress(ValueError):
+        load_mimi(path)
+
+
+def config_json(data: bytes) -> None:
+    """config.json beside a checkpoint's true weights."""
+    (_folder() / "config.json").write_bytes(data)
+    with suppress(ValueError):
+        checkpoint = load_checkpoint(_folder(), torch.float32)
+        checkpoint.config.backbone.rope_table()
+        checkpoint.config.depth.rope_table()
+        mimi_from_checkpoint(checkpoint.codec_tensors or {}, checkpoint.codec_config).init_state()
+
+
+def tokenizer_json(data: bytes) -> None:
+    """tokenizer.json, and a text that it tokenizes."""
+    (_folder() / "tokenizer.json").write_bytes(data)
+    with suppress(CheckpointError, ValueError):
+        prompts = PromptBuilder.from_folder(_folder(), _config())
+        prompts.tokens(Segment(0, SPOKEN))
+
+
+def context_json(data: bytes) -> None:
+    """context.json beside a recording and codes."""
+    with suppress(ContextError):
+        load_context(_written("context.json", data), _mimi(), _config())
+
+
+def codes_npy(data: bytes) -> None:
+    """A .npy file of codes."""
+    _written("fuzzed.npy", data)
+    text = '[{"speaker": 0, "text": "hi", "codes": "fuzzed.npy"}]'
+    with suppress(ContextError):
+        load_context(_written("codes.json", text.encode()), _mimi(), _config())
+
+
+def http_body(data: bytes) -> None:
+    """A request's body, by the first byte's content type, down to the engine's request."""
+    kind = CONTENT_TYPES[data[0] % len(CONTENT_TYPES)] if data else ""
+
+    async def receive() -> dict:
+        return {"type": "http.request", "body": data[1:], "more_body": False}
+
+    headers = [(b"content-type", kind.encode())] if kind else []
+    scope = {"type": "http", "method": "POST", "path": "/generate", "headers": headers}
+    scope |= {"query_string": b"", "app": None}
+    try:
+        fields, is_form = asyncio.run(read_fields(Request(scope, receive), 262_144))
+    except HTTPException as error:
+        if not 400 <= error.status_code < 500:
+            raise
+        return
+    validate = GenerateRequest.model_validate_strings if is_form else GenerateRequest.model_validate
+    with suppress(ValidationError, ConfigError, RequestRefused):
+        validate(fields).to_engine(Config())
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    target.__name__: target
+    for target in (
+        audio,
+        safetensors,
+        config_json,
+        tokenizer_json,
+        context_json,
+        codes_npy,
+        http_body,
+    )
+}
+
+
+def run(name: str, data: bytes) -> None:
+    """Run one input of a target within the memory limit."""
+    with memory_limit(MEMORY_BYTES):
+        TARGETS[name](data)
