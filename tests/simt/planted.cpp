@@ -8,7 +8,6 @@
 
 #include "cuda/runtime/elements.cuh"
 #include "cuda/runtime/grid_barrier.cuh"
-#include "cuda/runtime/reduce.cuh"
 
 namespace voxkern {
 namespace {

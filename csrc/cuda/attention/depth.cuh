@@ -1,10 +1,14 @@
-// append_kv and decode_attention of one position, for keys that one block holds in its registers:
-// what depth.cu launches and the persistent depth decoder calls.
+// append_kv and decode_attention of one position of the depth decoder, for keys and values of one
+// call.
 //
-// A block takes one row and one key/value head, for up to kDepthQueries query heads of its group. L
-// lanes hold a key's row, 16 bytes each; a lane has kKeysPerLane keys and their values, all loaded
-// at once, before the wait for qkv. Every lane rotates its own part of the queries; the lanes of
-// the new key take it and its value from qkv and write them to the cache.
+// The fast kernels have all keys of a block in its registers. A block takes one row and one
+// key/value head, for up to kDepthQueries query heads of its group. L lanes hold a key's row, 16
+// bytes each; a lane has kKeysPerLane keys and their values, all loaded at once. The keys and
+// values of earlier positions were complete when the kernel was launched, so attend_depth() reads
+// those before the wait for qkv. Every lane rotates its own part of the queries; the lanes of the
+// new key take it and its value from qkv and write them to the cache. The persistent depth decoder
+// calls attend_depth() too. Other head widths, and more keys than a block holds, go element by
+// element.
 //
 // Rounding: float32 throughout, queries and keys rounded where append_kv stores them, the result
 // once. Floor: latency. For CSM, 4 blocks a row read at most 16 KB each; after the wait there are
@@ -12,15 +16,23 @@
 #pragma once
 
 #include "cuda/attention/online_softmax.cuh"
-#include "cuda/ops/ops.cuh"
-#include "cuda/runtime/elementwise.cuh"
 
 namespace voxkern::attention {
 namespace {
 
+struct DepthAttentionParams {
+  int64_t B, Hq, Hkv, D, K, position;
+  const void* qkv;          // [B, (Hq + 2 Hkv) D]
+  const float* rope_table;  // [positions, D]
+  void *k_cache, *v_cache;  // [B, Hkv, K, D]
+  float scale;
+  void* out;  // [B, Hq, D]
+};
+
 constexpr int kDepthThreads = 256;
 constexpr int kDepthWarps = kDepthThreads / kWarp;
 constexpr int kDepthQueries = 2;
+constexpr int kPlainDepthWarps = 4;
 template <int L>
 constexpr int kKeysPerLane = L > 16 ? 4 : 2;
 
@@ -34,7 +46,7 @@ struct DepthShared {
   float sums[kDepthWarps][kDepthQueries][L * kVector<T>];
 };
 
-__host__ __device__ inline int64_t depth_blocks_per_row(const DepthAttentionParams& p) {
+__host__ VOX_DEVICE int64_t depth_blocks_per_row(const DepthAttentionParams& p) {
   return p.Hkv * divide_up(p.Hq / p.Hkv, kDepthQueries);
 }
 
@@ -216,6 +228,81 @@ VOX_DEVICE bool attend_depth(const DepthAttentionParams& p, int part, int64_t b,
   sync_first<kDepthThreads>();
   worker.store(shared);
   return true;
+}
+
+template <typename T, int L>
+__global__ void __launch_bounds__(kDepthThreads) depth_kernel(DepthAttentionParams p) {
+  using Shared = DepthShared<T, L>;
+  VOX_SHARED(Shared, shared);
+  attend_depth<T, L>(p, blockIdx.x, blockIdx.y, shared, [] {
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+    return true;
+  });
+}
+
+// A block takes one row and one key/value head, a warp every kPlainDepthWarps-th query head of its
+// group.
+template <typename T>
+__global__ void __launch_bounds__(kPlainDepthWarps* kWarp)
+    plain_depth_kernel(DepthAttentionParams p) {
+  VOX_SHARED(float[kPlainDepthWarps][kMaxHeadDim], queries);
+  VOX_SHARED(float[kPlainDepthWarps][kWarp], weights);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int D = static_cast<int>(p.D), half = D / 2;
+  const int64_t b = blockIdx.y, h = blockIdx.x, group = p.Hq / p.Hkv;
+  const int64_t cache = (b * p.Hkv + h) * p.K * D;
+  T *const k_cache = static_cast<T*>(p.k_cache) + cache, *const v_cache =
+                                                             static_cast<T*>(p.v_cache) + cache;
+  const T* const row = static_cast<const T*>(p.qkv) + b * (p.Hq + 2 * p.Hkv) * D;
+  const float* const table = p.rope_table + p.position * D;
+  // Calls store(element, its rotated value) for elements i and i + D / 2 of a head.
+  const auto rotate = [&](const T* head, int i, const auto& store) {
+    const float low = to_float(load_element_uncached(head + i));
+    const float high = to_float(load_element_uncached(head + half + i));
+    store(i, from_float<T>(rotated_low(low, high, table[i], table[half + i])));
+    store(half + i, from_float<T>(rotated_high(low, high, table[i], table[half + i])));
+  };
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  for (int i = threadIdx.x; i < half; i += blockDim.x)
+    rotate(row + (p.Hq + h) * D, i, [&](int column, T key) {
+      k_cache[p.position * D + column] = key;
+      v_cache[p.position * D + column] =
+          load_element_uncached(row + (p.Hq + p.Hkv + h) * D + column);
+    });
+  __syncthreads();
+  for (int64_t head = h * group + warp; head < (h + 1) * group; head += kPlainDepthWarps) {
+    for (int i = lane; i < half; i += kWarp)
+      rotate(row + head * D, i,
+             [&](int column, T query) { queries[warp][column] = to_float(query) * p.scale; });
+    attend_row(
+        queries[warp], weights[warp], static_cast<int>(p.position), D, k_cache, v_cache,
+        [&](int key) { return static_cast<int64_t>(key) * D; },
+        [](const T* from) { return to_float(load_element_uncached(from)); },
+        static_cast<T*>(p.out) + (b * p.Hq + head) * D);
+  }
+}
+
+template <typename T>
+void launch_depth_attention(const DepthAttentionParams& p, cudaStream_t stream) {
+  void (*kernel)(DepthAttentionParams) = plain_depth_kernel<T>;
+  int64_t blocks = p.Hkv, threads = kPlainDepthWarps * kWarp;
+  const auto use = [&](void (*fast)(DepthAttentionParams)) {
+    kernel = fast;
+    blocks = depth_blocks_per_row(p);
+    threads = kDepthThreads;
+  };
+  if (p.D == 8 * kVector<T> && p.K <= kMaxDepthKeys<8>) use(depth_kernel<T, 8>);
+  if (p.D == 16 * kVector<T> && p.K <= kMaxDepthKeys<16>) use(depth_kernel<T, 16>);
+  if constexpr (sizeof(T) == 4)
+    if (p.D == 32 * kVector<T> && p.K <= kMaxDepthKeys<32>) use(depth_kernel<T, 32>);
+  launch(kernel,
+         {.grid = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(p.B)),
+          .block = dim3(static_cast<unsigned>(threads)),
+          .stream = stream,
+          .overlaps_previous = true},
+         p);
 }
 
 }  // namespace

@@ -1,11 +1,9 @@
-// A row of one head in the registers of L lanes, for the split and the codec kernels.
+// A row of one head in the registers of L lanes, for the split kernels.
 #pragma once
 
-#include "cuda/runtime/elements.cuh"
+#include "cuda/attention/online_softmax.cuh"
 
 namespace voxkern::attention {
-
-constexpr int kMaxHeadDim = 256;  // of the kernels that go element by element
 
 // A lane's part of a row of D elements: N consecutive ones from column N lane on, in one chunk or
 // in kChunks that are L lanes apart.

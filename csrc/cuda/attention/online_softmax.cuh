@@ -1,11 +1,13 @@
-// The softmax that all attention kernels share. A weight is exp(score - largest), with the largest
+// The softmax that all attention kernels share, and the attention of kernels that go element by
+// element. A weight is exp(score - largest), with the largest
 // score seen so far: sums of weights are rescaled when it grows, and when partial sums are merged.
 #pragma once
 
 #include "cuda/runtime/elements.cuh"
-#include "cuda/runtime/reduce.cuh"
 
 namespace voxkern::attention {
+
+constexpr int kMaxHeadDim = 256;  // of the kernels that go element by element
 
 VOX_DEVICE float minus_infinity() { return __uint_as_float(0xff800000u); }
 
@@ -53,6 +55,45 @@ VOX_DEVICE SoftmaxState merge_parts(const State& state, const Value& value, floa
     total = fmaf(value(i), factor, total);
   }
   return merged;
+}
+
+// One query [D] of one warp to out [D], for keys 0 .. last, 32 at a time: a lane takes a key's
+// score, then every 32nd column. The query is scaled; it and `weights` are in shared memory, the
+// warp's own. place(key) is a key's offset in k and v; load(pointer) is an element as float.
+template <typename T, typename Place, typename Load>
+VOX_DEVICE void attend_row(const float* query, float (&weights)[kWarp], int last, int D, const T* k,
+                           const T* v, const Place& place_of, const Load& load, T* out) {
+  constexpr int kColumnsPerLane = kMaxHeadDim / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  float acc[kColumnsPerLane] = {};
+  SoftmaxState state = SoftmaxState::empty();
+  for (int begin = 0; begin <= last; begin += kWarp) {
+    __syncwarp();
+    const bool seen = begin + lane <= last;
+    const int64_t place = seen ? place_of(begin + lane) : 0;
+    float score = minus_infinity();
+    if (seen) {
+      score = 0;
+      for (int i = 0; i < D; ++i) score = fmaf(query[i], load(k + place + i), score);
+    }
+    const float factor = state.raise(fmaxf(state.largest, warp_reduce(score, Max())));
+    const float weight = expf(score - state.largest);
+    state.sum = fmaf(state.sum, factor, warp_reduce(weight, Add()));
+    weights[lane] = weight;
+    __syncwarp();
+#pragma unroll
+    for (int c = 0; c < kColumnsPerLane; ++c) acc[c] *= factor;
+    for (int j = 0; j < kWarp && begin + j <= last; ++j) {
+      const T* const value = v + __shfl_sync(kWholeWarp, place, j);
+#pragma unroll
+      for (int c = 0; c < kColumnsPerLane; ++c)
+        if (c * kWarp + lane < D) acc[c] = fmaf(weights[j], load(value + c * kWarp + lane), acc[c]);
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < kColumnsPerLane; ++c)
+    if (c * kWarp + lane < D) out[c * kWarp + lane] = from_float<T>(acc[c] / state.sum);
+  __syncwarp();  // the caller may write the next query
 }
 
 }  // namespace voxkern::attention

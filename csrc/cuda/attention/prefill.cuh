@@ -17,7 +17,6 @@
 // much, so it is kept simple: K and V are read through the caches, once a warp.
 #pragma once
 
-#include "cuda/attention/head_fragment.cuh"
 #include "cuda/attention/online_softmax.cuh"
 #include "params/prefill_attention.h"
 
@@ -239,7 +238,6 @@ __global__ void __launch_bounds__(kPrefillWarps* kWarp, 2)
 
 template <typename T>
 __global__ void __launch_bounds__(kPrefillWarps* kWarp) prefill_kernel(PrefillAttentionParams p) {
-  constexpr int kColumnsPerLane = kMaxHeadDim / kWarp;
   VOX_SHARED(float[kPrefillWarps][kMaxHeadDim], queries);
   VOX_SHARED(float[kPrefillWarps][kWarp], weights);
   wait_for_previous_kernel();
@@ -251,41 +249,12 @@ __global__ void __launch_bounds__(kPrefillWarps* kWarp) prefill_kernel(PrefillAt
   for (int i = lane; i < D; i += kWarp)
     queries[warp][i] =
         to_float(static_cast<const T*>(p.q)[row.token * p.q_stride + row.head * D + i]) * p.scale;
-
-  float acc[kColumnsPerLane] = {};
-  SoftmaxState state = SoftmaxState::empty();
-  for (int begin = 0; begin <= row.position; begin += kWarp) {
-    __syncwarp();
-    const bool seen = begin + lane <= row.position;
-    const int64_t place = seen ? find_key(p, tile.b, begin + lane) : 0;
-    float score = minus_infinity();
-    if (seen) {
-      const T* const key = static_cast<const T*>(p.k_pages) + place;
-      score = 0;
-      for (int i = 0; i < D; ++i) score = fmaf(queries[warp][i], to_float(key[i]), score);
-    }
-    const float factor = state.raise(fmaxf(state.largest, warp_reduce(score, Max())));
-    const float weight = expf(score - state.largest);
-    state.sum = fmaf(state.sum, factor, warp_reduce(weight, Add()));
-    weights[warp][lane] = weight;
-    __syncwarp();
-#pragma unroll
-    for (int c = 0; c < kColumnsPerLane; ++c) acc[c] *= factor;
-    for (int j = 0; j < kWarp && begin + j <= row.position; ++j) {
-      const T* const value = static_cast<const T*>(p.v_pages) + __shfl_sync(kWholeWarp, place, j);
-      const float weight_j = weights[warp][j];
-#pragma unroll
-      for (int c = 0; c < kColumnsPerLane; ++c)
-        if (c * kWarp + lane < D)
-          acc[c] = fmaf(weight_j, to_float(value[c * kWarp + lane]), acc[c]);
-    }
-  }
-  let_next_kernel_start();
-#pragma unroll
-  for (int c = 0; c < kColumnsPerLane; ++c)
-    if (c * kWarp + lane < D)
-      static_cast<T*>(p.out)[(row.token * p.Hq + row.head) * D + c * kWarp + lane] =
-          from_float<T>(acc[c] / state.sum);
+  attend_row(
+      queries[warp], weights[warp], static_cast<int>(row.position), D,
+      static_cast<const T*>(p.k_pages), static_cast<const T*>(p.v_pages),
+      [&](int key) { return find_key(p, tile.b, key); },
+      [](const T* from) { return to_float(*from); },
+      static_cast<T*>(p.out) + (row.token * p.Hq + row.head) * D);
 }
 
 }  // namespace

@@ -21,8 +21,6 @@
 #pragma once
 
 #include "cuda/attention/head_fragment.cuh"
-#include "cuda/attention/online_softmax.cuh"
-#include "cuda/runtime/elementwise.cuh"
 #include "params/append_kv.h"
 #include "params/decode_attention.h"
 

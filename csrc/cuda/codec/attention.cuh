@@ -14,7 +14,6 @@
 // Float32, keys and values too.
 #pragma once
 
-#include "cuda/attention/head_fragment.cuh"
 #include "cuda/attention/online_softmax.cuh"
 #include "params/mimi_transformer.h"
 

@@ -10,9 +10,16 @@
 
 #include "common/arena.h"
 #include "common/layers.h"
-#include "cuda/ops/ops.cuh"
+#include "cuda/gemm/gemm.h"
+#include "params/rms_norm.h"
+#include "params/silu_mul.h"
 
 namespace voxkern {
+
+// Each is defined in its own ops/<op>.cu.
+void rms_norm(const RmsNormParams& p, cudaStream_t stream);
+void silu_mul(const SiluMulParams& p, cudaStream_t stream);
+
 namespace {
 
 inline int64_t element_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
@@ -67,50 +74,6 @@ class Layers {
       feed(offset(p_.mlp_norm, layer * p_.C, dtype_), matrix(p_.gate_up, layer, dtype_), stream);
       project_and_add(activated, matrix(p_.down, layer, dtype_), stream);
     }
-  }
-
-  // The ops that the attention between `qkv` and `attended` consists of, for pages of S positions;
-  // the caller sets what is null.
-  AppendKvParams append_kv(int64_t S) const {
-    const int64_t stride = (p_.Hq + 2 * p_.Hkv) * p_.D;
-    return {
-        .dtype = dtype_,
-        .T = B_,
-        .Hq = p_.Hq,
-        .Hkv = p_.Hkv,
-        .D = p_.D,
-        .S = S,
-        .q = qkv,
-        .q_stride = stride,
-        .k = offset(qkv, p_.Hq * p_.D, dtype_),
-        .k_stride = stride,
-        .v = offset(qkv, (p_.Hq + p_.Hkv) * p_.D, dtype_),
-        .v_stride = stride,
-        .rope_table = p_.rope_table,
-        .positions = nullptr,
-        .slots = nullptr,
-        .k_pages = nullptr,
-        .v_pages = nullptr,
-    };
-  }
-  DecodeAttentionParams attention(int64_t S, int64_t M, float scale) const {
-    return {
-        .dtype = dtype_,
-        .B = B_,
-        .Hq = p_.Hq,
-        .Hkv = p_.Hkv,
-        .D = p_.D,
-        .S = S,
-        .M = M,
-        .q = qkv,
-        .q_stride = (p_.Hq + 2 * p_.Hkv) * p_.D,
-        .k_pages = nullptr,
-        .v_pages = nullptr,
-        .page_table = nullptr,
-        .seq_lens = nullptr,
-        .scale = scale,
-        .out = attended,
-    };
   }
 
   // out = x [B, C] times the transpose of `weight`.

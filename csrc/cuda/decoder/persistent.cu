@@ -1,8 +1,6 @@
 #include <algorithm>
 #include <cstdlib>
 
-#include "cuda/decoder/persistent.h"
-#include "cuda/decoder/rows.cuh"
 #include "cuda/decoder/schedule.cuh"
 #include "cuda/runtime/grid_barrier.cuh"
 
@@ -31,19 +29,19 @@ static_assert(kGemvThreads == attention::kDepthThreads);
 
 // The part of a Gemv in a block's last warp: none.
 struct BarrierWarp {
-  __device__ __forceinline__ BarrierWarp(const Arguments&, unsigned char*) {}
+  VOX_DEVICE BarrierWarp(const Arguments&, unsigned char*) {}
   template <Prologue, Epilogue>
-  __device__ __forceinline__ void run(const GemmParams&, uint4) {}
+  VOX_DEVICE void run(const GemmParams&, uint4) {}
 };
 
 // The part of the warps that multiply.
 template <typename Gemv>
 class GemvWarps {
  public:
-  __device__ __forceinline__ GemvWarps(const Arguments& all, unsigned char* shared)
+  VOX_DEVICE GemvWarps(const Arguments& all, unsigned char* shared)
       : gemv_(shared, all.stages, all.rest, all.blocks, typename Gemv::Weights(all)) {}
   template <Prologue prologue, Epilogue epilogue>
-  __device__ __forceinline__ void run(const GemmParams& p, uint4 first_norm) {
+  VOX_DEVICE void run(const GemmParams& p, uint4 first_norm) {
     gemv_.template run<prologue, epilogue, kRowsAtOnce>(p, 0, static_cast<int>(p.M),
                                                         Gemv::stride(p.C), first_norm);
   }
@@ -56,11 +54,11 @@ class GemvWarps {
 template <typename Warps>
 class GemmWorker {
  public:
-  __device__ __forceinline__ GemmWorker(const Arguments& all, unsigned char* shared)
+  VOX_DEVICE GemmWorker(const Arguments& all, unsigned char* shared)
       : all_(all), warps_(all, shared), grid_(all.p.arrived) {}
 
   template <Prologue prologue, Epilogue epilogue>
-  __device__ __forceinline__ bool multiply(const Schedule& at) {
+  VOX_DEVICE bool multiply(const Schedule& at) {
     const Product& product = all_.products[at.phase];
     GemmParams p = product.params;
     p.norm = static_cast<const char*>(p.norm) + at.layer * product.norm_stride;
@@ -73,11 +71,11 @@ class GemmWorker {
     grid_.next_phase(product.blocks);
     return true;
   }
-  __device__ __forceinline__ bool attend(const Schedule&) {
+  VOX_DEVICE bool attend(const Schedule&) {
     grid_.next_phase(all_.blocks_of_rows(all_.parts));
     return true;
   }
-  __device__ __forceinline__ bool draw(const Schedule&) {
+  VOX_DEVICE bool draw(const Schedule&) {
     grid_.next_phase(all_.blocks_of_rows(1));
     return true;
   }
@@ -92,7 +90,7 @@ class GemmWorker {
 template <int L>
 class RowWorker {
  public:
-  __device__ __forceinline__ RowWorker(const Arguments& all, void* shared)
+  VOX_DEVICE RowWorker(const Arguments& all, void* shared)
       : all_(all),
         shared_(shared),
         me_(static_cast<int>(blockIdx.x) - all.blocks),
@@ -100,14 +98,14 @@ class RowWorker {
         grid_(all.p.arrived) {}
 
   template <Prologue, Epilogue>
-  __device__ __forceinline__ bool multiply(const Schedule& at) {
+  VOX_DEVICE bool multiply(const Schedule& at) {
     grid_.next_phase(all_.products[at.phase].blocks);
     return true;
   }
-  __device__ __forceinline__ bool attend(const Schedule& at) {
+  VOX_DEVICE bool attend(const Schedule& at) {
     const LayersParams& l = all_.p.op.layers;
     const int64_t cache = at.layer * all_.p.op.B * l.Hkv * all_.p.op.K * l.D;
-    DepthAttentionParams p = all_.attention;
+    attention::DepthAttentionParams p = all_.attention;
     p.position = at.position;
     p.k_cache = static_cast<bf16*>(p.k_cache) + cache;
     p.v_cache = static_cast<bf16*>(p.v_cache) + cache;
@@ -124,7 +122,7 @@ class RowWorker {
     end_phase(all_.parts);
     return true;
   }
-  __device__ __forceinline__ bool draw(const Schedule& at) {
+  VOX_DEVICE bool draw(const Schedule& at) {
     const DecodeDepthParams& p = all_.p.op;
     bf16* const residual = static_cast<bf16*>(all_.p.residual);
     // Blocks without a row wait too: the next position's attend() reads this position's keys.
@@ -145,7 +143,7 @@ class RowWorker {
 
  private:
   // Ends a phase with `parts` parts a row.
-  __device__ __forceinline__ void end_phase(int parts) {
+  VOX_DEVICE void end_phase(int parts) {
     const int blocks = all_.blocks_of_rows(parts);
     if (me_ < blocks) grid_.arrive();
     grid_.next_phase(blocks);
@@ -159,7 +157,7 @@ class RowWorker {
 
 // Runs a worker through all phases of a frame, until one of them returns false.
 template <typename Worker>
-__device__ __forceinline__ void run_schedule(const Arguments& all, Worker& worker) {
+VOX_DEVICE void run_schedule(const Arguments& all, Worker& worker) {
   const auto run = [&](const Schedule& at) {
     switch (at.phase) {
       case kAttention: return worker.attend(at);
@@ -206,7 +204,7 @@ using DenseDepth = DenseGemv<true, false, DepthWeights<Format::plain, Format::pl
 
 // Returns call.operator()<Gemv>() for the Gemv of these weights; false if there is none.
 template <typename Call>
-bool with_gemv(const PersistentDepthParams& p, const Call& call) {
+bool with_gemv(const DepthFrame& p, const Call& call) {
   const LayersParams& l = p.op.layers;
   const Format layers = l.qkv.format, heads = p.op.heads.format;
   for (const Weight& weight : {l.o, l.gate_up, l.down})
@@ -255,7 +253,7 @@ int64_t plan_shared(Arguments& all) {
 }  // namespace
 }  // namespace decoder
 
-bool persistent_depth(const PersistentDepthParams& p, cudaStream_t stream) {
+bool persistent_depth(const DepthFrame& p, cudaStream_t stream) {
   const DecodeDepthParams& op = p.op;
   const LayersParams& l = op.layers;
   const bool narrow = l.D == 8 * kVector<bf16>;

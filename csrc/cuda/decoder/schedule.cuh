@@ -2,9 +2,8 @@
 // the weight pipelines ahead of them both follow, and the arguments of each.
 #pragma once
 
-#include "cuda/attention/depth.cuh"
+#include "cuda/decoder/depth.cuh"
 #include "cuda/decoder/layers.cuh"
-#include "cuda/decoder/persistent.h"
 #include "cuda/gemm/gemv.cuh"
 
 namespace voxkern::decoder {
@@ -21,11 +20,9 @@ struct Schedule {
   int position = 0, layer = 0;
   int phase = kQkv;
 
-  __device__ __forceinline__ bool done() const { return position == positions; }
-  __device__ __forceinline__ bool multiplies() const {
-    return phase != kAttention && phase != kDraw;
-  }
-  __device__ __forceinline__ void next() {
+  VOX_DEVICE bool done() const { return position == positions; }
+  VOX_DEVICE bool multiplies() const { return phase != kAttention && phase != kDraw; }
+  VOX_DEVICE void next() {
     if (phase == kDraw) {
       ++position;
       layer = 0;
@@ -49,19 +46,19 @@ struct Product {
 };
 
 struct Arguments {
-  PersistentDepthParams p;
-  Product products[kPhases];       // those of phases that multiply
-  DepthAttentionParams attention;  // of position 0, layer 0
-  int parts;                       // of a row's attention
-  int blocks;                      // that multiply; the others have the rows
+  DepthFrame p;
+  Product products[kPhases];                  // those of phases that multiply
+  attention::DepthAttentionParams attention;  // of position 0, layer 0
+  int parts;                                  // of a row's attention
+  int blocks;                                 // that multiply; the others have the rows
   int row_blocks;
   int stages, rest;  // of a pipeline, and the bytes that it takes
 
-  __device__ __forceinline__ Schedule schedule() const {
+  VOX_DEVICE Schedule schedule() const {
     return {static_cast<int>(p.op.K), static_cast<int>(p.op.layers.L)};
   }
   // Blocks that take part in a phase with `parts` parts a row.
-  __device__ __forceinline__ int blocks_of_rows(int parts) const {
+  VOX_DEVICE int blocks_of_rows(int parts) const {
     const int items = parts * static_cast<int>(p.op.B);
     return items < row_blocks ? items : row_blocks;
   }
@@ -75,7 +72,7 @@ inline int64_t most_row_blocks() {
 }
 
 // All arguments but the pipeline's, for products in tiles of `tile` rows of W.
-inline Arguments arguments(const PersistentDepthParams& p, int64_t tile) {
+inline Arguments arguments(const DepthFrame& p, int64_t tile) {
   const LayersParams& l = p.op.layers;
   Arguments all = {};
   all.p = p;
@@ -130,11 +127,10 @@ class DepthWeights {
   static constexpr int kMaxProducts = 2;
   static constexpr Format kFormats[] = {kLayers, kHeads};
 
-  __device__ __forceinline__ explicit DepthWeights(const Arguments& all)
-      : all_(all), at_(all.schedule()) {}
+  VOX_DEVICE explicit DepthWeights(const Arguments& all) : all_(all), at_(all.schedule()) {}
 
-  __device__ __forceinline__ Matrix first() const { return matrix(); }
-  __device__ __forceinline__ bool next(Matrix& next) {
+  VOX_DEVICE Matrix first() const { return matrix(); }
+  VOX_DEVICE bool next(Matrix& next) {
     if (at_.done()) return false;
     do at_.next();
     while (!at_.done() && !at_.multiplies());
@@ -144,7 +140,7 @@ class DepthWeights {
   }
 
  private:
-  __device__ __forceinline__ Matrix matrix() const {
+  VOX_DEVICE Matrix matrix() const {
     const Product& product = all_.products[at_.phase];
     const bool head = at_.phase == kHead;
     const int64_t i = head ? at_.position - 1 : at_.layer;

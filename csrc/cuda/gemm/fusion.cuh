@@ -6,8 +6,6 @@
 
 #include "cuda/gemm/gemm.h"
 #include "cuda/runtime/elements.cuh"
-#include "cuda/runtime/elementwise.cuh"
-#include "cuda/runtime/reduce.cuh"
 
 namespace voxkern::gemm_kernels {
 namespace {

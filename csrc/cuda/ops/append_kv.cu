@@ -1,5 +1,4 @@
 #include "cuda/runtime/elements.cuh"
-#include "cuda/runtime/elementwise.cuh"
 #include "params/append_kv.h"
 
 // Applies RoPE to q in place, and writes rotated k, and v, to their token's slot of the paged cache

@@ -1,6 +1,5 @@
 #include "cuda/attention/split.cuh"
-#include "cuda/ops/ops.cuh"
-#include "params/decode_attention.h"
+#include "cuda/ops/append_and_attend.cuh"
 
 // attention/split.cuh has the kernels.
 namespace voxkern {

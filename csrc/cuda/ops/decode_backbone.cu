@@ -1,4 +1,5 @@
 #include "cuda/decoder/layers.cuh"
+#include "cuda/ops/append_and_attend.cuh"
 #include "params/decode_backbone.h"
 
 // A layer is five launches of layers.cuh, eight where gemm() cannot fuse. begin_kernel precedes
@@ -24,11 +25,30 @@ __global__ void begin_kernel(const Word* x, Word* residual, int64_t words, unsig
   for (int64_t i = me; i < count; i += all) counters[i] = 0;
 }
 
-AppendKvParams append_of(const DecodeBackboneParams& p, const Layers& layers) {
-  AppendKvParams append = layers.append_kv(p.S);
-  append.positions = p.positions;
-  append.slots = p.slots;
-  return append;
+// append_kv of a layer, from its qkv.
+AppendKvParams append_params(const DecodeBackboneParams& p, int64_t layer, void* qkv) {
+  const LayersParams& l = p.layers;
+  const int64_t k = l.Hq * l.D, v = k + l.Hkv * l.D, stride = v + l.Hkv * l.D;
+  const int64_t pages = layer * p.P * l.Hkv * p.S * l.D;
+  return {
+      .dtype = p.dtype,
+      .T = p.B,
+      .Hq = l.Hq,
+      .Hkv = l.Hkv,
+      .D = l.D,
+      .S = p.S,
+      .q = qkv,
+      .q_stride = stride,
+      .k = offset(qkv, k, p.dtype),
+      .k_stride = stride,
+      .v = offset(qkv, v, p.dtype),
+      .v_stride = stride,
+      .rope_table = l.rope_table,
+      .positions = p.positions,
+      .slots = p.slots,
+      .k_pages = offset(p.k_pages, pages, p.dtype),
+      .v_pages = offset(p.v_pages, pages, p.dtype),
+  };
 }
 
 // The scratch memory of a call.
@@ -73,14 +93,11 @@ void decode_backbone(const DecodeBackboneParams& p, void* workspace, cudaStream_
   };
   const bool words = bytes % 16 == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
   words ? begin(uint4()) : begin(uint16_t());
-  AppendKvParams append = append_of(p, layers);
-  const int64_t pages = p.P * l.Hkv * p.S * l.D;
   layers.run(
       [&](int64_t layer) {
-        append.k_pages = offset(p.k_pages, layer * pages, p.dtype);
-        append.v_pages = offset(p.v_pages, layer * pages, p.dtype);
-        append_and_attend(append, attention_params(p, layer, layers.qkv, layers.attended),
-                          buffers.splits, buffers.counters, stream);
+        append_and_attend(append_params(p, layer, layers.qkv),
+                          attention_params(p, layer, layers.qkv, layers.attended), buffers.splits,
+                          buffers.counters, stream);
       },
       stream);
   layers.normalise(l.norm, p.out, stream);

@@ -1,45 +1,19 @@
+#include "cuda/decoder/depth.cuh"
 #include "cuda/decoder/layers.cuh"
-#include "cuda/decoder/persistent.h"
-#include "cuda/decoder/rows.cuh"
-#include "params/decode_depth.h"
 
 // Positions run one after the other. A layer is five launches of layers.cuh; a position has two
-// more: the norm and the head, and a draw that also looks up the next position's row. The cache is
-// [L, B, Hkv, K, D]; if depth_attention does not take the heads, it is pages of K positions, one a
-// row. Nothing waits on the host, so a CUDA graph can capture the op. persistent.cu runs all of it
-// but the projection in one launch, for _decode_depth_persistent.
+// more: the norm and the head, and a draw that also looks up the next position's row. Nothing waits
+// on the host, so a CUDA graph can capture the op. persistent.cu runs all of it but the projection
+// in one launch, for _decode_depth_persistent.
 //
 // begin_kernel, look_up_kernel and draw_kernel let no kernel start before their own wait: all later
-// kernels may read the op's arguments and places, and keys of earlier positions, before theirs.
+// kernels may read the op's arguments, and keys of earlier positions, before theirs.
 //
 // Floor: 2.1 ms of memory's time at batch 1 in bfloat16 on an H100; docs/cuda.md has the launches.
 namespace voxkern {
 namespace {
 
 constexpr int kDepthBlockThreads = 256;
-
-// The paged attention's view of each position.
-struct DepthPlaces {
-  int64_t* positions;   // [K, B]
-  int64_t* slots;       // [K, B]
-  int32_t* seq_lens;    // [K, B]
-  int32_t* page_table;  // [B, 1]
-};
-
-// One thread a position and row.
-__global__ void places_kernel(DepthPlaces all, int64_t B, int64_t K, unsigned* counters,
-                              int64_t count) {
-  let_next_kernel_start();
-  wait_for_previous_kernel();
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  for (int64_t c = i; c < count; c += static_cast<int64_t>(gridDim.x) * blockDim.x) counters[c] = 0;
-  if (i >= B * K) return;
-  const int64_t position = i / B, b = i % B;
-  all.positions[i] = position;
-  all.slots[i] = b * K + position;
-  all.seq_lens[i] = static_cast<int32_t>(position + 1);
-  if (position == 0) all.page_table[b] = static_cast<int32_t>(b);
-}
 
 // out[:, 0] = code0, -2 elsewhere (kept if the grid gives up); clears the counter of
 // persistent_depth()'s barriers.
@@ -74,114 +48,53 @@ __global__ void __launch_bounds__(sampling::kSamplerThreads)
 // The scratch memory of a frame.
 struct DepthBuffers {
   Layers layers;
-  DepthPlaces all;
-  void* logits;             // [B, V]
-  void *k_cache, *v_cache;  // [L, B, Hkv, K, D]
-  float* splits;
-  unsigned* counters;
-  int64_t count;
-  unsigned* arrived;  // of persistent_depth()
+  DepthFrame frame;
 
   DepthBuffers(Arena& arena, const DecodeDepthParams& p) : layers(arena, p.layers, p.dtype, p.B) {
-    const LayersParams& l = p.layers;
-    all.positions = arena.take<int64_t>(p.K * p.B);
-    all.slots = arena.take<int64_t>(p.K * p.B);
-    all.seq_lens = arena.take<int32_t>(p.K * p.B);
-    all.page_table = arena.take<int32_t>(p.B);
-    logits = arena.take<char>(p.B * p.V * element_bytes(p.dtype));
-    const int64_t cache = l.L * p.B * l.Hkv * p.K * l.D * element_bytes(p.dtype);
-    k_cache = arena.take<char>(cache);
-    v_cache = arena.take<char>(cache);
-    splits = arena.take<float>(decode_attention_workspace(paged(p, 0, 0)));
-    count = append_and_attend_counters(paged(p, 0, 0));
-    counters = arena.take<unsigned>(count);
-    arrived = arena.take<unsigned>(1);
-  }
-
-  // A layer's part of a cache.
-  void* keys(const DecodeDepthParams& p, void* cache, int64_t layer) const {
-    const LayersParams& l = p.layers;
-    return offset(cache, layer * p.B * l.Hkv * p.K * l.D, p.dtype);
-  }
-
-  PersistentDepthParams persistent(const DecodeDepthParams& p) const {
-    return {
+    const int64_t width = element_bytes(p.dtype);
+    const int64_t cache = p.layers.L * p.B * p.layers.Hkv * p.K * p.layers.D * width;
+    frame = {
         .op = p,
         .residual = layers.residual,
         .qkv = layers.qkv,
         .attended = layers.attended,
         .activated = layers.activated,
-        .logits = logits,
-        .k_cache = k_cache,
-        .v_cache = v_cache,
-        .arrived = arrived,
+        .logits = arena.take<char>(p.B * p.V * width),
+        .k_cache = arena.take<char>(cache),
+        .v_cache = arena.take<char>(cache),
+        .arrived = arena.take<unsigned>(1),
     };
-  }
-
-  DepthAttentionParams resident(const DecodeDepthParams& p, int64_t position, int64_t layer) const {
-    return depth_attention_params(persistent(p), position, layer);
-  }
-
-  DecodeAttentionParams paged(const DecodeDepthParams& p, int64_t position, int64_t layer) const {
-    DecodeAttentionParams attention =
-        layers.attention(p.K, 1, 1.0f / sqrtf(static_cast<float>(p.layers.D)));
-    attention.k_pages = keys(p, k_cache, layer);
-    attention.v_pages = keys(p, v_cache, layer);
-    attention.page_table = all.page_table;
-    attention.seq_lens = all.seq_lens + position * p.B;
-    return attention;
-  }
-
-  AppendKvParams append(const DecodeDepthParams& p, int64_t position, int64_t layer) const {
-    AppendKvParams append = layers.append_kv(p.K);
-    append.positions = all.positions + position * p.B;
-    append.slots = all.slots + position * p.B;
-    append.k_pages = keys(p, k_cache, layer);
-    append.v_pages = keys(p, v_cache, layer);
-    return append;
   }
 };
 
 template <typename T>
-void decode(const DecodeDepthParams& p, DepthBuffers& buffers, bool persistent,
-            cudaStream_t stream) {
+void decode(DepthBuffers& buffers, bool persistent, cudaStream_t stream) {
   Layers& layers = buffers.layers;
+  const DepthFrame& frame = buffers.frame;
+  const DecodeDepthParams& p = frame.op;
   T* const residual = static_cast<T*>(layers.residual);
   const LaunchShape each_row = {.grid = dim3(static_cast<unsigned>(p.B)),
                                 .block = dim3(kDepthBlockThreads),
                                 .stream = stream,
                                 .overlaps_previous = true};
-  LaunchShape each_draw = each_row;
+  LaunchShape each_code = each_row, each_draw = each_row;
+  each_code.grid = dim3(static_cast<unsigned>(divide_up(p.B * p.K, kDepthBlockThreads)));
   each_draw.block = dim3(sampling::block_threads(p.V));
   each_draw.shared_bytes = sampling::shared_bytes(p.V);
-  const auto each = [&](int64_t items) -> LaunchShape {
-    return {.grid = dim3(static_cast<unsigned>(divide_up(items, kDepthBlockThreads))),
-            .block = dim3(kDepthBlockThreads),
-            .stream = stream,
-            .overlaps_previous = true};
-  };
-  if (!supports_depth_attention(buffers.resident(p, 0, 0)))
-    launch(places_kernel, each(p.B * p.K), buffers.all, p.B, p.K, buffers.counters, buffers.count);
-  launch(begin_kernel, each(p.B * p.K), p.code0, p.B, p.K, p.out, buffers.arrived);
+  launch(begin_kernel, each_code, p.code0, p.B, p.K, p.out, frame.arrived);
   layers.project(p.hidden, p.projection, layers.residual, stream);
-  if (persistent && persistent_depth(buffers.persistent(p), stream)) return;
+  if (persistent && persistent_depth(frame, stream)) return;
   for (int64_t position = 0; position < p.K; ++position) {
     if (position == 1) launch(look_up_kernel<T>, each_row, p, residual);
     layers.keys_only = position == 0;
-    layers.run(
-        [&](int64_t layer) {
-          const DepthAttentionParams resident = buffers.resident(p, position, layer);
-          if (supports_depth_attention(resident))
-            depth_attention(resident, stream);
-          else
-            append_and_attend(buffers.append(p, position, layer), buffers.paged(p, position, layer),
-                              buffers.splits, buffers.counters, stream);
-        },
-        stream);
+    const auto attend = [&](int64_t layer) {
+      attention::launch_depth_attention<T>(depth_attention_params(frame, position, layer), stream);
+    };
+    layers.run(attend, stream);
     if (position == 0) continue;
-    layers.project_normed(p.layers.norm, matrix(p.heads, position - 1, p.dtype), buffers.logits,
+    layers.project_normed(p.layers.norm, matrix(p.heads, position - 1, p.dtype), frame.logits,
                           stream);
-    launch(draw_kernel<T>, each_draw, p, position, static_cast<const T*>(buffers.logits), residual);
+    launch(draw_kernel<T>, each_draw, p, position, static_cast<const T*>(frame.logits), residual);
   }
 }
 
@@ -197,8 +110,8 @@ int64_t decode_depth_workspace(const DecodeDepthParams& p) {
 void decode_depth(const DecodeDepthParams& p, bool persistent, cudaStream_t stream) {
   Arena arena(p.workspace);
   DepthBuffers buffers(arena, p);
-  p.dtype == Dtype::f32 ? decode<float>(p, buffers, persistent, stream)
-                        : decode<bf16>(p, buffers, persistent, stream);
+  p.dtype == Dtype::f32 ? decode<float>(buffers, persistent, stream)
+                        : decode<bf16>(buffers, persistent, stream);
 }
 
 }  // namespace voxkern

@@ -1,6 +1,4 @@
 #include "cuda/runtime/elements.cuh"
-#include "cuda/runtime/elementwise.cuh"
-#include "cuda/runtime/reduce.cuh"
 #include "params/rms_norm.h"
 
 // A block takes a row; a thread takes the vectors (16 bytes, or single elements if rows are not

@@ -1,5 +1,4 @@
 #include "cuda/runtime/elements.cuh"
-#include "cuda/runtime/elementwise.cuh"
 #include "params/silu_mul.h"
 
 // A thread takes one vector of a row (16 bytes of gate, 16 of up), or one element if rows are not

@@ -1,4 +1,6 @@
-// Elements and 16-byte vectors of them: float32 or bfloat16 in memory, float32 in registers.
+// Elements and 16-byte vectors of them: float32 or bfloat16 in memory, float32 in registers. Then
+// what ops and the fused kernels that reproduce their results bit for bit share: arithmetic, and
+// reductions, whose order of sums depends on the number of threads alone.
 #pragma once
 
 #include "common/dtype.h"
@@ -94,6 +96,65 @@ VOX_DEVICE void load_uncached(const T* p, float (&out)[N]) {
 template <typename T>
 bool is_vector_aligned(const void* p, int64_t columns) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0 && columns % kVector<T> == 0;
+}
+
+// Threads of a block for a long row: with the order of sums, part of rms_norm's result.
+constexpr int kNormThreads = 256;
+
+// The factor of rms_norm for a row of C elements, without the weight.
+VOX_DEVICE float rms_scale(float sum_of_squares, int64_t C, float eps) {
+  return 1.0f / sqrtf(sum_of_squares / static_cast<float>(C) + eps);
+}
+
+// silu(gate) * up, computed from exp(-|gate|), which cannot overflow.
+VOX_DEVICE float swiglu(float gate, float up) {
+  const float e = expf(-fabsf(gate));
+  return up * (gate * (gate < 0 ? e : 1.0f) / (1.0f + e));
+}
+
+// Rotated elements i and i + D/2 of a head. The fused operations are written out, so that all
+// compilers round alike.
+VOX_DEVICE float rotated_low(float low, float high, float cos, float sin) {
+  return fmaf(low, cos, -(high * sin));
+}
+VOX_DEVICE float rotated_high(float low, float high, float cos, float sin) {
+  return fmaf(high, cos, low * sin);
+}
+
+// Reduces `value` over the warp; every lane gets the result.
+template <typename T, typename F>
+VOX_DEVICE T warp_reduce(T value, const F& combine) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset; offset /= 2)
+    value = combine(value, __shfl_xor_sync(kWholeWarp, value, offset));
+  return value;
+}
+
+struct Add {
+  template <typename T>
+  VOX_DEVICE T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+struct Max {
+  template <typename T>
+  VOX_DEVICE T operator()(T a, T b) const {
+    return a > b ? a : b;
+  }
+};
+
+// Reduces `value` over the block, with one barrier. `partials` may be reused only after another
+// barrier: consecutive calls alternate between two arrays.
+template <typename T, typename F>
+VOX_DEVICE T block_reduce(T value, T (&partials)[kMaxWarps], const F& combine) {
+  value = warp_reduce(value, combine);
+  const int warps = (blockDim.x + kWarp - 1) / kWarp;
+  if (warps == 1) return value;
+  if (threadIdx.x % kWarp == 0) partials[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  value = partials[0];
+  for (int i = 1; i < warps; ++i) value = combine(value, partials[i]);
+  return value;
 }
 
 }  // namespace voxkern

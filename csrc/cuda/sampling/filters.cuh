@@ -13,7 +13,6 @@
 
 #include "common/sampler_row.h"
 #include "cuda/runtime/elements.cuh"
-#include "cuda/runtime/reduce.cuh"
 
 namespace voxkern::sampling {
 namespace {
