@@ -50,6 +50,18 @@ class LlamaLayers:
 
 
 @dataclass(frozen=True)
+class DepthDecoder(LlamaLayers):
+    """Weights of `decode_depth`: its layers, and the matrices before and after them.
+
+    `audio_rows` is `[K * V, C]`, `projection` `[C, Cb]` and `heads` `[K - 1, V, C]`.
+    """
+
+    audio_rows: Tensor
+    projection: Tensor
+    heads: Tensor
+
+
+@dataclass(frozen=True)
 class MimiLayers:
     """Weights of the L layers of Mimi's transformer, all stacked: `[L, ...]`."""
 

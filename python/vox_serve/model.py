@@ -10,7 +10,7 @@ from vox_serve.kv_cache import CacheBatch, KvCache
 from vox_serve.model_config import CsmConfig, TransformerConfig
 from vox_serve.sampling import SamplingRows
 from voxkern import ops
-from voxkern.layers import LlamaLayers
+from voxkern.layers import DepthDecoder, LlamaLayers
 from voxkern.persistent import decode_depth_persistent
 
 PERSISTENT_ROWS = 8
@@ -57,7 +57,12 @@ class CsmModel:
             )
         ]
         self._backbone = _llama_layers(weights.backbone, config.backbone)
-        self._depth = _llama_layers(weights.depth, config.depth)
+        self._depth = DepthDecoder(
+            **vars(_llama_layers(weights.depth, config.depth)),
+            audio_rows=weights.depth_audio_rows,
+            projection=weights.projection,
+            heads=weights.code_heads,
+        )
 
     def backbone_step(
         self, frames: Tensor, mask: Tensor, batch: CacheBatch, cache: KvCache
@@ -138,10 +143,7 @@ class CsmModel:
         return {
             "hidden": hidden,
             "code0": code0,
-            "audio_rows": self.weights.depth_audio_rows,
-            "projection": self.weights.projection,
             **vars(self._depth),
-            "heads": self.weights.code_heads,
             **_draw_arguments(rows),
         }
 
