@@ -10,7 +10,7 @@
 // not for each code of a thread. A thread's own codes need no barrier.
 #pragma once
 
-#include "common/philox.h"
+#include "common/sampling.h"
 #include "cuda/runtime/elements.cuh"
 #include "cuda/sampling/filters.cuh"
 
@@ -25,6 +25,9 @@ struct Extremes {
 struct Candidate {
   double score;
   int32_t code;
+  VOX_DEVICE bool beats(const Candidate& other) const {
+    return score > other.score || (score == other.score && code < other.code);
+  }
 };
 // A block's shared memory. After it come the scores and the search's weights, padded(V) of each.
 struct alignas(16) Shared {
@@ -45,71 +48,90 @@ inline size_t shared_bytes(int64_t V) {
   return sizeof(Shared) + 2 * sizeof(float) * padded(static_cast<int>(V));
 }
 
-// The exponential race between the codes whose scores are not below `bound`: the `listed` ones in
-// shared.kept or, if that is negative, all. Returns the winner in every thread. Two barriers.
-VOX_DEVICE int race(const Scores& scores, float bound, int listed, const SamplerRow& row,
-                    Shared& shared) {
-  PhiloxWords words = {};
-  int block = -1;
-  const auto random = [&](int code) {
-    if (code / kCodes != block) {
-      block = code / kCodes;
-      words = draw_words(row.seed, row.frame, row.codebook, block);
-    }
-    const int i = code % kCodes;
-    return uniform(i == 0   ? words.word[0]
-                   : i == 1 ? words.word[1]
-                   : i == 2 ? words.word[2]
-                            : words.word[3]);
-  };
-  // Calls f(code) for this thread's codes, the same ones every time.
-  const auto each = [&](const auto& f) {
-    const int items = listed < 0 ? padded(scores.V) / kCodes : listed;
+// An exponential race between the codes whose scores are not below `bound`: the `listed` ones in
+// shared.kept or, if that is negative, all. Each thread has the same codes in every step.
+class Race {
+ public:
+  VOX_DEVICE Race(const Scores& scores, float bound, int listed, const SamplerRow& row,
+                  Shared& shared)
+      : scores_(scores), bound_(bound), listed_(listed), row_(row), shared_(shared) {}
+
+  // Scores the codes in float32. Returns a score that the winner's is not below. One barrier.
+  VOX_DEVICE float score_codes() {
+    float best = -kLargestFloat;
+    each([&](int code) {
+      const float mine = scores_.z[code] - scores_.largest - logf(-logf(random(code)));
+      score_[code] = mine;
+      best = mine > best ? mine : best;
+    });
+    const int warps = blockDim.x / kWarp, lane = threadIdx.x % kWarp;
+    int32_t order = __reduce_max_sync(kWholeWarp, float_order(best));
+    if (lane == 0) shared_.best[threadIdx.x / kWarp] = order;
+    __syncthreads();
+    order = __reduce_max_sync(kWholeWarp, shared_.best[lane < warps ? lane : 0]);
+    // float32 scores of the leading codes lie within 40 of 0: 1e-3 is far above their errors.
+    return float_at(order) - 1e-3f;
+  }
+
+  // Lists each thread's best code among those not below `close`, scored in float64. One barrier.
+  VOX_DEVICE void list_candidates(float close) {
+    Candidate best = {-1e300, kHighestOrder};
+    each([&](int code) {
+      if (!(score_[code] >= close)) return;
+      double luck = static_cast<double>(random(code));
+#pragma unroll 1
+      for (int twice = 0; twice < 2; ++twice) luck = -log(luck);
+      const Candidate mine = {static_cast<double>(scores_.z[code]) - scores_.largest + luck, code};
+      if (mine.beats(best)) best = mine;
+    });
+    if (best.code != kHighestOrder)
+      shared_.candidates[atomicAdd(&shared_.candidate_count, 1)] = best;
+    __syncthreads();
+  }
+
+  VOX_DEVICE int winner() const {
+    Candidate winner = shared_.candidates[0];
+#pragma unroll 1
+    for (int i = shared_.candidate_count - 1; i > 0; --i)
+      if (shared_.candidates[i].beats(winner)) winner = shared_.candidates[i];
+    return winner.code;
+  }
+
+ private:
+  template <typename F>
+  VOX_DEVICE void each(const F& f) const {
+    const int items = listed_ < 0 ? padded(scores_.V) / kCodes : listed_;
 #pragma unroll 1
     for (int i = threadIdx.x; i < items; i += blockDim.x) {
-      int code = listed < 0 ? i * kCodes : shared.kept[i];
-      const int end = listed < 0 ? code + kCodes : code + 1;
+      int code = listed_ < 0 ? i * kCodes : shared_.kept[i];
+      const int end = listed_ < 0 ? code + kCodes : code + 1;
 #pragma unroll 1
       for (; code < end; ++code)
-        if (scores.z[code] >= bound) f(code);
+        if (scores_.z[code] >= bound_) f(code);
     }
-  };
-  float* const score = reinterpret_cast<float*>(scores.weight);  // no longer needed
-  float best = -kLargestFloat;
-  each([&](int code) {
-    const float mine = scores.z[code] - scores.largest - logf(-logf(random(code)));
-    score[code] = mine;
-    best = mine > best ? mine : best;
-  });
-  const int warps = blockDim.x / kWarp, lane = threadIdx.x % kWarp;
-  int32_t order = __reduce_max_sync(kWholeWarp, float_order(best));
-  if (lane == 0) shared.best[threadIdx.x / kWarp] = order;
-  __syncthreads();
-  order = __reduce_max_sync(kWholeWarp, shared.best[lane < warps ? lane : 0]);
-  // float32 scores of the leading codes lie within 40 of 0: 1e-3 is far above their errors.
-  const float close = float_at(order) - 1e-3f;
-  Candidate winner = {-1e300, kHighestOrder};
-  each([&](int code) {
-    if (!(score[code] >= close)) return;
-    double luck = static_cast<double>(random(code));
-#pragma unroll 1
-    for (int twice = 0; twice < 2; ++twice) luck = -log(luck);
-    const double exact = static_cast<double>(scores.z[code]) - scores.largest + luck;
-    if (exact > winner.score || (exact == winner.score && code < winner.code))
-      winner = {exact, code};
-  });
-  if (winner.code != kHighestOrder)
-    shared.candidates[atomicAdd(&shared.candidate_count, 1)] = winner;
-  __syncthreads();
-  winner = shared.candidates[0];
-#pragma unroll 1
-  for (int i = shared.candidate_count - 1; i > 0; --i) {
-    const Candidate other = shared.candidates[i];
-    if (other.score > winner.score || (other.score == winner.score && other.code < winner.code))
-      winner = other;
   }
-  return winner.code;
-}
+
+  VOX_DEVICE float random(int code) {
+    if (code / kCodes != block_) {
+      block_ = code / kCodes;
+      words_ = draw_words(row_.seed, row_.frame, row_.codebook, block_);
+    }
+    const int i = code % kCodes;
+    return uniform(i == 0   ? words_.word[0]
+                   : i == 1 ? words_.word[1]
+                   : i == 2 ? words_.word[2]
+                            : words_.word[3]);
+  }
+
+  const Scores& scores_;
+  const float bound_;
+  const int listed_;
+  const SamplerRow& row_;
+  Shared& shared_;
+  float* const score_ = reinterpret_cast<float*>(scores_.weight);  // no longer needed
+  PhiloxWords words_ = {};                                         // of counter block_
+  int block_ = -1;
+};
 
 // Copies the logits to shared memory; NaN becomes +inf. All loads are issued before any is used;
 // missing entries become -inf, so the conversion needs no bounds check.
@@ -262,7 +284,9 @@ VOX_DEVICE int sample_row(const T* logits, int V, const SamplerRow& row, Shared&
   divide_by(row.temperature, scores);
   const float bound = filter_bound(scores, float_at(all.low) / row.temperature, row, shared);
   const int listed = bound > -kLargestFloat ? list_kept(scores, bound, shared) : -1;
-  return race(scores, bound, listed, row, shared);
+  Race race(scores, bound, listed, row, shared);
+  race.list_candidates(race.score_codes());
+  return race.winner();
 }
 
 }  // namespace
