@@ -37,5 +37,13 @@ class Arena {
   int64_t used_ = 0;
 };
 
+// Bytes of the block that Buffers(arena, arguments...) needs.
+template <typename Buffers, typename... Arguments>
+int64_t arena_bytes(const Arguments&... arguments) {
+  Arena count(nullptr);
+  Buffers(count, arguments...);
+  return count.bytes();
+}
+
 }  // namespace
 }  // namespace voxkern

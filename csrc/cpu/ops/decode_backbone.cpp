@@ -31,9 +31,10 @@ struct Private {
   LayerRows<T> rows;
   float* scratch;  // SplitAttention's
 
-  Private(Arena& arena, const DecodeBackboneParams& p, const DecodeAttentionParams& attention)
+  Private(Arena& arena, const DecodeBackboneParams& p, const Shared<T>&)
       : rows(arena, p.layers, p.B),
-        scratch(arena.take<float>(SplitAttention<T>::scratch_size(attention))) {}
+        scratch(arena.take<float>(
+            SplitAttention<T>::scratch_size(attention_params(p, 0, nullptr, nullptr)))) {}
 };
 
 // One thread's part of the call.
@@ -49,7 +50,7 @@ class Worker {
         size_(size),
         layers_(params.layers, shared.layers, own.rows, rank, size) {}
 
-  void step() const {
+  void run() const {
     const int64_t C = p_.layers.C;
     __builtin_memcpy(own_.rows.residual, p_.x, p_.B * C * sizeof(T));
     layers_.run(p_.B, [&](int64_t layer) { attend(layer); });
@@ -99,24 +100,7 @@ class Worker {
 
 template <typename T>
 void run(const DecodeBackboneParams& p) {
-  Arena count(nullptr);
-  Shared<T>(count, p);
-  void* const block = __builtin_malloc(count.bytes());
-  Arena arena(block);
-  const Shared<T> all(arena, p);
-  auto job = [&](int rank, int size) {
-    const DecodeAttentionParams attention =
-        attention_params(p, 0, all.layers.qkv, all.layers.attended);
-    Arena own_count(nullptr);
-    Private<T>(own_count, p, attention);
-    // Allocated by the thread that uses it, so its pages are local to that processor (NUMA).
-    void* const own_block = __builtin_malloc(own_count.bytes());
-    Arena own_arena(own_block);
-    Worker<T>(p, all, Private<T>(own_arena, p, attention), rank, size).step();
-    __builtin_free(own_block);
-  };
-  run_team(job);
-  __builtin_free(block);
+  run_workers<Worker<T>, Private<T>, Shared<T>>(p);
 }
 
 }  // namespace

@@ -45,7 +45,8 @@ struct Private {
   float* scores;  // attend_row's scratch
   void* sampler;  // sample_row's scratch
 
-  Private(Arena& arena, const DecodeDepthParams& p) : rows(arena, p.layers, 2 * p.B, p.Cb) {
+  Private(Arena& arena, const DecodeDepthParams& p, const Shared<T>&)
+      : rows(arena, p.layers, 2 * p.B, p.Cb) {
     query = arena.take<T>(p.layers.D);
     scores = arena.take<float>(attend_scratch(p.K));
     sampler = arena.take<char>(sampler_scratch_bytes(p.V));
@@ -65,7 +66,7 @@ class Worker {
         size_(size),
         layers_(params.layers, shared.layers, own.rows, rank, size) {}
 
-  void frame() const {
+  void run() const {
     const T* const hidden = static_cast<const T*>(p_.hidden);
     layers_.project_part(hidden, p_.B, p_.projection, 0, shared_.layers.branch);
     // The inputs of positions 0 and 1 are known from the start: they share one pass.
@@ -134,18 +135,8 @@ class Worker {
 
 template <typename T>
 void run(const DecodeDepthParams& p) {
-  Arena shared(p.workspace);
-  const Shared<T> all(shared, p);
-  auto job = [&](int rank, int size) {
-    Arena count(nullptr);
-    Private<T>(count, p);
-    // Allocated by the thread that uses it, so its pages are local to that processor (NUMA).
-    void* const block = __builtin_malloc(count.bytes());
-    Arena arena(block);
-    Worker<T>(p, all, Private<T>(arena, p), rank, size).frame();
-    __builtin_free(block);
-  };
-  run_team(job);
+  Arena arena(p.workspace);
+  run_workers<Worker<T>, Private<T>>(p, Shared<T>(arena, p));
 }
 
 }  // namespace
@@ -166,12 +157,6 @@ VOX_KERNEL(decode_depth, DecodeDepthParams)
 
 namespace {
 
-int64_t workspace_bytes(const DecodeDepthParams& p) {
-  Arena count(nullptr);
-  p.dtype == Dtype::f32 ? (void)Shared<float>(count, p) : (void)Shared<uint16_t>(count, p);
-  return count.bytes();
-}
-
 Tensor decode_depth_cpu(Tensor hidden, Tensor code0, Tensor audio_rows, Tensor projection,
                         Tensor attn_norm, Tensor qkv, Tensor o, Tensor mlp_norm, Tensor gate_up,
                         Tensor down, Tensor norm, Tensor heads, Tensor rope_table,
@@ -190,7 +175,9 @@ Tensor decode_depth_cpu(Tensor hidden, Tensor code0, Tensor audio_rows, Tensor p
     p.out[b * p.K] = p.code0[b];
   }
   if (p.B == 0) return out;
-  const Tensor workspace = torch::stable::new_empty(hidden, {workspace_bytes(p)}, ScalarType::Byte);
+  const int64_t bytes =
+      p.dtype == Dtype::f32 ? arena_bytes<Shared<float>>(p) : arena_bytes<Shared<uint16_t>>(p);
+  const Tensor workspace = torch::stable::new_empty(hidden, {bytes}, ScalarType::Byte);
   p.workspace = workspace.mutable_data_ptr();
   decode_depth(p);
   return out;

@@ -190,25 +190,7 @@ class Worker {
 }  // namespace
 
 namespace VOX_ISA {
-void mimi_transformer(const MimiTransformerParams& p) {
-  Arena count(nullptr);
-  Shared(count, p);
-  void* const block = __builtin_malloc(count.bytes());
-  Arena arena(block);
-  const Shared all(arena, p);
-  auto job = [&](int rank, int size) {
-    Arena own_count(nullptr);
-    Private(own_count, p, all);
-    // Allocated by the thread that uses it, so its pages are local to that processor (NUMA).
-    void* const own_block = __builtin_malloc(own_count.bytes());
-    Arena own_arena(own_block);
-    const Private own(own_arena, p, all);
-    Worker(p, all, own, rank, size).run();
-    __builtin_free(own_block);
-  };
-  run_team(job);
-  __builtin_free(block);
-}
+void mimi_transformer(const MimiTransformerParams& p) { run_workers<Worker, Private, Shared>(p); }
 }  // namespace VOX_ISA
 
 }  // namespace voxkern

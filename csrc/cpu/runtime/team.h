@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "common/arena.h"
+
 namespace voxkern {
 
 class Team {
@@ -30,6 +32,29 @@ namespace {
 template <typename F>
 inline void run_team(F& f) {
   Team::run([](int rank, int size, void* context) { (*static_cast<F*>(context))(rank, size); }, &f);
+}
+
+// Calls Worker(p, shared, own, rank, size).run() in every thread. `own` is Own(arena, p, shared), a
+// thread's buffers: the thread allocates them, so that their pages are local to its processor
+// (NUMA).
+template <typename Worker, typename Own, typename Params, typename Shared>
+void run_workers(const Params& p, const Shared& shared) {
+  auto job = [&](int rank, int size) {
+    void* const block = __builtin_malloc(arena_bytes<Own>(p, shared));
+    Arena arena(block);
+    Worker(p, shared, Own(arena, p, shared), rank, size).run();
+    __builtin_free(block);
+  };
+  run_team(job);
+}
+
+// The same with shared buffers of its own: Shared(arena, p).
+template <typename Worker, typename Own, typename Shared, typename Params>
+void run_workers(const Params& p) {
+  void* const block = __builtin_malloc(arena_bytes<Shared>(p));
+  Arena arena(block);
+  run_workers<Worker, Own>(p, Shared(arena, p));
+  __builtin_free(block);
 }
 
 struct Range {
