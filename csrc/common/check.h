@@ -1,20 +1,35 @@
-// Argument checks whose errors name the tensor, the expectation and the actual value. Host only;
-// voxkern/triton/checks.py repeats the messages.
+// The dtypes of the kernels, and argument checks whose errors name the tensor, the expectation and
+// the actual value. The checks are for the host only (voxkern/triton/checks.py repeats their
+// messages): device code and the per-instruction-set CPU builds must not see torch.
 #pragma once
 
+#include <cstdint>
+
+#ifndef VOX_ISA
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cmath>
 #include <initializer_list>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
+#endif
 
-#include "common/dtype.h"
+#ifdef __CUDACC__
+#define VOX_HOST_DEVICE __host__ __device__
+#else
+#define VOX_HOST_DEVICE
+#endif
 
 namespace voxkern {
+
+enum class Dtype : int32_t { f32, bf16 };
+
+#ifndef VOX_ISA
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -105,5 +120,7 @@ inline void check_operand(const Tensor& t, const char* name, const Tensor& like,
   check_dtype(t, name, type);
   check_contiguous(t, name);
 }
+
+#endif
 
 }  // namespace voxkern

@@ -1,9 +1,25 @@
-// Checks shared by the ops on the paged KV cache. Host only.
+// What the ops on the paged KV cache share: the arguments of attention over it, and checks.
 #pragma once
 
 #include "common/check.h"
 
 namespace voxkern {
+
+struct PagedAttentionParams {
+  Dtype dtype;
+  int64_t B, Hq, Hkv, D;
+  int64_t S, M;   // page size, pages in a row of the table
+  const void* q;  // [T, Hq, D]; decode_attention has T = B
+  int64_t q_stride;
+  const void* k_pages;        // [P, Hkv, S, D]
+  const void* v_pages;        // [P, Hkv, S, D]
+  const int32_t* page_table;  // [B, M]
+  const int32_t* seq_lens;    // [B]
+  float scale;
+  void* out;  // [T, Hq, D]
+};
+
+#ifndef VOX_ISA
 
 // Checks [T, H, D]. The heads of a token are contiguous; the stride between tokens is free, so that
 // t may be a view of a fused projection.
@@ -41,6 +57,34 @@ inline void check_page_table(const Tensor& page_table, const Tensor& seq_lens, c
   check_shape(seq_lens, "seq_lens", "[B]", {page_table.size(0)});
 }
 
+inline PagedAttentionParams paged_attention_params(const Tensor& q, const Tensor& k_pages,
+                                                   const Tensor& v_pages, const Tensor& page_table,
+                                                   const Tensor& seq_lens, double scale,
+                                                   const Tensor& out) {
+  const Dtype dtype = float_dtype(q, "q");
+  check_heads(q, "q", q);
+  check_pages(k_pages, v_pages, q);
+  check_groups(q, k_pages);
+  check_page_table(page_table, seq_lens, q);
+  return {
+      .dtype = dtype,
+      .B = page_table.size(0),
+      .Hq = q.size(1),
+      .Hkv = k_pages.size(1),
+      .D = q.size(2),
+      .S = k_pages.size(2),
+      .M = page_table.size(1),
+      .q = q.const_data_ptr(),
+      .q_stride = q.stride(0),
+      .k_pages = k_pages.const_data_ptr(),
+      .v_pages = v_pages.const_data_ptr(),
+      .page_table = static_cast<const int32_t*>(page_table.const_data_ptr()),
+      .seq_lens = static_cast<const int32_t*>(seq_lens.const_data_ptr()),
+      .scale = static_cast<float>(scale),
+      .out = out.mutable_data_ptr(),
+  };
+}
+
 // Checks the values of positions and slots, for tensors that the host can read.
 inline void check_positions_and_slots(const int64_t* positions, const int64_t* slots, int64_t T,
                                       int64_t max_positions, int64_t num_slots) {
@@ -66,5 +110,7 @@ inline void check_page_table_values(const int32_t* page_table, const int32_t* se
     }
   }
 }
+
+#endif
 
 }  // namespace voxkern

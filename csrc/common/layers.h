@@ -18,10 +18,7 @@ struct LayersParams {
   float eps;
 };
 
-}  // namespace voxkern
-
 #ifndef VOX_ISA
-namespace voxkern {
 
 // Params of layers of width C, with the device and dtype of `like`.
 inline LayersParams layers_params(const Tensor& like, int64_t C, const Tensor& attn_norm,
@@ -67,5 +64,6 @@ inline LayersParams layers_params(const Tensor& like, int64_t C, const Tensor& a
   };
 }
 
-}  // namespace voxkern
 #endif
+
+}  // namespace voxkern

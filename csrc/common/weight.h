@@ -10,7 +10,7 @@
 //     scales.
 #pragma once
 
-#include "common/dtype.h"
+#include "common/check.h"
 
 namespace voxkern {
 
@@ -40,14 +40,7 @@ struct Weight {
   int64_t N, C;
 };
 
-}  // namespace voxkern
-
 #ifndef VOX_ISA
-#include <vector>
-
-#include "common/check.h"
-
-namespace voxkern {
 
 // The format by dtype: uint8 is int4, int8 is int8, all else is plain.
 inline Format weight_format(const Tensor& t) {
@@ -104,5 +97,6 @@ inline Weight mixed_weight_of(const Tensor& t, const char* name, const Tensor& l
   return weight;
 }
 
-}  // namespace voxkern
 #endif
+
+}  // namespace voxkern

@@ -1,7 +1,7 @@
 // append_kv: rotates q and k, and writes k and v to their slots of the paged KV cache.
 #pragma once
 
-#include "common/dtype.h"
+#include "common/kv_pages.h"
 
 namespace voxkern {
 
@@ -21,12 +21,7 @@ struct AppendKvParams {
   void* v_pages;             // [P, Hkv, S, D]
 };
 
-}  // namespace voxkern
-
 #ifndef VOX_ISA
-#include "common/kv_pages.h"
-
-namespace voxkern {
 
 inline AppendKvParams append_kv_params(const Tensor& q, const Tensor& k, const Tensor& v,
                                        const Tensor& rope_table, const Tensor& positions,
@@ -70,5 +65,6 @@ inline AppendKvParams append_kv_params(const Tensor& q, const Tensor& k, const T
   };
 }
 
-}  // namespace voxkern
 #endif
+
+}  // namespace voxkern

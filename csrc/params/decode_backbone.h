@@ -50,14 +50,7 @@ inline DecodeAttentionParams attention_params(const DecodeBackboneParams& p, int
 }
 
 }  // namespace
-}  // namespace voxkern
-
 #ifndef VOX_ISA
-#include <cmath>
-
-#include "common/kv_pages.h"
-
-namespace voxkern {
 
 // `x` and `out` contiguous. Does not read the values of positions, slots and page_table.
 inline DecodeBackboneParams decode_backbone_params(
@@ -105,5 +98,6 @@ inline DecodeBackboneParams decode_backbone_params(
   };
 }
 
-}  // namespace voxkern
 #endif
+
+}  // namespace voxkern

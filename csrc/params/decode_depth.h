@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/layers.h"
+#include "common/sampling.h"
 
 namespace voxkern {
 
@@ -24,12 +25,7 @@ struct DecodeDepthParams {
   void* workspace;           // its size depends on the device's kernel
 };
 
-}  // namespace voxkern
-
 #ifndef VOX_ISA
-#include "params/sample_tokens.h"
-
-namespace voxkern {
 
 // `hidden` contiguous. Leaves out and workspace null and does not read the values of code0.
 inline DecodeDepthParams decode_depth_params(
@@ -81,5 +77,6 @@ inline DecodeDepthParams decode_depth_params(
   };
 }
 
-}  // namespace voxkern
 #endif
+
+}  // namespace voxkern

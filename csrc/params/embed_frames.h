@@ -1,7 +1,7 @@
 // embed_frames: for each frame, the sum of the audio rows and the text row whose mask is set.
 #pragma once
 
-#include "common/dtype.h"
+#include "common/check.h"
 
 namespace voxkern {
 
@@ -15,12 +15,7 @@ struct EmbedFramesParams {
   void* out;                // [T, C]
 };
 
-}  // namespace voxkern
-
 #ifndef VOX_ISA
-#include "common/check.h"
-
-namespace voxkern {
 
 inline EmbedFramesParams embed_frames_params(const Tensor& frames, const Tensor& mask,
                                              const Tensor& audio_table, const Tensor& text_table,
@@ -53,5 +48,6 @@ inline EmbedFramesParams embed_frames_params(const Tensor& frames, const Tensor&
   };
 }
 
-}  // namespace voxkern
 #endif
+
+}  // namespace voxkern

@@ -13,14 +13,7 @@ struct LinearParams {
   void* out;      // [M, N]
 };
 
-}  // namespace voxkern
-
 #ifndef VOX_ISA
-#include <vector>
-
-#include "common/check.h"
-
-namespace voxkern {
 
 // The uninitialised result of `linear`.
 inline Tensor linear_out(const Tensor& x, const Tensor& weight) {
@@ -46,5 +39,6 @@ inline LinearParams linear_params(const Tensor& x, const Tensor& weight, const T
   };
 }
 
-}  // namespace voxkern
 #endif
+
+}  // namespace voxkern

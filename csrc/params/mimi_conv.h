@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "common/dtype.h"
+#include "common/check.h"
 
 namespace voxkern {
 
@@ -23,12 +23,7 @@ struct MimiConvParams {
   int64_t context() const { return (J - 1) * dilation; }
 };
 
-}  // namespace voxkern
-
 #ifndef VOX_ISA
-#include "common/check.h"
-
-namespace voxkern {
 
 // All tensors contiguous. Leaves `out` null.
 inline MimiConvParams mimi_conv_params(const Tensor& x, const Tensor& past, const Tensor& weight,
@@ -77,5 +72,6 @@ inline MimiConvParams mimi_conv_params(const Tensor& x, const Tensor& past, cons
   };
 }
 
-}  // namespace voxkern
 #endif
+
+}  // namespace voxkern

@@ -1,8 +1,6 @@
 // mimi_convs: a sequence of mimi_conv calls described by a plan. Host only.
 #pragma once
 
-#include <vector>
-
 #include "common/check.h"
 
 namespace voxkern {

@@ -28,14 +28,7 @@ struct MimiTransformerParams {
   const float* rotations;  // [B, T, D], cosines | sines
 };
 
-}  // namespace voxkern
-
 #ifndef VOX_ISA
-#include <cmath>
-
-#include "common/check.h"
-
-namespace voxkern {
 
 inline Activation activation_of(const std::string& name) {
   if (name == "gelu") return Activation::gelu;
@@ -115,5 +108,6 @@ inline MimiTransformerParams mimi_transformer_params(
   };
 }
 
-}  // namespace voxkern
 #endif
+
+}  // namespace voxkern

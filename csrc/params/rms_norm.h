@@ -2,7 +2,7 @@
 // residual to x.
 #pragma once
 
-#include "common/dtype.h"
+#include "common/check.h"
 
 namespace voxkern {
 
@@ -17,12 +17,7 @@ struct RmsNormParams {
   float eps;
 };
 
-}  // namespace voxkern
-
 #ifndef VOX_ISA
-#include "common/check.h"
-
-namespace voxkern {
 
 // `x` and `out` contiguous; `residual` is null for rms_norm.
 inline RmsNormParams rms_norm_params(const Tensor& x, const Tensor* residual, const Tensor& weight,
@@ -49,5 +44,6 @@ inline RmsNormParams rms_norm_params(const Tensor& x, const Tensor* residual, co
   };
 }
 
-}  // namespace voxkern
 #endif
+
+}  // namespace voxkern

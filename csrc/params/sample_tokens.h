@@ -2,7 +2,7 @@
 // min-p.
 #pragma once
 
-#include "common/dtype.h"
+#include "common/sampling.h"
 
 namespace voxkern {
 
@@ -22,28 +22,7 @@ struct SampleTokensParams {
   int64_t* out;  // [B]
 };
 
-}  // namespace voxkern
-
 #ifndef VOX_ISA
-#include "common/check.h"
-
-namespace voxkern {
-
-// Checks the sampling arguments of an op that draws: contiguous [B] tensors.
-inline void check_sampling(const Tensor& like, int64_t B, const Tensor& temperature,
-                           const Tensor& top_k, const Tensor& top_p, const Tensor& min_p,
-                           const Tensor& seeds, const Tensor& frames) {
-  const auto check_rows = [&](const Tensor& t, const char* name, ScalarType type) {
-    check_operand(t, name, like, type);
-    check_shape(t, name, "[B]", {B});
-  };
-  check_rows(temperature, "temperature", ScalarType::Float);
-  check_rows(top_k, "top_k", ScalarType::Int);
-  check_rows(top_p, "top_p", ScalarType::Float);
-  check_rows(min_p, "min_p", ScalarType::Float);
-  check_rows(seeds, "seeds", ScalarType::Long);
-  check_rows(frames, "frames", ScalarType::Long);
-}
 
 inline SampleTokensParams sample_tokens_params(
     const Tensor& logits, const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,
@@ -78,5 +57,6 @@ inline SampleTokensParams sample_tokens_params(
   };
 }
 
-}  // namespace voxkern
 #endif
+
+}  // namespace voxkern

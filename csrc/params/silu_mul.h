@@ -1,7 +1,7 @@
 // silu_mul: out = gate / (1 + exp(-gate)) * up.
 #pragma once
 
-#include "common/dtype.h"
+#include "common/check.h"
 
 namespace voxkern {
 
@@ -13,14 +13,7 @@ struct SiluMulParams {
   void* out;            // [rows, F]
 };
 
-}  // namespace voxkern
-
 #ifndef VOX_ISA
-#include <vector>
-
-#include "common/check.h"
-
-namespace voxkern {
 
 // The uninitialised result of `silu_mul`.
 inline Tensor silu_mul_out(const Tensor& gate_up) {
@@ -44,5 +37,6 @@ inline SiluMulParams silu_mul_params(const Tensor& gate_up, const Tensor& out) {
   };
 }
 
-}  // namespace voxkern
 #endif
+
+}  // namespace voxkern

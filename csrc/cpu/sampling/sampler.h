@@ -6,8 +6,7 @@
 // summation or another logarithm implementation gives the same code.
 #pragma once
 
-#include "common/philox.h"
-#include "common/sampler_row.h"
+#include "common/sampling.h"
 #include "cpu/sampling/filters.h"
 
 namespace voxkern {

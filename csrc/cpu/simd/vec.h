@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "common/dtype.h"
+#include "common/check.h"
 
 namespace voxkern {
 namespace {

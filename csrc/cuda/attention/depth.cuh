@@ -54,8 +54,8 @@ __host__ VOX_DEVICE int64_t depth_blocks_per_row(const DepthAttentionParams& p) 
 template <typename T, int L>
 class DepthWorker {
   static constexpr int N = kVector<T>, D = L * N, kHalf = D / 2;
-  static constexpr int kKeysPerLoad = kWarp / L, kStride = kDepthWarps * kKeysPerLoad;
-  static constexpr int kKeys = kKeysPerLane<L>;
+  static constexpr int kKeysPerLoad = kWarp / L, kKeyStride = kDepthWarps * kKeysPerLoad;
+  static constexpr int kLaneKeys = kKeysPerLane<L>;
 
  public:
   VOX_DEVICE DepthWorker(const DepthAttentionParams& p, int part, int64_t b)
@@ -74,7 +74,7 @@ class DepthWorker {
   // Older keys and values, and the rotation: complete before the wait.
   VOX_DEVICE void load_older() {
 #pragma unroll
-    for (int s = 0; s < kKeys; ++s)
+    for (int s = 0; s < kLaneKeys; ++s)
       if (const int key = key_of(s); key < position_) {
         k_[s] = load_uncached(k_cache_ + key * D);
         v_[s] = load_uncached(v_cache_ + key * D);
@@ -103,12 +103,12 @@ class DepthWorker {
     float rotated[N];
     rotate(new_k, k_partner, rotated);
 #pragma unroll
-    for (int s = 0; s < kKeys; ++s)
+    for (int s = 0; s < kLaneKeys; ++s)
       if (key_of(s) == position_) {
         k_[s] = pack<T>(rotated);
         v_[s] = new_v;
       }
-    if (first_query_ == 0 && position_ % kStride == first_key_) {
+    if (first_query_ == 0 && position_ % kKeyStride == first_key_) {
       *reinterpret_cast<uint4*>(k_cache_ + position_ * D) = pack<T>(rotated);
       *reinterpret_cast<uint4*>(v_cache_ + position_ * D) = new_v;
     }
@@ -122,8 +122,8 @@ class DepthWorker {
 
   VOX_DEVICE void score_keys(DepthShared<T, L>& shared) const {
 #pragma unroll
-    for (int s = 0; s < kKeys; ++s) {
-      if (s * kStride + warp_ * kKeysPerLoad > position_) break;  // the whole warp
+    for (int s = 0; s < kLaneKeys; ++s) {
+      if (s * kKeyStride + warp_ * kKeysPerLoad > position_) break;  // the whole warp
       const int key = key_of(s);
       float values[N] = {};
       if (key <= position_) unpack<T>(k_[s], values);
@@ -154,7 +154,7 @@ class DepthWorker {
       state_[g] = warp_softmax(scores, position_ + 1);
       float acc[N] = {};
 #pragma unroll
-      for (int s = 0; s < kKeys; ++s) {
+      for (int s = 0; s < kLaneKeys; ++s) {
         if (const int key = key_of(s); key <= position_) {
           const float weight = expf(shared.scores[g][key] - state_[g].largest);
           float values[N];
@@ -187,7 +187,7 @@ class DepthWorker {
   }
 
  private:
-  VOX_DEVICE int key_of(int s) const { return first_key_ + s * kStride; }
+  VOX_DEVICE int key_of(int s) const { return first_key_ + s * kKeyStride; }
 
   VOX_DEVICE void rotate(uint4 raw, uint4 raw_partner, float (&out)[N]) const {
     float own[N], other[N];
@@ -208,7 +208,7 @@ class DepthWorker {
   int h_, first_query_, queries_;
   int64_t head_;
   T *k_cache_, *v_cache_;
-  uint4 k_[kKeys] = {}, v_[kKeys] = {};
+  uint4 k_[kLaneKeys] = {}, v_[kLaneKeys] = {};
   float cos_[N], sin_[N], q_[kDepthQueries][N];
   SoftmaxState state_[kDepthQueries];
 };
@@ -297,12 +297,7 @@ void launch_depth_attention(const DepthAttentionParams& p, cudaStream_t stream) 
   if (p.D == 16 * kVector<T> && p.K <= kMaxDepthKeys<16>) use(depth_kernel<T, 16>);
   if constexpr (sizeof(T) == 4)
     if (p.D == 32 * kVector<T> && p.K <= kMaxDepthKeys<32>) use(depth_kernel<T, 32>);
-  launch(kernel,
-         {.grid = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(p.B)),
-          .block = dim3(static_cast<unsigned>(threads)),
-          .stream = stream,
-          .overlaps_previous = true},
-         p);
+  launch(kernel, {.grid = {blocks, p.B}, .block = threads, .stream = stream}, p);
 }
 
 }  // namespace

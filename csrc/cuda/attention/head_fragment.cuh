@@ -10,7 +10,7 @@ namespace voxkern::attention {
 template <typename T, int N, int L>
 struct HeadFragment {
   static constexpr int kChunks = N == 1 ? kMaxHeadDim / L : 1;
-  static constexpr int kSize = N * kChunks;
+  static constexpr int kFragmentSize = N * kChunks;
   static VOX_DEVICE int column(int lane, int i) { return (i / N * L + lane % L) * N + i % N; }
   using Raw = std::conditional_t<N == 1, T, uint4>;
   Raw raw[kChunks];
@@ -38,7 +38,7 @@ struct HeadFragment {
         raw[c] = *reinterpret_cast<const uint4*>(row + at);
     }
   }
-  VOX_DEVICE void to_floats(float (&out)[kSize]) const {
+  VOX_DEVICE void to_floats(float (&out)[kFragmentSize]) const {
     if constexpr (N == 1) {
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) out[c] = to_float(raw[c]);

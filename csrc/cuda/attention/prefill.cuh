@@ -237,7 +237,8 @@ __global__ void __launch_bounds__(kPrefillWarps* kWarp, 2)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kPrefillWarps* kWarp) prefill_kernel(PrefillAttentionParams p) {
+__global__ void __launch_bounds__(kPrefillWarps* kWarp, 10)
+    prefill_kernel(PrefillAttentionParams p) {
   VOX_SHARED(float[kPrefillWarps][kMaxHeadDim], queries);
   VOX_SHARED(float[kPrefillWarps][kWarp], weights);
   wait_for_previous_kernel();

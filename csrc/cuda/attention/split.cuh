@@ -91,7 +91,7 @@ VOX_DEVICE void combine_splits(const DecodeAttentionParams& p, const Partials& p
 template <typename T, int N, int L, bool kAppend>
 class SplitWorker {
   using Fragment = HeadFragment<T, N, L>;
-  static constexpr int kSize = Fragment::kSize;
+  static constexpr int kFragmentSize = Fragment::kFragmentSize;
   static constexpr int kKeysPerLoad = kWarp / L;
   static constexpr int kLoads = N == 1 ? 1 : kRowLoadsInFlight < L ? kRowLoadsInFlight : L;
 
@@ -190,7 +190,7 @@ class SplitWorker {
 
   VOX_DEVICE void load_rotation() {
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) {
+    for (int i = 0; i < kFragmentSize; ++i) {
       const int column = Fragment::column(lane_, i), at = column % (D_ / 2);
       cos_[i] = column < D_ ? table_[at] : 0.0f;
       sin_[i] = column < D_ ? table_[D_ / 2 + at] : 0.0f;
@@ -202,7 +202,7 @@ class SplitWorker {
     for (int g = 0; g < kSplitQueries; ++g) {
       const T* const row = query_row(g);
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) {
+      for (int j = 0; j < kFragmentSize; ++j) {
         const int column = Fragment::column(lane_, j);
         const bool there = N > 1 || column < D_;
         q_[g][j] = (there ? to_float(load_element_uncached(row + column)) : 0.0f) * p_.scale;
@@ -242,12 +242,12 @@ class SplitWorker {
       }
   }
   VOX_DEVICE void rotate_query(const Fragment& own, const Fragment& partners,
-                               float (&q)[kSize]) const {
-    float mine[kSize], other[kSize];
+                               float (&q)[kFragmentSize]) const {
+    float mine[kFragmentSize], other[kFragmentSize];
     own.to_floats(mine);
     partners.to_floats(other);
 #pragma unroll
-    for (int j = 0; j < kSize; ++j)
+    for (int j = 0; j < kFragmentSize; ++j)
       q[j] = rounded<T>(Fragment::column(lane_, j) < D_ / 2
                             ? rotated_low(mine[j], other[j], cos_[j], sin_[j])
                             : rotated_high(other[j], mine[j], cos_[j], sin_[j])) *
@@ -261,13 +261,13 @@ class SplitWorker {
 #pragma unroll
       for (int u = 0; u < kLoads; ++u) {
         const int key = (step + u) * kKeysPerLoad + lane_ / L;
-        float k[kSize] = {}, dots[kSplitQueries] = {};
+        float k[kFragmentSize] = {}, dots[kSplitQueries] = {};
         if (is_new(key)) rows_[u].load_shared(new_kv()[0], lane_, D_);
         if (key < count_) rows_[u].to_floats(k);
 #pragma unroll
         for (int g = 0; g < kSplitQueries; ++g) {
 #pragma unroll
-          for (int i = 0; i < kSize; ++i) dots[g] = fmaf(q_[g][i], k[i], dots[g]);
+          for (int i = 0; i < kFragmentSize; ++i) dots[g] = fmaf(q_[g][i], k[i], dots[g]);
 #pragma unroll
           for (int offset = L / 2; offset; offset /= 2)
             dots[g] += __shfl_xor_sync(kWholeWarp, dots[g], offset);
@@ -293,7 +293,7 @@ class SplitWorker {
 
   // The warp's weighted values, to [kSplitQueries, D] `sums`.
   VOX_DEVICE void sum_values(const float (&weights)[kWarp][kSplitQueries], float* sums) {
-    float acc[kSplitQueries][kSize] = {};
+    float acc[kSplitQueries][kFragmentSize] = {};
     for (int step = 0; step < L; step += kLoads) {
       if (step * kKeysPerLoad >= count_) break;
       if (step > 0) load_rows(p_.v_pages, step);
@@ -302,20 +302,20 @@ class SplitWorker {
         const int key = (step + u) * kKeysPerLoad + lane_ / L;
         if (key >= count_) continue;
         if (is_new(key)) rows_[u].load_shared(new_kv()[1], lane_, D_);
-        float v[kSize];
+        float v[kFragmentSize];
         rows_[u].to_floats(v);
 #pragma unroll
         for (int g = 0; g < kSplitQueries; ++g) {
           const float weight = weights[key][g];
 #pragma unroll
-          for (int i = 0; i < kSize; ++i) acc[g][i] = fmaf(weight, v[i], acc[g][i]);
+          for (int i = 0; i < kFragmentSize; ++i) acc[g][i] = fmaf(weight, v[i], acc[g][i]);
         }
       }
     }
 #pragma unroll
     for (int g = 0; g < kSplitQueries; ++g)
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) {
+      for (int i = 0; i < kFragmentSize; ++i) {
 #pragma unroll
         for (int offset = kWarp / 2; offset >= L; offset /= 2)
           acc[g][i] += __shfl_xor_sync(kWholeWarp, acc[g][i], offset);
@@ -373,7 +373,7 @@ class SplitWorker {
   unsigned new_keys_ = 0, older_;  // a bit a key: those in the slot being written, the others
   const float* table_ = nullptr;
   Fragment rows_[kLoads] = {};
-  float cos_[kSize], sin_[kSize], q_[kSplitQueries][kSize];
+  float cos_[kFragmentSize], sin_[kFragmentSize], q_[kSplitQueries][kFragmentSize];
 };
 
 template <typename T, int N, int L, bool kAppend>

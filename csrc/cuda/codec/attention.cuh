@@ -1,5 +1,5 @@
 // Attention of the codec's transformer, fused with the rotation and the append of new keys and
-// values.
+// values; before it, the table of rotations.
 //
 // A block takes a key/value head of a stream, and kQueries of its queries at a time. Among a
 // query's keys, those at position p belong to group p % kGroups of L lanes, each with N elements of
@@ -22,15 +22,44 @@ namespace {
 
 constexpr int kAttentionThreads = 512;
 
-// A lane's part of a row of D elements: N consecutive ones of one chunk, or of kSize chunks that
-// are L lanes apart.
+// Within 1e-7 of torch's. The angle is reduced to -pi / 4 .. pi / 4 in float64, then evaluated with
+// the polynomials of Cephes (https://www.netlib.org/cephes). sinf() would need a stack.
+VOX_DEVICE void sine_and_cosine(float angle, float& sine, float& cosine) {
+  const double quarters = rint(static_cast<double>(angle) * 0.63661977236758134308);
+  const float r =
+      static_cast<float>(fma(quarters, -1.57079632679489661923, static_cast<double>(angle)));
+  const float s = r * r;
+  float odd = fmaf(s, -1.9515295891e-4f, 8.3321608736e-3f);
+  odd = fmaf(fmaf(s, odd, -1.6666654611e-1f), s * r, r);
+  float even = fmaf(s, 2.443315711809948e-5f, -1.388731625493765e-3f);
+  even = fmaf(fmaf(s, even, 4.166664568298827e-2f), s * s, fmaf(s, -0.5f, 1.0f));
+  const int quarter = static_cast<int>(static_cast<int64_t>(quarters) & 3);
+  sine = quarter % 2 ? even : odd;
+  cosine = quarter % 2 ? odd : even;
+  if (quarter >= 2) sine = -sine;
+  if (quarter == 1 || quarter == 2) cosine = -cosine;
+}
+
+// The table of rotations, [B T, D] of cosines | sines. A thread takes one angle of one step.
+__global__ void rotations_kernel(MimiTransformerParams p, const float* frequencies, float* out) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t half = p.D / 2, row = i / half, f = i % half;
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  if (row >= p.B * p.T) return;
+  const float angle = static_cast<float>(p.positions[row / p.T] + row % p.T) * frequencies[f];
+  sine_and_cosine(angle, out[row * p.D + half + f], out[row * p.D + f]);
+}
+
+// A lane's part of a row of D elements: N consecutive ones of one chunk, or of kElements chunks
+// that are L lanes apart.
 template <int N, int L>
 struct HeadFragment {
-  static constexpr int kSize = N == 1 ? attention::kMaxHeadDim / L : N;
+  static constexpr int kElements = N == 1 ? attention::kMaxHeadDim / L : N;
   static VOX_DEVICE int column(int lane, int i) { return (i / N * L + lane % L) * N + i % N; }
-  static VOX_DEVICE void read(const float* row, int lane, int D, float (&out)[kSize]) {
+  static VOX_DEVICE void read(const float* row, int lane, int D, float (&out)[kElements]) {
 #pragma unroll
-    for (int i = 0; i < kSize; i += N) {
+    for (int i = 0; i < kElements; i += N) {
       float values[N] = {};
       if (column(lane, i) < D) load<N>(row + column(lane, i), values);
 #pragma unroll
@@ -38,26 +67,26 @@ struct HeadFragment {
     }
   }
   // An old key or value; allowed before the wait.
-  static VOX_DEVICE void read_old(const float* row, int lane, int D, float (&out)[kSize]) {
+  static VOX_DEVICE void read_old(const float* row, int lane, int D, float (&out)[kElements]) {
     if constexpr (N == 1) {
 #pragma unroll
-      for (int i = 0; i < kSize; ++i)
+      for (int i = 0; i < kElements; ++i)
         out[i] = column(lane, i) < D ? __ldcg(row + column(lane, i)) : 0.0f;
     } else {
       unpack<float>(load_uncached(row + column(lane, 0)), out);
     }
   }
-  static VOX_DEVICE void write(float* row, int lane, int D, const float (&values)[kSize]) {
+  static VOX_DEVICE void write(float* row, int lane, int D, const float (&values)[kElements]) {
 #pragma unroll
-    for (int i = 0; i < kSize; ++i)
+    for (int i = 0; i < kElements; ++i)
       if (column(lane, i) < D) row[column(lane, i)] = values[i];
   }
   // The rotated row; N elements are in the same half of it.
   static VOX_DEVICE void rotate(const float* row, const float* rotation, int lane, int D,
-                                float (&out)[kSize]) {
+                                float (&out)[kElements]) {
     const int half = D / 2;
 #pragma unroll
-    for (int i = 0; i < kSize; i += N) {
+    for (int i = 0; i < kElements; i += N) {
       const int at = column(lane, i);
       float own[N] = {}, other[N] = {}, cosine[N] = {}, sine[N] = {};
       if (at < D) {
@@ -78,10 +107,9 @@ template <int N, int L, int kKeys, int kQueries>
 __global__ void __launch_bounds__(kAttentionThreads)
     attend_kernel(MimiTransformerParams p, int64_t layer, const float* qkv, float* out) {
   using Own = HeadFragment<N, L>;
-  constexpr int kSize = Own::kSize, kGroups = kAttentionThreads / L;
+  constexpr int kElements = Own::kElements, kGroups = kAttentionThreads / L;
   VOX_DYNAMIC_SHARED(float, sums);  // [kGroups, kQueries, D]
   VOX_SHARED(attention::SoftmaxState[kGroups][kQueries], states);
-  const float lowest = __uint_as_float(0xff800000u);
   const int lane = threadIdx.x % kWarp, mine = threadIdx.x / L;
   const int h = static_cast<int>(blockIdx.x % p.Hkv), D = static_cast<int>(p.D);
   const int64_t b = blockIdx.x / p.Hkv, position = __ldcg(p.positions + b);
@@ -97,7 +125,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
     const int64_t at = position + t - window + 1;
     return at > 0 ? at : 0;
   };
-  float k[kKeys][kSize], v[kKeys][kSize];
+  float k[kKeys][kElements], v[kKeys][kElements];
   // Loads the key block's keys that are in the ring.
   const auto read_old = [&](int t, int key_block) {
     const int64_t from = first_seen(t);
@@ -124,19 +152,19 @@ __global__ void __launch_bounds__(kAttentionThreads)
       const int64_t from = first_seen(t);
       const int old = static_cast<int>(position - from), count = old + t + queries;
       const int own = (mine - static_cast<int>(from % kGroups) + kGroups) % kGroups;
-      float q[kQueries][kSize];
+      float q[kQueries][kElements];
 #pragma unroll
       for (int i = 0; i < kQueries; ++i) {
         const int row = i < queries ? t + i : t;
         Own::rotate(rows + row * stride + head * D, rotations + static_cast<int64_t>(row) * D, lane,
                     D, q[i]);
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) q[i][j] *= p.scale;
+        for (int j = 0; j < kElements; ++j) q[i][j] *= p.scale;
       }
       attention::SoftmaxState state[kQueries];
-      float acc[kQueries][kSize] = {};
+      float acc[kQueries][kElements] = {};
 #pragma unroll
-      for (int i = 0; i < kQueries; ++i) state[i] = {lowest, 0};
+      for (int i = 0; i < kQueries; ++i) state[i] = attention::SoftmaxState::empty();
 
       for (int key_block = 0; key_block * kGroups < count; key_block += kKeys) {
         if (!loaded) read_old(t, key_block);
@@ -166,7 +194,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
             float dot = 0;
             if (key < count)
 #pragma unroll
-              for (int c = 0; c < kSize; ++c) dot = fmaf(q[j][c], k[i][c], dot);
+              for (int c = 0; c < kElements; ++c) dot = fmaf(q[j][c], k[i][c], dot);
 #pragma unroll
             for (int offset = L / 2; offset; offset /= 2)
               dot += __shfl_xor_sync(kWholeWarp, dot, offset);
@@ -184,14 +212,14 @@ __global__ void __launch_bounds__(kAttentionThreads)
           state[j].largest = largest;
           state[j].sum *= factor;
 #pragma unroll
-          for (int c = 0; c < kSize; ++c) acc[j][c] *= factor;
+          for (int c = 0; c < kElements; ++c) acc[j][c] *= factor;
 #pragma unroll
           for (int i = 0; i < kKeys; ++i) {
             if (!(seen[j] >> i & 1)) continue;
             const float weight = expf(weights[j][i] - largest);
             state[j].sum += weight;
 #pragma unroll
-            for (int c = 0; c < kSize; ++c) acc[j][c] = fmaf(weight, v[i][c], acc[j][c]);
+            for (int c = 0; c < kElements; ++c) acc[j][c] = fmaf(weight, v[i][c], acc[j][c]);
           }
         }
       }
@@ -204,15 +232,11 @@ __global__ void __launch_bounds__(kAttentionThreads)
       __syncthreads();
       for (int item = threadIdx.x; item < queries * D; item += kAttentionThreads) {
         const int i = item / D, column = item % D;
-        float largest = lowest, sum = 0, total = 0;
-        for (int of = 0; of < kGroups; ++of) largest = fmaxf(largest, states[of][i].largest);
-        for (int of = 0; of < kGroups; ++of) {
-          if (states[of][i].sum == 0) continue;
-          const float factor = expf(states[of][i].largest - largest);
-          sum = fmaf(states[of][i].sum, factor, sum);
-          total = fmaf(sums[(of * kQueries + i) * D + column], factor, total);
-        }
-        out[((b * T + t + i) * p.Hq + head) * D + column] = total / sum;
+        float total;
+        const attention::SoftmaxState merged = attention::merge_parts<kGroups>(
+            [&](int group) { return states[group][i]; },
+            [&](int group) { return sums[(group * kQueries + i) * D + column]; }, total);
+        out[((b * T + t + i) * p.Hq + head) * D + column] = total / merged.sum;
       }
       __syncthreads();
     }
@@ -222,23 +246,22 @@ template <int N, int L, int kKeys, int kQueries>
 void launch_attention_of(const MimiTransformerParams& p, int64_t layer, const float* qkv,
                          float* out, cudaStream_t stream) {
   launch(attend_kernel<N, L, kKeys, kQueries>,
-         {.grid = dim3(static_cast<unsigned>(p.B * p.Hkv)),
-          .block = dim3(kAttentionThreads),
+         {.grid = p.B * p.Hkv,
+          .block = kAttentionThreads,
           .shared_bytes = kAttentionThreads / L * kQueries * p.D * sizeof(float),
-          .stream = stream,
-          .overlaps_previous = true},
+          .stream = stream},
          p, layer, qkv, out);
 }
 
 inline void launch_attention(const MimiTransformerParams& p, int64_t layer, const float* qkv,
                              float* out, cudaStream_t stream) {
-  constexpr int kLanes = 16, kKeys = 8, kKeyBlock = kAttentionThreads / kLanes * kKeys;
+  constexpr int kLanes = 16, kMaxKeys = 8, kWindow = kAttentionThreads / kLanes * kMaxKeys;
   const bool vectors = p.D == 4 * kLanes && is_vector_aligned<float>(p.keys, p.D) &&
                        is_vector_aligned<float>(p.values, p.D);
-  if (vectors && p.window < kKeyBlock)
-    launch_attention_of<4, kLanes, kKeys, 2>(p, layer, qkv, out, stream);
+  if (vectors && p.window < kWindow)
+    launch_attention_of<4, kLanes, kMaxKeys, 2>(p, layer, qkv, out, stream);
   else if (vectors)
-    launch_attention_of<4, kLanes, kKeys / 2, 1>(p, layer, qkv, out, stream);
+    launch_attention_of<4, kLanes, kMaxKeys / 2, 1>(p, layer, qkv, out, stream);
   else
     launch_attention_of<1, kWarp, 2, 1>(p, layer, qkv, out, stream);
 }

@@ -90,12 +90,10 @@ void keep_past(const std::vector<FinishedConv>& convs, cudaStream_t stream) {
   const auto flush = [&] {
     if (count == 0) return;
     const int64_t blocks = divide_up(most, kKeepThreads);
-    launch(keep_past_kernel,
-           {.grid = dim3(static_cast<unsigned>(blocks < 1024 ? blocks : 1024), count),
-            .block = dim3(kKeepThreads),
-            .stream = stream,
-            .overlaps_previous = true},
-           batch);
+    launch(
+        keep_past_kernel,
+        {.grid = {blocks < 1024 ? blocks : 1024, count}, .block = kKeepThreads, .stream = stream},
+        batch);
     count = 0;
     most = 0;
   };

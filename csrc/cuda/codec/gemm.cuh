@@ -44,7 +44,7 @@ constexpr int kPitch = Tile::kN + 4;
 template <class Tile, class Prologue>
 class GemmWorker {
   static constexpr int kM = Tile::kM, kN = Tile::kN, kChunksInFlight = Tile::kChunksInFlight;
-  static constexpr int kColumns = Tile::kColumns;
+  static constexpr int kChunkColumns = Tile::kChunkColumns;
   static constexpr bool kAligned = Tile::kAligned;
 
  public:
@@ -63,7 +63,7 @@ class GemmWorker {
     let_next_kernel_start();
     prologue_.template prepare<kM, kAligned>(m_, p_.M, split_, p_.splits, stats[tile_in_block_]);
 #pragma unroll
-    for (int i = 0; i < Tile::kRows; ++i) {
+    for (int i = 0; i < Tile::kLaneRows; ++i) {
       // Rows past the last give results that are not stored.
       const int r = Tile::row(lane_, i), last = p_.M - 1 - m_, at = r < last ? r : last;
       rows_[i] = prologue_.row(m_ + at, stats[tile_in_block_][at]);
@@ -93,13 +93,13 @@ class GemmWorker {
 
   VOX_DEVICE void load_weight(int chunk, int f) {
     const int k = chunk < end_ ? chunk * kChunk + Tile::column(lane_) : p_.K;
-    columns_[f] = prologue_.template columns<kColumns, kAligned>(k);
+    columns_[f] = prologue_.template columns<kChunkColumns, kAligned>(k);
     Tile::read_weight(p_, n_, k, lane_, weights_[f]);
   }
   VOX_DEVICE void load_x(int f) {
 #pragma unroll
-    for (int i = 0; i < Tile::kRows; ++i)
-      prologue_.template read<kColumns, kAligned>(rows_[i], columns_[f], x_[f][i]);
+    for (int i = 0; i < Tile::kLaneRows; ++i)
+      prologue_.template read<kChunkColumns, kAligned>(rows_[i], columns_[f], x_[f][i]);
   }
 
   VOX_DEVICE void multiply_range() {
@@ -108,7 +108,7 @@ class GemmWorker {
       for (int f = 0; f < kChunksInFlight; ++f) {
         if (first + f >= end_) break;  // the whole warp
 #pragma unroll
-        for (int i = 0; i < Tile::kRows; ++i) prologue_.finish(rows_[i], columns_[f], x_[f][i]);
+        for (int i = 0; i < Tile::kLaneRows; ++i) prologue_.finish(rows_[i], columns_[f], x_[f][i]);
         tile_.multiply(weights_[f], x_[f]);
         if (first + f + kChunksInFlight >= end_) continue;
         load_weight(first + f + kChunksInFlight, f);
@@ -151,9 +151,9 @@ class GemmWorker {
   int begin_, end_;  // chunks of the range
   Tile tile_;
   typename Tile::Raw weights_[kChunksInFlight];
-  typename Prologue::template Columns<kColumns> columns_[kChunksInFlight];
-  typename Prologue::Row rows_[Tile::kRows];
-  float x_[kChunksInFlight][Tile::kRows][kColumns];
+  typename Prologue::template Columns<kChunkColumns> columns_[kChunksInFlight];
+  typename Prologue::Row rows_[Tile::kLaneRows];
+  float x_[kChunksInFlight][Tile::kLaneRows][kChunkColumns];
 };
 
 template <class Tile, class Prologue>
@@ -187,11 +187,10 @@ void launch_tiles(GemmParams p, const Prologue& prologue, int warps, cudaStream_
   const int64_t tiles = p.tiles_m * divide_up(p.N, Tile::kN);
   const int warps_of_block = p.tiles * p.splits;
   launch(gemm_kernel<Tile, Prologue>,
-         {.grid = dim3(static_cast<unsigned>(divide_up(tiles, p.tiles))),
-          .block = dim3(static_cast<unsigned>(warps_of_block * kWarp)),
+         {.grid = divide_up(tiles, p.tiles),
+          .block = warps_of_block * kWarp,
           .shared_bytes = warps_of_block * Tile::kM * kPitch<Tile> * sizeof(float),
-          .stream = stream,
-          .overlaps_previous = true},
+          .stream = stream},
          p, prologue);
 }
 

@@ -58,19 +58,26 @@ VOX_DEVICE void read_columns(const float* row, int k, int K, float (&out)[V]) {
   }
 }
 
-// 16 kA rows of W and 8 kB of x.
-template <bool kBlocked_, bool kAligned_, int kA, int kB, int kChunksInFlight_>
-struct Bf16Tile {
+// A tile of kN rows of W and kM of x. A lane has kChunkColumns of a chunk's columns and kLaneRows
+// rows of x.
+template <bool kAligned_, int kN_, int kM_, int kChunkColumns_, int kLaneRows_,
+          int kChunksInFlight_>
+struct TileShape {
   static constexpr bool kAligned = kAligned_;
-  static constexpr int kN = kWeightBlockRows * kA, kM = 8 * kB, kChunksInFlight = kChunksInFlight_;
-  static constexpr int kColumns = 8, kRows = kB;
+  static constexpr int kN = kN_, kM = kM_, kChunkColumns = kChunkColumns_, kLaneRows = kLaneRows_;
+  static constexpr int kChunksInFlight = kChunksInFlight_;
+};
+
+// 16 kA rows of W and 8 kB of x.
+template <bool kBlocked, bool kAligned, int kA, int kB, int kChunksInFlight>
+struct Bf16Tile : TileShape<kAligned, kWeightBlockRows * kA, 8 * kB, 8, kB, kChunksInFlight> {
   // Word 2 i of 16 rows: the columns 2 i and 2 i + 1 of row 2 g; word 2 i + 1 those of row 2 g + 1.
   struct Raw {
     uint32_t words[kA][8];
   };
   float sums[kA][kB][4] = {};
 
-  static VOX_DEVICE int column(int lane) { return lane % 4 * kColumns; }
+  static VOX_DEVICE int column(int lane) { return lane % 4 * 8; }
   static VOX_DEVICE int row(int lane, int i) { return 8 * i + lane / 4; }
 
   static VOX_DEVICE void read_weight(const GemmParams& p, int n, int k, int lane, Raw& raw) {
@@ -82,11 +89,11 @@ struct Bf16Tile {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           const auto bits = [&](int j) -> uint32_t {
-            return weight_at<bf16, kBlocked_>(p, first + i % 2, k + i / 2 * 2 + j).bits;
+            return weight_at<bf16, kBlocked>(p, first + i % 2, k + i / 2 * 2 + j).bits;
           };
           words[i] = bits(0) | bits(1) << 16;
         }
-      } else if constexpr (kBlocked_) {
+      } else if constexpr (kBlocked) {
         const bool there = first < p.N && k < p.K;  // row first + 1 is always in the block
         const int64_t block = first / kWeightBlockRows;
         const uint32_t* const from = static_cast<const uint32_t*>(p.weight) +
@@ -138,19 +145,16 @@ struct Bf16Tile {
   }
 };
 
-// 16 rows of W and kM_ of x.
-template <bool kBlocked_, bool kAligned_, int kM_, int kChunksInFlight_>
-struct F32Tile {
-  static constexpr bool kAligned = kAligned_;
-  static constexpr int kN = kWeightBlockRows, kM = kM_, kChunksInFlight = kChunksInFlight_,
-                       kColumns = 4, kRows = kM;
+// 16 rows of W and kM of x.
+template <bool kBlocked, bool kAligned, int kM, int kChunksInFlight>
+struct F32Tile : TileShape<kAligned, kWeightBlockRows, kM, 4, kM, kChunksInFlight> {
   // Blocks: [column][row], else [row][column].
   struct Raw {
     float values[4][4];
   };
   float sums[kM][4] = {};
 
-  static VOX_DEVICE int column(int lane) { return lane / 4 * kColumns; }
+  static VOX_DEVICE int column(int lane) { return lane / 4 * 4; }
   static VOX_DEVICE int row(int, int i) { return i; }
 
   static VOX_DEVICE void read_weight(const GemmParams& p, int n, int k, int lane, Raw& raw) {
@@ -160,15 +164,15 @@ struct F32Tile {
       if constexpr (!kAligned) {
 #pragma unroll
         for (int j = 0; j < 4; ++j)
-          raw.values[i][j] = kBlocked_ ? weight_at<float, true>(p, first + j, k + i)
-                                       : weight_at<float, false>(p, first + i, k + j);
+          raw.values[i][j] = kBlocked ? weight_at<float, true>(p, first + j, k + i)
+                                      : weight_at<float, false>(p, first + i, k + j);
       } else {
         const int64_t block = first / kWeightBlockRows, row = first + i;
         const float* from = static_cast<const float*>(p.weight) + row * p.K + k;
-        if constexpr (kBlocked_)
+        if constexpr (kBlocked)
           from = static_cast<const float*>(p.weight) + (block * p.K + k + i) * kWeightBlockRows +
                  first % kWeightBlockRows;
-        const bool there = (kBlocked_ ? first : row) < p.N && k < p.K;
+        const bool there = (kBlocked ? first : row) < p.N && k < p.K;
         unpack<float>(there ? load_stream(from) : uint4{0, 0, 0, 0}, raw.values[i]);
       }
     }
@@ -181,7 +185,7 @@ struct F32Tile {
       for (int i = 0; i < 4; ++i)
 #pragma unroll
         for (int r = 0; r < 4; ++r)
-          sums[m][r] = fmaf(x[m][i], kBlocked_ ? raw.values[i][r] : raw.values[r][i], sums[m][r]);
+          sums[m][r] = fmaf(x[m][i], kBlocked ? raw.values[i][r] : raw.values[r][i], sums[m][r]);
   }
 
   VOX_DEVICE void put(float* to, int pitch, int lane) {

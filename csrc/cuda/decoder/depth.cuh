@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cuda/attention/depth.cuh"
+#include "cuda/decoder/layers.cuh"
 #include "cuda/sampling/sampler.cuh"
 #include "params/decode_depth.h"
 
@@ -21,7 +22,7 @@ struct DepthFrame {
 
 // Runs all positions after the projection in one launch. Returns false and launches nothing if it
 // does not take these sizes, weights or this device. persistent.cu defines it.
-bool persistent_depth(const DepthFrame& p, cudaStream_t stream);
+bool persistent_depth(const DepthFrame& p, const Layers& layers, cudaStream_t stream);
 
 namespace {
 

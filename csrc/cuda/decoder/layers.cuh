@@ -20,8 +20,6 @@ namespace voxkern {
 void rms_norm(const RmsNormParams& p, cudaStream_t stream);
 void silu_mul(const SiluMulParams& p, cudaStream_t stream);
 
-namespace {
-
 inline int64_t element_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 inline const void* offset(const void* p, int64_t elements, Dtype dtype) {
@@ -66,19 +64,70 @@ class Layers {
   template <typename Attend>
   void run(const Attend& attend, cudaStream_t stream) {
     for (int64_t layer = 0; layer < p_.L; ++layer) {
-      project_normed(offset(p_.attn_norm, layer * p_.C, dtype_), matrix(p_.qkv, layer, dtype_), qkv,
-                     stream);
+      const int64_t norm = layer * p_.C;
+      multiply(normed(offset(p_.attn_norm, norm, dtype_), matrix(p_.qkv, layer, dtype_), qkv),
+               stream);
       attend(layer);
       if (keys_only && layer == p_.L - 1) return;
-      project_and_add(attended, matrix(p_.o, layer, dtype_), stream);
-      feed(offset(p_.mlp_norm, layer * p_.C, dtype_), matrix(p_.gate_up, layer, dtype_), stream);
-      project_and_add(activated, matrix(p_.down, layer, dtype_), stream);
+      multiply(added(attended, matrix(p_.o, layer, dtype_)), stream);
+      multiply(gated(offset(p_.mlp_norm, norm, dtype_), matrix(p_.gate_up, layer, dtype_)), stream);
+      multiply(added(activated, matrix(p_.down, layer, dtype_)), stream);
     }
   }
 
-  // out = x [B, C] times the transpose of `weight`.
-  void project(const void* x, const Weight& weight, void* out, cudaStream_t stream) const {
-    gemm(of(x, weight, weight.N, out), stream);
+  // Products for multiply(): out = x [B, C] W^T; of the residual's norm; activated = SwiGLU of the
+  // residual's norm; residual += x W^T.
+  GemmParams product(const void* x, const Weight& weight, void* out) const {
+    return {.dtype = dtype_,
+            .M = B_,
+            .N = weight.N,
+            .C = weight.C,
+            .x = x,
+            .eps = p_.eps,
+            .format = weight.format,
+            .weight = weight.data,
+            .out = out};
+  }
+  GemmParams normed(const void* norm, const Weight& weight, void* out) const {
+    GemmParams p = product(residual, weight, out);
+    p.prologue = Prologue::norm;
+    p.norm = norm;
+    return p;
+  }
+  GemmParams gated(const void* norm, const Weight& weight) const {
+    GemmParams p = normed(norm, weight, activated);
+    p.N = p_.F;
+    p.epilogue = Epilogue::swiglu;
+    return p;
+  }
+  GemmParams added(const void* x, const Weight& weight) const {
+    GemmParams p = product(x, weight, residual);
+    p.epilogue = Epilogue::add;
+    p.residual = residual;
+    return p;
+  }
+
+  // One launch, or one for each op that p fuses.
+  void multiply(GemmParams p, cudaStream_t stream) {
+    if (!has_branch_ && can_fuse(p)) return gemm(p, stream);
+    if (p.prologue == Prologue::norm) {
+      normalise(p.norm, normed_, stream);
+      p.prologue = Prologue::none;
+      p.x = normed_;
+    }
+    const Epilogue epilogue = p.epilogue;
+    p.epilogue = Epilogue::store;
+    if (epilogue == Epilogue::swiglu) {
+      p.N = 2 * p_.F;
+      p.out = gate_up_;
+    } else if (epilogue == Epilogue::add) {
+      p.out = branch_;
+      has_branch_ = true;
+    }
+    gemm(p, stream);
+    if (epilogue == Epilogue::swiglu)
+      silu_mul({.dtype = dtype_, .rows = B_, .F = p_.F, .gate_up = gate_up_, .out = activated},
+               stream);
   }
 
   // out = the norm of the residual.
@@ -95,51 +144,7 @@ class Layers {
     has_branch_ = false;
   }
 
-  // out = the norm of the residual times the transpose of `weight`.
-  void project_normed(const void* norm, const Weight& weight, void* out, cudaStream_t stream) {
-    GemmParams fused = of(residual, weight, weight.N, out);
-    fused.prologue = Prologue::norm;
-    fused.norm = norm;
-    if (fuses(fused)) return gemm(fused, stream);
-    normalise(norm, normed_, stream);
-    project(normed_, weight, out, stream);
-  }
-
  private:
-  GemmParams of(const void* x, const Weight& weight, int64_t columns, void* out) const {
-    return {.dtype = dtype_,
-            .M = B_,
-            .N = columns,
-            .C = weight.C,
-            .x = x,
-            .eps = p_.eps,
-            .format = weight.format,
-            .weight = weight.data,
-            .out = out};
-  }
-  bool fuses(const GemmParams& fused) const { return !has_branch_ && can_fuse(fused); }
-
-  void project_and_add(const void* x, const Weight& weight, cudaStream_t stream) {
-    GemmParams fused = of(x, weight, weight.N, residual);
-    fused.epilogue = Epilogue::add;
-    fused.residual = residual;
-    if (fuses(fused)) return gemm(fused, stream);
-    project(x, weight, branch_, stream);
-    has_branch_ = true;
-  }
-
-  void feed(const void* norm, const Weight& weight, cudaStream_t stream) {
-    GemmParams fused = of(residual, weight, p_.F, activated);
-    fused.prologue = Prologue::norm;
-    fused.norm = norm;
-    fused.epilogue = Epilogue::swiglu;
-    if (fuses(fused)) return gemm(fused, stream);
-    normalise(norm, normed_, stream);
-    project(normed_, weight, gate_up_, stream);
-    silu_mul({.dtype = dtype_, .rows = B_, .F = p_.F, .gate_up = gate_up_, .out = activated},
-             stream);
-  }
-
   const LayersParams p_;
   const Dtype dtype_;
   const int64_t B_;
@@ -155,5 +160,4 @@ inline void check_attention(const LayersParams& p, int64_t B) {
 }
 #endif
 
-}  // namespace
 }  // namespace voxkern

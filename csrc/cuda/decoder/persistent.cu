@@ -30,7 +30,7 @@ static_assert(kGemvThreads == attention::kDepthThreads);
 // The part of a Gemv in a block's last warp: none.
 struct BarrierWarp {
   VOX_DEVICE BarrierWarp(const Arguments&, unsigned char*) {}
-  template <Prologue, Epilogue>
+  VOX_DEVICE uint4 load_norm(const GemmParams&) const { return {}; }
   VOX_DEVICE void run(const GemmParams&, uint4) {}
 };
 
@@ -40,13 +40,25 @@ class GemvWarps {
  public:
   VOX_DEVICE GemvWarps(const Arguments& all, unsigned char* shared)
       : gemv_(shared, all.stages, all.rest, all.blocks, typename Gemv::Weights(all)) {}
+  VOX_DEVICE uint4 load_norm(const GemmParams& p) const {
+    return p.prologue == Prologue::norm ? gemm_kernels::load_first_norm<Prologue::norm>(p)
+                                        : uint4();
+  }
+  VOX_DEVICE void run(const GemmParams& p, uint4 first_norm) {
+    switch (p.epilogue) {
+      case Epilogue::swiglu: return run<Prologue::norm, Epilogue::swiglu>(p, first_norm);
+      case Epilogue::add: return run<Prologue::none, Epilogue::add>(p, first_norm);
+      case Epilogue::store: return run<Prologue::norm, Epilogue::store>(p, first_norm);
+    }
+  }
+
+ private:
   template <Prologue prologue, Epilogue epilogue>
   VOX_DEVICE void run(const GemmParams& p, uint4 first_norm) {
     gemv_.template run<prologue, epilogue, kRowsAtOnce>(p, 0, static_cast<int>(p.M),
                                                         Gemv::stride(p.C), first_norm);
   }
 
- private:
   Gemv gemv_;
 };
 
@@ -57,15 +69,14 @@ class GemmWorker {
   VOX_DEVICE GemmWorker(const Arguments& all, unsigned char* shared)
       : all_(all), warps_(all, shared), grid_(all.p.arrived) {}
 
-  template <Prologue prologue, Epilogue epilogue>
   VOX_DEVICE bool multiply(const Schedule& at) {
     const Product& product = all_.products[at.phase];
     GemmParams p = product.params;
     p.norm = static_cast<const char*>(p.norm) + at.layer * product.norm_stride;
     if (static_cast<int>(blockIdx.x) < product.blocks) {
-      const uint4 first_norm = gemm_kernels::load_first_norm<prologue>(p);
+      const uint4 first_norm = warps_.load_norm(p);
       if (!grid_.wait()) return false;
-      warps_.template run<prologue, epilogue>(p, first_norm);
+      warps_.run(p, first_norm);
       grid_.arrive();
     }
     grid_.next_phase(product.blocks);
@@ -97,7 +108,6 @@ class RowWorker {
         rows_(static_cast<int>(all.p.op.B)),
         grid_(all.p.arrived) {}
 
-  template <Prologue, Epilogue>
   VOX_DEVICE bool multiply(const Schedule& at) {
     grid_.next_phase(all_.products[at.phase].blocks);
     return true;
@@ -158,18 +168,12 @@ class RowWorker {
 // Runs a worker through all phases of a frame, until one of them returns false.
 template <typename Worker>
 VOX_DEVICE void run_schedule(const Arguments& all, Worker& worker) {
-  const auto run = [&](const Schedule& at) {
-    switch (at.phase) {
-      case kAttention: return worker.attend(at);
-      case kDraw: return worker.draw(at);
-      case kGateUp: return worker.template multiply<Prologue::norm, Epilogue::swiglu>(at);
-      case kO:
-      case kDown: return worker.template multiply<Prologue::none, Epilogue::add>(at);
-      default: return worker.template multiply<Prologue::norm, Epilogue::store>(at);
-    }
-  };
 #pragma unroll 1
-  for (Schedule at = all.schedule(); !at.done() && run(at);) at.next();
+  for (Schedule at = all.schedule(); !at.done(); at.next())
+    if (!(at.multiplies()          ? worker.multiply(at)
+          : at.phase == kAttention ? worker.attend(at)
+                                   : worker.draw(at)))
+      return;
 }
 
 template <int L, typename Gemv>
@@ -253,7 +257,7 @@ int64_t plan_shared(Arguments& all) {
 }  // namespace
 }  // namespace decoder
 
-bool persistent_depth(const DepthFrame& p, cudaStream_t stream) {
+bool persistent_depth(const DepthFrame& p, const Layers& layers, cudaStream_t stream) {
   const DecodeDepthParams& op = p.op;
   const LayersParams& l = op.layers;
   const bool narrow = l.D == 8 * kVector<bf16>;
@@ -267,13 +271,13 @@ bool persistent_depth(const DepthFrame& p, cudaStream_t stream) {
   for (const void* norm : {l.attn_norm, l.mlp_norm, l.norm})
     if (!is_vector_aligned<bf16>(norm, l.C)) return false;
   return decoder::with_gemv(p, [&]<typename Gemv>() {
-    decoder::Arguments all = decoder::arguments(p, Gemv::kTile);
+    decoder::Arguments all = decoder::arguments(p, layers, Gemv::kTile);
     if (all.blocks <= 0) return false;
     const int64_t shared_bytes = decoder::plan_shared<Gemv>(all);
     if (shared_bytes == 0) return false;
     launch(decoder::kernel_for<Gemv>(l.D),
-           {.grid = dim3(static_cast<unsigned>(multiprocessors())),
-            .block = dim3(decoder::kBlockThreads),
+           {.grid = multiprocessors(),
+            .block = decoder::kBlockThreads,
             .shared_bytes = static_cast<size_t>(shared_bytes),
             .stream = stream,
             .resident = true},

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "cuda/decoder/depth.cuh"
-#include "cuda/decoder/layers.cuh"
 #include "cuda/gemm/gemv.cuh"
 
 namespace voxkern::decoder {
@@ -72,7 +71,7 @@ inline int64_t most_row_blocks() {
 }
 
 // All arguments but the pipeline's, for products in tiles of `tile` rows of W.
-inline Arguments arguments(const DepthFrame& p, int64_t tile) {
+inline Arguments arguments(const DepthFrame& p, const Layers& layers, int64_t tile) {
   const LayersParams& l = p.op.layers;
   Arguments all = {};
   all.p = p;
@@ -81,42 +80,20 @@ inline Arguments arguments(const DepthFrame& p, int64_t tile) {
   const int64_t items = all.parts * p.op.B, most = most_row_blocks();
   all.row_blocks = static_cast<int>(items < most ? items : most);
   all.blocks = static_cast<int>(multiprocessors()) - all.row_blocks;
-  const int64_t norm_bytes = l.C * element_bytes(Dtype::bf16);
-  const auto product = [&](const void* x, const Weight& weight, void* out, int64_t products = 1) {
-    const int64_t N = weight.N / products, tiles = divide_up(N, tile);
-    return Product{.params = {.dtype = Dtype::bf16,
-                              .M = p.op.B,
-                              .N = N,
-                              .C = weight.C,
-                              .x = x,
-                              .eps = l.eps,
-                              .format = weight.format,
-                              .weight = weight.data,
-                              .out = out},
-                   .weight_stride = matrix_bytes(weight, Dtype::bf16),
-                   .norm_stride = 0,
-                   .blocks = tiles < all.blocks ? static_cast<int>(tiles) : all.blocks};
+  const auto set = [&](Phase phase, const GemmParams& params, const Weight& weight,
+                       int64_t norm_stride) {
+    const int64_t tiles = divide_up(params.N, tile);
+    all.products[phase] = {.params = params,
+                           .weight_stride = matrix_bytes(weight, p.op.dtype),
+                           .norm_stride = norm_stride,
+                           .blocks = tiles < all.blocks ? static_cast<int>(tiles) : all.blocks};
   };
-  const auto normed = [&](const Weight& weight, const void* norm, int64_t norm_stride, void* out,
-                          int64_t products = 1) {
-    Product normed = product(p.residual, weight, out, products);
-    normed.params.prologue = Prologue::norm;
-    normed.params.norm = norm;
-    normed.norm_stride = norm_stride;
-    if (products == 2) normed.params.epilogue = Epilogue::swiglu;
-    return normed;
-  };
-  const auto added = [&](const void* x, const Weight& weight) {
-    Product added = product(x, weight, p.residual);
-    added.params.epilogue = Epilogue::add;
-    added.params.residual = p.residual;
-    return added;
-  };
-  all.products[kQkv] = normed(l.qkv, l.attn_norm, norm_bytes, p.qkv);
-  all.products[kO] = added(p.attended, l.o);
-  all.products[kGateUp] = normed(l.gate_up, l.mlp_norm, norm_bytes, p.activated, 2);
-  all.products[kDown] = added(p.activated, l.down);
-  all.products[kHead] = normed(p.op.heads, l.norm, 0, p.logits);
+  const int64_t norm_bytes = l.C * element_bytes(p.op.dtype);
+  set(kQkv, layers.normed(l.attn_norm, l.qkv, p.qkv), l.qkv, norm_bytes);
+  set(kO, layers.added(p.attended, l.o), l.o, 0);
+  set(kGateUp, layers.gated(l.mlp_norm, l.gate_up), l.gate_up, norm_bytes);
+  set(kDown, layers.added(p.activated, l.down), l.down, 0);
+  set(kHead, layers.normed(l.norm, p.op.heads, p.logits), p.op.heads, 0);
   return all;
 }
 

@@ -72,11 +72,7 @@ void run(const AppendKvParams& p, cudaStream_t stream) {
                        p.k_stride % kVector<T> == 0 && p.v_stride % kVector<T> == 0;
   const int64_t items = (p.Hq + 2 * p.Hkv) * (vectors ? half / kVector<T> : half);
   launch(vectors ? append_kv_kernel<T, kVector<T>> : append_kv_kernel<T, 1>,
-         {.grid = dim3(static_cast<unsigned>(p.T)),
-          .block = dim3(block_size(items, kAppendThreads)),
-          .stream = stream,
-          .overlaps_previous = true},
-         p);
+         {.grid = p.T, .block = block_size(items, kAppendThreads), .stream = stream}, p);
 }
 
 }  // namespace
@@ -86,12 +82,7 @@ void append_kv(const AppendKvParams& p, cudaStream_t stream) {
   p.dtype == Dtype::f32 ? run<float>(p, stream) : run<bf16>(p, stream);
 }
 
-}  // namespace voxkern
-
 #ifdef VOX_HOST_PASS
-namespace voxkern {
-namespace {
-
 void append_kv_cuda(Tensor q, Tensor k, Tensor v, Tensor rope_table, Tensor positions, Tensor slots,
                     Tensor k_pages, Tensor v_pages) {
   const AppendKvParams p =
@@ -100,8 +91,7 @@ void append_kv_cuda(Tensor q, Tensor k, Tensor v, Tensor rope_table, Tensor posi
   append_kv(p, device.stream);
 }
 
-}  // namespace
-}  // namespace voxkern
-
-VOX_CUDA_LIBRARY(m) { m.impl("append_kv", TORCH_BOX(&voxkern::append_kv_cuda)); }
+VOX_CUDA_LIBRARY(m) { m.impl("append_kv", TORCH_BOX(&append_kv_cuda)); }
 #endif
+
+}  // namespace voxkern

@@ -39,15 +39,12 @@ void launch_splits(const DecodeAttentionParams& p, const attention::Partials& pa
   // Both halves of the rotated rows are loaded in vectors.
   const bool vectors =
       !kAppend || (is_vector_aligned<T>(p.q, p.D / 2) && p.q_stride % kVector<T> == 0);
-  launch(
-      split_kernel_for<T, kAppend>(p, vectors),
-      {.grid = dim3(static_cast<unsigned>(partials.splits),
-                    static_cast<unsigned>(p.Hkv * blocks_per_row(p)), static_cast<unsigned>(p.B)),
-       .block = dim3(attention::kSplitKeys),
-       .shared_bytes = attention::kSplitWarps * attention::kSplitQueries * p.D * sizeof(float),
-       .stream = stream,
-       .overlaps_previous = true},
-      p, partials, append);
+  launch(split_kernel_for<T, kAppend>(p, vectors),
+         {.grid = {partials.splits, p.Hkv * blocks_per_row(p), p.B},
+          .block = attention::kSplitKeys,
+          .shared_bytes = attention::kSplitWarps * attention::kSplitQueries * p.D * sizeof(float),
+          .stream = stream},
+         p, partials, append);
 }
 
 template <typename T>
@@ -55,11 +52,8 @@ void run(const DecodeAttentionParams& p, const attention::Partials& partials, cu
   launch_splits<T, false>(p, partials, {}, stream);
   if (partials.splits == 1) return;
   launch(attention::combine_splits_kernel<T>,
-         {.grid = dim3(static_cast<unsigned>(p.Hq), static_cast<unsigned>(p.B)),
-          .block = dim3(block_size(divide_up(p.D, 2), 128)),
-          .stream = stream,
-          .overlaps_previous = true},
-         p, partials);
+         {.grid = {p.Hq, p.B}, .block = block_size(divide_up(p.D, 2), 128), .stream = stream}, p,
+         partials);
 }
 
 }  // namespace
@@ -88,12 +82,7 @@ void append_and_attend(const AppendKvParams& append, const DecodeAttentionParams
                         : launch_splits<bf16, true>(p, partials, append, stream);
 }
 
-}  // namespace voxkern
-
 #ifdef VOX_HOST_PASS
-namespace voxkern {
-namespace {
-
 Tensor decode_attention_cuda(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table,
                              Tensor seq_lens, double scale) {
   check_dim(q, "q", 3);
@@ -110,8 +99,7 @@ Tensor decode_attention_cuda(Tensor q, Tensor k_pages, Tensor v_pages, Tensor pa
   return out;
 }
 
-}  // namespace
-}  // namespace voxkern
-
-VOX_CUDA_LIBRARY(m) { m.impl("decode_attention", TORCH_BOX(&voxkern::decode_attention_cuda)); }
+VOX_CUDA_LIBRARY(m) { m.impl("decode_attention", TORCH_BOX(&decode_attention_cuda)); }
 #endif
+
+}  // namespace voxkern

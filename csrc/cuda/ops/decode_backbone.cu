@@ -68,13 +68,6 @@ struct Buffers {
 
 }  // namespace
 
-// Bytes that `workspace` must hold.
-int64_t decode_backbone_workspace(const DecodeBackboneParams& p) {
-  Arena count(nullptr);
-  Buffers(count, p);
-  return count.bytes();
-}
-
 void decode_backbone(const DecodeBackboneParams& p, void* workspace, cudaStream_t stream) {
   Arena arena(workspace);
   Buffers buffers(arena, p);
@@ -84,10 +77,7 @@ void decode_backbone(const DecodeBackboneParams& p, void* workspace, cudaStream_
   const auto begin = [&](auto word) {
     using Word = decltype(word);
     launch(begin_kernel<Word>,
-           {.grid = dim3(static_cast<unsigned>(divide_up(bytes, 16 * kBeginThreads))),
-            .block = dim3(kBeginThreads),
-            .stream = stream,
-            .overlaps_previous = true},
+           {.grid = divide_up(bytes, 16 * kBeginThreads), .block = kBeginThreads, .stream = stream},
            static_cast<const Word*>(p.x), static_cast<Word*>(layers.residual),
            bytes / static_cast<int64_t>(sizeof(Word)), buffers.counters, buffers.count);
   };
@@ -103,12 +93,7 @@ void decode_backbone(const DecodeBackboneParams& p, void* workspace, cudaStream_
   layers.normalise(l.norm, p.out, stream);
 }
 
-}  // namespace voxkern
-
 #ifdef VOX_HOST_PASS
-namespace voxkern {
-namespace {
-
 Tensor decode_backbone_cuda(Tensor x, Tensor attn_norm, Tensor qkv, Tensor o, Tensor mlp_norm,
                             Tensor gate_up, Tensor down, Tensor norm, Tensor rope_table,
                             int64_t num_heads, int64_t num_kv_heads, double eps, Tensor positions,
@@ -121,14 +106,13 @@ Tensor decode_backbone_cuda(Tensor x, Tensor attn_norm, Tensor qkv, Tensor o, Te
       positions, slots, k_pages, v_pages, page_table, seq_lens, out);
   check_attention(p.layers, p.B);
   if (p.B == 0) return out;
-  Tensor workspace = torch::stable::new_empty(x, {decode_backbone_workspace(p)}, ScalarType::Byte);
+  Tensor workspace = torch::stable::new_empty(x, {arena_bytes<Buffers>(p)}, ScalarType::Byte);
   const OnDevice device(x);
   decode_backbone(p, workspace.mutable_data_ptr(), device.stream);
   return out;
 }
 
-}  // namespace
-}  // namespace voxkern
-
-VOX_CUDA_LIBRARY(m) { m.impl("decode_backbone", TORCH_BOX(&voxkern::decode_backbone_cuda)); }
+VOX_CUDA_LIBRARY(m) { m.impl("decode_backbone", TORCH_BOX(&decode_backbone_cuda)); }
 #endif
+
+}  // namespace voxkern

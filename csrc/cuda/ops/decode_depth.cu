@@ -1,5 +1,4 @@
 #include "cuda/decoder/depth.cuh"
-#include "cuda/decoder/layers.cuh"
 
 // Positions run one after the other. A layer is five launches of layers.cuh; a position has two
 // more: the norm and the head, and a draw that also looks up the next position's row. Nothing waits
@@ -73,17 +72,14 @@ void decode(DepthBuffers& buffers, bool persistent, cudaStream_t stream) {
   const DepthFrame& frame = buffers.frame;
   const DecodeDepthParams& p = frame.op;
   T* const residual = static_cast<T*>(layers.residual);
-  const LaunchShape each_row = {.grid = dim3(static_cast<unsigned>(p.B)),
-                                .block = dim3(kDepthBlockThreads),
-                                .stream = stream,
-                                .overlaps_previous = true};
+  const LaunchShape each_row = {.grid = p.B, .block = kDepthBlockThreads, .stream = stream};
   LaunchShape each_code = each_row, each_draw = each_row;
-  each_code.grid = dim3(static_cast<unsigned>(divide_up(p.B * p.K, kDepthBlockThreads)));
-  each_draw.block = dim3(sampling::block_threads(p.V));
+  each_code.grid = divide_up(p.B * p.K, kDepthBlockThreads);
+  each_draw.block = sampling::block_threads(p.V);
   each_draw.shared_bytes = sampling::shared_bytes(p.V);
   launch(begin_kernel, each_code, p.code0, p.B, p.K, p.out, frame.arrived);
-  layers.project(p.hidden, p.projection, layers.residual, stream);
-  if (persistent && persistent_depth(frame, stream)) return;
+  layers.multiply(layers.product(p.hidden, p.projection, layers.residual), stream);
+  if (persistent && persistent_depth(frame, layers, stream)) return;
   for (int64_t position = 0; position < p.K; ++position) {
     if (position == 1) launch(look_up_kernel<T>, each_row, p, residual);
     layers.keys_only = position == 0;
@@ -92,20 +88,13 @@ void decode(DepthBuffers& buffers, bool persistent, cudaStream_t stream) {
     };
     layers.run(attend, stream);
     if (position == 0) continue;
-    layers.project_normed(p.layers.norm, matrix(p.heads, position - 1, p.dtype), frame.logits,
-                          stream);
+    layers.multiply(
+        layers.normed(p.layers.norm, matrix(p.heads, position - 1, p.dtype), frame.logits), stream);
     launch(draw_kernel<T>, each_draw, p, position, static_cast<const T*>(frame.logits), residual);
   }
 }
 
 }  // namespace
-
-// Bytes that `p.workspace` must hold.
-int64_t decode_depth_workspace(const DecodeDepthParams& p) {
-  Arena count(nullptr);
-  DepthBuffers(count, p);
-  return count.bytes();
-}
 
 void decode_depth(const DecodeDepthParams& p, bool persistent, cudaStream_t stream) {
   Arena arena(p.workspace);
@@ -114,12 +103,7 @@ void decode_depth(const DecodeDepthParams& p, bool persistent, cudaStream_t stre
                         : decode<bf16>(buffers, persistent, stream);
 }
 
-}  // namespace voxkern
-
 #ifdef VOX_HOST_PASS
-namespace voxkern {
-namespace {
-
 template <bool kPersistent>
 Tensor decode_depth_cuda(Tensor hidden, Tensor code0, Tensor audio_rows, Tensor projection,
                          Tensor attn_norm, Tensor qkv, Tensor o, Tensor mlp_norm, Tensor gate_up,
@@ -138,18 +122,17 @@ Tensor decode_depth_cuda(Tensor hidden, Tensor code0, Tensor audio_rows, Tensor 
   if (p.B == 0) return out;
   p.out = static_cast<int64_t*>(out.mutable_data_ptr());
   Tensor workspace =
-      torch::stable::new_empty(hidden, {decode_depth_workspace(p)}, ScalarType::Byte);
+      torch::stable::new_empty(hidden, {arena_bytes<DepthBuffers>(p)}, ScalarType::Byte);
   p.workspace = workspace.mutable_data_ptr();
   const OnDevice device(hidden);
   decode_depth(p, kPersistent, device.stream);
   return out;
 }
 
-}  // namespace
-}  // namespace voxkern
-
 VOX_CUDA_LIBRARY(m) {
-  m.impl("decode_depth", TORCH_BOX(&voxkern::decode_depth_cuda<false>));
-  m.impl("_decode_depth_persistent", TORCH_BOX(&voxkern::decode_depth_cuda<true>));
+  m.impl("decode_depth", TORCH_BOX(&decode_depth_cuda<false>));
+  m.impl("_decode_depth_persistent", TORCH_BOX(&decode_depth_cuda<true>));
 }
 #endif
+
+}  // namespace voxkern

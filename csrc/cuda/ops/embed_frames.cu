@@ -82,12 +82,7 @@ void run(const EmbedFramesParams& p, cudaStream_t stream) {
     part.mask += first * (p.K + 1);
     part.out = static_cast<T*>(p.out) + first * p.C;
     launch(vectors ? embed_frames_kernel<T, kVector<T>> : embed_frames_kernel<T, 1>,
-           {.grid = dim3(static_cast<unsigned>(divide_up(items, threads)),
-                         static_cast<unsigned>(part.T)),
-            .block = dim3(threads),
-            .stream = stream,
-            .overlaps_previous = true},
-           part);
+           {.grid = {divide_up(items, threads), part.T}, .block = threads, .stream = stream}, part);
   }
 }
 
@@ -98,12 +93,7 @@ void embed_frames(const EmbedFramesParams& p, cudaStream_t stream) {
   p.dtype == Dtype::f32 ? run<float>(p, stream) : run<bf16>(p, stream);
 }
 
-}  // namespace voxkern
-
 #ifdef VOX_HOST_PASS
-namespace voxkern {
-namespace {
-
 Tensor embed_frames_cuda(Tensor frames, Tensor mask, Tensor audio_table, Tensor text_table) {
   frames = torch::stable::contiguous(frames);
   mask = torch::stable::contiguous(mask);
@@ -115,8 +105,7 @@ Tensor embed_frames_cuda(Tensor frames, Tensor mask, Tensor audio_table, Tensor 
   return out;
 }
 
-}  // namespace
-}  // namespace voxkern
-
-VOX_CUDA_LIBRARY(m) { m.impl("embed_frames", TORCH_BOX(&voxkern::embed_frames_cuda)); }
+VOX_CUDA_LIBRARY(m) { m.impl("embed_frames", TORCH_BOX(&embed_frames_cuda)); }
 #endif
+
+}  // namespace voxkern

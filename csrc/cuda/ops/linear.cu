@@ -6,7 +6,6 @@
 
 #ifdef VOX_HOST_PASS
 namespace voxkern {
-namespace {
 
 Tensor linear_cuda(Tensor x, Tensor weight) {
   x = torch::stable::contiguous(x);
@@ -27,8 +26,7 @@ Tensor linear_cuda(Tensor x, Tensor weight) {
   return out;
 }
 
-}  // namespace
-}  // namespace voxkern
+VOX_CUDA_LIBRARY(m) { m.impl("linear", TORCH_BOX(&linear_cuda)); }
 
-VOX_CUDA_LIBRARY(m) { m.impl("linear", TORCH_BOX(&voxkern::linear_cuda)); }
+}  // namespace voxkern
 #endif

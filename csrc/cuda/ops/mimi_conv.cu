@@ -6,7 +6,6 @@
 // codec/conv.cu has the kernels: one for the convolution, one that keeps its past.
 #ifdef VOX_HOST_PASS
 namespace voxkern {
-namespace {
 
 Tensor mimi_conv_cuda(Tensor x, Tensor past, Tensor weight, Tensor bias, std::optional<Tensor> add,
                       int64_t dilation, bool elu) {
@@ -22,8 +21,7 @@ Tensor mimi_conv_cuda(Tensor x, Tensor past, Tensor weight, Tensor bias, std::op
   return out;
 }
 
-}  // namespace
-}  // namespace voxkern
+VOX_CUDA_LIBRARY(m) { m.impl("mimi_conv", TORCH_BOX(&mimi_conv_cuda)); }
 
-VOX_CUDA_LIBRARY(m) { m.impl("mimi_conv", TORCH_BOX(&voxkern::mimi_conv_cuda)); }
+}  // namespace voxkern
 #endif

@@ -8,7 +8,6 @@
 #include "params/mimi_convs.h"
 
 namespace voxkern {
-namespace {
 
 Tensor mimi_convs_cuda(Tensor x, Tensor fresh, std::vector<Tensor> past,
                        std::vector<Tensor> weights, std::vector<Tensor> biases,
@@ -38,8 +37,7 @@ Tensor mimi_convs_cuda(Tensor x, Tensor fresh, std::vector<Tensor> past,
   return result;
 }
 
-}  // namespace
-}  // namespace voxkern
+VOX_CUDA_LIBRARY(m) { m.impl("mimi_convs", TORCH_BOX(&mimi_convs_cuda)); }
 
-VOX_CUDA_LIBRARY(m) { m.impl("mimi_convs", TORCH_BOX(&voxkern::mimi_convs_cuda)); }
+}  // namespace voxkern
 #endif

@@ -4,7 +4,6 @@
 #include "cuda/codec/attention.cuh"
 #include "cuda/codec/gemm.cuh"
 #include "cuda/codec/prologues.cuh"
-#include "cuda/codec/rotations.cuh"
 #include "params/mimi_transformer.h"
 
 // Five launches a layer: norm and qkv; rotation, append of keys and values, attention; o and the
@@ -47,13 +46,6 @@ void project(const codec::Rows<kNormed>& rows, int64_t M, const Weight& weight, 
 
 }  // namespace
 
-// The size of `workspace`, in bytes.
-int64_t mimi_transformer_workspace(const MimiTransformerParams& p) {
-  Arena count(nullptr);
-  Buffers(count, p);
-  return count.bytes();
-}
-
 void mimi_transformer(MimiTransformerParams p, const float* frequencies, void* workspace,
                       cudaStream_t stream) {
   if (p.B * p.T == 0) return;
@@ -61,11 +53,8 @@ void mimi_transformer(MimiTransformerParams p, const float* frequencies, void* w
   const Buffers buffers(arena, p);
   p.rotations = buffers.rotations;
   launch(codec::rotations_kernel,
-         {.grid = dim3(static_cast<unsigned>(divide_up(p.B * p.T * p.D / 2, 128))),
-          .block = dim3(128),
-          .stream = stream,
-          .overlaps_previous = true},
-         p, frequencies, buffers.rotations);
+         {.grid = divide_up(p.B * p.T * p.D / 2, 128), .block = 128, .stream = stream}, p,
+         frequencies, buffers.rotations);
   const int64_t M = p.B * p.T;
   const int C = static_cast<int>(p.C);
   for (int64_t layer = 0; layer < p.L; ++layer) {
@@ -82,12 +71,7 @@ void mimi_transformer(MimiTransformerParams p, const float* frequencies, void* w
   }
 }
 
-}  // namespace voxkern
-
 #ifdef VOX_HOST_PASS
-namespace voxkern {
-namespace {
-
 Tensor mimi_transformer_cuda(Tensor x, Tensor positions, Tensor frequencies, Tensor norms,
                              Tensor qkv, Tensor qkv_bias, Tensor o, Tensor o_bias, Tensor up,
                              Tensor down, double eps, std::string activation, Tensor keys,
@@ -110,15 +94,14 @@ Tensor mimi_transformer_cuda(Tensor x, Tensor positions, Tensor frequencies, Ten
   if (p.L == 0) return torch::stable::clone(x);
   Tensor out = torch::stable::empty_like(x);
   p.out = static_cast<float*>(out.mutable_data_ptr());
-  Tensor workspace = torch::stable::new_empty(x, {mimi_transformer_workspace(p)}, ScalarType::Byte);
+  Tensor workspace = torch::stable::new_empty(x, {arena_bytes<Buffers>(p)}, ScalarType::Byte);
   const OnDevice device(x);
   mimi_transformer(p, static_cast<const float*>(frequencies.const_data_ptr()),
                    workspace.mutable_data_ptr(), device.stream);
   return out;
 }
 
-}  // namespace
-}  // namespace voxkern
-
-VOX_CUDA_LIBRARY(m) { m.impl("mimi_transformer", TORCH_BOX(&voxkern::mimi_transformer_cuda)); }
+VOX_CUDA_LIBRARY(m) { m.impl("mimi_transformer", TORCH_BOX(&mimi_transformer_cuda)); }
 #endif
+
+}  // namespace voxkern

@@ -19,18 +19,14 @@ void prefill_attention(const PrefillAttentionParams& p, cudaStream_t stream) {
   }
   const int64_t max_tiles = divide_up(p.T * (p.Hq / p.Hkv), tile_rows) + p.B;
   launch(kernel,
-         {.grid = dim3(static_cast<unsigned>(max_tiles), static_cast<unsigned>(p.Hkv)),
-          .block = dim3(attention::kPrefillWarps * kWarp),
-          .stream = stream},
+         {.grid = {max_tiles, p.Hkv},
+          .block = attention::kPrefillWarps * kWarp,
+          .stream = stream,
+          .overlaps_previous = false},
          p);
 }
 
-}  // namespace voxkern
-
 #ifdef VOX_HOST_PASS
-namespace voxkern {
-namespace {
-
 Tensor prefill_attention_cuda(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table,
                               Tensor cu_seqlens, Tensor seq_lens, double scale) {
   check_dim(q, "q", 3);
@@ -44,8 +40,7 @@ Tensor prefill_attention_cuda(Tensor q, Tensor k_pages, Tensor v_pages, Tensor p
   return out;
 }
 
-}  // namespace
-}  // namespace voxkern
-
-VOX_CUDA_LIBRARY(m) { m.impl("prefill_attention", TORCH_BOX(&voxkern::prefill_attention_cuda)); }
+VOX_CUDA_LIBRARY(m) { m.impl("prefill_attention", TORCH_BOX(&prefill_attention_cuda)); }
 #endif
+
+}  // namespace voxkern

@@ -44,18 +44,17 @@ __global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(RmsNormParams p)
   const auto weight_of = [&](int64_t i) -> Raw {
     return *reinterpret_cast<const Raw*>(weight + i * N);
   };
+  // Calls f(k, i) for the thread's first vectors i.
+  const auto each_kept = [&](const auto& f) {
+#pragma unroll
+    for (int k = 0; k < kVectorsPerThread; ++k)
+      if (const int64_t i = threadIdx.x + static_cast<int64_t>(k) * blockDim.x; i < vectors)
+        f(k, i);
+  };
   float kept[kVectorsPerThread][N];
   Raw weights[kVectorsPerThread];
-#pragma unroll
-  for (int k = 0; k < kVectorsPerThread; ++k) {
-    const int64_t i = threadIdx.x + static_cast<int64_t>(k) * blockDim.x;
-    if (i < vectors) weights[k] = weight_of(i);
-  }
-#pragma unroll
-  for (int k = 0; k < kVectorsPerThread; ++k) {
-    const int64_t i = threadIdx.x + static_cast<int64_t>(k) * blockDim.x;
-    if (i < vectors) load_and_square(i, kept[k]);
-  }
+  each_kept([&](int k, int64_t i) { weights[k] = weight_of(i); });
+  each_kept([&](int k, int64_t i) { load_and_square(i, kept[k]); });
   const int64_t rest = threadIdx.x + static_cast<int64_t>(kVectorsPerThread) * blockDim.x;
   for (int64_t i = rest; i < vectors; i += blockDim.x) {
     float values[N];
@@ -71,11 +70,7 @@ __global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(RmsNormParams p)
     for (int j = 0; j < N; ++j) results[j] = values[j] * scale * results[j];
     store<N>(out + i * N, results);
   };
-#pragma unroll
-  for (int k = 0; k < kVectorsPerThread; ++k) {
-    const int64_t i = threadIdx.x + static_cast<int64_t>(k) * blockDim.x;
-    if (i < vectors) scale_and_store(i, kept[k], weights[k]);
-  }
+  each_kept([&](int k, int64_t i) { scale_and_store(i, kept[k], weights[k]); });
   for (int64_t i = rest; i < vectors; i += blockDim.x) {
     float values[N];
     const Raw raw = weight_of(i);
@@ -92,11 +87,7 @@ void run(const RmsNormParams& p, cudaStream_t stream) {
     vectors = vectors && is_vector_aligned<T>(pointer, p.C);
   const int64_t items = vectors ? p.C / kVector<T> : p.C;
   launch(vectors ? rms_norm_kernel<T, kVector<T>> : rms_norm_kernel<T, 1>,
-         {.grid = dim3(static_cast<unsigned>(p.rows)),
-          .block = dim3(block_size(items, kNormThreads)),
-          .stream = stream,
-          .overlaps_previous = true},
-         p);
+         {.grid = p.rows, .block = block_size(items, kNormThreads), .stream = stream}, p);
 }
 
 }  // namespace
@@ -106,12 +97,7 @@ void rms_norm(const RmsNormParams& p, cudaStream_t stream) {
   p.dtype == Dtype::f32 ? run<float>(p, stream) : run<bf16>(p, stream);
 }
 
-}  // namespace voxkern
-
 #ifdef VOX_HOST_PASS
-namespace voxkern {
-namespace {
-
 Tensor normalise(Tensor x, const Tensor* residual, const Tensor& weight, double eps) {
   x = torch::stable::contiguous(x);
   Tensor out = torch::stable::empty_like(x);
@@ -128,11 +114,10 @@ Tensor add_rms_norm_cuda(Tensor x, Tensor residual, Tensor weight, double eps) {
   return normalise(x, &residual, weight, eps);
 }
 
-}  // namespace
-}  // namespace voxkern
-
 VOX_CUDA_LIBRARY(m) {
-  m.impl("rms_norm", TORCH_BOX(&voxkern::rms_norm_cuda));
-  m.impl("add_rms_norm", TORCH_BOX(&voxkern::add_rms_norm_cuda));
+  m.impl("rms_norm", TORCH_BOX(&rms_norm_cuda));
+  m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm_cuda));
 }
 #endif
+
+}  // namespace voxkern

@@ -32,11 +32,10 @@ __global__ void __launch_bounds__(sampling::kSamplerThreads)
 template <typename T>
 void run(const SampleTokensParams& p, cudaStream_t stream) {
   launch(sample_tokens_kernel<T>,
-         {.grid = dim3(static_cast<unsigned>(p.B)),
-          .block = dim3(sampling::block_threads(p.V)),
+         {.grid = p.B,
+          .block = sampling::block_threads(p.V),
           .shared_bytes = sampling::shared_bytes(p.V),
-          .stream = stream,
-          .overlaps_previous = true},
+          .stream = stream},
          p);
 }
 
@@ -51,12 +50,7 @@ void sample_tokens(const SampleTokensParams& p, cudaStream_t stream) {
   p.dtype == Dtype::f32 ? run<float>(p, stream) : run<bf16>(p, stream);
 }
 
-}  // namespace voxkern
-
 #ifdef VOX_HOST_PASS
-namespace voxkern {
-namespace {
-
 Tensor sample_tokens_cuda(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p,
                           Tensor min_p, Tensor repetition_penalty, Tensor history, Tensor seeds,
                           Tensor frames, int64_t codebook) {
@@ -71,8 +65,7 @@ Tensor sample_tokens_cuda(Tensor logits, Tensor temperature, Tensor top_k, Tenso
   return out;
 }
 
-}  // namespace
-}  // namespace voxkern
-
-VOX_CUDA_LIBRARY(m) { m.impl("sample_tokens", TORCH_BOX(&voxkern::sample_tokens_cuda)); }
+VOX_CUDA_LIBRARY(m) { m.impl("sample_tokens", TORCH_BOX(&sample_tokens_cuda)); }
 #endif
+
+}  // namespace voxkern

@@ -38,11 +38,7 @@ void run(const SiluMulParams& p, cudaStream_t stream) {
   if (items >= (int64_t{1} << 32) - kSiluThreads)
     throw std::runtime_error("gate_up: more than 2^32 vectors");
   launch(vectors ? silu_mul_kernel<T, kVector<T>> : silu_mul_kernel<T, 1>,
-         {.grid = dim3(static_cast<unsigned>(divide_up(items, kSiluThreads))),
-          .block = dim3(kSiluThreads),
-          .stream = stream,
-          .overlaps_previous = true},
-         p);
+         {.grid = divide_up(items, kSiluThreads), .block = kSiluThreads, .stream = stream}, p);
 }
 
 }  // namespace
@@ -51,12 +47,7 @@ void silu_mul(const SiluMulParams& p, cudaStream_t stream) {
   p.dtype == Dtype::f32 ? run<float>(p, stream) : run<bf16>(p, stream);
 }
 
-}  // namespace voxkern
-
 #ifdef VOX_HOST_PASS
-namespace voxkern {
-namespace {
-
 Tensor silu_mul_cuda(Tensor gate_up) {
   gate_up = torch::stable::contiguous(gate_up);
   Tensor out = silu_mul_out(gate_up);
@@ -65,8 +56,7 @@ Tensor silu_mul_cuda(Tensor gate_up) {
   return out;
 }
 
-}  // namespace
-}  // namespace voxkern
-
-VOX_CUDA_LIBRARY(m) { m.impl("silu_mul", TORCH_BOX(&voxkern::silu_mul_cuda)); }
+VOX_CUDA_LIBRARY(m) { m.impl("silu_mul", TORCH_BOX(&silu_mul_cuda)); }
 #endif
+
+}  // namespace voxkern

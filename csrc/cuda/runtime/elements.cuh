@@ -3,7 +3,7 @@
 // reductions, whose order of sums depends on the number of threads alone.
 #pragma once
 
-#include "common/dtype.h"
+#include "common/check.h"
 #include "cuda/runtime/launch.cuh"
 
 namespace voxkern {
@@ -15,14 +15,11 @@ struct bf16 {
 VOX_DEVICE float to_float(float a) { return a; }
 VOX_DEVICE float to_float(bf16 a) { return __uint_as_float(static_cast<uint32_t>(a.bits) << 16); }
 template <typename T>
-VOX_DEVICE T from_float(float a);
-template <>
-VOX_DEVICE float from_float<float>(float a) {
-  return a;
-}
-template <>
-VOX_DEVICE bf16 from_float<bf16>(float a) {
-  return {static_cast<uint16_t>(bf16_bits(a))};
+VOX_DEVICE T from_float(float a) {
+  if constexpr (sizeof(T) == 4)
+    return a;
+  else
+    return {static_cast<uint16_t>(bf16_bits(a))};
 }
 // The value after a store and a load.
 template <typename T>

@@ -22,14 +22,17 @@
 #include <stdexcept>
 #include <type_traits>
 
-#include "common/dtype.h"
-
 #ifdef __CUDA_ARCH__
 #define VOX_ISA \
   device  // as in csrc/cpu/runtime/isa.h: an op's header declares its Params without torch
 #else
 #define VOX_HOST_PASS 1
+#ifndef VOX_SIMT
+#include <torch/csrc/stable/accelerator.h>
 #endif
+#endif
+
+#include "common/check.h"
 
 // Registers the kernels; under SIMT in a library of their own, for CPU tensors.
 #ifdef VOX_SIMT
@@ -60,12 +63,17 @@ namespace voxkern {
 //   idle, so all these kernels request the same split.
 //
 // `resident`: all blocks run at once and can wait for each other; a grid too large for that is an
-// error. Excludes `overlaps_previous`.
+// error. Such a kernel does not overlap the previous one.
+struct Extent : dim3 {
+  Extent(int64_t x, int64_t y = 1, int64_t z = 1)
+      : dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z)) {}
+  Extent(const dim3& size) : dim3(size) {}
+};
 struct LaunchShape {
-  dim3 grid, block;
+  Extent grid, block;
   size_t shared_bytes = 0;
   cudaStream_t stream;
-  bool overlaps_previous = false;
+  bool overlaps_previous = true;
   bool resident = false;
 };
 
@@ -73,10 +81,10 @@ struct LaunchShape {
 
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), const LaunchShape& shape, Args&&... args) {
-  simt::launch_kernel(
-      kernel,
-      {shape.grid, shape.block, shape.shared_bytes, shape.resident, shape.overlaps_previous},
-      std::forward<Args>(args)...);
+  simt::launch_kernel(kernel,
+                      {shape.grid, shape.block, shape.shared_bytes, shape.resident,
+                       shape.overlaps_previous && !shape.resident},
+                      std::forward<Args>(args)...);
 }
 
 // Few multiprocessors, so that tests cover the grids sized by their number; the shared memory of
@@ -180,12 +188,8 @@ void launch(void (*kernel)(Params...), const LaunchShape& shape, Args&&... args)
 #define VOX_DYNAMIC_SHARED(type, name)                     \
   extern __shared__ __align__(16) unsigned char vox_raw[]; \
   type* const name = reinterpret_cast<type*>(vox_raw)
-// A variable in shared memory; Same lets its type be an array.
-template <typename T>
-struct Same {
-  using type = T;
-};
-#define VOX_SHARED(type_, name) __shared__ typename ::voxkern::Same<type_>::type name
+// A variable in shared memory; type_identity lets its type be an array.
+#define VOX_SHARED(type, name) __shared__ std::type_identity_t<type> name
 
 #endif
 
@@ -201,16 +205,7 @@ inline unsigned block_size(int64_t items, int64_t most) {
   return static_cast<unsigned>(threads < kWarp ? kWarp : threads < most ? threads : most);
 }
 
-}  // namespace voxkern
-
 #ifdef VOX_HOST_PASS
-#include "common/check.h"
-#ifndef VOX_SIMT
-#include <torch/csrc/stable/accelerator.h>
-#endif
-
-namespace voxkern {
-
 // Makes `like`'s device current while in scope; `stream` is torch's current stream there.
 #ifdef VOX_SIMT
 struct OnDevice {
@@ -232,6 +227,6 @@ class OnDevice {
   torch::stable::accelerator::DeviceGuard guard_;
 };
 #endif
+#endif
 
 }  // namespace voxkern
-#endif

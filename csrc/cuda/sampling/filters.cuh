@@ -11,7 +11,7 @@
 
 #include <limits>
 
-#include "common/sampler_row.h"
+#include "common/sampling.h"
 #include "cuda/runtime/elements.cuh"
 
 namespace voxkern::sampling {
