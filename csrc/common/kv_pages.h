@@ -1,4 +1,4 @@
-// What the ops on the paged KV cache share: the arguments of attention over it, and checks.
+// The arguments of attention over the paged KV cache, and checks for all ops on it.
 #pragma once
 
 #include "common/check.h"

@@ -1,6 +1,6 @@
-// What decode_depth's launches and its persistent kernel share: the arguments and buffers of a
-// frame, and a block's work on one row between two positions, which is to draw a code and to look
-// up its embedding.
+// The arguments and buffers of a frame, and a block's work on one row between two positions, which
+// is to draw a code and to look up its embedding: shared by decode_depth's launches and by its
+// persistent kernel.
 #pragma once
 
 #include "cuda/attention/depth.cuh"
