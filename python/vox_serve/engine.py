@@ -72,6 +72,8 @@ class Engine:
         default_max_frames: `max_frames` of requests that set none; None for as many as the model's
             context has room for.
         max_silence_s: silence after which a request ends; 0 for no such end.
+        num_spare_rows: further requests in a step, which `add` fills like the others. Who adds
+            requests can keep these places for somebody who would otherwise wait.
     """
 
     def __init__(
@@ -83,17 +85,20 @@ class Engine:
         max_batch_size: int = 8,
         default_max_frames: int | None = None,
         max_silence_s: float = 0.0,
+        num_spare_rows: int = 0,
     ) -> None:
         self.model = model
         self.mimi = mimi
         self.prompts = prompts
         self.max_batch_size = max_batch_size
+        self.num_spare_rows = num_spare_rows
         self.default_max_frames = default_max_frames
         self.max_silence_s = max_silence_s
+        rows = max_batch_size + num_spare_rows
         # One sequence more than the live requests, for the shared prefix.
-        self._cache = KvCache(model.config.backbone, max_batch_size + 1, model.dtype, model.device)
+        self._cache = KvCache(model.config.backbone, rows + 1, model.dtype, model.device)
         self._default_context = tuple(default_context)
-        self._batch: FrameBatch[_Live] = FrameBatch(model, mimi, self._cache, max_batch_size)
+        self._batch: FrameBatch[_Live] = FrameBatch(model, mimi, self._cache, rows)
         self._pending: deque[_Pending] = deque()
         self._failed = False
         self._waiting: deque[_Live] = deque()
@@ -239,7 +244,7 @@ class Engine:
         return shared + len(prompt.frames)
 
     def _admit(self) -> None:
-        while self._waiting and len(self._live) < self.max_batch_size:
+        while self._waiting and len(self._live) < self.max_batch_size + self.num_spare_rows:
             live = self._waiting[0]
             if live.request.context is None:
                 live.cache = self._cache.fork(self._prefix)

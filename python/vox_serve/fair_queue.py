@@ -1,8 +1,10 @@
 """Places and a waiting line, shared fairly between clients: a data structure without a clock.
 
 A free place goes to the client that holds the fewest places; among equals, to the one whose last
-turn is longest ago. Of a client's items that are ready, the first that came goes first. A full line
-admits a newcomer only by evicting the newest waiting item of a client that holds clearly more.
+turn is longest ago. Spare places are only for clients that hold none: one client's long requests do
+not make another client wait. Of a client's items that are ready, the first that came goes first. A
+full line admits a newcomer only by evicting the newest waiting item of a client that holds clearly
+more.
 """
 
 from collections.abc import Hashable
@@ -35,10 +37,12 @@ class FairQueue(Generic[Item]):
     Args:
         num_places: most items that hold a place.
         max_items: most items, placed and waiting together.
+        num_spare: places beyond `num_places`, for clients without a place.
     """
 
-    def __init__(self, num_places: int, max_items: int) -> None:
+    def __init__(self, num_places: int, max_items: int, num_spare: int = 0) -> None:
         self.num_places = num_places
+        self.num_spare = num_spare
         self.max_items = max_items
         self.num_placed = 0
         self.num_waiting = 0
@@ -81,14 +85,18 @@ class FairQueue(Generic[Item]):
     @property
     def can_take(self) -> bool:
         """True if `take` would return an item."""
-        return self.num_placed < self.num_places and any(s.ready for s in self._shares.values())
+        return any(share.ready and self._has_place(share) for share in self._shares.values())
+
+    def _has_place(self, share: _Share[Item]) -> bool:
+        spare = 0 if share.placed else self.num_spare
+        return self.num_placed < self.num_places + spare
 
     def take(self) -> Item | None:
         """Give the next ready item a place; None if there is no such item or no place is free."""
         if not self.can_take:
             return None
         share = min(
-            (share for share in self._shares.values() if share.ready),
+            (share for share in self._shares.values() if share.ready and self._has_place(share)),
             key=lambda share: (len(share.placed), share.turn),
         )
         self._num_takes += 1

@@ -32,6 +32,9 @@ PROG = "vox-serve"
 
 _NOT_OUR_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
+NUM_SPARE_ROWS = 1
+"""Places beyond --max_batch_size for clients that speak nothing yet."""
+
 SHUTDOWN_GRACE_S = 5.0
 """Time that a stopping server gives its clients to read their responses."""
 
@@ -72,7 +75,7 @@ def serve(config: Config) -> int:
     from vox_serve.runner import Runner
 
     print(f"Loading {config.model} ...", flush=True)
-    engine = make_engine(config)
+    engine = make_engine(config, NUM_SPARE_ROWS)
     runner = Runner.for_config(engine, config)
     server = make_server(
         create_app(runner, config, describe(engine, config)), runner, config, listeners[0]

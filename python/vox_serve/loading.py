@@ -29,11 +29,12 @@ SMALL_MODEL_PARAMETERS = 100_000_000
 """Below this size a CPU runs float32 about as fast as any dtype, so "auto" means float32."""
 
 
-def load_engine(model: str | Path, **settings: Any) -> Engine:
+def load_engine(model: str | Path, num_spare_rows: int = 0, **settings: Any) -> Engine:
     """Load a model, its codec, tokenizer and context.
 
     Args:
         model: built-in voice, local folder or hub id.
+        num_spare_rows: see `Engine`.
         settings: `Config`'s other fields by name; those not given come from the environment or
             their defaults. `dtype` may be a `torch.dtype` too.
 
@@ -83,6 +84,7 @@ def load_engine(model: str | Path, **settings: Any) -> Engine:
             max_batch_size,
             default_max_frames=setting.max_frames,
             max_silence_s=setting.max_silence_s,
+            num_spare_rows=num_spare_rows,
         )
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):

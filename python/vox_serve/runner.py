@@ -71,6 +71,7 @@ class AnyEngine(Protocol):
     """The part of `vox_serve.engine.Engine` that the runner uses."""
 
     max_batch_size: int
+    num_spare_rows: int
 
     @property
     def has_work(self) -> bool: ...
@@ -136,7 +137,9 @@ class Runner:
         self.on_failure: Callable[[], None] = lambda: None
         self.counts = Counts()
         self._unread = UnreadAudio(max_unread_bytes)
-        self._queue: FairQueue[Job] = FairQueue(min(engine.max_batch_size, max_jobs), max_jobs)
+        self._queue: FairQueue[Job] = FairQueue(
+            min(engine.max_batch_size, max_jobs), max_jobs, engine.num_spare_rows
+        )
         self._jobs: dict[str, Job] = {}  # until their readers leave
         self._aborted: list[str] = []
         self._durations_s: deque[float] = deque([1.0], maxlen=64)

@@ -179,8 +179,12 @@ class Voice:
             self._engine.abort(self._left.popleft())
 
 
-def make_engine(config: Config) -> "Engine":
+def make_engine(config: Config, num_spare_rows: int = 0) -> "Engine":
     """Load the engine that the settings describe; set the backend and the number of CPU threads.
+
+    Args:
+        config: all settings.
+        num_spare_rows: see `Engine`.
 
     Raises:
         ConfigError: the backend is unavailable.
@@ -200,7 +204,7 @@ def make_engine(config: Config) -> "Engine":
         num_threads = voxkern.num_threads()
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    return load_engine(**dict(config))
+    return load_engine(num_spare_rows=num_spare_rows, **dict(config))
 
 
 def force_backend(config: Config) -> None:

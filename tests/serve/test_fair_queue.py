@@ -148,3 +148,21 @@ def test_emptying_the_line_keeps_the_places():
     assert sorted(queue.remove_waiting()) == ["a2", "b1", "c1"]
     assert (queue.num_placed, queue.num_waiting) == (1, 0)
     assert "a1" in queue
+
+
+def test_a_spare_place_is_for_a_client_that_holds_none():
+    queue: FairQueue[str] = FairQueue(2, 99, num_spare=1)
+    for item in ("a1", "a2", "a3", "b1", "b2", "c1"):
+        add(queue, item)
+    queue.remove("b1")
+    queue.remove("c1")
+    queue.remove("b2")
+    assert [queue.take(), queue.take(), queue.take()] == ["a1", "a2", None]
+    add(queue, "b1")
+    add(queue, "b2")
+    assert queue.can_take
+    assert [queue.take(), queue.take()] == ["b1", None]
+    queue.remove("a1")
+    assert queue.take() is None
+    queue.remove("a2")
+    assert queue.take() == "a3"

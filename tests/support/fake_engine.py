@@ -49,6 +49,7 @@ class FakeEngine:
 
     sample_rate_hz = 24_000
     num_codebooks = NUM_CODEBOOKS
+    num_spare_rows = 0
 
     def __init__(
         self,
