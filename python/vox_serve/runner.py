@@ -16,14 +16,13 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
-from vox_serve.audio import pcm16
 from vox_serve.config import ServerSettings
-from vox_serve.ending import delivered_audio
+from vox_serve.engine_thread import AnyEngine, EngineThread, client_error
 from vox_serve.fair_queue import FairQueue, LineFull
 from vox_serve.job import (
     End,
@@ -34,30 +33,22 @@ from vox_serve.job import (
     ReaderStalled,
     RequestFailed,
     RequestRefused,
-    Restart,
     ShuttingDown,
 )
 from vox_serve.preparing import Preparing
-from vox_serve.recovery import Suspects
 from vox_serve.unread import UnreadAudio
 
 if TYPE_CHECKING:
-    from vox_serve.request import FrameOutput, Prompt, Request
+    from vox_serve.request import Request
 
 __all__ = ["EngineFailure", "Job", "QueueFull", "RequestFailed", "RequestRefused", "Runner"]
 
 logger = logging.getLogger("vox_serve")
 
-INTERNAL_ERROR = "the request failed: internal error"
-"""All that a client learns of an exception; the log has the rest."""
-
 SHUTTING_DOWN = "the server is shutting down"
 
 EXIT_ENGINE_FAILED = 70
 """Exit code (EX_SOFTWARE) after which a supervisor should start the process again."""
-
-MAX_FRUITLESS_FAILURES = 32
-"""Failed steps without a frame between them, after which a restart of the engine does not help."""
 
 SHORT_CHARS = 512
 CHARS_PER_NICENESS = 100
@@ -65,21 +56,6 @@ CHARS_PER_NICENESS = 100
 
 MAX_RETRY_AFTER_S = 3600
 JOIN_TIMEOUT_S = 10.0
-
-
-class AnyEngine(Protocol):
-    """The part of `vox_serve.engine.Engine` that the runner uses."""
-
-    max_batch_size: int
-    num_spare_rows: int
-
-    @property
-    def has_work(self) -> bool: ...
-    def prepare(self, request: "Request") -> "Prompt": ...
-    def add(self, request: "Request", prompt: "Prompt") -> None: ...
-    def step(self) -> "Sequence[FrameOutput]": ...
-    def abort(self, request_id: str) -> None: ...
-    def reset(self) -> None: ...
 
 
 @dataclass
@@ -141,18 +117,12 @@ class Runner:
             min(engine.max_batch_size, max_jobs), max_jobs, engine.num_spare_rows
         )
         self._jobs: dict[str, Job] = {}  # until their readers leave
-        self._aborted: list[str] = []
         self._durations_s: deque[float] = deque([1.0], maxlen=64)
-        self._stopping = False
         self._on_empty: Callable[[], object] = lambda: None
-        # Guards the attributes above; notified when the engine's thread has something to do.
+        # Guards the attributes above.
         self._lock = threading.Condition(threading.Lock())
         self._preparing = Preparing()
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        # The attributes below belong to the engine's thread.
-        self._running: dict[str, Job] = {}
-        self._suspects = Suspects()
-        self._num_fruitless = 0
+        self._thread = EngineThread(engine, self._queue, self._lock, office=self)
 
     @classmethod
     def for_config(cls, engine: AnyEngine, config: ServerSettings) -> "Runner":
@@ -170,7 +140,7 @@ class Runner:
     @property
     def is_busy(self) -> bool:
         """True while a thread works that `stop` could not wait for."""
-        return self._thread.is_alive() or self._preparing.is_busy
+        return self._thread.is_alive or self._preparing.is_busy
 
     @property
     def unread_bytes(self) -> int:
@@ -184,8 +154,7 @@ class Runner:
     async def stop(self) -> None:
         """Call `request_stop` and wait for the engine's thread."""
         self.request_stop()
-        if self._thread.ident is not None:
-            await asyncio.to_thread(self._thread.join, JOIN_TIMEOUT_S)
+        await asyncio.to_thread(self._thread.join, JOIN_TIMEOUT_S)
 
     async def drain(self, within_s: float) -> None:
         """Refuse what is not begun, and wait until the rest is spoken and read, or time is over."""
@@ -270,8 +239,7 @@ class Runner:
                 return
             if job in self._queue:
                 self._queue.remove(job)
-                self._aborted.append(job.request.id)
-                self._lock.notify()
+                self._thread.abort(job.request.id)
             self.counts.cancelled += not job.ended
             if not self._jobs:
                 self._on_empty()
@@ -305,10 +273,9 @@ class Runner:
         """End all jobs, and the engine's thread after its current step."""
         with self._lock:
             self.failure = self.failure or reason
-            self._stopping = True
             error = kind(self.failure, self._retry_after_s())
             jobs = list(self._jobs.values())
-            self._lock.notify()
+            self._thread.stop()
         for job in jobs:
             job.post(End(error=error))
 
@@ -319,13 +286,15 @@ class Runner:
         try:
             job.progress.prompt = self.engine.prepare(job.request)
         except Exception as error:
-            self._finish(job, End(error=_client_error(job, error)))
+            self.finish(job, End(error=client_error(job, error)))
             return
         with self._lock:
             self._queue.mark_ready(job)
             self._lock.notify()
 
-    def _finish(self, job: Job, end: End, *chunks: Item) -> None:
+    # The engine's thread calls the next three.
+
+    def finish(self, job: Job, end: End, *chunks: Item) -> None:
         """Free a job's place and post its end."""
         with self._lock:
             self._queue.remove(job)
@@ -339,146 +308,12 @@ class Runner:
             self._lock.notify()
         job.post(*chunks, end)
 
-    # The methods below run in the engine's thread only.
-
-    def _run(self) -> None:
-        try:
-            while self._tick():
-                pass
-        except Exception:
-            logger.exception("the engine's thread failed")
-            self._give_up()
-
-    def _tick(self) -> bool:
-        """Make one frame of all running jobs, or wait for one to run; False to stop."""
+    def count_fault(self, kind: Literal["non_finite", "recoveries"]) -> None:
         with self._lock:
-            self._lock.wait_for(self._has_work)
-            aborted, self._aborted = self._aborted, []
-            stopping = self._stopping
-        try:
-            for request_id in aborted:
-                self._leave(request_id)
-            if stopping:
-                for request_id in list(self._running):
-                    self._leave(request_id)
-                return False
-            for job in self._next_jobs():
-                self._begin(job)
-            if self.engine.has_work:
-                self._deliver(self.engine.step())
-            elif self._running:
-                raise RuntimeError(f"the engine lost {len(self._running)} requests")
-        except Exception as error:
-            self._recover(error)
-        return True
+            setattr(self.counts, kind, getattr(self.counts, kind) + 1)
 
-    def _has_work(self) -> bool:
-        return bool(
-            self._stopping
-            or self._aborted
-            or self._running
-            or self._suspects
-            or self._queue.can_take
-        )
-
-    def _next_jobs(self) -> list[Job]:
-        jobs = self._suspects.next_jobs()
-        if self._suspects.trial is None:
-            with self._lock:
-                while (job := self._queue.take()) is not None:
-                    jobs.append(job)
-        return jobs
-
-    def _begin(self, job: Job) -> None:
-        progress, request_id = job.progress, job.request.id
-        if progress.started_s is None:
-            progress.started_s = time.monotonic()
-        progress.num_frames = 0
-        assert progress.prompt is not None
-        self._running[request_id] = job
-        try:
-            self.engine.add(job.request, progress.prompt)
-        except Exception as error:
-            self._forget(request_id)
-            self._finish(job, End(error=_client_error(job, error)))
-
-    def _leave(self, request_id: str) -> None:
-        self._forget(request_id)
-        self.engine.abort(request_id)
-
-    def _forget(self, request_id: str) -> None:
-        if (job := self._running.pop(request_id, None)) is not None:
-            self._suspects.ended(job)
-
-    def _deliver(self, outputs: "Sequence[FrameOutput]") -> None:
-        for output in outputs:
-            job = self._running.get(output.request_id)
-            if job is None:
-                continue
-            self._num_fruitless = 0
-            if output.finish_reason is None and self._suspects.passed(job):
-                self._leave(output.request_id)
-                continue
-            chunks: list[Item] = []
-            if (audio := delivered_audio(output)) is not None:
-                job.progress.num_frames += 1
-                chunks.append(pcm16(audio).tobytes())
-            if output.finish_reason is None:
-                job.post(*chunks)
-                continue
-            self._forget(output.request_id)
-            error = None
-            if output.finish_reason == "error":
-                error = RequestFailed(output.error or INTERNAL_ERROR)
-                with self._lock:
-                    self.counts.non_finite += 1
-            self._finish(job, End(output.finish_reason, error), *chunks)
-
-    def _recover(self, error: Exception) -> None:
-        """Start the engine again after a failed step, and what can be repeated with it."""
-        logger.error(
-            "the engine failed in a step with %d requests", len(self._running), exc_info=error
-        )
-        jobs = list(self._running.values())
-        self._running.clear()
-        self._num_fruitless += 1
-        if self._num_fruitless > MAX_FRUITLESS_FAILURES or _is_poisoned(error) or not self._reset():
-            self._give_up()
-            return
-        with self._lock:
-            self.counts.recoveries += 1
-        repeatable = [job for job in jobs if not (job.streaming and job.progress.num_frames)]
-        refused = self._suspects.accuse(repeatable, alone=len(jobs) == 1)
-        for job in jobs:
-            if job in refused or job not in repeatable:
-                self._finish(job, End("error", RequestFailed(INTERNAL_ERROR)))
-            else:
-                job.post(Restart())
-
-    def _reset(self) -> bool:
-        try:
-            self.engine.reset()
-        except Exception:
-            logger.exception("the engine cannot start again")
-            return False
-        return True
-
-    def _give_up(self) -> None:
+    def give_up(self) -> None:
+        """End all jobs and the server: the engine can serve no more."""
         self.exit_code = EXIT_ENGINE_FAILED
         self._fail_all("the engine failed", EngineFailure)
         self.on_failure()
-
-
-def _client_error(job: Job, error: Exception) -> Exception:
-    """The error that a request's client gets for an exception, which is logged if it is a bug."""
-    if isinstance(error, ValueError):
-        return RequestRefused(str(error))
-    logger.error("request %s failed", job.request.id, exc_info=error)
-    return RequestFailed(INTERNAL_ERROR)
-
-
-def _is_poisoned(error: Exception) -> bool:
-    """True if no later call on the device can succeed in this process."""
-    import torch
-
-    return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)

@@ -11,6 +11,7 @@ import torch
 
 from fake_engine import ENDLESS, TIMEOUT_S, FakeEngine, expected_pcm
 from vox_serve.engine import Request
+from vox_serve.engine_thread import MAX_FRUITLESS_FAILURES
 from vox_serve.job import (
     EngineFailure,
     Job,
@@ -19,7 +20,7 @@ from vox_serve.job import (
     RequestFailed,
     ShuttingDown,
 )
-from vox_serve.runner import EXIT_ENGINE_FAILED, MAX_FRUITLESS_FAILURES, Runner
+from vox_serve.runner import EXIT_ENGINE_FAILED, Runner
 
 FRAME_BYTES = 3840
 
@@ -136,16 +137,27 @@ class TestFailedSteps:
         assert all(len(texts) == 1 for texts in open_at_steps[first + 1 : last + 1])
 
     def test_a_suspect_that_leaves_delays_nobody(self):
-        engine = FakeEngine(num_frames=ENDLESS, max_batch_size=2, step_s=0.001)
+        engine = FakeEngine(num_frames=ENDLESS, max_batch_size=2)
+        has_left = threading.Event()
+
+        def fault() -> None:
+            has_left.wait(TIMEOUT_S)
+            engine.fault = lambda: None
+            broken()
+
+        engine.fault = fault
 
         async def scenario(runner):
             gone, stays = submit_whole(runner, "gone"), submit_whole(runner, "stays", max_frames=3)
+            await until(lambda: not runner._preparing.is_busy)
+            runner.start()
             await until(lambda: len(engine._open) == 2)
-            engine.fault = fail_once(engine)
             gone.close()
+            has_left.set()
             return await whole(stays)
 
-        assert run_with(engine, scenario) == expected_pcm("stays", 3, cut=True)
+        pcm = run_with(engine, scenario, started=False)
+        assert pcm == expected_pcm("stays", 3, cut=True)
 
     def test_a_request_whose_audio_is_not_finite_fails_alone(self):
         async def scenario(runner):
@@ -215,14 +227,6 @@ class TestFailedSteps:
 
 def broken() -> None:
     raise RuntimeError("the fake engine broke")
-
-
-def fail_once(engine: FakeEngine):
-    def fault() -> None:
-        engine.fault = lambda: None
-        broken()
-
-    return fault
 
 
 class TestReaders:
@@ -459,7 +463,7 @@ class TestLeaving:
             await until(lambda: not engine.has_work)
             assert len(engine.aborted) == 1000
             assert (runner._jobs, len(runner._queue), runner.unread_bytes) == ({}, 0, 0)
-            assert runner._running == {}
+            assert runner._thread._running == {}
             assert len(asyncio.all_tasks()) <= 2
             await until(lambda: not runner._preparing.is_busy)
 

@@ -181,7 +181,7 @@ def test_a_thousand_clients_killed_mid_stream_leave_nothing():
         assert not server.server.server_state.tasks
         assert num_descriptors() <= before
         answer = server.post(text="next", max_frames=2).read()
-        assert answer == wav_file(expected_pcm("next", 2))
+        assert answer == wav_file(expected_pcm("next", 2, cut=True))
 
 
 def test_ten_times_too_many_clients_are_all_answered():
@@ -212,7 +212,7 @@ def test_clients_that_never_read_hold_no_places():
             wait_until(lambda: sum(server.runner.counts.finished.values()) == len(silent))
         assert server.runner.count_jobs() == (0, 0)
         answer = server.post(text="next", max_frames=2).read()
-        assert answer == wav_file(expected_pcm("next", 2))
+        assert answer == wav_file(expected_pcm("next", 2, cut=True))
         for raw in silent:
             raw.close()
         wait_until(lambda: not server.runner._jobs)

@@ -138,10 +138,13 @@ def test_a_refused_request_harms_no_other():
 
 
 def test_an_engine_that_breaks_cuts_its_streams_and_goes_on():
-    engine = FakeEngine(num_frames=ENDLESS, max_batch_size=4, fail_at_step=3)
+    engine = FakeEngine(num_frames=ENDLESS, step_s=0.001)
 
     async def scenario(runner):
         jobs = [runner.submit(Request(text)) for text in "ab"]
+        for job in jobs:
+            await anext(job)
+        engine.fail_at_step = engine.num_steps + 20
         results = await asyncio.gather(*map(read_job, jobs), return_exceptions=True)
         assert [type(result) for result in results] == [RequestFailed] * 2
         assert "the fake engine broke" not in str(results[0])

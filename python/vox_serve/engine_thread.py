@@ -1,0 +1,232 @@
+"""The thread that runs the engine: starts jobs, delivers their frames, recovers from faults."""
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from vox_serve.audio import pcm16
+from vox_serve.ending import delivered_audio
+from vox_serve.fair_queue import FairQueue
+from vox_serve.job import End, Item, Job, RequestFailed, RequestRefused, Restart
+from vox_serve.recovery import Suspects
+
+if TYPE_CHECKING:
+    from vox_serve.request import FrameOutput, Prompt, Request
+
+logger = logging.getLogger("vox_serve")
+
+INTERNAL_ERROR = "the request failed: internal error"
+"""All that a client learns of an exception; the log has the rest."""
+
+MAX_FRUITLESS_FAILURES = 32
+"""Failed steps without a frame between them, after which a reset of the engine does not help."""
+
+
+class AnyEngine(Protocol):
+    """The part of `vox_serve.engine.Engine` that the runner uses."""
+
+    max_batch_size: int
+    num_spare_rows: int
+
+    @property
+    def has_work(self) -> bool: ...
+    def prepare(self, request: "Request") -> "Prompt": ...
+    def add(self, request: "Request", prompt: "Prompt") -> None: ...
+    def step(self) -> "Sequence[FrameOutput]": ...
+    def abort(self, request_id: str) -> None: ...
+    def reset(self) -> None: ...
+
+
+class Office(Protocol):
+    """The part of the runner that the engine's thread uses."""
+
+    def finish(self, job: Job, end: End, *chunks: Item) -> None: ...
+    def count_fault(self, kind: Literal["non_finite", "recoveries"]) -> None: ...
+    def give_up(self) -> None: ...
+
+
+class EngineThread:
+    """Makes frames of the jobs that hold places.
+
+    Args:
+        engine: nothing else may call it while the thread runs, except its `prepare`.
+        queue: where jobs get their places.
+        lock: guards `queue`, and is notified when the thread has something to do.
+        office: takes results.
+    """
+
+    def __init__(
+        self, engine: AnyEngine, queue: FairQueue[Job], lock: threading.Condition, office: Office
+    ) -> None:
+        self._engine = engine
+        self._queue = queue
+        self._lock = lock
+        self._office = office
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        # Guarded by the lock.
+        self._aborted: list[str] = []
+        self._stopping = False
+        # The thread's own.
+        self._running: dict[str, Job] = {}
+        self._suspects = Suspects()
+        self._num_fruitless = 0
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for the thread, if it was started."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+
+    def abort(self, request_id: str) -> None:
+        """Let a request leave the engine before the next step. Needs the lock."""
+        self._aborted.append(request_id)
+        self._lock.notify()
+
+    def stop(self) -> None:
+        """End the thread after its current step. Needs the lock."""
+        self._stopping = True
+        self._lock.notify()
+
+    def _run(self) -> None:
+        try:
+            while self._tick():
+                pass
+        except Exception:
+            logger.exception("the engine's thread failed")
+            self._office.give_up()
+
+    def _tick(self) -> bool:
+        """Make one frame of all running jobs, or wait for one to run; False to stop."""
+        with self._lock:
+            self._lock.wait_for(self._has_work)
+            aborted, self._aborted = self._aborted, []
+            stopping = self._stopping
+        try:
+            for request_id in aborted:
+                self._leave(request_id)
+            if stopping:
+                for request_id in list(self._running):
+                    self._leave(request_id)
+                return False
+            for job in self._next_jobs():
+                self._begin(job)
+            if self._engine.has_work:
+                self._deliver(self._engine.step())
+            elif self._running:
+                raise RuntimeError(f"the engine lost {len(self._running)} requests")
+        except Exception as error:
+            self._recover(error)
+        return True
+
+    def _has_work(self) -> bool:
+        """True if a tick has something to do. Needs the lock."""
+        return bool(
+            self._stopping
+            or self._aborted
+            or self._running
+            or self._suspects
+            or self._queue.can_take
+        )
+
+    def _next_jobs(self) -> list[Job]:
+        jobs = self._suspects.next_jobs()
+        if self._suspects.trial is None:
+            with self._lock:
+                while (job := self._queue.take()) is not None:
+                    jobs.append(job)
+        return jobs
+
+    def _begin(self, job: Job) -> None:
+        progress, request_id = job.progress, job.request.id
+        if progress.started_s is None:
+            progress.started_s = time.monotonic()
+        progress.num_frames = 0
+        assert progress.prompt is not None
+        self._running[request_id] = job
+        try:
+            self._engine.add(job.request, progress.prompt)
+        except Exception as error:
+            self._forget(request_id)
+            self._office.finish(job, End(error=client_error(job, error)))
+
+    def _leave(self, request_id: str) -> None:
+        self._forget(request_id)
+        self._engine.abort(request_id)
+
+    def _forget(self, request_id: str) -> None:
+        if (job := self._running.pop(request_id, None)) is not None:
+            self._suspects.ended(job)
+
+    def _deliver(self, outputs: "Sequence[FrameOutput]") -> None:
+        for output in outputs:
+            job = self._running.get(output.request_id)
+            if job is None:
+                continue
+            self._num_fruitless = 0
+            if output.finish_reason is None and self._suspects.passed(job):
+                self._leave(output.request_id)
+                continue
+            chunks: list[Item] = []
+            if (audio := delivered_audio(output)) is not None:
+                job.progress.num_frames += 1
+                chunks.append(pcm16(audio).tobytes())
+            if output.finish_reason is None:
+                job.post(*chunks)
+                continue
+            self._forget(output.request_id)
+            error = None
+            if output.finish_reason == "error":
+                error = RequestFailed(output.error or INTERNAL_ERROR)
+                self._office.count_fault("non_finite")
+            self._office.finish(job, End(output.finish_reason, error), *chunks)
+
+    def _recover(self, error: Exception) -> None:
+        """Start the engine again after a failed step, and what can be repeated with it."""
+        logger.error(
+            "the engine failed in a step with %d requests", len(self._running), exc_info=error
+        )
+        jobs = list(self._running.values())
+        self._running.clear()
+        self._num_fruitless += 1
+        if self._num_fruitless > MAX_FRUITLESS_FAILURES or _is_poisoned(error) or not self._reset():
+            self._office.give_up()
+            return
+        self._office.count_fault("recoveries")
+        repeatable = [job for job in jobs if not (job.streaming and job.progress.num_frames)]
+        refused = self._suspects.accuse(repeatable, alone=len(jobs) == 1)
+        for job in jobs:
+            if job in refused or job not in repeatable:
+                self._office.finish(job, End("error", RequestFailed(INTERNAL_ERROR)))
+            else:
+                job.post(Restart())
+
+    def _reset(self) -> bool:
+        try:
+            self._engine.reset()
+        except Exception:
+            logger.exception("the engine cannot start again")
+            return False
+        return True
+
+
+def client_error(job: Job, error: Exception) -> Exception:
+    """The error that a request's client gets for an exception, which is logged if it is a bug."""
+    if isinstance(error, ValueError):
+        return RequestRefused(str(error))
+    logger.error("request %s failed", job.request.id, exc_info=error)
+    return RequestFailed(INTERNAL_ERROR)
+
+
+def _is_poisoned(error: Exception) -> bool:
+    """True if no later call on the device can succeed in this process."""
+    import torch
+
+    return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
