@@ -205,7 +205,7 @@ class ServerSettings(Settings):
         30.0, "time that SIGTERM gives speech to finish; a second signal gives none", ge=0, le=86400
     )
     max_connections: Annotated[
-        int | None, Shown("10000, or as many as the limit on open files permits")
+        int | None, Shown("4096, or as many as the limit on open files permits")
     ] = setting(
         None,
         "connections at a time; a new one takes the place of the one silent for longest",

@@ -34,7 +34,7 @@ ACCEPT_BATCH = 16
 BACKLOG = 2048
 """Connections that the kernel holds until they are accepted."""
 
-DEFAULT_MAX_CONNECTIONS = 10_000
+DEFAULT_MAX_CONNECTIONS = 4096
 
 SPARE_FILES = 64 + 6 * ACCEPT_BATCH
 """Descriptors kept free: for files and lookups, and for batches accepted but not yet limited."""
@@ -102,8 +102,10 @@ class ConnectionGuard:
         """End a connection at once. Its request ends as soon as the event loop runs."""
         self.counts[reason] += 1
         logger.warning("dropped a client that " + reason)
-        self._silent.pop(connection, None)
-        self._all.discard(connection)
+        if isinstance(connection, GuardedProtocol):
+            # Its place is free from now on. A WebSocket's protocol insists on leaving by itself.
+            self.forget(connection)
+            self._all.discard(connection)
         connection.transport.abort()
 
     def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
