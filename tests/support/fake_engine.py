@@ -40,7 +40,7 @@ class FakeEngine:
         max_batch_size: requests that share a step.
         step_s: duration of a step.
         prepare_s: duration of `prepare`.
-        fail_at_step: the step that raises RuntimeError.
+        fail_at_step: the first step from this one on raises RuntimeError, once.
 
     A step also raises RuntimeError while a request with the text "poison" is in it; "late poison"
     lets its first two frames pass. The text "nan" ends with "error" after two frames. `fault` is
@@ -110,7 +110,8 @@ class FakeEngine:
         live = list(self._open.values())[: self.max_batch_size]
         self._broken = True
         self.fault()
-        if self.num_steps == self.fail_at_step:
+        if self.fail_at_step is not None and self.num_steps >= self.fail_at_step:
+            self.fail_at_step = None
             raise RuntimeError("the fake engine broke")
         for request, frame in live:
             if request.text == "poison" or (request.text == "late poison" and frame == 2):
