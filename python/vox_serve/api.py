@@ -28,7 +28,9 @@ class _Utterance(BaseModel):
     # Without `forbid` a misspelt field would be ignored silently.
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    text: str = Field(description="text to say", min_length=1)
+    text: str = Field(
+        description="text to say, not blank", min_length=1, json_schema_extra={"pattern": r"\S"}
+    )
     speaker: int = Field(default=0, description="id of the voice", ge=0, le=1)
     streaming: bool = Field(default=False, description="send the audio as it is made")
 
@@ -77,23 +79,37 @@ GenerateRequest = create_model(
 )
 
 
+def _form_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a form with the fields of a JSON schema: it has no null."""
+
+    def without_null(field: Mapping[str, Any]) -> dict[str, Any]:
+        kinds = [kind for kind in field.get("anyOf", []) if kind != {"type": "null"}]
+        rest = {key: value for key, value in field.items() if key not in ("anyOf", "default")}
+        return {**rest, **kinds[0]} if kinds else dict(field)
+
+    fields = {name: without_null(field) for name, field in schema["properties"].items()}
+    return {**schema, "properties": fields}
+
+
 _BODY_SCHEMA = GenerateRequest.model_json_schema()
+_FORM_SCHEMA = _form_schema(_BODY_SCHEMA)
 _GENERATE_DOCS = {
     "requestBody": {
         "required": True,
         "content": {
-            kind: {"schema": _BODY_SCHEMA}
-            for kind in (
-                "application/json",
-                "application/x-www-form-urlencoded",
-                "multipart/form-data",
-            )
+            "application/json": {"schema": _BODY_SCHEMA},
+            "application/x-www-form-urlencoded": {"schema": _FORM_SCHEMA},
+            "multipart/form-data": {"schema": _FORM_SCHEMA},
         },
     }
 }
 _GENERATE_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"description": "24 kHz mono 16-bit WAV", "content": {"audio/wav": {}}},
     400: {"description": "the body cannot be read"},
+    401: {"description": "the API key is missing or wrong"},
+    403: {
+        "description": "the request comes from a web page of another origin, or names another host"
+    },
     413: {"description": "the body is too long"},
     415: {"description": "the body is neither JSON nor a form"},
     422: {"description": "a field is invalid, or the text too long for the model's context"},

@@ -1,0 +1,56 @@
+"""schemathesis against /openapi.json: generated requests, valid and not, and checked answers."""
+
+import pytest
+
+schemathesis = pytest.importorskip(
+    "schemathesis", reason="schemathesis is not installed (extra: fuzz)"
+)
+
+from hypothesis import HealthCheck, Phase, assume, given, settings
+from schemathesis.generation import GenerationMode
+
+from fake_engine import FakeEngine
+from live_server import LiveServer
+
+EXAMPLES = 100
+"""Requests of each operation and mode; hypothesis chooses the same ones in every run."""
+INTEGERS = ("speaker", "top_k", "repetition_window", "seed", "max_frames")
+CASES = [
+    ("POST", "/generate", GenerationMode.POSITIVE),
+    ("POST", "/generate", GenerationMode.NEGATIVE),
+    ("GET", "/health", GenerationMode.POSITIVE),
+    ("GET", "/health/live", GenerationMode.POSITIVE),
+    ("GET", "/health/ready", GenerationMode.POSITIVE),
+]
+
+
+@pytest.fixture(scope="module")
+def schema():
+    with LiveServer(FakeEngine(num_frames=1)) as server:
+        yield schemathesis.openapi.from_url(f"http://127.0.0.1:{server.port}/openapi.json")
+
+
+def test_every_operation_has_a_case(schema):
+    found = {found.ok().label for found in schema.get_all_operations()}
+    assert found == {f"{method} {path}" for method, path, _ in CASES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "path", "mode"), CASES)
+def test_every_answer_is_documented(schema, method, path, mode):
+    @given(case=schema[path][method].as_strategy(generation_mode=mode))
+    @settings(
+        max_examples=EXAMPLES if method == "POST" else 5,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    def check(case):
+        # JSON Schema takes 1.0 for an integer; the server does not.
+        fields = case.body if isinstance(case.body, dict) else {}
+        assume(not any(isinstance(fields.get(name), float) for name in INTEGERS))
+        case.call_and_validate()
+
+    check()
