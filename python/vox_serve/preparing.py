@@ -1,49 +1,44 @@
 """Runs calls beside each other in threads, for work that nothing can interrupt.
 
-Each call has its own thread, so none waits for another; the lower its priority, the less it takes
-from the engine. The threads are daemons: the end of the process waits for none of them.
+Quick calls have a thread each. Slow ones share a few, clients taking turns, so that they never take
+all processors from the engine. Lower priorities for threads would not do: one that holds Python's
+lock while it does not run would stop all others. The threads are daemons: the end of the process
+waits for none of them.
 """
 
-import contextlib
-import os
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable
 
-MAX_NICENESS = 19
-NUM_UNHINDERED = 4
-"""Quick calls that run at the process's priority; further ones take the time that is left."""
+MAX_QUICK_THREADS = 64
+MAX_SLOW_THREADS = 2
 
 
 class Preparing:
     """Two lanes, so that slow calls never keep quick ones from their threads."""
 
     def __init__(self) -> None:
-        self._quick = _Lane(64)
-        self._slow = _Lane(16)
+        self._quick = _Lane(MAX_QUICK_THREADS)
+        self._slow = _Lane(MAX_SLOW_THREADS)
 
     @property
     def is_busy(self) -> bool:
         """True while a call runs."""
         return self._quick.num_threads + self._slow.num_threads > 0
 
-    def start(self, call: Callable[[], None], niceness: int) -> None:
+    def start(self, call: Callable[[], None], client: str, slow: bool) -> None:
         """Run a call, which must not raise, in a thread.
 
         Args:
             call: the work. It may have to wait, if many others run: it should return at once when
                 nobody wants its result any more.
-            niceness: 0 for a quick call; at 10 a thread gets a tenth of the time of one at 0, at
-                19 next to none while others need it.
+            client: whose call it is; waiting clients take turns.
+            slow: it may take more than a few milliseconds.
 
         Raises:
             RuntimeError: the system gives no more threads.
         """
-        lane = self._slow if niceness else self._quick
-        if lane.num_threads >= NUM_UNHINDERED and not niceness:
-            niceness = MAX_NICENESS
-        lane.start(call, niceness)
+        (self._slow if slow else self._quick).start(call, client)
 
 
 class _Lane:
@@ -53,34 +48,30 @@ class _Lane:
         self.max_threads = max_threads
         self.num_threads = 0
         self._lock = threading.Lock()
-        self._backlog: deque[Callable[[], None]] = deque()
+        self._backlog: dict[str, deque[Callable[[], None]]] = {}  # clients, the next one first
 
-    def start(self, call: Callable[[], None], niceness: int) -> None:
+    def start(self, call: Callable[[], None], client: str) -> None:
         with self._lock:
             if self.num_threads == self.max_threads:
-                self._backlog.append(call)
+                self._backlog.setdefault(client, deque()).append(call)
                 return
-            thread = threading.Thread(
-                target=self._run, args=(call, niceness), name="preparing", daemon=True
-            )
-            thread.start()
+            threading.Thread(target=self._run, args=(call,), name="preparing", daemon=True).start()
             self.num_threads += 1
 
-    def _run(self, first: Callable[[], None], niceness: int) -> None:
-        if niceness:
-            _lower_priority(niceness)
+    def _run(self, first: Callable[[], None]) -> None:
         call: Callable[[], None] | None = first
         while call is not None:
             call()
             with self._lock:
-                call = self._backlog.popleft() if self._backlog else None
+                call = self._next()
                 self.num_threads -= call is None
 
-
-def _lower_priority(niceness: int) -> None:
-    """Lower the priority of the calling thread, where the system has priorities of threads."""
-    if sys.platform != "linux":
-        return
-    total = min(os.getpriority(os.PRIO_PROCESS, os.getpid()) + niceness, MAX_NICENESS)
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), total)
+    def _next(self) -> Callable[[], None] | None:
+        if not self._backlog:
+            return None
+        client = next(iter(self._backlog))
+        calls = self._backlog.pop(client)
+        call = calls.popleft()
+        if calls:
+            self._backlog[client] = calls  # after all others
+        return call

@@ -51,8 +51,7 @@ EXIT_ENGINE_FAILED = 70
 """Exit code (EX_SOFTWARE) after which a supervisor should start the process again."""
 
 SHORT_CHARS = 512
-CHARS_PER_NICENESS = 100
-"""Texts that are not short are tokenized at a lower priority, the longer the lower."""
+"""Longer texts are slow to tokenize, and wait for each other."""
 
 MAX_RETRY_AFTER_S = 3600
 JOIN_TIMEOUT_S = 10.0
@@ -201,10 +200,9 @@ class Runner:
             full = self._queue_full() if evicted is not None else None
         if evicted is not None:
             evicted.post(End(error=full))
-        num_chars = len(request.text)
-        niceness = 0 if num_chars <= SHORT_CHARS else min(num_chars // CHARS_PER_NICENESS, 19)
+        slow = len(request.text) > SHORT_CHARS
         try:
-            self._preparing.start(partial(self._prepare, job), niceness)
+            self._preparing.start(partial(self._prepare, job), client, slow)
         except RuntimeError:  # no more threads
             job.ended = True
             job.close()

@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import os
 import threading
 import time
 
@@ -514,23 +513,3 @@ class TestDrain:
         start = time.monotonic()
         run_with(FakeEngine(), scenario)
         assert time.monotonic() - start < TIMEOUT_S / 3
-
-
-def test_the_longer_a_text_the_lower_its_priority():
-    engine = FakeEngine()
-    priorities = {}
-    prepare = engine.prepare
-
-    def note(request):
-        priorities[len(request.text)] = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-        return prepare(request)
-
-    engine.prepare = note
-
-    async def scenario(runner):
-        for num_chars in (512, 513, 2000):
-            await streamed(runner.submit(Request("x" * num_chars)))
-
-    run_with(engine, scenario)
-    own = os.getpriority(os.PRIO_PROCESS, 0)
-    assert priorities == {512: own, 513: min(own + 5, 19), 2000: 19}
