@@ -258,7 +258,7 @@ def test_a_malformed_setting_is_refused_and_a_key_not_shown(settings):
 
 
 def test_a_wrong_setting_is_one_line_before_the_model_is_loaded(monkeypatch, capsys):
-    monkeypatch.setattr(launch, "make_engine", lambda config: pytest.fail("loaded a model"))
+    monkeypatch.setattr(launch, "make_engine", lambda *_: pytest.fail("loaded a model"))
     assert launch.main(["--port", "0", "--api_key", "se cret"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("vox-serve: error: api_key must be")

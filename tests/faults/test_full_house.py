@@ -47,7 +47,7 @@ import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 from fake_engine import FakeEngine
 from vox_serve import launch
-launch.make_engine = lambda config: FakeEngine()
+launch.make_engine = lambda *_: FakeEngine()
 launch.describe = lambda engine, config: {}
 sys.exit(launch.main(["--port", sys.argv[1]]))
 """

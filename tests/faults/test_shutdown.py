@@ -27,7 +27,7 @@ def log(tmp_path):
 def test_a_signal_lets_speech_finish_and_refuses_the_rest(number, log):
     engine = "num_frames=150, max_batch_size=1, step_s=0.02"
     with ProcessServer(log, engine) as server, ThreadPoolExecutor() as pool:
-        live = server.speak("live", streaming=True)
+        live = server.speak("live", streaming=True, max_frames=2000)
         waiting = pool.submit(server.speak, "waiting")
         while server.request("GET", "/health").read().find(b'"waiting_requests": 1') < 0:
             time.sleep(0.01)
@@ -45,8 +45,8 @@ def test_a_signal_lets_speech_finish_and_refuses_the_rest(number, log):
 
 @SIGNALS
 def test_a_second_signal_ends_at_once(number, log):
-    with ProcessServer(log, "num_frames=ENDLESS, step_s=0.01") as server:
-        live = server.speak("live", streaming=True)
+    with ProcessServer(log, "num_frames=ENDLESS, step_s=0.02") as server:
+        live = server.speak("live", streaming=True, max_frames=2000)
         server.signal(number)
         while server.status("/health/ready") != 503:
             time.sleep(0.01)
@@ -59,10 +59,10 @@ def test_a_second_signal_ends_at_once(number, log):
 
 
 def test_what_outlasts_the_drain_is_cut(log):
-    engine = "num_frames=ENDLESS, step_s=0.01, max_batch_size=2"
+    engine = "num_frames=ENDLESS, step_s=0.02, max_batch_size=2"
     with ProcessServer(log, engine, flags=["--drain_s=0.3"]) as server, ThreadPoolExecutor() as p:
-        live = server.speak("live", streaming=True)
-        whole = p.submit(server.speak, "whole")
+        live = server.speak("live", streaming=True, max_frames=2000)
+        whole = p.submit(server.speak, "whole", max_frames=2000)
         while server.request("GET", "/health").read().find(b'"live_requests": 2') < 0:
             time.sleep(0.01)
         server.signal(signal.SIGTERM)
@@ -97,8 +97,8 @@ def test_a_broken_device_ends_the_process_with_its_own_code(tmp_path):
 
 
 def test_a_killed_server_starts_again_on_its_port(log):
-    with ProcessServer(log, "num_frames=ENDLESS, step_s=0.01") as server:
-        live = server.speak("live", streaming=True)
+    with ProcessServer(log, "num_frames=ENDLESS, step_s=0.02") as server:
+        live = server.speak("live", streaming=True, max_frames=2000)
         server.signal(signal.SIGKILL)
         server.wait()
         with pytest.raises((http.client.HTTPException, OSError)):

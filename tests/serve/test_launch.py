@@ -20,7 +20,7 @@ TIMEOUT_S = 120
 
 @pytest.fixture
 def no_loading(monkeypatch):
-    def fail(config):
+    def fail(*_):
         raise AssertionError("loaded a model for a command that cannot succeed")
 
     monkeypatch.setattr(launch, "make_engine", fail)

@@ -16,7 +16,7 @@ from vox_serve import launch
 
 engine = FakeEngine({engine})
 {after}
-launch.make_engine = lambda config: engine
+launch.make_engine = lambda *_, **__: engine
 launch.describe = lambda engine, config: {{}}
 sys.exit(launch.main(sys.argv[1:]))
 """
