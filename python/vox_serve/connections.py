@@ -81,9 +81,14 @@ class ConnectionGuard:
             new.loop.call_later(self._interval_s, self._sweep, new.loop)
         if len(self._all) <= self.max_connections:
             return
-        for connection in self._silent:
-            if connection is not new and connection.is_waiting_for_client:
+        others = [connection for connection in self._silent if connection is not new]
+        for connection in others:
+            if connection.is_waiting_for_client:
                 self.drop(connection, "was silent while others wanted to connect")
+                return
+        for connection in others:
+            if connection.is_waiting_for_reader:
+                self.drop(connection, "read slowly while others wanted to connect")
                 return
         self.counts["refused"] += 1
         logger.warning("refused a client: %d connections are open", len(self._all) - 1)

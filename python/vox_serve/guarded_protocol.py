@@ -1,6 +1,7 @@
 """uvicorn's HTTP protocol, with what `ConnectionGuard` must know and do about a connection."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import socket
@@ -116,8 +117,9 @@ class GuardedProtocol(H11Protocol):
         self.app_state = {**self.app_state, STATE_KEY: self}
         guarded = GuardedTransport(cast(asyncio.Transport, transport), self)
         connected = transport.get_extra_info("socket")
-        if hasattr(socket, "TCP_NOTSENT_LOWAT") and connected.family != socket.AF_UNIX:
-            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MAX_UNSENT_BYTES)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            with contextlib.suppress(OSError):  # not TCP, or gone already
+                connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MAX_UNSENT_BYTES)
         super().connection_made(cast(asyncio.Transport, guarded))
         self.guard.admit(self)
 
@@ -177,6 +179,12 @@ class GuardedProtocol(H11Protocol):
         if not self._is_between_requests:
             return bool(self.cycle.more_body)
         return self.transport.get_write_buffer_size() == 0
+
+    @property
+    def is_waiting_for_reader(self) -> bool:
+        """True if the answer, or as much of it as may be buffered, waits to be read."""
+        has_unread = self.transport.get_write_buffer_size() > 0
+        return has_unread and (self._is_between_requests or self.flow.write_paused)
 
     def check(self, now: float) -> None:
         """End the connection if its client took too long. Called about once a second."""

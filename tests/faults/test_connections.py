@@ -436,6 +436,23 @@ def test_a_new_connection_takes_the_place_of_the_one_silent_for_longest():
         assert answer_of(idle[0]).read() == WHOLE
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_full_house_of_unread_answers_drops_the_oldest(streaming):
+    engine = FakeEngine(num_frames=ENDLESS)
+    with LiveServer(engine, max_connections=2, max_frames=300, stall_timeout_s=600) as server:
+        raws = []
+        for i in range(2):
+            raws.append(connect(server, post(text=f"{i}", streaming=streaming), small=True))
+            wait_until(lambda i=i: len(engine.requests) == i + 1)
+        wait_until(lambda: not engine.has_work)
+        wait_until(
+            lambda: all(c.is_waiting_for_reader for c in server.server.server_state.connections)
+        )
+        assert_serves_one_frame(server)
+        assert len(read_all(raws[0])) < 300 * 3840
+        assert len(answer_of(raws[1]).read()) == 44 + 300 * 3840
+
+
 def test_requests_in_flight_are_never_dropped_for_a_new_connection():
     engine = FakeEngine(num_frames=ENDLESS, max_batch_size=3, step_s=0.005)
     with LiveServer(engine, max_connections=3) as server:
