@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import itertools
 import threading
 import time
 
@@ -513,3 +514,20 @@ class TestDrain:
         start = time.monotonic()
         run_with(FakeEngine(), scenario)
         assert time.monotonic() - start < TIMEOUT_S / 3
+
+
+def test_a_clock_that_jumps_changes_nothing(monkeypatch):
+    jumps = itertools.cycle([0.0, 2e9, -1e6, 4e9])
+    monkeypatch.setattr(time, "time", lambda: next(jumps))
+
+    async def scenario(runner):
+        stalled, answer = runner.submit(Request("stalled")), runner.submit(Request("a"))
+        pcm = await streamed(answer)
+        assert runner.counts.stalled == 0
+        await until(lambda: runner.counts.stalled == 1)
+        assert stalled.closed
+        assert max(runner._durations_s) < TIMEOUT_S
+        await runner.drain(TIMEOUT_S)
+        return pcm
+
+    assert run_with(FakeEngine(), scenario, stall_timeout_s=1.0) == expected_pcm("a", 3)

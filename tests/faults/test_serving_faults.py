@@ -167,7 +167,7 @@ def test_a_thousand_clients_killed_mid_stream_leave_nothing():
     engine = FakeEngine(num_frames=ENDLESS, max_batch_size=8, step_s=0.001)
 
     def be_killed(i: int) -> None:
-        with server.post_raw(text=f"{i}", streaming=i % 4 > 0) as raw:
+        with server.post_raw(text=f"{i}", streaming=i % 4 > 0, max_frames=2000) as raw:
             if i % 4:
                 assert raw.recv(8)
 
@@ -208,7 +208,7 @@ def test_clients_that_never_read_hold_no_places():
     with LiveServer(engine, max_queue_size=4) as server:
         silent: list[socket.socket] = []
         for i in range(12):
-            silent.append(server.post_raw(text=f"{i}", streaming=i % 2 == 0))
+            silent.append(server.post_raw(text=f"{i}", streaming=i % 2 == 0, max_frames=500))
             wait_until(lambda: sum(server.runner.counts.finished.values()) == len(silent))
         assert server.runner.count_jobs() == (0, 0)
         answer = server.post(text="next", max_frames=2).read()
