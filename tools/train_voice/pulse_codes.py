@@ -24,9 +24,11 @@ TOP_HARMONIC_HZ = 11000.0
 MIN_F0_HZ = 40.0
 POINTS = 8  # phases per 40 ms state
 DENSE_STEP = 20  # samples
+FINE_STEP = 10
 HALF_DIM = 32
 PULSE_DIM = 96
 F0_HATS = 14
+COMMON_CODES = np.arange(1, 1 + GRID * (100 - MIN_ADVANCE))  # F0 of 56 to 312 Hz
 
 
 def pack(start, advance):
@@ -83,10 +85,10 @@ def trajectory(codes):
     return phase.reshape(-1), rate.reshape(-1) / FRAME_SAMPLES * SAMPLE_RATE_HZ
 
 
-def dense_phases(codes):
-    """Voiced codes [N] -> cosine and sine of the phase every DENSE_STEP, [N, 2 halves, 2 * 48]."""
+def dense_phases(codes, step=DENSE_STEP):
+    """Voiced codes [N] -> cosine and sine of the phase, [N, 2 halves, 2 * 960 / step]."""
     start, advance = (x[:, None] / GRID for x in unpack(codes))
-    time = (np.arange(FRAME_SAMPLES // DENSE_STEP) + 0.5) * DENSE_STEP - GLIDE_SAMPLES / 2
+    time = (np.arange(FRAME_SAMPLES // step) + 0.5) * step - GLIDE_SAMPLES / 2
     angle = 2 * np.pi * (start + advance * time / FRAME_SAMPLES)
     return np.stack([np.cos(angle), np.sin(angle)], -1).reshape(len(codes), 2, -1)
 
@@ -96,10 +98,22 @@ def dense_basis():
 
     An F0 of 56 to 312 Hz has few degrees of freedom in 40 ms. Channels lie within -1 to 1.
     """
-    common = np.arange(1, 1 + GRID * (100 - MIN_ADVANCE))
-    phases = dense_phases(common).reshape(-1, 2 * FRAME_SAMPLES // (2 * DENSE_STEP))
+    phases = dense_phases(COMMON_CODES).reshape(-1, 2 * FRAME_SAMPLES // (2 * DENSE_STEP))
     basis = np.linalg.svd(phases, full_matrices=False)[2][:HALF_DIM].T
     return (basis * np.abs(phases @ basis).max(0)).astype(np.float32)
+
+
+def channels_of(phases, basis):
+    """`dense_phases` -> the channels of each half."""
+    return phases @ (basis / (basis**2).sum(0))
+
+
+def fine_basis():
+    """[HALF_DIM, 2 * 96]: the channels of a half times this are its phases every FINE_STEP."""
+    basis = dense_basis().astype(np.float64)
+    channels = channels_of(dense_phases(COMMON_CODES), basis).reshape(-1, HALF_DIM)
+    phases = dense_phases(COMMON_CODES, FINE_STEP).reshape(len(channels), -1)
+    return np.linalg.lstsq(channels, phases, rcond=None)[0].astype(np.float32)
 
 
 def embeddings():
@@ -113,7 +127,7 @@ def embeddings():
     start, advance = unpack(codes)
     voiced = (advance > 0)[:, None]
     basis = dense_basis().astype(np.float64)
-    halves = np.clip(dense_phases(codes) @ (basis / (basis**2).sum(0)), -1.2, 1.2)  # rare, high F0
+    halves = np.clip(channels_of(dense_phases(codes), basis), -1.2, 1.2)  # rare, high F0
     step = FRAME_SAMPLES // (2 * POINTS)
     time = FRAME_SAMPLES + (np.arange(POINTS) + 0.5) * step - GLIDE_SAMPLES / 2
     later = 2 * np.pi / GRID * (start[:, None] + advance[:, None] * time / FRAME_SAMPLES)

@@ -109,31 +109,44 @@ def test_pulse_codes_follow_the_pitch():
     assert ((start[:-1] + advance[:-1])[both] % pulse_codes.GRID == start[1:][both]).all()
 
 
-def test_wires_carry_the_phase_to_1200_hz():
+def test_wires_carry_the_phase_up_to_24_khz():
     config = codec.make_config(2)
     model = MimiModel(config)
     codec.install_pulses(model)
     frames = 8
     voiced = np.ones(frames * FRAME_SAMPLES, bool)
     codes = pulse_codes.encode(np.full(frames * FRAME_SAMPLES, 203.0), voiced)
+    phase, _ = pulse_codes.trajectory(codes)
+    steady = np.arange(len(phase)) % FRAME_SAMPLES > pulse_codes.GLIDE_SAMPLES
+    steady[: 2 * FRAME_SAMPLES] = False  # F0 glides at first
     with torch.no_grad():
         vectors = codec.pulse_vectors(model, torch.from_numpy(codes)[None])
-        quantized = torch.zeros(1, config.hidden_size, frames)
-        quantized[:, -pulse_codes.PULSE_DIM :] = vectors[:, codec.CONTENT_DIM :]
+        hidden = torch.zeros(1, config.hidden_size, frames)
+        hidden[:, -pulse_codes.PULSE_DIM :] = vectors[:, codec.CONTENT_DIM :]
         decoder = codec.parts(model)
-        hidden = decoder.upsample(quantized)
-        seanet = decoder.decoder_seanet
-        train_vocoder.carry_pulses(seanet)
-        for layer in seanet.layers[:7]:
+        hidden = decoder.upsample(hidden)
+        train_vocoder.carry_pulses(decoder.decoder_seanet)
+        # layer -> middle of a step's first point and of its bins in samples, first bin, tolerance
+        rates = {6: (5, 10, 4, 0.02), 9: (2, 2, 2, 0.1), 12: (0.5, 0.5, 2, 0.15)}
+        for index, layer in enumerate(decoder.decoder_seanet.layers):
             hidden = layer(hidden)
-    made = hidden[0, :2].T - train_vocoder.WIRE_OFFSET
-    phase, _ = pulse_codes.trajectory(codes)
-    at = np.arange(2 * FRAME_SAMPLES + 10, len(phase), 20)  # F0 glides at first
-    angle = 2 * np.pi * (phase[at] + phase[at - 1]) / 2  # sample n's phase is taken at n + 0.5
-    made = made[-len(at) :]
-    steady = (at % FRAME_SAMPLES > pulse_codes.GLIDE_SAMPLES) | (codes[at // FRAME_SAMPLES] == 0)
-    wanted = np.stack([np.cos(angle), np.sin(angle)], 1)
-    np.testing.assert_allclose(made[steady], wanted[steady], atol=0.02)
+            if index not in rates:
+                continue
+            wire_at, bin_at, first_bin, tolerance = rates[index]
+            at = np.arange(hidden.shape[2]) * (len(phase) // hidden.shape[2])
+            kept = steady[at]
+            made = hidden[0, :2].T[kept] - train_vocoder.WIRE_OFFSET
+            # Sample n's phase is taken at n + 0.5.
+            wire_phase, bin_phase = (
+                np.interp(at + middle - 0.5, np.arange(len(phase)), phase)[kept]
+                for middle in (wire_at, bin_at)
+            )
+            angle = 2 * np.pi * wire_phase
+            wanted = np.stack([np.cos(angle), np.sin(angle)], 1)
+            np.testing.assert_allclose(made, wanted, atol=tolerance)
+            count = train_vocoder.BINS[list(rates).index(index)]
+            highest = hidden[0, first_bin : first_bin + count].T[kept].argmax(1).numpy()
+            assert (highest == np.round(bin_phase * count) % count).mean() > 0.9
 
 
 def test_codebook_update_follows_its_vectors(small_codec):
