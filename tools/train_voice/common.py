@@ -35,7 +35,7 @@ def autocast(device: str):
 class Speech:
     """The finished parts of RUN/data, memory-mapped. Every HOLD_OUT-th utterance is validation."""
 
-    HOLD_OUT = 100
+    HOLD_OUT = 101  # odd: the speakers take turns
 
     def __init__(self, run: Path, max_parts: int | None = None):
         indices = sorted((run / "data").glob("*.jsonl"))[:max_parts]

@@ -24,13 +24,13 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 from transformers import MimiModel
 
-from codec import decoder_states, mel_filters, parts
+from codec import PULSE_BOOK, decoder_states, mel_filters, parts
 from common import FRAME_SAMPLES, Speech, Training, autocast
 from pulse_codes import HALF_DIM, PULSE_DIM, fine_basis
 
-BATCH = 5
+BATCH = 3
 CROP_FRAMES = 12
-CONTEXT_FRAMES = 4  # real history before the crop: heard by the decoder, not by the losses
+CONTEXT_FRAMES = 3  # real history before the crop: heard by the decoder, not by the losses
 HISTORY_FRAMES = 50
 STATE_SAMPLES = FRAME_SAMPLES // 2
 SCALES = ((2048, 128), (512, 60), (128, 15))  # n_fft, mel bins
@@ -40,6 +40,7 @@ FEATURE_WEIGHT = 1.0
 CONTEXT_LR = 0.3  # of the thawed transformer, relative to the SEANet decoder's
 WINDOWS = (1024, 512)
 PERIODS = (2, 3, 5, 7, 11)
+VOICED_TOP_HZ = 4000.0  # above, the weight of voiced_loss falls
 WIRE_OFFSET = 1.25
 BINS = (12, 12, 8)  # at 1200, 6000 and 24,000 Hz
 BIN_GAIN, BIN_BIAS = 1.5, -0.75
@@ -185,6 +186,27 @@ def complex_loss(made, real):
     return total / len(COMPLEX_SCALES)
 
 
+def voiced_loss(made, real, voiced):
+    """Like `complex_loss`, for the samples where `voiced` [B, S] is 1, with compressed magnitudes
+    (a square root, as in Braun and Tashev 2021), or weak harmonics would count for nothing."""
+    total = 0.0
+    for n_fft in COMPLEX_SCALES:
+        hop = n_fft // 4
+        window = torch.hann_window(n_fft, device=made.device)
+        both = torch.cat([made, real]).squeeze(1)
+        spectrum = torch.stft(both, n_fft, hop, window=window, return_complex=True)
+        spectrum = torch.view_as_real(spectrum / window.square().sum().sqrt())
+        magnitude = spectrum.square().sum(-1, keepdim=True).add(1e-4).sqrt()
+        a, b = (spectrum / magnitude.sqrt()).chunk(2)
+        freqs_hz = torch.arange(n_fft // 2 + 1, device=made.device) * 24000 / n_fft
+        frames = F.max_pool1d(voiced[:, None], hop)
+        frames = F.pad(frames, (0, a.shape[2] - frames.shape[2]))
+        weight = (VOICED_TOP_HZ / freqs_hz.clamp(min=VOICED_TOP_HZ))[:, None] * frames
+        distance, size = (x.square().sum(-1).add(1e-8).sqrt() for x in (a - b, b))
+        total = total + (distance * weight).sum() / ((size * weight).sum() + 1)
+    return total / len(COMPLEX_SCALES)
+
+
 class ScaleDiscriminator(nn.Module):
     def __init__(self, n_fft: int, channels: int = 16):
         super().__init__()
@@ -278,6 +300,13 @@ def crop_states(codec: MimiModel, codes, valid):
     return states.gather(1, rows[..., None].expand(-1, -1, states.shape[2]))
 
 
+def voiced_samples(codes, valid):
+    """Of each crop: 1 in the frames with a pulse code, else 0, float32 [B, S]."""
+    rows = (valid - CROP_FRAMES)[:, None] + torch.arange(CROP_FRAMES, device=codes.device)
+    pulses = codes[..., PULSE_BOOK].gather(1, rows)
+    return (pulses > 0).float().repeat_interleave(FRAME_SAMPLES, 1)
+
+
 def set_trainable(module, value: bool):
     for parameter in module.parameters():
         parameter.requires_grad_(value)
@@ -291,6 +320,8 @@ def main():
     parser.add_argument("--adversarial", action="store_true")
     parser.add_argument("--spectral-weight", type=float, default=1.0)
     parser.add_argument("--complex-weight", type=float, default=0.0, help="of the phase's loss")
+    parser.add_argument("--voiced-weight", type=float, default=0.0, help="of the harmonics' phase")
+    parser.add_argument("--decay", type=float, default=0.5, help="last share of the run: lr falls")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     args.lr = args.lr or (6e-4 if args.adversarial else 1.5e-3)
@@ -315,7 +346,7 @@ def main():
         start = torch.load(args.run / "vocoder.pt", map_location="cpu", weights_only=True)
         vocoder.load_state_dict(start["vocoder"])
     name = "vocoder_adversarial" if args.adversarial else "vocoder"
-    training = Training(args.run, name, args.minutes, states)
+    training = Training(args.run, name, args.minutes, states, args.decay)
     crops = Crops(args.run, Speech(args.run), np.random.default_rng(training.step))
     spectral = SpectralLoss().to(args.device)
     if training.step == 0 and not args.adversarial:
@@ -338,6 +369,9 @@ def main():
         if args.complex_weight:
             loss["complex"] = complex_loss(made, real)
             total = total + args.complex_weight * loss["complex"]
+        if args.voiced_weight:
+            loss["voiced"] = voiced_loss(made, real, voiced_samples(codes, valid))
+            total = total + args.voiced_weight * loss["voiced"]
         if args.adversarial:
             with autocast(args.device):
                 for_real = [judge(real) for judge in judges]

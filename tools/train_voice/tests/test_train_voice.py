@@ -185,6 +185,22 @@ def test_complex_loss_hears_phase():
     assert train_vocoder.complex_loss(-noise, noise) == pytest.approx(2, abs=0.01)
 
 
+def test_voiced_loss_hears_phase_in_voiced_frames_only():
+    torch.manual_seed(0)
+    noise = torch.randn(2, 1, 4 * FRAME_SAMPLES)
+    codes = torch.zeros(2, 50, 2, dtype=torch.int64)
+    codes[0, 8:20, codec.PULSE_BOOK] = 5
+    voiced = train_vocoder.voiced_samples(codes, torch.tensor([20, 40]))[:, : 4 * FRAME_SAMPLES]
+    assert voiced[0].all()
+    assert not voiced[1].any()
+    loss = train_vocoder.voiced_loss(torch.stack([noise[0], -noise[1]]), noise, voiced)
+    assert loss < 0.01
+    loss = train_vocoder.voiced_loss(torch.zeros_like(noise), noise, voiced)
+    assert loss == pytest.approx(1, abs=0.01)
+    loss = train_vocoder.voiced_loss(torch.stack([-noise[0], noise[1]]), noise, voiced)
+    assert loss == pytest.approx(2, abs=0.01)
+
+
 def test_corruption_replaces_history_by_codes_of_other_frames():
     torch.manual_seed(1)
     codes = torch.arange(1, 401).view(4, 100, 1) + torch.tensor([0, 1000, 2000])
@@ -213,6 +229,17 @@ def test_every_frame_is_spoken_by_its_tokens():
     assert batch["targets"][0, 4].tolist() == [1, 2]  # the last token predicts the first frame
     assert batch["targets"][0, 8].tolist() == [0, 0]  # and the last frame predicts the stop frame
     assert (batch["targets"][0, 9:] == -100).all()
+
+
+def test_validation_has_both_speakers(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = [dict(speaker=i % 2, start_sample=0, num_samples=0) for i in range(500)]
+    (folder / "0000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "0000.i16").write_bytes(bytes(2))
+    speech = common.Speech(tmp_path)
+    assert {speech.rows[i]["speaker"] for i in speech.validation} == {0, 1}
+    assert sorted(speech.train + speech.validation) == list(range(500))
 
 
 def test_training_resumes(tmp_path, monkeypatch):
