@@ -1,11 +1,14 @@
 """Resolves a model's name to a local folder, downloading it if necessary."""
 
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vox_serve.checkpoint import CODEC_FILE_PATTERNS, CheckpointError, read_json, shard_names
 from vox_serve.config import DEFAULT_CODEC
+from vox_serve.json_file import MAX_JSON_BYTES, MAX_TOKENIZER_BYTES
 
 BUILT_IN_VOICES = Path(__file__).parent / "builtin"
 """Holds one folder for each voice in the package."""
@@ -143,6 +146,8 @@ class _Hub:
         from huggingface_hub import hf_hub_download
 
         with _Explained(self):
+            if not self.is_offline:
+                self._check_sizes([hf_hub_download(self.repo, name, dry_run=True)])
             return Path(hf_hub_download(self.repo, name, local_files_only=self.is_offline))
 
     def snapshot(self, patterns: Sequence[str]) -> Path:
@@ -150,11 +155,51 @@ class _Hub:
         from huggingface_hub import snapshot_download
 
         with _Explained(self):
+            wanted = list(patterns)
+            if not self.is_offline:
+                files = snapshot_download(self.repo, allow_patterns=wanted, dry_run=True)
+                self._check_sizes(files)
             return Path(
                 snapshot_download(
-                    self.repo, allow_patterns=list(patterns), local_files_only=self.is_offline
+                    self.repo, allow_patterns=wanted, local_files_only=self.is_offline
                 )
             )
+
+    def _check_sizes(self, files: Sequence[Any]) -> None:
+        """Refuse to download what would not be read, or does not fit the disk.
+
+        Args:
+            files: the client's descriptions of files (`DryRunFileInfo`).
+        """
+        for file in files:
+            limit = _max_bytes(file.filename)
+            if limit is not None and (file.file_size or 0) > limit:
+                raise ModelNotFoundError(
+                    f"{self.repo}: {file.filename} has {file.file_size} bytes, read are at most "
+                    f"{limit}"
+                )
+        needed = sum(file.file_size or 0 for file in files if file.will_download)
+        if needed > (free := _free_bytes()):
+            raise ModelNotFoundError(
+                f"{self.repo} needs {needed / 1e9:.1f} GB, but the hub's cache folder has "
+                f"{free / 1e9:.1f} GB free"
+            )
+
+
+def _max_bytes(name: str) -> int | None:
+    """The longest file of this name that is read; None for weights, which only the disk bounds."""
+    if name.rpartition("/")[2] == "tokenizer.json":
+        return MAX_TOKENIZER_BYTES
+    return MAX_JSON_BYTES if name.endswith(".json") else None
+
+
+def _free_bytes() -> int:
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE)
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 class _Explained:
@@ -167,7 +212,7 @@ class _Explained:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and not isinstance(error, ModelNotFoundError):
             raise _explained(self.hub, error) from None
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 MAX_JSON_BYTES = 4 << 20
 """Longest JSON file that is read; the index of a checkpoint with 10,000 tensors has 1 MB."""
+MAX_TOKENIZER_BYTES = 64 << 20
+"""Longest tokenizer.json that is read; Llama 3.2's has 17 MB."""
 MAX_DEPTH = 64
 
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from vox_serve.checkpoint import CheckpointError, read_json
-from vox_serve.json_file import read_bounded
+from vox_serve.json_file import MAX_TOKENIZER_BYTES, read_bounded
 from vox_serve.model_config import CsmConfig
 
 BOS = "<|begin_of_text|>"
@@ -30,8 +30,6 @@ PREFIX_SLACK_TOKENS = 64
 # threads, in which two long texts delay every other.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-MAX_TOKENIZER_BYTES = 64 << 20
-"""Longest tokenizer.json that is read; Llama 3.2's has 17 MB."""
 _MAX_TOKENIZER_PART_BYTES = 8 << 20
 _MAX_TOKENIZER_CHARS = {
     "Regex": 10_000,

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -80,20 +81,29 @@ class StandIn:
     def __init__(self, root: Path, cache: Path):
         self.root, self.cache = root, cache
 
-    def file(self, repo: str, name: str, local_files_only: bool) -> str:
+    def file(self, repo: str, name: str, local_files_only=False, dry_run=False):
         assert not local_files_only
         source = self.root / repo / name
         if not source.is_file():
             raise huggingface_hub.errors.EntryNotFoundError(f"404: {name}")
+        if dry_run:
+            return self._size(repo, name)
         return str(self._store(repo, name))
 
-    def snapshot(self, repo: str, allow_patterns: list[str], local_files_only: bool) -> str:
+    def snapshot(self, repo: str, allow_patterns: list[str], local_files_only=False, dry_run=False):
         assert not local_files_only
         files = (p for p in (self.root / repo).rglob("*") if p.is_file())
         names = [str(p.relative_to(self.root / repo)) for p in files]
-        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
+        wanted = list(filter_repo_objects(names, allow_patterns=allow_patterns))
+        if dry_run:
+            return [self._size(repo, name) for name in wanted]
+        for name in wanted:
             self._store(repo, name)
         return str(self.cache / repo)
+
+    def _size(self, repo: str, name: str) -> SimpleNamespace:
+        size = (self.root / repo / name).stat().st_size
+        return SimpleNamespace(filename=name, file_size=size, will_download=True)
 
     def _store(self, repo: str, name: str) -> Path:
         target = self.cache / repo / name
@@ -138,6 +148,24 @@ def test_only_one_format_is_downloaded(stand_in):
     }
     weights = load_checkpoint(folder, torch.float32).weights
     assert torch.equal(weights.code0_head, tiny.model.lm_head.weight)
+
+
+def test_a_file_that_would_not_be_read_is_not_downloaded(stand_in, monkeypatch):
+    repo = stand_in.root / "some" / "copy"
+    build_tiny().write(repo)
+    os.truncate(repo / "config.json", 1 << 30)
+    with pytest.raises(ModelNotFoundError, match=r"some/copy: config.json has 1073741824 bytes"):
+        resolve_model("some/copy")
+    assert stand_in.stored("some/copy") == set()
+    build_tiny().write(repo)
+    os.truncate(repo / "tokenizer.json", 1 << 30)
+    with pytest.raises(ModelNotFoundError, match=r"some/copy: tokenizer.json has 1073741824"):
+        resolve_model("some/copy")
+    assert stand_in.stored("some/copy") == {"config.json"}
+    build_tiny().write(repo)
+    monkeypatch.setattr(hub, "_free_bytes", lambda: 100_000)
+    with pytest.raises(ModelNotFoundError, match=r"some/copy needs 0.\d GB, but .* 0.0 GB free"):
+        resolve_model("some/copy")
 
 
 @pytest.mark.parametrize("layout", ["hf", "original"])
