@@ -3,6 +3,7 @@
 Nothing is unpickled unless the caller allows it, and then only plain tensors.
 """
 
+import math
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -174,6 +175,10 @@ class TensorFiles:
         """A tensor's shape by the file's header; None if there is no such tensor."""
         return self._source[name].shapes[name] if name in self._source else None
 
+    def path(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._source[name].path
+
     def check(self, name: str, shape: tuple[int, ...] | None = None) -> None:
         """Check a tensor without reading it (see `read`)."""
         where = ", ".join(str(path) for path in self.paths)
@@ -202,6 +207,34 @@ class TensorFiles:
         return self._source[name].read(name)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """True if a floating-point tensor holds no NaN and no infinity: one pass, on all threads."""
+    if not tensor.numel():
+        return True
+    # NaN is both the least and the largest value.
+    return all(math.isfinite(value) for value in torch.stack(torch.aminmax(tensor)).tolist())
+
+
+def refuse_not_finite(name: str, tensor: Tensor, path: Path, source: Tensor | None = None) -> None:
+    """Refuse a tensor that holds NaN or infinity.
+
+    Args:
+        name: name of the tensor.
+        tensor: its values as they are used.
+        path: the file that holds it.
+        source: its values in the file, if these were converted.
+
+    Raises:
+        CheckpointError: a value is not finite.
+    """
+    if is_finite(tensor):
+        return
+    if source is not None and is_finite(source):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise CheckpointError(f"tensor {name} in {path} has values beyond the range of {dtype}")
+    raise CheckpointError(f"tensor {name} in {path} holds NaN or infinity")
+
+
 class _Safetensors:
     """A safetensors file, mapped only while one of its tensors is in use.
 
@@ -209,7 +242,7 @@ class _Safetensors:
     """
 
     def __init__(self, path: Path):
-        self._path = path
+        self.path = path
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype | str] = {}
         try:
@@ -225,7 +258,7 @@ class _Safetensors:
         self.names = list(self.shapes)
 
     def read(self, name: str) -> Tensor:
-        with safe_open(self._path, framework="pt") as file:
+        with safe_open(self.path, framework="pt") as file:
             return file.get_tensor(name)
 
 
@@ -248,6 +281,7 @@ class _Pickled:
     """A pickled state dict."""
 
     def __init__(self, path: Path):
+        self.path = path
         try:
             _check_archive(path)
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -16,7 +16,9 @@ from vox_serve.checkpoint import (
     TensorFiles,
     find_codec,
     find_weights,
+    is_finite,
     read_json,
+    refuse_not_finite,
 )
 from vox_serve.checkpoint_sizes import check_sizes
 from vox_serve.csm_weights import CsmWeights, TransformerWeights
@@ -28,9 +30,10 @@ from vox_serve.weight_cache import WeightCache
 from voxkern.backend import backend_for
 from voxkern.quantize import LAYOUT_VERSION, format_of, pack
 
-STACKING_VERSION = 1
+STACKING_VERSION = 2
 """Version of the code that turns a checkpoint's tensors into `CsmWeights`. Increase it with every
-change, so that old caches are rebuilt."""
+change, so that old caches are rebuilt. From 2 on, all tensors were finite when they were packed; a
+cache is not checked again, since its digest protects it."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +112,12 @@ def load_checkpoint(
         weights = _read_weights(files, names, config, dtype, device, quantize)
         if cache and (kept := cache.save(weights.named())):
             weights = weights.with_named(kept)
-    codec = {
-        name.removeprefix(CODEC_PREFIX): files.read(name).to(torch.float32, copy=True)
-        for name in sorted(files.names)
-        if name.startswith(CODEC_PREFIX)
-    }
+    codec = {}
+    for name in sorted(files.names):
+        if name.startswith(CODEC_PREFIX):
+            tensor = files.read(name).to(torch.float32, copy=True)
+            refuse_not_finite(name, tensor, files.path(name))
+            codec[name.removeprefix(CODEC_PREFIX)] = tensor
     return Checkpoint(folder, settings, config, weights, codec or None, codec_config)
 
 
@@ -258,7 +262,7 @@ def _plain(
 
 
 def _copy(files: TensorFiles, name: str, out: Tensor, rotary_pairs: int | None = None) -> None:
-    """Read a tensor into `out`.
+    """Read a tensor into `out`, whose values must then be finite.
 
     Args:
         files: the checkpoint's files.
@@ -274,6 +278,7 @@ def _copy(files: TensorFiles, name: str, out: Tensor, rotary_pairs: int | None =
         out.view(halves).copy_(tensor.view(heads).transpose(1, 2))
     else:
         out.copy_(tensor)
+    refuse_not_finite(name, out, files.path(name), tensor)
 
 
 def _read_audio_tables(files: TensorFiles, names: TensorNames, weights: CsmWeights) -> None:
@@ -285,5 +290,13 @@ def _read_audio_tables(files: TensorFiles, names: TensorNames, weights: CsmWeigh
         raise CheckpointError(f"tensor {missing} is missing in {files.paths[0]}")
     _copy(files, found[0], weights.audio_table)
     shape = tuple(weights.audio_table.shape)
-    tied = found[0] == found[-1]
-    weights.project_audio_rows(weights.audio_table if tied else files.read(found[-1], shape))
+    table = weights.audio_table
+    if found[0] != found[-1]:  # not tied
+        table = files.read(found[-1], shape)
+        refuse_not_finite(found[-1], table, files.path(found[-1]))
+    weights.project_audio_rows(table)
+    if not is_finite(weights.depth_audio_rows):
+        raise CheckpointError(
+            f"the product of tensors {names.projection} and {found[-1]} in {files.paths[0]} "
+            "overflows"
+        )

@@ -156,12 +156,6 @@ def test_what_cannot_be_packed_is_named(tmp_path):
     odd = build_tiny(TinyShape(depth_dim=48)).write(tmp_path / "odd")
     with pytest.raises(ValueError, match=r"int4 does not fit this model: code_heads is 67 x 48"):
         load_checkpoint(odd, torch.float32, quantize="int4")
-    folder = build_tiny(PACKABLE).write(tmp_path / "nan")
-    name = "depth_decoder.model.layers.1.mlp.up_proj.weight"
-    edit(folder / "model.safetensors", lambda tensors: tensors[name].fill_(torch.nan))
-    message = r"depth_decoder.model.layers.1.gate_up cannot be packed as int8: .* not finite"
-    with pytest.raises(CheckpointError, match=message):
-        load_checkpoint(folder, torch.float32, quantize="int8")
 
 
 @pytest.mark.parametrize("quantize", PACKINGS)

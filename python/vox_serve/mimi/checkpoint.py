@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vox_serve.checkpoint import check_header
+from vox_serve.checkpoint import check_header, refuse_not_finite
 from vox_serve.json_file import read_json_file
 from vox_serve.mimi.codec import Mimi
 from vox_serve.mimi.config import MimiConfig
@@ -54,7 +54,8 @@ def load_mimi(
 
     Raises:
         FileNotFoundError: the file or folder does not exist, or the folder has no codec.
-        ValueError: the file is not safetensors, or a tensor in it is missing or has a wrong shape.
+        ValueError: the file is not safetensors, or a tensor in it is missing, has a wrong shape or
+            holds NaN or infinity.
     """
     path = Path(path)
     file = find_codec_file(path) if path.is_dir() else path
@@ -70,6 +71,9 @@ def load_mimi(
         tensors = load_file(file)
     except (SafetensorError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{file} is not a safetensors file: {error}") from None
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            refuse_not_finite(name, tensor, file)
     return mimi_from_checkpoint(tensors, _codec_settings(file.parent), precision, device)
 
 
