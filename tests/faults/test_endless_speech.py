@@ -256,3 +256,27 @@ def test_the_server_bounds_what_no_request_limits(streaming):
         longer = client.post("/generate", json={**body, "max_frames": bound + 5})
         assert longer.content[44:] == expected_pcm("Hi.", bound + 5, seed=1, cut=True)
         assert len(wav_file(longer.content[44:])) == len(longer.content)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason", "num_frames"),
+    [
+        ({}, "silence", SILENT_FRAMES),
+        ({"max_frames": 60}, "silence", SILENT_FRAMES),
+        ({"max_frames": 4}, "length", 4),
+    ],
+)
+def test_a_whole_answer_names_the_reason(mute_folder, fields, reason, num_frames):
+    engine = load_engine(str(mute_folder))
+    with TestClient(create_app(Runner(engine, 8), Config(), {})) as client:
+        answer = client.post("/generate", json={"text": "Hello there.", **fields})
+        assert answer.status_code == 200
+        assert answer.headers["X-Finish-Reason"] == reason
+        assert len(answer.content) == 44 + num_frames * 3840
+
+
+def test_a_stopped_answer_names_its_reason(tmp_path):
+    engine = load_engine(str(build_tiny(stop_frame=3).write(tmp_path)))
+    with TestClient(create_app(Runner(engine, 8), Config(), {})) as client:
+        answer = client.post("/generate", json={"text": "Hello there."})
+        assert answer.headers["X-Finish-Reason"] == "stop"

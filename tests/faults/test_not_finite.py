@@ -4,15 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from starlette.testclient import TestClient
 
 from checkpoints import TinyShape, build_tiny
 from engine_testing import PACKABLE, run
 from vox_serve import engine as engine_module
 from vox_serve import say
+from vox_serve.api import create_app
 from vox_serve.checkpoint import CheckpointError
+from vox_serve.config import Config
 from vox_serve.engine import Engine, Request
 from vox_serve.frame_batch import FrameBatch
 from vox_serve.loading import load_engine
+from vox_serve.runner import Runner
 from vox_serve.sampling import SamplingParams
 
 NAN, INF = float("nan"), float("inf")
@@ -245,3 +249,16 @@ def test_an_overflow_while_speaking_fails_a_command_in_one_line(tmp_path, capsys
     assert say.main(["Hello.", "--model", str(folder), "-o", str(tmp_path / "out.wav")]) == 1
     assert capsys.readouterr().err == f"say: error: {REASON}\n"
     assert not (tmp_path / "out.wav").exists()
+
+
+def test_the_server_answers_500_with_the_reason_and_counts_it(tmp_path):
+    tiny = build_tiny(seed=4)
+    head = torch.full_like(tiny.tensors["lm_head.weight"], 3e38)
+    folder = replace(tiny, tensors={**tiny.tensors, "lm_head.weight": head}).write(tmp_path)
+    runner = Runner(load_engine(str(folder)), 8)
+    with TestClient(create_app(runner, Config(), {})) as client:
+        for _ in range(2):
+            answer = client.post("/generate", json={"text": "Hello there."})
+            assert (answer.status_code, answer.json()) == (500, {"detail": REASON})
+        assert runner.counts.non_finite == 2
+        assert client.get("/health").status_code == 200
