@@ -162,6 +162,7 @@ def num_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors in /proc")
 def test_a_thousand_clients_killed_mid_stream_leave_nothing():
     engine = FakeEngine(num_frames=ENDLESS, max_batch_size=8, step_s=0.001)
@@ -203,6 +204,7 @@ def test_ten_times_too_many_clients_are_all_answered():
         assert server.runner.counts.refused == statuses.count(429)
 
 
+@pytest.mark.slow
 def test_clients_that_never_read_hold_no_places():
     engine = FakeEngine(num_frames=500, max_batch_size=4)
     with LiveServer(engine, max_queue_size=4) as server:

@@ -12,6 +12,8 @@ from fake_engine import TIMEOUT_S, expected_pcm
 from process_server import ProcessServer
 from vox_serve.audio import wav_header
 
+pytestmark = pytest.mark.slow  # each test starts a process
+
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 
 
