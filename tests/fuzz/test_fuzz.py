@@ -53,7 +53,7 @@ def test_atheris(name):
         [sys.executable, str(HERE / "fuzz.py"), name, str(SECONDS)],
         capture_output=True,
         text=True,
-        timeout=120 + 10 * SECONDS,
+        timeout=600 + 10 * SECONDS,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
     assert result.returncode == 0, result.stderr[-4000:]
