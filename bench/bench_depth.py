@@ -147,7 +147,7 @@ def _overlaps(arguments: dict[str, Any]) -> tuple[int, int, int, float, float]:
 
 
 def _different(call: Callable[..., Tensor], arguments: dict[str, Any], runs: int) -> int:
-    """How many of `runs` calls give other codes than the first."""
+    """Count the calls, of `runs`, that give other codes than the first."""
     first = call(**arguments)
     return sum(not torch.equal(call(**arguments), first) for _ in range(runs))
 
@@ -155,7 +155,7 @@ def _different(call: Callable[..., Tensor], arguments: dict[str, Any], runs: int
 def _different_among_neighbours(
     call: Callable[..., Tensor], arguments: dict[str, Any], runs: int
 ) -> int:
-    """How many of `runs` batches change the codes of a row when the rows beside it are others."""
+    """Count the batches, of `runs`, that change a row's codes when other rows are beside it."""
     expected = call(**arguments)
     names = ("hidden", "code0", *_row_arguments())
     different = 0

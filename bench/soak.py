@@ -173,7 +173,7 @@ def slope_per_hour(samples: list[dict], key: str) -> float:
 
 
 def left_over(first: dict, last: dict) -> dict[str, list]:
-    """What an idle server has more of at the end than at the start: [start, end]."""
+    """Things that an idle server has more of at the end than at the start: [start, end]."""
     keys = ("descriptors", "threads", "rows", "live", "waiting")
     found = {key: [first[key], last[key]] for key in keys if last[key] > first[key]}
     if last["free_pages"] < first["free_pages"]:

@@ -49,8 +49,8 @@ class Probe:
             self._wrap(owner, name)
         make_engine = launch.make_engine
 
-        def make(config: Any) -> Engine:
-            self._engine = make_engine(config)
+        def make(*args: Any) -> Engine:
+            self._engine = make_engine(*args)
             threading.Thread(target=self._sample, daemon=True).start()
             return self._engine
 

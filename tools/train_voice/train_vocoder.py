@@ -301,7 +301,7 @@ def crop_states(codec: MimiModel, codes, valid):
 
 
 def voiced_samples(codes, valid):
-    """Of each crop: 1 in the frames with a pulse code, else 0, float32 [B, S]."""
+    """Per crop: 1 in the frames with a pulse code, else 0, float32 [B, S]."""
     rows = (valid - CROP_FRAMES)[:, None] + torch.arange(CROP_FRAMES, device=codes.device)
     pulses = codes[..., PULSE_BOOK].gather(1, rows)
     return (pulses > 0).float().repeat_interleave(FRAME_SAMPLES, 1)
