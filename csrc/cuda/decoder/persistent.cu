@@ -23,8 +23,6 @@ using gemm_kernels::PackedGemv;
 constexpr int kDepthRows = 8;                        // PERSISTENT_ROWS of vox_serve/model.py
 constexpr int kBlockThreads = kGemvThreads + kWarp;  // the last warp only handles grid barriers
 constexpr int64_t kVariableBytes = 1024;             // of static shared memory, at most
-// Rows that are loaded together for their norms: more would need registers that nine warps lack.
-constexpr int kRowsAtOnce = gemm_kernels::kMoreRegisters ? 1 : 4;
 static_assert(kGemvThreads == attention::kDepthThreads);
 
 // The part of a Gemv in a block's last warp: none.
@@ -39,7 +37,7 @@ template <typename Gemv>
 class GemvWarps {
  public:
   VOX_DEVICE GemvWarps(const Arguments& all, unsigned char* shared)
-      : gemv_(shared, all.stages, all.rest, all.blocks, typename Gemv::Weights(all)) {}
+      : gemv_(shared, all.stages, all.blocks, typename Gemv::Weights(all)) {}
   VOX_DEVICE uint4 load_norm(const GemmParams& p) const {
     return p.prologue == Prologue::norm ? gemm_kernels::load_first_norm<Prologue::norm>(p)
                                         : uint4();
@@ -55,8 +53,7 @@ class GemvWarps {
  private:
   template <Prologue prologue, Epilogue epilogue>
   VOX_DEVICE void run(const GemmParams& p, uint4 first_norm) {
-    gemv_.template run<prologue, epilogue, kRowsAtOnce>(p, 0, static_cast<int>(p.M),
-                                                        Gemv::stride(p.C), first_norm);
+    gemv_.template run<prologue, epilogue>(p, first_norm);
   }
 
   Gemv gemv_;
@@ -203,8 +200,8 @@ Kernel kernel_for(int64_t D) {
 }
 
 template <Format kLayers, int kRows>
-using PackedDepth = PackedGemv<kRows, DepthWeights<kLayers, Format::int8>, 1, 6>;
-using DenseDepth = DenseGemv<true, false, DepthWeights<Format::plain, Format::plain>, 2, 12>;
+using PackedDepth = PackedGemv<kRows, DepthWeights<kLayers, Format::int8>>;
+using DenseDepth = DenseGemv<8, DepthWeights<Format::plain, Format::plain>>;
 
 // Returns call.operator()<Gemv>() for the Gemv of these weights; false if there is none.
 template <typename Call>
@@ -226,10 +223,9 @@ bool with_gemv(const DepthFrame& p, const Call& call) {
 
 // The most stages of the weight pipeline: all that the kernel can have, or fewer by the environment
 // variable VOXKERN_PERSISTENT_STAGES, with which bench/run.py depth compares lengths.
-template <typename Gemv>
-int most_stages() {
+int most_stages(int max_stages) {
   const char* text = std::getenv("VOXKERN_PERSISTENT_STAGES");
-  return text ? std::clamp(std::atoi(text), int{Gemv::kLeast}, int{Gemv::kMost}) : Gemv::kMost;
+  return text ? std::clamp(std::atoi(text), 1, max_stages) : max_stages;
 }
 
 // Shared memory with the longest pipeline that fits, whose length goes to `all`; 0 if none does.
@@ -238,15 +234,14 @@ int64_t plan_shared(Arguments& all) {
   int64_t rest = 0;
   for (const int phase : {kQkv, kO, kGateUp, kDown, kHead}) {
     const GemmParams& p = all.products[phase].params;
-    rest = std::max(rest, Gemv::rest_bytes(p, all.blocks, Gemv::stride(p.C)));
+    rest = std::max(rest, Gemv::rest_bytes(p, all.blocks));
   }
   const int64_t of_rows =
       std::max({sizeof(attention::DepthShared<bf16, 8>), sizeof(attention::DepthShared<bf16, 16>),
                 sampling::shared_bytes(all.p.op.V)});
   const Kernel kernel = kernel_for<Gemv>(all.attention.D);
-  for (all.stages = most_stages<Gemv>(); all.stages >= Gemv::kLeast; --all.stages) {
-    all.rest = static_cast<int>(Gemv::pipeline_bytes(all.stages));
-    const int64_t bytes = std::max(all.rest + rest, of_rows);
+  for (all.stages = most_stages(Gemv::Weights::max_stages()); all.stages > 0; --all.stages) {
+    const int64_t bytes = std::max(Gemv::Loader::bytes(all.stages) + rest, of_rows);
     if (bytes + kVariableBytes <= shared_bytes_limit() &&
         resident_blocks(kernel, kBlockThreads, bytes) > 0)
       return bytes;
@@ -271,7 +266,7 @@ bool persistent_depth(const DepthFrame& p, const Layers& layers, cudaStream_t st
   for (const void* norm : {l.attn_norm, l.mlp_norm, l.norm})
     if (!is_vector_aligned<bf16>(norm, l.C)) return false;
   return decoder::with_gemv(p, [&]<typename Gemv>() {
-    decoder::Arguments all = decoder::arguments(p, layers, Gemv::kTile);
+    decoder::Arguments all = decoder::arguments(p, layers, Gemv::Loader::tile_rows());
     if (all.blocks <= 0) return false;
     const int64_t shared_bytes = decoder::plan_shared<Gemv>(all);
     if (shared_bytes == 0) return false;

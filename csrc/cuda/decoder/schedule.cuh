@@ -51,7 +51,7 @@ struct Arguments {
   int parts;                                  // of a row's attention
   int blocks;                                 // that multiply; the others have the rows
   int row_blocks;
-  int stages, rest;  // of a pipeline, and the bytes that it takes
+  int stages;  // of a pipeline
 
   VOX_DEVICE Schedule schedule() const {
     return {static_cast<int>(p.op.K), static_cast<int>(p.op.layers.L)};
@@ -101,8 +101,9 @@ inline Arguments arguments(const DepthFrame& p, const Layers& layers, int64_t ti
 template <Format kLayers, Format kHeads>
 class DepthWeights {
  public:
-  static constexpr int kMaxProducts = 2;
-  static constexpr Format kFormats[] = {kLayers, kHeads};
+  static VOX_HOST_DEVICE constexpr int max_products() { return 2; }
+  static VOX_HOST_DEVICE constexpr int max_stages() { return kLayers == Format::plain ? 12 : 6; }
+  static VOX_HOST_DEVICE constexpr Format format(int i) { return i == 0 ? kLayers : kHeads; }
 
   VOX_DEVICE explicit DepthWeights(const Arguments& all) : all_(all), at_(all.schedule()) {}
 

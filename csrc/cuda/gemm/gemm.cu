@@ -1,7 +1,6 @@
-#include "cuda/gemm/dense_tiles.cuh"
 #include "cuda/gemm/gemm.h"
 #include "cuda/gemm/gemv.cuh"
-#include "cuda/gemm/packed_tiles.cuh"
+#include "cuda/gemm/tiles.cuh"
 
 // The choice of a kernel and the shape of its launch:
 //
@@ -9,166 +8,156 @@
 //   plain    gemv (DenseGemv, fuses)             dense_tile_kernel   float_kernel
 //   packed   gemv (PackedGemv, fuses)            packed_tile_kernel  packed_tile_kernel
 //
-// The gemv for plain weights also takes all rows that are not vector-aligned, 16 at a time. A sum
-// has the same order in all kernels of a line. float32 is for tests of equality: it fuses nothing,
-// and more than a tile of rows read W from L2 once for each tile.
+// Where x of a gemv does not fit in shared memory, or rows are not vector-aligned, its tile kernel
+// takes the few rows too. A sum has the same order in all kernels of a line.
 namespace voxkern {
 namespace gemm_kernels {
 namespace {
 
 constexpr int kBlocksPerMultiprocessor = 2;
 
-// Each block takes this much shared memory besides its own; a block may have all the rest of a
-// multiprocessor's, less the variables of stage_rows().
-constexpr int64_t kSystemBytes = 1024;
-constexpr int64_t kStaticBytes = sizeof(SquareSums);
-int64_t dynamic_limit() { return shared_bytes_limit() - kStaticBytes; }
-bool co_resident(int64_t blocks, int64_t shared_bytes) {
-  return blocks * (shared_bytes + kStaticBytes + kSystemBytes) <=
-         shared_bytes_limit() + kSystemBytes;
-}
-
-template <typename T>
 bool is_aligned(const GemmParams& p) {
-  return is_vector_aligned<T>(p.x, p.C) && is_vector_aligned<T>(p.weight, p.C) &&
-         (p.prologue == Prologue::none || is_vector_aligned<T>(p.norm, p.C));
+  return is_vector_aligned<bf16>(p.x, p.C) && is_vector_aligned<bf16>(p.weight, p.C) &&
+         (p.prologue == Prologue::none || is_vector_aligned<bf16>(p.norm, p.C));
 }
 
-struct GemvLaunch {
-  void (*kernel)(GemmParams, GemvPlan);
-  GemvPlan plan;
+// Grid: blocks that share the tiles. Weights are loaded before the wait for the previous kernel.
+template <typename Gemv, Prologue prologue, Epilogue epilogue>
+__global__ void __launch_bounds__(kGemvThreads, Gemv::resident(prologue))
+    gemv_kernel(GemmParams p, int stages) {
+  VOX_DYNAMIC_SHARED(unsigned char, shared);
+  Gemv gemv(shared, stages, gridDim.x, typename Gemv::Weights(p));
+  if constexpr (requires { gemv.prefetch(); }) gemv.prefetch();
+  const uint4 first_norm = load_first_norm<prologue>(p);
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  gemv.template run<prologue, epilogue>(p, first_norm);
+}
+
+// A launch of one of the kernels.
+struct GemmLaunch {
+  void (*kernel)(GemmParams, int);  // null where no gemv takes p
   int64_t blocks;
-  bool possible;
+  int threads;
+  int64_t shared_bytes;
+  int stages;  // of a gemv's pipeline
 };
 
-// For up to `each` blocks a multiprocessor. Blocks that do not fit beside each other would run one
-// after the other, the last ones without a prefetch, and the next kernel could only start with
-// them.
+// The longest pipeline that fits, of no more stages than a block needs, in as many blocks a
+// multiprocessor as fit beside each other: others would run one after the other, the last ones
+// without a prefetch, and the next kernel could only start with them.
 template <typename Gemv, Prologue prologue, Epilogue epilogue>
-GemvLaunch plan_gemv(const GemmParams& p, int64_t each = kBlocksPerMultiprocessor) {
-  const int64_t tiles = divide_up(p.N, Gemv::kTile), most = each * multiprocessors();
-  const int64_t blocks = tiles < most ? tiles : most;
-  const GemvPlan plan = Gemv::plan(p, blocks, dynamic_limit());
-  if (each > 1 && !co_resident(each, plan.shared_bytes))
-    return plan_gemv<Gemv, prologue, epilogue>(p, each - 1);
-  return {gemv_kernel<Gemv, prologue, epilogue>, plan, blocks,
-          plan.shared_bytes <= dynamic_limit() && (prologue == Prologue::none || plan.stride > 0)};
-}
-
-template <Format kFormat, Prologue prologue, Epilogue epilogue>
-GemvLaunch choose_rows(const GemmParams& p) {
-  using Weights = SingleWeight<kFormat, kProducts<epilogue>>;
-  if constexpr (kFormat == Format::plain) {
-    // A product of 16 KB a block (8 rows of 1024 columns) has all of its weights in flight before
-    // the wait, a large one 64 KB.
-    constexpr int kMin = 3, kMax = 4;
-    return p.M <= 8 ? plan_gemv<DenseGemv<true, false, Weights, kMin, kMax>, prologue, epilogue>(p)
-                    : plan_gemv<DenseGemv<true, true, Weights, kMin, kMax>, prologue, epilogue>(p);
-  } else {
-    // 64 KB a block in int8, 51 in int4: two blocks leave room for one of the next kernel.
-    constexpr int kMax = kFormat == Format::int8 ? 2 : 3;
-    if (p.M == 1) return plan_gemv<PackedGemv<1, Weights, 1, kMax>, prologue, epilogue>(p);
-    return p.M <= 8 ? plan_gemv<PackedGemv<8, Weights, 1, kMax>, prologue, epilogue>(p)
-                    : plan_gemv<PackedGemv<kMaxRows, Weights, 1, kMax>, prologue, epilogue>(p);
-  }
+GemmLaunch plan_gemv(const GemmParams& p) {
+  // Each block takes 1 KB of shared memory besides its own.
+  constexpr int64_t kSystemBytes = 1024, kStaticBytes = sizeof(SquareSums);
+  const int64_t tiles = divide_up(p.N, Gemv::Loader::tile_rows());
+  // Long plain rows leave less room in shared memory.
+  const bool is_long = p.format == Format::plain && p.C >= 4096;
+  for (int most_stages = Gemv::Weights::max_stages() - is_long; most_stages > 0; --most_stages)
+    for (int64_t each = kBlocksPerMultiprocessor; each > 0; --each) {
+      const int64_t most = each * multiprocessors(), blocks = tiles < most ? tiles : most;
+      const int64_t needed = divide_up(tiles, blocks) * Gemv::stages_of_tile(p.C);
+      const int stages = needed < most_stages ? static_cast<int>(needed) : most_stages;
+      const int64_t bytes = Gemv::Loader::bytes(stages) + Gemv::rest_bytes(p, blocks);
+      if (each * (bytes + kStaticBytes + kSystemBytes) <= shared_bytes_limit() + kSystemBytes)
+        return {gemv_kernel<Gemv, prologue, epilogue>, blocks, kGemvThreads, bytes, stages};
+    }
+  return {};
 }
 
 template <Prologue prologue, Epilogue epilogue>
-GemvLaunch choose_format(const GemmParams& p) {
-  if (p.format == Format::int8) return choose_rows<Format::int8, prologue, epilogue>(p);
-  if (p.format == Format::int4) return choose_rows<Format::int4, prologue, epilogue>(p);
-  return choose_rows<Format::plain, prologue, epilogue>(p);
+GemmLaunch choose_rows(const GemmParams& p) {
+  const auto plan = [&]<template <int, typename> typename Gemv, int kRows, Format kFormat>() {
+    using Weights = SingleWeight<kFormat, epilogue>;
+    return plan_gemv<Gemv<kRows, Weights>, prologue, epilogue>(p);
+  };
+  const auto packed = [&]<Format kFormat>() {
+    if (p.M == 1) return plan.template operator()<PackedGemv, 1, kFormat>();
+    return p.M <= 8 ? plan.template operator()<PackedGemv, 8, kFormat>()
+                    : plan.template operator()<PackedGemv, kGemvRows, kFormat>();
+  };
+  if (p.format == Format::int8) return packed.template operator()<Format::int8>();
+  if (p.format == Format::int4) return packed.template operator()<Format::int4>();
+  return p.M <= 8 ? plan.template operator()<DenseGemv, 8, Format::plain>()
+                  : plan.template operator()<DenseGemv, kGemvRows, Format::plain>();
 }
 
-// The gemv for p, not `possible` where there is none.
-GemvLaunch choose_gemv(const GemmParams& p) {
-  if (p.dtype != Dtype::bf16 || p.M > kMaxRows || !is_aligned<bf16>(p)) return {};
+GemmLaunch choose_gemv(const GemmParams& p) {
+  if (p.dtype != Dtype::bf16 || p.M > kGemvRows || !is_aligned(p)) return {};
   if (p.prologue == Prologue::norm)
-    return p.epilogue == Epilogue::swiglu ? choose_format<Prologue::norm, Epilogue::swiglu>(p)
-                                          : choose_format<Prologue::norm, Epilogue::store>(p);
-  return p.epilogue == Epilogue::add ? choose_format<Prologue::none, Epilogue::add>(p)
-                                     : choose_format<Prologue::none, Epilogue::store>(p);
+    return p.epilogue == Epilogue::swiglu ? choose_rows<Prologue::norm, Epilogue::swiglu>(p)
+                                          : choose_rows<Prologue::norm, Epilogue::store>(p);
+  return p.epilogue == Epilogue::add ? choose_rows<Prologue::none, Epilogue::add>(p)
+                                     : choose_rows<Prologue::none, Epilogue::store>(p);
 }
 
-// Calls launch(rows) for as many rows at a time as a grid's second dimension, 16 bits wide, takes.
-template <typename T, typename Launch>
-void each_grid(const GemmParams& p, int64_t tile_rows, const Launch& launch) {
-  const int64_t most = 65535 * tile_rows;
-  for (int64_t first = 0; first < p.M; first += most) {
-    GemmParams rows = p;
-    rows.M = p.M - first < most ? p.M - first : most;
-    rows.x = static_cast<const T*>(p.x) + first * p.C;
-    rows.out = static_cast<T*>(p.out) + first * p.N;
-    launch(rows);
-  }
+// A block makes a tile of `rows` x `columns` of out.
+GemmLaunch tiles(void (*kernel)(GemmParams, int), const GemmParams& p, int64_t rows,
+                 int64_t columns, int threads, int64_t shared_bytes) {
+  return {kernel, divide_up(p.M, rows) * divide_up(p.N, columns), threads, shared_bytes, 0};
 }
 
-void launch_gemv(const GemmParams& p, const GemvLaunch& gemv, cudaStream_t stream) {
-  each_grid<bf16>(p, kMaxRows, [&](const GemmParams& rows) {
-    launch(gemv.kernel,
-           {.grid = dim3(static_cast<unsigned>(gemv.blocks),
-                         static_cast<unsigned>(divide_up(rows.M, kMaxRows))),
-            .block = dim3(kGemvThreads),
-            .shared_bytes = static_cast<size_t>(gemv.plan.shared_bytes),
-            .stream = stream,
-            .overlaps_previous = p.overlaps_previous},
-           rows, gemv.plan);
-  });
+template <int kRows, int kColumns, int kWarpRows, int kWarpColumns, bool kAligned = true>
+GemmLaunch dense_tiles(const GemmParams& p) {
+  using Shape = TileShape<kRows, kColumns, kWarpRows, kWarpColumns, kAligned>;
+  return tiles(dense_tile_kernel<Shape>, p, kRows, kColumns, Shape::kTileThreads,
+               Shape::kSharedBytes);
 }
 
-void launch_unaligned(const GemmParams& p, cudaStream_t stream) {
-  using Weights = SingleWeight<Format::plain, 1>;
-  constexpr Epilogue kStore = Epilogue::store;
-  launch_gemv(p,
-              p.M <= 8
-                  ? plan_gemv<DenseGemv<false, false, Weights, 3, 4>, Prologue::none, kStore>(p)
-                  : plan_gemv<DenseGemv<false, true, Weights, 3, 4>, Prologue::none, kStore>(p),
-              stream);
+// 128 of W's rows a block, unless too few blocks would draw from memory: a multiprocessor reads up
+// to 64 bytes a clock from L2, so a third of an H100's draw as much as memory gives. With fewer
+// blocks than that, narrow ones win although they read x more often.
+GemmLaunch choose_dense(const GemmParams& p) {
+  const auto wide = [&](int64_t rows) { return divide_up(p.M, rows) * divide_up(p.N, 128) >= 44; };
+  if (!is_aligned(p)) return dense_tiles<32, 32, 16, 16, false>(p);
+  if (p.M <= 32) return wide(32) ? dense_tiles<32, 128, 32, 32>(p) : dense_tiles<32, 32, 16, 16>(p);
+  if (p.M <= 64) return wide(64) ? dense_tiles<64, 128, 32, 32>(p) : dense_tiles<64, 32, 32, 16>(p);
+  return wide(128) ? dense_tiles<128, 128, 64, 32>(p) : dense_tiles<128, 64, 32, 32>(p);
 }
 
-template <bool kAligned, int kTile>
-void launch_float(const GemmParams& p, cudaStream_t stream) {
-  each_grid<float>(p, kTile, [&](const GemmParams& rows) {
-    launch(float_kernel<kAligned, kTile>,
-           {.grid = dim3(static_cast<unsigned>(divide_up(p.N, kGemvWarps * kFloatRows)),
-                         static_cast<unsigned>(divide_up(rows.M, kTile))),
-            .block = dim3(kGemvThreads),
-            .stream = stream,
-            .overlaps_previous = p.overlaps_previous},
-           rows);
-  });
-}
-
-void launch_plain(const GemmParams& p, cudaStream_t stream) {
-  if (p.dtype == Dtype::bf16)
-    return is_aligned<bf16>(p) ? launch_dense_tiles(p, stream) : launch_unaligned(p, stream);
-  if (is_aligned<float>(p))
-    p.M == 1 ? launch_float<true, 1>(p, stream) : launch_float<true, 4>(p, stream);
-  else
-    p.M == 1 ? launch_float<false, 1>(p, stream) : launch_float<false, 4>(p, stream);
-}
-
+// 128 rows of W a block, so that x is read and quantized once for many of them. Where that would
+// leave multiprocessors idle (fewer than 128 blocks; an H100 has 132): 16 rows, 8 ranges at a time.
 template <typename T>
-void launch_packed_tiles(const GemmParams& p, cudaStream_t stream) {
-  p.format == Format::int8 ? launch_packed_tiles<T, Format::int8>(p, stream)
-                           : launch_packed_tiles<T, Format::int4>(p, stream);
+GemmLaunch choose_packed(const GemmParams& p) {
+  const auto blocks = [&]<Format kFormat, int kBlocks>() {
+    const int log_rows = ceil_log2(static_cast<int>(p.M < kPackedTileRows ? p.M : kPackedTileRows));
+    return tiles(packed_tile_kernel<T, kFormat, kBlocks>, p, kPackedTileRows, kBlocks * kPackedTile,
+                 kGemvThreads,
+                 PackedShared<kPackedTileRows>::bytes(kGemvWarps / kBlocks, kGemvWarps, log_rows));
+  };
+  const bool wide = divide_up(p.N, 8 * kPackedTile) * divide_up(p.M, kPackedTileRows) >= 128;
+  if (p.format == Format::int8)
+    return wide ? blocks.template operator()<Format::int8, 8>()
+                : blocks.template operator()<Format::int8, 1>();
+  return wide ? blocks.template operator()<Format::int4, 8>()
+              : blocks.template operator()<Format::int4, 1>();
+}
+
+GemmLaunch choose_tiles(const GemmParams& p) {
+  if (p.format != Format::plain)
+    return p.dtype == Dtype::f32 ? choose_packed<float>(p) : choose_packed<bf16>(p);
+  if (p.dtype == Dtype::f32) return tiles(float_kernel, p, kFloatRows, kGemvWarps, kGemvThreads, 0);
+  return choose_dense(p);
 }
 
 }  // namespace
 }  // namespace gemm_kernels
 
-bool can_fuse(const GemmParams& p) { return gemm_kernels::choose_gemv(p).possible; }
+bool can_fuse(const GemmParams& p) { return gemm_kernels::choose_gemv(p).kernel; }
 
 void gemm(const GemmParams& p, cudaStream_t stream) {
-  namespace kernels = gemm_kernels;
   if (p.M == 0 || p.N == 0) return;
   if (p.format != Format::plain && reinterpret_cast<uintptr_t>(p.weight) % 16)
     throw std::runtime_error("weight: packed, expected at an address in a multiple of 16");
-  if (const kernels::GemvLaunch gemv = kernels::choose_gemv(p); gemv.possible)
-    return kernels::launch_gemv(p, gemv, stream);
-  if (p.format == Format::plain) return kernels::launch_plain(p, stream);
-  p.dtype == Dtype::f32 ? kernels::launch_packed_tiles<float>(p, stream)
-                        : kernels::launch_packed_tiles<bf16>(p, stream);
+  auto choice = gemm_kernels::choose_gemv(p);
+  if (!choice.kernel) choice = gemm_kernels::choose_tiles(p);
+  launch(choice.kernel,
+         {.grid = dim3(static_cast<unsigned>(choice.blocks)),
+          .block = dim3(static_cast<unsigned>(choice.threads)),
+          .shared_bytes = static_cast<size_t>(choice.shared_bytes),
+          .stream = stream,
+          .overlaps_previous = p.overlaps_previous},
+         p, choice.stages);
 }
 
 }  // namespace voxkern
