@@ -1,15 +1,12 @@
-// Products of packed weights (common/weight.h) with rows of x, which a block first quantizes to
-// int8 in shared memory, as voxkern/quantize.py does, to the bit: shared by gemv.cuh (few rows)
-// and tiles.cuh (many).
+// Packed weights (common/weight.h) times rows of x that a block quantizes in shared memory, as
+// voxkern/quantize.py does, to the bit: shared by gemv.cuh (few rows) and tiles.cuh (many).
 //
 // The unit is a range of 8 groups: 256 columns of 16 rows of W, 4 KB in int8 and 2 KB in int4. One
 // tensor core instruction gives a group's integer dots with 8 rows of x. Weights are the operand
-// with 16 rows, so one row of x costs as much as 8.
-//
-// An operand may permute W's rows and columns as long as x and the sums use the same permutation.
-// With g = lane / 4 and t = lane % 4, rows 2 g and 2 g + 1 of W are the operand's rows g and g + 8,
-// so a lane's 8 bytes are adjacent; its columns are chunks t and t + 4 (int8) or the two halves of
-// chunk t (int4).
+// with 16 rows, so one row of x costs as much as 8. W's rows and columns are permuted as x and the
+// sums are: with g = lane / 4 and t = lane % 4, rows 2 g and 2 g + 1 of W are the operand's rows g
+// and g + 8, so a lane's 8 bytes are adjacent; its columns are chunks t and t + 4 (int8) or the two
+// halves of chunk t (int4).
 //
 // Order of sums: a group's dot is exact; a range adds its groups in order, and ranges are added in
 // order. So a sum depends on x's row, W's row and C alone, not on the shape of the block.

@@ -8,8 +8,8 @@
 //   plain    gemv (DenseGemv, fuses)             dense_tile_kernel   float_kernel
 //   packed   gemv (PackedGemv, fuses)            packed_tile_kernel  packed_tile_kernel
 //
-// Where x of a gemv does not fit in shared memory, or rows are not vector-aligned, its tile kernel
-// takes the few rows too. A sum has the same order in all kernels of a line.
+// The tile kernels also take few rows that are not vector-aligned or do not fit in shared memory. A
+// sum has the same order in all kernels of a line.
 namespace voxkern {
 namespace gemm_kernels {
 namespace {
@@ -23,7 +23,7 @@ bool is_aligned(const GemmParams& p) {
 
 // Grid: blocks that share the tiles. Weights are loaded before the wait for the previous kernel.
 template <typename Gemv, Prologue prologue, Epilogue epilogue>
-__global__ void __launch_bounds__(kGemvThreads, Gemv::resident(prologue))
+__global__ void __launch_bounds__(kGemvThreads, Gemv::resident())
     gemv_kernel(GemmParams p, int stages) {
   VOX_DYNAMIC_SHARED(unsigned char, shared);
   Gemv gemv(shared, stages, gridDim.x, typename Gemv::Weights(p));
@@ -34,7 +34,6 @@ __global__ void __launch_bounds__(kGemvThreads, Gemv::resident(prologue))
   gemv.template run<prologue, epilogue>(p, first_norm);
 }
 
-// A launch of one of the kernels.
 struct GemmLaunch {
   void (*kernel)(GemmParams, int);  // null where no gemv takes p
   int64_t blocks;
@@ -66,29 +65,26 @@ GemmLaunch plan_gemv(const GemmParams& p) {
 }
 
 template <Prologue prologue, Epilogue epilogue>
-GemmLaunch choose_rows(const GemmParams& p) {
-  const auto plan = [&]<template <int, typename> typename Gemv, int kRows, Format kFormat>() {
+GemmLaunch choose_format(const GemmParams& p) {
+  const auto plan = [&]<template <int, typename> typename Gemv, Format kFormat>() {
     using Weights = SingleWeight<kFormat, epilogue>;
-    return plan_gemv<Gemv<kRows, Weights>, prologue, epilogue>(p);
+    if constexpr (kFormat != Format::plain)
+      if (p.M == 1) return plan_gemv<Gemv<1, Weights>, prologue, epilogue>(p);
+    return p.M <= 8 ? plan_gemv<Gemv<8, Weights>, prologue, epilogue>(p)
+                    : plan_gemv<Gemv<kGemvRows, Weights>, prologue, epilogue>(p);
   };
-  const auto packed = [&]<Format kFormat>() {
-    if (p.M == 1) return plan.template operator()<PackedGemv, 1, kFormat>();
-    return p.M <= 8 ? plan.template operator()<PackedGemv, 8, kFormat>()
-                    : plan.template operator()<PackedGemv, kGemvRows, kFormat>();
-  };
-  if (p.format == Format::int8) return packed.template operator()<Format::int8>();
-  if (p.format == Format::int4) return packed.template operator()<Format::int4>();
-  return p.M <= 8 ? plan.template operator()<DenseGemv, 8, Format::plain>()
-                  : plan.template operator()<DenseGemv, kGemvRows, Format::plain>();
+  if (p.format == Format::int8) return plan.template operator()<PackedGemv, Format::int8>();
+  if (p.format == Format::int4) return plan.template operator()<PackedGemv, Format::int4>();
+  return plan.template operator()<DenseGemv, Format::plain>();
 }
 
 GemmLaunch choose_gemv(const GemmParams& p) {
   if (p.dtype != Dtype::bf16 || p.M > kGemvRows || !is_aligned(p)) return {};
   if (p.prologue == Prologue::norm)
-    return p.epilogue == Epilogue::swiglu ? choose_rows<Prologue::norm, Epilogue::swiglu>(p)
-                                          : choose_rows<Prologue::norm, Epilogue::store>(p);
-  return p.epilogue == Epilogue::add ? choose_rows<Prologue::none, Epilogue::add>(p)
-                                     : choose_rows<Prologue::none, Epilogue::store>(p);
+    return p.epilogue == Epilogue::swiglu ? choose_format<Prologue::norm, Epilogue::swiglu>(p)
+                                          : choose_format<Prologue::norm, Epilogue::store>(p);
+  return p.epilogue == Epilogue::add ? choose_format<Prologue::none, Epilogue::add>(p)
+                                     : choose_format<Prologue::none, Epilogue::store>(p);
 }
 
 // A block makes a tile of `rows` x `columns` of out.
@@ -97,11 +93,11 @@ GemmLaunch tiles(void (*kernel)(GemmParams, int), const GemmParams& p, int64_t r
   return {kernel, divide_up(p.M, rows) * divide_up(p.N, columns), threads, shared_bytes, 0};
 }
 
-template <int kRows, int kColumns, int kWarpRows, int kWarpColumns, bool kAligned = true>
+template <int... kSizes>
 GemmLaunch dense_tiles(const GemmParams& p) {
-  using Shape = TileShape<kRows, kColumns, kWarpRows, kWarpColumns, kAligned>;
-  return tiles(dense_tile_kernel<Shape>, p, kRows, kColumns, Shape::kTileThreads,
-               Shape::kSharedBytes);
+  constexpr TileShape kShape = {kSizes...};
+  return tiles(dense_tile_kernel<kSizes...>, p, kShape.rows, kShape.columns, kShape.threads(),
+               kShape.shared_bytes());
 }
 
 // 128 of W's rows a block, unless too few blocks would draw from memory: a multiprocessor reads up
@@ -120,10 +116,10 @@ GemmLaunch choose_dense(const GemmParams& p) {
 template <typename T>
 GemmLaunch choose_packed(const GemmParams& p) {
   const auto blocks = [&]<Format kFormat, int kBlocks>() {
-    const int log_rows = ceil_log2(static_cast<int>(p.M < kPackedTileRows ? p.M : kPackedTileRows));
+    using Shared = PackedShared<kPackedTileRows>;
     return tiles(packed_tile_kernel<T, kFormat, kBlocks>, p, kPackedTileRows, kBlocks * kPackedTile,
                  kGemvThreads,
-                 PackedShared<kPackedTileRows>::bytes(kGemvWarps / kBlocks, kGemvWarps, log_rows));
+                 Shared::bytes(kGemvWarps / kBlocks, kGemvWarps, ceil_log2(kPackedTileRows)));
   };
   const bool wide = divide_up(p.N, 8 * kPackedTile) * divide_up(p.M, kPackedTileRows) >= 128;
   if (p.format == Format::int8)
@@ -152,8 +148,8 @@ void gemm(const GemmParams& p, cudaStream_t stream) {
   auto choice = gemm_kernels::choose_gemv(p);
   if (!choice.kernel) choice = gemm_kernels::choose_tiles(p);
   launch(choice.kernel,
-         {.grid = dim3(static_cast<unsigned>(choice.blocks)),
-          .block = dim3(static_cast<unsigned>(choice.threads)),
+         {.grid = choice.blocks,
+          .block = choice.threads,
           .shared_bytes = static_cast<size_t>(choice.shared_bytes),
           .stream = stream,
           .overlaps_previous = p.overlaps_previous},

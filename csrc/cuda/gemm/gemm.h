@@ -1,5 +1,4 @@
-// out = x W^T, optionally with a step before it and a step after it in the same launch. gemm.cu
-// chooses the kernel.
+// out = x W^T, optionally fused with a step before it and one after it. gemm.cu chooses the kernel.
 #pragma once
 
 #include "common/weight.h"
@@ -7,10 +6,7 @@
 
 namespace voxkern {
 
-enum class Prologue {
-  none,
-  norm,  // x normalised as by rms_norm
-};
+enum class Prologue { none, norm };  // norm: x normalised as by rms_norm
 enum class Epilogue {
   store,   // out [M, N] = x W^T
   add,     // out = residual + x W^T

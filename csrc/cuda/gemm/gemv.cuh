@@ -1,6 +1,6 @@
 // out = x W^T for few rows x in bfloat16, fused with a prologue and an epilogue. W is read once,
-// through a WeightPipeline; a Gemv is the part of one block. gemm.cu launches a gemv for each
-// product; decoder/persistent.cu runs all products of a frame in one kernel.
+// through a WeightPipeline; a Gemv is the part of one block: of a launch (gemm.cu), or of all
+// products of a frame (decoder/persistent.cu).
 //
 // DenseGemv, plain weights, 16 rows of x at most. A tile is 8 rows of W (with SwiGLU 8 of gate and
 // 8 of up). Each of the 8 warps has an equal range of the columns in whole chunks of 32 and takes
@@ -11,10 +11,9 @@
 // PackedGemv, packed weights. A tile is 16 rows of W (with SwiGLU 16 and 16), whose ranges of 256
 // columns the warps take in turn (formats.cuh). x is quantized once a block, all columns of it.
 //
-// Both cost one barrier a tile, since the warps' sums alternate between two buffers. Up to
-// kBlocksPerMultiprocessor blocks share the tiles evenly; docs/cuda.md has the blocks, bytes in
-// flight and cycles of CSM's products. Prologue and epilogue round wherever the separate ops store,
-// so fused and separate results are equal to the bit. Floor: W's bytes over 3.35 TB/s.
+// One barrier a tile: the warps' sums alternate between two buffers. Results are rounded wherever
+// the separate ops store them, so fused and separate results are equal to the bit. Floor: W's bytes
+// over 3.35 TB/s; docs/cuda.md has the blocks, bytes in flight and cycles of CSM's products.
 #pragma once
 
 #include "cuda/gemm/weight_pipeline.cuh"
@@ -26,16 +25,13 @@ static_assert(kGemvThreads == kNormThreads, "a fused norm adds squares in the or
 constexpr int kGemvRows = 16;  // of x in a block, at most
 using SquareSums = float[kGemvRows][kGemvWarps];
 
-// ptxas needs more registers from sm_100 on. Kernels that would spill with three resident blocks a
-// multiprocessor are compiled for two there.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr bool kMoreRegisters = true;
 #else
 constexpr bool kMoreRegisters = false;
 #endif
 
-// The first vector of the norm's weight that this thread needs; may precede the wait for the
-// previous kernel.
+// This thread's first vector of the norm's weight; may precede the wait for the previous kernel.
 template <Prologue prologue>
 VOX_DEVICE uint4 load_first_norm(const GemmParams& p) {
   if constexpr (prologue == Prologue::norm)
@@ -117,8 +113,7 @@ VOX_DEVICE void scale_rows(const GemmParams& p, int rows, float lane_scale, uint
   }
 }
 
-// Rows m .. m + rows - 1 of x to shared memory, normalised or not, `stride` vectors apart. All
-// kGemvThreads threads call it; it ends with a barrier.
+// Copies x's rows to shared memory, normalised or not, `stride` vectors apart; ends with a barrier.
 template <Prologue prologue>
 VOX_DEVICE void stage_rows(const GemmParams& p, int rows, uint4 first_norm, uint4* to, int stride) {
   const int vectors = static_cast<int>(p.C / kLaneValues);
@@ -158,11 +153,6 @@ VOX_DEVICE void store_result(const GemmParams& p, int m, int n,
   static_cast<bf16*>(p.out)[m * p.N + n] = from_float<bf16>(result);
 }
 
-// Bytes of p's rows of x, staged `stride` vectors apart.
-inline int64_t staged_bytes(const GemmParams& p, int stride) {
-  return p.M * stride * static_cast<int64_t>(sizeof(uint4));
-}
-
 // For up to kRows rows of x, 8 or 16.
 template <int kRows, typename Sequence>
 class DenseGemv {
@@ -171,10 +161,8 @@ class DenseGemv {
  public:
   using Weights = Sequence;
   using Loader = DenseLoader;
-  // Blocks whose registers fit on a multiprocessor: three where they do not spill.
-  static VOX_HOST_DEVICE constexpr int resident(Prologue prologue) {
-    return kRows > 8 || (kMoreRegisters && prologue == Prologue::norm) ? 2 : 3;
-  }
+  // Blocks whose registers fit on a multiprocessor.
+  static VOX_HOST_DEVICE constexpr int resident() { return 3; }
   // Vectors from one row of staged x to the next. Odd chunks: the two rows that 8 lanes read
   // together lie in different banks.
   static VOX_HOST_DEVICE constexpr int stride(int64_t C) {
@@ -186,12 +174,11 @@ class DenseGemv {
   }
   // Bytes after the pipeline.
   static int64_t rest_bytes(const GemmParams& p, int64_t) {
-    return 2 * static_cast<int64_t>(sizeof(Sums)) + staged_bytes(p, stride(p.C));
+    return 2 * static_cast<int64_t>(sizeof(Sums)) + p.M * stride(p.C) * 16;
   }
 
   VOX_DEVICE DenseGemv(unsigned char* shared, int stages, int blocks, const Sequence& sequence)
       : partials_(reinterpret_cast<Sums*>(shared + Loader::bytes(stages))),
-        blocks_(blocks),
         weights_(shared, stages, blocks, sequence) {}
 
   // This block's tiles. first_norm: of load_first_norm().
@@ -199,9 +186,8 @@ class DenseGemv {
   VOX_DEVICE void run(const GemmParams& p, uint4 first_norm) {
     uint4* const staged = reinterpret_cast<uint4*>(partials_ + 2);
     stage_rows<prologue>(p, static_cast<int>(p.M), first_norm, staged, stride(p.C));
-    const int tiles = (static_cast<int>(p.N) + kDenseTile - 1) / kDenseTile;
     int buffer = 0;
-    for (int tile = blockIdx.x; tile < tiles; tile += blocks_, buffer ^= 1)
+    for (int tile = blockIdx.x; tile * kDenseTile < p.N; tile += weights_.blocks(), buffer ^= 1)
       multiply_tile<epilogue>(p, tile, staged, partials_[buffer]);
   }
 
@@ -266,28 +252,37 @@ class DenseGemv {
   }
 
   Sums* const partials_;  // two; no thread reads them when run() begins. Staged x follows.
-  const int blocks_;
   WeightPipeline<DenseLoader, Sequence> weights_;
 };
+
+// total += the sums of `ranges` ranges in their order, kStride floats apart. Reads 8 together,
+// however few there are: an unrolled loop would take its remainder one by one, which is all of the
+// 4 of 1024 columns.
+template <int kStride>
+VOX_DEVICE void add_ranges(float& total, const float* partials, int ranges) {
+  constexpr int kAddedTogether = 8;
+  for (int first = 0; first < ranges; first += kAddedTogether) {
+    float sums[kAddedTogether];
+#pragma unroll
+    for (int r = 0; r < kAddedTogether; ++r)  // adding -0 changes no number, not even 0
+      sums[r] = first + r < ranges ? partials[(first + r) * kStride] : -0.0f;
+#pragma unroll
+    for (int r = 0; r < kAddedTogether; ++r) total += sums[r];
+  }
+}
 
 // For up to kRows rows of x: 1, 8 or 16. Matrices have one of the Sequence's two formats.
 template <int kRows, typename Sequence>
 class PackedGemv {
   static constexpr Format kFirst = Sequence::format(0), kOther = Sequence::format(1);
   using Shared = PackedShared<kRows>;
-  // Partials that are read together, however few there are: an unrolled loop would take its
-  // remainder one by one, which is all of the 4 of 1024 columns.
-  static constexpr int kAddedTogether = 8;
-  // Ranges for each warp that follow the ring and are prefetched to L2 before the wait: 64 KB a
-  // block in int8, so that a tile of 8192 columns, or two pairs of 2048, are all in flight by then.
-  static constexpr int kL2PrefetchStages = 2;
+  static constexpr int kPartialSize = kRows * kSumStride;
 
  public:
   using Weights = Sequence;
   using Loader = PackedLoader<Sequence>;
-  static VOX_HOST_DEVICE constexpr int resident(Prologue) {
-    return kRows > 8 || kMoreRegisters ? 2 : 3;
-  }
+  // Two where three would spill: ptxas needs more registers from sm_100 on.
+  static VOX_HOST_DEVICE constexpr int resident() { return kRows > 8 || kMoreRegisters ? 2 : 3; }
   // Rows that are quantized begin in different banks.
   static VOX_HOST_DEVICE constexpr int stride(int64_t C) {
     return static_cast<int>(C / kLaneValues | 4);
@@ -303,17 +298,16 @@ class PackedGemv {
     const int log_rows = ceil_log2(static_cast<int>(p.M));
     const int64_t sums =
         Shared::bytes(ranges, divide_up(p.N, kPackedTile) > blocks ? 2 * items : items, log_rows);
-    const int64_t staged = p.prologue == Prologue::norm ? staged_bytes(p, stride(p.C)) : 0;
+    const int64_t staged = p.prologue == Prologue::norm ? p.M * stride(p.C) * 16 : 0;
     const int64_t before = Shared::bytes(ranges, 0, log_rows) + staged;
     return sums > before ? sums : before;
   }
 
   VOX_DEVICE PackedGemv(unsigned char* shared, int stages, int blocks, const Sequence& sequence)
-      : rest_(shared + Loader::bytes(stages)),
-        blocks_(blocks),
-        weights_(shared, stages, blocks, sequence) {}
-
-  VOX_DEVICE void prefetch() const { weights_.prefetch(kL2PrefetchStages); }
+      : rest_(shared + Loader::bytes(stages)), weights_(shared, stages, blocks, sequence) {}
+  // Prefetches to L2, before the wait, the two stages after the ring: 64 KB a block in int8, so
+  // that a tile of 8192 columns, or two pairs of 2048, are all in flight by then.
+  VOX_DEVICE void prefetch() const { weights_.prefetch(2); }
 
   template <Prologue prologue, Epilogue epilogue>
   VOX_DEVICE void run(const GemmParams& p, uint4 first_norm) {
@@ -339,12 +333,11 @@ class PackedGemv {
     }
     quantize_rows<kFormat>(x, rows, log_rows, 0, groups, shared);
     sync_first<kGemvThreads>();
-    const int tiles = (static_cast<int>(p.N) + kPackedTile - 1) / kPackedTile;
     int buffer = 0;
-    for (int tile = blockIdx.x; tile < tiles; tile += blocks_, buffer ^= 1)
+    for (int tile = blockIdx.x; tile * kPackedTile < p.N; tile += weights_.blocks(), buffer ^= 1)
       multiply_tile<epilogue, kFormat>(
           p, rows, log_rows, ranges, tile, shared,
-          shared.partials + buffer * products_of(epilogue) * ranges * kRows * kSumStride);
+          shared.partials + buffer * products_of(epilogue) * ranges * kPartialSize);
   }
 
   // out's columns of one tile.
@@ -364,39 +357,22 @@ class PackedGemv {
                               (kOf == 2 && i >= ranges ? i - ranges : i) * kRangeGroups, rows,
                               log_rows, sums);
       weights_.release();
-      store_sums<kRows>(sums, rows, partials + i * kRows * kSumStride);
+      store_sums<kRows>(sums, rows, partials + i * kPartialSize);
     }
     const float* const row_scales = weights_.loader().next_row_scales();
     sync_first<kGemvThreads>();
     if (!stores) return;
     float totals[kOf] = {};
-    add_ranges(totals, partials + row * kSumStride + column, ranges);
+    partials += row * kSumStride + column;
 #pragma unroll
-    for (int of = 0; of < kOf; ++of)
+    for (int of = 0; of < kOf; ++of) {
+      add_ranges<kPartialSize>(totals[of], partials + of * ranges * kPartialSize, ranges);
       totals[of] = __fmul_rn(totals[of], row_scales[of * kPackedTile + column]);
+    }
     store_result<epilogue>(p, row, n, totals, residual);
   }
 
-  // totals += the sums of the ranges in their order.
-  template <int kOf>
-  static VOX_DEVICE void add_ranges(float (&totals)[kOf], const float* partials, int ranges) {
-    for (int first = 0; first < ranges; first += kAddedTogether) {
-      float sums[kOf][kAddedTogether];
-#pragma unroll
-      for (int of = 0; of < kOf; ++of)
-#pragma unroll
-        for (int r = 0; r < kAddedTogether; ++r)  // adding -0 changes no number, not even 0
-          sums[of][r] =
-              first + r < ranges ? partials[(of * ranges + first + r) * kRows * kSumStride] : -0.0f;
-#pragma unroll
-      for (int of = 0; of < kOf; ++of)
-#pragma unroll
-        for (int r = 0; r < kAddedTogether; ++r) totals[of] += sums[of][r];
-    }
-  }
-
   unsigned char* const rest_;  // PackedShared
-  const int blocks_;
   WeightPipeline<Loader, Sequence> weights_;
 };
 

@@ -1,22 +1,21 @@
 // out = x W^T where no gemv applies: many rows of x, float32, and rows of any alignment.
 //
-// dense_tile_kernel, plain bfloat16. A block takes a tile of x's rows times W's rows; both come
+// dense_tile_kernel, plain bfloat16. A block multiplies a tile of x's rows and W's rows; both come
 // through shared memory in steps of 64 columns, by asynchronous copies, as many steps ahead as 96
 // KB hold. A row of a step is 8 vectors of 16 bytes; odd rows exchange their two halves, so that
 // the 8 lanes of a quarter warp, which read 4 vectors of 2 rows, meet all 32 banks once. A vector
 // is two products of 16 columns, in an order of columns that both operands share. Order of sums:
-// DenseGemv's, to the bit. So there are two sets of accumulators, of the current eighth of the
-// columns and of all before it. Tiles of the same rows of W are neighbours in the grid, so W comes
-// from memory once for all rows.
+// DenseGemv's, to the bit, hence two sets of accumulators: of the current eighth of the columns and
+// of all before it.
 //
 // packed_tile_kernel, packed weights. A block takes 32 rows of x and 16 kBlocks rows of W, whose
-// warps take ranges (formats.cuh) in turn. A warp loads all of a range before it waits for
-// anything: 4 KB in int8, 2 KB in int4, in 32 or 16 registers a lane. Meanwhile x is quantized,
-// once for each block and step.
+// warps take ranges (formats.cuh) in turn. A warp loads a whole range, in 32 or 16 registers a
+// lane, before it waits for anything; meanwhile x is quantized, once for each block and step.
 //
-// float_kernel, plain float32, which only tests of equality use: a warp takes a row of W and 4 of
-// x. Lane l takes columns 4 l .. 4 l + 3 of every 128; the lanes' sums are added at the end.
+// float_kernel, plain float32, for tests of equality: a warp takes a row of W and 4 of x, lane l
+// columns 4 l .. 4 l + 3 of every 128; the lanes' sums are added at the end.
 //
+// Tiles of the same rows of W are neighbours in the grid, so W comes from memory once for all rows.
 // Rounded once, when out is stored. Floor: 2 M N C operations, or W's bytes over 3.35 TB/s;
 // docs/cuda.md has both for CSM's shapes.
 #pragma once
@@ -29,28 +28,24 @@ namespace {
 constexpr int kStepVectors = 8;  // of a row, in a step
 constexpr int kStepChunks = kStepVectors / kChunkLanes;
 
-// Rows of x and of W in a block's tile, and in a warp's part of it.
-template <int kTileRows_, int kTileColumns_, int kWarpRows_, int kWarpColumns_,
-          bool kAligned_ = true>
 struct TileShape {
-  static constexpr int kTileRows = kTileRows_, kTileColumns = kTileColumns_;
-  static constexpr int kWarpRows = kWarpRows_, kWarpColumns = kWarpColumns_;
-  static constexpr bool kAligned = kAligned_;  // rows are vector-aligned
-  static constexpr int kTileThreads = kTileRows / kWarpRows * (kTileColumns / kWarpColumns) * kWarp;
-  static constexpr int kStepSize = (kTileRows + kTileColumns) * kStepVectors;  // vectors
-  static constexpr int kSteps = (96 << 10) / (kStepSize * 16);
-  static constexpr int kSharedBytes = kSteps * kStepSize * 16;
-  static constexpr int kOutStride = kTileColumns + kLaneValues;           // avoids bank conflicts
-  static constexpr int kHigh = kWarpRows / 16, kWide = kWarpColumns / 8;  // products of a warp
-  using Sums = float[kHigh][kWide][4];
-  static_assert(kTileRows * kOutStride * 2 <= kSharedBytes);
+  int rows, columns;            // of x and of W in a block's tile
+  int warp_rows, warp_columns;  // of them a warp's
+  bool aligned = true;          // rows are vector-aligned
+
+  VOX_HOST_DEVICE constexpr int threads() const {
+    return rows / warp_rows * (columns / warp_columns) * kWarp;
+  }
+  VOX_HOST_DEVICE constexpr int step_size() const { return (rows + columns) * kStepVectors; }
+  VOX_HOST_DEVICE constexpr int steps() const { return (96 << 10) / (step_size() * 16); }
+  VOX_HOST_DEVICE constexpr int shared_bytes() const { return steps() * step_size() * 16; }
 };
 
 // Copies columns of step `step` of kRows of an operand's rows, from row `first` on, to `to`.
-template <typename Shape, int kRows>
+template <TileShape kShape, int kRows>
 VOX_DEVICE void copy_step(const void* operand, int64_t first, int64_t rows, int64_t C, int step,
                           uint4* to) {
-  constexpr int kCopyRows = Shape::kTileThreads / kStepVectors;
+  constexpr int kCopyRows = kShape.threads() / kStepVectors;
   static_assert(kRows % kCopyRows == 0 && kCopyRows % 2 == 0);
   const int row = threadIdx.x / kStepVectors, vector = threadIdx.x % kStepVectors;
   const int column = (step * kStepVectors + vector) * kLaneValues;
@@ -61,77 +56,76 @@ VOX_DEVICE void copy_step(const void* operand, int64_t first, int64_t rows, int6
 #pragma unroll
   for (int i = 0; i < kRows; i += kCopyRows) {
     const bool exists = columns_left > 0 && row + i < rows_left;
-    if constexpr (Shape::kAligned)
+    if constexpr (kShape.aligned)
       copy_async_16(to + i * kStepVectors, from + i * C, exists);
     else
       to[i * kStepVectors] = exists ? load_unaligned(from + i * C, columns_left) : uint4{};
   }
 }
 
-// part += a chunk of 32 columns: `rows` is the step's, from this warp's rows of x and of W on.
-template <typename Shape>
-VOX_DEVICE void multiply_chunk(typename Shape::Sums& part, const uint4* x, const uint4* weight,
+// part += a step's chunk of 32 columns, as kHigh x kWide products of 16 rows of x and 8 of W.
+template <int kHigh, int kWide>
+VOX_DEVICE void multiply_chunk(float (&part)[kHigh][kWide][4], const uint4* x, const uint4* weight,
                                int chunk) {
   const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;  // as in multiply_bf16
   const int at = g * kStepVectors + ((chunk * kChunkLanes + t) ^ g % 2 * 4);
-  uint4 low[Shape::kHigh], high[Shape::kHigh], w[Shape::kWide];
+  uint4 low[kHigh], high[kHigh], w[kWide];
 #pragma unroll
-  for (int i = 0; i < Shape::kHigh; ++i) {
+  for (int i = 0; i < kHigh; ++i) {
     low[i] = x[i * 16 * kStepVectors + at];
     high[i] = x[(i * 16 + 8) * kStepVectors + at];
   }
 #pragma unroll
-  for (int j = 0; j < Shape::kWide; ++j) w[j] = weight[j * 8 * kStepVectors + at];
+  for (int j = 0; j < kWide; ++j) w[j] = weight[j * 8 * kStepVectors + at];
 #pragma unroll
-  for (int i = 0; i < Shape::kHigh; ++i)
+  for (int i = 0; i < kHigh; ++i)
 #pragma unroll
-    for (int j = 0; j < Shape::kWide; ++j)
+    for (int j = 0; j < kWide; ++j)
       multiply_bf16(part[i][j], {low[i].x, high[i].x, low[i].y, high[i].y}, w[j].x, w[j].y);
 #pragma unroll
-  for (int i = 0; i < Shape::kHigh; ++i)
+  for (int i = 0; i < kHigh; ++i)
 #pragma unroll
-    for (int j = 0; j < Shape::kWide; ++j)
+    for (int j = 0; j < kWide; ++j)
       multiply_bf16(part[i][j], {low[i].z, high[i].z, low[i].w, high[i].w}, w[j].z, w[j].w);
 }
 
 // sums += part, and part = 0.
-template <typename Shape>
-VOX_DEVICE void end_part(typename Shape::Sums& part, typename Shape::Sums& sums) {
+template <int kHigh, int kWide>
+VOX_DEVICE void end_part(float (&part)[kHigh][kWide][4], float (&sums)[kHigh][kWide][4]) {
 #pragma unroll
-  for (int i = 0; i < Shape::kHigh; ++i)
-#pragma unroll
-    for (int j = 0; j < Shape::kWide; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        sums[i][j][e] += part[i][j][e];
-        part[i][j][e] = 0;
-      }
+  for (int i = 0; i < kHigh * kWide * 4; ++i) {
+    float& value = part[i / 4 / kWide][i / 4 % kWide][i % 4];
+    sums[i / 4 / kWide][i / 4 % kWide][i % 4] += value;
+    value = 0;
+  }
 }
 
 // Stores a tile through shared memory, so that a row of it is stored in whole vectors.
-template <typename Shape>
+template <TileShape kShape, int kHigh, int kWide>
 VOX_DEVICE void store_tile(const GemmParams& p, int64_t m, int64_t n, int warp_row, int warp_column,
-                           const typename Shape::Sums& sums, void* shared) {
+                           const float (&sums)[kHigh][kWide][4], void* shared) {
   const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-  bf16* const tile = static_cast<bf16*>(shared);  // [kTileRows][kOutStride]
+  constexpr int kOutStride = kShape.columns + kLaneValues;  // avoids bank conflicts
+  static_assert(kShape.rows * kOutStride * 2 <= kShape.shared_bytes());
+  bf16* const tile = static_cast<bf16*>(shared);  // [rows][kOutStride]
   __syncthreads();
 #pragma unroll
-  for (int i = 0; i < Shape::kHigh; ++i)
+  for (int i = 0; i < kHigh; ++i)
 #pragma unroll
-    for (int j = 0; j < Shape::kWide; ++j)
+    for (int j = 0; j < kWide; ++j)
 #pragma unroll
       for (int e = 0; e < 4; e += 2)
-        *reinterpret_cast<uint32_t*>(
-            tile + (warp_row + i * 16 + g + e / 2 * 8) * Shape::kOutStride + warp_column + j * 8 +
-            t * 2) = bf16x2_bits(sums[i][j][e], sums[i][j][e + 1]);
+        *reinterpret_cast<uint32_t*>(tile + (warp_row + i * 16 + g + e / 2 * 8) * kOutStride +
+                                     warp_column + j * 8 + t * 2) =
+            bf16x2_bits(sums[i][j][e], sums[i][j][e + 1]);
   __syncthreads();
-  constexpr int kRowVectors = Shape::kTileColumns / kLaneValues;
+  constexpr int kRowVectors = kShape.columns / kLaneValues;
   bf16* const out = static_cast<bf16*>(p.out) + m * p.N + n;
   const bool vectors = p.N % kLaneValues == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
-  for (int item = threadIdx.x; item < Shape::kTileRows * kRowVectors; item += Shape::kTileThreads) {
+  for (int item = threadIdx.x; item < kShape.rows * kRowVectors; item += kShape.threads()) {
     const int row = item / kRowVectors, column = item % kRowVectors * kLaneValues;
     if (m + row >= p.M) break;
-    const bf16* const from = tile + row * Shape::kOutStride + column;
+    const bf16* const from = tile + row * kOutStride + column;
     bf16* const to = out + row * p.N + column;
     if (vectors && n + column < p.N) {
       *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
@@ -152,65 +146,68 @@ struct TileOrigin {
   }
 };
 
-template <typename Shape>
-__global__ void __launch_bounds__(Shape::kTileThreads) dense_tile_kernel(GemmParams p, int) {
-  constexpr int kTileRows = Shape::kTileRows, kTileColumns = Shape::kTileColumns;
-  constexpr int kSteps = Shape::kSteps;
-  VOX_DYNAMIC_SHARED(uint4, shared);  // [kSteps][x: kTileRows, W: kTileColumns][kStepVectors]
+template <int... kSizes>
+__global__ void __launch_bounds__(TileShape{kSizes...}.threads())
+    dense_tile_kernel(GemmParams p, int) {
+  constexpr TileShape kShape = {kSizes...};
+  constexpr int kAhead = kShape.steps() - 1;
+  VOX_DYNAMIC_SHARED(uint4, shared);  // [steps][x: rows, W: columns][kStepVectors]
   const int warp = threadIdx.x / kWarp;
-  const int warp_row = warp / (kTileColumns / Shape::kWarpColumns) * Shape::kWarpRows;
-  const int warp_column = warp % (kTileColumns / Shape::kWarpColumns) * Shape::kWarpColumns;
-  const auto [m, n] = TileOrigin(p, kTileRows, kTileColumns);
+  const int warp_row = warp / (kShape.columns / kShape.warp_columns) * kShape.warp_rows;
+  const int warp_column = warp % (kShape.columns / kShape.warp_columns) * kShape.warp_columns;
+  const auto [m, n] = TileOrigin(p, kShape.rows, kShape.columns);
   const auto copy_x = [&](int step, int slot) {
-    copy_step<Shape, kTileRows>(p.x, m, p.M, p.C, step, shared + slot * Shape::kStepSize);
+    copy_step<kShape, kShape.rows>(p.x, m, p.M, p.C, step, shared + slot * kShape.step_size());
   };
   const auto copy_weight = [&](int step, int slot) {
-    copy_step<Shape, kTileColumns>(p.weight, n, p.N, p.C, step,
-                                   shared + slot * Shape::kStepSize + kTileRows * kStepVectors);
+    copy_step<kShape, kShape.columns>(
+        p.weight, n, p.N, p.C, step,
+        shared + slot * kShape.step_size() + kShape.rows * kStepVectors);
   };
   const int steps = static_cast<int>(divide_up(p.C, kStepChunks * kChunkColumns));
 
 #pragma unroll 1
-  for (int s = 0; s < kSteps - 1; ++s)
+  for (int s = 0; s < kAhead; ++s)
     if (s < steps) copy_weight(s, s);
   let_next_kernel_start();
   wait_for_previous_kernel();
 #pragma unroll 1
-  for (int s = 0; s < kSteps - 1; ++s) {
+  for (int s = 0; s < kAhead; ++s) {
     if (s < steps) copy_x(s, s);
     commit_copies();
   }
 
-  typename Shape::Sums part = {}, sums = {};
+  float part[kShape.warp_rows / 16][kShape.warp_columns / 8][4] = {};
+  decltype(part) sums = {};
   const int chunks = static_cast<int>(divide_up(p.C, kChunkColumns));
-  // Each warp of a gemv has a part of the sum.
-  const int chunks_of_part = static_cast<int>(divide_up(p.C, kGemvWarps * kChunkColumns));
+  const int chunks_of_part =  // of a warp of a gemv
+      static_cast<int>(divide_up(p.C, kGemvWarps * kChunkColumns));
   int left = chunks_of_part, slot = 0;
   for (int step = 0; step < steps; ++step) {
-    wait_copies<kSteps - 2>();
+    wait_copies<kAhead - 1>();
     __syncthreads();  // all copies have arrived, and no thread reads the previous step any more
-    if (step + kSteps - 1 < steps) {
-      const int before = slot == 0 ? kSteps - 1 : slot - 1;
-      copy_weight(step + kSteps - 1, before);
-      copy_x(step + kSteps - 1, before);
+    if (step + kAhead < steps) {
+      const int before = slot == 0 ? kAhead : slot - 1;
+      copy_weight(step + kAhead, before);
+      copy_x(step + kAhead, before);
     }
     commit_copies();
-    const uint4* const rows = shared + slot * Shape::kStepSize;
-    slot = slot == kSteps - 1 ? 0 : slot + 1;
+    const uint4* const rows = shared + slot * kShape.step_size();
+    slot = slot == kAhead ? 0 : slot + 1;
 #pragma unroll
     for (int c = 0; c < kStepChunks; ++c) {
       if (step * kStepChunks + c >= chunks) break;
       if (left == 0) {
-        end_part<Shape>(part, sums);
+        end_part(part, sums);
         left = chunks_of_part;
       }
       --left;
-      multiply_chunk<Shape>(part, rows + warp_row * kStepVectors,
-                            rows + (kTileRows + warp_column) * kStepVectors, c);
+      multiply_chunk(part, rows + warp_row * kStepVectors,
+                     rows + (kShape.rows + warp_column) * kStepVectors, c);
     }
   }
-  end_part<Shape>(part, sums);
-  store_tile<Shape>(p, m, n, warp_row, warp_column, sums, shared);
+  end_part(part, sums);
+  store_tile<kShape>(p, m, n, warp_row, warp_column, sums, shared);
 }
 
 constexpr int kFloatRows = 4;  // of x in a warp
@@ -328,8 +325,8 @@ __global__ void __launch_bounds__(kGemvThreads, 2) packed_tile_kernel(GemmParams
     for (int i = 0; i < kOutputs; ++i) {
       const int row = first_row + i * kRowStep;
       if (row >= rows) break;
-      const float* from = shared.partials + column / kPackedTile * kPartialSize + row * kSumStride +
-                          column % kPackedTile;
+      const float* const from = shared.partials + column / kPackedTile * kPartialSize +
+                                row * kSumStride + column % kPackedTile;
 #pragma unroll 8
       for (int s = 0; s < used; ++s) totals[i] += from[s * (kBlocks * kPartialSize)];
     }

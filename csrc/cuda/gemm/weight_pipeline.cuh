@@ -13,9 +13,7 @@ namespace voxkern::gemm_kernels {
 namespace {
 
 // Products of one column of out.
-VOX_HOST_DEVICE constexpr int products_of(Epilogue epilogue) {
-  return epilogue == Epilogue::swiglu ? 2 : 1;
-}
+VOX_HOST_DEVICE constexpr int products_of(Epilogue e) { return e == Epilogue::swiglu ? 2 : 1; }
 
 // `products` matrices [N, C], one after the other. A tile takes the same rows of each.
 struct Matrix {
@@ -88,9 +86,7 @@ class DenseLoader {
 
  public:
   static VOX_HOST_DEVICE constexpr int tile_rows() { return kDenseTile; }
-  static VOX_HOST_DEVICE constexpr int64_t bytes(int stages) {
-    return stages * static_cast<int64_t>(sizeof(Stage));
-  }
+  static VOX_HOST_DEVICE constexpr int64_t bytes(int stages) { return stages * sizeof(Stage); }
   // True if a lane reads what other lanes copied, and the warps take the items of a tile in turn.
   static VOX_HOST_DEVICE constexpr bool warp_shares() { return false; }
 
@@ -160,11 +156,9 @@ class PackedLoader {
   static constexpr Format kFirst = Sequence::format(0), kOther = Sequence::format(1);
   static constexpr int kSlotScales = Sequence::max_products() * kPackedTile;
   static constexpr int kScaleSlots = Sequence::max_stages() + 2;
-  template <Format kFormat>
-  static constexpr int kRangeBytes =
-      kRangeGroups * static_cast<int>(group_bytes(kFormat) + scale_bytes(kFormat));
+  static constexpr Format kLarger = kFirst == kOther ? kFirst : Format::int8;
   static constexpr int kWarpBytes =
-      kRangeBytes<kFirst> > kRangeBytes<kOther> ? kRangeBytes<kFirst> : kRangeBytes<kOther>;
+      kRangeGroups * static_cast<int>(group_bytes(kLarger) + scale_bytes(kLarger));
 
  public:
   static VOX_HOST_DEVICE constexpr int tile_rows() { return kPackedTile; }
@@ -189,8 +183,13 @@ class PackedLoader {
   }
 
   VOX_DEVICE void load(int slot, int tile, int product, int range) {
-    if (product == 0 && range == 0) load_row_scales(tile);
     const int lane = threadIdx.x % kWarp, first = range * kRangeGroups;
+    if (product == 0 && range == 0) {
+      if (lane < matrix_.products * 4)
+        copy_async_16(row_scales_ + load_slot_ * kSlotScales + lane * 4,
+                      block_of(tile, lane / 4) + block_bytes_ - 64 + lane % 4 * 16, true);
+      load_slot_ = load_slot_ + 1 == kScaleSlots ? 0 : load_slot_ + 1;
+    }
     const int bytes = kRangeGroups * value_bytes();
     const char* const block = block_of(tile, product);
     const char* const from = block + range * bytes + lane * 16;
@@ -236,13 +235,6 @@ class PackedLoader {
   VOX_DEVICE const char* group_scales(const char* block, int group) const {
     return block + groups_ * value_bytes() + group * 16;
   }
-  VOX_DEVICE void load_row_scales(int tile) {
-    const int lane = threadIdx.x % kWarp;
-    if (lane < matrix_.products * 4)
-      copy_async_16(row_scales_ + load_slot_ * kSlotScales + lane * 4,
-                    block_of(tile, lane / 4) + block_bytes_ - 64 + lane % 4 * 16, true);
-    load_slot_ = load_slot_ + 1 == kScaleSlots ? 0 : load_slot_ + 1;
-  }
 
   unsigned char* const stages_;  // [stages, kGemvWarps] ranges
   float* const row_scales_;      // [kScaleSlots, products, 16]
@@ -287,6 +279,7 @@ class WeightPipeline {
   }
 
   VOX_DEVICE Loader& loader() { return loader_; }
+  VOX_DEVICE int blocks() const { return blocks_; }
 
  private:
   static VOX_DEVICE int first_item() { return Loader::warp_shares() ? threadIdx.x / kWarp : 0; }
