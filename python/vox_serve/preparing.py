@@ -1,25 +1,26 @@
 """Runs calls beside each other in threads, for work that nothing can interrupt.
 
-Quick calls have a thread each. Slow ones share a few, clients taking turns, so that they never take
-all processors from the engine. Lower priorities for threads would not do: one that holds Python's
-lock while it does not run would stop all others. The threads are daemons: the end of the process
-waits for none of them.
+Quick calls have a thread each. Of a client's slow calls one runs at a time, so that no client takes
+all processors from the engine or delays another client's calls. Lower priorities for threads would
+not do: one that holds Python's lock while it does not run would stop all others. The threads are
+daemons: the end of the process waits for none of them.
 """
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 
 MAX_QUICK_THREADS = 64
-MAX_SLOW_THREADS = 2
+MAX_SLOW_THREADS = 8
+MAX_SLOW_THREADS_PER_CLIENT = 1
 
 
 class Preparing:
     """Two lanes, so that slow calls never keep quick ones from their threads."""
 
     def __init__(self) -> None:
-        self._quick = _Lane(MAX_QUICK_THREADS)
-        self._slow = _Lane(MAX_SLOW_THREADS)
+        self._quick = _Lane(MAX_QUICK_THREADS, MAX_QUICK_THREADS)
+        self._slow = _Lane(MAX_SLOW_THREADS, MAX_SLOW_THREADS_PER_CLIENT)
 
     @property
     def is_busy(self) -> bool:
@@ -42,36 +43,51 @@ class Preparing:
 
 
 class _Lane:
-    """Starts calls at once while there are fewer than `max_threads`; further ones wait."""
+    """Starts calls at once while there is room; further ones wait.
 
-    def __init__(self, max_threads: int) -> None:
+    Args:
+        max_threads: most calls at once.
+        max_per_client: most of them for one client.
+    """
+
+    def __init__(self, max_threads: int, max_per_client: int) -> None:
         self.max_threads = max_threads
+        self.max_per_client = max_per_client
         self.num_threads = 0
         self._lock = threading.Lock()
+        self._running: Counter[str] = Counter()
         self._backlog: dict[str, deque[Callable[[], None]]] = {}  # clients, the next one first
 
     def start(self, call: Callable[[], None], client: str) -> None:
         with self._lock:
-            if self.num_threads == self.max_threads:
-                self._backlog.setdefault(client, deque()).append(call)
-                return
-            threading.Thread(target=self._run, args=(call,), name="preparing", daemon=True).start()
-            self.num_threads += 1
+            self._backlog.setdefault(client, deque()).append(call)
+            if self.num_threads < self.max_threads and self._may_run(client):
+                thread = threading.Thread(target=self._run, name="preparing", daemon=True)
+                self.num_threads += 1
+                try:
+                    thread.start()
+                except RuntimeError:
+                    self.num_threads -= 1
+                    self._backlog[client].remove(call)
+                    raise
 
-    def _run(self, first: Callable[[], None]) -> None:
-        call: Callable[[], None] | None = first
-        while call is not None:
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                client = next(filter(self._may_run, self._backlog), None)
+                if client is None:
+                    self.num_threads -= 1
+                    return
+                calls = self._backlog.pop(client)
+                call = calls.popleft()
+                if calls:
+                    self._backlog[client] = calls  # after all others
+                self._running[client] += 1
             call()
             with self._lock:
-                call = self._next()
-                self.num_threads -= call is None
+                self._running[client] -= 1
+                if not self._running[client]:
+                    del self._running[client]
 
-    def _next(self) -> Callable[[], None] | None:
-        if not self._backlog:
-            return None
-        client = next(iter(self._backlog))
-        calls = self._backlog.pop(client)
-        call = calls.popleft()
-        if calls:
-            self._backlog[client] = calls  # after all others
-        return call
+    def _may_run(self, client: str) -> bool:
+        return self._running[client] < self.max_per_client

@@ -19,17 +19,30 @@ def test_slow_calls_delay_no_quick_one():
     wait_until(lambda: not preparing.is_busy)
 
 
-def test_clients_with_slow_calls_take_turns():
-    preparing, release = Preparing(), threading.Event()
+def test_a_client_has_one_slow_call_at_a_time_and_delays_no_other_client():
+    preparing, release, other = Preparing(), threading.Event(), threading.Event()
     done: list[str] = []
-    for _ in range(MAX_SLOW_THREADS - 1):  # one thread is left, which runs calls in order
-        preparing.start(partial(release.wait, TIMEOUT_S), "x", slow=True)
-    gate = threading.Event()
-    preparing.start(partial(gate.wait, TIMEOUT_S), "x", slow=True)
-    for call in ("a1", "a2", "a3", "b1", "c1", "b2"):
-        preparing.start(partial(done.append, call), call[0], slow=True)
-    gate.set()
-    wait_until(lambda: len(done) == 6)
-    assert done == ["a1", "b1", "c1", "a2", "b2", "a3"]
+    preparing.start(partial(release.wait, TIMEOUT_S), "a", slow=True)
+    for call in ("a1", "a2", "a3"):
+        preparing.start(partial(done.append, call), "a", slow=True)
+    preparing.start(other.set, "b", slow=True)
+    assert other.wait(TIMEOUT_S)
+    assert not done
     release.set()
     wait_until(lambda: not preparing.is_busy)
+    assert done == ["a1", "a2", "a3"]
+
+
+def test_clients_that_wait_for_a_thread_take_turns():
+    preparing, release = Preparing(), threading.Event()
+    done: list[str] = []
+    for number in range(MAX_SLOW_THREADS):
+        preparing.start(partial(release.wait, TIMEOUT_S), f"x{number}", slow=True)
+    for call in ("a1", "a2", "b1", "c1", "b2"):
+        preparing.start(partial(done.append, call), call[0], slow=True)
+    assert not done
+    release.set()
+    wait_until(lambda: not preparing.is_busy)
+    assert sorted(done) == ["a1", "a2", "b1", "b2", "c1"]
+    assert done.index("a1") < done.index("a2")
+    assert done.index("b1") < done.index("b2")
