@@ -115,6 +115,7 @@ lint: $(VENV)/lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(RUN) tools/prose_check.py
+	$(RUN) tools/constant_check.py
 	$(BIN)/clang-format --dry-run -Werror $(CPP) $(CUDA) $(SIMT) $(PLANTED)
 
 format: $(VENV)/lint

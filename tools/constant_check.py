@@ -5,7 +5,7 @@
 A reader who knows `kRows` from one file should not meet another `kRows` in the next. Checks all of
 csrc/cuda by default, prints each such name with its values and places, and exits with 1 if there is
 one. A constant that passes on a template's parameter (`kM = kM_`) or argument (`kM = Tile::kM`) has
-no value of its own.
+no value of its own; one that an #if defines and its #else defines again has the first.
 """
 
 import re
@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # One declaration may define several: constexpr int kA = 1, kB = 2;
 DECLARATION = re.compile(r"\bconstexpr\b[^;(]*?\b(k[A-Z]\w*(?:\[\])? = [^;]*);")
+ELSE = re.compile(r"^#else\n(?:[^#].*\n|\n)*#endif", re.MULTILINE)
 CONSTANT = re.compile(r"\b(k[A-Z]\w*)(?:\[\])? = ((?:\([^)]*\)|<[^>]*>|\{[^}]*\}|[^,(<{]|<)+)")
 
 
@@ -23,7 +24,8 @@ def find_doubles(files: list[Path]) -> dict[str, dict[str, list[str]]]:
     """The names with more than one value: each value with the places that define it."""
     values: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for file in files:
-        text = re.sub(r"//[^\n]*", "", file.read_text())
+        text = ELSE.sub(lambda match: "\n" * match[0].count("\n"), file.read_text())
+        text = re.sub(r"//[^\n]*", "", text)
         for declaration in DECLARATION.finditer(text):
             line = text.count("\n", 0, declaration.start(1)) + 1
             for name, value in CONSTANT.findall(declaration[1]):

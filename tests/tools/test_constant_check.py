@@ -34,12 +34,18 @@ def test_a_second_value_is_found(tmp_path, first, second):
     assert {line.split(" = ")[0] for line in result.stdout.splitlines()} == {"kRows"}
 
 
+def test_the_cuda_sources_have_none():
+    result = subprocess.run([sys.executable, TOOL], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "")
+
+
 def test_equal_values_and_passed_on_names_pass(tmp_path):
     result = check(
         tmp_path,
         "constexpr int kRows = 8;  // constexpr int kRows = 9;\n",
         "constexpr int kRows = 8, kColumns = kRows / 2;\nconstexpr int kColumns = kRows / 2;\n",
         "struct A {\n  static constexpr int kRows = kRows_;\n};\n",
+        "#ifdef X\nconstexpr int kSize = 1;\n#else\nconstexpr int kSize = 2;\n#endif\n",
         "constexpr int kRows = Tile<8>::kRows;\ntemplate <int kColumns>\nint f(int kRows = 3);\n",
     )
     assert (result.returncode, result.stdout) == (0, "")
