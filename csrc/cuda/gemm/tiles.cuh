@@ -274,7 +274,7 @@ __global__ void __launch_bounds__(kGemvThreads, 2) packed_tile_kernel(GemmParams
   constexpr int kRangesPerStep = kGemvWarps / kBlocks;   // of a row
   constexpr int kStepGroups = kRangesPerStep * kRangeGroups;
   constexpr int kRowStep = kGemvThreads / kPackedColumns, kOutputs = kPackedTileRows / kRowStep;
-  constexpr int kPartialSize = kPackedTileRows * kSumStride;
+  constexpr int kPackedPartialSize = kPackedTileRows * kSumStride;
   VOX_DYNAMIC_SHARED(unsigned char, raw);
   const int warp = threadIdx.x / kWarp, slot = warp / kBlocks;
   const auto [m, n] = TileOrigin(p, kPackedTileRows, kPackedColumns);
@@ -315,7 +315,7 @@ __global__ void __launch_bounds__(kGemvThreads, 2) packed_tile_kernel(GemmParams
     if (groups_of_step(step) > 0) {
       float sums[kRowTiles<kPackedTileRows>][4];
       multiply_range<kFormat>(w, shared, slot * kRangeGroups, rows, log_rows, sums);
-      store_sums<kPackedTileRows>(sums, rows, shared.partials + warp * kPartialSize);
+      store_sums<kPackedTileRows>(sums, rows, shared.partials + warp * kPackedPartialSize);
     }
     const int next = step + kStepGroups;
     if (next < groups) w.load(block, C, next + slot * kRangeGroups, groups_of_step(next));
@@ -325,10 +325,10 @@ __global__ void __launch_bounds__(kGemvThreads, 2) packed_tile_kernel(GemmParams
     for (int i = 0; i < kOutputs; ++i) {
       const int row = first_row + i * kRowStep;
       if (row >= rows) break;
-      const float* const from = shared.partials + column / kPackedTile * kPartialSize +
+      const float* const from = shared.partials + column / kPackedTile * kPackedPartialSize +
                                 row * kSumStride + column % kPackedTile;
 #pragma unroll 8
-      for (int s = 0; s < used; ++s) totals[i] += from[s * (kBlocks * kPartialSize)];
+      for (int s = 0; s < used; ++s) totals[i] += from[s * (kBlocks * kPackedPartialSize)];
     }
   }
   T* const out = static_cast<T*>(p.out) + m * p.N + n;

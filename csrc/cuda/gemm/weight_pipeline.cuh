@@ -27,12 +27,12 @@ struct Matrix {
 template <Format kFormat, Epilogue epilogue>
 class SingleWeight {
  public:
-  // Of any matrix. A matrix has one of two formats.
+  // The most products of a matrix, which has one of two formats.
   static VOX_HOST_DEVICE constexpr int max_products() { return products_of(epilogue); }
   static VOX_HOST_DEVICE constexpr Format format(int) { return kFormat; }
-  // Of a pipeline. Plain: a product of 16 KB a block (8 rows of 1024 columns) has all of its
-  // weights in flight before the wait, a large one 64 KB. Packed: 64 KB a block in int8, 51 in
-  // int4, so that two blocks leave room for one of the next kernel.
+  // The most stages of a pipeline. Plain: a product of 16 KB a block (8 rows of 1024 columns) has
+  // all of its weights in flight before the wait, a large one 64 KB. Packed: 64 KB a block in int8,
+  // 51 in int4, so that two blocks leave room for one of the next kernel.
   static VOX_HOST_DEVICE constexpr int max_stages() {
     return kFormat == Format::plain ? 4 : kFormat == Format::int8 ? 2 : 3;
   }
