@@ -1,4 +1,4 @@
-// A stack of Llama layers (pre-norm, rotary GQA, SwiGLU) and the final norm.
+// Parameters of a stack of Llama layers (pre-norm, rotary GQA, SwiGLU) and of the final norm.
 #pragma once
 
 #include "common/weight.h"
@@ -20,7 +20,8 @@ struct LayersParams {
 
 #ifndef VOX_ISA
 
-// Params of layers of width C, with the device and dtype of `like`.
+// Checks the operands of layers of width C, which must have the device and dtype of `like` (packed
+// weights and rope_table have dtypes of their own), and returns their params.
 inline LayersParams layers_params(const Tensor& like, int64_t C, const Tensor& attn_norm,
                                   const Tensor& qkv, const Tensor& o, const Tensor& mlp_norm,
                                   const Tensor& gate_up, const Tensor& down, const Tensor& norm,

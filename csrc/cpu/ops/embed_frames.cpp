@@ -6,15 +6,17 @@
 #include "cpu/runtime/team.h"
 #include "cpu/simd/vec.h"
 
-// A work item is kItemColumns columns of one frame. Rows are added in float32 in codebook order,
-// the text last, and rounded once at the store.
+// embed_frames on the CPU. A work item is kItemColumns columns of one frame. The rows whose mask is
+// set are summed in float32, in codebook order and the text row last; the sum is rounded once, at
+// the store.
 namespace voxkern {
 namespace {
 
 constexpr int64_t kItemColumns = 256;
-constexpr int kVectors = 4;  // vectors of sums kept in registers while rows are added
+constexpr int kVectors = 4;  // of sums, kept in registers while rows are added
 
-// Adds N vectors of columns of `count` rows from column i on; n columns unless kWhole.
+// Sums `count` rows over N vectors of columns from column i on. Without kWhole, N is 1 and only the
+// first n columns of the vector exist.
 template <int N, bool kWhole, typename T>
 VOX_INLINE void sum_rows(const T* const* rows, int64_t count, int64_t i, int64_t n, T* out) {
   vfloat sums[N] = {};

@@ -1,4 +1,4 @@
-// exp and log on vectors. Only ISA passes include it.
+// exp and log on vectors. Only ISA passes (cpu/runtime/isa.h) include this file.
 #pragma once
 
 #include "cpu/simd/vec.h"
@@ -28,7 +28,7 @@ VOX_INLINE vfloat exp(vfloat a) {
   return select(tiny, vfloat{}, as_float(as_uint(p) + exponent));
 }
 
-// log(a) within 3 ulp for positive normal a, by the series of atanh.
+// log(a) within 3 ulp for positive normal a, by the atanh series.
 VOX_INLINE vfloat log(vfloat a) {
   // a = 2^exponent * fraction, fraction in [sqrt(1/2), sqrt(2))
   const vuint offset = as_uint(a) - 0x3f3504f3u;

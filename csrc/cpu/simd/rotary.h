@@ -1,4 +1,4 @@
-// Rotary embedding in the half-split layout. Only ISA passes include it.
+// Rotary embedding in the half-split layout. Only ISA passes (cpu/runtime/isa.h) include this file.
 #pragma once
 
 #include "cpu/simd/vec.h"

@@ -1,13 +1,13 @@
-// The softmax that all attention kernels share, and the attention of kernels that go element by
-// element. A weight is exp(score - largest), with the largest
-// score seen so far: sums of weights are rescaled when it grows, and when partial sums are merged.
+// Online softmax, shared by all attention kernels, and attend_row() for those that load one element
+// at a time. A weight is exp(score - largest), with the largest score seen so far: sums of weights
+// are rescaled when it grows, and when partial sums are merged.
 #pragma once
 
 #include "cuda/runtime/elements.cuh"
 
 namespace voxkern::attention {
 
-constexpr int kMaxHeadDim = 256;  // of the kernels that go element by element
+constexpr int kMaxHeadDim = 256;  // for kernels that load one element at a time
 
 VOX_DEVICE float minus_infinity() { return __uint_as_float(0xff800000u); }
 
@@ -16,8 +16,8 @@ struct SoftmaxState {
 
   static VOX_DEVICE SoftmaxState empty() { return {minus_infinity(), 0}; }
 
-  // Raises the largest score to `score`. Returns the factor for all sums so far, `sum` included,
-  // which is left to the caller.
+  // Raises the largest score to `score`. Returns the factor by which the caller must scale all sums
+  // so far, `sum` included.
   VOX_DEVICE float raise(float score) {
     const float factor = expf(largest - score);
     largest = score;
@@ -25,7 +25,7 @@ struct SoftmaxState {
   }
 };
 
-// The state of `count` scores that a warp holds: lane i those with the numbers i, i + 32, ...
+// The state of a warp's `count` scores; lane i holds scores i, i + 32, ...
 template <int kScoresPerLane>
 VOX_DEVICE SoftmaxState warp_softmax(const float (&scores)[kScoresPerLane], int count) {
   const int lane = threadIdx.x % kWarp;
@@ -41,8 +41,8 @@ VOX_DEVICE SoftmaxState warp_softmax(const float (&scores)[kScoresPerLane], int 
   return state;
 }
 
-// Merges kParts parts of a softmax in their order: state(i) is the state of part i, value(i) its
-// sum of weighted values. `total` becomes the sum of all.
+// Merges kParts parts of a softmax in order: state(i) is the state of part i, value(i) its sum of
+// weighted values. Returns the merged state and sets `total` to the merged sum of weighted values.
 template <int kParts, typename State, typename Value>
 VOX_DEVICE SoftmaxState merge_parts(const State& state, const Value& value, float& total) {
   SoftmaxState merged = SoftmaxState::empty();
@@ -57,9 +57,10 @@ VOX_DEVICE SoftmaxState merge_parts(const State& state, const Value& value, floa
   return merged;
 }
 
-// One query [D] of one warp to out [D], for keys 0 .. last, 32 at a time: a lane takes a key's
-// score, then every 32nd column. The query is scaled; it and `weights` are in shared memory, the
-// warp's own. place(key) is a key's offset in k and v; load(pointer) is an element as float.
+// A warp attends from one query [D] to keys 0 .. last and writes the result to out [D]. It takes 32
+// keys at a time: each lane computes one key's score, then sums every 32nd column of the values.
+// `query` is already scaled; it and `weights` are the warp's own shared memory. place_of(key) is a
+// key's offset in k and v; load(pointer) returns an element as float.
 template <typename T, typename Place, typename Load>
 VOX_DEVICE void attend_row(const float* query, float (&weights)[kWarp], int last, int D, const T* k,
                            const T* v, const Place& place_of, const Load& load, T* out) {

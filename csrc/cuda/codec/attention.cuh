@@ -1,17 +1,23 @@
-// Attention of the codec's transformer, fused with the rotation and the append of new keys and
-// values; before it, the table of rotations.
+// Sliding-window attention of the codec's transformer over ring buffers of keys and values, fused
+// with the rotation and the append of new keys; and the kernel that computes the table of
+// rotations.
 //
-// A block takes a key/value head of a stream, and kQueries of its queries at a time. Among a
-// query's keys, those at position p belong to group p % kGroups of L lanes, each with N elements of
-// a row; a group takes kKeys of them at once, with their values. So a whole window of 250 keys and
-// values (128 KB) is in flight before the first is used, for the first queries even before the wait
-// for the previous kernel: old keys were written by launches before that one, which lets the next
-// kernel start after its own wait, so they have ended. New keys are taken from qkv again, and
-// written for later steps. At the end the groups are merged in their order. The keys of a group and
-// the order of its sums depend on the query's position and the window alone: two queries share
-// their keys only if all of them fit into one key block.
+// A block takes one key/value head of a stream, and kQueries of its queries at a time. It has
+// kGroups groups of L lanes; a lane holds a HeadFragment of a row. The key at position p
+// belongs to group p % kGroups. A group loads kKeys keys and their values at once; those of all
+// groups are a key block.
 //
-// Float32, keys and values too.
+// So a whole window of 250 keys and values (128 KB) is in flight before the first is used. The
+// first queries' old keys, those in the ring, are loaded even before the wait for the previous
+// kernel. That is safe: the previous kernel lets this one start only after its own wait, and by
+// then the launches that wrote the old keys have ended. New keys are not read back from the ring:
+// each query takes them from qkv and rotates them, and they are written for later steps.
+//
+// At the end the groups are merged in order. The keys of a group and the order of its sums depend
+// only on the query's position and the window, not on the step's other queries. So two queries
+// share loaded keys only if the keys of both fit into one key block.
+//
+// Everything is float32, keys and values included.
 #pragma once
 
 #include "cuda/attention/online_softmax.cuh"
@@ -22,8 +28,9 @@ namespace {
 
 constexpr int kAttentionThreads = 512;
 
-// Within 1e-7 of torch's. The angle is reduced to -pi / 4 .. pi / 4 in float64, then evaluated with
-// the polynomials of Cephes (https://www.netlib.org/cephes). sinf() would need a stack.
+// Sine and cosine within 1e-7 of torch's. The angle is reduced to -pi / 4 .. pi / 4 in float64,
+// then evaluated with the polynomials of Cephes (https://www.netlib.org/cephes). sinf() would need
+// a stack frame.
 VOX_DEVICE void sine_and_cosine(float angle, float& sine, float& cosine) {
   const double quarters = rint(static_cast<double>(angle) * 0.63661977236758134308);
   const float r =
@@ -40,7 +47,7 @@ VOX_DEVICE void sine_and_cosine(float angle, float& sine, float& cosine) {
   if (quarter == 1 || quarter == 2) cosine = -cosine;
 }
 
-// The table of rotations, [B T, D] of cosines | sines. A thread takes one angle of one step.
+// Computes the table of rotations, [B T, D], cosines | sines: one thread per step and angle.
 __global__ void rotations_kernel(MimiTransformerParams p, const float* frequencies, float* out) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t half = p.D / 2, row = i / half, f = i % half;
@@ -51,8 +58,8 @@ __global__ void rotations_kernel(MimiTransformerParams p, const float* frequenci
   sine_and_cosine(angle, out[row * p.D + half + f], out[row * p.D + f]);
 }
 
-// A lane's part of a row of D elements: N consecutive ones of one chunk, or of kElements chunks
-// that are L lanes apart.
+// A lane's elements of a row of D: for N > 1, N consecutive ones (D = N L); for N == 1, every L-th
+// one, for any D up to kMaxHeadDim.
 template <int N, int L>
 struct HeadFragment {
   static constexpr int kElements = N == 1 ? attention::kMaxHeadDim / L : N;
@@ -66,7 +73,7 @@ struct HeadFragment {
       for (int j = 0; j < N; ++j) out[i + j] = values[j];
     }
   }
-  // An old key or value; allowed before the wait.
+  // Reads an old key or value; allowed before the wait for the previous kernel.
   static VOX_DEVICE void read_old(const float* row, int lane, int D, float (&out)[kElements]) {
     if constexpr (N == 1) {
 #pragma unroll
@@ -81,7 +88,7 @@ struct HeadFragment {
     for (int i = 0; i < kElements; ++i)
       if (column(lane, i) < D) row[column(lane, i)] = values[i];
   }
-  // The rotated row; N elements are in the same half of it.
+  // Reads and rotates a row. A lane's N consecutive elements lie in the same half of it.
   static VOX_DEVICE void rotate(const float* row, const float* rotation, int lane, int D,
                                 float (&out)[kElements]) {
     const int half = D / 2;
@@ -102,7 +109,7 @@ struct HeadFragment {
   }
 };
 
-// One function: as steps of a class it spills registers (bench/LOG.md).
+// Kept as one function: split into methods of a class, it spills registers (bench/LOG.md).
 template <int N, int L, int kKeys, int kQueries>
 __global__ void __launch_bounds__(kAttentionThreads)
     attend_kernel(MimiTransformerParams p, int64_t layer, const float* qkv, float* out) {
@@ -120,13 +127,13 @@ __global__ void __launch_bounds__(kAttentionThreads)
   const float* const rows = qkv + b * T * stride;
   const float* const rotations = p.rotations + b * T * D;
 
-  // Keys from the first that query t sees on are counted from 0.
+  // The position of the first key that query t sees. Key indices below count from there.
   const auto first_seen = [&](int64_t t) {
     const int64_t at = position + t - window + 1;
     return at > 0 ? at : 0;
   };
   float k[kKeys][kElements], v[kKeys][kElements];
-  // Loads the key block's keys that are in the ring.
+  // Loads this key block's old keys and values, which are in the ring.
   const auto read_old = [&](int t, int key_block) {
     const int64_t from = first_seen(t);
     const int count = static_cast<int>(position - from), slot = static_cast<int>(from % capacity);
@@ -176,13 +183,13 @@ __global__ void __launch_bounds__(kAttentionThreads)
           const float* const new_key = rows + row * stride + (p.Hq + h) * D;
           Own::rotate(new_key, rotations + static_cast<int64_t>(row) * D, lane, D, k[i]);
           Own::read(new_key + p.Hkv * D, lane, D, v[i]);
-          if (row < t || g > 0) continue;  // written before
+          if (row < t || g > 0) continue;  // already written
           const int64_t at = (position + row) % capacity * D;
           Own::write(keys + at, lane, D, k[i]);
           Own::write(values + at, lane, D, v[i]);
         }
         float weights[kQueries][kKeys];
-        unsigned seen[kQueries] = {};  // a bit for each key
+        unsigned seen[kQueries] = {};  // one bit per key
 #pragma unroll
         for (int i = 0; i < kKeys; ++i) {
           const int key = own + (key_block + i) * kGroups;

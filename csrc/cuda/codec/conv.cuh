@@ -1,4 +1,5 @@
-// A convolution by its Params, for mimi_conv and mimi_convs. Defined in conv.cu.
+// Launches a causal convolution and updates its past, for the ops mimi_conv and mimi_convs. Defined
+// in conv.cu.
 #pragma once
 
 #include <vector>
@@ -9,19 +10,19 @@
 namespace voxkern {
 
 struct MimiConvStart {
-  // [B], streams whose past is their first sample repeated; may be null.
+  // [B], true for streams whose past is their first sample, repeated; may be null.
   const bool* is_first = nullptr;
-  int64_t width = 0;  // of a sample
+  int64_t width = 0;  // columns of a sample
 };
 
-// Does not change the past, which other blocks of the launch may still read.
+// Does not update p.past, which other thread blocks of the launch may still read: keep_past() does.
 void mimi_conv(const MimiConvParams& p, const MimiConvStart& start, cudaStream_t stream);
 
 struct FinishedConv {
   MimiConvParams params;
   MimiConvStart start;
 };
-// Updates the pasts of convolutions of B streams for their next blocks.
+// Stores each convolution's last inputs as the past of its next call.
 void keep_past(const std::vector<FinishedConv>& convs, cudaStream_t stream);
 
 }  // namespace voxkern

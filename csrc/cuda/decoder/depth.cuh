@@ -1,6 +1,6 @@
-// The arguments and buffers of a frame, and a block's work on one row between two positions, which
-// is to draw a code and to look up its embedding: shared by decode_depth's launches and by its
-// persistent kernel.
+// Shared by decode_depth's launches and its persistent kernel: the arguments and buffers of a
+// frame, and the work on one row between two positions, in which a block draws a code and looks up
+// its embedding.
 #pragma once
 
 #include "cuda/attention/depth.cuh"
@@ -12,21 +12,22 @@ namespace voxkern {
 
 struct DepthFrame {
   DecodeDepthParams op;
-  void* residual;           // [B, C], at first position 0's
+  void* residual;           // [B, C], initially position 0's
   void *qkv, *attended;     // [B, (Hq + 2 Hkv) D], [B, Hq D]
   void* activated;          // [B, F]
   void* logits;             // [B, V]
   void *k_cache, *v_cache;  // [L, B, Hkv, K, D]
-  unsigned* arrived;        // the grid barrier's counter, 0 at first
+  unsigned* arrived;        // the grid barrier's counter, initially 0
 };
 
-// Runs all positions after the projection in one launch. Returns false and launches nothing if it
-// does not take these sizes, weights or this device. persistent.cu defines it.
+// Runs all positions in one launch, after the caller has projected op.hidden to `residual`.
+// Returns false and launches nothing if it does not support these sizes or weights, or this device.
+// Defined in persistent.cu.
 bool persistent_depth(const DepthFrame& p, const Layers& layers, cudaStream_t stream);
 
 namespace {
 
-// The attention of one position and layer.
+// The attention parameters of one position and layer.
 inline attention::DepthAttentionParams depth_attention_params(const DepthFrame& p, int64_t position,
                                                               int64_t layer) {
   const LayersParams& l = p.op.layers;
@@ -48,7 +49,7 @@ inline attention::DepthAttentionParams depth_attention_params(const DepthFrame& 
   };
 }
 
-// The block copies row `code` of [V, C]; a code out of range becomes zeros.
+// Block-wide copy of row `code` of [V, C]; writes zeros for a code out of range.
 template <typename T>
 VOX_DEVICE void copy_row(const T* rows, int64_t code, int64_t V, int64_t C, T* to) {
   const bool exists = code >= 0 && code < V;
@@ -63,8 +64,9 @@ VOX_DEVICE void copy_row(const T* rows, int64_t code, int64_t V, int64_t C, T* t
   }
 }
 
-// Draws row b's code of `codebook` and looks up the residual of the next position. The block must
-// be one that sampling::sample_row() takes.
+// Draws row b's code of `codebook` and copies the code's embedding, the next position's input, to
+// the residual; the last codebook's code has no next position. Needs a block that meets the
+// requirements of sampling::sample_row().
 template <typename T>
 VOX_DEVICE void draw_and_look_up(const DecodeDepthParams& p, int64_t codebook, int64_t b,
                                  const T* logits, T* residual, sampling::Shared& shared) {

@@ -4,14 +4,15 @@
 #include "cuda/decoder/schedule.cuh"
 #include "cuda/runtime/grid_barrier.cuh"
 
-// The depth decoder as one kernel whose blocks stay: for up to kDepthRows rows in bfloat16. A grid
-// has one block a multiprocessor: most multiply (gemv.cuh), the last few have the rows, which they
-// attend to and draw. A grid barrier lies between two phases of schedule.cuh.
+// The depth decoder as one persistent kernel, for up to kDepthRows rows in bfloat16. The grid has
+// one block per multiprocessor. Most blocks multiply (gemv.cuh); the last few, the row blocks, run
+// attention and draw codes. A grid barrier separates the phases of schedule.cuh.
 //
-// Weights depend on nothing, so a block's pipeline runs on from matrix to matrix across all phases
-// and positions: while blocks wait for each other, and while those with the rows work, the others
-// load their next weights. Rounding is that of decode_depth.cu's launches, which consist of the
-// same parts, so the codes are equal. Floor, estimates and what is in flight: docs/cuda.md.
+// Weights depend on no earlier phase, so the weight pipeline of a multiplying block continues from
+// matrix to matrix across all phases and positions: the block loads its next weights while it waits
+// for other blocks and while the row blocks work. The arithmetic is shared with decode_depth.cu's
+// launches and rounds at the same places, so the codes are equal. Floor, estimates and bytes in
+// flight: docs/cuda.md.
 namespace voxkern {
 namespace decoder {
 namespace {
@@ -25,14 +26,14 @@ constexpr int kBlockThreads = kGemvThreads + kWarp;  // the last warp only handl
 constexpr int64_t kVariableBytes = 1024;             // of static shared memory, at most
 static_assert(kGemvThreads == attention::kDepthThreads);
 
-// The part of a Gemv in a block's last warp: none.
+// Stands in for GemvWarps in the last warp of a multiplying block, which does no arithmetic.
 struct BarrierWarp {
   VOX_DEVICE BarrierWarp(const Arguments&, unsigned char*) {}
   VOX_DEVICE uint4 load_norm(const GemmParams&) const { return {}; }
   VOX_DEVICE void run(const GemmParams&, uint4) {}
 };
 
-// The part of the warps that multiply.
+// The warps of a multiplying block that run its Gemv.
 template <typename Gemv>
 class GemvWarps {
  public:
@@ -59,7 +60,7 @@ class GemvWarps {
   Gemv gemv_;
 };
 
-// A block that multiplies; the grid's first blocks.
+// A multiplying block. These come first in the grid.
 template <typename Warps>
 class GemmWorker {
  public:
@@ -94,7 +95,7 @@ class GemmWorker {
   GridBarrier grid_;
 };
 
-// A block that has rows: their attention and their draws. L: lanes that share a key.
+// A row block: runs attention and draws codes for its share of the rows. L lanes share a key.
 template <int L>
 class RowWorker {
  public:
@@ -132,7 +133,8 @@ class RowWorker {
   VOX_DEVICE bool draw(const Schedule& at) {
     const DecodeDepthParams& p = all_.p.op;
     bf16* const residual = static_cast<bf16*>(all_.p.residual);
-    // Blocks without a row wait too: the next position's attend() reads this position's keys.
+    // Blocks without a row wait too: at the next position, attend() loads this position's keys,
+    // which other blocks may have written, before it waits.
     if (!grid_.wait()) return false;
 #pragma unroll 1
     for (int b = me_; b < rows_; b += all_.row_blocks) {
@@ -149,7 +151,7 @@ class RowWorker {
   }
 
  private:
-  // Ends a phase with `parts` parts a row.
+  // Ends a phase that has `parts` parts per row.
   VOX_DEVICE void end_phase(int parts) {
     const int blocks = all_.blocks_of_rows(parts);
     if (me_ < blocks) grid_.arrive();
@@ -162,7 +164,7 @@ class RowWorker {
   GridBarrier grid_;
 };
 
-// Runs a worker through all phases of a frame, until one of them returns false.
+// Runs a worker through all phases of a frame, or until one of them returns false.
 template <typename Worker>
 VOX_DEVICE void run_schedule(const Arguments& all, Worker& worker) {
 #pragma unroll 1
@@ -221,14 +223,15 @@ bool with_gemv(const DepthFrame& p, const Call& call) {
   return layers == Format::int4 && packed.template operator()<Format::int4>();
 }
 
-// The most stages of the weight pipeline: all that the kernel can have, or fewer by the environment
-// variable VOXKERN_PERSISTENT_STAGES, with which bench/run.py depth compares lengths.
+// Upper limit for the stages of the weight pipeline: max_stages, or the environment variable
+// VOXKERN_PERSISTENT_STAGES if that is lower. bench/run.py depth compares lengths with it.
 int most_stages(int max_stages) {
   const char* text = std::getenv("VOXKERN_PERSISTENT_STAGES");
   return text ? std::clamp(std::atoi(text), 1, max_stages) : max_stages;
 }
 
-// Shared memory with the longest pipeline that fits, whose length goes to `all`; 0 if none does.
+// Sets all.stages to the longest weight pipeline that fits. Returns the kernel's bytes of dynamic
+// shared memory, or 0 if no pipeline fits.
 template <typename Gemv>
 int64_t plan_shared(Arguments& all) {
   int64_t rest = 0;

@@ -1,4 +1,4 @@
-"""Samples to latents: SEANet encoder, transformer, downsampling."""
+"""Samples to latents, one chunk at a time: SEANet encoder, transformer, downsampling."""
 
 from torch import Tensor
 
@@ -66,7 +66,15 @@ class Encoder:
         ]
 
     def __call__(self, audio: Tensor, state: StreamState) -> Tensor:
-        """Args: audio `[B, N * frame_samples]`. Returns latents `[B, N, C]`."""
+        """Encode the next N frames of B streams and update their state.
+
+        Args:
+            audio: `[B, N * frame_samples]`.
+            state: of the encoding streams, updated in place.
+
+        Returns:
+            Latents `[B, N, C]`.
+        """
         fresh, count = state.positions == 0, len(self.convs.contexts)
         x = self.convs(audio.unsqueeze(2), fresh, state.lefts[:count])
         x = self.transformer(x, *state[:3])
