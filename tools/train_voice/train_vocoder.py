@@ -4,8 +4,8 @@
     python train_vocoder.py RUN --adversarial [--minutes 20]          then a discriminator
 
 The quantizer, the upsampling and the decoder transformer of RUN/codec are frozen; their states are
-whitened per channel (without that the decoder learns nothing: some channels vary a hundred times
-more than others) and the whitening is folded into the first convolution when RUN/codec is written.
+whitened (without that the decoder learns nothing: some channels vary a hundred times more than
+others) and the whitening is folded into the first convolution when RUN/codec is written.
 The adversarial run thaws the upsampling and the transformer too. It has a small multi-scale STFT
 discriminator (EnCodec, section 3.4), which judges texture, and a small multi-period one (HiFi-GAN,
 section 2.3), which judges pitch, both with feature matching.
@@ -123,7 +123,7 @@ class Vocoder(nn.Module):
     def __init__(self, seanet, dim: int):
         super().__init__()
         self.seanet = seanet
-        self.mean, self.std = nn.Buffer(torch.zeros(dim)), nn.Buffer(torch.ones(dim))
+        self.mean, self.whitening = nn.Buffer(torch.zeros(dim)), nn.Buffer(torch.eye(dim))
         for layer in self.convs():
             weight_norm(layer)
         with torch.no_grad():  # speech's level from the start, or 100 steps go by on that alone
@@ -135,7 +135,21 @@ class Vocoder(nn.Module):
 
     def forward(self, states):
         """[B, T, C] -> [B, 1, 960 T]"""
-        return self.seanet(((states - self.mean) / self.std).transpose(1, 2))
+        return self.seanet(((states - self.mean) @ self.whitening).transpose(1, 2))
+
+    @torch.no_grad()
+    def set_whitening(self, states):
+        """From states [N, C]. The ratio of the largest to the smallest deviation along an axis
+        becomes its square root, since the weakest axes are mostly noise. The pulse channels stay as
+        they are: the wires read them."""
+        content = states[:, :-PULSE_DIM]
+        deviations = content.std(0).clamp(min=1e-3)
+        self.mean[:-PULSE_DIM] = content.mean(0)
+        variances, axes = torch.linalg.eigh(torch.cov((content / deviations).T))
+        scales = variances.clamp(min=1e-3) ** -0.25
+        scales = scales / (variances * scales**2).mean().sqrt()
+        size = len(deviations)
+        self.whitening[:size, :size] = (axes * scales) @ axes.T / deviations[:, None]
 
     @torch.no_grad()
     def folded(self):
@@ -143,7 +157,7 @@ class Vocoder(nn.Module):
         for layer in self.convs():
             parametrize.remove_parametrizations(layer, "weight")
         first = self.convs()[0]
-        scaled = first.weight / self.std[None, :, None]
+        scaled = torch.einsum("cd,odk->ock", self.whitening, first.weight)
         first.bias -= (scaled * self.mean[None, :, None]).sum((1, 2))
         first.weight.copy_(scaled)
         return self.seanet
@@ -352,10 +366,7 @@ def main():
     if training.step == 0 and not args.adversarial:
         drawn = [[t.to(args.device) for t in crops.batch()[:2]] for _ in range(20)]
         sample = torch.cat([crop_states(codec, *batch) for batch in drawn]).flatten(0, 1)
-        vocoder.mean.copy_(sample.mean(0))
-        vocoder.std.copy_(sample.std(0).clamp(min=1e-3))
-        vocoder.mean[-PULSE_DIM:] = 0  # the wires expect these as they are
-        vocoder.std[-PULSE_DIM:] = 1
+        vocoder.set_whitening(sample)
 
     trained = [p for group in generator.param_groups for p in group["params"]]
     for _ in training.steps():

@@ -168,13 +168,33 @@ def test_reserved_code_is_never_used(small_codec):
 def test_whitening_folds_into_the_first_convolution(small_codec):
     vocoder = train_vocoder.Vocoder(codec.parts(small_codec).decoder_seanet, 96)
     vocoder.mean.normal_()
-    vocoder.std.uniform_(0.5, 100)
-    states = torch.randn(1, 24, 96) * vocoder.std + vocoder.mean
+    spread = torch.rand(96) * 100 + 0.5
+    vocoder.whitening.copy_((torch.eye(96) + 0.1 * torch.randn(96, 96)) / spread[:, None])
+    states = torch.randn(1, 24, 96) * spread + vocoder.mean
     with torch.no_grad():
         expected = vocoder(states)
         made = vocoder.folded()(states.transpose(1, 2))
     # The left edge differs: there the convolution pads the unwhitened states with zeros.
     torch.testing.assert_close(made[..., 11520:], expected[..., 11520:], rtol=1e-3, atol=1e-5)
+
+
+def test_whitening_evens_out_the_axes():
+    torch.manual_seed(0)
+    axes = torch.linalg.qr(torch.randn(160, 160))[0]
+    mixed = torch.randn(4000, 160) * torch.logspace(0, -1, 160) @ axes
+    pulses = torch.randn(4000, pulse_codes.PULSE_DIM)
+    states = torch.cat([mixed + 3, pulses], 1)
+    vocoder = train_vocoder.Vocoder(torch.nn.Sequential(torch.nn.Conv1d(1, 1, 1)), 256)
+    vocoder.set_whitening(states)
+    made = (states - vocoder.mean) @ vocoder.whitening
+
+    torch.testing.assert_close(made[:, -pulse_codes.PULSE_DIM :], pulses)
+    content = made[:, :160]
+    assert content.mean(0).abs().max() < 1e-3
+    assert content.var(0).mean() == pytest.approx(1, abs=0.05)
+    before = torch.linalg.cond(torch.cov((mixed / mixed.std(0)).T)).sqrt().item()
+    after = torch.linalg.cond(torch.cov(content.T)).sqrt().item()
+    assert after == pytest.approx(before**0.5, rel=0.1)
 
 
 def test_complex_loss_hears_phase():
