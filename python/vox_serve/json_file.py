@@ -14,6 +14,8 @@ MAX_JSON_BYTES = 4 << 20
 MAX_TOKENIZER_BYTES = 64 << 20
 """Longest tokenizer.json that is read; Llama 3.2's has 17 MB."""
 MAX_DEPTH = 64
+_MAX_NAME_CHARS = 200
+"""Longest name of a value in a message. A file may give a long key many values."""
 
 
 class JsonError(ValueError):
@@ -89,7 +91,7 @@ def _check(value: Any) -> None:
     for _ in range(MAX_DEPTH + 1):
         for name, item in level:
             if isinstance(item, float) and not math.isfinite(item):
-                where = f"{name[:200].removeprefix('.')}: " if name else ""
+                where = f"{name.removeprefix('.')}: " if name else ""
                 raise JsonError(f"{where}the number is not finite")
         level = [child for name, item in level for child in _children(name, item)]
         if not level:
@@ -99,7 +101,11 @@ def _check(value: Any) -> None:
 
 def _children(name: str, item: Any) -> Iterable[tuple[str, Any]]:
     if isinstance(item, dict):
-        return [(f"{name}.{key}", child) for key, child in item.items() if _matters(child)]
+        return [
+            (f"{name}.{key[:_MAX_NAME_CHARS]}"[:_MAX_NAME_CHARS], child)
+            for key, child in item.items()
+            if _matters(child)
+        ]
     if isinstance(item, list):
         return [(name, child) for child in item if _matters(child)]
     return ()

@@ -591,6 +591,12 @@ def test_a_recording_of_just_the_longest_length(tmp_path):
         read_audio(path, max_s=1)
 
 
+def test_a_long_key_of_many_values_takes_little_memory():
+    values = ", ".join(f'"a{i}": 1.5' for i in range(20_000))
+    data = f'{{"{"k" * 100_000}": {{{values}, "z": NaN}}}}'.encode()
+    assert "not finite" in refusal(parse_json, data)
+
+
 def test_json_that_is_fine():
     assert parse_json(b'{"a": [1, 2.5, null, "\\u00e9"]}') == {"a": [1, 2.5, None, "é"]}
     with pytest.raises(JsonError):
