@@ -69,6 +69,8 @@ class _Lane:
                 except RuntimeError:
                     self.num_threads -= 1
                     self._backlog[client].remove(call)
+                    if not self._backlog[client]:
+                        del self._backlog[client]
                     raise
 
     def _run(self) -> None:

@@ -3,6 +3,8 @@
 import threading
 from functools import partial
 
+import pytest
+
 from fake_engine import TIMEOUT_S
 from live_server import wait_until
 from vox_serve.preparing import MAX_SLOW_THREADS, Preparing
@@ -46,3 +48,17 @@ def test_clients_that_wait_for_a_thread_take_turns():
     assert sorted(done) == ["a1", "a2", "b1", "b2", "c1"]
     assert done.index("a1") < done.index("a2")
     assert done.index("b1") < done.index("b2")
+
+
+def test_a_thread_that_cannot_start_stops_no_later_call(monkeypatch):
+    def fail(_):
+        raise RuntimeError("can't start new thread")
+
+    preparing, done = Preparing(), threading.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError, match="new thread"):
+            preparing.start(list, "a", slow=True)
+    preparing.start(done.set, "b", slow=True)
+    assert done.wait(TIMEOUT_S)
+    wait_until(lambda: not preparing.is_busy)
