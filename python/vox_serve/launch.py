@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 from vox_serve.cli import CommandError, CommandParser, run_command
 from vox_serve.config import ENV_PREFIX, Config, ModelSettings, ServerSettings, SpeechSettings
 from vox_serve.console import standard_streams
-from vox_serve.logs import bounded_log
+from vox_serve.logs import server_log
 from vox_serve.speech import make_engine
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def serve(config: Config) -> int:
     server = make_server(
         create_app(runner, config, describe(engine, config)), runner, config, listeners[0]
     )
-    with bounded_log():
+    with server_log(config.log_level):
         server.run(sockets=listeners)
     exit_code = runner.exit_code if server.started else 1
     if runner.is_busy:  # a thread in native code would crash the interpreter's own end

@@ -98,9 +98,20 @@ class ShortPaths(logging.Filter):
 
 
 @contextmanager
-def bounded_log() -> Iterator[None]:
-    """Within the block, repeated warnings of the server become a count, and long paths short."""
+def server_log(level: str) -> Iterator[None]:
+    """Within the block, the log has the package's messages beside uvicorn's.
+
+    Repeated warnings become a count, and long paths short.
+
+    Args:
+        level: least severe messages of the package that are logged.
+    """
     repeats, short_paths = RepeatFilter(), ShortPaths()
+    ours, handlers = logging.getLogger("vox_serve"), logging.getLogger("uvicorn").handlers[:]
+    previous_level = ours.level
+    ours.setLevel(level.upper())
+    for handler in handlers:
+        ours.addHandler(handler)
     for name in LOGGERS:
         logging.getLogger(name).addFilter(repeats)
     logging.getLogger("uvicorn.access").addFilter(short_paths)
@@ -111,3 +122,6 @@ def bounded_log() -> Iterator[None]:
             logging.getLogger(name).removeFilter(repeats)
         logging.getLogger("uvicorn.access").removeFilter(short_paths)
         repeats.report()
+        ours.setLevel(previous_level)
+        for handler in handlers:
+            ours.removeHandler(handler)

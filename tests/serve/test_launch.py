@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints import build_tiny
+from live_server import wait_until
 from vox_serve import launch
 from vox_serve.cli import CommandError
 from vox_serve.launch import reserve_address, reserve_addresses, url_of
@@ -206,7 +207,7 @@ def _post(port: int, body: dict) -> bytes:
 
 
 def test_the_documented_line_serves(documented_server):
-    _, port, said, _ = documented_server
+    _, port, said, log = documented_server
     assert f"http://127.0.0.1:{port}" in said
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=TIMEOUT_S) as answer:
         health = json.load(answer)
@@ -216,6 +217,7 @@ def test_the_documented_line_serves(documented_server):
     streamed = _post(port, {"text": "Hello.", "seed": 1, "streaming": True})
     assert len(whole) == 44 + 3 * 3840
     assert streamed[44:] == whole[44:]
+    wait_until(lambda: log.read_text().count("ended: stop, 3 frames") == 2)
     with pytest.raises(urllib.error.HTTPError) as refused:
         _post(port, {"text": "word " * 500})
     assert refused.value.code == 422
