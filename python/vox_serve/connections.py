@@ -92,7 +92,7 @@ class ConnectionGuard:
                 return
         self.counts["refused"] += 1
         logger.warning("refused a client: %d connections are open", len(self._all) - 1)
-        new.answer_and_close(503, "too many connections: try later")
+        new.answer_and_close(429, "too many connections: try later", "Retry-After: 1")
 
     def heard(self, connection: "GuardedProtocol") -> None:
         """Note that the client has sent something."""

@@ -225,7 +225,7 @@ class GuardedProtocol(H11Protocol):
         else:
             self.answer_and_close(408, f"{part} did not arrive in time")
 
-    def answer_and_close(self, status: int, detail: str) -> None:
+    def answer_and_close(self, status: int, detail: str, *headers: str) -> None:
         """Answer without the application, and close; only close if a response has begun."""
         if self.transport.is_closing():
             return
@@ -237,6 +237,7 @@ class GuardedProtocol(H11Protocol):
                 "Content-Type: application/json",
                 f"Content-Length: {len(body)}",
                 "Connection: close",
+                *headers,
             )
             self.transport.write("\r\n".join([*head, "", body]).encode())
         self.transport.close()

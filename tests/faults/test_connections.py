@@ -459,7 +459,8 @@ def test_requests_in_flight_are_never_dropped_for_a_new_connection():
         busy = [connect(server, post(text=f"{i}", max_frames=100)) for i in range(3)]
         wait_until(lambda: len(engine.requests) == 3)
         refused = answer_of(connect(server))
-        assert refused.status == 503
+        assert refused.status == 429
+        assert refused.headers["Retry-After"] == "1"
         assert json.load(refused)["detail"]
         for i, raw in enumerate(busy):
             assert answer_of(raw).read() == wav_file(expected_pcm(f"{i}", 100, cut=True))
