@@ -39,7 +39,7 @@ class Unavailable(RuntimeError):  # noqa: N818
 
 
 class QueueFull(Unavailable):
-    """As many requests wait as may wait."""
+    """As many requests, or as much audio, wait as may wait."""
 
 
 class EngineFailure(Unavailable):

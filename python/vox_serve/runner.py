@@ -246,8 +246,16 @@ class Runner:
         self._drop(job, f"its reader took nothing for {self.stall_timeout_s:g} s")
 
     def count_unread(self, job: Job, num_bytes: int) -> None:
-        if (largest := self._unread.count(job, num_bytes)) is not None:
+        if (largest := self._unread.count(job, num_bytes)) is None:
+            return
+        if largest.streaming or largest.ended:
             self._drop(largest, f"it left {largest.unread_bytes} bytes of audio unread")
+            return
+        with self._lock:  # a whole answer in the making: its reader could not take any of it
+            self.counts.refused += 1
+            message = "too much audio waits for its readers: try later"
+            error = QueueFull(message, self._retry_after_s())
+        largest.drop(error)
 
     def _drop(self, job: Job, reason: str) -> None:
         logger.warning("request %s was dropped: %s", job.request.id, reason)

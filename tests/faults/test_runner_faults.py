@@ -307,6 +307,18 @@ class TestReaders:
 
         run_with(FakeEngine(num_frames=9), scenario, max_unread_bytes=13 * FRAME_BYTES)
 
+    def test_a_whole_answer_without_room_is_refused_not_failed(self):
+        async def scenario(runner):
+            with pytest.raises(QueueFull, match="audio waits") as refused:
+                await whole(submit_whole(runner, "long"))
+            assert refused.value.retry_after_s >= 1
+            assert (runner.counts.refused, runner.counts.stalled) == (1, 0)
+            following = runner.submit(Request("next", max_frames=3))
+            assert await streamed(following) == expected_pcm("next", 3, cut=True)
+            assert runner.unread_bytes == 0
+
+        run_with(FakeEngine(num_frames=9), scenario, max_unread_bytes=5 * FRAME_BYTES)
+
 
 class TestPreparation:
     def test_a_text_that_takes_for_ever_delays_no_other(self):
