@@ -152,8 +152,7 @@ class GuardedProtocol(H11Protocol):
         super().handle_websocket_upgrade(event)
 
     def send_400_response(self, reason: str) -> None:
-        self._is_refused = True
-        super().send_400_response(reason)
+        self.answer_and_close(400, reason)
 
     def on_response_complete(self) -> None:
         self._head_start = self._num_bytes

@@ -89,6 +89,23 @@ def test_a_head_that_does_not_arrive_is_408(sent):
         wait_until(lambda: no_requests(server))
 
 
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01\x02\x00",  # TLS
+        b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 70_000,
+        b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+        b"POST /generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nno size\r\n",
+    ],
+)
+def test_what_is_not_http_is_400_in_json(sent):
+    with LiveServer(FakeEngine()) as server:
+        answer = answer_of(connect(server, sent))
+        assert answer.status == 400
+        assert json.load(answer)["detail"]
+        assert_serves(server)
+
+
 def test_a_client_that_sends_nothing_is_closed_without_an_answer():
     with LiveServer(FakeEngine(), **SOON) as server:
         assert read_all(connect(server)) == b""
