@@ -106,10 +106,19 @@ def load_context(
             f"{path}: has {len(entries)} segments, more than the model's context of "
             f"{config.backbone.max_positions} positions"
         )
-    return [
-        _segment(entry, f"{path}, entry {i}", path.parent, mimi, config, max_text_chars)
-        for i, entry in enumerate(entries)
-    ]
+    segments: list[Segment] = []
+    num_frames = 0
+    for i, entry in enumerate(entries):
+        where = f"{path}, entry {i}"
+        segments.append(_segment(entry, where, path.parent, mimi, config, max_text_chars))
+        if (codes := segments[-1].codes) is not None:
+            num_frames += len(codes)
+        if num_frames > config.backbone.max_positions:  # many entries may name one file
+            raise ContextError(
+                f"{where}: the segments up to here have {num_frames} frames, more than the model's "
+                f"context of {config.backbone.max_positions} positions"
+            )
+    return segments
 
 
 def _segment(

@@ -495,6 +495,14 @@ def test_a_context_has_no_more_entries_than_positions(tmp_path, mimi, config):
     assert "257 segments, more than" in refusal(load_context, path, mimi, config)
 
 
+def test_a_context_has_no_more_frames_than_positions(tmp_path, mimi, config):
+    np.save(tmp_path / "a.npy", np.zeros((100, config.num_codebooks), np.int64))
+    path = tmp_path / "context.json"
+    path.write_text(json.dumps([{"speaker": 0, "text": "hi", "codes": "a.npy"}] * 200))
+    said = refusal(load_context, path, mimi, config)
+    assert "entry 2: the segments up to here have 300 frames" in said
+
+
 def wav(
     samples: bytes, rate: int = 24_000, channels: int = 1, bits: int = 16, tag: int = 1
 ) -> bytes:
