@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import MimiModel
 
 from codec import CODEBOOK_SIZE, PULSE_BOOK, Stage1, log_mel, make_config, reserve_stop_code
 from common import Speech, autocast
@@ -48,6 +49,17 @@ def encode(
     return codes
 
 
+def write_codec(codec: MimiModel, folder: Path):
+    """Keeps an existing folder, whose decoder may be trained, if it has the same quantizer."""
+    if not folder.exists():
+        codec.save_pretrained(folder)
+        return
+    kept = MimiModel.from_pretrained(folder).quantizer.state_dict()
+    for name, tensor in codec.quantizer.state_dict().items():
+        if name not in kept or not torch.equal(kept[name].cpu(), tensor.cpu()):
+            raise ValueError(f"{folder} is of other codes than codes.pt ({name}): move it away")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
@@ -56,8 +68,7 @@ def main():
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     model = load_stage1(args.run, args.codebooks).to(args.device)
-    if not (args.run / "codec").exists():
-        model.codec.save_pretrained(args.run / "codec")
+    write_codec(model.codec, args.run / "codec")
     speech = Speech(args.run, args.parts)
     order = sorted(range(len(speech.rows)), key=speech.num_frames)
     codes = [None] * len(order)

@@ -9,6 +9,7 @@ from transformers import MimiModel
 
 import codec
 import common
+import encode_speech
 import judge
 import lm
 import lm_data
@@ -157,6 +158,14 @@ def test_codebook_update_follows_its_vectors(small_codec):
         codec.update_codebook(book, vectors, index)
     means = torch.stack([vectors[index == code].mean(0) for code in (0, 1)])
     torch.testing.assert_close(codec.codebook_vectors(book)[:2], means, rtol=1e-3, atol=1e-3)
+
+
+def test_a_codec_of_other_codes_is_refused(small_codec, tmp_path):
+    encode_speech.write_codec(small_codec, tmp_path / "codec")
+    encode_speech.write_codec(small_codec, tmp_path / "codec")
+    codec.rvqs(small_codec)[1].layers[0].codebook.embed_sum[3] += 1
+    with pytest.raises(ValueError, match="of other codes than"):
+        encode_speech.write_codec(small_codec, tmp_path / "codec")
 
 
 def test_reserved_code_is_never_used(small_codec):
