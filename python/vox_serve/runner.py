@@ -2,8 +2,9 @@
 
 One thread calls the engine; the event loop never waits for it. Requests wait here, in a line that
 is fair between clients; the engine holds only those that it speaks. Texts are tokenized in further
-threads, so that a long one delays no other. A request leaves its place when it is spoken, however
-slow its reader is; its unread audio is bounded, and a reader that stalls is dropped.
+threads, so that one client's long text delays no other client. A request leaves its place when it
+is spoken, however slow its reader is; its unread audio is bounded, and a reader that stalls is
+dropped.
 
 A step that fails ends the streams that it cuts. The engine starts again, and with it all requests
 of which nothing was sent (see recovery.py).
@@ -51,7 +52,7 @@ EXIT_ENGINE_FAILED = 70
 """Exit code (EX_SOFTWARE) after which a supervisor should start the process again."""
 
 SHORT_CHARS = 512
-"""Longer texts are slow to tokenize, and wait for each other."""
+"""Longer texts are slow to tokenize: of a client's, one is tokenized at a time."""
 
 MAX_RETRY_AFTER_S = 3600
 JOIN_TIMEOUT_S = 10.0

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fake_engine import ENDLESS, TIMEOUT_S, FakeEngine, expected_pcm
+from runner_testing import read_job, run_with
 from vox_serve.engine import Request
 from vox_serve.engine_thread import MAX_FRUITLESS_FAILURES
 from vox_serve.job import (
@@ -25,29 +26,9 @@ from vox_serve.runner import EXIT_ENGINE_FAILED, Runner
 FRAME_BYTES = 3840
 
 
-def run_with(engine: FakeEngine, scenario, max_jobs: int = 8, started: bool = True, **limits):
-    """Run `scenario(runner)` on an event loop, with a time limit."""
-
-    async def main():
-        runner = Runner(engine, max_jobs, **limits)
-        if started:
-            runner.start()
-        try:
-            return await asyncio.wait_for(scenario(runner), TIMEOUT_S)
-        finally:
-            await runner.stop()
-
-    return asyncio.run(main())
-
-
 async def whole(job: Job) -> bytes:
     with job:
         await job.finished()
-        return b"".join([chunk async for chunk in job])
-
-
-async def streamed(job: Job) -> bytes:
-    with job:
         return b"".join([chunk async for chunk in job])
 
 
@@ -60,7 +41,7 @@ async def run_together(runner: Runner, jobs: list[Job]) -> list[bytes | Exceptio
     """Start the runner when all jobs are ready, so that they share the first step."""
     await until(lambda: not runner._preparing.is_busy)
     runner.start()
-    reads = [streamed(job) if job.streaming else whole(job) for job in jobs]
+    reads = [read_job(job) if job.streaming else whole(job) for job in jobs]
     return await asyncio.gather(*reads, return_exceptions=True)
 
 
@@ -237,9 +218,9 @@ class TestReaders:
                 unread.append(runner.submit(Request(f"u{i}")))
                 await until(lambda: unread[-1].ended)
             assert runner.count_jobs() == (0, 0)
-            answers = [await streamed(runner.submit(Request(f"{i}"))) for i in range(4)]
+            answers = [await read_job(runner.submit(Request(f"{i}"))) for i in range(4)]
             assert runner.unread_bytes == 4 * 3 * FRAME_BYTES
-            assert [await streamed(job) for job in unread] == [
+            assert [await read_job(job) for job in unread] == [
                 expected_pcm(f"u{i}", 3) for i in range(4)
             ]
             assert runner.unread_bytes == 0
@@ -299,8 +280,8 @@ class TestReaders:
             await until(lambda: small.ended and large.ended)
             largest = runner.submit(Request("largest", max_frames=9), client="reads nothing")
             await until(lambda: runner.counts.stalled)
-            assert await streamed(small) == expected_pcm("small", 2, cut=True)
-            assert await streamed(runner.submit(Request("next"))) == expected_pcm("next", 9)
+            assert await read_job(small) == expected_pcm("small", 2, cut=True)
+            assert await read_job(runner.submit(Request("next"))) == expected_pcm("next", 9)
             dropped = [job for job in (large, largest) if job.closed]
             with pytest.raises(ReaderStalled, match="of audio unread"):
                 await anext(dropped[0])
@@ -314,7 +295,7 @@ class TestReaders:
             assert refused.value.retry_after_s >= 1
             assert (runner.counts.refused, runner.counts.stalled) == (1, 0)
             following = runner.submit(Request("next", max_frames=3))
-            assert await streamed(following) == expected_pcm("next", 3, cut=True)
+            assert await read_job(following) == expected_pcm("next", 3, cut=True)
             assert runner.unread_bytes == 0
 
         run_with(FakeEngine(num_frames=9), scenario, max_unread_bytes=5 * FRAME_BYTES)
@@ -334,7 +315,7 @@ class TestPreparation:
 
         async def scenario(runner):
             hung = [runner.submit(Request(f"hang{i}")) for i in range(30)]
-            answer = await streamed(runner.submit(Request("quick")))
+            answer = await read_job(runner.submit(Request("quick")))
             for job in hung:
                 job.close()
             return answer
@@ -362,7 +343,7 @@ class TestPreparation:
         async def scenario(runner):
             for _ in range(200):
                 runner.submit(Request("1" * 1500)).close()
-            answer = await streamed(runner.submit(Request("quick")))
+            answer = await read_job(runner.submit(Request("quick")))
             hanging.set()
             await until(lambda: not runner._preparing.is_busy)
             return answer
@@ -380,7 +361,7 @@ class TestPreparation:
                 with pytest.raises(QueueFull):
                     runner.submit(Request("a"))
             assert runner.count_jobs() == (0, 0)
-            return await streamed(runner.submit(Request("b")))
+            return await read_job(runner.submit(Request("b")))
 
         assert run_with(FakeEngine(), scenario) == expected_pcm("b", 3)
 
@@ -392,7 +373,7 @@ class TestOverload:
         engine.fault = lambda: all_came.wait(TIMEOUT_S) and None
 
         async def client(runner, name: str, i: int) -> bytes:
-            return await streamed(runner.submit(Request(f"{name}{i}"), client=name))
+            return await read_job(runner.submit(Request(f"{name}{i}"), client=name))
 
         async def scenario(runner):
             clients = [client(runner, "flood", i) for i in range(80)]
@@ -423,7 +404,7 @@ class TestOverload:
             jobs.append(runner.submit(Request("polite"), client="polite"))
             await until(lambda: not runner._preparing.is_busy)
             all_came.set()
-            await asyncio.gather(*map(streamed, jobs))
+            await asyncio.gather(*map(read_job, jobs))
 
         run_with(engine, scenario, max_jobs=99)
         assert [request.text for request in engine.requests].index("polite") == 1
@@ -499,7 +480,7 @@ class TestDrain:
             with pytest.raises(ShuttingDown):
                 runner.submit(Request("new"))
             assert not draining.done()
-            rest = await streamed(live)
+            rest = await read_job(live)
             await draining
             return first + rest
 
@@ -515,7 +496,7 @@ class TestDrain:
             assert runner.failure is None
             runner.request_stop()
             with pytest.raises(ShuttingDown):
-                await streamed(live)
+                await read_job(live)
 
         run_with(engine, scenario)
 
@@ -534,7 +515,7 @@ def test_a_clock_that_jumps_changes_nothing(monkeypatch):
 
     async def scenario(runner):
         stalled, answer = runner.submit(Request("stalled")), runner.submit(Request("a"))
-        pcm = await streamed(answer)
+        pcm = await read_job(answer)
         assert runner.counts.stalled == 0
         await until(lambda: runner.counts.stalled == 1)
         assert stalled.closed

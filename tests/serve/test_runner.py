@@ -5,28 +5,10 @@ import numpy as np
 import pytest
 
 from fake_engine import ENDLESS, TIMEOUT_S, FakeEngine, expected_pcm, fake_audio
+from runner_testing import read_job, run_with
 from vox_serve.engine import Request
-from vox_serve.runner import EngineFailure, Job, QueueFull, RequestFailed, RequestRefused, Runner
+from vox_serve.runner import EngineFailure, QueueFull, RequestFailed, RequestRefused, Runner
 from vox_serve.sampling import SamplingParams
-
-
-def run_with(engine: FakeEngine, scenario, max_jobs: int = 8):
-    """Run `scenario(runner)` on an event loop, with a time limit."""
-
-    async def main():
-        runner = Runner(engine, max_jobs)
-        runner.start()
-        try:
-            return await asyncio.wait_for(scenario(runner), TIMEOUT_S)
-        finally:
-            await runner.stop()
-
-    return asyncio.run(main())
-
-
-async def read_job(job: Job) -> bytes:
-    with job:
-        return b"".join([chunk async for chunk in job])
 
 
 async def read(runner: Runner, request: Request) -> bytes:

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 
 @contextmanager
 def memory_limit(more_bytes: int = 1 << 30) -> Iterator[None]:
@@ -17,3 +19,12 @@ def memory_limit(more_bytes: int = 1 << 30) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def refusal(call, *arguments, **keywords) -> str:
+    """The one-line message of the ValueError that a call raises, in little memory."""
+    with memory_limit(), pytest.raises(ValueError) as error:  # noqa: PT011 (callers check it)
+        call(*arguments, **keywords)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 1000
+    return str(error.value)
