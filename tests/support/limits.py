@@ -1,4 +1,4 @@
-"""A bound on the memory that a block may take."""
+"""A bound on the memory that a block may take, and refusals within it."""
 
 import resource
 from collections.abc import Iterator
