@@ -295,21 +295,16 @@ __global__ void __launch_bounds__(kGemvThreads, 2) packed_tile_kernel(GemmParams
   };
   RegisterRange<kFormat> w;
   w.load(block, C, slot * kRangeGroups, groups_of_step(0));
-  // This thread stores `column` of rows first_row, first_row + kRowStep, ... of out's tile.
-  const int column = threadIdx.x % kPackedColumns, first_row = threadIdx.x / kPackedColumns;
-  const char* const scales = block_of(column / kPackedTile);
-  float row_scale = 0;
-  if (scales)
-    row_scale =
-        reinterpret_cast<const float*>(scales + block_bytes(kFormat, C) - 64)[column % kPackedTile];
   let_next_kernel_start();
   wait_for_previous_kernel();  // no kernel writes weights, so their loads may precede it
 
-  const SourceRows<T, false> x = {static_cast<const T*>(p.x) + m * C, C,
-                                  reinterpret_cast<uintptr_t>(p.x) % 16 == 0};
+  // This thread stores `column` of rows first_row, first_row + kRowStep, ... of out's tile.
+  const int column = threadIdx.x % kPackedColumns, first_row = threadIdx.x / kPackedColumns;
   float totals[kOutputs] = {};
   for (int step = 0; step < groups; step += kStepGroups) {
     const int step_groups = groups - step < kStepGroups ? groups - step : kStepGroups;
+    const SourceRows<T, false> x = {static_cast<const T*>(p.x) + m * C, C,
+                                    reinterpret_cast<uintptr_t>(p.x) % 16 == 0};
     quantize_rows<kFormat>(x, rows, log_rows, step, step_groups, shared);
     __syncthreads();
     if (groups_of_step(step) > 0) {
@@ -317,26 +312,29 @@ __global__ void __launch_bounds__(kGemvThreads, 2) packed_tile_kernel(GemmParams
       multiply_range<kFormat>(w, shared, slot * kRangeGroups, rows, log_rows, sums);
       store_sums<kPackedTileRows>(sums, rows, shared.partials + warp * kPackedPartialSize);
     }
+    __syncthreads();
+    // Not before the barrier, nor row_scale before the loop: sm_89 has no registers left for them.
     const int next = step + kStepGroups;
     if (next < groups) w.load(block, C, next + slot * kRangeGroups, groups_of_step(next));
-    __syncthreads();
-    const int used = packed_ranges(step_groups * kGroup);
+    const int used = kRangesPerStep == 1 ? 1 : packed_ranges(step_groups * kGroup);
+    const float* const partials = shared.partials + column / kPackedTile * kPackedPartialSize +
+                                  first_row * kSumStride + column % kPackedTile;
 #pragma unroll
     for (int i = 0; i < kOutputs; ++i) {
-      const int row = first_row + i * kRowStep;
-      if (row >= rows) break;
-      const float* const from = shared.partials + column / kPackedTile * kPackedPartialSize +
-                                row * kSumStride + column % kPackedTile;
-#pragma unroll 8
-      for (int s = 0; s < used; ++s) totals[i] += from[s * (kBlocks * kPackedPartialSize)];
+      if (first_row + i * kRowStep >= rows) break;
+#pragma unroll kRangesPerStep
+      for (int s = 0; s < used; ++s)
+        totals[i] += partials[s * (kBlocks * kPackedPartialSize) + i * (kRowStep * kSumStride)];
     }
   }
+  if (n + column >= p.N) return;
+  const char* const scales = block_of(column / kPackedTile) + block_bytes(kFormat, C) - 64;
+  const float row_scale = reinterpret_cast<const float*>(scales)[column % kPackedTile];
   T* const out = static_cast<T*>(p.out) + m * p.N + n;
 #pragma unroll
   for (int i = 0; i < kOutputs; ++i) {
     const int row = first_row + i * kRowStep;
-    if (row < rows && n + column < p.N)
-      out[row * p.N + column] = from_float<T>(__fmul_rn(totals[i], row_scale));
+    if (row < rows) out[row * p.N + column] = from_float<T>(__fmul_rn(totals[i], row_scale));
   }
 }
 
