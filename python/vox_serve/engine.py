@@ -29,6 +29,9 @@ PREFILL_CHUNK_TOKENS = {"cpu": 64, "cuda": 512}
 """Most prompt tokens in one step, by device type: few enough that a long prompt does not delay live
 requests for long, enough to reuse each weight that is read."""
 
+MAX_STEPS_SKIPPED = 8
+"""Steps in which urgent prompts may come before a prompt, before it goes first."""
+
 NOT_FINITE = "the model produced numbers that are not finite"
 """The error of a request whose hidden states, logits or audio hold NaN or infinity."""
 
@@ -47,6 +50,7 @@ class _Live:
     seed: int
     max_frames: int
     silence: SilenceGuard
+    num_skipped: int = 0  # steps that prefilled only other prompts
     num_begun: int = 0  # frames given to the model
     num_frames: int = 0  # frames that came back
     ended: bool = False
@@ -252,14 +256,7 @@ class Engine:
 
     def _prefill(self) -> None:
         """Run the backbone over the next prompt tokens; completed prompts join the batch."""
-        budget = PREFILL_CHUNK_TOKENS[self.model.device.type]
-        chosen: list[_Live] = []
-        counts: list[int] = []
-        for live in self._live.values():
-            if len(live.frames) and budget:
-                chosen.append(live)
-                counts.append(min(budget, len(live.frames)))
-                budget -= counts[-1]
+        chosen, counts = self._next_prompts()
         if not chosen:
             return
         frames = torch.cat([live.frames[:n] for live, n in zip(chosen, counts, strict=True)])
@@ -273,6 +270,29 @@ class Engine:
             if len(live.frames) == 0:
                 self._cache.reserve(live.cache, live.max_frames - 1)  # the last is not fed back
                 self._batch.join(live, live.cache, live.request.sampling, live.seed, row)
+
+    def _next_prompts(self) -> tuple[list[_Live], list[int]]:
+        """The prompts of which this step prefills a part, and the tokens of each.
+
+        Urgent prompts have the step to themselves, the shortest first. The others go in order of
+        arrival. None is skipped for ever: see `MAX_STEPS_SKIPPED`.
+        """
+        left = [live for live in self._live.values() if len(live.frames)]
+        first = [
+            live for live in left if live.request.urgent or live.num_skipped >= MAX_STEPS_SKIPPED
+        ]
+        first.sort(key=lambda live: (live.num_skipped < MAX_STEPS_SKIPPED, len(live.frames)))
+        budget = PREFILL_CHUNK_TOKENS[self.model.device.type]
+        chosen: list[_Live] = []
+        counts: list[int] = []
+        for live in first or left:
+            if budget:
+                chosen.append(live)
+                counts.append(min(budget, len(live.frames)))
+                budget -= counts[-1]
+        for live in left:
+            live.num_skipped = 0 if live in chosen else live.num_skipped + 1
+        return chosen, counts
 
     def _begin_frames(self) -> None:
         members = list(self._batch.members)

@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from vox_serve.audio import pcm16
@@ -141,6 +142,8 @@ class EngineThread:
         if self._suspects.trial is None:
             with self._lock:
                 while (job := self._queue.take()) is not None:
+                    if self._queue.holds_one_place(job):  # its client speaks nothing else
+                        job.request = replace(job.request, urgent=True)
                     jobs.append(job)
         return jobs
 

@@ -109,6 +109,10 @@ class FairQueue(Generic[Item]):
         self.num_placed += 1
         return item
 
+    def holds_one_place(self, item: Item) -> bool:
+        """True if an item has the only place of its client."""
+        return list(self._shares[self._clients[item]].placed) == [item]
+
     def remove(self, item: Item) -> None:
         """Take an item out of the line, or free its place. Unknown items are ignored."""
         client = self._clients.pop(item, None)

@@ -31,6 +31,7 @@ class Request:
         id: unique among the live requests.
         drawn_seed: the seed if `sampling` gives none; drawn with the request, so that a request
             that is run again gets the same codes.
+        urgent: its prompt is prefilled before those that are not urgent.
     """
 
     text: str
@@ -40,6 +41,7 @@ class Request:
     max_frames: int | None = None
     id: str = field(default_factory=lambda: f"request-{next(_request_ids)}")
     drawn_seed: int = field(default_factory=random_seed, repr=False)
+    urgent: bool = False
 
     @property
     def seed(self) -> int:

@@ -301,6 +301,23 @@ class TestReaders:
         run_with(FakeEngine(num_frames=9), scenario, max_unread_bytes=5 * FRAME_BYTES)
 
 
+class TestOrder:
+    def test_a_client_that_speaks_nothing_yet_is_urgent_among_the_many_of_another(self):
+        engine = FakeEngine(num_frames=ENDLESS, max_batch_size=4)
+
+        async def scenario(runner):
+            jobs = [runner.submit(Request(f"a{i}"), client="a") for i in range(3)]
+            await until(lambda: len(engine.requests) == 3)
+            jobs.append(runner.submit(Request("b"), client="b"))
+            await until(lambda: len(engine.requests) == 4)
+            for job in jobs:
+                job.close()
+
+        run_with(engine, scenario)
+        urgent = [request.urgent for request in engine.requests]
+        assert urgent == [True, False, False, True]
+
+
 class TestPreparation:
     def test_a_text_that_takes_for_ever_delays_no_other(self):
         engine = FakeEngine()

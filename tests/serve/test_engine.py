@@ -1,6 +1,7 @@
 """The engine equals transformers, code for code, and itself whatever else is in the batch."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -222,6 +223,39 @@ def test_a_queue_changes_no_code(engine, alone):
 def test_prefill_chunks_change_no_code(engine, alone, monkeypatch):
     monkeypatch.setitem(engine_module.PREFILL_CHUNK_TOKENS, engine.model.device.type, 5)
     assert_same(run(engine, *eight_requests()), alone)
+
+
+def first_frames(engine: Engine, requests: list[Request]) -> list[str]:
+    """The requests' ids in the order of their first frames."""
+    for request in requests:
+        engine.add(request)
+    ids: dict[str, None] = {}
+    while engine.has_work:
+        ids |= dict.fromkeys(output.request_id for output in engine.step())
+    return list(ids)
+
+
+def test_urgent_prompts_are_prefilled_first_and_change_no_code(engine, alone, monkeypatch):
+    monkeypatch.setitem(engine_module.PREFILL_CHUNK_TOKENS, engine.model.device.type, 5)
+    requests = [replace(request, urgent=i in (4, 6)) for i, request in enumerate(eight_requests())]
+    first, second = requests[4].id, requests[6].id
+    if len(requests[6].text) < len(requests[4].text):
+        first, second = second, first
+    assert first_frames(engine, requests)[:2] == [first, second]
+    assert_same(run(engine, *requests), alone)
+
+
+def test_urgent_prompts_starve_no_other(engine, monkeypatch):
+    monkeypatch.setitem(engine_module.PREFILL_CHUNK_TOKENS, engine.model.device.type, 5)
+    engine.add(Request("This one has time.", id="patient", max_frames=1))
+    spoken: list[str] = []
+    for i in range(200):
+        engine.add(Request("Now!", id=f"urgent {i}", urgent=True, max_frames=1))
+        spoken += [output.request_id for output in engine.step()]
+        if "patient" in spoken:
+            break
+    engine.reset()
+    assert spoken.index("patient") > 2
 
 
 def test_unused_rows_change_no_code(engine, alone, monkeypatch):

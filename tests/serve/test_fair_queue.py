@@ -166,3 +166,9 @@ def test_a_spare_place_is_for_a_client_that_holds_none():
     assert queue.take() is None
     queue.remove("a2")
     assert queue.take() == "a3"
+
+
+def test_a_client_that_begins_has_one_place():
+    queue = queue_of("a1", "a2", "b1", num_places=3)
+    places = [(item := queue.take(), queue.holds_one_place(item)) for _ in range(3)]
+    assert places == [("a1", True), ("b1", True), ("a2", False)]
