@@ -232,6 +232,12 @@ class ServerSettings(Settings):
     allowed_hosts: Annotated[
         str | None, Shown("on loopback names of this machine or network, else all")
     ] = setting(None, "names that a request's Host may have, comma-separated; * for all")
+    max_errors_per_s: float = setting(
+        50.0,
+        "4xx answers a second to one client; further ones wait, up to 10 s; 0 for no limit",
+        ge=0,
+        le=1_000_000,
+    )
     log_level: Literal["error", "warning", "info", "debug"] = setting(
         "info", "least severe messages to log"
     )
