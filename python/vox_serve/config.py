@@ -111,6 +111,14 @@ class ModelSettings(Settings):
         None,
         "folder for packed weights, memory-mapped by later starts; 'none' packs at every start",
     )
+    prefix_cache_bytes: Annotated[int | None, Shown("512 MiB, at most an eighth of the memory")] = (
+        setting(
+            None,
+            "keys and values kept of contexts and speech, for requests that begin alike",
+            ge=0,
+            le=2**40,
+        )
+    )
     num_threads: Annotated[int | None, Shown("all that this process may use")] = setting(
         None, "CPU threads of the kernels", ge=1, le=1024
     )
