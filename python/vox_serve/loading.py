@@ -11,6 +11,7 @@ import torch
 
 from vox_serve.checkpoint import read_json
 from vox_serve.config import Config
+from vox_serve.context_file import default_context, load_context
 from vox_serve.csm_weights import CsmWeights, TransformerWeights
 from vox_serve.engine import Engine
 from vox_serve.hub import resolve_model
@@ -19,7 +20,6 @@ from vox_serve.memory import memory_bytes
 from vox_serve.model import CsmModel
 from vox_serve.model_config import CsmConfig
 from vox_serve.prompt import PromptBuilder
-from vox_serve.voices import default_context, load_context
 from vox_serve.weights import load_checkpoint, load_codec
 from voxkern.backend import backend_for, forced, why_missing
 
