@@ -13,7 +13,6 @@ from vox_serve import engine
 from vox_serve.access import AccessPolicy, add_access_checks
 from vox_serve.config import Config, SpeechSettings
 from vox_serve.connections import CloseUnread
-from vox_serve.error_pace import PacedErrors
 from vox_serve.http_io import AsciiJSONResponse, HeadAsGet, read_fields
 from vox_serve.job import QueueFull, RequestFailed, RequestRefused, Unavailable
 from vox_serve.runner import Runner
@@ -63,13 +62,16 @@ class _Utterance(BaseModel):
             speaker=self.speaker,
             sampling=speech.sampling,
             max_frames=speech.max_frames,
+            normalise=speech.normalise,
         )
 
 
 def _override(field: FieldInfo) -> Any:
     """A request's field that overrides a setting, with the setting's bounds."""
-    kind = Annotated[field.annotation, *field.metadata] | None  # type: ignore[name-defined]
-    return kind, Field(default=None, description=field.description)
+    kind: Any = field.annotation
+    if field.metadata:
+        kind = Annotated[kind, *field.metadata]
+    return kind | None, Field(default=None, description=field.description)
 
 
 GenerateRequest = create_model(
@@ -195,7 +197,6 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
     app.add_middleware(HeadAsGet)
     add_access_checks(app, AccessPolicy.of(config))
     app.add_middleware(CloseUnread)
-    app.add_middleware(PacedErrors)
     return app
 
 

@@ -6,11 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from vox_serve.config import random_seed
-from vox_serve.page_pool import PrefixKeys
+from vox_serve.config import Normalise, random_seed
 from vox_serve.prompt import PromptTooLongError as PromptTooLongError
 from vox_serve.prompt import Segment
 from vox_serve.sampling import SamplingParams
@@ -25,11 +23,12 @@ class Request:
     """A text to speak, and how to speak it.
 
     Attributes:
-        text: spoken as it is; special tokens in it are plain text.
+        text: special tokens in it are plain text.
         speaker: 0 or more; the default voices are 0 and 1.
         context: earlier segments, oldest first; None for the engine's default context.
         sampling: how codes are drawn.
         max_frames: stop after this many frames of 80 ms; None for the engine's default.
+        normalise: whether numbers, dates and the like become words; "auto" leaves it to the engine.
         id: unique among the live requests.
         drawn_seed: the seed if `sampling` gives none; drawn with the request, so that a request
             that is run again gets the same codes.
@@ -41,6 +40,7 @@ class Request:
     context: Sequence[Segment] | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     max_frames: int | None = None
+    normalise: Normalise = "auto"
     id: str = field(default_factory=lambda: f"request-{next(_request_ids)}")
     drawn_seed: int = field(default_factory=random_seed, repr=False)
     urgent: bool = False
@@ -52,27 +52,15 @@ class Request:
 
 
 class Prompt(NamedTuple):
-    """A request's input to the backbone.
+    """A request's input to the backbone, without the engine's shared default context.
 
     Attributes:
         frames: `[T, K + 1]` int64, as returned by `PromptBuilder.build`.
         mask: `[T, K + 1]` bool.
-        keys: the keys by which the cache knows its prefixes.
     """
 
     frames: Tensor
     mask: Tensor
-    keys: PrefixKeys
-
-    @classmethod
-    def build(cls, frames: Tensor, mask: Tensor, before: "Prompt | None" = None) -> "Prompt":
-        """A prompt of some inputs, after those of another prompt."""
-        keys = before.keys.copy() if before else PrefixKeys()
-        keys.extend(frames, mask)
-        if before:
-            frames = torch.cat([before.frames, frames])
-            mask = torch.cat([before.mask, mask])
-        return cls(frames, mask, keys)
 
 
 class FrameOutput(NamedTuple):

@@ -124,6 +124,7 @@ def _say(
         speaker=speaker,
         sampling=config.sampling,
         max_frames=config.frames_for(text),
+        normalise=config.normalise,
     )
     from tqdm import tqdm
 

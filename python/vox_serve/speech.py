@@ -79,10 +79,10 @@ class Voice:
         """Speak a text.
 
         Args:
-            text: the text, spoken as it is; not blank.
+            text: the text; not blank.
             speaker: id of the speaker; the default voices are 0 and 1.
-            overrides: sampling settings for this call: `temperature`, `top_k`, `top_p`, `min_p`,
-                `repetition_penalty`, `repetition_window`, `seed`, `max_frames`.
+            overrides: settings for this call: `temperature`, `top_k`, `top_p`, `min_p`,
+                `repetition_penalty`, `repetition_window`, `seed`, `max_frames`, `normalise`.
 
         Returns:
             `[N]` float32 samples at `sample_rate_hz`, in -1 to 1 or slightly beyond; N may be 0.
@@ -135,7 +135,13 @@ class Voice:
             raise ValueError(f"speaker must be a whole number from 0, got {speaker!r}")
         speech = self._settings.override(**overrides)
         max_frames = overrides.get("max_frames") or self._settings.frames_for(text)
-        return Request(text, speaker, sampling=speech.sampling, max_frames=max_frames)
+        return Request(
+            text,
+            speaker,
+            sampling=speech.sampling,
+            max_frames=max_frames,
+            normalise=speech.normalise,
+        )
 
     def _run(self, request: "Request", prompt: "Prompt", stacklevel: int) -> "Chunks":
         from vox_serve.ending import delivered_audio, why_cut

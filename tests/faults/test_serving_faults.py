@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -99,9 +98,14 @@ def test_a_codec_that_fails_costs_nobody_a_sample(num_calls, engine, alone, monk
 
 def test_an_exhausted_page_pool_costs_nobody_a_sample(engine, alone, monkeypatch):
     free = engine._cache.num_free_pages
-    pool = engine._cache._pool  # a reset replaces it
-    monkeypatch.setattr(pool, "_free", [])
-    monkeypatch.setattr(pool, "_cached", OrderedDict())
+    take = engine._cache._take_page
+
+    def lose_all() -> int:
+        monkeypatch.setattr(engine._cache, "_take_page", take)
+        engine._cache._free.clear()
+        return take()
+
+    monkeypatch.setattr(engine._cache, "_take_page", lose_all)
     speak_all(engine, alone, num_recoveries=1)
     assert engine._cache.num_free_pages == free
 

@@ -96,6 +96,15 @@ def test_a_request_overrides_the_servers_defaults(send, engine):
         assert request.sampling == SamplingParams(**(before | {name: value}))
 
 
+@SENDERS
+def test_a_request_says_whether_its_text_is_normalised(send, engine):
+    with serve(engine, normalise="on") as client:
+        assert send(client, {"text": "$5"}).status_code == 200
+        assert send(client, {"text": "$5", "normalise": "off"}).status_code == 200
+        assert send(client, {"text": "$5", "normalise": "maybe"}).status_code == 422
+    assert [(r.text, r.normalise) for r in engine.requests] == [("$5", "on"), ("$5", "off")]
+
+
 def test_every_sampling_parameter_can_be_overridden():
     assert set(SamplingParams.model_fields) <= set(GenerateRequest.model_fields)
 
@@ -412,7 +421,8 @@ def test_openapi_describes_the_request(client):
         "multipart/form-data",
     }
     properties = content["application/json"]["schema"]["properties"]
-    assert set(properties) == {"text", "speaker", "streaming", "max_frames", *OVERRIDES}
+    own = {"text", "speaker", "streaming", "max_frames", "normalise"}
+    assert set(properties) == own | set(OVERRIDES)
     assert properties["top_p"]["anyOf"][0] == {
         "type": "number", "exclusiveMinimum": 0, "maximum": 1,
     }  # fmt: skip

@@ -46,6 +46,12 @@ def judge():
     return Judge(threads=1)
 
 
+def test_texts_for_the_built_in_voice_are_normalised():
+    engine = load_engine("demo")
+    assert engine.spoken_text(Request("$5")) == "five dollars"
+    assert engine.spoken_text(Request("$5", normalise="off")) == "$5"
+
+
 @pytest.mark.parametrize("speaker", [0, 1])
 def test_sentences_end_before_the_frame_limit(spoken, speaker):
     for text, (audio, codes) in zip(SENTENCES, spoken[speaker], strict=True):

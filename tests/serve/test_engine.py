@@ -26,7 +26,7 @@ from vox_serve.cuda_graphs import rounded_rows
 from vox_serve.engine import Engine, PromptTooLongError, Request
 from vox_serve.frame_batch import FrameBatch, Half
 from vox_serve.loading import load_engine
-from vox_serve.prompt import Segment
+from vox_serve.prompt import CHARS_PER_POSITION, Segment
 from vox_serve.sampling import SamplingParams
 from voxkern import backend
 
@@ -183,11 +183,7 @@ def eight_requests() -> list[Request]:
 
 @pytest.fixture(scope="module", params=DEVICES)
 def engine(folder, request) -> Engine:
-    tiny = build_tiny(seed=4)
-    # Without a cache for what nobody holds, or most tests would skip the prompts of earlier ones.
-    return load_engine(
-        folder(tiny), device=request.param, dtype=torch.float32, prefix_cache_bytes=0
-    )
+    return load_engine(folder(build_tiny(seed=4)), device=request.param, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -406,6 +402,26 @@ def test_abort_frees_everything(engine):
     assert not engine.has_work
     assert engine.step() == []
     assert engine._cache.num_free_pages == free
+
+
+def test_texts_are_normalised_as_the_request_or_the_engine_says(engine):
+    normalising = Engine(engine.model, engine.mimi, engine.prompts, normalises=True)
+
+    def is_normalised(engine: Engine, normalise: str) -> bool:
+        written = Request("[1]It was $5.", normalise=normalise)
+        found = engine.prepare(written).frames
+        texts = (written.text, "one, It was five dollars.")
+        raw, words = (engine.prepare(Request(text, normalise="off")).frames for text in texts)
+        assert torch.equal(found, words) != torch.equal(found, raw)
+        return torch.equal(found, words)
+
+    for setting, expected in {"on": (True, True), "off": (False, False)}.items():
+        assert (is_normalised(engine, setting), is_normalised(normalising, setting)) == expected
+    assert (is_normalised(engine, "auto"), is_normalised(normalising, "auto")) == (False, True)
+    limit = CHARS_PER_POSITION * engine.model.config.backbone.max_positions
+    long = "1" * (limit + 1)
+    with pytest.raises(PromptTooLongError, match=f"the text has {limit + 1} characters"):
+        normalising.prepare(Request(long))
 
 
 def test_abort_while_a_frame_is_in_flight(engine, alone, monkeypatch):

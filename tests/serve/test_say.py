@@ -107,6 +107,12 @@ def test_greedy_is_temperature_zero(loads, tmp_path):
     assert loads.engine.requests[0].sampling == SamplingParams(temperature=0)
 
 
+def test_the_engine_is_told_whether_to_normalise(loads, tmp_path):
+    for flags in ([], ["--normalise", "on"]):
+        assert say.main(["$5", "-o", str(tmp_path / "out.wav"), *flags]) == 0
+    assert [request.normalise for request in loads.engine.requests] == ["auto", "on"]
+
+
 @pytest.mark.parametrize(
     ("content", "text"),
     [

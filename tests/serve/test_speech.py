@@ -120,11 +120,12 @@ def test_settings_are_the_defaults_and_keywords_override_them():
     engine = FakeEngine()
     voice = fake_voice(engine, temperature=0.5, seed=3, max_frames=2)
     np.testing.assert_array_equal(voice.say("a"), expected_audio("a", 2, seed=3, cut=True))
-    voice.say("b", speaker=1, seed=4, max_frames=1, top_p=None)
+    voice.say("b", speaker=1, seed=4, max_frames=1, top_p=None, normalise="on")
     first, second = engine.requests
     assert (first.speaker, first.max_frames, first.sampling.temperature) == (0, 2, 0.5)
     assert (second.speaker, second.max_frames, second.sampling.seed) == (1, 1, 4)
     assert second.sampling.temperature == 0.5
+    assert (first.normalise, second.normalise) == ("auto", "on")
 
 
 def test_an_empty_utterance():
