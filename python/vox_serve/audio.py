@@ -1,9 +1,6 @@
-"""Converts samples to 16-bit PCM and WAV, and audio files to samples."""
+"""Converts samples to 16-bit PCM and WAV."""
 
-import math
 import struct
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,19 +12,6 @@ ffmpeg writes it to pipes and, like Chrome, reads it as "until the end". The std
 libsndfile and scipy truncate it to the data present. With 0, `wave` rejects the file and libsndfile
 finds it empty.
 """
-
-FILE_RATES_HZ = (1_000, 384_000)
-"""Sample rates of recordings that are read; the resampler's filters grow with the ratio."""
-MAX_CHANNELS = 64
-MAX_SAMPLES = 2**27
-"""Most samples of a recording, before and after resampling: 512 MiB, or 46 minutes at 48 kHz."""
-MAX_LEVEL = 65_536
-"""Largest sample that is read: full scale is 1, but some tools write 16-bit values as floats."""
-_BLOCK_SAMPLES = 1 << 16  # read at a time: 16 MiB with all channels
-
-
-class AudioError(ValueError):
-    """A file has no readable audio; the message names the file and the reason."""
 
 
 def pcm16(audio: np.ndarray) -> np.ndarray:
@@ -76,75 +60,3 @@ def wav_header(data_bytes: int | None, sample_rate_hz: int = SAMPLE_RATE_HZ) -> 
 def wav_file(pcm: bytes, sample_rate_hz: int = SAMPLE_RATE_HZ) -> bytes:
     """A complete mono WAV of 16-bit little-endian samples, possibly none."""
     return wav_header(len(pcm), sample_rate_hz) + pcm
-
-
-def read_audio(
-    path: str | Path, sample_rate_hz: int = SAMPLE_RATE_HZ, max_s: float = math.inf
-) -> np.ndarray:
-    """Read an audio file's samples, mixed to mono and resampled.
-
-    The file is decoded in blocks, so memory follows the seconds, whatever its header says and
-    however well it is compressed.
-
-    Args:
-        path: a file in any format that libsndfile reads (WAV, FLAC, OGG, MP3, ...).
-        sample_rate_hz: sample rate of the result.
-        max_s: longest recording that is accepted; `MAX_SAMPLES` holds too.
-
-    Returns:
-        `[S]` float32, contiguous.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        AudioError: it has no readable audio, or a rate, a number of channels, a length or a sample
-            beyond the bounds.
-    """
-    import soundfile
-    import soxr
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no such audio file: {path}")
-    try:
-        with soundfile.SoundFile(path) as file:
-            file_rate_hz = file.samplerate
-            _check_format(path, file_rate_hz, file.channels)
-            mono = _read_mono(
-                path, file, min(max_s, MAX_SAMPLES / max(file_rate_hz, sample_rate_hz))
-            )
-    except (
-        soundfile.LibsndfileError,
-        TypeError,
-        OverflowError,
-    ) as error:  # TypeError: a headerless format, by the file's name
-        reason = getattr(error, "error_string", error)
-        raise AudioError(f"cannot read audio from {path}: {reason}") from None
-    if file_rate_hz != sample_rate_hz:
-        mono = soxr.resample(mono, file_rate_hz, sample_rate_hz)
-    if not len(mono):  # a few samples at a high rate are none at a lower one
-        raise AudioError(f"{path} holds no samples")
-    return np.ascontiguousarray(mono, dtype=np.float32)
-
-
-def _check_format(path: str | Path, rate_hz: int, channels: int) -> None:
-    low, high = FILE_RATES_HZ
-    if not low <= rate_hz <= high:
-        raise AudioError(f"{path} has {rate_hz} samples per second, accepted are {low} to {high}")
-    if not 1 <= channels <= MAX_CHANNELS:
-        raise AudioError(f"{path} has {channels} channels, accepted are 1 to {MAX_CHANNELS}")
-
-
-def _read_mono(path: str | Path, file: Any, max_s: float) -> np.ndarray:
-    """The samples of an open file at its own rate, mixed to mono."""
-    most = max_s * file.samplerate
-    blocks: list[np.ndarray] = []
-    num_samples = 0
-    while len(block := file.read(_BLOCK_SAMPLES, dtype="float32", always_2d=True)):
-        num_samples += len(block)
-        if num_samples > most:
-            raise AudioError(f"{path} is longer than {max_s:g} s")
-        if not np.isfinite(block).all():
-            raise AudioError(f"{path} holds samples that are not numbers")
-        if np.abs(block).max() > MAX_LEVEL:
-            raise AudioError(f"{path} holds samples beyond {MAX_LEVEL}, where full scale is 1")
-        blocks.append(block.mean(axis=1))
-    return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vox_serve.audio import read_audio
 from vox_serve.config import ModelSettings
 from vox_serve.json_file import read_json_file, refuse_special, shown
 from vox_serve.mimi import Mimi
 from vox_serve.model_config import CsmConfig
 from vox_serve.prompt import Segment, check_codes, check_codes_shape
+from vox_serve.prompt_audio import PromptOptions, clean_prompt
+from vox_serve.recording import Limits, decode, read_audio
 from vox_serve.text_bound import check_length
 
 # Transcripts of the two recordings in sesame/csm-1b, its speakers 0 and 1.
@@ -51,6 +52,8 @@ class ContextError(ValueError):
 def default_context(folder: Path | str, mimi: Mimi, config: CsmConfig) -> list[Segment]:
     """The model folder's own two speakers, encoded; [] unless both recordings exist.
 
+    The recordings are encoded as they are, as other implementations of CSM do.
+
     Args:
         folder: the model's folder.
         mimi: encodes the recordings.
@@ -63,7 +66,7 @@ def default_context(folder: Path | str, mimi: Mimi, config: CsmConfig) -> list[S
     if not all(path.is_file() for path in paths):
         return []
     return [
-        Segment(speaker, text, _encode(path, mimi, config))
+        Segment(speaker, text, _encode(path, mimi, config, as_it_is=True))
         for speaker, (path, (_, text)) in enumerate(zip(paths, DEFAULT_PROMPTS, strict=True))
     ]
 
@@ -78,6 +81,7 @@ def load_context(
 
     The file is a list of `{"speaker": 0, "text": "...", "audio": "a.wav"}`, or with
     `"codes": "a.npy"` (int64 `[N, K]`) instead of the audio. Paths are relative to the file.
+    `vox_serve.prompt_audio` cleans the audio.
 
     Args:
         path: the file.
@@ -155,12 +159,20 @@ def _segment(
     return Segment(speaker, text, codes)
 
 
-def _encode(path: Path, mimi: Mimi, config: CsmConfig) -> Tensor:
+def _encode(path: Path, mimi: Mimi, config: CsmConfig, as_it_is: bool = False) -> Tensor:
     # One frame of codes takes one position.
     sizes = mimi.config
-    max_s = config.backbone.max_positions * sizes.frame_samples / sizes.sample_rate_hz
+    rate_hz = sizes.sample_rate_hz
+    max_s = config.backbone.max_positions * sizes.frame_samples / rate_hz
     try:
-        audio = torch.from_numpy(read_audio(path, sizes.sample_rate_hz, max_s))
+        if as_it_is:
+            samples = read_audio(path, rate_hz, max_s)
+        else:
+            recording = decode(path, Limits(max_s=max_s))
+            samples = clean_prompt(
+                recording, rate_hz, sizes.frame_samples, PromptOptions(max_s=max_s)
+            )
+        audio = torch.from_numpy(samples)
         return mimi.encode(audio[None].to(mimi.device), config.num_codebooks)[0].cpu()
     except (OSError, ValueError) as error:
         raise ContextError(str(error)) from None

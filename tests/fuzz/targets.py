@@ -12,6 +12,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from fastapi import Request
 from pydantic import ValidationError
@@ -20,13 +21,15 @@ from starlette.exceptions import HTTPException
 
 from limits import memory_limit
 from vox_serve.api import GenerateRequest
-from vox_serve.audio import AudioError, read_audio
+from vox_serve.audio import pcm16, wav_file
 from vox_serve.checkpoint import CheckpointError, TensorFiles
 from vox_serve.config import Config, ConfigError
 from vox_serve.http_io import read_fields
 from vox_serve.mimi import Mimi, load_mimi, mimi_from_checkpoint
 from vox_serve.model_config import CsmConfig
 from vox_serve.prompt import PromptBuilder, Segment
+from vox_serve.prompt_audio import PromptOptions, clean_prompt
+from vox_serve.recording import AudioError, Limits, decode, read_audio
 from vox_serve.runner import RequestRefused
 from vox_serve.voices import ContextError, load_context
 from vox_serve.weights import load_checkpoint
@@ -67,7 +70,8 @@ def _folder() -> Path:
     save_file(_tensors(), folder / "model.safetensors")
     (folder / "config.json").write_bytes(_seed("config_json/hf"))
     (folder / "tokenizer.json").write_bytes(_seed("tokenizer_json/tiny"))
-    (folder.parent / "a.wav").write_bytes(_seed("audio/sine.wav"))
+    sound = np.random.default_rng(0).normal(0, 0.1, 4800)
+    (folder.parent / "a.wav").write_bytes(wav_file(pcm16(sound).tobytes()))
     (folder.parent / "a.npy").write_bytes(_seed("codes_npy/codes.npy"))
     return folder
 
@@ -101,6 +105,12 @@ def audio(data: bytes) -> None:
     with suppress(AudioError):
         samples = read_audio(_written("audio.wav", data), max_s=5)
         assert 0 < len(samples) <= 5 * 24_000 + 1
+    with suppress(AudioError):
+        recording = decode(data, Limits(max_s=5, max_bytes=1 << 16, common_only=True))
+        prompt = clean_prompt(recording, 24_000, 1920, PromptOptions(min_s=0.001))
+        assert 0 < len(prompt) <= 5 * 24_000 + 2 * 1920
+        assert len(prompt) % 1920 == 0
+        assert np.abs(prompt).max() <= 1
 
 
 def safetensors(data: bytes) -> None:

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from vox_serve.audio import AudioError, pcm16, read_audio, wav_file, wav_header
+from vox_serve.audio import pcm16, wav_file, wav_header
+from vox_serve.recording import AudioError, read_audio
 
 
 def test_pcm16_rounds_half_to_even_and_clamps():
@@ -71,9 +72,26 @@ def test_read_audio_resamples(rate_hz, tmp_path):
 
 def test_read_audio_mixes_channels(tmp_path):
     path = tmp_path / "stereo.flac"
+    left, right = _tone(24_000), 0.3 * np.random.default_rng(0).uniform(-1, 1, 24_000)
+    soundfile.write(path, np.stack([left, right], 1), 24_000)
+    np.testing.assert_allclose(read_audio(path), (left + right) / 2, atol=1e-4)
+
+
+def test_read_audio_leaves_silent_channels_out(tmp_path):
+    path = tmp_path / "left.flac"
     left = _tone(24_000)
-    soundfile.write(path, np.stack([left, np.zeros_like(left)], 1), 24_000)
-    np.testing.assert_allclose(read_audio(path), left / 2, atol=1e-4)
+    soundfile.write(path, np.stack([left, 1e-4 * left], 1), 24_000)
+    np.testing.assert_allclose(read_audio(path), left, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "chosen"), [(1, -1, 0), (1, -1.01, 0), (-0.6, 1, 1), (1, -0.6, 0)]
+)
+def test_read_audio_takes_the_loudest_of_channels_that_cancel(tmp_path, left, right, chosen):
+    path = tmp_path / "phase.wav"
+    channels = np.stack([left * _tone(24_000), right * _tone(24_000)], 1)
+    soundfile.write(path, channels, 24_000, "FLOAT")
+    np.testing.assert_array_equal(read_audio(path), channels[:, chosen].astype(np.float32))
 
 
 def test_read_audio_says_what_is_wrong(tmp_path):

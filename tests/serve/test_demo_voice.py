@@ -6,10 +6,10 @@ import torch
 from csm_reference import reference_tokens
 from judge import Judge, median_f0_hz, word_errors
 from vox_serve import say
-from vox_serve.audio import read_audio
 from vox_serve.engine import Request
 from vox_serve.hub import BUILT_IN_VOICES
 from vox_serve.loading import load_engine
+from vox_serve.recording import read_audio
 from vox_serve.sampling import SamplingParams
 
 MAX_FRAMES = 125
