@@ -127,6 +127,19 @@ def http_body() -> None:
     write("http_body", "surrogate", b'\x00{"text": "\\ud800", "seed": 1e400}')
 
 
+def text() -> None:
+    letter = (
+        "Dr. J. Smith paid $3,000.50 on 12/25/2024 at 5:30pm, e.g. to the U.S. No. 5... "
+        '"Is it 50 °C?" he said. Call +1 (555) 123-4567, or a@b.com! 2½ km/h, Henry VIII.'
+    )
+    page = (
+        "# Title\r\n\r\n- [x](https://example.com/a)\n1. **1998-2003** 😀[1]\n\n"
+        "| a | b |\n|---|---|\n```py\nx\n```\n你好。<b>&amp;</b>"
+    )
+    write("text", "letter", letter.encode())
+    write("text", "page", page.encode())
+
+
 if __name__ == "__main__":
     for make in (
         audio,
@@ -136,6 +149,7 @@ if __name__ == "__main__":
         context_json,
         codes_npy,
         http_body,
+        text,
     ):
         make()
     size = sum(path.stat().st_size for path in CORPUS.rglob("*") if path.is_file())

@@ -31,6 +31,8 @@ from vox_serve.prompt import PromptBuilder, Segment
 from vox_serve.prompt_audio import PromptOptions, clean_prompt
 from vox_serve.recording import AudioError, Limits, decode, read_audio
 from vox_serve.runner import RequestRefused
+from vox_serve.text.normalising import normalise
+from vox_serve.text.splitting import PREFERRED_CHARS, SentenceStream, split
 from vox_serve.voices import ContextError, load_context
 from vox_serve.weights import load_checkpoint
 
@@ -178,6 +180,19 @@ def http_body(data: bytes) -> None:
         validate(fields).to_engine(Config())
 
 
+def text(data: bytes) -> None:
+    """A text, normalised, split, and split as it arrives."""
+    text = data.decode("utf-8", "replace")
+    spoken = normalise(text)
+    assert normalise(spoken) == spoken
+    for max_chars in (3, 40, 1000):
+        parts = split(text, max_chars)
+        assert "".join("".join(parts).split()) == "".join(text.split())
+        stream = SentenceStream(max_chars, PREFERRED_CHARS)
+        found = [part for i in range(0, len(text), 7) for part in stream.feed(text[i : i + 7])]
+        assert found + stream.end() == parts
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     target.__name__: target
     for target in (
@@ -188,6 +203,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
         context_json,
         codes_npy,
         http_body,
+        text,
     )
 }
 

@@ -47,6 +47,7 @@ TABLE = {
     """,
     "years and dates": """
         in 2024 -> in twenty twenty-four
+        c. 1840 -> circa eighteen forty
         in 1905, 2000, 2005, 1900 -> in nineteen oh five, two thousand, two thousand five, nineteen hundred
         1998-2003 -> nineteen ninety-eight to two thousand three
         the 1990s, '90s -> the nineteen nineties, nineties
@@ -99,7 +100,9 @@ TABLE = {
         NASA, NATO and UNESCO agree -> NASA, NATO and UNESCO agree
         STOP SHOUTING AT THE FBI -> STOP SHOUTING AT THE FBI
         COVID-19, MP3, A4, 3D prints -> COVID-nineteen, M P three, ay four, three D prints
-        AT&T, R&D -> AT and T, R and D
+        AT&T, R&D, C++ -> AT and T, R and D, C plus plus
+        codes => frames -> codes to frames
+        CSM-1B, GPUs, C++20 -> C S M-one B, G P U's, C plus plus twenty
     """,
     "Roman numerals": """
         Henry VIII and Elizabeth II -> Henry the eighth and Elizabeth the second
@@ -116,7 +119,8 @@ TABLE = {
     """,
     "brackets": """
         [1]The result was good. -> one, The result was good.
-        The result was good.[1] So was this [2, 3]. -> The result was good. So was this.
+        The result was good.[1] So was this [2, 3]. -> The result was good. So was this two, three.
+        He said `[0]` and x[1]. -> He said zero and x.
         She [laughs] went. -> She laughs went.
     """,
     "markup": """
@@ -150,6 +154,7 @@ def test_the_table(written, spoken):
     ("written", "spoken"),
     [
         ("Hello\nworld", "Hello, world"),
+        ("- an item that\n  is wrapped\n- another", "an item that, is wrapped. another"),
         ("A heading\nThe text.\r\nMore", "A heading. The text. More"),
         ("# Title\n\n- one\n- two\n\nText.", "Title. one. two. Text."),
         ("an item:\n1. First\n2) Second", "an item: one, First. two, Second"),

@@ -180,7 +180,7 @@ YEAR_RULES = [
 LONE_YEAR_RULES = [
     rule(
         rf"(?<![\w.,])(?:(?<=\b(?:in|by|of|to)\s)|(?<=\bsince\s)|(?<=\b(?:from|year)\s)"
-        rf"|(?<=\b(?:until|after|early)\s)|(?<=\b(?:during|before)\s)|(?<=\band\s)|(?<=\())"
+        rf"|(?<=\b(?:until|after|early)\s)|(?<=\b(?:during|before)\s)|(?<=\band\s)|(?<=\bcirca\s)|(?<=\())"
         rf"1[0-9]{{3}}{END}",
         _stand_alone_year,
     ),

@@ -51,6 +51,8 @@ _SIGNS = {
 }
 _SIGN = re.compile("[" + re.escape("".join(_SIGNS)) + "]")
 _JOINED_SENTENCES = re.compile(r"(?<=[a-z)][.!?])(?=[A-Z][a-z])")
+_ARROW = re.compile(r"\s?[-=]+>\s?")
+_PLUS_PLUS = re.compile(r"(?<=\b[A-Z])\+\+")
 _SLASH = re.compile(r"(?<=[^\W_])/(?=[^\W_])")
 _SNAKE = re.compile(r"(?<=[^\W_])_+(?=[^\W_])")
 _SPACES = re.compile(r"[ \t\u00a0]{2,}|[\t\u00a0]")
@@ -73,7 +75,7 @@ def normalise(text: str) -> str:
 
 
 def _spoken(text: str) -> str:
-    spoken = text
+    spoken = _ARROW.sub(" to ", _PLUS_PLUS.sub(" plus plus ", text))
     for step in _STEPS:
         spoken = step(spoken)
     spoken = _JOINED_SENTENCES.sub(" ", spoken)

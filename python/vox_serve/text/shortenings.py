@@ -106,6 +106,7 @@ _WITH_NUMBERS = {
     "Pt": "part",
     "pp": "pages",
     "p": "page",
+    "c": "circa",
 }
 _WITH_NUMBER = re.compile(rf"\b({'|'.join(_WITH_NUMBERS)})\.\s?(?=[0-9])", re.IGNORECASE)
 _NUMERO = re.compile(r"№\s?|\bN[°º]\s?(?=[0-9])")

@@ -38,7 +38,7 @@ _SAID = re.compile(
     r"[^\W\d_]+\s+(?:said|says|asked|asks|cried|replied|answered|shouted|whispered|yelled|called"
     r"|exclaimed|muttered|screamed|added|laughed)\b"
 )
-_SHORT_LINE_CHARS = 45
+WRAPPED_LINE_CHARS = 45
 """A line this long ends because it was wrapped, a shorter one because its writer ended it."""
 
 _CLAUSE_ENDS = (
@@ -51,7 +51,7 @@ fraction of the longest."""
 
 
 class Part(str):
-    """A part of a text, without white space at its ends.
+    """A part of a text, without white space at its ends; wrapped lines are joined.
 
     Attributes:
         ends_paragraph: a blank line, or the end of the text, follows: speech pauses here.
@@ -105,6 +105,7 @@ class SentenceStream:
         self._sentence = 0  # start of the current sentence
         self._scan = 0  # gaps before it have been judged
         self._line = 0  # start of the current line
+        self._wraps: list[int] = []  # ends of wrapped lines in the part and the sentence
 
     def feed(self, fragment: str) -> list[Part]:
         """Take the next fragment; return the parts that it completes."""
@@ -133,6 +134,7 @@ class SentenceStream:
         self._sentence -= count
         self._scan = max(0, self._scan - count)
         self._line -= count
+        self._wraps = [position - count for position in self._wraps if position >= count]
         self._part_end = max(0, self._part_end - count)
         self._part_start = max(0, self._part_start - count)
 
@@ -190,6 +192,8 @@ class SentenceStream:
         if verdict:
             self._end_sentence(start, ends_paragraph=False)
         else:
+            if line_length is not None and line_length >= WRAPPED_LINE_CHARS:
+                self._wraps.append(start)
             self._see_lines(start, end)
             self._scan = end
         return True
@@ -235,9 +239,20 @@ class SentenceStream:
 
     def _close_part(self, ends_paragraph: bool) -> None:
         if self._has_part:
-            text = self._text[self._part_start : self._part_end]
-            self._parts.append(Part(text, ends_paragraph))
+            self._parts.append(Part(self._unwrapped(), ends_paragraph))
         self._part_start = self._part_end
+
+    def _unwrapped(self) -> str:
+        """The text of the part, with a space at the ends of wrapped lines."""
+        start, end = self._part_start, self._part_end
+        inside = [position for position in self._wraps if position < end]
+        self._wraps = self._wraps[len(inside) :]
+        pieces = []
+        for position in inside:
+            if position > start:
+                pieces.append(self._text[start:position] + " ")
+                start = _SPACE.match(self._text, position).end()  # type: ignore[union-attr]
+        return "".join(pieces) + self._text[start:end]
 
     def _cut(self, limit: int) -> int:
         """Where to cut a sentence that goes on beyond `limit`."""
@@ -347,7 +362,7 @@ def _ends_at_line(before: str, line_length: int, ahead: str, is_whole: bool) -> 
         return True
     if len(ahead) < 8 and not any(c.isspace() for c in ahead) and not is_whole:
         return None  # it may become a bullet
-    if line_length >= _SHORT_LINE_CHARS or before[-1] in ",;-–—(，、；":
+    if line_length >= WRAPPED_LINE_CHARS or before[-1] in ",;-–—(，、；":
         return False
     first = ahead.lstrip(_OPENING)[:1]
     if not first and not is_whole:

@@ -80,7 +80,6 @@ _UNITS = {
     "Pa": "pascal",
     "kPa": "kilopascal",
     "dB": "decibel",
-    "B": "byte",
     "kB": "kilobyte",
     "KB": "kilobyte",
     "MB": "megabyte",
@@ -221,7 +220,7 @@ UNIT_RULES = [
     rule(rf"{START}([0-9]{{1,2}})['′]\s?([0-9]{{1,2}})(?:[\"″]|'')", _feet),
     rule(rf"(?<![0-9])({NUM})\s?(?:%|percent\b)", lambda match: f"{numeral(match[1])} percent"),
     rule(
-        rf"(?<![\w])(?<![0-9][.,])({NUM}|\.[0-9]++)([\s-]?)({_UNIT})(?![\w²³^])(?:\.(?=\s[a-z0-9]))?",
+        rf"(?<![\w])(?<![0-9][.,])(?<![A-Za-z]-)({NUM}|\.[0-9]++)([\s-]?)({_UNIT})(?![\w²³^])(?:\.(?=\s[a-z0-9]))?",
         _measure,
     ),
     rule(rf"(?<![\w])({NUM})\s?[kK]\b(?!\.[a-z])", lambda match: f"{numeral(match[1])} K"),

@@ -5,6 +5,7 @@ import re
 import unicodedata
 
 from vox_serve.text import numbers
+from vox_serve.text.splitting import WRAPPED_LINE_CHARS
 
 _INVISIBLE = re.compile("[\u00ad\u200b\u200e\u200f\u2060-\u2064\ufeff\ufe0e\x00-\x08\x0e-\x1f\x7f]")
 _WIDE_DIGITS = {0xFF10 + i: 0x30 + i for i in range(10)}
@@ -24,8 +25,6 @@ _RULE = re.compile(r"\s*(?:[-*_=]\s?){3,}|\s*\|?(?:\s?:?-{2,}:?\s?\|)+(?:\s?:?-{
 _FENCE = re.compile(r"\s*(?:```|~~~)\s*[\w+-]*\s*")
 _ITEM = re.compile(r"\s*(?:>\s?)*(?:(?:[-*+•‣◦▪–—]|#{1,6})(?=\s)|\(?([0-9]{1,2})[.)](?=\s))?\s*")
 _CLOSING = "\"'’”»)]*_`"
-_WRAPPED_LINE_CHARS = 50
-"""A line this long that goes on in lower case was wrapped: no pause."""
 
 _TOP_LEVELS = (
     "com|org|net|edu|gov|mil|int|info|biz|io|ai|app|dev|me|tv|co|us|uk|eu|de|fr|es|it|nl|ch|at|be|se|no"
@@ -87,15 +86,17 @@ def without_invisible(text: str) -> str:
 
 
 def without_markup(text: str) -> str:
-    """Words of HTML and Markdown. A number in brackets is a label at the start of a line, and
-    elsewhere a note, which is not spoken; the words of other brackets are."""
+    """Words of HTML and Markdown. A number in brackets is a label at the start of a line; right
+    after a word it is a note, which is not spoken."""
     text = _TAG.sub(" ", _ENTITY.sub(lambda match: _ENTITIES[match[1]], text))
     text = _LINK.sub(r"\1", text)
 
     def note(match: re.Match[str]) -> str:
         before = text[max(0, match.start() - 8) : match.start()]
-        is_label = not before.strip(" ") or before.rstrip(" ")[-1:] in "\n\r"
-        return f"{match[1]}, " if is_label else ""
+        if not before.strip(" ") or before.rstrip(" ")[-1:] in "\n\r":
+            return f"{match[1]}, "
+        is_note = before[-1].isalnum() or before[-1] in ".,;:!?\"'”’)]"
+        return "" if is_note else match[1]
 
     text = _NOTE.sub(note, text)
     return text.replace("[", "").replace("]", "") if "[" in text or "]" in text else text
@@ -110,40 +111,39 @@ def on_one_line(text: str) -> str:
     if not _LINE_BREAK.search(text) and not _ITEM.match(text)[0].strip():  # type: ignore[index]
         return text
     joined: list[str] = []
-    last, is_item, is_blank = "", False, False
+    last, was_heading, was_row, is_blank = "", False, False, False
     for line in _LINE_BREAK.split(text):
         if not line.strip() or _RULE.fullmatch(line) or _FENCE.fullmatch(line):
             is_blank = True
             continue
         match = _ITEM.match(line)
         assert match is not None  # it matches the empty text
-        begins_item = bool(match[0].strip())
+        mark = match[0].strip()
         line = (f"{match[1]}, " if match[1] else "") + line[match.end() :].rstrip()
-        if line.startswith("|") and line.endswith("|"):
-            line = line.strip("|")
-        if " | " in line:
+        is_row = line.startswith("|") and line.endswith("|")
+        if is_row or " | " in line:
             line = ", ".join(cell.strip() for cell in line.split("|") if cell.strip())
         if not line.strip():
             continue
         if joined:
-            joined.append(_joint(last, line, begins_item or is_item, is_blank))
+            ends = bool(mark) or was_heading or is_row or was_row or is_blank
+            joined.append(_joint(last, line, ends))
         joined.append(line)
-        last, is_item, is_blank = line, begins_item, False
+        last, was_heading, was_row, is_blank = line, mark.startswith("#"), is_row, False
     return "".join(joined)
 
 
-def _joint(last: str, line: str, is_item: bool, is_blank: bool) -> str:
+def _joint(last: str, line: str, ends: bool) -> str:
+    """What joins two lines; `ends` says that the first is a heading, a paragraph, ..."""
     end = last.rstrip(_CLOSING + " ")[-1:]
     is_lower = line.lstrip(_CLOSING + "“‘(")[:1].islower()
-    if end in ".!?…。！？" or (end in ",;:—–-" and not is_blank):
-        return "" if end == "-" and is_lower else " "
-    if end in ",;:—–-":
-        return " "
-    if is_blank or is_item:
+    if end in ".!?…。！？,;:—–-":
+        return "" if end == "-" and is_lower and not ends else " "
+    if ends:
         return ". "
-    if is_lower:
-        return " " if len(last) >= _WRAPPED_LINE_CHARS else ", "
-    return ". " if len(last) < _WRAPPED_LINE_CHARS else " "
+    if len(last) >= WRAPPED_LINE_CHARS:
+        return " "
+    return ", " if is_lower else ". "
 
 
 def without_addresses(text: str) -> str:
