@@ -18,7 +18,8 @@ def patch_interpreter() -> None:
     a one-element array to an integer).
 
     Speed: it replaces the language's functions at every call of a helper, although once is enough
-    in a process that compiles nothing; and it computes every integer sum twice to detect overflow.
+    in a process that compiles nothing; it computes every integer sum twice to detect overflow; and
+    it derives the same types and shapes again for the result of every operation.
     """
     builder = interpreter.InterpreterBuilder
     convert, multiply = interpreter._convert_float, builder.create_dot
@@ -27,6 +28,9 @@ def patch_interpreter() -> None:
     interpreter._patch_lang = functools.partial(patch_once, interpreter._patch_lang, set())
     options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
     interpreter.interpreter_builder.options = options
+    interpreter._get_np_dtype = functools.partial(numpy_type, interpreter._get_np_dtype, {})
+    tl.block_type.__init__ = remembering_block(tl.block_type.__init__)
+    tl.tensor.__init__ = remembering_tensor(tl.tensor.__init__)
     np.seterr(all="ignore")  # infinities and NaN are silent, as on a GPU
 
 
@@ -48,9 +52,9 @@ def create_dot(builder, multiply, a, b, d, *rest):
     if not a.dtype.scalar.is_floating():
         return multiply(builder, a, b, d, *rest)
     a, b = as_float(a), as_float(b)
-    out = np.zeros_like(d.data)
+    out, product = np.zeros_like(d.data), np.empty_like(d.data)
     for k in range(a.shape[-1]):
-        out += a[..., :, k, None] * b[..., None, k, :]
+        out += np.multiply(a[..., :, k, None], b[..., None, k, :], out=product)
     return interpreter.TensorHandle(out + d.data, d.dtype.scalar)
 
 
@@ -68,3 +72,39 @@ def patch_once(patch, patched, fn):
         patched.update(languages)
         tl.tensor.__index__ = lambda self: self.handle.data.item()
     return SimpleNamespace(restore=lambda: None)
+
+
+def numpy_type(find, found, dtype):
+    """`find(dtype)`, once for each dtype."""
+    scalar = dtype.scalar
+    if scalar.name not in found:
+        found[scalar.name] = find(scalar)
+    return found[scalar.name]
+
+
+def remembering_block(init):
+    """The constructor of a block type, with the results of earlier calls for the same shape."""
+    found = {}
+
+    def remember(self, element_ty, shape):
+        key = element_ty.name, *(getattr(extent, "value", extent) for extent in shape)
+        if key not in found:
+            init(self, element_ty, shape)
+            found[key] = vars(self).copy()
+        vars(self).update(found[key], element_ty=element_ty)
+
+    return remember
+
+
+def remembering_tensor(init):
+    """The constructor of a tensor, with the shapes of earlier ones."""
+    found = {}
+
+    def remember(self, handle, type):
+        key = tuple(type.shape) if type.is_block() else ()
+        if key not in found:
+            init(self, handle, type)
+            found[key] = {"shape": self.shape, "numel": self.numel}
+        vars(self).update(found[key], handle=handle, type=type, dtype=type.scalar)
+
+    return remember
