@@ -108,11 +108,16 @@ def test_bits_are_those_of_the_composed_ops(target, sizes, lengths, dtype):
     assert_same_bits(run(target.run, arguments), expected)
 
 
+def layers_of(target, rows: int) -> int:
+    """Two layers, or one on slow targets but for some numbers of rows."""
+    return 1 if target.interpreted or (target.slow and rows not in (3, 17)) else 2
+
+
 # More queries per key than a block handles, and numbers of rows around the limits of a launch.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 3, 8, 9, 16, 17])
 def test_bits_of_many_rows_are_those_of_the_composed_ops(target, rows, dtype):
-    layers, width = target.at_most(1, 2), 64 if dtype == torch.bfloat16 else 32
+    layers, width = layers_of(target, rows), 64 if dtype == torch.bfloat16 else 32
     sizes = Sizes(L=layers, C=264, F=136, Hq=10, Hkv=2, D=width, S=16)
     arguments = make(sizes, dtype, [*([3, 129, 260, 1, 128] * 4)[:rows]])
     expected = run(lambda _, *args: composed(target.run, *args), arguments)
@@ -136,7 +141,7 @@ def test_bits_of_packed_weights_are_those_of_the_composed_ops(
 @pytest.mark.parametrize("packing", PACKINGS[:2], ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 8, 9, 16, 17])
 def test_bits_of_many_packed_rows_are_those_of_the_composed_ops(target, rows, packing, dtype):
-    layers, ffn = target.at_most(1, 2), target.at_most(96, 544)
+    layers, ffn = layers_of(target, rows), target.at_most(96, 544)
     sizes = Sizes(L=layers, C=288, F=ffn, Hq=10, Hkv=2, D=32, S=16)
     arguments = packed(make(sizes, dtype, [*([3, 129, 20, 1, 128] * 4)[:rows]]), packing)
     together = run(target.run, arguments)

@@ -63,6 +63,11 @@ class Target:
         return min(limit, size) if self.interpreted else size
 
     @property
+    def slow(self) -> bool:
+        """True where each CUDA thread is a fiber, and in Triton's interpreter."""
+        return self.backend == "simt" or self.interpreted
+
+    @property
     def interpreted(self) -> bool:
         return (self.backend, self.device) == ("triton", "cpu")
 
