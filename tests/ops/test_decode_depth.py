@@ -83,7 +83,7 @@ def test_rows_that_are_not_finite_draw_no_codes(target, packing, private, reques
     if private:
         request.getfixturevalue("_has_persistent_kernel")
         draw = run_persistent
-    sizes = shortened(target, PACKED_SIZES[0] if packing else SIZES[0])
+    sizes = shortened(target, PACKED_SIZES[0] if packing else SIZES[0], codebooks=3)
     dtype = torch.bfloat16 if private else torch.float32
     arguments = packed(make(sizes, dtype, 6), packing)
     expected = draw(target, arguments)
