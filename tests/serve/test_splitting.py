@@ -200,12 +200,12 @@ HOSTILE = {
 
 @pytest.mark.parametrize("piece", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_text_takes_linear_time(piece):
-    text = piece * (200_000 // len(piece))
+    text = piece * (100_000 // len(piece))
     start = time.process_time()
     parts = split(text, 500)
     assert time.process_time() - start < 20  # 0.1 to 1 s; quadratic time is minutes
     assert squeezed("".join(parts)) == squeezed(text)
     stream = SentenceStream(500)
-    for i in range(0, 50_000, 2):
+    for i in range(0, 30_000, 2):
         stream.feed(text[i : i + 2])
         assert len(stream._text) < 2000

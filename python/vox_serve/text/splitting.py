@@ -174,7 +174,8 @@ class SentenceStream:
             return self._judge_wide_end(gap.end(), limit, is_final)
         end = _SPACE.match(text, start, start + self._max_chars + 1).end()  # type: ignore[union-attr]
         space = text[start:end]
-        is_blank_line = _count_line_breaks(space) >= 2
+        num_breaks = _count_line_breaks(space)
+        is_blank_line = num_breaks >= 2
         if is_blank_line or end - start > self._max_chars:
             self._end_sentence(start, ends_paragraph=is_blank_line)
             return True
@@ -184,7 +185,7 @@ class SentenceStream:
             return is_final
         ahead = text[end : end + _AHEAD_CHARS]
         is_whole = is_final or len(ahead) == _AHEAD_CHARS
-        line_length = start - self._line if _count_line_breaks(space) else None
+        line_length = start - self._line if num_breaks else None
         before = text[max(self._sentence, start - _AHEAD_CHARS) : start]
         verdict = _ends_sentence(before, start - self._sentence, line_length, ahead, is_whole)
         if verdict is None:
@@ -275,6 +276,8 @@ class SentenceStream:
 
 def _count_line_breaks(space: str) -> int:
     """Line breaks in white space; a page's or a paragraph's end counts twice."""
+    if len(space) == 1 and space in " \n":
+        return int(space == "\n")
     breaks = sum(space.count(c) for c in _LINE_BREAKS) - space.count("\r\n")
     return breaks + space.count("\x0c") + space.count("\u2029")
 

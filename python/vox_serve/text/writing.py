@@ -134,7 +134,7 @@ def on_one_line(text: str) -> str:
 
 
 def _joint(last: str, line: str, ends: bool) -> str:
-    """What joins two lines; `ends` says that the first is a heading, a paragraph, ..."""
+    """The text between two lines; `ends` says that the first ends a paragraph, an item, ..."""
     end = last.rstrip(_CLOSING + " ")[-1:]
     is_lower = line.lstrip(_CLOSING + "“‘(")[:1].islower()
     if end in ".!?…。！？,;:—–-":
