@@ -91,7 +91,7 @@ def test_bits_do_not_depend_on_the_batch_or_the_pages(target, dtype):
     together = target.run("prefill_attention", q, *with_queries(paged(k, v, 16), new), 0.2)
     begin = 0
     for b, tokens in enumerate(new):
-        for page_size in (16, 1, 17, 256):
+        for page_size in (1, 17) if target.interpreted else (16, 1, 17, 256):
             pages = paged(k[b : b + 1], v[b : b + 1], page_size)
             alone = target.run(
                 "prefill_attention",
