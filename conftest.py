@@ -30,6 +30,11 @@ def pytest_generate_tests(metafunc) -> None:
         metafunc.parametrize("target", targets(op if op in OPS else None), ids=str)
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """The longest test first: at the end, one worker would wait for the other."""
+    items.sort(key=lambda item: "compiles_for_hopper" not in item.name)
+
+
 # With tensors this small, more torch threads would only wait for each other.
 torch.set_num_threads(1)
 
