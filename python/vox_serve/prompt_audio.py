@@ -40,7 +40,7 @@ _CUT_SEARCH_S = 2.0
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """How a recording becomes a prompt.
+    """Bounds of a prompt, and the treatment of its level.
 
     Attributes:
         level: "auto" corrects levels that are certainly wrong: below `QUIET_DBFS`, or peaks above
@@ -192,7 +192,7 @@ def _ending_in_silence(samples: np.ndarray, rate_hz: int, frame_samples: int) ->
 
 def _without_offset(samples: np.ndarray) -> np.ndarray:
     mean = samples.mean(dtype=np.float64)
-    rms = np.sqrt(np.square(samples, dtype=np.float64).mean())
+    rms = np.sqrt(np.einsum("n,n->", samples, samples, dtype=np.float64) / len(samples))
     if abs(mean) <= MAX_OFFSET * rms:
         return samples
     return samples - np.float32(mean)

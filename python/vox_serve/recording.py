@@ -148,8 +148,8 @@ def decode(source: bytes | str | Path, limits: Limits = Limits()) -> Recording:
         powers, mean_power, blocks = np.zeros(channels), 0.0, []
         for block in _blocks(name, file, limits.max_s):
             mean = block.mean(axis=1)
-            powers += np.square(block, dtype=np.float64).sum(axis=0)
-            mean_power += float(np.square(mean, dtype=np.float64).sum())
+            powers += np.einsum("nc,nc->c", block, block, dtype=np.float64)
+            mean_power += float(np.einsum("n,n->", mean, mean, dtype=np.float64))
             blocks.append(mean)
     chosen = _channels(powers, mean_power)
     if len(chosen) < channels:  # rare, so the channels are not kept for it
