@@ -180,7 +180,7 @@ def random_speech(config: CsmConfig) -> Speech:
 
     texts = draw(config.text_vocab_size, UTTERANCES, TEXT_TOKENS, k + 1) * mask
     codes = draw(config.audio_vocab_size, UTTERANCES, FRAMES, k)
-    return Speech([Prompt(text, mask) for text in texts], [*codes])
+    return Speech([Prompt.build(text, mask) for text in texts], [*codes])
 
 
 def demo_speech() -> tuple[CsmModel, Speech]:
@@ -221,7 +221,8 @@ def _backbone_steps(model: CsmModel, speech: Speech) -> Iterator[tuple[Tensor, T
     cache = KvCache(model.config.backbone, len(prompts), model.dtype, model.device)
     sequences = [CacheSequence() for _ in prompts]
     batch = CacheBatch.prefill(cache, sequences, [len(p.frames) for p in prompts])
-    frames, mask = (torch.cat(tensors) for tensors in zip(*prompts, strict=True))
+    frames, mask, _ = zip(*prompts, strict=True)
+    frames, mask = torch.cat(frames), torch.cat(mask)
     for step in range(len(codes[0]) + 1):
         hidden = model.backbone_step(frames, mask, batch, cache)
         following = [c[step] for c in codes if step < len(c)]

@@ -39,11 +39,10 @@ class OurSpeech:
         self.bytes = frame_bytes(model.weights).total
         self.batch = batch
         self.engine = Engine(model, codec, prompts=None, max_batch_size=batch)
-        tokens = torch.zeros(CACHED, config.num_codebooks + 1, dtype=torch.int64)
-        tokens[:, -1] = torch.randint(0, config.text_vocab_size, (CACHED,))
-        prompt = Prompt(tokens, tokens > 0)
-        for _ in range(batch):
-            self.engine.add(Request(""), prompt)
+        for _ in range(batch):  # each with its own prompt, or they would share their pages
+            tokens = torch.zeros(CACHED, config.num_codebooks + 1, dtype=torch.int64)
+            tokens[:, -1] = torch.randint(1, config.text_vocab_size, (CACHED,))
+            self.engine.add(Request(""), Prompt.build(tokens, tokens > 0))
         while len(self.engine.step()) < batch:
             pass
 

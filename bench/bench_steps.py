@@ -45,9 +45,6 @@ class Steps:
         before = self._allocated()
         # One row more than is measured, for the request whose prompt is timed.
         self.engine = Engine(model, codec, prompts=None, max_batch_size=rows + 1)
-        config = model.config
-        self._tokens = torch.zeros(MAX_POSITIONS, config.num_codebooks + 1, dtype=torch.int64)
-        self._tokens[:, -1] = torch.randint(0, config.text_vocab_size, (MAX_POSITIONS,))
         self.ids = [self._add(FIRST_PROMPT_TOKENS) for _ in range(rows)]
         while sum(output.codes is not None for output in self.engine.step()) < rows:
             pass
@@ -72,8 +69,10 @@ class Steps:
 
     def _add(self, num_tokens: int) -> str:
         request = Request("")
-        tokens = self._tokens[:num_tokens]
-        self.engine.add(request, Prompt(tokens, tokens > 0))
+        config = self.engine.model.config  # every prompt is another, or they would share pages
+        tokens = torch.zeros(num_tokens, config.num_codebooks + 1, dtype=torch.int64)
+        tokens[:, -1] = torch.randint(1, config.text_vocab_size, (num_tokens,))
+        self.engine.add(request, Prompt.build(tokens, tokens > 0))
         return request.id
 
     def _allocated(self) -> int:

@@ -189,6 +189,11 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, response: AsciiJSO
         await send({"type": "websocket.close", "code": 1008})  # the handshake is answered 403
 
 
+def client_name(scope: Scope) -> str:
+    """Whose request it is: by API key once that was checked, else by address."""
+    return str(scope.get("state", {}).get("client") or _peer(scope))
+
+
 def _peer(scope: Scope) -> str:
     """The client's address; of IPv6 the /64 network, which is what one host gets."""
     host = (scope.get("client") or ("unknown",))[0]

@@ -13,6 +13,7 @@ from vox_serve import engine
 from vox_serve.access import AccessPolicy, add_access_checks
 from vox_serve.config import Config, SpeechSettings
 from vox_serve.connections import CloseUnread
+from vox_serve.error_pace import PacedErrors
 from vox_serve.http_io import AsciiJSONResponse, HeadAsGet, read_fields
 from vox_serve.job import QueueFull, RequestFailed, RequestRefused, Unavailable
 from vox_serve.runner import Runner
@@ -197,6 +198,7 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
     app.add_middleware(HeadAsGet)
     add_access_checks(app, AccessPolicy.of(config))
     app.add_middleware(CloseUnread)
+    app.add_middleware(PacedErrors)
     return app
 
 

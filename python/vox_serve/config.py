@@ -113,6 +113,14 @@ class ModelSettings(Settings):
         None,
         "folder for packed weights, memory-mapped by later starts; 'none' packs at every start",
     )
+    prefix_cache_bytes: Annotated[int | None, Shown("512 MiB, at most an eighth of the memory")] = (
+        setting(
+            None,
+            "keys and values kept of contexts and speech, for requests that begin alike",
+            ge=0,
+            le=2**40,
+        )
+    )
     num_threads: Annotated[int | None, Shown("all that this process may use")] = setting(
         None, "CPU threads of the kernels", ge=1, le=1024
     )
@@ -239,6 +247,12 @@ class ServerSettings(Settings):
     allowed_hosts: Annotated[
         str | None, Shown("on loopback names of this machine or network, else all")
     ] = setting(None, "names that a request's Host may have, comma-separated; * for all")
+    max_errors_per_s: float = setting(
+        50.0,
+        "4xx answers a second to one client; further ones wait, up to 10 s; 0 for no limit",
+        ge=0,
+        le=1_000_000,
+    )
     log_level: Literal["error", "warning", "info", "debug"] = setting(
         "info", "least severe messages to log"
     )

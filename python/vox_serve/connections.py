@@ -23,6 +23,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vox_serve.config import ServerSettings
+from vox_serve.error_pace import ErrorPace
 from vox_serve.guarded_protocol import STATE_KEY, GuardedProtocol, GuardedTransport
 from vox_serve.http_io import AsciiJSONResponse
 
@@ -49,12 +50,14 @@ class ConnectionGuard:
     Attributes:
         max_connections: the setting, or as many as the limit on open files permits.
         counts: connections ended, by reason.
+        pace: when errors are answered.
     """
 
     def __init__(self, config: ServerSettings):
         self.config = config
         self.max_connections = connection_limit(config.max_connections)
         self.counts: Counter[str] = Counter()
+        self.pace = ErrorPace(config.max_errors_per_s)
         shortest_s = min(
             config.header_timeout_s,
             config.body_timeout_s,
@@ -99,6 +102,12 @@ class ConnectionGuard:
         if connection in self._silent:
             del self._silent[connection]
             self._silent[connection] = None
+
+    def stop_pacing(self) -> None:
+        """Send all answers that wait for their turn, and let no further one wait."""
+        self.pace = ErrorPace(0)
+        for connection in list(self._silent):
+            connection.end_wait()
 
     def forget(self, connection: "GuardedProtocol") -> None:
         self._silent.pop(connection, None)

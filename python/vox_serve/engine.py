@@ -4,6 +4,9 @@ Requests join and leave between frames. The ops compute a row in the same order 
 the batch, and draws depend only on seed, frame and codebook. So a request gets the same codes
 alone, in a batch, and however its prompt was cut into chunks.
 
+What a prompt has in common with earlier prompts and with the speech that followed them is found in
+the KV cache, and not computed again.
+
 A GPU works on one frame while the host handles the previous one. By the time the host sees that a
 request has ended, the GPU has already begun one more frame of it, which is discarded.
 """
@@ -11,7 +14,7 @@ request has ended, the GPU has already begun one more frame of it, which is disc
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -19,7 +22,13 @@ from torch import Tensor
 
 from vox_serve.ending import SilenceGuard
 from vox_serve.frame_batch import FrameBatch, Frames
-from vox_serve.kv_cache import CacheBatch, CacheSequence, KvCache, copy_to_device
+from vox_serve.kv_cache import (
+    PAGE_SIZE,
+    CacheBatch,
+    CacheSequence,
+    KvCache,
+    copy_to_device,
+)
 from vox_serve.mimi import Mimi
 from vox_serve.model import CsmModel
 from vox_serve.prompt import CHARS_PER_POSITION, PromptBuilder, Segment
@@ -45,16 +54,24 @@ class _Live:
     """A request that holds cache pages."""
 
     request: Request
-    frames: Tensor  # the part of the prompt that is not in the cache yet, [T, K + 1]
-    mask: Tensor
-    cache: CacheSequence
-    seed: int
+    prompt: Prompt
+    cache: CacheSequence  # counts positions of the prompt alone
     max_frames: int
     silence: SilenceGuard
     num_skipped: int = 0  # steps that prefilled only other prompts
     num_begun: int = 0  # frames given to the model
-    num_frames: int = 0  # frames that came back
+    codes: list[Tensor] = field(default_factory=list)  # of the frames that came back
     ended: bool = False
+
+    @property
+    def num_missing(self) -> int:
+        """Positions of the prompt that are not in the cache yet."""
+        return len(self.prompt.frames) - self.cache.length
+
+    @property
+    def codes_in_cache(self) -> list[Tensor]:
+        """The frames that were fed back: all begun but the last, as far as they are known."""
+        return self.codes[: max(self.num_begun - 1, 0)]
 
 
 class _Pending(NamedTuple):
@@ -71,15 +88,19 @@ class Engine:
         model: the two transformers.
         mimi: the codec, on the model's device.
         prompts: turns text and context into the model's input.
-        default_context: segments before every request that has no context of its own; their keys
-            and values are computed once and shared.
+        default_context: segments before every request that has no context of its own.
         max_batch_size: most requests in a step; further ones wait in line.
         default_max_frames: `max_frames` of requests that set none; None for as many as the model's
             context has room for.
         max_silence_s: silence after which a request ends; 0 for no such end.
         num_spare_rows: further requests in a step, which `add` fills like the others. Who adds
             requests can keep these places for somebody who would otherwise wait.
+        prefix_cache_bytes: limit for the keys and values that are kept for later requests.
+            The default context is kept in any case.
         normalises: normalise the texts of requests that leave it to the engine.
+
+    Raises:
+        PromptTooLongError: the default context leaves no room for speech.
     """
 
     def __init__(
@@ -92,6 +113,7 @@ class Engine:
         default_max_frames: int | None = None,
         max_silence_s: float = 0.0,
         num_spare_rows: int = 0,
+        prefix_cache_bytes: int = 0,
         normalises: bool = False,
     ) -> None:
         self.model = model
@@ -103,15 +125,23 @@ class Engine:
         self.max_silence_s = max_silence_s
         self.normalises = normalises
         rows = max_batch_size + num_spare_rows
-        # One sequence more than the live requests, for the shared prefix.
-        self._cache = KvCache(model.config.backbone, rows + 1, model.dtype, model.device)
-        self._default_context = tuple(default_context)
+        self._default_context = self._build_default_context(default_context)
+        page_bytes = PAGE_SIZE * KvCache.position_bytes(model.config.backbone, model.dtype)
+        cached_pages = -(-len(self._default_context.frames) // PAGE_SIZE)
+        self._cache = KvCache(
+            model.config.backbone,
+            rows,
+            model.dtype,
+            model.device,
+            max(cached_pages, prefix_cache_bytes // page_bytes),
+        )
         self._batch: FrameBatch[_Live] = FrameBatch(model, mimi, self._cache, rows)
         self._pending: deque[_Pending] = deque()
         self._failed = False
         self._waiting: deque[_Live] = deque()
         self._live: dict[str, _Live] = {}
-        self._prefix = self._fill_prefix()
+        self.num_prompt_positions = self.num_found_positions = 0
+        self._fill_cache()
 
     @property
     def num_codebooks(self) -> int:
@@ -145,8 +175,10 @@ class Engine:
         if request.max_frames is not None and request.max_frames < 1:
             raise ValueError(f"max_frames must be 1 or more, got {request.max_frames}")
         spoken = Segment(request.speaker, self.spoken_text(request))
-        prompt = Prompt(*self.prompts.build([*(request.context or ()), spoken]))
-        length, limit = self._num_positions(request, prompt), self._cache.max_positions
+        parts = self.prompts.build([*(request.context or ()), spoken])
+        before = self._default_context if request.context is None else None
+        prompt = Prompt.build(*parts, before)
+        length, limit = len(prompt.frames), self._cache.max_positions
         if length >= limit:
             raise PromptTooLongError(
                 f"the prompt takes {length} positions and must leave room for speech in the "
@@ -175,15 +207,14 @@ class Engine:
         if request.id in self._live or any(w.request.id == request.id for w in self._waiting):
             raise ValueError(f"id {request.id!r} is in use by a live request")
         prompt = prompt or self.prepare(request)
-        max_frames = self._cache.max_positions - self._num_positions(request, prompt)
+        max_frames = self._cache.max_positions - len(prompt.frames)
         if (limit := self._frame_limit(request)) is not None:
             max_frames = min(limit, max_frames)
         self._waiting.append(
             _Live(
                 request,
-                *prompt,
+                prompt,
                 CacheSequence(),
-                request.seed,
                 max_frames=max_frames,
                 silence=SilenceGuard(self.max_silence_s),
             )
@@ -198,8 +229,8 @@ class Engine:
     def reset(self) -> None:
         """Drop all requests and rebuild the state; the engine can serve again after a failed step.
 
-        Pages are freed, the batch is emptied and the default context is computed again. Weights and
-        CUDA graphs stay as they are. `prepare` may run in another thread meanwhile.
+        All pages are freed, the batch is emptied and the default context is computed again.
+        Weights and CUDA graphs stay as they are. `prepare` may run in another thread meanwhile.
 
         Raises:
             RuntimeError: the device has failed; the engine then cannot serve.
@@ -214,7 +245,7 @@ class Engine:
             torch.cuda.synchronize(self.model.device)  # raises the error of any kernel in flight
         self._batch.reset()
         self._cache.reset()
-        self._prefix = self._fill_prefix()
+        self._fill_cache()
         self._failed = False
 
     @torch.inference_mode()
@@ -254,34 +285,40 @@ class Engine:
         """The frames after which a request ends with "length"; None for no limit."""
         return self.default_max_frames if request.max_frames is None else request.max_frames
 
-    def _num_positions(self, request: Request, prompt: Prompt) -> int:
-        """Positions that a prompt takes in the model's context, shared ones included."""
-        shared = self._prefix.length if request.context is None else 0
-        return shared + len(prompt.frames)
-
     def _admit(self) -> None:
         while self._waiting and len(self._live) < self.max_batch_size + self.num_spare_rows:
             live = self._waiting[0]
-            if live.request.context is None:
-                live.cache = self._cache.fork(self._prefix)
+            self._find_prefix(live)
             self._live[live.request.id] = self._waiting.popleft()
+
+    def _find_prefix(self, live: _Live) -> None:
+        """Skip the part of the prompt that is in the cache, but for its last position."""
+        # That one is computed for its hidden state.
+        live.cache = self._cache.find(live.prompt.keys, len(live.prompt.frames) - 1)
+        self.num_prompt_positions += len(live.prompt.frames)
+        self.num_found_positions += live.cache.length
 
     def _prefill(self) -> None:
         """Run the backbone over the next prompt tokens; completed prompts join the batch."""
         chosen, counts = self._next_prompts()
         if not chosen:
             return
-        frames = torch.cat([live.frames[:n] for live, n in zip(chosen, counts, strict=True)])
-        mask = torch.cat([live.mask[:n] for live, n in zip(chosen, counts, strict=True)])
+        parts = [
+            (live.prompt, slice(live.cache.length, live.cache.length + n))
+            for live, n in zip(chosen, counts, strict=True)
+        ]
+        frames = torch.cat([prompt.frames[part] for prompt, part in parts])
+        mask = torch.cat([prompt.mask[part] for prompt, part in parts])
         batch = CacheBatch.prefill(self._cache, [live.cache for live in chosen], counts)
         device = self.model.device
         inputs = copy_to_device(frames, device), copy_to_device(mask, device)
         hidden = self.model.backbone_step(*inputs, batch, self._cache)
-        for row, live, count in zip(hidden, chosen, counts, strict=True):
-            live.frames, live.mask = live.frames[count:], live.mask[count:]
-            if len(live.frames) == 0:
+        for row, live in zip(hidden, chosen, strict=True):
+            if live.num_missing == 0:
+                request = live.request
+                self._cache.publish(live.cache, live.prompt.keys)
                 self._cache.reserve(live.cache, live.max_frames - 1)  # the last is not fed back
-                self._batch.join(live, live.cache, live.request.sampling, live.seed, row)
+                self._batch.join(live, live.cache, request.sampling, request.seed, row)
 
     def _next_prompts(self) -> tuple[list[_Live], list[int]]:
         """The prompts of which this step prefills a part, and the tokens of each.
@@ -289,18 +326,18 @@ class Engine:
         Urgent prompts have the step to themselves, the shortest first. The others go in order of
         arrival. None is skipped for ever: see `MAX_STEPS_SKIPPED`.
         """
-        left = [live for live in self._live.values() if len(live.frames)]
+        left = [live for live in self._live.values() if live.num_missing]
         first = [
             live for live in left if live.request.urgent or live.num_skipped >= MAX_STEPS_SKIPPED
         ]
-        first.sort(key=lambda live: (live.num_skipped < MAX_STEPS_SKIPPED, len(live.frames)))
+        first.sort(key=lambda live: (live.num_skipped < MAX_STEPS_SKIPPED, live.num_missing))
         budget = PREFILL_CHUNK_TOKENS[self.model.device.type]
         chosen: list[_Live] = []
         counts: list[int] = []
         for live in first or left:
             if budget:
                 chosen.append(live)
-                counts.append(min(budget, len(live.frames)))
+                counts.append(min(budget, live.num_missing))
                 budget -= counts[-1]
         for live in left:
             live.num_skipped = 0 if live in chosen else live.num_skipped + 1
@@ -334,46 +371,60 @@ class Engine:
         `level` is the root mean square of the samples; not finite if the frame is not.
         """
         if not math.isfinite(level):
-            self.abort(live.request.id)
+            self._end(self._live.pop(live.request.id), keep=False)
             return FrameOutput(live.request.id, None, None, "error", NOT_FINITE)
         if not codes.any():  # Sesame's stop frame, which is not spoken
             self.abort(live.request.id)
             return FrameOutput(live.request.id, None, None, "stop")
-        live.num_frames += 1
+        # Copy: the rows are views of the whole batch's tensors, in memory that the GPU writes to.
+        live.codes.append(codes.clone())
         reason: FinishReason | None = None
-        if live.num_frames == live.max_frames:
-            is_limit = live.num_frames == self._frame_limit(live.request)
+        if len(live.codes) == live.max_frames:
+            is_limit = len(live.codes) == self._frame_limit(live.request)
             reason = "length" if is_limit else "context"
         elif live.silence.is_over(level):
             reason = "silence"
         if reason:
             self.abort(live.request.id)
-        # Copy: the rows are views of the whole batch's tensors, in memory that the GPU writes to.
-        return FrameOutput(live.request.id, codes.clone(), audio.clone().numpy(), reason)
+        return FrameOutput(live.request.id, live.codes[-1], audio.clone().numpy(), reason)
 
-    def _end(self, live: _Live) -> None:
+    def _end(self, live: _Live, keep: bool = True) -> None:
+        """Free a request's row and pages; `keep` what is in the cache for later requests."""
         live.ended = True
         if live in self._batch.members:
             self._batch.leave(live)
-        self._cache.release(live.cache)
+        if not keep:
+            self._cache.forget(live.cache)
+            self._cache.release(live.cache)
+            return
+        keys, length = live.prompt.keys, live.cache.length
+        if spoken := live.codes_in_cache:
+            keys, length = keys.copy(), length + len(spoken)
+            keys.extend(*self.model.next_inputs(torch.stack(spoken)))
+        self._cache.release(live.cache, keys, length)
+
+    def _build_default_context(self, segments: Sequence[Segment]) -> Prompt:
+        k = self.model.config.num_codebooks
+        empty = torch.zeros(0, k + 1, dtype=torch.int64)
+        prompt = Prompt.build(*(self.prompts.build(segments) if segments else (empty, empty > 0)))
+        limit = self.model.config.backbone.max_positions
+        if len(prompt.frames) >= limit:
+            raise PromptTooLongError(
+                f"the default context takes {len(prompt.frames)} positions of {limit}"
+            )
+        return prompt
 
     @torch.inference_mode()
-    def _fill_prefix(self) -> CacheSequence:
+    def _fill_cache(self) -> None:
         """Compute the keys and values of the default context."""
-        prefix = CacheSequence()
-        if not self._default_context:
-            return prefix
-        frames, mask = self.prompts.build(self._default_context)
-        if len(frames) >= self._cache.max_positions:
-            raise PromptTooLongError(
-                f"the default context takes {len(frames)} positions of {self._cache.max_positions}"
-            )
+        frames, mask, keys = self._default_context
         device = self.model.device
         chunk = PREFILL_CHUNK_TOKENS[device.type]
+        sequence = CacheSequence()
         for start in range(0, len(frames), chunk):
             part = slice(start, start + chunk)
-            batch = CacheBatch.prefill(self._cache, [prefix], [len(frames[part])])
+            batch = CacheBatch.prefill(self._cache, [sequence], [len(frames[part])])
             self.model.backbone_step(
                 frames[part].to(device), mask[part].to(device), batch, self._cache
             )
-        return prefix
+        self._cache.release(sequence, keys, sequence.length)

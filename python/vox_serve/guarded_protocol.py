@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from vox_serve.access import client_name
+
 if TYPE_CHECKING:
     from vox_serve.connections import ConnectionGuard
 
@@ -114,6 +116,8 @@ class GuardedProtocol(H11Protocol):
         self._phase_at = self.loop.time()
         self._phase_start = 0  # `_num_bytes` then
         self._linger_timer: asyncio.TimerHandle | None = None
+        self._turn: asyncio.Future[None] | None = None  # of an error that has to wait
+        self._refusal = ""  # the error, if it is not the application's
         self.app_state = {**self.app_state, STATE_KEY: self}
         guarded = GuardedTransport(cast(asyncio.Transport, transport), self)
         connected = transport.get_extra_info("socket")
@@ -127,11 +131,12 @@ class GuardedProtocol(H11Protocol):
         self.guard.forget(self)
         if self._linger_timer:
             self._linger_timer.cancel()
+        self.end_wait()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         self._num_bytes += len(data)
-        if self.is_lingering:
+        if self.is_lingering or self._is_refused:
             if self._num_bytes - self._phase_start > LINGER_BYTES:
                 self.flow.pause_reading()
             return
@@ -140,6 +145,9 @@ class GuardedProtocol(H11Protocol):
 
     def eof_received(self) -> bool:  # type: ignore[override]
         super().eof_received()
+        if self._refusal and self.is_waiting_for_turn:
+            self._half_close()
+            return True
         # A request that has arrived gets its answer. Otherwise asyncio closes the connection, after
         # sending what was written.
         if self.is_lingering or self._is_between_requests or self.cycle.more_body:
@@ -152,7 +160,38 @@ class GuardedProtocol(H11Protocol):
         super().handle_websocket_upgrade(event)
 
     def send_400_response(self, reason: str) -> None:
-        self.answer_and_close(400, reason)
+        if self._turn_of(client_name({"client": self.client})):
+            self._is_refused = True
+            self._refusal = reason
+        else:
+            self.answer_and_close(400, reason)
+
+    async def wait_for_turn(self, client: str) -> None:
+        """Wait until an error of this client may be answered, or the connection is lost."""
+        if turn := self._turn_of(client):
+            await turn
+
+    def end_wait(self) -> None:
+        """Send an error now that waits for its turn."""
+        if self._turn and not self._turn.done():
+            self._turn.set_result(None)
+            if self._refusal:
+                self.answer_and_close(400, self._refusal)
+
+    def _turn_of(self, client: str) -> "asyncio.Future[None] | None":
+        if self.is_waiting_for_turn:  # an error within the body of a request that was refused
+            return self._turn
+        delay_s = self.guard.pace.delay_s(client, self.loop.time())
+        if not delay_s:
+            return None
+        self._turn = self.loop.create_future()
+        self.loop.call_later(delay_s, self.end_wait)
+        return self._turn
+
+    @property
+    def is_waiting_for_turn(self) -> bool:
+        """True if an error is not sent yet, because its client had too many."""
+        return self._turn is not None and not self._turn.done()
 
     def on_response_complete(self) -> None:
         self._head_start = self._num_bytes
@@ -174,7 +213,12 @@ class GuardedProtocol(H11Protocol):
 
     @property
     def is_waiting_for_client(self) -> bool:
-        """True if no complete request is in flight and all answers were taken."""
+        """True if no complete request is in flight and all answers were taken.
+
+        A request whose error waits for its turn is not in flight.
+        """
+        if self.is_waiting_for_turn:
+            return True
         if not self._is_between_requests:
             return bool(self.cycle.more_body)
         return self.transport.get_write_buffer_size() == 0
@@ -188,6 +232,10 @@ class GuardedProtocol(H11Protocol):
     def check(self, now: float) -> None:
         """End the connection if its client took too long. Called about once a second."""
         if self.transport.is_closing():
+            return
+        if self.is_waiting_for_turn:
+            if self.is_half_closed and now >= self._probe_at:
+                self._probe()
             return
         config = self.guard.config
         name = self._phase_name()
@@ -253,7 +301,8 @@ class GuardedProtocol(H11Protocol):
         self.flow.resume_reading()
         inner = self.transport.inner
         if not inner.is_closing():
-            inner.write_eof()
+            with contextlib.suppress(OSError):  # the client is gone
+                inner.write_eof()
             self._linger_timer = self.loop.call_later(LINGER_S, inner.close)
 
     def end_if_reset(self) -> None:
@@ -286,7 +335,7 @@ class GuardedProtocol(H11Protocol):
         """
         self._probe_gap_s *= 2
         self._probe_at = self.loop.time() + self._probe_gap_s
-        if not self.cycle.response_started:
+        if self._is_between_requests or not self.cycle.response_started:
             self.transport.probe()
         for delay_s in (0.01, 0.1, 0.4):  # then once a second, by `check`
             self.loop.call_later(delay_s, self.end_if_reset)

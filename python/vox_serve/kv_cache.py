@@ -1,4 +1,4 @@
-"""The paged KV cache: a pool of pages, page tables, prefixes shared by sequences."""
+"""The paged KV cache: pages of keys and values, page tables, prefixes shared by sequences."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vox_serve.model_config import TransformerConfig
+from vox_serve.page_pool import PagePool, PrefixKeys
 
 PAGE_SIZE = 16
 
@@ -34,13 +35,15 @@ class CacheSequence:
 class KvCache:
     """Keys and values of every layer in pages of 16 positions: two tensors `[L, P, Hkv, S, D]`.
 
-    A page belongs to one sequence, or is full and shared by the sequences forked from a prefix.
+    Pages are found again by what they hold. Sequences that begin alike share full pages; the
+    positions of a partial page are copied. A page is not written to after it is shared.
 
     Args:
         config: sizes of the transformer.
         max_sequences: the pool has room for this many sequences of `max_positions`.
         dtype: dtype of keys and values.
         device: device of the pages. On a CPU, the OS allocates memory when a page is first written.
+        max_cached_pages: further pages, for prefixes that no sequence holds.
     """
 
     def __init__(
@@ -49,10 +52,12 @@ class KvCache:
         max_sequences: int,
         dtype: torch.dtype,
         device: torch.device,
+        max_cached_pages: int = 0,
     ) -> None:
         self.max_positions = config.max_positions
+        self.max_cached_pages = max_cached_pages
         self.pages_per_sequence = -(-config.max_positions // PAGE_SIZE)
-        num_pages = max_sequences * self.pages_per_sequence
+        num_pages = max_sequences * self.pages_per_sequence + max_cached_pages
         shape = (config.num_layers, num_pages, config.num_kv_heads, PAGE_SIZE, config.head_dim)
         self.k_pages = torch.empty(shape, dtype=dtype, device=device)
         self.v_pages = torch.empty(shape, dtype=dtype, device=device)
@@ -61,25 +66,28 @@ class KvCache:
 
     def reset(self) -> None:
         """Free all pages. Sequences that held some must not be used again."""
-        num_pages = self.k_pages.shape[1]
-        self._free = list(range(num_pages - 1, -1, -1))
-        self._owners = [0] * num_pages
+        self._pool = PagePool(self.k_pages.shape[1], self.max_cached_pages)
+
+    @staticmethod
+    def position_bytes(config: TransformerConfig, dtype: torch.dtype) -> int:
+        """Bytes of the keys and values of one position."""
+        return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
 
     @staticmethod
     def sequence_bytes(config: TransformerConfig, dtype: torch.dtype) -> int:
         """Bytes of the keys and values of one sequence of `max_positions`."""
         positions = -(-config.max_positions // PAGE_SIZE) * PAGE_SIZE
-        elements = 2 * config.num_layers * positions * config.num_kv_heads * config.head_dim
-        return elements * dtype.itemsize
+        return positions * KvCache.position_bytes(config, dtype)
 
     @property
     def num_free_pages(self) -> int:
-        return len(self._free)
+        """Pages that sequences can still take, cached ones included."""
+        return self._pool.num_available
 
-    def _take_page(self) -> int:
-        page = self._free.pop()
-        self._owners[page] = 1
-        return page
+    @property
+    def num_cached_pages(self) -> int:
+        """Pages that no sequence holds and that a prompt may find again."""
+        return self._pool.num_cached
 
     def extend(self, sequence: CacheSequence, count: int) -> range:
         """Reserve pages for `count` more positions of `sequence`, and count these as written.
@@ -105,28 +113,69 @@ class KvCache:
         if end > self.max_positions:
             raise ValueError(f"{end} positions exceed the context of {self.max_positions}")
         while len(sequence.pages) * PAGE_SIZE < end:
-            sequence.pages.append(self._take_page())
+            sequence.pages.append(self._pool.take())
 
-    def fork(self, prefix: CacheSequence) -> CacheSequence:
-        """A new sequence after `prefix`: full pages are shared, a partial one is copied."""
-        num_full = prefix.length // PAGE_SIZE
-        fork = CacheSequence(prefix.length, prefix.pages[:num_full])
-        for page in fork.pages:
-            self._owners[page] += 1
-        if num_full < len(prefix.pages):
-            page = self._take_page()
-            self.k_pages[:, page] = self.k_pages[:, prefix.pages[num_full]]
-            self.v_pages[:, page] = self.v_pages[:, prefix.pages[num_full]]
-            fork.pages.append(page)
-        return fork
+    def find(self, keys: PrefixKeys, limit: int) -> CacheSequence:
+        """A new sequence that begins with the longest prefix found in the cache.
 
-    def release(self, sequence: CacheSequence) -> None:
-        """Free the sequence's pages; a shared page becomes free when its last owner releases it."""
-        for page in sequence.pages:
-            self._owners[page] -= 1
-            if self._owners[page] == 0:
-                self._free.append(page)
+        Args:
+            keys: keys of the sequence's inputs.
+            limit: longest prefix, in positions.
+        """
+        found = CacheSequence()
+        while (end := found.length + PAGE_SIZE) <= limit:
+            if (page := self._pool.find(keys[end])) is None:
+                break
+            self._pool.hold(page)
+            found.pages.append(page)
+            found.length = end
+        start = found.length
+        for end in range(min(limit, start + PAGE_SIZE - 1), start, -1):
+            if (page := self._pool.find(keys[end])) is not None:
+                self._pool.hold(page)  # or `take` might give this very page
+                copy = self._pool.take()
+                for pages in (self.k_pages, self.v_pages):
+                    pages[:, copy] = pages[:, page]
+                self._pool.drop(page)
+                found.pages.append(copy)
+                found.length = end
+                break
+        return found
+
+    def publish(self, sequence: CacheSequence, keys: PrefixKeys) -> None:
+        """Let other sequences find the full pages of one that may grow further.
+
+        Args:
+            sequence: its positions are written, or will be before any later use of the cache.
+            keys: keys of its inputs.
+        """
+        for end in range(PAGE_SIZE, sequence.length + 1, PAGE_SIZE):
+            self._pool.name(sequence.pages[end // PAGE_SIZE - 1], keys[end])
+
+    def release(
+        self, sequence: CacheSequence, keys: PrefixKeys | None = None, length: int = 0
+    ) -> None:
+        """Give up the sequence's pages.
+
+        Args:
+            sequence: it becomes empty.
+            keys: keys of its inputs; None to publish none of its pages.
+            length: positions to publish, those of a partial last page included. As in `publish`,
+                they are written, or will be before any later use of the cache.
+        """
+        # Backwards: the end of a sequence is given up before its beginning, without which it
+        # could not be found.
+        for i in reversed(range(len(sequence.pages))):
+            page, start = sequence.pages[i], i * PAGE_SIZE
+            if keys is not None and start < length:
+                self._pool.name(page, keys[min(start + PAGE_SIZE, length)])
+            self._pool.drop(page)
         sequence.pages, sequence.length = [], 0
+
+    def forget(self, sequence: CacheSequence) -> None:
+        """Let no further sequence find the pages that this one holds."""
+        for page in sequence.pages:
+            self._pool.forget(page)
 
 
 @dataclass(frozen=True)

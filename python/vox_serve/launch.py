@@ -213,6 +213,7 @@ def make_server(
             await runner.drain(config.drain_s)
             # Uvicorn waits for open responses before it stops the app: end them first.
             runner.request_stop()
+            guard.stop_pacing()
             # Then hang up on clients that neither send nor read. Uvicorn's own
             # timeout_graceful_shutdown would cancel their tasks, and log a traceback for each.
             timer = asyncio.get_running_loop().call_later(SHUTDOWN_GRACE_S, self.hang_up)
@@ -223,10 +224,11 @@ def make_server(
             for connection in list(self.server_state.connections):
                 connection.transport.abort()
 
+    guard = ConnectionGuard(config)
     server = Server(
         uvicorn.Config(
             app,
-            http=ConnectionGuard(config).protocol_class(),
+            http=guard.protocol_class(),
             backlog=ACCEPT_BATCH,
             log_level=config.log_level,
         )

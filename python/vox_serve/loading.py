@@ -11,6 +11,7 @@ import torch
 
 from vox_serve.checkpoint import read_json
 from vox_serve.config import Config
+from vox_serve.context_file import default_context, load_context
 from vox_serve.csm_weights import CsmWeights, TransformerWeights
 from vox_serve.engine import Engine
 from vox_serve.hub import BUILT_IN_VOICES, resolve_model
@@ -19,7 +20,6 @@ from vox_serve.memory import memory_bytes
 from vox_serve.model import CsmModel
 from vox_serve.model_config import CsmConfig
 from vox_serve.prompt import PromptBuilder
-from vox_serve.voices import default_context, load_context
 from vox_serve.weights import load_checkpoint, load_codec
 from voxkern.backend import backend_for, forced, why_missing
 
@@ -27,6 +27,8 @@ logger = logging.getLogger("vox_serve")
 
 SMALL_MODEL_PARAMETERS = 100_000_000
 """Below this size a CPU runs float32 about as fast as any dtype, so "auto" means float32."""
+
+PREFIX_CACHE_BYTES = 2**29
 
 
 def load_engine(model: str | Path, num_spare_rows: int = 0, **settings: Any) -> Engine:
@@ -85,6 +87,7 @@ def load_engine(model: str | Path, num_spare_rows: int = 0, **settings: Any) -> 
             default_max_frames=setting.max_frames,
             max_silence_s=setting.max_silence_s,
             num_spare_rows=num_spare_rows,
+            prefix_cache_bytes=choose_cache_bytes(setting.prefix_cache_bytes, device),
             normalises=folder.parent == BUILT_IN_VOICES,
         )
     except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -106,6 +109,15 @@ def choose_batch_size(sequence_bytes: int, free_bytes: int | None) -> int:
         free_bytes: free GPU memory, half of which is left for other uses; None for a CPU.
     """
     return 8 if free_bytes is None else max(1, min(64, free_bytes // 2 // sequence_bytes))
+
+
+def choose_cache_bytes(setting: int | None, device: torch.device) -> int:
+    """Bytes of the prefix cache: the setting, or else 512 MiB, but an eighth of a small memory."""
+    if setting is not None:
+        return setting
+    is_cuda = device.type == "cuda"
+    memory = torch.cuda.mem_get_info(device)[0] if is_cuda else memory_bytes()
+    return min(PREFIX_CACHE_BYTES, memory // 8)
 
 
 def codec_precision(device_type: str, dtype: torch.dtype, quantize: str) -> str:

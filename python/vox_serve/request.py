@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from vox_serve.config import Normalise, random_seed
+from vox_serve.page_pool import PrefixKeys
 from vox_serve.prompt import PromptTooLongError as PromptTooLongError
 from vox_serve.prompt import Segment
 from vox_serve.sampling import SamplingParams
@@ -52,15 +54,27 @@ class Request:
 
 
 class Prompt(NamedTuple):
-    """A request's input to the backbone, without the engine's shared default context.
+    """A request's input to the backbone.
 
     Attributes:
         frames: `[T, K + 1]` int64, as returned by `PromptBuilder.build`.
         mask: `[T, K + 1]` bool.
+        keys: the keys by which the cache knows its prefixes.
     """
 
     frames: Tensor
     mask: Tensor
+    keys: PrefixKeys
+
+    @classmethod
+    def build(cls, frames: Tensor, mask: Tensor, before: "Prompt | None" = None) -> "Prompt":
+        """A prompt of some inputs, after those of another prompt."""
+        keys = before.keys.copy() if before else PrefixKeys()
+        keys.extend(frames, mask)
+        if before:
+            frames = torch.cat([before.frames, frames])
+            mask = torch.cat([before.mask, mask])
+        return cls(frames, mask, keys)
 
 
 class FrameOutput(NamedTuple):

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints import build_tiny
 from limits import refusal
+from vox_serve.context_file import load_context
 from vox_serve.json_file import MAX_JSON_BYTES, JsonError, parse_json
 from vox_serve.loading import load_engine
 from vox_serve.memory import memory_bytes
 from vox_serve.mimi import MimiConfig, load_mimi
 from vox_serve.model_config import CsmConfig
 from vox_serve.prompt import PromptBuilder, Segment
-from vox_serve.voices import load_context
 from vox_serve.weight_cache import WeightCache
 from vox_serve.weights import load_checkpoint
 

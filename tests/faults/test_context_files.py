@@ -11,8 +11,8 @@ import soundfile
 
 from limits import memory_limit, refusal
 from vox_serve import recording
+from vox_serve.context_file import ContextError, load_context
 from vox_serve.recording import AudioError, read_audio
-from vox_serve.voices import ContextError, load_context
 
 
 def npy(shape: str, descr: str = "'<i8'", data: bytes = bytes(96), version=b"\x01\x00") -> bytes:

@@ -61,7 +61,7 @@ def expected(fresh) -> dict[str, tuple]:
 
 def same_as_new(fresh: Engine) -> Engine:
     """Another engine with the same weights and context."""
-    parts = fresh.model, fresh.mimi, fresh.prompts, fresh._default_context
+    parts = fresh.model, fresh.mimi, fresh.prompts, random_context(TinyShape())
     return Engine(*parts, max_batch_size=3)
 
 
@@ -78,7 +78,7 @@ def check_as_new(engine: Engine, expected: dict[str, tuple], free_pages: int) ->
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_a_fault_anywhere_in_a_step_is_forgotten(fresh, expected, steps):
-    """Step 0 prefills and forks, 1 ends a request, 3 admits the one that waited."""
+    """Step 0 finds the context and prefills, 1 ends a request, 3 admits the one that waited."""
     engine = same_as_new(fresh)
     free_pages = engine._cache.num_free_pages
 

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -98,14 +99,9 @@ def test_a_codec_that_fails_costs_nobody_a_sample(num_calls, engine, alone, monk
 
 def test_an_exhausted_page_pool_costs_nobody_a_sample(engine, alone, monkeypatch):
     free = engine._cache.num_free_pages
-    take = engine._cache._take_page
-
-    def lose_all() -> int:
-        monkeypatch.setattr(engine._cache, "_take_page", take)
-        engine._cache._free.clear()
-        return take()
-
-    monkeypatch.setattr(engine._cache, "_take_page", lose_all)
+    pool = engine._cache._pool  # a reset replaces it
+    monkeypatch.setattr(pool, "_free", [])
+    monkeypatch.setattr(pool, "_cached", OrderedDict())
     speak_all(engine, alone, num_recoveries=1)
     assert engine._cache.num_free_pages == free
 

@@ -24,6 +24,7 @@ from vox_serve.api import GenerateRequest
 from vox_serve.audio import pcm16, wav_file
 from vox_serve.checkpoint import CheckpointError, TensorFiles
 from vox_serve.config import Config, ConfigError
+from vox_serve.context_file import ContextError, load_context
 from vox_serve.http_io import read_fields
 from vox_serve.mimi import Mimi, load_mimi, mimi_from_checkpoint
 from vox_serve.model_config import CsmConfig
@@ -33,7 +34,6 @@ from vox_serve.recording import AudioError, Limits, decode, read_audio
 from vox_serve.runner import RequestRefused
 from vox_serve.text.normalising import normalise
 from vox_serve.text.splitting import PREFERRED_CHARS, SentenceStream, split
-from vox_serve.voices import ContextError, load_context
 from vox_serve.weights import load_checkpoint
 
 MEMORY_BYTES = 2 << 30

@@ -184,7 +184,11 @@ def eight_requests() -> list[Request]:
 
 @pytest.fixture(scope="module", params=DEVICES)
 def engine(folder, request) -> Engine:
-    return load_engine(folder(build_tiny(seed=4)), device=request.param, dtype=torch.float32)
+    tiny = build_tiny(seed=4)
+    # Without a cache for what nobody holds, or most tests would skip the prompts of earlier ones.
+    return load_engine(
+        folder(tiny), device=request.param, dtype=torch.float32, prefix_cache_bytes=0
+    )
 
 
 @pytest.fixture(scope="module")

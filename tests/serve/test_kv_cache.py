@@ -4,6 +4,7 @@ import torch
 from checkpoints import TinyShape, build_tiny
 from vox_serve.kv_cache import PAGE_SIZE, CacheBatch, CacheRows, CacheSequence, KvCache
 from vox_serve.model_config import CsmConfig, TransformerConfig
+from vox_serve.page_pool import PagePool, PrefixKeys
 
 
 @pytest.fixture
@@ -15,6 +16,11 @@ def config() -> TransformerConfig:
 @pytest.fixture
 def cache(config) -> KvCache:
     return KvCache(config, 3, torch.float32, torch.device("cpu"))
+
+
+@pytest.fixture
+def cached(config) -> KvCache:
+    return KvCache(config, 3, torch.float32, torch.device("cpu"), max_cached_pages=8)
 
 
 def test_bytes_of_a_sequence(config, cache):
@@ -45,32 +51,153 @@ def test_every_sequence_can_fill_the_context(cache):
         cache.extend(sequences[0], 1)
 
 
-def test_fork_shares_full_pages_and_copies_the_partial_one(cache):
+def keys_of(*values: int) -> PrefixKeys:
+    """Keys of one-column inputs."""
+    keys = PrefixKeys()
+    frames = torch.tensor(values)[:, None]
+    keys.extend(frames, torch.ones_like(frames, dtype=torch.bool))
+    return keys
+
+
+def written(cache: KvCache, length: int) -> CacheSequence:
+    """A sequence whose pages hold random numbers."""
+    sequence = CacheSequence()
+    cache.extend(sequence, length)
+    for pages in (cache.k_pages, cache.v_pages):
+        pages[:, sequence.pages] = torch.randn_like(pages[:, sequence.pages])
+    return sequence
+
+
+def test_a_living_sequence_shares_its_full_pages(cache):
     total = cache.num_free_pages
-    prefix = CacheSequence()
-    cache.extend(prefix, 2 * PAGE_SIZE + 5)
-    cache.k_pages.normal_()
-    cache.v_pages.normal_()
-    fork = cache.fork(prefix)
-    assert fork.length == prefix.length
-    assert fork.pages[:2] == prefix.pages[:2]
-    assert fork.pages[2] not in prefix.pages
-    assert torch.equal(cache.k_pages[:, fork.pages[2]], cache.k_pages[:, prefix.pages[2]])
-    assert torch.equal(cache.v_pages[:, fork.pages[2]], cache.v_pages[:, prefix.pages[2]])
-    cache.release(prefix)
-    assert cache.num_free_pages == total - 3  # the fork still owns the shared pages
-    cache.release(fork)
+    length = 2 * PAGE_SIZE + 5
+    keys = keys_of(*range(length))
+    first = written(cache, length)
+    cache.publish(first, keys)
+    second = cache.find(keys, length)
+    assert (second.length, second.pages) == (2 * PAGE_SIZE, first.pages[:2])
+    assert cache.num_free_pages == total - 3
+    cache.release(first, keys, length)
+    assert cache.num_free_pages == total - 2  # the second holds the shared pages
+    cache.extend(second, 1)
+    assert second.pages[2] not in first.pages
+    cache.release(second)
     assert cache.num_free_pages == total
 
 
-def test_fork_of_whole_pages_copies_nothing(cache):
-    prefix = CacheSequence()
-    cache.extend(prefix, PAGE_SIZE)
-    free = cache.num_free_pages
-    fork = cache.fork(prefix)
-    assert cache.num_free_pages == free
-    cache.extend(fork, 1)
-    assert prefix.pages == fork.pages[:1]
+def test_a_partial_page_is_copied(cached):
+    length = PAGE_SIZE + 5
+    keys = keys_of(*range(length))
+    first = written(cached, length)
+    pages = list(first.pages)
+    expected = cached.k_pages[:, pages[1]].clone(), cached.v_pages[:, pages[1]].clone()
+    cached.release(first, keys, length)
+    for _ in range(2):
+        second = cached.find(keys, length)
+        assert second.length == length
+        assert second.pages[0] == pages[0]
+        assert second.pages[1] not in pages
+        for tensor, contents in zip((cached.k_pages, cached.v_pages), expected, strict=True):
+            assert torch.equal(tensor[:, second.pages[1]], contents)
+            tensor[:, second.pages[1]] = 0  # the copy is its holder's alone
+        cached.release(second)
+
+
+@pytest.mark.parametrize("limit", [0, 1, PAGE_SIZE - 1, PAGE_SIZE, PAGE_SIZE + 4, PAGE_SIZE + 5])
+def test_no_more_is_found_than_wanted(cached, limit):
+    length = PAGE_SIZE + 5
+    keys = keys_of(*range(length))
+    cached.release(written(cached, length), keys, length)
+    found = cached.find(keys, limit)
+    assert found.length == (length if limit == length else limit // PAGE_SIZE * PAGE_SIZE)
+
+
+def test_only_equal_inputs_are_found(cached):
+    length = 2 * PAGE_SIZE
+    cached.release(written(cached, length), keys_of(*range(length)), length)
+    other = [*range(length)]
+    other[PAGE_SIZE + 3] += 1
+    assert cached.find(keys_of(*other), length).length == PAGE_SIZE
+    other[0] += 1
+    assert cached.find(keys_of(*other), length).length == 0
+
+
+def test_a_mask_is_part_of_the_key():
+    frames = torch.zeros(1, 2, dtype=torch.int64)
+    masks = [torch.tensor([[a, b]]) for a in (True, False) for b in (True, False)]
+    keys = [PrefixKeys() for _ in masks]
+    for key, mask in zip(keys, masks, strict=True):
+        key.extend(frames, mask)
+    assert len({key[1] for key in keys}) == len(masks)
+    masked = PrefixKeys()
+    masked.extend(torch.tensor([[0, 7]]), masks[1])  # the model does not see the 7
+    assert masked[1] == keys[1][1]
+
+
+def test_keys_do_not_depend_on_how_they_were_made():
+    whole, parts = keys_of(*range(40)), keys_of(*range(7))
+    copy = parts.copy()
+    parts.extend(torch.arange(7, 40)[:, None], torch.ones(33, 1, dtype=torch.bool))
+    assert [whole[n] for n in range(41)] == [parts[n] for n in range(41)]
+    with pytest.raises(IndexError):
+        copy[8]
+
+
+def test_the_end_of_a_prefix_is_given_up_before_its_beginning(config):
+    cache = KvCache(config, 1, torch.float32, torch.device("cpu"), max_cached_pages=2)
+    length = 3 * PAGE_SIZE + 5
+    keys = keys_of(*range(length))
+    cache.release(written(cache, length), keys, length)
+    assert cache.num_cached_pages == 2
+    assert cache.find(keys, length).length == 2 * PAGE_SIZE
+
+
+def test_what_was_used_last_stays(config):
+    cache = KvCache(config, 2, torch.float32, torch.device("cpu"), max_cached_pages=2)
+    keys = [keys_of(*range(start, start + PAGE_SIZE)) for start in (0, 100, 200)]
+    for i in (0, 1):
+        cache.release(written(cache, PAGE_SIZE), keys[i], PAGE_SIZE)
+    cache.release(cache.find(keys[0], PAGE_SIZE))
+    cache.release(written(cache, PAGE_SIZE), keys[2], PAGE_SIZE)
+    assert [cache.find(k, PAGE_SIZE).length for k in keys] == [PAGE_SIZE, 0, PAGE_SIZE]
+
+
+def test_a_page_computed_twice_is_kept_once(cached):
+    total = cached.num_free_pages
+    keys = keys_of(*range(PAGE_SIZE))
+    sequences = [written(cached, PAGE_SIZE) for _ in range(2)]
+    first = sequences[0].pages[0]
+    for sequence in sequences:
+        cached.publish(sequence, keys)
+        cached.release(sequence, keys, PAGE_SIZE)
+    assert (cached.num_cached_pages, cached.num_free_pages) == (1, total)
+    assert cached.find(keys, PAGE_SIZE).pages == [first]
+
+
+def test_forgotten_pages_are_not_found(cached):
+    total = cached.num_free_pages
+    keys = keys_of(*range(PAGE_SIZE))
+    cached.release(written(cached, PAGE_SIZE), keys, PAGE_SIZE)
+    again = cached.find(keys, PAGE_SIZE)
+    cached.forget(again)
+    cached.release(again)
+    assert cached.find(keys, PAGE_SIZE).length == 0
+    assert (cached.num_cached_pages, cached.num_free_pages) == (0, total)
+
+
+def test_cached_pages_give_way_to_sequences(config):
+    """The pool of one sequence serves one after another, whatever is cached."""
+    cache = KvCache(config, 1, torch.float32, torch.device("cpu"), max_cached_pages=100)
+    cache._pool = PagePool(cache.pages_per_sequence, 100)
+    for start in range(0, 1000, 100):
+        sequence = CacheSequence()
+        cache.extend(sequence, cache.max_positions)
+        assert len(set(sequence.pages)) == cache.pages_per_sequence
+        keys = keys_of(*range(start, start + cache.max_positions))
+        cache.release(sequence, keys, cache.max_positions)
+    cache.extend(CacheSequence(), cache.max_positions)
+    with pytest.raises(RuntimeError, match="no page left"):
+        cache.extend(CacheSequence(), 1)
 
 
 def test_prefill_batch(cache):

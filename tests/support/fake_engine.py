@@ -11,6 +11,7 @@ import torch
 from vox_serve.audio import pcm16
 from vox_serve.ending import fade_out
 from vox_serve.engine import FrameOutput, Prompt, PromptTooLongError, Request
+from vox_serve.page_pool import PrefixKeys
 
 NUM_CODEBOOKS = 4
 FRAME_SAMPLES = 1920
@@ -82,7 +83,8 @@ class FakeEngine:
         time.sleep(self.prepare_s)
         if len(request.text) > MAX_TEXT_CHARS:
             raise PromptTooLongError(f"the prompt takes {len(request.text)} of {MAX_TEXT_CHARS}")
-        return Prompt(torch.tensor([ord(c) for c in request.text]), torch.ones(len(request.text)))
+        frames = torch.tensor([ord(c) for c in request.text])
+        return Prompt(frames, torch.ones(len(frames), dtype=torch.bool), PrefixKeys())
 
     def add(self, request: Request, prompt: Prompt | None = None) -> None:
         prompt = prompt or self.prepare(request)

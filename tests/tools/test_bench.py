@@ -131,11 +131,11 @@ def _greedy(model: CsmModel, prompt: Prompt, num_frames: int) -> torch.Tensor:
     sequence = CacheSequence()
     batch = CacheBatch.prefill(cache, [sequence], [len(prompt.frames)])
     rows = SamplingRows.of([SamplingParams(temperature=0)], [0], model.device)
-    frames, codes = prompt, []
+    inputs, codes = prompt[:2], []
     for _ in range(num_frames):
-        hidden = model.backbone_step(*frames, batch, cache)
+        hidden = model.backbone_step(*inputs, batch, cache)
         codes.append(model.draw_frames(hidden, rows))
-        frames, batch = model.next_inputs(codes[-1]), CacheBatch.decode(cache, [sequence])
+        inputs, batch = model.next_inputs(codes[-1]), CacheBatch.decode(cache, [sequence])
     return torch.cat(codes)
 
 

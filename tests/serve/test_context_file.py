@@ -8,10 +8,10 @@ import soundfile
 import torch
 
 from checkpoints import build_tiny
+from vox_serve.context_file import DEFAULT_PROMPTS, ContextError, default_context, load_context
 from vox_serve.mimi import mimi_from_checkpoint
 from vox_serve.model_config import CsmConfig
 from vox_serve.recording import read_audio
-from vox_serve.voices import DEFAULT_PROMPTS, ContextError, default_context, load_context
 
 
 @pytest.fixture(scope="module")
