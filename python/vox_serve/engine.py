@@ -138,6 +138,7 @@ class Engine:
         self._batch: FrameBatch[_Live] = FrameBatch(model, mimi, self._cache, rows)
         self._pending: deque[_Pending] = deque()
         self._failed = False
+        self._hurried = False  # the last step was a short one
         self._waiting: deque[_Live] = deque()
         self._live: dict[str, _Live] = {}
         self.num_prompt_positions = self.num_found_positions = 0
@@ -270,11 +271,14 @@ class Engine:
 
     def _step(self) -> list[FrameOutput]:
         self._admit()
-        self._batch.step_backbone()
-        self._prefill()
+        chosen, counts = self._next_prompts()
+        old_rows = len(self._batch.members) if self._hurries(chosen, counts) else 0
+        if not old_rows:
+            self._batch.step_backbone()
+        self._prefill(chosen, counts)
         ahead = 0
         if self._batch.members:
-            self._begin_frames()
+            self._begin_frames(old_rows)
             ahead = FRAMES_AHEAD[self.model.device.type]
         outputs: list[FrameOutput] = []
         while len(self._pending) > ahead:
@@ -298,9 +302,21 @@ class Engine:
         self.num_prompt_positions += len(live.prompt.frames)
         self.num_found_positions += live.cache.length
 
-    def _prefill(self) -> None:
-        """Run the backbone over the next prompt tokens; completed prompts join the batch."""
-        chosen, counts = self._next_prompts()
+    def _hurries(self, chosen: list[_Live], counts: list[int]) -> bool:
+        """True if only requests that join in this step get a frame, since one of them is urgent.
+
+        On a CPU a frame of a full batch takes several times as long as that of one row. The other
+        requests wait for one short step, and never for two in a row.
+        """
+        completed = any(
+            live.request.urgent and count == live.num_missing
+            for live, count in zip(chosen, counts, strict=True)
+        )
+        self._hurried = completed and not self._hurried and not FRAMES_AHEAD[self.model.device.type]
+        return self._hurried
+
+    def _prefill(self, chosen: list[_Live], counts: list[int]) -> None:
+        """Run the backbone over prompt tokens; completed prompts join the batch."""
         if not chosen:
             return
         parts = [
@@ -343,9 +359,9 @@ class Engine:
             live.num_skipped = 0 if live in chosen else live.num_skipped + 1
         return chosen, counts
 
-    def _begin_frames(self) -> None:
-        members = list(self._batch.members)
-        self._pending.append(_Pending(members, self._batch.draw_frames()))
+    def _begin_frames(self, first_row: int) -> None:
+        members = self._batch.members[first_row:]
+        self._pending.append(_Pending(members, self._batch.draw_frames(first_row)))
         for live in members:
             live.num_begun += 1
             if live.num_begun == live.max_frames:

@@ -156,15 +156,18 @@ class FrameBatch(Generic[Member]):
             self._run(Half.BACKBONE, len(self.members))
 
     @torch.inference_mode()
-    def draw_frames(self) -> Frames:
-        """Turn every row's hidden state into its next frame.
+    def draw_frames(self, first_row: int = 0) -> Frames:
+        """Turn hidden states into frames, of every row or of those from `first_row` on.
 
         On a GPU this returns before the frame is finished, and the next one may be begun.
         """
         rows = len(self.members)
-        self._run(Half.DRAW, rows)
+        if first_row:
+            self._run_draw(rows, first_row=first_row)
+        else:
+            self._run(Half.DRAW, rows)
         codes, audio = (
-            tensor[:rows].to("cpu", non_blocking=True, copy=True)
+            tensor[first_row:rows].to("cpu", non_blocking=True, copy=True)
             for tensor in (self._codes, self._audio)
         )
         copied = None
@@ -215,9 +218,12 @@ class FrameBatch(Generic[Member]):
         self._hidden[:rows] = self.model.backbone_step(frames, mask, batch, self.cache)
         self._cache_rows.advance(rows)
 
-    def _run_draw(self, rows: int, persistent: bool = False) -> None:
-        sampling = self._sampling.view(rows)
-        codes = self.model.draw_frames(self._hidden[:rows], sampling, persistent)
+    def _run_draw(self, rows: int, persistent: bool = False, first_row: int = 0) -> None:
+        drawn = slice(first_row, rows)
+        sampling = self._sampling.view(rows, first_row)
+        codes = self.model.draw_frames(self._hidden[drawn], sampling, persistent)
         sampling.advance(codes[:, 0])
-        self._codes[:rows] = codes
-        self._audio[:rows] = self.mimi.decode_step(codes[:, None], self._streams.view(rows))
+        self._codes[drawn] = codes
+        self._audio[drawn] = self.mimi.decode_step(
+            codes[:, None], self._streams.view(rows, first_row)
+        )

@@ -250,6 +250,33 @@ def test_urgent_prompts_are_prefilled_first_and_change_no_code(engine, alone, mo
     assert_same(run(engine, *requests), alone)
 
 
+def test_an_urgent_request_gets_its_first_frame_in_a_step_of_its_own(engine, alone):
+    """On a CPU. The rest of the batch waits for every second step at most."""
+    requests = eight_requests()
+    codes: dict[str, list[torch.Tensor]] = {request.id: [] for request in requests}
+    steps: list[set[str]] = []
+
+    def step() -> None:
+        outputs = engine.step()
+        steps.append({output.request_id for output in outputs})
+        for output in outputs:
+            if output.codes is not None:
+                codes[output.request_id].append(output.codes)
+
+    for request in (requests[4], requests[5]):
+        engine.add(request)
+    step()
+    for urgent in (requests[6], requests[7]):
+        engine.add(replace(urgent, urgent=True))
+        step()
+    while engine.has_work:
+        step()
+    if engine.model.device.type == "cpu":
+        assert steps[:3] == [{"4", "5"}, {"6"}, {"4", "5", "6", "7"}]
+    for request_id in "4567":
+        assert torch.equal(torch.stack(codes[request_id]), alone[request_id][0])
+
+
 def test_urgent_prompts_starve_no_other(engine, monkeypatch):
     monkeypatch.setitem(engine_module.PREFILL_CHUNK_TOKENS, engine.model.device.type, 5)
     engine.add(Request("This one has time.", id="patient", max_frames=1))

@@ -28,13 +28,13 @@ class StreamState(NamedTuple):
     def batch_size(self) -> int:
         return self.positions.shape[0]
 
-    def view(self, rows: int) -> "StreamState":
-        """Views of the first `rows` streams: a step on the views updates this state."""
+    def view(self, rows: int, first_row: int = 0) -> "StreamState":
+        """Views of the streams from `first_row` to before `rows`; a step on them updates this."""
         return StreamState(
-            positions=self.positions[:rows],
-            keys=self.keys[:rows],
-            values=self.values[:rows],
-            lefts=tuple(left[:rows] for left in self.lefts),
+            positions=self.positions[first_row:rows],
+            keys=self.keys[first_row:rows],
+            values=self.values[first_row:rows],
+            lefts=tuple(left[first_row:rows] for left in self.lefts),
         )
 
     @torch.inference_mode()
