@@ -2,7 +2,6 @@
 
 import io
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -11,13 +10,13 @@ import torch
 from torch import Tensor
 
 from vox_serve.config import ModelSettings
+from vox_serve.context_segment import ContextError, Place, check_segment
 from vox_serve.json_file import read_json_file, refuse_special, shown
 from vox_serve.mimi import Mimi
 from vox_serve.model_config import CsmConfig
 from vox_serve.prompt import Segment, check_codes, check_codes_shape
 from vox_serve.prompt_audio import PromptOptions, clean_prompt
 from vox_serve.recording import Limits, decode, read_audio
-from vox_serve.text_bound import check_length
 
 # Transcripts of the two recordings in sesame/csm-1b, its speakers 0 and 1.
 DEFAULT_PROMPTS = (
@@ -43,10 +42,6 @@ DEFAULT_PROMPTS = (
 
 DEFAULT_MAX_TEXT_CHARS: int = ModelSettings.model_fields["max_text_chars"].default
 _NPY_HEADER_BYTES = 16_384  # numpy writes 128 and reads no more than 10,000
-
-
-class ContextError(ValueError):
-    """An invalid context; the message names the file, entry and field."""
 
 
 def default_context(folder: Path | str, mimi: Mimi, config: CsmConfig) -> list[Segment]:
@@ -128,35 +123,16 @@ def load_context(
 def _segment(
     entry: Any, where: str, folder: Path, mimi: Mimi, config: CsmConfig, max_text_chars: int
 ) -> Segment:
-    if not isinstance(entry, Mapping):
-        raise ContextError(f"{where}: must be an object with speaker, text, and audio or codes")
-    if unknown := sorted(set(entry) - {"speaker", "text", "audio", "codes"}):
-        raise ContextError(f"{where}: {unknown[0][:100]} is no field of a segment")
-    speaker, text = entry.get("speaker"), entry.get("text")
-    if isinstance(speaker, bool) or not isinstance(speaker, int) or not 0 <= speaker < 2**31:
-        raise ContextError(f"{where}: speaker must be a whole number from 0, got {shown(speaker)}")
-    if not isinstance(text, str) or not text.strip():
-        raise ContextError(f"{where}: text must be a string that is not blank, got {shown(text)}")
-    try:
-        check_length(text, max_text_chars)
-        text.encode()
-    except UnicodeEncodeError:
-        raise ContextError(f"{where}: text must be valid Unicode") from None
-    except ValueError as error:
-        raise ContextError(f"{where}: {error}") from None
-    if ("audio" in entry) == ("codes" in entry):
-        raise ContextError(f"{where}: give either audio or codes")
-    field = "audio" if "audio" in entry else "codes"
-    if not isinstance(entry[field], str) or not entry[field]:
-        raise ContextError(
-            f"{where}: {field} must be the path of a file, got {shown(entry[field])}"
-        )
-    file = folder / entry[field]
+    fields = check_segment(entry, Place(f"{where}: ", f"{where}: "), max_text_chars)
+    field, name = fields.kind, fields.speech
+    if not isinstance(name, str) or not name:
+        raise ContextError(f"{where}: {field} must be the path of a file, got {shown(name)}")
+    file = folder / name
     try:
         codes = _read_codes(file, config) if field == "codes" else _encode(file, mimi, config)
     except ContextError as error:
         raise ContextError(f"{where}: {field}: {error}") from None
-    return Segment(speaker, text, codes)
+    return Segment(fields.speaker, fields.text, codes)
 
 
 def _encode(path: Path, mimi: Mimi, config: CsmConfig, as_it_is: bool = False) -> Tensor:

@@ -117,5 +117,8 @@ def _matters(item: Any) -> bool:
 
 def shown(value: object) -> str:
     """A value of a file as a message shows it: only the start, if it is long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = "a value that nests too deeply"
     return text if len(text) <= 100 else f"{text[:100]}..."

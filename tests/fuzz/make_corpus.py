@@ -5,6 +5,7 @@
 Other files in tests/fuzz/corpus are inputs that once were findings; they stay.
 """
 
+import base64
 import io
 import json
 import struct
@@ -101,6 +102,33 @@ def context_json() -> None:
     write("context_json", "zero byte", b'[{"speaker": 0, "text": "x", "audio": "\\u0000"}]')
 
 
+def context_field() -> None:
+    noise = 0.1 * np.random.default_rng(0).standard_normal(2400)
+    audio = {}
+    for name, form, subtype in (
+        ("WAV", "WAV", "ULAW"),
+        ("FLAC", "FLAC", "PCM_S8"),
+        ("OGG", "OGG", "VORBIS"),
+        ("MP3", "MP3", "MPEG_LAYER_III"),
+    ):
+        file = io.BytesIO()
+        soundfile.write(file, noise, 16_000, subtype, format=form)
+        audio[name] = base64.b64encode(file.getvalue()).decode()
+    turn = {"speaker": 1, "text": "eins"}
+    codes = [[1, 2, 3, 4], [0, 0, 0, 0]]
+    contexts = {name: [turn | {"audio": text}] for name, text in audio.items()} | {
+        "codes": [turn | {"codes": codes}],
+        "url": [turn | {"audio": f"data:audio/wav;base64,{audio['WAV']}"}],
+        "ragged": [turn | {"codes": [*codes, [1]]}],
+        "bool": [turn | {"codes": [[True, 0, 0, 0]]}],
+        "big": [turn | {"codes": [[10**40, 0, 0, 0]]}],
+        "not base64": [turn | {"audio": "ä"}],
+    }
+    for name, context in contexts.items():
+        write("context_field", name, json.dumps(context).encode())
+    write("context_field", "deep", b'[{"speaker": ' + b"[" * 900)
+
+
 def codes_npy() -> None:
     file = io.BytesIO()
     np.save(file, np.zeros((2, SHAPE.num_codebooks), np.int64))
@@ -147,6 +175,7 @@ if __name__ == "__main__":
         config_json,
         tokenizer_json,
         context_json,
+        context_field,
         codes_npy,
         http_body,
         text,

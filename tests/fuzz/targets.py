@@ -24,11 +24,18 @@ from vox_serve.api import GenerateRequest
 from vox_serve.audio import pcm16, wav_file
 from vox_serve.checkpoint import CheckpointError, TensorFiles
 from vox_serve.config import Config, ConfigError
-from vox_serve.context_file import ContextError, load_context
+from vox_serve.context_field import (
+    ContextLimits,
+    decode_context,
+    encode_context,
+    parse_context,
+)
+from vox_serve.context_file import load_context
+from vox_serve.context_segment import ContextError
 from vox_serve.http_io import read_fields
 from vox_serve.mimi import Mimi, load_mimi, mimi_from_checkpoint
 from vox_serve.model_config import CsmConfig
-from vox_serve.prompt import PromptBuilder, Segment
+from vox_serve.prompt import PromptBuilder, Segment, check_codes
 from vox_serve.prompt_audio import PromptOptions, clean_prompt
 from vox_serve.recording import AudioError, Limits, decode, read_audio
 from vox_serve.runner import RequestRefused
@@ -151,6 +158,16 @@ def context_json(data: bytes) -> None:
         load_context(_written("context.json", data), _mimi(), _config())
 
 
+def context_field(data: bytes) -> None:
+    """A request's context, down to its codes."""
+    limits = ContextLimits(max_bytes=1 << 16, max_s=5, max_text_chars=1000)
+    with suppress(ContextError):
+        segments = parse_context(data.decode("utf-8", "surrogateescape"))
+        turns = decode_context(segments, _config(), _mimi().config, limits)
+        for segment in encode_context(turns, _mimi(), _config()):
+            check_codes(segment.codes, _config())
+
+
 def codes_npy(data: bytes) -> None:
     """A .npy file of codes."""
     _written("fuzzed.npy", data)
@@ -201,6 +218,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
         config_json,
         tokenizer_json,
         context_json,
+        context_field,
         codes_npy,
         http_body,
         text,
