@@ -25,6 +25,11 @@ from vox_serve.prompt_audio import PromptOptions, clean_prompt
 from vox_serve.recording import AudioTooLargeError, Limits, decode
 from vox_serve.text_bound import check_length
 
+RATES_HZ = (8_000, 96_000)
+MAX_CHANNELS = 8
+"""Bounds of uploads. 160 s of 8 channels at 96 kHz take 3 s and 250 MB to decode; files may have
+four times the rate and eight times the channels."""
+
 
 class ContextTooLargeError(ContextError):
     """The recordings of a context have more bytes than are accepted."""
@@ -218,7 +223,7 @@ def encode_context(turns: Sequence[Turn], mimi: Mimi, config: CsmConfig) -> list
 class _AudioReader:
     """Reads recordings in base64 until their bytes or seconds are used up.
 
-    Seconds count as recorded: cheap to send, silence is not cheap to decode.
+    Seconds count as recorded, because silence is cheap to send, but not to decode.
     """
 
     def __init__(self, codec: MimiConfig, max_bytes: int, max_s: float) -> None:
@@ -231,7 +236,13 @@ class _AudioReader:
         codec = self._codec
         data = _from_base64(text, self._bytes_left)
         self._bytes_left -= len(data)
-        limits = Limits(max_s=self._s_left, max_bytes=len(data), common_only=True)
+        limits = Limits(
+            max_s=self._s_left,
+            max_bytes=len(data),
+            rates_hz=RATES_HZ,
+            max_channels=MAX_CHANNELS,
+            common_only=True,
+        )
         recording = decode(data, limits)
         self._s_left -= len(recording.samples) / recording.sample_rate_hz
         options = PromptOptions(max_s=self._max_s)

@@ -145,6 +145,14 @@ WRONG = [
     ([turn(audio="data:;base64,")], "context[0].audio: "),
     ([turn(audio=base64.b64encode(b"/etc/passwd").decode())], "context[0].audio: the recording "),
     ([turn(audio=base64.b64encode(b"fLaC" * 9).decode())], "context[0].audio: cannot read audio"),
+    (
+        [turn(audio=encoded(noise(0.1, 192_000), "FLAC", rate_hz=192_000))],
+        "context[0].audio: the recording has 192000 samples per second, accepted are 8000 to 96000",
+    ),
+    (
+        [turn(audio=encoded(np.stack([noise(0.3)] * 9, 1)))],
+        "context[0].audio: the recording has 9 channels, accepted are 1 to 8",
+    ),
     ([turn(audio=encoded(noise(0.01)))], "context[0].audio: the recording is 10 ms long"),
     ([turn(audio=encoded(0 * noise(1)))], "context[0].audio: the recording is silent"),
     ([turn(audio=encoded(noise(11, 8000), "WAV", "ULAW", 8000))], "11 s long; at most 10 s fit"),
