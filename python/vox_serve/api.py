@@ -19,6 +19,8 @@ from vox_serve.job import QueueFull, RequestFailed, RequestRefused, Unavailable
 from vox_serve.runner import Runner
 from vox_serve.speech_response import speech_response
 from vox_serve.text_bound import check_length
+from vox_serve.voice_routes import add_voice_routes
+from vox_serve.voice_service import VoiceService
 
 MAX_SHOWN_ERRORS = 20
 
@@ -32,7 +34,10 @@ class _Utterance(BaseModel):
     text: str = Field(
         description="text to say, not blank", min_length=1, json_schema_extra={"pattern": r"\S"}
     )
-    speaker: int = Field(default=0, description="id of the voice", ge=0, le=1)
+    speaker: int = Field(default=0, description="id of the speaker", ge=0, le=1)
+    voice: str | None = Field(
+        default=None, description="name of a voice, instead of a speaker", min_length=1
+    )
     streaming: bool = Field(default=False, description="send the audio as it is made")
 
     @field_validator("text")
@@ -114,6 +119,7 @@ _GENERATE_RESPONSES: dict[int | str, dict[str, Any]] = {
     403: {
         "description": "the request comes from a web page of another origin, or names another host"
     },
+    404: {"description": "there is no such voice"},
     413: {"description": "the body is too long"},
     415: {"description": "the body is neither JSON nor a form"},
     422: {"description": "a field is invalid, or the text too long for the model's context"},
@@ -130,15 +136,21 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
         runner: not started yet.
         config: defaults of requests, and limits.
         description: the engine's part of /health: model, device, dtype, ...
+
+    Raises:
+        OSError: the folder of `config.voices` cannot be used.
     """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         runner.start()
         yield
+        voices.stop()
         await runner.stop()
 
     app = FastAPI(title="VoxKern", description="Text to speech with CSM.", lifespan=lifespan)
+    voices = VoiceService(runner, config)
+    add_voice_routes(app, voices, runner, config)
 
     @app.post(
         "/generate",
@@ -161,7 +173,9 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
             wanted = validate(given)
         except ValidationError as error:
             raise RequestValidationError(error.errors()) from None
-        job = runner.submit(wanted.to_engine(config), client_of(request), wanted.streaming)
+        speaker = wanted.speaker if "speaker" in wanted.model_fields_set else None
+        spoken = await voices.request_in(wanted.to_engine(config), wanted.voice, speaker)
+        job = runner.submit(spoken, client_of(request), wanted.streaming)
         return await speech_response(job, wanted.streaming, request.receive)
 
     @app.get("/health", responses={503: {"description": "the engine cannot serve"}})

@@ -193,7 +193,18 @@ class SpeechSettings(SamplingParams):
         return SpeechSettings(**self.model_dump(include=set(SpeechSettings.model_fields)) | given)
 
 
-class ServerSettings(Settings):
+class VoiceSettings(Settings):
+    title = "voices"
+
+    voices: Annotated[str | None, Shown("none: voices end with the server")] = setting(
+        None, "folder that keeps the voices that are added, a safetensors file each"
+    )
+    max_voices: int = setting(
+        256, "most voices that may be kept; they take 256 MiB at most", ge=0, le=10_000
+    )
+
+
+class ServerSettings(VoiceSettings):
     title = "server"
 
     host: str = setting("127.0.0.1", "address to listen on")
@@ -209,6 +220,12 @@ class ServerSettings(Settings):
     )
     max_body_bytes: int = setting(
         262_144, "longest request body; a longer one is answered 413", ge=1024, le=2**30
+    )
+    max_upload_bytes: int = setting(
+        2**25,
+        "longest body of a request with recordings; a longer one is answered 413",
+        ge=1024,
+        le=2**30,
     )
     max_unread_bytes: int = setting(
         2**28, "audio that waits for its readers, all clients together", ge=2**16, le=2**40

@@ -14,6 +14,8 @@ from vox_serve.job import End, Item, Job, RequestFailed, RequestRefused, Restart
 from vox_serve.recovery import Suspects
 
 if TYPE_CHECKING:
+    from vox_serve.mimi import Mimi
+    from vox_serve.prompt import PromptBuilder
     from vox_serve.request import FrameOutput, Prompt, Request
 
 logger = logging.getLogger("vox_serve")
@@ -26,10 +28,12 @@ MAX_FRUITLESS_FAILURES = 32
 
 
 class AnyEngine(Protocol):
-    """The part of `vox_serve.engine.Engine` that the runner uses."""
+    """The part of `vox_serve.engine.Engine` that the server uses."""
 
     max_batch_size: int
     num_spare_rows: int
+    mimi: "Mimi"
+    prompts: "PromptBuilder"
 
     @property
     def has_work(self) -> bool: ...

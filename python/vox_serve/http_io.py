@@ -1,5 +1,6 @@
 """HTTP below the routes: size-limited bodies to fields, jobs to WAV responses."""
 
+import asyncio
 import json
 import logging
 from collections import Counter
@@ -9,6 +10,7 @@ from urllib.parse import parse_qsl
 
 from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -77,6 +79,64 @@ async def read_fields(request: Request, max_bytes: int) -> tuple[dict[str, Any],
     except ValueError as error:  # for multipart: the charset is one of Python's odd codecs
         raise HTTPException(400, f"the form cannot be read: {error}") from None
     raise HTTPException(415, "send application/json or a form")
+
+
+async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
+    """Read the fields of a large JSON body, without holding up the event loop.
+
+    Raises:
+        HTTPException: 413, 415, 400 or 422 (see `read_fields`).
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind not in ("", "application/json") and not kind.endswith("+json"):
+        raise HTTPException(415, "send application/json or multipart/form-data")
+    try:
+        body = await _limited(request, max_bytes).body()
+    except ClientDisconnect:  # nobody will read this response
+        raise HTTPException(400, "the body is cut short") from None
+    return await asyncio.to_thread(_json_fields, body)
+
+
+async def read_parts(
+    request: Request, max_bytes: int, max_files: int
+) -> list[tuple[str, str | bytes]]:
+    """Read a multipart form with files, all in memory.
+
+    Args:
+        request: its content type is multipart/form-data.
+        max_bytes: longest body.
+        max_files: most files.
+
+    Returns:
+        Each part's name, and its text or, of a file, its bytes.
+
+    Raises:
+        HTTPException: 413, or 400 for a body that is no such form.
+    """
+    request = _limited(request, max_bytes)
+    parser = MultiPartParser(
+        request.headers,
+        request.stream(),
+        max_files=max_files,
+        max_fields=MAX_FORM_FIELDS,
+        max_part_size=max_bytes,
+    )
+    parser.spool_max_size = max_bytes + 1  # no file on disk
+    try:
+        form = await parser.parse()
+    except ClientDisconnect:  # nobody will read this response
+        raise HTTPException(400, "the body is cut short") from None
+    except MultiPartException as error:
+        raise HTTPException(400, f"the form cannot be read: {error.message}") from None
+    except ValueError as error:  # the charset is one of Python's odd codecs
+        raise HTTPException(400, f"the form cannot be read: {error}") from None
+    try:
+        return [
+            (name, value if isinstance(value, str) else await value.read())
+            for name, value in form.multi_items()
+        ]
+    finally:
+        await form.close()
 
 
 def _limited(request: Request, max_bytes: int) -> Request:

@@ -13,19 +13,22 @@ from collections.abc import Callable
 MAX_QUICK_THREADS = 64
 MAX_SLOW_THREADS = 8
 MAX_SLOW_THREADS_PER_CLIENT = 1
+MAX_ENCODING_THREADS = 1
 
 
 class Preparing:
-    """Two lanes, so that slow calls never keep quick ones from their threads."""
+    """Lanes, so that slow calls never keep quick ones from their threads."""
 
     def __init__(self) -> None:
         self._quick = _Lane(MAX_QUICK_THREADS, MAX_QUICK_THREADS)
         self._slow = _Lane(MAX_SLOW_THREADS, MAX_SLOW_THREADS_PER_CLIENT)
+        self._encoding = _Lane(MAX_ENCODING_THREADS, MAX_ENCODING_THREADS)
 
     @property
     def is_busy(self) -> bool:
         """True while a call runs."""
-        return self._quick.num_threads + self._slow.num_threads > 0
+        lanes = self._quick, self._slow, self._encoding
+        return any(lane.num_threads for lane in lanes)
 
     def start(self, call: Callable[[], None], client: str, slow: bool) -> None:
         """Run a call, which must not raise, in a thread.
@@ -40,6 +43,10 @@ class Preparing:
             RuntimeError: the system gives no more threads.
         """
         (self._slow if slow else self._quick).start(call, client)
+
+    def start_encoding(self, call: Callable[[], None], client: str) -> None:
+        """Like `start`, for calls that take seconds: one runs at a time, of whichever client."""
+        self._encoding.start(call, client)
 
 
 class _Lane:

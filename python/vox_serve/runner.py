@@ -211,6 +211,14 @@ class Runner:
                 raise self._queue_full() from None
         return job
 
+    def start_encoding(self, call: Callable[[], None], client: str) -> None:
+        """Run a call that must not raise in the thread that encodes recordings.
+
+        Raises:
+            RuntimeError: the system gives no more threads.
+        """
+        self._preparing.start_encoding(call, client)
+
     @property
     def status(self) -> tuple[str, str | None]:
         """The words "ok", "draining" or "failed", and why no request is taken."""

@@ -18,6 +18,11 @@ INTEGERS = ("speaker", "top_k", "repetition_window", "seed", "max_frames")
 CASES = [
     ("POST", "/generate", GenerationMode.POSITIVE),
     ("POST", "/generate", GenerationMode.NEGATIVE),
+    ("POST", "/v1/audio/voices", GenerationMode.NEGATIVE),
+    ("GET", "/v1/audio/voices", GenerationMode.POSITIVE),
+    ("GET", "/v1/audio/voices/{name}", GenerationMode.POSITIVE),
+    ("GET", "/v1/audio/voices/{name}/sample", GenerationMode.POSITIVE),
+    ("DELETE", "/v1/audio/voices/{name}", GenerationMode.POSITIVE),
     ("GET", "/health", GenerationMode.POSITIVE),
     ("GET", "/health/live", GenerationMode.POSITIVE),
     ("GET", "/health/ready", GenerationMode.POSITIVE),

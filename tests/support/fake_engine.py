@@ -4,6 +4,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -12,8 +13,10 @@ from vox_serve.audio import pcm16
 from vox_serve.ending import fade_out
 from vox_serve.engine import FrameOutput, Prompt, PromptTooLongError, Request
 from vox_serve.page_pool import PrefixKeys
+from vox_serve.prompt import Segment
 
 NUM_CODEBOOKS = 4
+CODEBOOK_SIZE = 64
 FRAME_SAMPLES = 1920
 MAX_TEXT_CHARS = 2000
 ENDLESS = 10**9
@@ -31,6 +34,43 @@ def fake_audio(text: str, seed: int | None, frame: int) -> np.ndarray:
 def fake_codes(text: str, frame: int) -> torch.Tensor:
     """Codes `[K]` int64, never all zero."""
     return torch.arange(NUM_CODEBOOKS) + frame + len(text)
+
+
+class FakeMimi:
+    """The codec's interface: the code of each frame is its mean, scaled; the same in all codebooks.
+
+    `before_piece` is called before each piece of a recording is encoded.
+    """
+
+    config = SimpleNamespace(sample_rate_hz=24_000, frame_samples=FRAME_SAMPLES)
+    device = torch.device("cpu")
+    encoder = object()
+    before_piece: Callable[[], None] = staticmethod(lambda: None)
+
+    def init_encoder_state(self) -> None: ...
+
+    def init_state(self) -> None: ...
+
+    def encode_step(self, audio: torch.Tensor, state: None, num_codebooks: int) -> torch.Tensor:
+        self.before_piece()
+        frames = audio.view(1, -1, FRAME_SAMPLES).abs().mean(2)
+        return (frames * CODEBOOK_SIZE).long()[..., None].expand(-1, -1, num_codebooks)
+
+    def decode_step(self, codes: torch.Tensor, state: None) -> torch.Tensor:
+        return (codes[..., 0].float() / CODEBOOK_SIZE).repeat_interleave(FRAME_SAMPLES, 1)
+
+
+class FakePrompts:
+    """The prompt builder's interface: a token for each character."""
+
+    config = SimpleNamespace(
+        num_codebooks=NUM_CODEBOOKS,
+        audio_vocab_size=CODEBOOK_SIZE + 3,
+        backbone=SimpleNamespace(max_positions=512),
+    )
+
+    def tokens(self, segment: Segment) -> list[int]:
+        return [ord(c) for c in segment.text]
 
 
 class FakeEngine:
@@ -65,6 +105,8 @@ class FakeEngine:
         self.step_s = step_s
         self.prepare_s = prepare_s
         self.fail_at_step = fail_at_step
+        self.mimi = FakeMimi()
+        self.prompts = FakePrompts()
         self.requests: list[Request] = []
         self.aborted: list[str] = []
         self.saw_abort = threading.Event()

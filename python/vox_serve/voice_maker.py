@@ -1,0 +1,167 @@
+"""Makes voices of recordings: decodes and encodes them, and checks that a prompt of them fits."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vox_serve.audio import pcm16
+from vox_serve.mimi import Mimi
+from vox_serve.prompt import PromptBuilder, Segment
+from vox_serve.prompt_audio import PromptOptions, clean_prompt, speech_level_dbfs
+from vox_serve.recording import Limits, decode
+from vox_serve.voice_store import MAX_RECORDINGS, Sizes, Voice, VoiceError
+
+MAX_CONTEXT_SHARE = 0.5
+"""Share of the model's context that a voice may take. The rest is for the text and its speech."""
+
+MIN_FRAMES = 4
+"""Shortest recording, 0.32 s."""
+
+PREVIEW_S = 15
+PIECE_FRAMES = 8
+"""Frames that are encoded, or decoded for the preview, between two pauses."""
+
+
+class Excerpt(NamedTuple):
+    """A recording and its transcript.
+
+    Attributes:
+        audio: `[S]` float32 at the codec's sample rate, in -1..1.
+        transcript: not blank.
+        level_dbfs: the level of its speech, if it is known.
+    """
+
+    audio: np.ndarray
+    transcript: str
+    level_dbfs: float | None = None
+
+
+class VoiceMaker:
+    """Makes voices for one model.
+
+    It may run in a thread of its own beside the engine's steps: the codec's state is passed in, and
+    ops of two threads do not share scratch memory. While an op of one thread uses the kernels'
+    other threads, an op of the other one runs on its own thread alone, with equal results.
+
+    Args:
+        mimi: the model's codec.
+        prompts: the model's tokenizer and sizes.
+    """
+
+    def __init__(self, mimi: Mimi, prompts: PromptBuilder) -> None:
+        self.mimi = mimi
+        self.prompts = prompts
+        self.sizes = Sizes.of(prompts.config)
+        self.max_positions = int(MAX_CONTEXT_SHARE * prompts.config.backbone.max_positions)
+        self.frame_s = mimi.config.frame_samples / mimi.config.sample_rate_hz
+
+    @property
+    def max_s(self) -> float:
+        """Longest recording, if its transcript took no place."""
+        return self.max_positions * self.frame_s
+
+    def excerpt(self, source: bytes | Path, transcript: str) -> Excerpt:
+        """Decode and clean a recording.
+
+        Args:
+            source: the encoded bytes, or a file.
+            transcript: what it says.
+
+        Raises:
+            OSError, AudioError: it cannot be read, is silent, or is longer than `max_s`.
+        """
+        sizes, is_bytes = self.mimi.config, isinstance(source, bytes)
+        recording = decode(source, Limits(max_s=self.max_s, common_only=is_bytes))
+        options = PromptOptions(max_s=self.max_s)
+        audio = clean_prompt(recording, sizes.sample_rate_hz, sizes.frame_samples, options)
+        level = speech_level_dbfs(audio, sizes.sample_rate_hz)
+        return Excerpt(audio, transcript, round(level, 1))
+
+    def make(
+        self,
+        name: str,
+        speaker: int,
+        excerpts: Sequence[Excerpt],
+        pause: Callable[[float], None] = lambda worked_s: None,
+    ) -> Voice:
+        """Encode recordings as a voice.
+
+        Args:
+            name: the voice's name.
+            speaker: the speaker that the segments and later texts are tagged with.
+            excerpts: 1 to `MAX_RECORDINGS` recordings.
+            pause: called between pieces of work, with the seconds that the last one took. It may
+                wait, to leave the processors to others, or raise to give up.
+
+        Raises:
+            VoiceError: there are too many recordings, one is too short, or they take too much of
+                the model's context together.
+        """
+        if self.mimi.encoder is None:
+            raise VoiceError("the model's codec has no encoder")
+        if not 1 <= len(excerpts) <= MAX_RECORDINGS:
+            raise VoiceError(f"give 1 to {MAX_RECORDINGS} recordings, got {len(excerpts)}")
+        frame_samples = self.mimi.config.frame_samples
+        num_positions = 0
+        for i, (audio, transcript, _) in enumerate(excerpts):
+            num_frames = -(-len(audio) // frame_samples)
+            if num_frames < MIN_FRAMES:
+                raise VoiceError(
+                    f"recording {i + 1} lasts {num_frames * self.frame_s:.2f} s, at least "
+                    f"{MIN_FRAMES * self.frame_s:.2f} s are needed"
+                )
+            num_tokens = len(self.prompts.tokens(Segment(speaker, transcript)))
+            num_positions += num_tokens + num_frames + 1
+        if num_positions > self.max_positions:
+            seconds = sum(len(excerpt.audio) for excerpt in excerpts)
+            raise VoiceError(
+                f"{seconds / self.mimi.config.sample_rate_hz:.1f} s of recordings and their "
+                f"transcripts take {num_positions} positions of the model's context, a voice may "
+                f"have {self.max_positions}: give shorter ones"
+            )
+        codes = [self._encode(excerpt.audio, pause) for excerpt in excerpts]
+        return Voice(
+            name=name,
+            speaker=speaker,
+            segments=tuple(
+                Segment(speaker, excerpt.transcript, part)
+                for excerpt, part in zip(excerpts, codes, strict=True)
+            ),
+            sizes=self.sizes,
+            created=int(time.time()),
+            frame_s=self.frame_s,
+            levels_dbfs=tuple(excerpt.level_dbfs for excerpt in excerpts),
+            preview=self._preview(codes, pause),
+            sample_rate_hz=self.mimi.config.sample_rate_hz,
+        )
+
+    def _encode(self, audio: np.ndarray, pause: Callable[[float], None]) -> Tensor:
+        """Codes `[N, K]` of a recording, on the CPU: those of `Mimi.encode`."""
+        frame_samples = self.mimi.config.frame_samples
+        samples = torch.from_numpy(np.pad(audio, (0, -len(audio) % frame_samples)))[None]
+        state = self.mimi.init_encoder_state()
+        codes = []
+        for piece in samples.split(PIECE_FRAMES * frame_samples, dim=1):
+            started_s = time.monotonic()
+            piece = piece.to(self.mimi.device)
+            codes.append(self.mimi.encode_step(piece, state, self.sizes.num_codebooks)[0].cpu())
+            pause(time.monotonic() - started_s)
+        return torch.cat(codes)
+
+    def _preview(self, codes: Sequence[Tensor], pause: Callable[[float], None]) -> np.ndarray:
+        """The beginning of what the codes decode to, `[S]` int16."""
+        num_left = int(PREVIEW_S / self.frame_s)
+        audio = []
+        for part in codes:
+            state = self.mimi.init_state()
+            for piece in part[:num_left].split(PIECE_FRAMES):
+                started_s = time.monotonic()
+                audio.append(self.mimi.decode_step(piece[None], state)[0].cpu().numpy())
+                pause(time.monotonic() - started_s)
+            num_left -= len(part[:num_left])
+        return pcm16(np.concatenate(audio))

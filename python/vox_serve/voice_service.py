@@ -1,0 +1,187 @@
+"""The server's voices: the model's two speakers, and those that were added."""
+
+import asyncio
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from vox_serve.config import Config
+from vox_serve.job import QueueFull, RequestRefused, ShuttingDown
+from vox_serve.runner import SHUTTING_DOWN, Runner
+from vox_serve.voice_maker import Excerpt, VoiceMaker
+from vox_serve.voice_store import (
+    BUILT_IN,
+    UnknownVoiceError,
+    Voice,
+    VoiceError,
+    VoiceStore,
+    shown_names,
+)
+
+if TYPE_CHECKING:
+    from vox_serve.request import Request
+
+logger = logging.getLogger("vox_serve")
+
+T = TypeVar("T")
+
+MAX_UPLOADS = 8
+"""Uploads at a time, of which each may take `max_upload_bytes` of memory."""
+MAX_UPLOADS_PER_CLIENT = 1
+
+REST_SHARE = 2.0
+"""While requests are spoken, encoding rests for this many times the time that it worked."""
+
+
+class VoiceService:
+    """Finds voices for requests, and makes new ones beside live speech.
+
+    Args:
+        runner: runs the engine.
+        config: the settings.
+
+    Attributes:
+        store: the voices that were added.
+        maker: makes them.
+
+    Raises:
+        OSError: the folder of `config.voices` cannot be used.
+    """
+
+    def __init__(self, runner: Runner, config: Config) -> None:
+        self._runner = runner
+        self.maker = VoiceMaker(runner.engine.mimi, runner.engine.prompts)
+        self.store = VoiceStore(config.voices, self.maker.sizes, config.max_voices)
+        self._uploads: Counter[str] = Counter()  # by client; used on the event loop alone
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """Give up what is being encoded."""
+        self._stopped.set()
+
+    async def request_in(
+        self, request: "Request", name: str | None, speaker: int | None = None
+    ) -> "Request":
+        """A request to speak in a voice; the request itself if there is no name.
+
+        Args:
+            request: the request.
+            name: of the voice.
+            speaker: the speaker that the client gives too, which must be the voice's.
+
+        Raises:
+            UnknownVoiceError: there is no such voice.
+            RequestRefused: it cannot be used, or has another speaker.
+        """
+        if name is None:
+            return request
+        if name in BUILT_IN:
+            spoken = replace(request, speaker=int(name))
+        else:
+            try:
+                voice = await asyncio.to_thread(self.store.get, name)
+            except UnknownVoiceError as error:
+                keys = await asyncio.to_thread(self.store.names)
+                raise UnknownVoiceError(f"{error}; there are {shown_names(keys)}") from None
+            except VoiceError as error:
+                raise RequestRefused(str(error)) from None
+            spoken = replace(request, speaker=voice.speaker, context=voice.segments)
+        if speaker not in (None, spoken.speaker):
+            raise RequestRefused(
+                f"speaker is {speaker}, but voice {name} has speaker {spoken.speaker}: give the "
+                "voice alone"
+            )
+        return spoken
+
+    @contextmanager
+    def upload(self, client: str) -> Iterator[None]:
+        """Count an upload, whose body may be read within the block.
+
+        Raises:
+            QueueFull: too many are being read or encoded.
+        """
+        if self._uploads[client] >= MAX_UPLOADS_PER_CLIENT:
+            raise QueueFull("another upload of this client is not finished: try later")
+        if self._uploads.total() >= MAX_UPLOADS:
+            raise QueueFull(f"{MAX_UPLOADS} uploads are not finished: try later")
+        self._uploads[client] += 1
+        try:
+            yield
+        finally:
+            self._uploads[client] -= 1
+            if not self._uploads[client]:
+                del self._uploads[client]
+
+    async def make(
+        self,
+        name: str,
+        speaker: int,
+        read: Callable[[], Sequence[Excerpt]],
+        client: str,
+        replace: bool = False,
+    ) -> Voice:
+        """Make a voice of recordings and keep it. One is made at a time, and slower while requests
+        are spoken.
+
+        Args:
+            name, speaker: of the voice.
+            read: decodes the recordings.
+            client: whose voice it is, for fairness.
+            replace: it may replace one of the same name.
+
+        Raises:
+            VoiceError, OSError: see `VoiceStore.add`, `VoiceMaker.make` and `read`.
+            ShuttingDown: the server ends.
+        """
+        await asyncio.to_thread(self.store.check_new, name, replace)
+
+        def work() -> Voice:
+            self._pause(0)
+            voice = self.maker.make(name, speaker, read(), self._pause)
+            self.store.add(voice, replace)
+            return voice
+
+        return await self._beside(work, client)
+
+    def _pause(self, worked_s: float) -> None:
+        is_live = self._runner.count_jobs()[0] > 0
+        if self._stopped.wait(REST_SHARE * worked_s if is_live else 0) or self._runner.draining:
+            raise ShuttingDown(SHUTTING_DOWN)
+
+    async def _beside(self, work: Callable[[], T], client: str) -> T:
+        """The result of work in the thread that encodes."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def run() -> None:
+            if future.cancelled():
+                return
+            post: Callable[[], Any]
+            try:
+                post = partial(_settle, future, work(), None)
+            except BaseException as error:
+                post = partial(_settle, future, None, error)
+            try:
+                loop.call_soon_threadsafe(post)
+            except RuntimeError:  # the loop is closed
+                logger.warning("a voice was made after the server's end")
+
+        try:
+            self._runner.start_encoding(run, client)
+        except RuntimeError:
+            raise QueueFull("the system has no thread left: try later") from None
+        return await future
+
+
+def _settle(future: "asyncio.Future[Any]", result: Any, error: BaseException | None) -> None:
+    if future.cancelled():
+        return
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
