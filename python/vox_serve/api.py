@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from vox_serve import engine
 from vox_serve.access import AccessPolicy, add_access_checks
-from vox_serve.config import Config, SpeechSettings
+from vox_serve.config import MAX_FRAMES, Config, SpeechSettings
 from vox_serve.connections import CloseUnread
 from vox_serve.error_pace import PacedErrors
 from vox_serve.http_io import AsciiJSONResponse, HeadAsGet, read_fields
@@ -60,7 +60,7 @@ class _Utterance(BaseModel):
                 f"max_frames must be at most {limit} on this server, got {overrides['max_frames']}"
             )
         overrides["max_frames"] = overrides["max_frames"] or min(
-            config.frames_for(self.text), limit
+            config.frames_for(self.text), config.max_frames_limit or MAX_FRAMES
         )
         speech = config.override(**overrides)
         return engine.Request(

@@ -27,6 +27,8 @@ from vox_serve.text_bound import frames_bound
 ENV_PREFIX = "VOX_SERVE_"
 DEFAULT_CODEC = "kyutai/mimi"
 DEFAULT_MAX_FRAMES = 1125  # 90 s, Sesame's own limit
+DEFAULT_FRAMES_LIMIT = 2048
+MAX_FRAMES = 1_000_000  # 22 hours
 
 Normalise = Literal["auto", "on", "off"]
 
@@ -128,6 +130,12 @@ class ModelSettings(Settings):
     max_text_chars: int = setting(
         100_000, "longest text, in characters; a request with a longer one gets 422", ge=1, le=2**30
     )
+    split_chars: int = setting(
+        400,
+        "longer texts are spoken in parts, which end where sentences do; 0 for no parts",
+        ge=0,
+        le=2**30,
+    )
     max_silence_s: float = setting(
         3.0,
         "silence after which speech is cut; 0 for no such cut, and none by the text's length",
@@ -166,8 +174,8 @@ class SpeechSettings(SamplingParams):
 
     title = "sampling (a request may override each of these)"
 
-    max_frames: Annotated[int, Shown("`1125`, or fewer by the text's length")] = setting(
-        DEFAULT_MAX_FRAMES, "longest utterance, in frames of 80 ms", ge=1, le=2048
+    max_frames: Annotated[int, Shown("`1125` in each part, or fewer by the text's length")] = (
+        setting(DEFAULT_MAX_FRAMES, "longest speech, in frames of 80 ms", ge=1, le=MAX_FRAMES)
     )
     normalise: Normalise = setting(
         "auto",
@@ -216,7 +224,7 @@ class ServerSettings(VoiceSettings):
         64, "requests that may wait; more are answered 429", ge=0, le=100_000
     )
     max_frames_limit: Annotated[int | None, Shown("`--max_frames` if that is given, else 2048")] = (
-        setting(None, "highest `max_frames` that a request may ask for", ge=1, le=2048)
+        setting(None, "highest `max_frames` that a request may ask for", ge=1, le=MAX_FRAMES)
     )
     max_body_bytes: int = setting(
         262_144, "longest request body; a longer one is answered 413", ge=1024, le=2**30
@@ -288,10 +296,12 @@ class Config(BaseSettings, ServerSettings, SpeechSettings, ModelSettings):
 
     def frames_for(self, text: str) -> int:
         """The `max_frames` of a request that sets none: the setting if that was given, else no more
-        than the text can take."""
-        if "max_frames" in self.model_fields_set or not self.max_silence_s:
+        than the text can take. A text that is split has the default for each of its parts."""
+        if "max_frames" in self.model_fields_set:
             return self.max_frames
-        return min(self.max_frames, frames_bound(text))
+        is_split = self.split_chars and len(text) > self.split_chars
+        most = MAX_FRAMES if is_split else self.max_frames
+        return min(most, frames_bound(text)) if self.max_silence_s else most
 
     @property
     def frames_limit(self) -> int:
@@ -300,7 +310,7 @@ class Config(BaseSettings, ServerSettings, SpeechSettings, ModelSettings):
             return self.max_frames_limit
         if "max_frames" in self.model_fields_set:
             return self.max_frames
-        return bound(SpeechSettings.model_fields["max_frames"], "le")
+        return DEFAULT_FRAMES_LIMIT
 
     @classmethod
     def settings_customise_sources(

@@ -125,9 +125,10 @@ class Engine:
         self.max_silence_s = max_silence_s
         self.normalises = normalises
         rows = max_batch_size + num_spare_rows
-        self._default_context = self._build_default_context(default_context)
+        self.default_context = tuple(default_context)
+        self._default_prompt = self._build_default_prompt()
         page_bytes = PAGE_SIZE * KvCache.position_bytes(model.config.backbone, model.dtype)
-        cached_pages = -(-len(self._default_context.frames) // PAGE_SIZE)
+        cached_pages = -(-len(self._default_prompt.frames) // PAGE_SIZE)
         self._cache = KvCache(
             model.config.backbone,
             rows,
@@ -151,6 +152,11 @@ class Engine:
     @property
     def sample_rate_hz(self) -> int:
         return self.mimi.config.sample_rate_hz
+
+    @property
+    def max_positions(self) -> int:
+        """Positions of the model's context."""
+        return self._cache.max_positions
 
     @property
     def num_live(self) -> int:
@@ -177,7 +183,7 @@ class Engine:
             raise ValueError(f"max_frames must be 1 or more, got {request.max_frames}")
         spoken = Segment(request.speaker, self.spoken_text(request))
         parts = self.prompts.build([*(request.context or ()), spoken])
-        before = self._default_context if request.context is None else None
+        before = self._default_prompt if request.context is None else None
         prompt = Prompt.build(*parts, before)
         length, limit = len(prompt.frames), self._cache.max_positions
         if length >= limit:
@@ -419,8 +425,8 @@ class Engine:
             keys.extend(*self.model.next_inputs(torch.stack(spoken)))
         self._cache.release(live.cache, keys, length)
 
-    def _build_default_context(self, segments: Sequence[Segment]) -> Prompt:
-        k = self.model.config.num_codebooks
+    def _build_default_prompt(self) -> Prompt:
+        segments, k = self.default_context, self.model.config.num_codebooks
         empty = torch.zeros(0, k + 1, dtype=torch.int64)
         prompt = Prompt.build(*(self.prompts.build(segments) if segments else (empty, empty > 0)))
         limit = self.model.config.backbone.max_positions
@@ -433,7 +439,7 @@ class Engine:
     @torch.inference_mode()
     def _fill_cache(self) -> None:
         """Compute the keys and values of the default context."""
-        frames, mask, keys = self._default_context
+        frames, mask, keys, _ = self._default_prompt
         device = self.model.device
         chunk = PREFILL_CHUNK_TOKENS[device.type]
         sequence = CacheSequence()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
 
-    from vox_serve.engine import Engine
+    from vox_serve.long_form import LongForm
     from vox_serve.runner import Runner
 
 PROG = "vox-serve"
@@ -96,7 +96,7 @@ def end_now(exit_code: int) -> NoReturn:
     os._exit(exit_code)
 
 
-def describe(engine: "Engine", config: Config) -> dict[str, str | int]:
+def describe(engine: "LongForm", config: Config) -> dict[str, str | int]:
     """The engine's part of the answer to /health."""
     from voxkern.backend import backend_for
 

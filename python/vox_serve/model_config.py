@@ -98,7 +98,8 @@ class CsmConfig:
     """The sizes of CSM's two transformers and its vocabularies.
 
     `num_codebooks` is K and `audio_vocab_size` V: a code of codebook k is row `k * V + code` of an
-    audio table.
+    audio table. `follows_context` is False for a model that was trained on single utterances, and
+    speaks badly after others.
     """
 
     backbone: TransformerConfig
@@ -106,6 +107,7 @@ class CsmConfig:
     num_codebooks: int
     audio_vocab_size: int
     text_vocab_size: int
+    follows_context: bool = True
 
     @classmethod
     def from_json(cls, settings: Mapping[str, Any]) -> "CsmConfig":
@@ -156,6 +158,7 @@ class CsmConfig:
             num_codebooks,
             audio_vocab_size,
             _whole(settings, "text_vocab_size", default=128256),
+            follows_context=settings.get("follows_context") is not False,
         )
 
 

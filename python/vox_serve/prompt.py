@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ and speech takes more positions than its text."""
 
 PREFIX_SLACK_TOKENS = 64
 """Tokens by which a prefix may exceed the whole text, because the cut splits a word."""
+
+MAX_KEPT_TEXTS = 256
+MAX_KEPT_CHARS = 1024
+"""Number and length of the texts whose tokens are kept."""
 
 # With this, the library tokenizes on the calling thread. Otherwise all calls share one pool of
 # threads, in which two long texts delay every other.
@@ -83,6 +88,7 @@ class PromptBuilder:
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        self._kept_ids = lru_cache(MAX_KEPT_TEXTS)(self._ids)
         self._bos = _special_id(tokenizer, BOS, settings or {}, "bos_token")
         self._eos = _special_id(tokenizer, EOS, settings or {}, "eos_token")
         for name, token in ((BOS, self._bos), (EOS, self._eos)):
@@ -115,6 +121,8 @@ class PromptBuilder:
     def tokens(self, segment: Segment) -> list[int]:
         """Token ids of a segment's text: BOS, `[speaker]text`, EOS.
 
+        Those of short texts are kept: a context has the same segments again and again.
+
         Raises:
             PromptTooLongError: the text is longer than the model's context can hold.
             ValueError: the text is empty or blank, is not valid Unicode, or has a token outside the
@@ -134,12 +142,17 @@ class PromptBuilder:
             segment.text.encode()
         except UnicodeEncodeError:
             raise ValueError("text must be valid Unicode, but has a lone surrogate") from None
-        ids = self._encode(f"[{segment.speaker}]{segment.text}")
+        encode = self._kept_ids if len(segment.text) <= MAX_KEPT_CHARS else self._ids
+        return list(encode(f"[{segment.speaker}]{segment.text}"))
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text between BOS and EOS."""
+        ids = self._encode(text)
         if ids and max(ids) >= self.config.text_vocab_size:
             raise ValueError(
                 f"text has token {max(ids)}, but the model has {self.config.text_vocab_size}"
             )
-        return [self._bos, *ids, self._eos]
+        return (self._bos, *ids, self._eos)
 
     def _encode(self, text: str) -> list[int]:
         """Token ids of a text.

@@ -60,11 +60,13 @@ class Prompt(NamedTuple):
         frames: `[T, K + 1]` int64, as returned by `PromptBuilder.build`.
         mask: `[T, K + 1]` bool.
         keys: the keys by which the cache knows its prefixes.
+        parts: the texts of the utterances that `LongForm` speaks, of which the first is prepared.
     """
 
     frames: Tensor
     mask: Tensor
     keys: PrefixKeys
+    parts: tuple[str, ...] = ()
 
     @classmethod
     def build(cls, frames: Tensor, mask: Tensor, before: "Prompt | None" = None) -> "Prompt":
@@ -89,6 +91,7 @@ class FrameOutput(NamedTuple):
             "length" at `max_frames`, "context" if the model's context is full, "silence" after too
             long a silence, "error" if the frame could not be made.
         error: why the request ended with "error", for its client; None otherwise.
+        part: index of the part of a long text; see `LongForm`.
     """
 
     request_id: str
@@ -96,3 +99,4 @@ class FrameOutput(NamedTuple):
     audio: np.ndarray | None
     finish_reason: FinishReason | None
     error: str | None = None
+    part: int = 0

@@ -5,7 +5,9 @@ python -m vox_serve.say "Hello." -o hello.wav
 
 import io
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from vox_serve.engine import Engine, Request
-    from vox_serve.request import FinishReason
+    from vox_serve.long_form import LongForm
+    from vox_serve.request import FinishReason, FrameOutput, Prompt
 
 PROG = "say"
 
@@ -113,8 +116,9 @@ def _say(
             _check_writable(Path(path))
 
     import numpy as np
+    from tqdm import tqdm
 
-    from vox_serve.audio import pcm16, wav_file
+    from vox_serve.audio import pcm16, wav_header
     from vox_serve.ending import why_cut
     from vox_serve.engine import Request
 
@@ -126,40 +130,59 @@ def _say(
         max_frames=config.frames_for(text),
         normalise=config.normalise,
     )
-    from tqdm import tqdm
+    prompt = engine.prepare(request)
+    num_parts = len(prompt.parts)
+    is_long = num_parts > 1
+    with (
+        tempfile.TemporaryFile() as pcm,  # a book's speech would fill the memory
+        tqdm(
+            total=num_parts if is_long else request.max_frames,
+            unit="part" if is_long else "frame",
+            disable=not sys.stderr.isatty(),
+            leave=False,
+        ) as bar,
+    ):
 
-    with tqdm(
-        total=request.max_frames, unit="frame", disable=not sys.stderr.isatty(), leave=False
-    ) as bar:
-        audio, codes, reason = speak(engine, request, bar.update)
-    if cut := why_cut(reason, len(codes)):
-        print(f"{PROG}: warning: {cut}", file=sys.stderr)
-    contents: list[tuple[str, bytes]] = []
-    if codes_path is not None:
-        npy = io.BytesIO()
-        np.save(npy, codes)
-        contents.append((codes_path, npy.getvalue()))
-    if output is not None:
-        wav = wav_file(pcm16(audio).tobytes(), engine.sample_rate_hz)
-        contents.append((output, wav))
-    _write(contents)
+        def take(frame: "FrameOutput", audio: "np.ndarray") -> None:
+            pcm.write(pcm16(audio).tobytes())
+            bar.update(frame.part - bar.n if is_long else 1)
+
+        _, codes, reason = speak(engine, request, prompt, take)
+        bar.close()
+        if cut := why_cut(reason, len(codes)):
+            print(f"{PROG}: warning: {cut}", file=sys.stderr)
+        contents: list[tuple[str, list[IO[bytes]]]] = []
+        if codes_path is not None:
+            npy = io.BytesIO()
+            np.save(npy, codes)
+            contents.append((codes_path, [npy]))
+        if output is not None:
+            header = io.BytesIO(wav_header(pcm.tell(), engine.sample_rate_hz))
+            contents.append((output, [header, pcm]))
+        _write(contents)
     return 0
 
 
-def _write(contents: list[tuple[str, bytes]]) -> None:
-    """Write each content to its path, or to stdout for `-`. Files are replaced only when all are on
-    disk."""
+def _write(contents: list[tuple[str, list[IO[bytes]]]]) -> None:
+    """Write each path's contents, one after another, to it, or to stdout for `-`. Files are
+    replaced only when all are on disk."""
     with ExitStack() as files:
         written = []
-        for path, content in contents:
+        for path, parts in contents:
             if path != "-":
-                written.append((files.enter_context(_replacing(path)), content))
-        for file, content in written:
-            file.write(content)
+                written.append((files.enter_context(_replacing(path)), parts))
+        for file, parts in written:
+            _copy(parts, file)
             sync(file)
-        for path, content in contents:
+        for path, parts in contents:
             if path == "-":
-                _write_stdout(content)
+                _write_stdout(parts)
+
+
+def _copy(parts: list[IO[bytes]], file: IO[bytes]) -> None:
+    for part in parts:
+        part.seek(0)
+        shutil.copyfileobj(part, file)
 
 
 @contextmanager
@@ -173,9 +196,9 @@ def _replacing(path: str) -> Iterator[IO[bytes]]:
         raise CommandError(f"cannot write {path}: {error.strerror}") from None
 
 
-def _write_stdout(content: bytes) -> None:
+def _write_stdout(parts: list[IO[bytes]]) -> None:
     try:
-        sys.stdout.buffer.write(content)
+        _copy(parts, sys.stdout.buffer)
         sys.stdout.buffer.flush()
     except BrokenPipeError:
         raise
@@ -213,14 +236,18 @@ class Speech(NamedTuple):
 
 
 def speak(
-    engine: "Engine", request: "Request", on_frame: Callable[[], object] = lambda: None
+    engine: "Engine | LongForm",
+    request: "Request",
+    prompt: "Prompt | None" = None,
+    take: "Callable[[FrameOutput, np.ndarray], object] | None" = None,
 ) -> Speech:
     """Run one request to its end on an idle engine.
 
     Args:
         engine: the engine, without other requests.
         request: the request to run.
-        on_frame: called after every frame.
+        prompt: the engine's `prepare` of it; None to prepare it here.
+        take: gets each frame and its samples; the speech then has no samples.
 
     Returns:
         The speech; if it was cut, its last 10 ms are faded out.
@@ -233,7 +260,7 @@ def speak(
 
     from vox_serve.ending import delivered_audio
 
-    engine.add(request)
+    engine.add(request, prompt)
     reason: FinishReason | None = None
     audio, codes = [np.zeros(0, np.float32)], [np.zeros((0, engine.num_codebooks), np.int64)]
     while engine.has_work:
@@ -243,9 +270,11 @@ def speak(
                 raise CommandError(output.error)
             delivered = delivered_audio(output)
             if output.codes is not None and delivered is not None:
-                audio.append(delivered)
                 codes.append(output.codes.numpy()[None])
-                on_frame()
+                if take is None:
+                    audio.append(delivered)
+                else:
+                    take(output, delivered)
     return Speech(np.concatenate(audio), np.concatenate(codes), reason or "stop")
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from vox_serve.engine import Engine, FrameOutput, Prompt, Request
+    from vox_serve.long_form import LongForm
     from vox_serve.request import FinishReason
 
     Chunks = Generator[np.ndarray, None, FinishReason]
@@ -60,7 +61,7 @@ class Voice:
 
     def __init__(
         self,
-        engine: "Engine",
+        engine: "Engine | LongForm",
         settings: SpeechSettings,
         max_text_chars: int = Config.model_fields["max_text_chars"].default,
     ):
@@ -185,7 +186,7 @@ class Voice:
             self._engine.abort(self._left.popleft())
 
 
-def make_engine(config: Config, num_spare_rows: int = 0) -> "Engine":
+def make_engine(config: Config, num_spare_rows: int = 0) -> "LongForm":
     """Load the engine that the settings describe; set the backend and the number of CPU threads.
 
     Args:
@@ -200,6 +201,7 @@ def make_engine(config: Config, num_spare_rows: int = 0) -> "Engine":
 
     import voxkern
     from vox_serve.loading import load_engine
+    from vox_serve.long_form import LongForm
     from voxkern.backend import why_missing
 
     force_backend(config)
@@ -210,7 +212,8 @@ def make_engine(config: Config, num_spare_rows: int = 0) -> "Engine":
         num_threads = voxkern.num_threads()
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    return load_engine(num_spare_rows=num_spare_rows, **dict(config))
+    engine = load_engine(num_spare_rows=num_spare_rows, **dict(config))
+    return LongForm(engine, config.split_chars)
 
 
 def force_backend(config: Config) -> None:

@@ -149,7 +149,7 @@ def test_output_to_stdout(loads, capfdbinary):
         (["hello", "-o", "x.wav", "--max_text_chars", "4"], "at most 4 characters, got 5"),
         (["hello", "-o", "x.wav", "--speaker", "2"], "--speaker: invalid choice"),
         (["hello", "-o", "x.wav", "--temperature", "-1"], "--temperature: must be from 0 to 100"),
-        (["hello", "-o", "x.wav", "--max_frames", "0"], "--max-frames: must be from 1 to 2048"),
+        (["hello", "-o", "x.wav", "--max_frames", "0"], "--max-frames: must be from 1 to 1000000"),
         (["hello", "-o", "x.wav", "--greedy", "--temperature", "0.5"], "--greedy"),
         (["hello", "-o", "x.wav", "--backend", "opencl"], "--backend: must be one of auto, native"),
         (["hello", "there", "-o", "x.wav"], "unrecognized arguments: there"),
@@ -243,13 +243,14 @@ def test_a_terminal_gets_a_progress_bar(loads, tmp_path, monkeypatch):
 def test_speak_collects_codes_and_audio():
     from vox_serve.engine import Request
 
-    frames = []
-    audio, codes, reason = say.speak(FakeEngine(2), Request("hello"), lambda: frames.append(1))
-    assert len(frames) == 2
+    audio, codes, reason = say.speak(FakeEngine(2), Request("hello"))
     assert reason == "stop"
-    np.testing.assert_array_equal(
-        audio, np.concatenate([fake_audio("hello", None, i) for i in (0, 1)])
-    )
+    expected = np.concatenate([fake_audio("hello", None, i) for i in (0, 1)])
+    np.testing.assert_array_equal(audio, expected)
+    taken = []
+    speech = say.speak(FakeEngine(2), Request("hello"), take=lambda _, part: taken.append(part))
+    assert len(speech.audio) == 0
+    np.testing.assert_array_equal(np.concatenate(taken), expected)
     assert codes.tolist() == [fake_codes("hello", i).tolist() for i in (0, 1)]
 
 
@@ -313,11 +314,24 @@ def test_an_unknown_model_is_one_line(tmp_path, capsys):
 
 
 def test_a_prompt_beyond_the_context_is_one_line(folder, tmp_path, capsys):
-    argv = ["--model", str(folder), "-o", str(tmp_path / "out.wav")]
+    argv = ["--model", str(folder), "-o", str(tmp_path / "out.wav"), "--split_chars", "0"]
     assert say.main(["word " * 500, *argv]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert str(SHAPE.max_positions) in line
     assert os.listdir(tmp_path) == []
+
+
+def test_a_long_text_is_spoken_in_parts(folder, tmp_path):
+    """`max_frames` holds for the whole; without it the parts' bounds do."""
+    argv = ["--model", str(folder), "--seed", "3"]
+    for name, more in (("all", []), ("some", ["--max_frames", "70"])):
+        paths = ["-o", str(tmp_path / f"{name}.wav"), "--codes", str(tmp_path / f"{name}.npy")]
+        assert say.main(["Some words here. " * 60, *argv, *paths, *more]) == 0
+    whole, cut = (np.load(tmp_path / f"{name}.npy") for name in ("all", "some"))
+    assert len(cut) == 70 < len(whole)
+    np.testing.assert_array_equal(cut, whole[:70])
+    with wave.open(str(tmp_path / "all.wav")) as file:
+        assert file.getnframes() == len(whole) * 1920
 
 
 def test_sampling_flags_are_the_servers():

@@ -73,19 +73,20 @@ def test_streams_in_threads_get_what_they_get_alone(voice):
 
 
 def test_an_abandoned_stream_aborts_its_request(voice):
-    free = voice._engine._cache.num_free_pages
+    engine = voice._engine.engine
+    free = engine._cache.num_free_pages
     other = voice.stream("Another.")
     next(other)
     for abandon in ("close", "drop"):
         stream = voice.stream("Hello there.")
         next(stream)
-        assert voice._engine.num_live == 2
+        assert engine.num_live == 2
         if abandon == "close":
             stream.close()
         del stream
-        assert voice._engine.num_live == 1
+        assert engine.num_live == 1
     assert len(list(other)) == MAX_FRAMES - 1
-    assert voice._engine._cache.num_free_pages == free
+    assert engine._cache.num_free_pages == free
 
 
 def test_a_stream_that_never_starts_costs_nothing():

@@ -1,0 +1,219 @@
+"""Speaks texts of any length: in parts, one after another, as one request.
+
+A text that is longer than an utterance should be is split at sentence ends. Each part is spoken
+with the request's context and the parts just before it, so that the voice carries on. The parts'
+samples follow each other without a gap; a step between two of them decays within 10 ms.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vox_serve.ending import fade_tail
+from vox_serve.engine import Engine
+from vox_serve.prompt import Segment
+from vox_serve.request import FinishReason, FrameOutput, Prompt, Request
+from vox_serve.text.splitting import PREFERRED_CHARS, split
+from vox_serve.text_bound import frames_bound
+
+POSITIONS_PER_CHAR = 4
+"""A text as long as the model's context divided by this leaves room for speech and context."""
+
+MAX_RECENT_POSITIONS = 512
+"""Most positions of the context that earlier parts take: 40 s of speech. More would slow down each
+frame, and change little."""
+
+
+@dataclass
+class _Passage:
+    """A request whose text has several parts.
+
+    Attributes:
+        request: as it was added.
+        parts: texts of all parts.
+        number: index of the part that is being spoken.
+        recent: earlier parts that the next one gets as context, and the positions of each.
+        max_recent: most positions of these.
+        codes: frames of the part that is being spoken.
+        num_frames: frames of earlier parts.
+        last_sample: the last one so far.
+        reason: finish reason of the first part that did not end by itself.
+    """
+
+    request: Request
+    parts: Sequence[str]
+    max_recent: int
+    number: int = 0
+    recent: list[tuple[Segment, int]] = field(default_factory=list)
+    codes: list[Tensor] = field(default_factory=list)
+    num_frames: int = 0
+    last_sample: float = 0.0
+    reason: FinishReason | None = None
+
+
+class LongForm:
+    """An engine for texts of any length. Calls, errors and outputs are `Engine`'s.
+
+    A request whose text has one part is passed on as it is.
+
+    Args:
+        engine: speaks the parts; nothing else may call it, except its `prepare`.
+        split_chars: longer texts are split, 0 for none.
+        max_recent_positions: most positions of earlier parts in the context of a part; 0 for a
+            model that does not follow its context.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        split_chars: int,
+        max_recent_positions: int = MAX_RECENT_POSITIONS,
+    ) -> None:
+        self.engine = engine
+        self.model, self.mimi, self.prompts = engine.model, engine.mimi, engine.prompts
+        self.max_batch_size, self.num_spare_rows = engine.max_batch_size, engine.num_spare_rows
+        self.num_codebooks, self.sample_rate_hz = engine.num_codebooks, engine.sample_rate_hz
+        limit = engine.max_positions // POSITIONS_PER_CHAR
+        self.split_chars = min(split_chars, limit) if split_chars else 0
+        follows = engine.model.config.follows_context
+        self.max_recent_positions = max_recent_positions if follows else 0
+        self._passages: dict[str, _Passage] = {}
+        self._tokenizing = ThreadPoolExecutor(1, "tokenizing")
+
+    @property
+    def has_work(self) -> bool:
+        return self.engine.has_work
+
+    def prepare(self, request: Request) -> Prompt:
+        """Split a text and tokenize its first part. Any thread may call this; see `Engine`."""
+        parts: Sequence[str] = [request.text]
+        if self.split_chars and len(request.text) > self.split_chars:
+            parts = (
+                split(request.text, self.split_chars, min(PREFERRED_CHARS, self.split_chars))
+                or parts
+            )
+        return self.engine.prepare(replace(request, text=parts[0]))._replace(parts=tuple(parts))
+
+    def add(self, request: Request, prompt: Prompt | None = None) -> None:
+        """Put a request in line; see `Engine.add`."""
+        prompt = prompt or self.prepare(request)
+        if len(prompt.parts) <= 1:
+            self.engine.add(request, prompt)
+            return
+        room = self.engine.max_positions - len(prompt.frames)
+        passage = _Passage(
+            request, prompt.parts, max_recent=min(self.max_recent_positions, room // 2)
+        )
+        self.engine.add(self._request(passage), prompt)
+        self._passages[request.id] = passage
+        self._tokenize_next(passage)
+
+    def step(self) -> list[FrameOutput]:
+        """One frame of each request; see `Engine.step`."""
+        outputs = []
+        for output in self.engine.step():
+            if (passage := self._passages.get(output.request_id)) is not None:
+                output = self._follow(passage, output)
+            if output.codes is not None or output.finish_reason is not None:
+                outputs.append(output)
+        return outputs
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request; see `Engine.abort`."""
+        self._passages.pop(request_id, None)
+        self.engine.abort(request_id)
+
+    def reset(self) -> None:
+        """Drop all requests; see `Engine.reset`."""
+        self._passages.clear()
+        self.engine.reset()
+
+    def _follow(self, passage: _Passage, output: FrameOutput) -> FrameOutput:
+        """Take a part's output; after its end begin the next part."""
+        output = output._replace(part=passage.number)
+        codes, audio = output.codes, output.audio
+        if codes is not None and audio is not None:
+            if passage.number and not passage.codes:
+                audio = _joined(audio, passage.last_sample)
+            passage.codes.append(codes)
+            passage.last_sample = float(audio[-1])
+            output = output._replace(audio=audio)
+        reason = output.finish_reason
+        if reason is None:
+            return output
+        passage.num_frames += len(passage.codes)
+        is_last = passage.number + 1 == len(passage.parts)
+        limit = passage.request.max_frames
+        if reason == "error" or is_last or (limit and passage.num_frames >= limit):
+            del self._passages[output.request_id]
+            if reason == "stop" and passage.reason:
+                return output._replace(finish_reason=passage.reason)
+            return output
+        if reason != "stop":
+            passage.reason = passage.reason or reason
+        try:
+            self._begin_next(passage)
+        except ValueError as error:
+            del self._passages[output.request_id]
+            return output._replace(finish_reason="error", error=str(error))
+        return output._replace(finish_reason=None)
+
+    def _begin_next(self, passage: _Passage) -> None:
+        if passage.codes:
+            segment = self._segment(passage, passage.number)
+            length = len(self.prompts.tokens(segment)) + len(passage.codes) + 1
+            segment = replace(segment, codes=torch.stack(passage.codes))
+            passage.recent.append((segment, length))
+        # Half of it goes at once, so that the next parts find what stays in the cache.
+        if sum(length for _, length in passage.recent) > passage.max_recent:
+            while sum(length for _, length in passage.recent) > passage.max_recent // 2:
+                passage.recent.pop(0)
+        passage.number += 1
+        passage.codes = []
+        self.engine.add(self._request(passage))
+        self._tokenize_next(passage)
+
+    def _segment(self, passage: _Passage, number: int) -> Segment:
+        """A part as the model reads it."""
+        part = replace(passage.request, text=passage.parts[number])
+        return Segment(part.speaker, self.engine.spoken_text(part))
+
+    def _request(self, passage: _Passage) -> Request:
+        """The request of the next part."""
+        request, number = passage.request, passage.number
+        text, context = passage.parts[number], request.context
+        if passage.recent:
+            base = self.engine.default_context if context is None else context
+            context = [*base, *(segment for segment, _ in passage.recent)]
+        limit = frames_bound(text) if self.engine.max_silence_s else None
+        if request.max_frames is not None:
+            left = request.max_frames - passage.num_frames
+            limit = left if limit is None else min(limit, left)
+        # Frames count from 0 in each part: with one seed all parts would have the same draws.
+        seed = (request.seed + number + 2**63) % 2**64 - 2**63
+        return replace(
+            request,
+            text=text,
+            context=context,
+            sampling=request.sampling.model_copy(update={"seed": seed}),
+            max_frames=limit,
+            urgent=request.urgent and number == 0,
+        )
+
+    def _tokenize_next(self, passage: _Passage) -> None:
+        """Tokenize the next part in another thread; `PromptBuilder` keeps the tokens."""
+        if passage.number + 1 < len(passage.parts):
+            number = passage.number + 1
+            self._tokenizing.submit(lambda: self.prompts.tokens(self._segment(passage, number)))
+
+
+def _joined(audio: np.ndarray, last_sample: float) -> np.ndarray:
+    """A part's first frame, without a step from the last sample before it."""
+    joined = audio.copy()
+    tail = fade_tail(last_sample - audio[0])
+    joined[: len(tail)] += tail
+    return joined
