@@ -1,4 +1,10 @@
-// Online softmax and page lookup, shared by the attention ops. Only ISA passes include it.
+// Online softmax, splits of keys and page lookup, shared by prefill_attention, decode_attention and
+// decode_backbone. Only ISA passes include it.
+//
+// All three compute a query in one order, a function of its position alone (docs/kernels.md):
+// lane l of a score sums the columns l, l + kWidth, ..., and reduce_add's tree sums the lanes;
+// splits of kSplit keys have online softmaxes of their own, over blocks of kKeyBlock keys;
+// combine_splits() adds the splits. Splits and blocks start at multiples of their size from key 0.
 #pragma once
 
 #include "cpu/simd/math.h"
@@ -6,10 +12,11 @@
 namespace voxkern {
 namespace {
 
-// Keys per step of the online softmax. Blocks start at multiples of kKeyBlock from key 0, whatever
-// the page size and the chunks of a prompt, so the order of a query's sums depends on its position
-// alone.
-constexpr int64_t kKeyBlock = 64;
+constexpr int64_t kKeyBlock = 64;  // keys per step of the online softmax
+constexpr int64_t kSplit = 256;    // keys per softmax
+static_assert(kSplit % kKeyBlock == 0);
+
+VOX_INLINE int64_t num_splits(int64_t keys) { return (keys + kSplit - 1) / kSplit; }
 
 // n rounded up to whole vectors.
 VOX_INLINE int64_t padded(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
@@ -52,6 +59,33 @@ VOX_INLINE float softmax_step(float* scores, int64_t count, SoftmaxState& state)
   state.sum = state.sum * factor + reduce_add(sums);
   state.largest = largest;
   return factor;
+}
+
+// Combines the n splits of one query and writes its result [D], rounded at the store; zeros if n is
+// 0. Split i has states[i * stride] and the unnormalised float32 sums [width] at
+// sums[i * stride * width]. Overwrites each state's `largest` with its split's factor.
+template <typename T>
+inline void combine_splits(int64_t n, SoftmaxState* states, const float* sums, int64_t stride,
+                           int64_t D, T* out) {
+  float largest = -__builtin_inff(), sum = 0;
+  for (int64_t i = 0; i < n; ++i)
+    largest = states[i * stride].largest > largest ? states[i * stride].largest : largest;
+  for (int64_t i = 0; i < n; ++i) {
+    float& factor = states[i * stride].largest;
+    factor = exp_one(factor - largest);
+    sum += states[i * stride].sum * factor;
+  }
+  const int64_t width = padded(D);
+  for (int64_t c = 0; c < D; c += kWidth) {
+    vfloat total{};
+    for (int64_t i = 0; i < n; ++i)
+      total = fma(load(sums + i * stride * width + c), splat(states[i * stride].largest), total);
+    if (n) total = total / splat(sum);
+    if (c + kWidth <= D)
+      store(out + c, total);
+    else
+      store_n(out + c, total, D - c);
+  }
 }
 
 }  // namespace

@@ -16,12 +16,9 @@
 namespace voxkern {
 namespace {
 
-constexpr int64_t kSplit = 256;
 // Inner products computed together: as many chains as leave registers for their operands.
 constexpr int kDots = kWidth == 16 ? 16 : 8;
 constexpr int64_t kScoreRow = kKeyBlock + kDots;  // a tile may run past the block
-
-int64_t num_splits(int64_t keys) { return (keys + kSplit - 1) / kSplit; }
 
 // Pointers to the keys and values of one block. The last key repeats after the end, because a tile
 // of scores may run past it.
@@ -229,28 +226,10 @@ class SplitAttention {
 
   // Combines the splits of one query head and writes its result.
   void combine(int64_t b, int64_t head) const {
-    T* out = static_cast<T*>(p_.out) + (b * p_.Hq + head) * p_.D;
-    const int64_t n = num_splits(p_.seq_lens[b]);
-    const auto row = [&](int64_t split) {
-      return ((shared_.first_split[b] + split) * p_.Hkv + head / group_) * group_ + head % group_;
-    };
-    float largest = -__builtin_inff(), sum = 0;
-    for (int64_t split = 0; split < n; ++split)
-      largest = shared_.states[row(split)].largest > largest ? shared_.states[row(split)].largest
-                                                             : largest;
-    for (int64_t split = 0; split < n; ++split)
-      sum += shared_.states[row(split)].sum * exp_one(shared_.states[row(split)].largest - largest);
-    for (int64_t i = 0; i < p_.D; i += kWidth) {
-      vfloat total{};
-      for (int64_t split = 0; split < n; ++split)
-        total = fma(load(shared_.sums + row(split) * width_ + i),
-                    splat(exp_one(shared_.states[row(split)].largest - largest)), total);
-      if (n) total = total / splat(sum);
-      if (i + kWidth <= p_.D)
-        store(out + i, total);
-      else
-        store_n(out + i, total, p_.D - i);
-    }
+    const int64_t first = shared_.first_split[b] * p_.Hq + head;
+    combine_splits(num_splits(p_.seq_lens[b]), shared_.states + first,
+                   shared_.sums + first * width_, p_.Hq, p_.D,
+                   static_cast<T*>(p_.out) + (b * p_.Hq + head) * p_.D);
   }
 
   // Fills `block` with the keys from `begin` on. Returns their number, none past `end`.

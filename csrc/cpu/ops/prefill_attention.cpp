@@ -10,48 +10,88 @@
 // A work item is a run of consecutive queries of one sequence, for one key/value head and all query
 // heads of its group: up to kRows rows, a row being one query and head. It walks the keys in
 // blocks. Each block is unpacked once to float32, with the keys transposed; while it stays in
-// cache, kTileRows rows at a time go through scores, online softmax and weighted sum. Threads take
-// items dynamically, the longest first.
+// cache, kTileRows rows at a time go through scores, online softmax and weighted sum. The splits of
+// keys are combined at the end. Threads take items dynamically, the longest first.
 //
-// The arithmetic of a row does not depend on its neighbours or on the start of the run, so a result
-// depends on the query and its keys alone. Everything is float32 (the query is scaled first) and
-// rounded at the store.
+// The arithmetic of a row does not depend on its neighbours or on the start of the run; its order
+// is that of decode_attention (attention.h), so both give the same bits. Everything is float32 (the
+// query is scaled first) and rounded at the store.
 namespace voxkern {
 namespace {
 
 constexpr int64_t kRows = 128;
 constexpr int kTileRows = 4;
 constexpr int kTileVectors = kWidth == 16 ? 4 : 2;
+template <int n>
+struct Vectors {
+  static constexpr int value = n;
+};
 
-// c = c * factors + a b for kTileRows rows of a and N vectors of columns; c = a b if factors is
-// null.
+// acc += a b for kTileRows rows of a, whose elements are `step` apart, and N vectors of columns.
 template <int N>
-VOX_INLINE void gemm_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                          int64_t depth, const float* factors, float* c, int64_t c_stride) {
-  vfloat acc[kTileRows][N] = {};
-  if (factors)
-    for (int r = 0; r < kTileRows; ++r)
-      for (int n = 0; n < N; ++n)
-        acc[r][n] = load(c + r * c_stride + n * kWidth) * splat(factors[r]);
+VOX_INLINE void add_products(const float* a, int64_t a_stride, int64_t step, const float* b,
+                             int64_t b_stride, int64_t depth, vfloat (&acc)[kTileRows][N]) {
   for (int64_t d = 0; d < depth; ++d) {
     vfloat columns[N];
     for (int n = 0; n < N; ++n) columns[n] = load(b + d * b_stride + n * kWidth);
     for (int r = 0; r < kTileRows; ++r)
       for (int n = 0; n < N; ++n)
-        acc[r][n] = fma(splat(a[r * a_stride + d]), columns[n], acc[r][n]);
+        acc[r][n] = fma(splat(a[r * a_stride + d * step]), columns[n], acc[r][n]);
   }
-  for (int r = 0; r < kTileRows; ++r)
-    for (int n = 0; n < N; ++n) store(c + r * c_stride + n * kWidth, acc[r][n]);
 }
 
-// gemm_tile for `columns` columns of b and c, a multiple of kWidth, with rows `width` apart.
-void gemm(const float* a, int64_t a_stride, const float* b, int64_t columns, int64_t depth,
-          const float* factors, float* c, int64_t width) {
+// acc = the sum of the chains of the kLanes lanes lane, lane + kWidth / kLanes, ..., as reduce_add
+// adds them. `depth` is a lane's number of columns.
+template <int kLanes, int N>
+VOX_INLINE void add_lanes(const float* q, int64_t width, const float* keys, int lane, int64_t depth,
+                          vfloat (&acc)[kTileRows][N]) {
+  if constexpr (kLanes == 1) {
+    for (auto& row : acc)
+      for (vfloat& chain : row) chain = vfloat{};
+    add_products(q + lane, width, kWidth, keys + lane * depth * kKeyBlock, kKeyBlock, depth, acc);
+  } else {
+    vfloat other[kTileRows][N];
+    add_lanes<kLanes / 2>(q, width, keys, lane, depth, acc);
+    add_lanes<kLanes / 2>(q, width, keys, lane + kWidth / kLanes, depth, other);
+    for (int r = 0; r < kTileRows; ++r)
+      for (int n = 0; n < N; ++n) acc[r][n] += other[r][n];
+  }
+}
+
+// scores = q keys for kTileRows rows of q and N vectors of unpacked keys, in the order of a vector
+// dot product: a chain per column index modulo kWidth, then reduce_add's tree of these.
+template <int N>
+VOX_INLINE void score_tile(const float* q, int64_t width, const float* keys, float* scores) {
+  vfloat acc[kTileRows][N];
+  // A constant depth for heads of 64 unrolls the chains.
+  if (width == 64)
+    add_lanes<kWidth>(q, width, keys, 0, 64 / kWidth, acc);
+  else
+    add_lanes<kWidth>(q, width, keys, 0, width / kWidth, acc);
+  for (int r = 0; r < kTileRows; ++r)
+    for (int n = 0; n < N; ++n) store(scores + r * kKeyBlock + n * kWidth, acc[r][n]);
+}
+
+// sums = sums * factors + weights values for kTileRows rows and N vectors of columns.
+template <int N>
+VOX_INLINE void value_tile(const float* weights, const float* values, int64_t depth,
+                           const float* factors, float* sums, int64_t width) {
+  vfloat acc[kTileRows][N];
+  for (int r = 0; r < kTileRows; ++r)
+    for (int n = 0; n < N; ++n) acc[r][n] = load(sums + r * width + n * kWidth) * splat(factors[r]);
+  add_products(weights, kKeyBlock, 1, values, width, depth, acc);
+  for (int r = 0; r < kTileRows; ++r)
+    for (int n = 0; n < N; ++n) store(sums + r * width + n * kWidth, acc[r][n]);
+}
+
+// Calls tile(i, count) for all columns i from 0 on, a multiple of kWidth of them, where `count`
+// holds the tile's number of vectors.
+template <typename F>
+VOX_INLINE void for_each_tile(int64_t columns, const F& tile) {
   int64_t i = 0;
   for (; i + kTileVectors * kWidth <= columns; i += kTileVectors * kWidth)
-    gemm_tile<kTileVectors>(a, a_stride, b + i, width, depth, factors, c + i, width);
-  for (; i < columns; i += kWidth)
-    gemm_tile<1>(a, a_stride, b + i, width, depth, factors, c + i, width);
+    tile(i, Vectors<kTileVectors>{});
+  for (; i < columns; i += kWidth) tile(i, Vectors<1>{});
 }
 
 // One step of transposing kWidth x kWidth: exchanges the off-diagonal squares of `half` x `half`.
@@ -69,10 +109,11 @@ VOX_INLINE void exchange(vfloat* rows) {
   if constexpr (half > 1) exchange<half / 2>(rows);
 }
 
-// Writes keys[r] [D] to column j + r of `out` [D, kKeyBlock] for r < kWidth; zeros from the first
-// null key on.
+// Writes keys[r] [D] to column j + r of `out` [kWidth, width / kWidth, kKeyBlock] for r < kWidth:
+// column i of a key to row (i % kWidth, i / kWidth). Zeros from the first null key on.
 template <typename T>
 void transpose_keys(const T* const* keys, int64_t D, int64_t j, float* out) {
+  const int64_t depth = padded(D) / kWidth;
   for (int64_t i = 0; i < D; i += kWidth) {
     const int64_t n = D - i < kWidth ? D - i : kWidth;
     vfloat rows[kWidth] = {};
@@ -81,27 +122,28 @@ void transpose_keys(const T* const* keys, int64_t D, int64_t j, float* out) {
       rows[r] = n < kWidth ? load_n(keys[r] + i, n) : load(keys[r] + i);
     }
     exchange<kWidth / 2>(rows);
-    for (int64_t r = 0; r < n; ++r) store(out + (i + r) * kKeyBlock + j, rows[r]);
+    for (int64_t r = 0; r < kWidth; ++r)
+      store(out + (r * depth + i / kWidth) * kKeyBlock + j, rows[r]);
   }
 }
 
-// A thread's float32 buffers for `rows` rows of queries.
+// A thread's float32 buffers for `rows` rows of queries, in `splits` splits of keys at most.
 struct Buffers {
-  float* keys;    // [D, kKeyBlock]
-  float* scores;  // [kTileRows, kKeyBlock]
-  float* values;  // [kKeyBlock, width]
-  float* q;       // [rows, width], scaled
-  float* sums;    // [rows, width]
-  SoftmaxState* states;
+  float* keys;           // [kWidth, width / kWidth, kKeyBlock]
+  float* scores;         // [kTileRows, kKeyBlock]
+  float* values;         // [kKeyBlock, width]
+  float* q;              // [rows, width], scaled
+  float* sums;           // [splits, rows, width]
+  SoftmaxState* states;  // [splits, rows]
 
-  Buffers(Arena& arena, int64_t rows, int64_t D) {
+  Buffers(Arena& arena, int64_t rows, int64_t splits, int64_t D) {
     const int64_t width = padded(D);
-    keys = arena.take<float>(D * kKeyBlock);
+    keys = arena.take<float>(width * kKeyBlock);
     scores = arena.take<float>(kTileRows * kKeyBlock);
     values = arena.take<float>(kKeyBlock * width);
     q = arena.take<float>(rows * width);
-    sums = arena.take<float>(rows * width);
-    states = arena.take<SoftmaxState>(rows);
+    sums = arena.take<float>(splits * rows * width);
+    states = arena.take<SoftmaxState>(splits * rows);
   }
 };
 
@@ -111,6 +153,9 @@ struct Prefill {
   const int64_t group = p.Hq / p.Hkv;
   const int64_t width = padded(p.D);
   const int64_t run_queries = group < kRows ? kRows / group : 1;
+  const int64_t max_rows = tiled(run_queries * group);
+
+  static int64_t tiled(int64_t rows) { return (rows + kTileRows - 1) / kTileRows * kTileRows; }
 
   // The number of runs of sequence b.
   int64_t runs(int64_t b) const {
@@ -148,55 +193,61 @@ struct Prefill {
     load_queries(token, h, rows, buffers);
     const int64_t end = position + count;
     for (int64_t begin = 0; begin < end; begin += kKeyBlock) {
+      if (begin % kSplit == 0) start_split(begin / kSplit, rows, buffers);
       const int64_t keys = end - begin < kKeyBlock ? end - begin : kKeyBlock;
       unpack(b, h, begin, keys, buffers);
       for (int64_t r = 0; r < rows; r += kTileRows) attend_tile(r, rows, position, begin, buffers);
     }
-    store_results(token, h, rows, buffers);
+    store_results(token, h, rows, position, buffers);
   }
 
-  // Scales the queries from `token` on to buffers.q and clears the sums and states.
+  VOX_INLINE void start_split(int64_t split, int64_t rows, const Buffers& buffers) const {
+    const int64_t first = split * max_rows;
+    __builtin_memset(buffers.sums + first * width, 0, tiled(rows) * width * sizeof(float));
+    for (int64_t r = 0; r < tiled(rows); ++r) buffers.states[first + r] = {};
+  }
+
+  // Scales the queries from `token` on to buffers.q.
   VOX_INLINE void load_queries(int64_t token, int64_t h, int64_t rows,
                                const Buffers& buffers) const {
-    const int64_t tiled_rows = (rows + kTileRows - 1) / kTileRows * kTileRows;
-    __builtin_memset(buffers.q, 0, tiled_rows * width * sizeof(float));
-    __builtin_memset(buffers.sums, 0, tiled_rows * width * sizeof(float));
-    for (int64_t r = 0; r < tiled_rows; ++r) buffers.states[r] = {};
+    __builtin_memset(buffers.q, 0, tiled(rows) * width * sizeof(float));
     for (int64_t r = 0; r < rows; ++r)
       copy_row(static_cast<const T*>(p.q) + (token + r / group) * p.q_stride +
                    (h * group + r % group) * p.D,
                p.scale, buffers.q + r * width);
   }
 
-  // Adds the unpacked block of keys from `begin` on to rows r .. r + kTileRows of `rows`.
+  // Adds the unpacked block of keys from `begin` on to rows r .. r + kTileRows of `rows`. A row
+  // that sees no key of a split leaves garbage there, which store_results() does not read.
   VOX_INLINE void attend_tile(int64_t r, int64_t rows, int64_t position, int64_t begin,
                               const Buffers& buffers) const {
     const int64_t last = r + kTileRows <= rows ? r + kTileRows - 1 : rows - 1;
     const int64_t depth = visible(position + last / group, begin);
     if (depth == 0) return;
-    gemm(buffers.q + r * width, width, buffers.keys, padded(depth), p.D, nullptr, buffers.scores,
-         kKeyBlock);
+    for_each_tile(padded(depth), [&](int64_t i, auto vectors) {
+      score_tile<vectors.value>(buffers.q + r * width, width, buffers.keys + i, buffers.scores + i);
+    });
+    const int64_t at = begin / kSplit * max_rows + r;
     float factors[kTileRows];
     for (int i = 0; i < kTileRows; ++i) {
       const int64_t row = r + i < last ? r + i : last;
       factors[i] = softmax_step(buffers.scores + i * kKeyBlock,
-                                visible(position + row / group, begin), buffers.states[r + i]);
+                                visible(position + row / group, begin), buffers.states[at + i]);
     }
-    gemm(buffers.scores, kKeyBlock, buffers.values, width, depth, factors, buffers.sums + r * width,
-         width);
+    for_each_tile(width, [&](int64_t i, auto vectors) {
+      value_tile<vectors.value>(buffers.scores, buffers.values + i, depth, factors,
+                                buffers.sums + at * width + i, width);
+    });
   }
 
-  // Divides the sums by the softmax denominators and stores the rows.
-  VOX_INLINE void store_results(int64_t token, int64_t h, int64_t rows,
+  // Combines the splits and stores the rows.
+  VOX_INLINE void store_results(int64_t token, int64_t h, int64_t rows, int64_t position,
                                 const Buffers& buffers) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      T* out = static_cast<T*>(p.out) + ((token + r / group) * p.Hq + h * group + r % group) * p.D;
-      const vfloat sum = splat(buffers.states[r].sum);
-      int64_t i = 0;
-      for (; i + kWidth <= p.D; i += kWidth)
-        store(out + i, load(buffers.sums + r * width + i) / sum);
-      if (i < p.D) store_n(out + i, load(buffers.sums + r * width + i) / sum, p.D - i);
-    }
+    for (int64_t r = 0; r < rows; ++r)
+      combine_splits(
+          num_splits(position + r / group + 1), buffers.states + r, buffers.sums + r * width,
+          max_rows, p.D,
+          static_cast<T*>(p.out) + ((token + r / group) * p.Hq + h * group + r % group) * p.D);
   }
 
   // The number of keys of the block from `begin` on that the query at `position` sees.
@@ -207,12 +258,14 @@ struct Prefill {
 
   // Takes items until none is left, each sequence's last queries first: they see the most keys.
   void run(int64_t* next_item, int64_t items) const {
-    const int64_t rows = (run_queries * group + kTileRows - 1) / kTileRows * kTileRows;
+    int64_t splits = 0;
+    for (int64_t b = 0; b < p.B; ++b)
+      if (num_splits(p.seq_lens[b]) > splits) splits = num_splits(p.seq_lens[b]);
     Arena count(nullptr);
-    Buffers(count, rows, p.D);
+    Buffers(count, max_rows, splits, p.D);
     void* const memory = __builtin_malloc(count.bytes());
     Arena arena(memory);
-    const Buffers buffers(arena, rows, p.D);
+    const Buffers buffers(arena, max_rows, splits, p.D);
     int64_t b = 0, before = 0;  // items of the sequences before b
     for (;;) {
       const int64_t item = __atomic_fetch_add(next_item, 1, __ATOMIC_RELAXED);
