@@ -30,7 +30,10 @@ IDS = [
     f"D{sizes.D}-{str(dtype).removeprefix('torch.')}-{format}"
     for sizes, dtype, format in PRECISIONS
 ]
-BACKENDS = [target for target in targets() if str(target) == "native-cpu"]
+BACKENDS = [
+    *(target for target in targets() if str(target) == "native-cpu"),
+    Target("reference", "cpu"),
+]
 
 
 @dataclass
@@ -155,6 +158,8 @@ another block or split of keys."""
 
 
 def lengths_for(backend: Target) -> list[int]:
+    if backend.backend == "reference":  # it has no blocks and no splits
+        return [0, 1, 2, 7, 8, 9, 33, 100]
     return LENGTHS[::2] if backend.interpreted else [*LENGTHS, *LONG_LENGTHS]
 
 
@@ -226,7 +231,7 @@ def test_token_by_token_equals_prefill(backend, sizes, dtype, format):
     """Every position by a decode step that reads what earlier steps wrote, beside a sequence that
     begins later."""
     backbone = Backbone(backend, sizes, dtype, format)
-    tokens = 8 if backend.interpreted else 40 if backend.backend == "simt" else 300
+    tokens = 8 if backend.interpreted else 300 if backend.backend == "native" else 40
     pages = Pages(backbone, 3 * (tokens + sizes.S))
     whole = pages.sequence(backbone.random_inputs(tokens))
     [hidden] = backbone.prefill([whole], [tokens], pages)

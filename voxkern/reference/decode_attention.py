@@ -17,5 +17,5 @@ def decode_attention(
         if length:
             k = sequence(k_pages, page_table[b], length)
             v = sequence(v_pages, page_table[b], length)
-            out[b] = attend(q[b : b + 1], k, v, scale)[0].to(q.dtype)
+            out[b] = attend(q[b], k, v, scale)
     return out

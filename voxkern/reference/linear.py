@@ -6,7 +6,13 @@ from voxkern.quantize import format_of, integers, quantize_rows
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     if format_of(weight) == "none":
-        return (x.float() @ weight.float().T).to(x.dtype)
+        # Row by row, each a copy at an aligned address: the order of a sum in torch's GEMM depends
+        # on the number of rows and on their alignment.
+        rows, matrix = x.float().reshape(x.shape[:-1].numel(), x.shape[-1]), weight.float()
+        out = rows.new_empty(len(rows), len(matrix))
+        for row, to in zip(rows, out, strict=True):
+            to.copy_(matrix @ row.clone())
+        return out.to(x.dtype).view(*x.shape[:-1], len(matrix))
     values, group_scales, row_scales = integers(weight)
     x_values, x_scales = quantize_rows(x)
     groups = values.float().unflatten(-1, x_values.shape[-2:])

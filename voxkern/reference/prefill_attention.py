@@ -14,10 +14,10 @@ def prefill_attention(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     bounds = cu_seqlens.tolist()
     for b, length in enumerate(seq_lens.tolist()):
-        new = slice(bounds[b], bounds[b + 1])
-        k = sequence(k_pages, page_table[b], length)
-        v = sequence(v_pages, page_table[b], length)
-        out[new] = attend(q[new], k, v, scale).to(q.dtype)
+        k, v = (sequence(pages, page_table[b], length) for pages in (k_pages, v_pages))
+        for token in range(bounds[b], bounds[b + 1]):
+            seen = length - bounds[b + 1] + token + 1
+            out[token] = attend(q[token], k[:seen], v[:seen], scale)
     return out
 
 
@@ -29,12 +29,12 @@ def sequence(pages: Tensor, page_row: Tensor, length: int) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention of the last `len(q)` of `len(k)` positions, `[.., heads, D]`, float32."""
-    group = q.shape[1] // k.shape[1]
-    k = k.float().repeat_interleave(group, 1)
-    v = v.float().repeat_interleave(group, 1)
-    scores = torch.einsum("qhd,khd->hqk", q.float(), k) * scale
-    query_at = torch.arange(len(k) - len(q), len(k), device=q.device)
-    key_at = torch.arange(len(k), device=q.device)
-    scores.masked_fill_(key_at > query_at[:, None], float("-inf"))
-    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+    """Attention of one query `[Hq, D]` to all of k and v `[keys, Hkv, D]`, float32.
+
+    Each query is a call of its own, with a copy that starts at an aligned address: the order of
+    torch's sums depends on the sizes and alignment of a call's tensors, and must not depend on the
+    other queries of a prompt.
+    """
+    queries = q.float().clone().view(k.shape[1], -1, q.shape[1])  # [Hkv, Hq / Hkv, D]
+    scores = torch.einsum("hgd,khd->hgk", queries, k.float()) * scale
+    return torch.einsum("hgk,khd->hgd", scores.softmax(-1), v.float()).reshape(q.shape)
