@@ -76,7 +76,7 @@ ISA_TESTS := not (simt or errors or opcheck)
 test: $(VENV)/test $(VENV)/simt
 	$(PYTEST)
 	VOXKERN_ISA=baseline VOXKERN_NUM_THREADS=3 $(PYTEST) $(OP_TESTS) -k '$(ISA_TESTS)'
-	! grep -qw avx2 /proc/cpuinfo || VOXKERN_ISA=avx2 $(PYTEST) $(OP_TESTS) -k '$(ISA_TESTS)'
+	! grep -qw avx512_bf16 /proc/cpuinfo || VOXKERN_ISA=avx2 $(PYTEST) $(OP_TESTS) -k '$(ISA_TESTS)'
 	TRITON_INTERPRET=1 $(PYTEST) $(OP_TESTS) tests/serve/test_triton.py -k triton
 
 # For every edit: no slow test, no emulated GPU.

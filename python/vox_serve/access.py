@@ -26,6 +26,10 @@ from vox_serve.http_io import AsciiJSONResponse
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
 """Paths that need no API key: load balancers and supervisors have none."""
 
+PROBE_PATHS = frozenset({"/health/live", "/health/ready"})
+"""Paths that need no Host of the server's: a probe often names an address, and learns nothing but
+the state."""
+
 EXPOSED_HEADERS = ("Retry-After", "X-Finish-Reason")
 """Response headers that a page of an allowed origin may read."""
 
@@ -151,7 +155,8 @@ class _BrowserCheck:
             return await self.app(scope, receive, send)
         headers = Headers(scope=scope)
         method = scope.get("method", "GET")  # a WebSocket's handshake has none in its scope
-        if not all(map(self.policy.accepts_host, headers.getlist("host"))):
+        is_probe = scope["path"] in PROBE_PATHS
+        if not is_probe and not all(map(self.policy.accepts_host, headers.getlist("host"))):
             detail = "this Host is not the server's: see --allowed_hosts"
         elif not self.policy.accepts_origin(method, headers):
             detail = "pages of this origin may not use the server: see --cors_origins"

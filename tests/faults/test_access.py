@@ -67,6 +67,12 @@ def test_allowed_hosts_adds_names_and_is_then_complete(serve):
     assert everybody.get("/health", headers={"Host": "evil.example"}).status_code == 200
 
 
+def test_a_probe_may_name_an_address(serve):
+    client = serve(host="0.0.0.0", allowed_hosts="tts.example")
+    for path, status_code in (("/health/live", 200), ("/health/ready", 200), ("/health", 403)):
+        assert client.get(path, headers={"host": "10.1.2.3:8000"}).status_code == status_code
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.0.2.7"])
 def test_a_server_of_the_network_accepts_any_name_by_default(host, serve):
     answer = serve(host=host).get("/health", headers={"Host": "tts.example"})
