@@ -234,7 +234,7 @@ class _AudioReader:
 
     def read(self, text: str) -> np.ndarray:
         codec = self._codec
-        data = _from_base64(text, self._bytes_left)
+        data = from_base64(text, self._bytes_left)
         self._bytes_left -= len(data)
         limits = Limits(
             max_s=self._s_left,
@@ -249,7 +249,7 @@ class _AudioReader:
         return clean_prompt(recording, codec.sample_rate_hz, codec.frame_samples, options)
 
 
-def _from_base64(text: str, max_bytes: int) -> bytes:
+def from_base64(text: str, max_bytes: int) -> bytes:
     """The bytes of a base64 text, which may have line ends, or of a data: URL.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vox_serve.audio import pcm16
+from vox_serve.context_field import MAX_CHANNELS, RATES_HZ
 from vox_serve.mimi import Mimi
 from vox_serve.prompt import PromptBuilder, Segment
 from vox_serve.prompt_audio import PromptOptions, clean_prompt, speech_level_dbfs
@@ -69,14 +71,16 @@ class VoiceMaker:
         """Decode and clean a recording.
 
         Args:
-            source: the encoded bytes, or a file.
+            source: the encoded bytes, in a common format; or a file, in any.
             transcript: what it says.
 
         Raises:
             OSError, AudioError: it cannot be read, is silent, or is longer than `max_s`.
         """
-        sizes, is_bytes = self.mimi.config, isinstance(source, bytes)
-        recording = decode(source, Limits(max_s=self.max_s, common_only=is_bytes))
+        sizes, limits = self.mimi.config, Limits(max_s=self.max_s)
+        if isinstance(source, bytes):
+            limits = replace(limits, rates_hz=RATES_HZ, max_channels=MAX_CHANNELS, common_only=True)
+        recording = decode(source, limits)
         options = PromptOptions(max_s=self.max_s)
         audio = clean_prompt(recording, sizes.sample_rate_hz, sizes.frame_samples, options)
         level = speech_level_dbfs(audio, sizes.sample_rate_hz)

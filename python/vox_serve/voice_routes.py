@@ -1,8 +1,6 @@
 """The HTTP routes of voices: add, list, describe, listen to, delete."""
 
 import asyncio
-import base64
-import binascii
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +12,7 @@ from vox_serve import engine
 from vox_serve.access import client_name
 from vox_serve.audio import wav_file
 from vox_serve.config import Config
+from vox_serve.context_field import from_base64
 from vox_serve.http_io import AsciiJSONResponse, read_json, read_parts
 from vox_serve.runner import Runner
 from vox_serve.sampling import SamplingParams
@@ -151,12 +150,12 @@ def add_voice_routes(app: FastAPI, voices: VoiceService, runner: Runner, config:
         """Add a voice: its name, and recordings with their transcripts."""
         client = client_name(request.scope)
         with voices.upload(client):
-            upload = await _read_upload(request, config)
+            upload = await read_upload(request, config)
             try:
                 voice = await voices.make(
                     upload.name,
                     upload.speaker,
-                    lambda: _excerpts(upload.recordings, voices.maker),
+                    lambda: read_excerpts(upload.recordings, voices.maker),
                     client,
                     upload.replace,
                 )
@@ -220,14 +219,19 @@ def _handler(status_code: int) -> Any:
     return handle
 
 
-async def _read_upload(request: Request, config: Config) -> VoiceUpload:
+async def read_upload(request: Request, config: Config) -> VoiceUpload:
+    """Read the body of a request that adds a voice.
+
+    Raises:
+        HTTPException, RequestValidationError, VoiceError: the body or a field is invalid.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
         parts = await read_parts(request, config.max_upload_bytes, MAX_RECORDINGS)
         fields = _form_fields(parts)
     else:
         fields = await read_json(request, config.max_upload_bytes)
-        await asyncio.to_thread(_decode_audio, fields)
+        await asyncio.to_thread(_decode_audio, fields, config.max_upload_bytes)
     try:
         upload = VoiceUpload.model_validate(fields, strict=kind != "multipart/form-data")
     except ValidationError as error:
@@ -257,18 +261,23 @@ def _form_fields(parts: Sequence[tuple[str, str | bytes]]) -> dict[str, Any]:
     return fields | {"recordings": [{"audio": a, "transcript": t} for a, t in pairs]}
 
 
-def _decode_audio(fields: dict[str, Any]) -> None:
-    """Replace the base64 of each recording by its bytes."""
+def _decode_audio(fields: dict[str, Any], max_bytes: int) -> None:
+    """Replace the base64 of each recording, or the data: URL of it, by its bytes."""
     recordings = fields.get("recordings")
     for i, recording in enumerate(recordings if isinstance(recordings, list) else ()):
         if isinstance(recording, dict) and isinstance(text := recording.get("audio"), str):
             try:
-                recording["audio"] = base64.b64decode(text, validate=True)
-            except (binascii.Error, ValueError):
-                raise VoiceError(f"recordings.{i}.audio must be base64") from None
+                recording["audio"] = from_base64(text, max_bytes)
+            except ValueError as error:
+                raise VoiceError(f"recordings.{i}.audio: {error}") from None
 
 
-def _excerpts(recordings: Sequence[_Recording], maker: VoiceMaker) -> list[Excerpt]:
+def read_excerpts(recordings: Sequence[_Recording], maker: VoiceMaker) -> list[Excerpt]:
+    """Decode and clean the recordings of an upload.
+
+    Raises:
+        VoiceError: one is invalid; the message begins with its field.
+    """
     excerpts = []
     for i, (audio, transcript) in enumerate((r.audio, r.transcript) for r in recordings):
         try:

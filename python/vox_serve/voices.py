@@ -111,14 +111,13 @@ def _list(store: "VoiceStore") -> int:
         try:
             voice = store.get(key)
         except VoiceError as error:
-            print(one_line(f"{key}  {error}"))
+            print(one_line(f"{key}: {error}"))
             continue
         created = time.strftime("%Y-%m-%d", time.localtime(voice.created))
         seconds = sum(map(voice.seconds, voice.segments))
         text = " ".join(segment.text for segment in voice.segments)
-        print(
-            one_line(f"{voice.name}  {seconds:.1f} s  speaker {voice.speaker}  {created}  {text}")
-        )
+        facts = f"{seconds:.1f} s, speaker {voice.speaker}, {created}"
+        print(one_line(f"{voice.name}: {facts}: {text}"))
     return 0
 
 

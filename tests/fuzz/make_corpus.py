@@ -17,6 +17,7 @@ sys.path[:0] = [str(ROOT / "tests" / "support"), str(Path(__file__).parent)]
 
 import numpy as np
 import soundfile
+from safetensors.numpy import save as save_arrays
 from safetensors.torch import save
 
 from checkpoints import TinyShape, build_tiny
@@ -138,6 +139,46 @@ def codes_npy() -> None:
     write("codes_npy", "object.npy", data.replace(b"<i8", b"|O8"))
 
 
+def voice_file() -> None:
+    info = {
+        "format": 1,
+        "name": "alice",
+        "speaker": 0,
+        "created": 1,
+        "num_codebooks": 4,
+        "audio_vocab_size": 67,
+        "frame_s": 0.08,
+        "sample_rate_hz": 24_000,
+        "segments": [{"transcript": "Hi.", "level_dbfs": -20.5}],
+    }
+    tensors = {"codes.0": np.ones((2, 4), np.int16), "preview": np.zeros(3, np.int16)}
+    for name, change in (
+        ("small", {}),
+        ("other format", {"format": 2}),
+        ("two segments", {"segments": info["segments"] * 2}),
+        ("codes beyond", {"audio_vocab_size": 1}),
+        ("surrogate", {"segments": [{"transcript": "\ud800"}]}),
+    ):
+        metadata = {"voxkern_voice": json.dumps(info | change)}
+        write("voice_file", name, save_arrays(tensors, metadata))
+    write("voice_file", "plain", save_arrays(tensors))
+
+
+def voice_upload() -> None:
+    file = io.BytesIO()
+    noise = 0.1 * np.random.default_rng(0).standard_normal(4000)
+    soundfile.write(file, noise, 8_000, "ULAW", format="WAV")
+    wav, text = file.getvalue(), base64.b64encode(file.getvalue()).decode()
+    for name, audio in (("JSON", text), ("url", f"data:audio/wav;base64,{text}"), ("bad", "ä")):
+        recording = {"audio": audio, "transcript": "Hi."}
+        body = json.dumps({"name": "alice", "speaker": 1, "recordings": [recording]})
+        write("voice_upload", name, b"\x00" + body.encode())
+    part = b'--b\r\nContent-Disposition: form-data; name="'
+    form = part + b'name"\r\n\r\nalice\r\n' + part + b'transcript"\r\n\r\nHi.\r\n'
+    form += part + b'audio"; filename="a.wav"\r\n\r\n' + wav + b"\r\n--b--\r\n"
+    write("voice_upload", "form", b"\x02" + form)
+
+
 def http_body() -> None:
     fields = {"text": "Hello.", "speaker": 1, "temperature": 0.5, "seed": 7, "max_frames": 3}
     form = "&".join(f"{name}={value}" for name, value in fields.items())
@@ -177,6 +218,8 @@ if __name__ == "__main__":
         context_json,
         context_field,
         codes_npy,
+        voice_file,
+        voice_upload,
         http_body,
         text,
     ):

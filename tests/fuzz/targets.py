@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastapi import Request
+from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from safetensors.torch import save_file
 from starlette.exceptions import HTTPException
+from tokenizers import Tokenizer
 
 from limits import memory_limit
 from vox_serve.api import GenerateRequest
@@ -41,6 +43,9 @@ from vox_serve.recording import AudioError, Limits, decode, read_audio
 from vox_serve.runner import RequestRefused
 from vox_serve.text.normalising import normalise
 from vox_serve.text.splitting import PREFERRED_CHARS, SentenceStream, split
+from vox_serve.voice_maker import VoiceMaker
+from vox_serve.voice_routes import read_excerpts, read_upload
+from vox_serve.voice_store import VoiceError, voice_from_bytes, voice_to_bytes
 from vox_serve.weights import load_checkpoint
 
 MEMORY_BYTES = 2 << 30
@@ -176,6 +181,38 @@ def codes_npy(data: bytes) -> None:
         load_context(_written("codes.json", text.encode()), _mimi(), _config())
 
 
+def voice_file(data: bytes) -> None:
+    """A voice's file."""
+    with suppress(VoiceError):
+        voice = voice_from_bytes(data)
+        assert sum(segment.codes.numel() for segment in voice.segments) <= len(data)
+        again = voice_from_bytes(voice_to_bytes(voice))
+        assert again.name == voice.name
+        assert [s.text for s in again.segments] == [s.text for s in voice.segments]
+
+
+def voice_upload(data: bytes) -> None:
+    """The body of a request that adds a voice, by the first byte's content type, down to the
+    recordings."""
+    kind = CONTENT_TYPES[data[0] % len(CONTENT_TYPES)] if data else ""
+
+    async def receive() -> dict:
+        return {"type": "http.request", "body": data[1:], "more_body": False}
+
+    headers = [(b"content-type", kind.encode())] if kind else []
+    scope = {"type": "http", "method": "POST", "path": "/v1/audio/voices", "headers": headers}
+    scope |= {"query_string": b"", "app": None}
+    with suppress(VoiceError, RequestValidationError):
+        try:
+            upload = asyncio.run(read_upload(Request(scope, receive), Config()))
+        except HTTPException as error:
+            if not 400 <= error.status_code < 500:
+                raise
+            return
+        prompts = PromptBuilder(Tokenizer.from_buffer(_seed("tokenizer_json/tiny")), _config())
+        read_excerpts(upload.recordings, VoiceMaker(_mimi(), prompts))
+
+
 def http_body(data: bytes) -> None:
     """A request's body, by the first byte's content type, down to the engine's request."""
     kind = CONTENT_TYPES[data[0] % len(CONTENT_TYPES)] if data else ""
@@ -220,6 +257,8 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
         context_json,
         context_field,
         codes_npy,
+        voice_file,
+        voice_upload,
         http_body,
         text,
     )
