@@ -14,7 +14,13 @@ from vox_serve.access import AccessPolicy, add_access_checks
 from vox_serve.config import MAX_FRAMES, Config, SpeechSettings
 from vox_serve.connections import CloseUnread
 from vox_serve.error_pace import PacedErrors
-from vox_serve.http_io import AsciiJSONResponse, HeadAsGet, read_fields
+from vox_serve.http_io import (
+    MAX_BODY_MEMORY_BYTES,
+    AsciiJSONResponse,
+    BodyMemory,
+    HeadAsGet,
+    read_fields,
+)
 from vox_serve.job import QueueFull, RequestFailed, RequestRefused, Unavailable
 from vox_serve.runner import Runner
 from vox_serve.speech_response import speech_response
@@ -149,6 +155,7 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
         await runner.stop()
 
     app = FastAPI(title="VoxKern", description="Text to speech with CSM.", lifespan=lifespan)
+    bodies = BodyMemory(max(MAX_BODY_MEMORY_BYTES, config.max_body_bytes))
     voices = VoiceService(runner, config)
     add_voice_routes(app, voices, runner, config)
 
@@ -160,7 +167,8 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
     )
     async def generate(request: Request) -> Response:
         """Speak a text. Send JSON, or a form with the same fields."""
-        given, is_form = await read_fields(request, config.max_body_bytes)
+        with bodies.hold(client_of(request)) as count:
+            given, is_form = await read_fields(request, config.max_body_bytes, count)
         if isinstance(text := given.get("text"), str):
             try:
                 check_length(text, config.max_text_chars)

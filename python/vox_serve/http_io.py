@@ -4,7 +4,8 @@ import asyncio
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
@@ -19,6 +20,8 @@ logger = logging.getLogger("vox_serve")
 T = TypeVar("T")
 
 MAX_FORM_FIELDS = 64
+
+MAX_BODY_MEMORY_BYTES = 2**26
 
 
 class AsciiJSONResponse(JSONResponse):
@@ -46,17 +49,66 @@ class HeadAsGet:
         await self.app({**scope, "method": "GET"}, receive, send_head)
 
 
-async def read_fields(request: Request, max_bytes: int) -> tuple[dict[str, Any], bool]:
+class BodyMemory:
+    """Bounds the bodies that are being read, all together. Only the event loop uses it.
+
+    Beyond the limit, the client that holds the most is refused more. So clients that send their
+    bodies slowly over many connections do not keep others out.
+
+    Args:
+        max_bytes: the limit.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._held: Counter[str] = Counter()  # by client
+
+    @contextmanager
+    def hold(self, client: str) -> Iterator[Callable[[int], None]]:
+        """Yield a function that counts bytes of one body, until the end of the block.
+
+        It raises an HTTPException 429 if the client must give up this body.
+        """
+        own = 0
+
+        def count(num_bytes: int) -> None:
+            nonlocal own
+            own += num_bytes
+            self.num_bytes += num_bytes
+            self._held[client] += num_bytes
+            is_full = self.num_bytes > self.max_bytes
+            if is_full and self._held[client] == max(self._held.values()):
+                reason = "too many bodies are being sent: try later"
+                raise HTTPException(429, reason, headers={"Retry-After": "1"})
+
+        try:
+            yield count
+        finally:
+            self.num_bytes -= own
+            self._held[client] -= own
+            if not self._held[client]:
+                del self._held[client]
+
+
+async def read_fields(
+    request: Request, max_bytes: int, count: Callable[[int], None] = lambda num_bytes: None
+) -> tuple[dict[str, Any], bool]:
     """Read a request's fields; also return True if they came as a form (all values are then text).
 
     A body is JSON if its content type says so or is missing, or if it starts with `{`: `curl -d`
     labels any body a form. An empty form field was not filled in and is left out, and so is a JSON
     null.
 
+    Args:
+        request: the request.
+        max_bytes: longest body.
+        count: see `BodyMemory.hold`.
+
     Raises:
         HTTPException: 413, 415, or 400 for a body that contradicts its type.
     """
-    request = _limited(request, max_bytes)
+    request = _limited(request, max_bytes, count)
     try:
         body = await request.body()
     except ClientDisconnect:  # nobody will read this response
@@ -139,7 +191,9 @@ async def read_parts(
         await form.close()
 
 
-def _limited(request: Request, max_bytes: int) -> Request:
+def _limited(
+    request: Request, max_bytes: int, count: Callable[[int], None] = lambda num_bytes: None
+) -> Request:
     """The request, whose body raises 413 as soon as it is longer than `max_bytes`."""
     refused = HTTPException(413, f"the body is longer than {max_bytes} bytes")
     declared = request.headers.get("content-length", "0")
@@ -150,7 +204,8 @@ def _limited(request: Request, max_bytes: int) -> Request:
     async def receive() -> Message:
         nonlocal num_bytes
         message = await request.receive()
-        num_bytes += len(message.get("body", b""))
+        num_bytes += (size := len(message.get("body", b"")))
+        count(size)
         if num_bytes > max_bytes:
             raise refused
         return message
