@@ -133,8 +133,12 @@ async def read_fields(
     raise HTTPException(415, "send application/json or a form")
 
 
-async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
+async def read_json(
+    request: Request, max_bytes: int, count: Callable[[int], None]
+) -> dict[str, Any]:
     """Read the fields of a large JSON body, without holding up the event loop.
+
+    Arguments are those of `read_fields`.
 
     Raises:
         HTTPException: 413, 415, 400 or 422 (see `read_fields`).
@@ -143,14 +147,14 @@ async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
     if kind not in ("", "application/json") and not kind.endswith("+json"):
         raise HTTPException(415, "send application/json or multipart/form-data")
     try:
-        body = await _limited(request, max_bytes).body()
+        body = await _limited(request, max_bytes, count).body()
     except ClientDisconnect:  # nobody will read this response
         raise HTTPException(400, "the body is cut short") from None
     return await asyncio.to_thread(_json_fields, body)
 
 
 async def read_parts(
-    request: Request, max_bytes: int, max_files: int
+    request: Request, max_bytes: int, max_files: int, count: Callable[[int], None]
 ) -> list[tuple[str, str | bytes]]:
     """Read a multipart form with files, all in memory.
 
@@ -158,6 +162,7 @@ async def read_parts(
         request: its content type is multipart/form-data.
         max_bytes: longest body.
         max_files: most files.
+        count: see `BodyMemory.hold`.
 
     Returns:
         Each part's name, and its text or, of a file, its bytes.
@@ -165,7 +170,7 @@ async def read_parts(
     Raises:
         HTTPException: 413, or 400 for a body that is no such form.
     """
-    request = _limited(request, max_bytes)
+    request = _limited(request, max_bytes, count)
     parser = MultiPartParser(
         request.headers,
         request.stream(),

@@ -1,7 +1,7 @@
 """The HTTP routes of voices: add, list, describe, listen to, delete."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request, Response
@@ -149,8 +149,8 @@ def add_voice_routes(app: FastAPI, voices: VoiceService, runner: Runner, config:
     async def add_voice(request: Request) -> Response:
         """Add a voice: its name, and recordings with their transcripts."""
         client = client_name(request.scope)
-        with voices.upload(client):
-            upload = await read_upload(request, config)
+        with voices.upload(client) as count:
+            upload = await read_upload(request, config, count)
             try:
                 voice = await voices.make(
                     upload.name,
@@ -219,18 +219,25 @@ def _handler(status_code: int) -> Any:
     return handle
 
 
-async def read_upload(request: Request, config: Config) -> VoiceUpload:
+async def read_upload(
+    request: Request, config: Config, count: Callable[[int], None] = lambda num_bytes: None
+) -> VoiceUpload:
     """Read the body of a request that adds a voice.
+
+    Args:
+        request: the request.
+        config: the settings.
+        count: see `BodyMemory.hold`.
 
     Raises:
         HTTPException, RequestValidationError, VoiceError: the body or a field is invalid.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        parts = await read_parts(request, config.max_upload_bytes, MAX_RECORDINGS)
+        parts = await read_parts(request, config.max_upload_bytes, MAX_RECORDINGS, count)
         fields = _form_fields(parts)
     else:
-        fields = await read_json(request, config.max_upload_bytes)
+        fields = await read_json(request, config.max_upload_bytes, count)
         await asyncio.to_thread(_decode_audio, fields, config.max_upload_bytes)
     try:
         upload = VoiceUpload.model_validate(fields, strict=kind != "multipart/form-data")

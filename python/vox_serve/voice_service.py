@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vox_serve.config import Config
+from vox_serve.http_io import BodyMemory
 from vox_serve.job import QueueFull, RequestRefused, ShuttingDown
 from vox_serve.runner import SHUTTING_DOWN, Runner
 from vox_serve.voice_maker import Excerpt, VoiceMaker
@@ -30,9 +31,9 @@ logger = logging.getLogger("vox_serve")
 
 T = TypeVar("T")
 
-MAX_UPLOADS = 8
-"""Uploads at a time, of which each may take `max_upload_bytes` of memory."""
 MAX_UPLOADS_PER_CLIENT = 1
+UPLOAD_MEMORY = 4
+"""Memory of all uploads, read or waiting to be encoded, in multiples of the longest."""
 
 REST_SHARE = 2.0
 """While requests are spoken, encoding rests for this many times the time that it worked."""
@@ -57,6 +58,7 @@ class VoiceService:
         self._runner = runner
         self.maker = VoiceMaker(runner.engine.mimi, runner.engine.prompts)
         self.store = VoiceStore(config.voices, self.maker.sizes, config.max_voices)
+        self._bodies = BodyMemory(UPLOAD_MEMORY * config.max_upload_bytes)
         self._uploads: Counter[str] = Counter()  # by client; used on the event loop alone
         self._stopped = threading.Event()
 
@@ -99,19 +101,19 @@ class VoiceService:
         return spoken
 
     @contextmanager
-    def upload(self, client: str) -> Iterator[None]:
-        """Count an upload, whose body may be read within the block.
+    def upload(self, client: str) -> Iterator[Callable[[int], None]]:
+        """Count an upload until the end of the block; yield what counts its bytes (see
+        `BodyMemory.hold`).
 
         Raises:
-            QueueFull: too many are being read or encoded.
+            QueueFull: another one of this client is being read or encoded.
         """
         if self._uploads[client] >= MAX_UPLOADS_PER_CLIENT:
             raise QueueFull("another upload of this client is not finished: try later")
-        if self._uploads.total() >= MAX_UPLOADS:
-            raise QueueFull(f"{MAX_UPLOADS} uploads are not finished: try later")
         self._uploads[client] += 1
         try:
-            yield
+            with self._bodies.hold(client) as count:
+                yield count
         finally:
             self._uploads[client] -= 1
             if not self._uploads[client]:

@@ -311,6 +311,27 @@ def test_one_upload_of_a_client_at_a_time(engine):
         assert (first.result().status_code, second.result().status_code) == (201, 201)
 
 
+def test_unfinished_uploads_are_bounded_together(engine):
+    go_on = threading.Event()
+    engine.mimi.before_piece = lambda: go_on.wait(TIMEOUT_S)
+    recordings = [(wav(), "x" * 40)]
+    with (
+        serve(engine, max_upload_bytes=50_000, api_key="a,b,c,d,e,f") as client,
+        ThreadPoolExecutor(6) as pool,
+    ):
+
+        def add(key: str) -> int:
+            parts = [("name", (None, key)), ("transcript", (None, recordings[0][1]))]
+            parts += [("audio", ("a.wav", recordings[0][0]))]
+            return client.post(VOICES, files=parts, headers={"x-api-key": key}).status_code
+
+        # Each has 39,000 bytes, and 200,000 fit.
+        added = [pool.submit(add, key) for key in "abcdef"]
+        wait_until(lambda: sum(future.done() for future in added) == 1)
+        go_on.set()
+        assert sorted(future.result() for future in added) == [201] * 5 + [429]
+
+
 def test_the_end_of_the_server_gives_up_what_is_encoded(engine):
     encoding, go_on = threading.Event(), threading.Event()
 
