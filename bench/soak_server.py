@@ -19,6 +19,7 @@ from typing import Any
 
 from vox_serve import launch
 from vox_serve.engine import Engine
+from vox_serve.long_form import LongForm
 from vox_serve.mimi import Mimi
 
 SAMPLE_S = 1.0
@@ -49,10 +50,11 @@ class Probe:
             self._wrap(owner, name)
         make_engine = launch.make_engine
 
-        def make(*args: Any) -> Engine:
-            self._engine = make_engine(*args)
+        def make(*args: Any) -> LongForm:
+            made = make_engine(*args)
+            self._engine = made.engine
             threading.Thread(target=self._sample, daemon=True).start()
-            return self._engine
+            return made
 
         launch.make_engine = make
 
