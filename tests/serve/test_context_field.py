@@ -18,6 +18,7 @@ from vox_serve.context_field import (
     ContextTooLargeError,
     decode_context,
     encode_context,
+    from_base64,
     parse_context,
 )
 from vox_serve.context_file import load_context
@@ -219,3 +220,13 @@ def test_in_a_request_model():
         {"speaker", "text", "audio"},
         {"speaker", "text", "codes"},
     ]
+
+
+@pytest.mark.parametrize("num_bytes", [1, 3 * 2**16 - 1, 3 * 2**16, 3 * 2**16 + 1, 500_000])
+def test_long_base64_is_decoded_whole(num_bytes):
+    data = np.random.default_rng(num_bytes).bytes(num_bytes)
+    text = base64.b64encode(data).decode()
+    assert from_base64(text, num_bytes) == data
+    for wrong in (f"{text}AAAA" if "=" in text else f"{text}A", f"={text}"):
+        with pytest.raises(ValueError, match="not base64"):
+            from_base64(wrong, 2 * num_bytes + 8)

@@ -257,6 +257,12 @@ def test_bodies_are_bounded_apart_from_those_of_generate(engine):
         assert_refused(client.post("/generate", json={"text": "x" * 2000}), 413, "1024")
 
 
+def test_json_has_a_bound_of_its_own(client):
+    content = b'{"name": "' + b"x" * 2**23
+    headers = {"content-type": "application/json"}
+    assert_refused(client.post(VOICES, content=content, headers=headers), 413, str(2**23))
+
+
 @pytest.mark.parametrize(
     ("content_type", "content", "status_code"),
     [("text/plain", b"x", 415), ("audio/wav", b"RIFF", 415), ("application/json", b"{", 400),
