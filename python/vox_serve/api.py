@@ -144,7 +144,7 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
         description: the engine's part of /health: model, device, dtype, ...
 
     Raises:
-        OSError: the folder of `config.voices` cannot be used.
+        ValueError: the folder of `config.voices` cannot be used.
     """
 
     @asynccontextmanager

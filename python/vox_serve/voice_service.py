@@ -51,7 +51,7 @@ class VoiceService:
         maker: makes them.
 
     Raises:
-        OSError: the folder of `config.voices` cannot be used.
+        VoiceError: the folder of `config.voices` cannot be used.
     """
 
     def __init__(self, runner: Runner, config: Config) -> None:

@@ -254,7 +254,7 @@ class VoiceStore:
         max_voices: most voices.
 
     Raises:
-        OSError: the folder cannot be made or read.
+        VoiceError: the folder cannot be made or read.
     """
 
     def __init__(
@@ -266,9 +266,14 @@ class VoiceStore:
         self._entries: dict[str, _Entry] = {}  # by key; of a folder those that were read
         self._lock = threading.RLock()
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._remove_leftovers()
-            self.voices()
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._remove_leftovers()
+                self.voices()
+            except OSError as error:
+                raise VoiceError(
+                    f"voices: folder {self.folder} cannot be used: {error.strerror}"
+                ) from None
 
     def names(self) -> list[str]:
         """The names in lower case, sorted, including those of files that cannot be used."""

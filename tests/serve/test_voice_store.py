@@ -296,3 +296,10 @@ def test_a_long_file_and_a_pipe_are_not_read(tmp_path, monkeypatch):
         store.get("long")
     with pytest.raises(VoiceError, match="regular file"):
         store.get("pipe")
+
+
+def test_a_folder_that_cannot_be_used_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(VoiceError, match=f"voices: folder {path} cannot be used: "):
+            VoiceStore(path)
