@@ -16,6 +16,7 @@ from vox_serve.api import create_app
 from vox_serve.audio import pcm16, wav_file
 from vox_serve.config import Config
 from vox_serve.engine import Request
+from vox_serve.kv_cache import PAGE_SIZE
 from vox_serve.loading import load_engine
 from vox_serve.prompt import Segment
 from vox_serve.runner import Runner
@@ -104,6 +105,18 @@ def test_a_request_in_a_voice_speaks_with_its_codes_before_the_text(client, engi
     assert spoken.content == wav_file(pcm16(audio).tobytes())
     plain = client.post("/generate", json={"text": "Who is it?", "seed": 3})
     assert plain.content != spoken.content
+
+
+def test_the_second_use_of_a_voice_prefills_only_the_text(engine, maker):
+    segments = maker.make("a", 0, [Excerpt(tone(4, hz=250), "A voice of its own.")]).segments
+    num_positions = len(engine.prompts.build(segments)[0])
+    found = []
+    for text in ("Who is it?", "Me."):
+        before = engine.num_found_positions
+        speak(engine, Request(text, context=segments, sampling=SEED, max_frames=2))
+        found.append(engine.num_found_positions - before)
+    assert found[0] < PAGE_SIZE
+    assert num_positions - PAGE_SIZE < found[1]
 
 
 @pytest.mark.slow
