@@ -4,10 +4,8 @@ import triton.language as tl
 from torch import Tensor
 
 from voxkern.triton.checks import check_attention, check_operand
-from voxkern.triton.language import INTERPRETED, dot, store, tile_size
-
-BLOCK_K = 32
-"""Keys per iteration. A constant, so that neither batch, chunks nor pages change a result."""
+from voxkern.triton.decode_attention import attend_keys, merge, split_keys
+from voxkern.triton.language import INTERPRETED, store, tile_size
 
 
 @triton.jit(do_not_specialize=["B", "M"])
@@ -33,11 +31,11 @@ def prefill_attention_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """One program handles BLOCK_Q queries of one sequence and head, and all keys up to the last one
-    that any of them sees, BLOCK_K at a time (FlashAttention's online softmax).
+    that any of them sees, BLOCK_K at a time: the splits of decode_attention, merged in order, so
+    that a query has the bits that decode_attention gives at its position.
 
     The host does not know the sequences' lengths: the grid has room for the maximum number of
-    tiles, and each program finds its own. Masked keys change no bit of a query's result. Scores and
-    sums are float32; softmax weights are rounded to the values' dtype, their sum is not.
+    tiles, and each program finds its own. Masked keys change no bit of a query's result.
     """
     b = tl.arange(0, BLOCK_B)
     starts = tl.load(cu_seqlens + b, mask=b < B, other=0)
@@ -74,14 +72,11 @@ def prefill_attention_kernel(
         inside = (key < last)[:, None] & (column < D)[None, :]
         k = tl.load(k_pages + offset[:, None] + column[None, :], mask=inside, other=0.0)
         v = tl.load(v_pages + offset[:, None] + column[None, :], mask=inside, other=0.0)
-        scores = dot(rows, tl.trans(k), tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)) * scale
-        scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
-        new = tl.maximum(largest, tl.max(scores, 1))
-        weights = tl.exp(scores - new[:, None])
-        factor = tl.exp(largest - new)
-        weight = weight * factor + tl.sum(weights, 1)
-        total = dot(weights.to(v.dtype), v, total * factor[:, None])
-        largest = new
+        visible = key[None, :] <= position[:, None]
+        split_total, split_largest, split_weight = attend_keys(rows, k, v, visible, scale)
+        total, largest, weight = merge(
+            total, largest, weight, split_total, split_largest, split_weight
+        )
     pointers = out + (token * Hq + head) * D + column[None, :]
     store(pointers, total / weight[:, None], valid)
 
@@ -128,7 +123,7 @@ def launch_prefill_attention(
         D=head_dim,
         BLOCK_B=tile_size(batch, 64),
         BLOCK_Q=block,
-        BLOCK_K=BLOCK_K,
+        BLOCK_K=split_keys(head_dim),
         BLOCK_D=tile_size(head_dim, 16),
         num_warps=4,  # 16 of 64 queries per warp, the rows of one tensor core instruction
         num_stages=2,  # load the next keys and values while these are multiplied
