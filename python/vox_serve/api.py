@@ -106,18 +106,19 @@ def _form_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
     return {**schema, "properties": fields}
 
 
-_BODY_SCHEMA = GenerateRequest.model_json_schema()
-_FORM_SCHEMA = _form_schema(_BODY_SCHEMA)
-_GENERATE_DOCS = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {"schema": _BODY_SCHEMA},
-            "application/x-www-form-urlencoded": {"schema": _FORM_SCHEMA},
-            "multipart/form-data": {"schema": _FORM_SCHEMA},
-        },
+def _generate_docs(config: Config) -> dict[str, Any]:
+    """The documentation of /generate's body, with this server's limits."""
+    schema = GenerateRequest.model_json_schema()
+    schema["properties"]["max_frames"]["anyOf"][0]["maximum"] = config.frames_limit
+    form = _form_schema(schema)
+    content = {
+        "application/json": {"schema": schema},
+        "application/x-www-form-urlencoded": {"schema": form},
+        "multipart/form-data": {"schema": form},
     }
-}
+    return {"requestBody": {"required": True, "content": content}}
+
+
 _GENERATE_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"description": "24 kHz mono 16-bit WAV", "content": {"audio/wav": {}}},
     400: {"description": "the body cannot be read"},
@@ -163,7 +164,7 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
         "/generate",
         response_class=Response,
         responses=_GENERATE_RESPONSES,
-        openapi_extra=_GENERATE_DOCS,
+        openapi_extra=_generate_docs(config),
     )
     async def generate(request: Request) -> Response:
         """Speak a text. Send JSON, or a form with the same fields."""
