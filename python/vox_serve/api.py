@@ -1,7 +1,8 @@
 """The HTTP interface: routes, request model and error responses."""
 
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Request, Response
@@ -13,6 +14,11 @@ from vox_serve import engine
 from vox_serve.access import AccessPolicy, add_access_checks
 from vox_serve.config import MAX_FRAMES, Config, SpeechSettings
 from vox_serve.connections import CloseUnread
+from vox_serve.context_field import ContextField, ContextTooLargeError
+from vox_serve.context_segment import ContextError
+from vox_serve.conversation_routes import add_conversation_routes
+from vox_serve.conversation_service import ConversationService
+from vox_serve.conversations import ID_PATTERN
 from vox_serve.error_pace import PacedErrors
 from vox_serve.http_io import (
     MAX_BODY_MEMORY_BYTES,
@@ -23,7 +29,7 @@ from vox_serve.http_io import (
 )
 from vox_serve.job import QueueFull, RequestFailed, RequestRefused, Unavailable
 from vox_serve.runner import Runner
-from vox_serve.speech_response import speech_response
+from vox_serve.speech_response import CLIENT_CLOSED_REQUEST, ClientGone, speech_response
 from vox_serve.text_bound import check_length
 from vox_serve.voice_routes import add_voice_routes
 from vox_serve.voice_service import VoiceService
@@ -43,6 +49,14 @@ class _Utterance(BaseModel):
     speaker: int = Field(default=0, description="id of the speaker", ge=0, le=1)
     voice: str | None = Field(
         default=None, description="name of a voice, instead of a speaker", min_length=1
+    )
+    context: ContextField | None = Field(
+        default=None, description="earlier turns with their speech, before this text"
+    )
+    conversation: str | None = Field(
+        default=None,
+        description="id of the conversation that this text continues",
+        json_schema_extra={"pattern": f"^{ID_PATTERN}$"},
     )
     streaming: bool = Field(default=False, description="send the audio as it is made")
 
@@ -103,6 +117,7 @@ def _form_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
         return {**rest, **kinds[0]} if kinds else dict(field)
 
     fields = {name: without_null(field) for name, field in schema["properties"].items()}
+    fields["context"] = {"type": "string", "contentMediaType": "application/json"}
     return {**schema, "properties": fields}
 
 
@@ -126,8 +141,8 @@ _GENERATE_RESPONSES: dict[int | str, dict[str, Any]] = {
     403: {
         "description": "the request comes from a web page of another origin, or names another host"
     },
-    404: {"description": "there is no such voice"},
-    413: {"description": "the body is too long"},
+    404: {"description": "there is no such voice, or the conversation was deleted meanwhile"},
+    413: {"description": "the body or the context is too long"},
     415: {"description": "the body is neither JSON nor a form"},
     422: {"description": "a field is invalid, or the text too long for the model's context"},
     429: {"description": "too many requests wait; Retry-After says when to try again"},
@@ -151,7 +166,9 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         runner.start()
+        conversations.start()
         yield
+        conversations.stop()
         voices.stop()
         await runner.stop()
 
@@ -159,6 +176,9 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
     bodies = BodyMemory(max(MAX_BODY_MEMORY_BYTES, config.max_body_bytes))
     voices = VoiceService(runner, config)
     add_voice_routes(app, voices, runner, config)
+    conversations = ConversationService(runner, config)
+    app.state.conversations = conversations
+    add_conversation_routes(app, conversations, voices, bodies, config)
 
     @app.post(
         "/generate",
@@ -168,8 +188,35 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
     )
     async def generate(request: Request) -> Response:
         """Speak a text. Send JSON, or a form with the same fields."""
-        with bodies.hold(client_of(request)) as count:
-            given, is_form = await read_fields(request, config.max_body_bytes, count)
+        client = client_of(request)
+        with ExitStack() as stack:  # the place of an upload, if it is one
+            upload = voices.large_body(stack, client, "context")
+            with bodies.hold(client) as count:
+                given, is_form = await read_fields(request, config.max_body_bytes, count, upload)
+            wanted = validated(given, is_form)
+            context = wanted.context and await voices.read_context(wanted.context, client)
+        key, name = wanted.conversation, wanted.voice
+        if key is not None:
+            name = conversations.voice_of(client, key, name)
+        speaker = wanted.speaker if "speaker" in wanted.model_fields_set else None
+        spoken = await voices.request_in(wanted.to_engine(config), name, speaker)
+        if context is not None:
+            spoken = replace(spoken, context=[*(spoken.context or ()), *context])
+        if key is None:
+            job = runner.submit(spoken, client, wanted.streaming)
+        else:
+            try:
+                job = await conversations.speak(
+                    conversations.open(client, key, name),
+                    spoken,
+                    wanted.streaming,
+                    request.receive,
+                )
+            except ClientGone:
+                return Response(status_code=CLIENT_CLOSED_REQUEST)
+        return await speech_response(job, wanted.streaming, request.receive)
+
+    def validated(given: dict[str, Any], is_form: bool) -> Any:
         if isinstance(text := given.get("text"), str):
             try:
                 check_length(text, config.max_text_chars)
@@ -182,10 +229,9 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
             wanted = validate(given)
         except ValidationError as error:
             raise RequestValidationError(error.errors()) from None
-        speaker = wanted.speaker if "speaker" in wanted.model_fields_set else None
-        spoken = await voices.request_in(wanted.to_engine(config), wanted.voice, speaker)
-        job = runner.submit(spoken, client_of(request), wanted.streaming)
-        return await speech_response(job, wanted.streaming, request.receive)
+        if wanted.context is not None and wanted.conversation is not None:
+            raise RequestRefused("give either context or conversation: that has its own context")
+        return wanted
 
     @app.get("/health", responses={503: {"description": "the engine cannot serve"}})
     async def health() -> Response:
@@ -250,6 +296,11 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestRefused)
     async def refused(_: Request, error: RequestRefused) -> Response:
         return AsciiJSONResponse({"detail": str(error)}, 422)
+
+    @app.exception_handler(ContextError)
+    async def wrong_context(_: Request, error: ContextError) -> Response:
+        status_code = 413 if isinstance(error, ContextTooLargeError) else 422
+        return AsciiJSONResponse({"detail": str(error)}, status_code)
 
     @app.exception_handler(Unavailable)
     async def unavailable(_: Request, error: Unavailable) -> Response:

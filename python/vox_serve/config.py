@@ -235,6 +235,15 @@ class ServerSettings(VoiceSettings):
         ge=1024,
         le=2**30,
     )
+    max_conversations: int = setting(
+        1000,
+        "most conversations; a new one takes the place of the one that was idle for longest",
+        ge=1,
+        le=100_000,
+    )
+    conversation_idle_s: float = setting(
+        3600.0, "a conversation that nobody uses for this long is deleted", gt=0, le=10_000_000
+    )
     max_unread_bytes: int = setting(
         2**28, "audio that waits for its readers, all clients together", ge=2**16, le=2**40
     )

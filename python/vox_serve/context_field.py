@@ -126,17 +126,13 @@ def _segment_schema(kind: str, speech: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+SEGMENT_SCHEMA = {"oneOf": [_segment_schema("audio", _AUDIO), _segment_schema("codes", _CODES)]}
+"""JSON schema of a segment."""
+
 ContextField = Annotated[
     list[SegmentFields],
     PlainValidator(parse_context),
-    WithJsonSchema(
-        {
-            "type": "array",
-            "items": {
-                "oneOf": [_segment_schema("audio", _AUDIO), _segment_schema("codes", _CODES)]
-            },
-        }
-    ),
+    WithJsonSchema({"type": "array", "items": SEGMENT_SCHEMA}),
 ]
 """The type of a request model's field `context`."""
 

@@ -159,6 +159,11 @@ class Engine:
         return self._cache.max_positions
 
     @property
+    def follows_context(self) -> bool:
+        """True if earlier speech in the context makes a text sound better, not worse."""
+        return self.model.config.follows_context
+
+    @property
     def num_live(self) -> int:
         return len(self._live)
 

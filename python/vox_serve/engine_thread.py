@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
+import numpy as np
+
 from vox_serve.audio import pcm16
 from vox_serve.ending import delivered_audio
 from vox_serve.fair_queue import FairQueue
-from vox_serve.job import End, Item, Job, RequestFailed, RequestRefused, Restart
+from vox_serve.job import End, Item, Job, RequestFailed, RequestRefused, Restart, SpokenFrame
 from vox_serve.recovery import Suspects
 
 if TYPE_CHECKING:
     from vox_serve.mimi import Mimi
-    from vox_serve.prompt import PromptBuilder
+    from vox_serve.prompt import PromptBuilder, Segment
     from vox_serve.request import FrameOutput, Prompt, Request
 
 logger = logging.getLogger("vox_serve")
@@ -36,7 +38,14 @@ class AnyEngine(Protocol):
     prompts: "PromptBuilder"
 
     @property
+    def default_context(self) -> "Sequence[Segment]": ...
+    @property
     def has_work(self) -> bool: ...
+    @property
+    def max_positions(self) -> int: ...
+    @property
+    def follows_context(self) -> bool: ...
+    def spoken_text(self, request: "Request") -> str: ...
     def prepare(self, request: "Request") -> "Prompt": ...
     def add(self, request: "Request", prompt: "Prompt") -> None: ...
     def step(self) -> "Sequence[FrameOutput]": ...
@@ -184,6 +193,9 @@ class EngineThread:
             chunks: list[Item] = []
             if (audio := delivered_audio(output)) is not None:
                 job.progress.num_frames += 1
+                if job.keeps_frames and output.codes is not None:
+                    codes = output.codes.numpy().astype(np.int32)
+                    chunks.append(SpokenFrame(output.part, codes))
                 chunks.append(pcm16(audio).tobytes())
             if output.finish_reason is None:
                 job.post(*chunks)

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl
 
 from fastapi import HTTPException, Request
@@ -22,6 +22,9 @@ T = TypeVar("T")
 MAX_FORM_FIELDS = 64
 
 MAX_BODY_MEMORY_BYTES = 2**26
+
+MAX_JSON_BYTES = 2**23
+"""Longest upload as JSON, whose parsing holds Python's lock for 10 ms at this length."""
 
 
 class AsciiJSONResponse(JSONResponse):
@@ -91,8 +94,27 @@ class BodyMemory:
                 del self._held[client]
 
 
+class Upload(NamedTuple):
+    """A longer bound for bodies with recordings.
+
+    Attributes:
+        names: the fields that may be long. A body without their names in its first `max_bytes` has
+            none of them, since the other fields fit into that.
+        max_bytes: longest body.
+        begin: called before more is read; returns what counts all bytes of the body again (see
+            `BodyMemory.hold`).
+    """
+
+    names: tuple[bytes, ...]
+    max_bytes: int
+    begin: Callable[[], Callable[[int], None]]
+
+
 async def read_fields(
-    request: Request, max_bytes: int, count: Callable[[int], None] = lambda num_bytes: None
+    request: Request,
+    max_bytes: int,
+    count: Callable[[int], None] = lambda num_bytes: None,
+    upload: Upload | None = None,
 ) -> tuple[dict[str, Any], bool]:
     """Read a request's fields; also return True if they came as a form (all values are then text).
 
@@ -104,11 +126,12 @@ async def read_fields(
         request: the request.
         max_bytes: longest body.
         count: see `BodyMemory.hold`.
+        upload: the bound for bodies with recordings, if there may be any.
 
     Raises:
         HTTPException: 413, 415, or 400 for a body that contradicts its type.
     """
-    request = _limited(request, max_bytes, count)
+    request = _limited(request, max_bytes, count, upload)
     try:
         body = await request.body()
     except ClientDisconnect:  # nobody will read this response
@@ -119,18 +142,26 @@ async def read_fields(
     )
     try:
         if kind == "multipart/form-data":
-            limits = {"max_files": 0, "max_fields": MAX_FORM_FIELDS, "max_part_size": max_bytes + 1}
+            limits = {"max_files": 0, "max_fields": MAX_FORM_FIELDS, "max_part_size": len(body) + 1}
             async with request.form(**limits) as form:
-                return _form_fields(form.multi_items()), True
-        if is_json:
-            return _json_fields(body), False
-        if kind == "application/x-www-form-urlencoded":
+                fields, is_form = _form_fields(form.multi_items()), True
+        elif is_json:
+            is_form = False
+            if len(body) > max_bytes:
+                fields = await asyncio.to_thread(_json_fields, body)
+            else:
+                fields = _json_fields(body)
+        elif kind == "application/x-www-form-urlencoded":
             # Starlette's parser takes raw UTF-8 for Latin-1 and replaces invalid bytes silently.
             items = parse_qsl(body.decode(), True, errors="strict", max_num_fields=MAX_FORM_FIELDS)
-            return _form_fields(items), True
+            fields, is_form = _form_fields(items), True
+        else:
+            raise HTTPException(415, "send application/json or a form")
     except ValueError as error:  # for multipart: the charset is one of Python's odd codecs
         raise HTTPException(400, f"the form cannot be read: {error}") from None
-    raise HTTPException(415, "send application/json or a form")
+    if upload and len(body) > max_bytes and not any(n.decode() in fields for n in upload.names):
+        raise _too_long(max_bytes)
+    return fields, is_form
 
 
 async def read_json(
@@ -196,23 +227,41 @@ async def read_parts(
         await form.close()
 
 
+def _too_long(max_bytes: int) -> HTTPException:
+    return HTTPException(413, f"the body is longer than {max_bytes} bytes")
+
+
 def _limited(
-    request: Request, max_bytes: int, count: Callable[[int], None] = lambda num_bytes: None
+    request: Request,
+    max_bytes: int,
+    count: Callable[[int], None] = lambda num_bytes: None,
+    upload: Upload | None = None,
 ) -> Request:
-    """The request, whose body raises 413 as soon as it is longer than `max_bytes`."""
-    refused = HTTPException(413, f"the body is longer than {max_bytes} bytes")
+    """The request, whose body raises 413 as soon as it is longer than its bound."""
+    limit = max_bytes
+    longest = max(max_bytes, upload.max_bytes) if upload else max_bytes
     declared = request.headers.get("content-length", "0")
-    if declared.isdecimal() and int(declared[:20]) > max_bytes:
-        raise refused
+    if declared.isdecimal() and int(declared[:20]) > longest:
+        raise _too_long(longest)
     num_bytes = 0
+    first: list[bytes] | None = [] if upload else None
 
     async def receive() -> Message:
-        nonlocal num_bytes
+        nonlocal num_bytes, limit, count, first
         message = await request.receive()
-        num_bytes += (size := len(message.get("body", b"")))
-        count(size)
-        if num_bytes > max_bytes:
-            raise refused
+        body = message.get("body", b"")
+        num_bytes += len(body)
+        count(len(body))
+        if first is not None and upload:
+            first.append(body)
+            if num_bytes > limit:
+                head = b"".join(first)[:max_bytes]
+                if any(name in head for name in upload.names):
+                    limit, first = longest, None
+                    count = upload.begin()
+                    count(num_bytes)
+        if num_bytes > limit:
+            raise _too_long(limit)
         return message
 
     return Request(request.scope, receive)

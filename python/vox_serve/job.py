@@ -2,9 +2,11 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
 
 if TYPE_CHECKING:
     from vox_serve.request import FinishReason, Prompt, Request
@@ -77,7 +79,19 @@ class Restart:
     """The audio so far is void; the utterance begins again."""
 
 
-Item = bytes | End | Restart
+class SpokenFrame(NamedTuple):
+    """A frame whose audio comes next.
+
+    Attributes:
+        part: index of the part of a long text (see `LongForm`).
+        codes: `[K]` int32.
+    """
+
+    part: int
+    codes: np.ndarray
+
+
+Item = bytes | SpokenFrame | End | Restart
 
 
 @dataclass
@@ -111,9 +125,13 @@ class Job:
         streaming: chunks are read as they are made. Otherwise they are read after `finished`, and
             a failed step can start the utterance again.
         owner: the runner.
+        keeps_frames: keep the codes of the frames that arrive.
 
     Attributes:
         finish_reason: set when the job ends.
+        error: set when the job fails.
+        frames: those that arrived, if they are kept.
+        on_end: called once, when the job ends or is closed.
         unread_bytes: audio that the reader has not taken.
 
     Raises:
@@ -122,7 +140,14 @@ class Job:
         Unavailable: on any chunk, when the server could not run or finish the request.
     """
 
-    def __init__(self, request: "Request", client: str, streaming: bool, owner: Owner):
+    def __init__(
+        self,
+        request: "Request",
+        client: str,
+        streaming: bool,
+        owner: Owner,
+        keeps_frames: bool = False,
+    ):
         self.request = request
         self.client = client
         self.streaming = streaming
@@ -131,9 +156,12 @@ class Job:
         self.ended = False
         self.closed = False
         self.finish_reason: FinishReason | None = None
+        self.error: Exception | None = None
+        self.keeps_frames = keeps_frames
+        self.frames: list[SpokenFrame] = []
+        self.on_end: Callable[[], None] = lambda: None
         self.progress = Progress()
         self._owner = owner
-        self._error: Exception | None = None
         self._chunks: deque[bytes] = deque()
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
@@ -154,8 +182,8 @@ class Job:
             await self._wait()
         if self._chunks:
             return self._take()
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         raise StopAsyncIteration
 
     async def finished(self) -> int:
@@ -166,14 +194,27 @@ class Job:
         """
         while not self.ended:
             await self._wait()
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         return self.unread_bytes
 
     def close(self) -> None:
         """Give the job up; abort it unless it ended. Idempotent."""
         self.closed = True
         self.discard()
+        self._owner.close(self)
+        self._notify()
+
+    def interrupt(self) -> None:
+        """End the job now, without an error, and forget its unread audio: what was read is all.
+
+        A whole answer that is complete stays as it is, since its length may have been sent.
+        """
+        if self.ended and not self.streaming:
+            return
+        self.discard()
+        self._end(End("interrupted"))
+        self._changed.set()
         self._owner.close(self)
 
     def post(self, *items: Item) -> None:
@@ -220,8 +261,11 @@ class Job:
                 self.num_frames += 1
                 self._chunks.append(item)
                 self._count(len(item))
+            elif isinstance(item, SpokenFrame):
+                self.frames.append(item)
             elif isinstance(item, Restart):
                 self.num_frames = 0
+                self.frames.clear()
                 self.discard()
             else:
                 self._end(item)
@@ -233,9 +277,14 @@ class Job:
     def _end(self, end: End) -> None:
         if not self.ended:
             self.ended = True
-            self.finish_reason, self._error = end.finish_reason, end.error
+            self.finish_reason, self.error = end.finish_reason, end.error
+            self._notify()
         elif end.error is not None:
-            self._error = end.error
+            self.error = end.error
+
+    def _notify(self) -> None:
+        on_end, self.on_end = self.on_end, lambda: None
+        on_end()
 
     def _watch(self, delay_s: float) -> None:
         self._stall_timer = self._loop.call_later(delay_s, self._check_reader)

@@ -79,14 +79,19 @@ class LongForm:
         self.num_codebooks, self.sample_rate_hz = engine.num_codebooks, engine.sample_rate_hz
         limit = engine.max_positions // POSITIONS_PER_CHAR
         self.split_chars = min(split_chars, limit) if split_chars else 0
-        follows = engine.model.config.follows_context
-        self.max_recent_positions = max_recent_positions if follows else 0
+        self.max_positions, self.default_context = engine.max_positions, engine.default_context
+        self.follows_context = engine.follows_context
+        self.max_recent_positions = max_recent_positions if self.follows_context else 0
         self._passages: dict[str, _Passage] = {}
         self._tokenizing = ThreadPoolExecutor(1, "tokenizing")
 
     @property
     def has_work(self) -> bool:
         return self.engine.has_work
+
+    def spoken_text(self, request: Request) -> str:
+        """A request's text as the model reads it."""
+        return self.engine.spoken_text(request)
 
     def prepare(self, request: Request) -> Prompt:
         """Split a text and tokenize its first part. Any thread may call this; see `Engine`."""

@@ -15,7 +15,7 @@ from vox_serve.prompt import PromptTooLongError as PromptTooLongError
 from vox_serve.prompt import Segment
 from vox_serve.sampling import SamplingParams
 
-FinishReason = Literal["stop", "length", "context", "silence", "error"]
+FinishReason = Literal["stop", "length", "context", "silence", "error", "interrupted"]
 
 _request_ids = itertools.count()
 
@@ -89,7 +89,8 @@ class FrameOutput(NamedTuple):
         audio: float32 `[1920]`, in -1 to 1 or slightly beyond; None if `codes` is.
         finish_reason: None while more frames follow; "stop" if the model drew a stop frame,
             "length" at `max_frames`, "context" if the model's context is full, "silence" after too
-            long a silence, "error" if the frame could not be made.
+            long a silence, "error" if the frame could not be made; only the server
+            uses "interrupted".
         error: why the request ended with "error", for its client; None otherwise.
         part: index of the part of a long text; see `LongForm`.
     """

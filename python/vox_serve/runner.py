@@ -176,19 +176,25 @@ class Runner:
         finally:
             self._on_empty = lambda: None
 
-    def submit(self, request: "Request", client: str = "", streaming: bool = True) -> Job:
+    def submit(
+        self,
+        request: "Request",
+        client: str = "",
+        streaming: bool = True,
+        keeps_frames: bool = False,
+    ) -> Job:
         """Queue a request. Call this on the event loop that will read the job.
 
         Args:
             request: the request to run.
             client: whose request it is, for fairness.
-            streaming: see `Job`.
+            streaming, keeps_frames: see `Job`.
 
         Raises:
             QueueFull: `max_jobs` are open.
             EngineFailure: the engine stopped.
         """
-        job = Job(request, client, streaming, owner=self)
+        job = Job(request, client, streaming, self, keeps_frames)
         with self._lock:
             if self.failure or self.draining:
                 kind = ShuttingDown if self.draining else EngineFailure
@@ -248,6 +254,8 @@ class Runner:
                 self._queue.remove(job)
                 self._thread.abort(job.request.id)
             self.counts.cancelled += not job.ended
+            if job.finish_reason == "interrupted":
+                self._count_finished("interrupted")
             if not self._jobs:
                 self._on_empty()
 
@@ -314,14 +322,16 @@ class Runner:
         with self._lock:
             self._queue.remove(job)
             if end.error is None:
-                finished, reason = self.counts.finished, str(end.finish_reason)
-                finished[reason] = finished.get(reason, 0) + 1
+                self._count_finished(str(end.finish_reason))
                 if (started_s := job.progress.started_s) is not None:
                     self._durations_s.append(time.monotonic() - started_s)
             elif isinstance(end.error, RequestFailed):
                 self.counts.failed += 1
             self._lock.notify()
         job.post(*chunks, end)
+
+    def _count_finished(self, reason: str) -> None:
+        self.counts.finished[reason] = self.counts.finished.get(reason, 0) + 1
 
     def count_fault(self, kind: Literal["non_finite", "recoveries"]) -> None:
         with self._lock:

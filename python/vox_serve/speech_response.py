@@ -45,10 +45,10 @@ async def speech_response(job: Job, streaming: bool, receive: Receive) -> Respon
     with ExitStack() as stack:
         stack.enter_context(job)
         try:
-            if streaming and (first := await _unless_gone(receive, anext(job, b""))):
+            if streaming and (first := await unless_gone(receive, anext(job, b""))):
                 stack.pop_all()
                 return _SpeechResponse(job, _stream(job, first))
-            num_bytes = await _unless_gone(receive, job.finished())
+            num_bytes = await unless_gone(receive, job.finished())
         except ClientGone:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         header = wav_header(num_bytes)
@@ -88,6 +88,8 @@ async def _stream(job: Job, first: bytes) -> AsyncIterator[bytes]:
         async for chunk in job:
             last = chunk
             yield chunk
+        if job.finish_reason == "interrupted":
+            yield _fade_after(last)
     except (Unavailable, RequestFailed) as error:
         if not isinstance(error, ReaderStalled):
             yield _fade_after(last)
@@ -110,7 +112,7 @@ async def _whole(job: Job, header: bytes) -> AsyncIterator[bytes]:
     yield bytes(piece)
 
 
-async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`.
 
     Raises:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from vox_serve.audio import pcm16
-from vox_serve.context_field import MAX_CHANNELS, RATES_HZ
+from vox_serve.context_field import MAX_CHANNELS, RATES_HZ, Turn
+from vox_serve.context_segment import ContextError
 from vox_serve.mimi import Mimi
 from vox_serve.prompt import PromptBuilder, Segment
 from vox_serve.prompt_audio import PromptOptions, clean_prompt, speech_level_dbfs
@@ -66,6 +67,11 @@ class VoiceMaker:
     def max_s(self) -> float:
         """Longest recording, if its transcript took no place."""
         return self.max_positions * self.frame_s
+
+    @property
+    def max_context_s(self) -> float:
+        """The model's whole context as speech."""
+        return self.prompts.config.backbone.max_positions * self.frame_s
 
     def excerpt(self, source: bytes | Path, transcript: str) -> Excerpt:
         """Decode and clean a recording.
@@ -143,6 +149,28 @@ class VoiceMaker:
             preview=self._preview(codes, pause),
             sample_rate_hz=self.mimi.config.sample_rate_hz,
         )
+
+    def segments(
+        self, turns: Sequence[Turn], pause: Callable[[float], None] = lambda worked_s: None
+    ) -> list[Segment]:
+        """Encode a decoded context; the codes are those of `encode_context`.
+
+        Args:
+            turns: from `decode_context`.
+            pause: see `make`.
+
+        Raises:
+            ContextError: the codec has no encoder.
+        """
+        found = []
+        for i, turn in enumerate(turns):
+            codes = turn.codes
+            if turn.audio is not None:
+                if self.mimi.encoder is None:
+                    raise ContextError(f"context[{i}].audio: the model's codec has no encoder")
+                codes = self._encode(turn.audio, pause)
+            found.append(Segment(turn.speaker, turn.text, codes))
+        return found
 
     def _encode(self, audio: np.ndarray, pause: Callable[[float], None]) -> Tensor:
         """Codes `[N, K]` of a recording, on the CPU: those of `Mimi.encode`."""

@@ -13,7 +13,7 @@ from vox_serve.access import client_name
 from vox_serve.audio import wav_file
 from vox_serve.config import Config
 from vox_serve.context_field import from_base64
-from vox_serve.http_io import AsciiJSONResponse, read_json, read_parts
+from vox_serve.http_io import MAX_JSON_BYTES, AsciiJSONResponse, read_json, read_parts
 from vox_serve.runner import Runner
 from vox_serve.sampling import SamplingParams
 from vox_serve.speech_response import speech_response
@@ -35,9 +35,6 @@ SAMPLE_TEXT = "Hello. This is how I speak when I read a text to you."
 """What a built-in voice says as its sample."""
 
 OBJECT = "audio.voice"
-
-MAX_JSON_BYTES = 2**23
-"""Longest upload as JSON, whose parsing holds Python's lock for 10 ms at this length."""
 
 
 class _Recording(BaseModel):

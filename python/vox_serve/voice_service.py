@@ -5,14 +5,17 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vox_serve.config import Config
-from vox_serve.http_io import BodyMemory
+from vox_serve.context_field import ContextLimits, decode_context
+from vox_serve.context_segment import SegmentFields
+from vox_serve.http_io import MAX_JSON_BYTES, BodyMemory, Upload
 from vox_serve.job import QueueFull, RequestRefused, ShuttingDown
+from vox_serve.prompt import Segment
 from vox_serve.runner import SHUTTING_DOWN, Runner
 from vox_serve.voice_maker import Excerpt, VoiceMaker
 from vox_serve.voice_store import (
@@ -58,6 +61,9 @@ class VoiceService:
         self._runner = runner
         self.maker = VoiceMaker(runner.engine.mimi, runner.engine.prompts)
         self.store = VoiceStore(config.voices, self.maker.sizes, config.max_voices)
+        self._limits = ContextLimits(
+            config.max_upload_bytes, self.maker.max_context_s, config.max_text_chars
+        )
         self._bodies = BodyMemory(UPLOAD_MEMORY * config.max_upload_bytes)
         self._uploads: Counter[str] = Counter()  # by client; used on the event loop alone
         self._stopped = threading.Event()
@@ -119,6 +125,20 @@ class VoiceService:
             if not self._uploads[client]:
                 del self._uploads[client]
 
+    def large_body(self, stack: ExitStack, client: str, *names: str) -> Upload:
+        """The bound of a JSON body with recordings in some of its fields.
+
+        Args:
+            stack: counts it as an upload until its end.
+            client: whose body it is.
+            names: of the fields.
+        """
+        return Upload(
+            tuple(name.encode() for name in names),
+            min(self._limits.max_bytes, MAX_JSON_BYTES),
+            lambda: stack.enter_context(self.upload(client)),
+        )
+
     async def make(
         self,
         name: str,
@@ -149,6 +169,23 @@ class VoiceService:
             return voice
 
         return await self._beside(work, client)
+
+    async def read_context(self, segments: Sequence[SegmentFields], client: str) -> list[Segment]:
+        """Decode and encode the speech of a request's context; recordings as in `make`.
+
+        Raises:
+            ContextError: see `decode_context` and `VoiceMaker.segments`.
+            ShuttingDown: the server ends.
+        """
+        maker = self.maker
+
+        def work() -> list[Segment]:
+            turns = decode_context(segments, maker.prompts.config, maker.mimi.config, self._limits)
+            return maker.segments(turns, self._pause)
+
+        if any(fields.kind == "audio" for fields in segments):
+            return await self._beside(work, client)
+        return await asyncio.to_thread(work)
 
     def _pause(self, worked_s: float) -> None:
         is_live = self._runner.count_jobs()[0] > 0

@@ -91,6 +91,9 @@ class FakeEngine:
     sample_rate_hz = 24_000
     num_codebooks = NUM_CODEBOOKS
     num_spare_rows = 0
+    max_positions = 512
+    default_context = ()
+    follows_context = True
 
     def __init__(
         self,
@@ -120,6 +123,9 @@ class FakeEngine:
     @property
     def has_work(self) -> bool:
         return bool(self._open)
+
+    def spoken_text(self, request: Request) -> str:
+        return request.text
 
     def prepare(self, request: Request) -> Prompt:
         time.sleep(self.prepare_s)

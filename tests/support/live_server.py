@@ -21,8 +21,8 @@ class LiveServer:
         listener = reserve_address("127.0.0.1", 0)
         self.port = listener.getsockname()[1]
         self.runner = Runner.for_config(engine, config)
-        app = create_app(self.runner, config, {})
-        self.server = make_server(app, self.runner, config, listener)
+        self.app = create_app(self.runner, config, {})
+        self.server = make_server(self.app, self.runner, config, listener)
         self.thread = threading.Thread(target=self.server.run, args=([listener],))
 
     def __enter__(self) -> "LiveServer":

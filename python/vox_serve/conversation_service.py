@@ -1,0 +1,370 @@
+"""Speaks in conversations: one request after another, with the earlier turns as context."""
+
+import asyncio
+import math
+import time
+import weakref
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from starlette.types import Receive
+
+from vox_serve.config import Config
+from vox_serve.conversations import (
+    Conversation,
+    Conversations,
+    ConversationsFullError,
+    Turn,
+    UnknownConversationError,
+    Utterance,
+    heard,
+)
+from vox_serve.ending import FRAME_S
+from vox_serve.job import Job, QueueFull, RequestRefused
+from vox_serve.prompt import Segment
+from vox_serve.request import Request
+from vox_serve.runner import Runner
+from vox_serve.speech_response import unless_gone
+from vox_serve.text_bound import frames_bound
+
+MAX_WAITING = 4
+"""Requests that may wait for the one that a conversation answers."""
+
+PLAYED_S = 5.0
+"""Time after the end of an answer's speech in which it can still be interrupted."""
+
+MAX_RESERVE = 0.5
+"""Largest part of the model's context, without the voice, that is kept for text and speech."""
+
+SWEEP_S = 60.0
+"""Time between two looks for conversations that expire."""
+
+
+class NothingSpokenError(RuntimeError):
+    """Nothing can be interrupted."""
+
+
+@dataclass(eq=False)
+class _Line:
+    """The requests of one conversation: one is answered, others wait.
+
+    Attributes:
+        lock: held by the one.
+        num_members: all of them.
+        job: the last one that was spoken.
+        heard_frames: frames that were heard before it was interrupted.
+    """
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    num_members: int = 0
+    job: "weakref.ref[Job] | None" = None
+    heard_frames: int | None = None
+
+    @property
+    def last_job(self) -> Job | None:
+        return self.job() if self.job else None
+
+
+class Heard(NamedTuple):
+    """The part of an answer that was heard before it was interrupted.
+
+    Attributes:
+        num_frames: frames that are kept.
+        text: words that are kept.
+    """
+
+    num_frames: int
+    text: str
+
+
+class ConversationService:
+    """Answers requests in conversations. Only the event loop uses it.
+
+    Args:
+        runner: runs the engine.
+        config: the settings.
+        clock: the time in seconds.
+
+    Attributes:
+        kept: the conversations.
+    """
+
+    def __init__(
+        self, runner: Runner, config: Config, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._runner = runner
+        self._engine = runner.engine
+        self._split_chars = config.split_chars
+        self._clock = clock
+        self.kept = Conversations(
+            config.max_conversations, config.conversation_idle_s, self._engine.max_positions, clock
+        )
+        self._lines: weakref.WeakKeyDictionary[Conversation, _Line] = weakref.WeakKeyDictionary()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Begin to delete conversations that expire, even while there are no requests."""
+        self.kept.expire()
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(min(SWEEP_S, self.kept.idle_s), self.start)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def create(self, client: str, key: str | None, voice: str | None) -> Conversation:
+        """Begin a conversation; see `Conversations.create`.
+
+        Raises:
+            QueueFull: there is no room.
+        """
+        try:
+            return self.kept.create(client, key, voice)
+        except ConversationsFullError as error:
+            raise QueueFull(f"{error}: try later") from None
+
+    def voice_of(self, client: str, key: str, voice: str | None) -> str | None:
+        """The voice of a client's conversation, which begins with the given one if it is new.
+
+        Raises:
+            RequestRefused: it has another voice.
+        """
+        conversation = self.kept.find(client, key)
+        if conversation is None:
+            return voice
+        if voice not in (None, conversation.voice):
+            has = f"voice {conversation.voice}" if conversation.voice else "no voice"
+            raise RequestRefused(f"voice is {voice[:100]}, but the conversation has {has}")
+        return conversation.voice
+
+    def open(self, client: str, key: str, voice: str | None) -> Conversation:
+        """A client's conversation, which is begun if there is none.
+
+        Raises:
+            RequestRefused: the id is no id.
+            QueueFull: there is no room.
+        """
+        try:
+            return self.kept.find(client, key) or self.create(client, key, voice)
+        except ValueError as error:
+            raise RequestRefused(str(error)) from None
+
+    def is_speaking(self, conversation: Conversation) -> bool:
+        """True while an answer is being made."""
+        job = self._line(conversation).last_job
+        return job is not None and not (job.ended or job.closed)
+
+    async def speak(
+        self, conversation: Conversation, request: Request, streaming: bool, receive: Receive
+    ) -> Job:
+        """Speak a text as the next turn, when the requests before it in the conversation have
+        been answered. What is spoken becomes a turn, unless the request fails.
+
+        Args:
+            conversation: it continues.
+            request: its context, if it has any, is that of the voice.
+            streaming: see `Job`.
+            receive: of the HTTP request.
+
+        Raises:
+            QueueFull: too many requests wait.
+            ClientGone: the client left before its turn came.
+            UnknownConversationError: the conversation was deleted meanwhile.
+            RequestRefused: the text cannot be tokenized.
+            Unavailable: see `Runner.submit`.
+        """
+        line = await self._enter(conversation, receive)
+        try:
+            if self._engine.follows_context:
+                request = await self._with_turns(conversation, request)
+                self._check(conversation)
+            job = self._runner.submit(request, conversation.client, streaming, keeps_frames=True)
+        except BaseException:
+            self._leave(conversation, line)
+            raise
+        conversation.end_reply()
+        line.job, line.heard_frames = weakref.ref(job), None
+        job.on_end = partial(self._finish, conversation, line, job)
+        return job
+
+    @asynccontextmanager
+    async def in_order(self, conversation: Conversation, receive: Receive) -> AsyncIterator[None]:
+        """Enter the block when the requests before have been answered.
+
+        Raises:
+            QueueFull, ClientGone, UnknownConversationError: see `speak`.
+        """
+        line = await self._enter(conversation, receive)
+        try:
+            yield
+        finally:
+            self._leave(conversation, line)
+
+    async def add_turn(self, conversation: Conversation, segment: Segment) -> Turn:
+        """Append a turn that the server did not speak. Call this within `in_order`.
+
+        Raises:
+            RequestRefused: its text cannot be tokenized.
+            UnknownConversationError: the conversation was deleted meanwhile.
+        """
+        assert segment.codes is not None
+        spoken = Utterance(segment.speaker, segment.text, segment.codes.numpy())
+        try:
+            turn = await asyncio.to_thread(self._turn, spoken, generated=False)
+        except ValueError as error:
+            raise RequestRefused(str(error)) from None
+        self._check(conversation)
+        conversation.add(turn)
+        return turn
+
+    def interrupt(self, conversation: Conversation, played_ms: float) -> Heard:
+        """End the answer that is being spoken or played, and keep what was heard of it.
+
+        Args:
+            conversation: whose answer it is.
+            played_ms: speech that was heard.
+
+        Raises:
+            NothingSpokenError: there is no such answer.
+        """
+        line = self._line(conversation)
+        job = line.last_job
+        num_frames = math.ceil(round(played_ms / 1000 / FRAME_S, 6))
+        if job is not None and not (job.ended or job.closed):
+            line.heard_frames = num_frames
+            job.interrupt()  # calls _finish
+        elif conversation.reply_turns and self._clock() < conversation.reply_until_s:
+            if job is not None:
+                job.interrupt()
+            spoken = [Utterance(t.speaker, t.text, t.codes) for t in conversation.reply]
+            num_left = max(num_frames - conversation.reply_frames_forgotten, 0)
+            turns = self._turns(heard(spoken, num_left, FRAME_S))
+            conversation.shorten_reply(turns)
+            return _heard(turns)
+        else:
+            raise NothingSpokenError("nothing is being spoken in this conversation")
+        turns = conversation.reply
+        conversation.end_reply()
+        return _heard(turns)
+
+    def _line(self, conversation: Conversation) -> _Line:
+        return self._lines.setdefault(conversation, _Line())
+
+    async def _enter(self, conversation: Conversation, receive: Receive) -> _Line:
+        """Wait for the conversation's lock."""
+        line = self._line(conversation)
+        if line.num_members > MAX_WAITING:
+            raise QueueFull(f"{MAX_WAITING} requests wait in this conversation: try later")
+        line.num_members += 1
+        conversation.num_users += 1
+        try:
+            await unless_gone(receive, line.lock.acquire())
+        except BaseException:
+            self._count_out(conversation, line)
+            raise
+        try:
+            self._check(conversation)
+        except BaseException:
+            self._leave(conversation, line)
+            raise
+        return line
+
+    def _leave(self, conversation: Conversation, line: _Line) -> None:
+        line.lock.release()
+        self._count_out(conversation, line)
+
+    def _count_out(self, conversation: Conversation, line: _Line) -> None:
+        line.num_members -= 1
+        conversation.num_users -= 1
+        self.kept.touch(conversation)
+
+    def _check(self, conversation: Conversation) -> None:
+        if conversation.is_deleted:
+            raise UnknownConversationError(f"the conversation {conversation.id} was deleted")
+
+    async def _with_turns(self, conversation: Conversation, request: Request) -> Request:
+        """A request with those turns as context, after its voice, that leave it room."""
+        try:
+            room = await asyncio.to_thread(self._room, request)
+        except ValueError as error:
+            raise RequestRefused(str(error)) from None
+        base = self._engine.default_context if request.context is None else request.context
+        turns = conversation.context(room)
+        if not turns:
+            return request
+        return replace(request, context=[*base, *map(_segment, turns)])
+
+    def _room(self, request: Request) -> int:
+        """Positions that turns may have beside a request's voice, text and speech."""
+        base = self._engine.default_context if request.context is None else request.context
+        most = self._engine.max_positions - sum(self._length(segment) for segment in base)
+        text = request.text
+        if is_split := bool(self._split_chars and len(text) > self._split_chars):
+            text = text[: self._split_chars]
+        # Half the bound is still half as much again as slow speech takes.
+        num_frames = frames_bound(text) // 2
+        if request.max_frames is not None:
+            num_frames = min(num_frames, request.max_frames)
+        num_frames *= 1 + is_split  # the part before becomes context too
+        text = self._engine.spoken_text(replace(request, text=text))
+        num_tokens = self._length(Segment(request.speaker, text)) if text.strip() else 0
+        reserve = min(num_tokens + num_frames, int(MAX_RESERVE * most))
+        return most - reserve
+
+    def _length(self, segment: Segment) -> int:
+        """Positions of a segment."""
+        num_frames = 0 if segment.codes is None else len(segment.codes)
+        return len(self._engine.prompts.tokens(segment)) + num_frames + 1
+
+    def _finish(self, conversation: Conversation, line: _Line, job: Job) -> None:
+        """Keep what a job spoke as turns, and let the next request begin."""
+        spoken = [] if job.error is not None else self._spoken(job, line)
+        job.frames.clear()
+        if spoken and not conversation.is_deleted:
+            turns = self._turns(spoken)
+            seconds = sum(len(turn.codes) for turn in turns) * FRAME_S
+            until_s = self._clock() + seconds + PLAYED_S
+            conversation.add_reply(turns, until_s)
+        self._leave(conversation, line)
+
+    def _spoken(self, job: Job, line: _Line) -> list[Utterance]:
+        """The parts of a job's text that were spoken and, if it was interrupted, heard."""
+        prompt, request = job.progress.prompt, job.request
+        texts = (prompt.parts if prompt else ()) or (request.text,)
+        parts: dict[int, list[np.ndarray]] = {}
+        for frame in job.frames:
+            parts.setdefault(frame.part, []).append(frame.codes)
+        is_cut = job.finish_reason in (None, "interrupted")
+        spoken = [
+            Utterance(
+                request.speaker,
+                self._engine.spoken_text(replace(request, text=texts[part])),
+                np.stack(codes),
+                is_complete=not (is_cut and part == max(parts)),
+            )
+            for part, codes in parts.items()
+        ]
+        num_frames = len(job.frames) if line.heard_frames is None else line.heard_frames
+        return heard(spoken, num_frames, FRAME_S)
+
+    def _turns(self, spoken: Sequence[Utterance]) -> list[Turn]:
+        return [self._turn(utterance, generated=True) for utterance in spoken]
+
+    def _turn(self, spoken: Utterance, generated: bool) -> Turn:
+        length = self._length(Segment(spoken.speaker, spoken.text)) + len(spoken.codes)
+        is_small = self._engine.prompts.config.audio_vocab_size <= 2**15
+        codes = spoken.codes.astype(np.int16 if is_small else np.int32)
+        return Turn(spoken.speaker, spoken.text, codes, generated, length)
+
+
+def _segment(turn: Turn) -> Segment:
+    return Segment(turn.speaker, turn.text, torch.from_numpy(turn.codes.astype(np.int64)))
+
+
+def _heard(turns: Sequence[Turn]) -> Heard:
+    return Heard(sum(len(turn.codes) for turn in turns), " ".join(turn.text for turn in turns))
