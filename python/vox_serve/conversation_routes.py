@@ -40,7 +40,7 @@ class _New(BaseModel):
 
 
 class _Interruption(BaseModel):
-    """How much of an answer was heard."""
+    """An interruption of an answer."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
