@@ -1,5 +1,6 @@
 """The HTTP interface: routes, request model and error responses."""
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
@@ -29,7 +30,12 @@ from vox_serve.http_io import (
 )
 from vox_serve.job import QueueFull, RequestFailed, RequestRefused, Unavailable
 from vox_serve.runner import Runner
-from vox_serve.speech_response import CLIENT_CLOSED_REQUEST, ClientGone, speech_response
+from vox_serve.speech_response import (
+    CLIENT_CLOSED_REQUEST,
+    ClientGone,
+    speech_response,
+    unless_gone,
+)
 from vox_serve.text_bound import check_length
 from vox_serve.voice_routes import add_voice_routes
 from vox_serve.voice_service import VoiceService
@@ -177,7 +183,7 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
     voices = VoiceService(runner, config)
     add_voice_routes(app, voices, runner, config)
     conversations = ConversationService(runner, config)
-    app.state.conversations = conversations
+    app.state.voices, app.state.conversations = voices, conversations
     add_conversation_routes(app, conversations, voices, bodies, config)
 
     @app.post(
@@ -189,12 +195,21 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
     async def generate(request: Request) -> Response:
         """Speak a text. Send JSON, or a form with the same fields."""
         client = client_of(request)
-        with ExitStack() as stack:  # the place of an upload, if it is one
+        with ExitStack() as stack:  # holds the memory of a long body
             upload = voices.large_body(stack, client, "context")
             with bodies.hold(client) as count:
                 given, is_form = await read_fields(request, config.max_body_bytes, count, upload)
-            wanted = validated(given, is_form)
-            context = wanted.context and await voices.read_context(wanted.context, client)
+            if is_form and len(given.get("context", "")) > config.max_body_bytes:
+                wanted = await asyncio.to_thread(validated, given, is_form)  # parses JSON
+            else:
+                wanted = validated(given, is_form)
+            context = wanted.context
+            if context:
+                try:
+                    reading = voices.read_context(context, client)
+                    context = await unless_gone(request.receive, reading)
+                except ClientGone:
+                    return Response(status_code=CLIENT_CLOSED_REQUEST)
         key, name = wanted.conversation, wanted.voice
         if key is not None:
             name = conversations.voice_of(client, key, name)

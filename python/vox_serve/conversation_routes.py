@@ -23,7 +23,7 @@ from vox_serve.conversations import (
 )
 from vox_serve.ending import FRAME_S
 from vox_serve.http_io import AsciiJSONResponse, BodyMemory, Upload, read_fields
-from vox_serve.speech_response import CLIENT_CLOSED_REQUEST, ClientGone
+from vox_serve.speech_response import CLIENT_CLOSED_REQUEST, ClientGone, unless_gone
 from vox_serve.voice_service import VoiceService
 
 OBJECT = "conversation"
@@ -117,12 +117,13 @@ def add_conversation_routes(
         """Add a turn that somebody else spoke. A new id begins a conversation."""
         client = client_name(request.scope)
         with ExitStack() as stack, _named_alone():
-            upload = voices.large_body(stack, client, "audio", "codes")  # if it is one
+            upload = voices.large_body(stack, client, "audio", "codes")
             fields = parse_context([await read(request, upload)])
             conversation = conversations.open(client, key, None)
             try:
                 async with conversations.in_order(conversation, request.receive):
-                    (segment,) = await voices.read_context(fields, client)
+                    reading = voices.read_context(fields, client)
+                    (segment,) = await unless_gone(request.receive, reading)
                     turn = await conversations.add_turn(conversation, segment)
             except ClientGone:
                 return Response(status_code=CLIENT_CLOSED_REQUEST)

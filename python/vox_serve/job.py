@@ -131,6 +131,7 @@ class Job:
         finish_reason: set when the job ends.
         error: set when the job fails.
         frames: those that arrived, if they are kept.
+        interrupted: `interrupt` ended the audio.
         on_end: called once, when the job ends or is closed.
         unread_bytes: audio that the reader has not taken.
 
@@ -155,6 +156,7 @@ class Job:
         self.unread_bytes = 0
         self.ended = False
         self.closed = False
+        self.interrupted = False
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None
         self.keeps_frames = keeps_frames
@@ -212,6 +214,7 @@ class Job:
         """
         if self.ended and not self.streaming:
             return
+        self.interrupted = True
         self.discard()
         self._end(End("interrupted"))
         self._changed.set()
@@ -222,6 +225,7 @@ class Job:
         try:
             self._loop.call_soon_threadsafe(self._receive, items)
         except RuntimeError:  # the loop is closed: the reader is gone
+            self.on_end = lambda: None
             self.close()
 
     def drop(self, error: Exception) -> None:

@@ -88,7 +88,7 @@ async def _stream(job: Job, first: bytes) -> AsyncIterator[bytes]:
         async for chunk in job:
             last = chunk
             yield chunk
-        if job.finish_reason == "interrupted":
+        if job.interrupted:
             yield _fade_after(last)
     except (Unavailable, RequestFailed) as error:
         if not isinstance(error, ReaderStalled):

@@ -38,6 +38,10 @@ MAX_UPLOADS_PER_CLIENT = 1
 UPLOAD_MEMORY = 4
 """Memory of all uploads, read or waiting to be encoded, in multiples of the longest."""
 
+CONTEXT_BYTES = 2**26
+"""Most memory of all requests' contexts, read or waiting to be encoded."""
+CODE_BYTES = 8
+
 REST_SHARE = 2.0
 """While requests are spoken, encoding rests for this many times the time that it worked."""
 
@@ -65,6 +69,7 @@ class VoiceService:
             config.max_upload_bytes, self.maker.max_context_s, config.max_text_chars
         )
         self._bodies = BodyMemory(UPLOAD_MEMORY * config.max_upload_bytes)
+        self._contexts = BodyMemory(max(CONTEXT_BYTES, config.max_body_bytes))
         self._uploads: Counter[str] = Counter()  # by client; used on the event loop alone
         self._stopped = threading.Event()
 
@@ -126,17 +131,17 @@ class VoiceService:
                 del self._uploads[client]
 
     def large_body(self, stack: ExitStack, client: str, *names: str) -> Upload:
-        """The bound of a JSON body with recordings in some of its fields.
+        """The bound of a JSON body with a context in some of its fields.
 
         Args:
-            stack: counts it as an upload until its end.
+            stack: counts the body until its end.
             client: whose body it is.
             names: of the fields.
         """
         return Upload(
             tuple(name.encode() for name in names),
             min(self._limits.max_bytes, MAX_JSON_BYTES),
-            lambda: stack.enter_context(self.upload(client)),
+            lambda: stack.enter_context(self._contexts.hold(client)),
         )
 
     async def make(
@@ -175,17 +180,22 @@ class VoiceService:
 
         Raises:
             ContextError: see `decode_context` and `VoiceMaker.segments`.
+            HTTPException: 429, if the contexts of all requests take too much memory.
             ShuttingDown: the server ends.
         """
-        maker = self.maker
+        maker, k = self.maker, self.maker.sizes.num_codebooks
 
         def work() -> list[Segment]:
             turns = decode_context(segments, maker.prompts.config, maker.mimi.config, self._limits)
             return maker.segments(turns, self._pause)
 
-        if any(fields.kind == "audio" for fields in segments):
-            return await self._beside(work, client)
-        return await asyncio.to_thread(work)
+        with self._contexts.hold(client) as count:
+            for fields in segments:
+                item_bytes = 1 if fields.kind == "audio" else k * CODE_BYTES
+                count(len(fields.speech) * item_bytes)
+            if any(fields.kind == "audio" for fields in segments):
+                return await self._beside(work, client)
+            return await asyncio.to_thread(work)
 
     def _pause(self, worked_s: float) -> None:
         is_live = self._runner.count_jobs()[0] > 0

@@ -4,6 +4,7 @@ import base64
 import http.client
 import io
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -421,6 +422,54 @@ def test_the_least_recently_used_conversation_makes_room(engine):
             assert say(client, "One.", key).status_code == 200
         statuses = [client.get(f"{PATH}/{key}").status_code for key in "abcd"]
         assert statuses == [404, 200, 404, 200]
+
+
+def test_contexts_at_once_are_bounded_by_their_memory(engine, monkeypatch):
+    monkeypatch.setattr("vox_serve.voice_service.CONTEXT_BYTES", 150_000)
+    encoding, go_on = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        encoding.set()
+        assert go_on.wait(TIMEOUT_S)
+
+    engine.mimi.before_piece = wait
+    body = {"text": "a", "context": [segment(audio=wav())]}  # 50 KB
+    with serve(engine, max_body_bytes=100_000) as client, ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(client.post, "/generate", json=body) for _ in range(2)]
+        assert encoding.wait(TIMEOUT_S)
+        contexts = client.app.state.voices._contexts
+        wait_until(lambda: contexts.num_bytes > 100_000)
+        refused = client.post("/generate", json=body)
+        assert_refused(refused, 429, "try later")
+        assert refused.headers["retry-after"]
+        go_on.set()
+        assert [answer.result().status_code for answer in answers] == [200, 200]
+        assert contexts.num_bytes == 0
+
+
+def test_a_client_that_leaves_while_its_context_waits_costs_no_encoding(live, engine):
+    encoding, go_on = threading.Event(), threading.Event()
+    pieces = []
+
+    def wait() -> None:
+        pieces.append(0)
+        encoding.set()
+        assert go_on.wait(TIMEOUT_S)
+
+    engine.mimi.before_piece, engine.num_frames = wait, 2
+    contexts = live.server.app.state.voices._contexts
+    body = {"text": "a", "context": [segment(audio=wav(seconds=0.5))]}  # one piece
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(live.server.post, **body)
+        assert encoding.wait(TIMEOUT_S)
+        held = contexts.num_bytes
+        gone = live.server.post_raw(**body)
+        wait_until(lambda: contexts.num_bytes == 2 * held)
+        gone.close()
+        wait_until(lambda: contexts.num_bytes == held)
+        go_on.set()
+        assert first.result().status == 200
+    assert len(pieces) == 1
 
 
 def test_memory_of_frames_is_freed(client, engine):
