@@ -1,11 +1,14 @@
 """The fields of a context segment, checked alike in a context.json and in a request."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from vox_serve.json_file import shown
 from vox_serve.text_bound import check_length
+
+CODE_BYTES = 8
+"""Memory of a code in a list."""
 
 
 class ContextError(ValueError):
@@ -37,6 +40,17 @@ class SegmentFields:
     text: str
     kind: Literal["audio", "codes"]
     speech: Any
+
+
+def speech_bytes(segments: Sequence[SegmentFields]) -> int:
+    """Memory that the unchecked speech of segments takes, about."""
+
+    def count(fields: SegmentFields) -> int:
+        if isinstance(fields.speech, str):
+            return len(fields.speech)
+        return CODE_BYTES * sum(len(row) for row in fields.speech if isinstance(row, list))
+
+    return sum(map(count, segments))
 
 
 def check_segment(entry: Any, place: Place, max_text_chars: int | None = None) -> SegmentFields:

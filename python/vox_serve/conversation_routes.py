@@ -12,7 +12,7 @@ from vox_serve import engine
 from vox_serve.access import client_name
 from vox_serve.config import Config
 from vox_serve.context_field import SEGMENT_SCHEMA, parse_context
-from vox_serve.context_segment import ContextError
+from vox_serve.context_segment import ContextError, speech_bytes
 from vox_serve.conversation_service import ConversationService, NothingSpokenError
 from vox_serve.conversations import (
     ID_PATTERN,
@@ -121,7 +121,10 @@ def add_conversation_routes(
             fields = parse_context([await read(request, upload)])
             conversation = conversations.open(client, key, None)
             try:
-                async with conversations.in_order(conversation, request.receive):
+                waiting = conversations.in_order(
+                    conversation, request.receive, speech_bytes(fields)
+                )
+                async with waiting:
                     reading = voices.read_context(fields, client)
                     (segment,) = await unless_gone(request.receive, reading)
                     turn = await conversations.add_turn(conversation, segment)

@@ -25,6 +25,7 @@ from vox_serve.conversations import (
     heard,
 )
 from vox_serve.ending import FRAME_S
+from vox_serve.http_io import BodyMemory
 from vox_serve.job import Job, QueueFull, RequestRefused
 from vox_serve.prompt import Segment
 from vox_serve.request import Request
@@ -34,6 +35,9 @@ from vox_serve.text_bound import frames_bound
 
 MAX_WAITING = 4
 """Requests that may wait for the one that a conversation answers."""
+
+WAITING_BYTES = 2**26
+"""Most memory of all requests that wait in conversations."""
 
 PLAYED_S = 5.0
 """Time after the end of an answer's speech in which it can still be interrupted."""
@@ -105,6 +109,7 @@ class ConversationService:
             config.max_conversations, config.conversation_idle_s, self._engine.max_positions, clock
         )
         self._lines: weakref.WeakKeyDictionary[Conversation, _Line] = weakref.WeakKeyDictionary()
+        self._waiting = BodyMemory(WAITING_BYTES)
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
@@ -172,13 +177,14 @@ class ConversationService:
             receive: of the HTTP request.
 
         Raises:
-            QueueFull: too many requests wait.
+            QueueFull: too many requests wait in the conversation.
+            HTTPException: 429, if those that wait in all conversations take too much memory.
             ClientGone: the client left before its turn came.
             UnknownConversationError: the conversation was deleted meanwhile.
             RequestRefused: the text cannot be tokenized.
             Unavailable: see `Runner.submit`.
         """
-        line = await self._enter(conversation, receive)
+        line = await self._enter(conversation, receive, len(request.text))
         try:
             if self._engine.follows_context:
                 request = await self._with_turns(conversation, request)
@@ -193,13 +199,20 @@ class ConversationService:
         return job
 
     @asynccontextmanager
-    async def in_order(self, conversation: Conversation, receive: Receive) -> AsyncIterator[None]:
+    async def in_order(
+        self, conversation: Conversation, receive: Receive, num_bytes: int
+    ) -> AsyncIterator[None]:
         """Enter the block when the requests before have been answered.
+
+        Args:
+            conversation: it belongs to.
+            receive: of the HTTP request.
+            num_bytes: memory that the request takes while it waits.
 
         Raises:
             QueueFull, ClientGone, UnknownConversationError: see `speak`.
         """
-        line = await self._enter(conversation, receive)
+        line = await self._enter(conversation, receive, num_bytes)
         try:
             yield
         finally:
@@ -255,7 +268,7 @@ class ConversationService:
     def _line(self, conversation: Conversation) -> _Line:
         return self._lines.setdefault(conversation, _Line())
 
-    async def _enter(self, conversation: Conversation, receive: Receive) -> _Line:
+    async def _enter(self, conversation: Conversation, receive: Receive, num_bytes: int) -> _Line:
         """Wait for the conversation's lock."""
         line = self._line(conversation)
         if line.num_members > MAX_WAITING:
@@ -263,7 +276,9 @@ class ConversationService:
         line.num_members += 1
         conversation.num_users += 1
         try:
-            await unless_gone(receive, line.lock.acquire())
+            with self._waiting.hold(conversation.client) as count:
+                count(num_bytes)
+                await unless_gone(receive, line.lock.acquire())
         except BaseException:
             self._count_out(conversation, line)
             raise

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from vox_serve.config import Config
 from vox_serve.context_field import ContextLimits, decode_context
-from vox_serve.context_segment import SegmentFields
+from vox_serve.context_segment import SegmentFields, speech_bytes
 from vox_serve.http_io import MAX_JSON_BYTES, BodyMemory, Upload
 from vox_serve.job import QueueFull, RequestRefused, ShuttingDown
 from vox_serve.prompt import Segment
@@ -40,7 +40,6 @@ UPLOAD_MEMORY = 4
 
 CONTEXT_BYTES = 2**26
 """Most memory of all requests' contexts, read or waiting to be encoded."""
-CODE_BYTES = 8
 
 REST_SHARE = 2.0
 """While requests are spoken, encoding rests for this many times the time that it worked."""
@@ -183,16 +182,14 @@ class VoiceService:
             HTTPException: 429, if the contexts of all requests take too much memory.
             ShuttingDown: the server ends.
         """
-        maker, k = self.maker, self.maker.sizes.num_codebooks
+        maker = self.maker
 
         def work() -> list[Segment]:
             turns = decode_context(segments, maker.prompts.config, maker.mimi.config, self._limits)
             return maker.segments(turns, self._pause)
 
         with self._contexts.hold(client) as count:
-            for fields in segments:
-                item_bytes = 1 if fields.kind == "audio" else k * CODE_BYTES
-                count(len(fields.speech) * item_bytes)
+            count(speech_bytes(segments))
             if any(fields.kind == "audio" for fields in segments):
                 return await self._beside(work, client)
             return await asyncio.to_thread(work)

@@ -367,6 +367,14 @@ def wait_for_members(live: Live, number: int) -> None:
     wait_until(lambda: [line.num_members for line in list(service._lines.values())] == [number])
 
 
+def test_requests_that_wait_are_bounded_by_their_memory(live, monkeypatch):
+    monkeypatch.setattr(live.server.app.state.conversations._waiting, "max_bytes", 100)
+    with live.stream("First.") as first:
+        first.read(44)
+        assert live.server.post(text="x" * 101, conversation="c").status == 429
+        live.server.post_raw(text="x" * 50, conversation="c").close()
+
+
 def test_a_client_that_leaves_while_it_waits_lets_the_next_one_in(live, engine):
     first = live.stream("First.")
     first.read(44)
