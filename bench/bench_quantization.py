@@ -221,8 +221,8 @@ def _backbone_steps(model: CsmModel, speech: Speech) -> Iterator[tuple[Tensor, T
     cache = KvCache(model.config.backbone, len(prompts), model.dtype, model.device)
     sequences = [CacheSequence() for _ in prompts]
     batch = CacheBatch.prefill(cache, sequences, [len(p.frames) for p in prompts])
-    frames, mask, _ = zip(*prompts, strict=True)
-    frames, mask = torch.cat(frames), torch.cat(mask)
+    frames = torch.cat([prompt.frames for prompt in prompts])
+    mask = torch.cat([prompt.mask for prompt in prompts])
     for step in range(len(codes[0]) + 1):
         hidden = model.backbone_step(frames, mask, batch, cache)
         following = [c[step] for c in codes if step < len(c)]

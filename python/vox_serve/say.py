@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 PROG = "say"
 
+MAX_SPEECH_BYTES = 2**24
+"""Speech that is kept in memory until it is written: 6 minutes."""
+
 
 @standard_streams()
 def main(argv: Sequence[str] | None = None) -> int:
@@ -134,7 +137,8 @@ def _say(
     num_parts = len(prompt.parts)
     is_long = num_parts > 1
     with (
-        tempfile.TemporaryFile() as pcm,  # a book's speech would fill the memory
+        # A book's speech would fill the memory. The output's disk must hold it anyway.
+        tempfile.SpooledTemporaryFile(MAX_SPEECH_BYTES, dir=_folder_of(output)) as pcm,
         tqdm(
             total=num_parts if is_long else request.max_frames,
             unit="part" if is_long else "frame",
@@ -144,7 +148,10 @@ def _say(
     ):
 
         def take(frame: "FrameOutput", audio: "np.ndarray") -> None:
-            pcm.write(pcm16(audio).tobytes())
+            try:
+                pcm.write(pcm16(audio).tobytes())
+            except OSError as error:
+                raise CommandError(f"cannot write {output}: {error.strerror}") from None
             bar.update(frame.part - bar.n if is_long else 1)
 
         _, codes, reason = speak(engine, request, prompt, take)
@@ -177,6 +184,14 @@ def _write(contents: list[tuple[str, list[IO[bytes]]]]) -> None:
         for path, parts in contents:
             if path == "-":
                 _write_stdout(parts)
+
+
+def _folder_of(output: str | None) -> str | None:
+    """The folder of an output that is a file."""
+    if output is None or output == "-":
+        return None
+    path = Path(os.path.realpath(output))
+    return str(path.parent) if path.is_file() or not path.exists() else None
 
 
 def _copy(parts: list[IO[bytes]], file: IO[bytes]) -> None:

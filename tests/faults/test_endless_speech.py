@@ -178,7 +178,9 @@ def test_say_cuts_noise_at_the_texts_bound(tiny, folder, tmp_path, capsys):
 
 def test_a_default_limit_is_the_texts_bound():
     assert Config().frames_for("I.") == frames_bound("I.")
-    assert Config().frames_for("a" * 500) == 1125
+    assert Config().frames_for("a" * 400) == 1125
+    assert Config().frames_for("a" * 500) == frames_bound("a" * 500)  # spoken in parts
+    assert Config(split_chars=0).frames_for("a" * 500) == 1125
     assert Config(max_silence_s=0.0).frames_for("I.") == 1125
     assert Config(max_frames=1125).frames_for("I.") == 1125
 

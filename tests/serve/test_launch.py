@@ -219,9 +219,9 @@ def test_the_documented_line_serves(documented_server):
     assert streamed[44:] == whole[44:]
     wait_until(lambda: log.read_text().count("ended: stop, 3 frames") == 2)
     with pytest.raises(urllib.error.HTTPError) as refused:
-        _post(port, {"text": "word " * 500})
+        _post(port, {"text": "Hello.", "speaker": 9})
     assert refused.value.code == 422
-    assert "256" in json.load(refused.value)["detail"]
+    assert "speaker" in json.load(refused.value)["detail"][0]["loc"]
 
 
 def test_an_interrupt_ends_the_server(documented_server):
