@@ -1,6 +1,8 @@
 """The HTTP routes of conversations: begin, add a turn, show, interrupt, delete."""
 
-from collections.abc import Iterator
+import asyncio
+import base64
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -22,7 +24,7 @@ from vox_serve.conversations import (
     UnknownConversationError,
 )
 from vox_serve.ending import FRAME_S
-from vox_serve.http_io import AsciiJSONResponse, BodyMemory, Upload, read_fields
+from vox_serve.http_io import AsciiJSONResponse, BodyMemory, Upload, read_fields, read_parts
 from vox_serve.speech_response import CLIENT_CLOSED_REQUEST, ClientGone, unless_gone
 from vox_serve.voice_service import VoiceService
 
@@ -52,6 +54,18 @@ def _body(schema: dict[str, Any], required: bool = True) -> dict[str, Any]:
     return {"requestBody": {"required": required, "content": content}}
 
 
+_TURN_FORM = {
+    "type": "object",
+    "properties": {
+        "speaker": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1},
+        "text": {"type": "string", "pattern": r"\S"},
+        "audio": {"type": "string", "format": "binary"},
+    },
+    "required": ["speaker", "text", "audio"],
+    "additionalProperties": False,
+}
+_TURN_DOCS = _body(SEGMENT_SCHEMA)
+_TURN_DOCS["requestBody"]["content"]["multipart/form-data"] = {"schema": _TURN_FORM}
 _REFUSED: dict[int | str, dict[str, Any]] = {
     401: {"description": "the API key is missing or wrong"},
     403: {"description": "a foreign origin or host"},
@@ -111,14 +125,21 @@ def add_conversation_routes(
         f"{path}/{{key}}/turns",
         status_code=201,
         responses=_BODY,
-        openapi_extra=_body(SEGMENT_SCHEMA),
+        openapi_extra=_TURN_DOCS,
     )
     async def add_turn(key: str, request: Request) -> Response:
         """Add a turn that somebody else spoke. A new id begins a conversation."""
         client = client_name(request.scope)
         with ExitStack() as stack, _named_alone():
-            upload = voices.large_body(stack, client, "audio", "codes")
-            fields = parse_context([await read(request, upload)])
+            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if kind == "multipart/form-data":
+                count = stack.enter_context(voices.hold_context(client))
+                parts = await read_parts(request, config.max_upload_bytes, 1, count)
+                given = await asyncio.to_thread(_form_turn, parts)
+            else:
+                upload = voices.large_body(stack, client, "audio", "codes")
+                given = await read(request, upload)
+            fields = parse_context([given])
             conversation = conversations.open(client, key, None)
             try:
                 waiting = conversations.in_order(
@@ -182,6 +203,18 @@ def _handler(status_code: int) -> Any:
         return AsciiJSONResponse({"detail": str(error)}, status_code)
 
     return handle
+
+
+def _form_turn(parts: Sequence[tuple[str, str | bytes]]) -> dict[str, Any]:
+    """The fields of a turn from a form, as JSON has them."""
+    given: dict[str, Any] = dict(parts)
+    if len(given) < len(parts):
+        raise HTTPException(422, "the form gives a field more than once")
+    if (speaker := given.get("speaker", "")).isdecimal():
+        given["speaker"] = int(speaker[:11])  # more digits are too many anyway
+    if isinstance(audio := given.get("audio"), bytes):
+        given["audio"] = base64.b64encode(audio).decode()
+    return given
 
 
 @contextmanager

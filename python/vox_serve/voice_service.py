@@ -5,7 +5,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -129,6 +129,10 @@ class VoiceService:
             if not self._uploads[client]:
                 del self._uploads[client]
 
+    def hold_context(self, client: str) -> AbstractContextManager[Callable[[int], None]]:
+        """Count the memory of a context; see `BodyMemory.hold`."""
+        return self._contexts.hold(client)
+
     def large_body(self, stack: ExitStack, client: str, *names: str) -> Upload:
         """The bound of a JSON body with a context in some of its fields.
 
@@ -140,7 +144,7 @@ class VoiceService:
         return Upload(
             tuple(name.encode() for name in names),
             min(self._limits.max_bytes, MAX_JSON_BYTES),
-            lambda: stack.enter_context(self._contexts.hold(client)),
+            lambda: stack.enter_context(self.hold_context(client)),
         )
 
     async def make(
@@ -188,7 +192,7 @@ class VoiceService:
             turns = decode_context(segments, maker.prompts.config, maker.mimi.config, self._limits)
             return maker.segments(turns, self._pause)
 
-        with self._contexts.hold(client) as count:
+        with self.hold_context(client) as count:
             count(speech_bytes(segments))
             if any(fields.kind == "audio" for fields in segments):
                 return await self._beside(work, client)

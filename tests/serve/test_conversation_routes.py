@@ -101,6 +101,22 @@ def test_what_the_user_said_is_a_turn(client, engine):
     assert [t["generated"] for t in turns(client)] == [False, False, True]
 
 
+def test_a_turn_as_a_form(client, engine):
+    audio = base64.b64decode(wav())
+    parts = [("speaker", (None, "5")), ("text", (None, "Wörds?")), ("audio", ("a.wav", audio))]
+    assert client.post(f"{PATH}/c/turns", files=parts).status_code == 201
+    client.post(f"{PATH}/d/turns", json={"speaker": 5, "text": "Wörds?", "audio": wav()})
+    assert turns(client, "c", codes=1) == turns(client, "d", codes=1)
+    path = f"{PATH}/e/turns"
+    assert_refused(client.post(path, files=parts * 2), 400, "files")
+    assert_refused(client.post(path, files=[*parts, parts[0]]), 422, "more than once")
+    for i, says in enumerate(["speaker", "text", "audio"]):
+        assert_refused(client.post(path, files=[*parts[:i], *parts[i + 1 :]]), 422, says)
+    parts[0] = ("speaker", (None, "9" * 5000))
+    assert_refused(client.post(path, files=parts), 422, "speaker")
+    assert_refused(client.get(f"{PATH}/e"), 404)
+
+
 def test_a_conversation_has_a_voice(client, engine):
     files = [("name", (None, "alice")), ("speaker", (None, "7")), ("transcript", (None, "Hear."))]
     files.append(("audio", ("a.wav", base64.b64decode(wav()))))
@@ -193,6 +209,8 @@ def test_bodies_with_recordings_have_a_larger_bound(chunked, engine):
         assert post(f"{PATH}/c/turns", **segment(audio=short)).status_code == 201
         assert_refused(post("/generate", context=[segment(audio=long)], text="a"), 413, "500000")
         assert_refused(post(f"{PATH}/c/turns", **segment(audio=long)), 413, "500000")
+        parts = {"audio": ("a.wav", base64.b64decode(long))}
+        assert_refused(client.post(f"{PATH}/c/turns", files=parts), 413, "500000")
         assert_refused(post("/generate", text="context" + "a" * 300_000), 413, "262144")
         assert_refused(post(f"{PATH}/c/interrupt", played_ms=0, audio=short), 413, "262144")
 

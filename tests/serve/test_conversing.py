@@ -11,6 +11,7 @@ from engine_testing import random_context, run
 from vox_serve.api import create_app
 from vox_serve.config import Config
 from vox_serve.engine import Engine, Request
+from vox_serve.kv_cache import PAGE_SIZE
 from vox_serve.loading import load_engine
 from vox_serve.long_form import LongForm
 from vox_serve.prompt import Segment
@@ -79,6 +80,18 @@ def test_a_turns_codes_are_those_of_its_context_given_explicitly(client, alone):
         context = kept(client, "a")
         assert torch.equal(context[-1].codes, codes)
         assert (context[-1].speaker, context[-1].text) == (speaker, text)
+
+
+def test_a_turn_computes_little_more_than_its_own_text(client):
+    engine = client.app.state.conversations._engine.engine
+    for number in range(6):
+        body = {"text": f"Turn {number}.", "seed": number, "conversation": "e"}
+        missing = engine.num_found_positions - engine.num_prompt_positions
+        client.post("/generate", json=body)
+        missing += engine.num_prompt_positions - engine.num_found_positions
+        num_tokens = len(engine.prompts.tokens(Segment(0, body["text"])))
+        # The end of the last turn: its last frame, the frame of zeros, and less than a page.
+        assert missing <= num_tokens + 2 + PAGE_SIZE
 
 
 def test_the_turn_after_an_interruption_has_what_was_heard(client, alone):
