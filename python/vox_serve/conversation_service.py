@@ -1,12 +1,13 @@
 """Speaks in conversations: one request after another, with the earlier turns as context."""
 
 import asyncio
+import logging
 import math
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 from starlette.types import Receive
 
 from vox_serve.config import Config
+from vox_serve.conversation_line import ConversationLine
 from vox_serve.conversations import (
     Conversation,
     Conversations,
@@ -30,11 +32,9 @@ from vox_serve.job import Job, QueueFull, RequestRefused
 from vox_serve.prompt import Segment
 from vox_serve.request import Request
 from vox_serve.runner import Runner
-from vox_serve.speech_response import unless_gone
 from vox_serve.text_bound import frames_bound
 
-MAX_WAITING = 4
-"""Requests that may wait for the one that a conversation answers."""
+logger = logging.getLogger("vox_serve")
 
 WAITING_BYTES = 2**26
 """Most memory of all requests that wait in conversations."""
@@ -51,27 +51,6 @@ SWEEP_S = 60.0
 
 class NothingSpokenError(RuntimeError):
     """Nothing can be interrupted."""
-
-
-@dataclass(eq=False)
-class _Line:
-    """The requests of one conversation: one is answered, others wait.
-
-    Attributes:
-        lock: held by the one.
-        num_members: all of them.
-        job: the last one that was spoken.
-        heard_frames: frames that were heard before it was interrupted.
-    """
-
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    num_members: int = 0
-    job: "weakref.ref[Job] | None" = None
-    heard_frames: int | None = None
-
-    @property
-    def last_job(self) -> Job | None:
-        return self.job() if self.job else None
 
 
 class Heard(NamedTuple):
@@ -108,7 +87,9 @@ class ConversationService:
         self.kept = Conversations(
             config.max_conversations, config.conversation_idle_s, self._engine.max_positions, clock
         )
-        self._lines: weakref.WeakKeyDictionary[Conversation, _Line] = weakref.WeakKeyDictionary()
+        self._lines: weakref.WeakKeyDictionary[Conversation, ConversationLine] = (
+            weakref.WeakKeyDictionary()
+        )
         self._waiting = BodyMemory(WAITING_BYTES)
         self._timer: asyncio.TimerHandle | None = None
 
@@ -161,8 +142,7 @@ class ConversationService:
 
     def is_speaking(self, conversation: Conversation) -> bool:
         """True while an answer is being made."""
-        job = self._line(conversation).last_job
-        return job is not None and not (job.ended or job.closed)
+        return self._line(conversation).live_job is not None
 
     async def speak(
         self, conversation: Conversation, request: Request, streaming: bool, receive: Receive
@@ -194,7 +174,7 @@ class ConversationService:
             self._leave(conversation, line)
             raise
         conversation.end_reply()
-        line.job, line.heard_frames = weakref.ref(job), None
+        line.begin(job)
         job.on_end = partial(self._finish, conversation, line, job)
         return job
 
@@ -246,13 +226,12 @@ class ConversationService:
             NothingSpokenError: there is no such answer.
         """
         line = self._line(conversation)
-        job = line.last_job
         num_frames = math.ceil(round(played_ms / 1000 / FRAME_S, 6))
-        if job is not None and not (job.ended or job.closed):
+        if (job := line.live_job) is not None:
             line.heard_frames = num_frames
             job.interrupt()  # calls _finish
         elif conversation.reply_turns and self._clock() < conversation.reply_until_s:
-            if job is not None:
+            if (job := line.last_job) is not None:
                 job.interrupt()
             spoken = [Utterance(t.speaker, t.text, t.codes) for t in conversation.reply]
             num_left = max(num_frames - conversation.reply_frames_forgotten, 0)
@@ -265,22 +244,21 @@ class ConversationService:
         conversation.end_reply()
         return _heard(turns)
 
-    def _line(self, conversation: Conversation) -> _Line:
-        return self._lines.setdefault(conversation, _Line())
+    def _line(self, conversation: Conversation) -> ConversationLine:
+        if (line := self._lines.get(conversation)) is None:
+            line = self._lines[conversation] = ConversationLine(self._waiting)
+        return line
 
-    async def _enter(self, conversation: Conversation, receive: Receive, num_bytes: int) -> _Line:
-        """Wait for the conversation's lock."""
+    async def _enter(
+        self, conversation: Conversation, receive: Receive, num_bytes: int
+    ) -> ConversationLine:
+        """Wait until the requests before in the conversation have been answered."""
         line = self._line(conversation)
-        if line.num_members > MAX_WAITING:
-            raise QueueFull(f"{MAX_WAITING} requests wait in this conversation: try later")
-        line.num_members += 1
         conversation.num_users += 1
         try:
-            with self._waiting.hold(conversation.client) as count:
-                count(num_bytes)
-                await unless_gone(receive, line.lock.acquire())
+            await line.enter(conversation.client, receive, num_bytes)
         except BaseException:
-            self._count_out(conversation, line)
+            self._release(conversation)
             raise
         try:
             self._check(conversation)
@@ -289,12 +267,11 @@ class ConversationService:
             raise
         return line
 
-    def _leave(self, conversation: Conversation, line: _Line) -> None:
-        line.lock.release()
-        self._count_out(conversation, line)
+    def _leave(self, conversation: Conversation, line: ConversationLine) -> None:
+        line.leave()
+        self._release(conversation)
 
-    def _count_out(self, conversation: Conversation, line: _Line) -> None:
-        line.num_members -= 1
+    def _release(self, conversation: Conversation) -> None:
         conversation.num_users -= 1
         self.kept.touch(conversation)
 
@@ -336,18 +313,20 @@ class ConversationService:
         num_frames = 0 if segment.codes is None else len(segment.codes)
         return len(self._engine.prompts.tokens(segment)) + num_frames + 1
 
-    def _finish(self, conversation: Conversation, line: _Line, job: Job) -> None:
+    def _finish(self, conversation: Conversation, line: ConversationLine, job: Job) -> None:
         """Keep what a job spoke as turns, and let the next request begin."""
-        spoken = [] if job.error is not None else self._spoken(job, line)
-        job.frames.clear()
-        if spoken and not conversation.is_deleted:
-            turns = self._turns(spoken)
-            seconds = sum(len(turn.codes) for turn in turns) * FRAME_S
-            until_s = self._clock() + seconds + PLAYED_S
-            conversation.add_reply(turns, until_s)
-        self._leave(conversation, line)
+        try:
+            if job.error is None and not conversation.is_deleted:
+                turns = self._turns(self._spoken(job, line))
+                seconds = sum(len(turn.codes) for turn in turns) * FRAME_S
+                conversation.add_reply(turns, self._clock() + seconds + PLAYED_S)
+        except Exception:
+            logger.exception("request %s cannot be kept as a turn", job.request.id)
+        finally:
+            job.frames.clear()
+            self._leave(conversation, line)
 
-    def _spoken(self, job: Job, line: _Line) -> list[Utterance]:
+    def _spoken(self, job: Job, line: ConversationLine) -> list[Utterance]:
         """The parts of a job's text that were spoken and, if it was interrupted, heard."""
         prompt, request = job.progress.prompt, job.request
         texts = (prompt.parts if prompt else ()) or (request.text,)

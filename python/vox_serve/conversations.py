@@ -298,11 +298,14 @@ class Conversations:
     def expire(self) -> None:
         """Delete what nobody used for too long."""
         limit = self._clock() - self.idle_s
-        for conversation in list(self._kept.values()):
+        expired = []
+        for conversation in self._kept.values():
             if conversation.last_used_s > limit:
                 break
             if not conversation.num_users:
-                self._drop(conversation)
+                expired.append(conversation)
+        for conversation in expired:
+            self._drop(conversation)
 
     def _make_room(self) -> None:
         counts = Counter(client for client, _ in self._kept)

@@ -25,7 +25,7 @@ from http_testing import SENDERS, assert_refused
 from live_server import LiveServer, wait_until
 from vox_serve.api import create_app
 from vox_serve.config import Config
-from vox_serve.conversation_service import MAX_WAITING
+from vox_serve.conversation_line import MAX_WAITING
 from vox_serve.runner import Runner
 
 PATH = "/v1/conversations"
@@ -285,6 +285,18 @@ def test_an_engine_that_starts_again_in_the_middle(streaming, client, engine):
     assert say(client, "Three.").status_code == 200
     told = ["One."] if streaming else ["One.", "Two."]
     assert last_context(engine) == [(0, text) for text in told]
+
+
+def test_an_answer_that_cannot_be_kept_does_not_end_the_conversation(client, engine, monkeypatch):
+    def fails(segment):
+        raise ValueError("a pattern of the tokenizer backtracks too much")
+
+    engine.follows_context = False
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.prompts, "tokens", fails, raising=False)
+        assert say(client, "One.").content[44:] == expected_pcm("One.", 3)
+    assert say(client, "Two.").status_code == 200
+    assert [t["text"] for t in turns(client)] == ["Two."]
 
 
 def test_what_ended_lately_can_still_be_interrupted(client):
