@@ -342,13 +342,16 @@ def test_an_interruption_ends_the_stream_and_keeps_what_was_heard(live, engine):
     # 39 characters last 3 s, 37.5 frames.
     stream = live.stream("Aaaa bbbb cccc dddd eeee ffff gggg hhhh.")
     stream.read(44 + 20 * 3840)
-    num_steps = []
-    engine.fault = lambda: num_steps.append(0)
     assert live.call("GET", f"{PATH}/c")[1]["speaking"] is True
     status, answer = live.call("POST", f"{PATH}/c/interrupt", {"played_ms": 800})
     assert (status, answer["heard_s"], answer["text"]) == (200, 0.8, "Aaaa bbbb cccc")
-    stream.read()  # raises IncompleteRead if the stream was cut
+    num_steps_then = engine.num_steps
+    rest = stream.read()  # raises IncompleteRead if the stream was cut
+    assert rest.endswith(b"\0\0")  # faded
     assert engine.saw_abort.wait(TIMEOUT_S)
+    assert engine.num_steps <= num_steps_then + 2
+    counts = live.call("GET", "/health")[1]["counts"]
+    assert (counts["finished"], counts["cancelled"]) == ({"interrupted": 1}, 0)
     (turn,) = live.call("GET", f"{PATH}/c?codes=1")[1]["turns"]
     text = "Aaaa bbbb cccc dddd eeee ffff gggg hhhh."
     assert turn["codes"] == [fake_codes(text, i).tolist() for i in range(10)]
