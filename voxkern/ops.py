@@ -100,9 +100,9 @@ def prefill_attention(
     Sequence b owns the queries `cu_seqlens[b] .. cu_seqlens[b + 1]`. They are the last of its
     `seq_lens[b]` positions, so a prompt can continue a cached prefix. Their keys and values must
     already be in the pages (`append_kv`). Online softmax (Dao et al. 2022,
-    https://arxiv.org/abs/2205.14135). On the CPU and in Triton, a query's result has
-    the bits that `decode_attention` gives at its position (docs/kernels.md, "One position, one
-    result").
+    https://arxiv.org/abs/2205.14135). On the CPU and in Triton, and on CUDA in
+    float32, a query's result has the bits that `decode_attention` gives at its position
+    (docs/kernels.md, "One position, one result").
 
     Args:
         q: `[T, Hq, D]`; the last two dimensions contiguous. Query head h reads key/value head

@@ -1,4 +1,4 @@
-// The kernels of prefill_attention.
+// prefill_attention on tensor cores: bfloat16, heads of 64 or 128.
 //
 // A row is one query of one head. The rows of a sequence and a key/value head are numbered token by
 // token, and within a token by head of the group, so neighbours share keys and values. A block
@@ -6,15 +6,15 @@
 // the grid has room for the most there may be. Rows are independent of each other, and keys come in
 // blocks from key 0 on, so neither batch, chunks nor pages change a result.
 //
-// Two kernels. bfloat16 with heads of 64 or 128: a warp has 16 rows, and takes 64 or 32 keys at a
-// time through the tensor cores, straight from the pages without shared memory: 16-byte loads are
-// already laid out as the products need them, if columns are taken in another order, the same for
-// both operands. Everything else: a warp has one row, 32 keys at a time, float32 throughout.
+// A warp has 16 rows, and takes 64 or 32 keys at a time through the tensor cores, straight from the
+// pages without shared memory: 16-byte loads are already laid out as the products need them, if
+// columns are taken in another order, the same for both operands.
 //
-// Rounding (tensor cores): scores and their sums are float32, weights are rounded to bfloat16 for
-// the product with the values (their sum is of the unrounded ones), the result once.
-// Floor: 4 D operations a row and key (docs/cuda.md); the products with weights cost ten times as
-// much, so it is kept simple: K and V are read through the caches, once a warp.
+// Rounding: scores and their sums are float32, weights are rounded to bfloat16 for
+// the product with the values (their sum is of the unrounded ones), the result once. So a decode
+// step at the same position, which rounds no weight, has other bits. Floor: 4 D operations a row
+// and key (docs/cuda.md); the products with weights cost ten times as much, so it is kept simple: K
+// and V are read through the caches, once a warp.
 #pragma once
 
 #include "cuda/attention/online_softmax.cuh"
@@ -234,28 +234,6 @@ __global__ void __launch_bounds__(kPrefillWarps* kWarp, 2)
   const int64_t first = tile.first_row + threadIdx.x / kWarp * kTensorRows;
   if (first >= tile.rows) return;  // the whole warp
   TensorWorker<D>(p, tile, first).run();
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kPrefillWarps* kWarp, 10)
-    prefill_kernel(PrefillAttentionParams p) {
-  VOX_SHARED(float[kPrefillWarps][kMaxHeadDim], queries);
-  VOX_SHARED(float[kPrefillWarps][kWarp], weights);
-  wait_for_previous_kernel();
-  PrefillTile tile;
-  if (!find_tile(p, kPrefillWarps, tile)) return;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, D = static_cast<int>(p.D);
-  if (tile.first_row + warp >= tile.rows) return;  // the whole warp
-  const PrefillRow row = find_row(p, tile, tile.first_row + warp);
-  for (int i = lane; i < D; i += kWarp)
-    queries[warp][i] =
-        to_float(static_cast<const T*>(p.q)[row.token * p.q_stride + row.head * D + i]) * p.scale;
-  attend_row(
-      queries[warp], weights[warp], static_cast<int>(row.position), D,
-      static_cast<const T*>(p.k_pages), static_cast<const T*>(p.v_pages),
-      [&](int key) { return find_key(p, tile.b, key); },
-      [](const T* from) { return to_float(*from); },
-      static_cast<T*>(p.out) + (row.token * p.Hq + row.head) * D);
 }
 
 }  // namespace
