@@ -95,8 +95,8 @@ class Engine:
         max_silence_s: silence after which a request ends; 0 for no such end.
         num_spare_rows: further requests in a step, which `add` fills like the others. Who adds
             requests can keep these places for somebody who would otherwise wait.
-        prefix_cache_bytes: limit for the keys and values that are kept for later requests.
-            The default context is kept in any case.
+        prefix_cache_bytes: limit for the keys and values that are kept for later requests, beyond
+            those of the default context, which are always kept.
         normalises: normalise the texts of requests that leave it to the engine.
 
     Raises:
@@ -128,13 +128,13 @@ class Engine:
         self.default_context = tuple(default_context)
         self._default_prompt = self._build_default_prompt()
         page_bytes = PAGE_SIZE * KvCache.position_bytes(model.config.backbone, model.dtype)
-        cached_pages = -(-len(self._default_prompt.frames) // PAGE_SIZE)
         self._cache = KvCache(
             model.config.backbone,
             rows,
             model.dtype,
             model.device,
-            max(cached_pages, prefix_cache_bytes // page_bytes),
+            max_cached_pages=prefix_cache_bytes // page_bytes,
+            num_kept_pages=-(-len(self._default_prompt.frames) // PAGE_SIZE),
         )
         self._batch: FrameBatch[_Live] = FrameBatch(model, mimi, self._cache, rows)
         self._pending: deque[_Pending] = deque()
@@ -443,7 +443,7 @@ class Engine:
 
     @torch.inference_mode()
     def _fill_cache(self) -> None:
-        """Compute the keys and values of the default context."""
+        """Compute the keys and values of the default context, whose pages stay held."""
         frames, mask, keys, _ = self._default_prompt
         device = self.model.device
         chunk = PREFILL_CHUNK_TOKENS[device.type]
@@ -454,4 +454,4 @@ class Engine:
             self.model.backbone_step(
                 frames[part].to(device), mask[part].to(device), batch, self._cache
             )
-        self._cache.release(sequence, keys, sequence.length)
+        self._cache.publish(sequence, keys, grows=False)

@@ -44,6 +44,7 @@ class KvCache:
         dtype: dtype of keys and values.
         device: device of the pages. On a CPU, the OS allocates memory when a page is first written.
         max_cached_pages: further pages, for prefixes that no sequence holds.
+        num_kept_pages: further pages, for a sequence that is never released.
     """
 
     def __init__(
@@ -53,11 +54,12 @@ class KvCache:
         dtype: torch.dtype,
         device: torch.device,
         max_cached_pages: int = 0,
+        num_kept_pages: int = 0,
     ) -> None:
         self.max_positions = config.max_positions
         self.max_cached_pages = max_cached_pages
         self.pages_per_sequence = -(-config.max_positions // PAGE_SIZE)
-        num_pages = max_sequences * self.pages_per_sequence + max_cached_pages
+        num_pages = max_sequences * self.pages_per_sequence + max_cached_pages + num_kept_pages
         shape = (config.num_layers, num_pages, config.num_kv_heads, PAGE_SIZE, config.head_dim)
         self.k_pages = torch.empty(shape, dtype=dtype, device=device)
         self.v_pages = torch.empty(shape, dtype=dtype, device=device)
@@ -142,15 +144,18 @@ class KvCache:
                 break
         return found
 
-    def publish(self, sequence: CacheSequence, keys: PrefixKeys) -> None:
-        """Let other sequences find the full pages of one that may grow further.
+    def publish(self, sequence: CacheSequence, keys: PrefixKeys, grows: bool = True) -> None:
+        """Let other sequences find the pages of one.
 
         Args:
             sequence: its positions are written, or will be before any later use of the cache.
             keys: keys of its inputs.
+            grows: it may grow further, so that only its full pages can be shared.
         """
-        for end in range(PAGE_SIZE, sequence.length + 1, PAGE_SIZE):
-            self._pool.name(sequence.pages[end // PAGE_SIZE - 1], keys[end])
+        for i, page in enumerate(sequence.pages):
+            end = min((i + 1) * PAGE_SIZE, sequence.length)
+            if end % PAGE_SIZE == 0 or not grows:
+                self._pool.name(page, keys[end])
 
     def release(
         self, sequence: CacheSequence, keys: PrefixKeys | None = None, length: int = 0

@@ -266,3 +266,21 @@ def test_a_failed_request_leaves_nothing_to_find(loaded):
     assert engine._cache.num_cached_pages == 0
     expected = run(with_cache(loaded, 0), request)[request.id][0]
     assert torch.equal(run(engine, request)[request.id][0], expected)
+
+
+@pytest.mark.parametrize("num_pages", [0, 3])
+def test_the_default_context_is_kept_and_takes_nothing_from_the_rest(
+    loaded, num_pages, monkeypatch
+):
+    size = num_pages * PAGE_SIZE * position_bytes(loaded)
+    parts = loaded.model, loaded.mimi, loaded.prompts, CONTEXT
+    engine = Engine(*parts, prefix_cache_bytes=size)
+    counter = PrefillCounter(engine, monkeypatch)
+    own = len(engine.prompts.tokens(Segment(0, "This is turn 2.")))
+    other = random_context(PACKABLE)
+    for _ in range(2):
+        run(engine, turn(1, other), turn(1, None))
+        assert engine._cache.num_cached_pages == num_pages
+        counter.count = 0
+        run(engine, turn(2, None))
+        assert counter.count == own
