@@ -16,7 +16,7 @@ from pydantic import PlainValidator, WithJsonSchema
 from torch import Tensor
 
 from vox_serve.context_segment import ContextError, Place, SegmentFields, check_segment
-from vox_serve.json_file import parse_json, shown
+from vox_serve.json_file import check_items, parse_json, shown
 from vox_serve.mimi import Mimi
 from vox_serve.mimi.config import MimiConfig
 from vox_serve.model_config import CsmConfig
@@ -81,7 +81,9 @@ def parse_context(value: Any) -> list[SegmentFields]:
     """
     if isinstance(value, str):
         try:
-            value = parse_json(value.encode())
+            data = value.encode()
+            check_items(data)
+            value = parse_json(data)
         except UnicodeEncodeError:
             raise ContextError("context must be valid Unicode") from None
         except ValueError as error:
@@ -257,13 +259,14 @@ def from_base64(text: str, max_bytes: int) -> bytes:
         kind, comma, text = text.partition(",")
         if not comma or not kind.lower().endswith(";base64"):
             raise ValueError("a data: URL must be one of base64: data:audio/wav;base64,...")
-    text = "".join(text.split())
+    # A slice at a time: each holds Python's lock, which the engine's thread may want.
+    starts = range(0, len(text), _BASE64_SLICE_CHARS)
+    text = "".join("".join(text[i : i + _BASE64_SLICE_CHARS].split()) for i in starts)
     if (num_bytes := len(text) // 4 * 3) > max_bytes + 2:  # two bytes may be padding
         raise AudioTooLargeError(f"the recording has {num_bytes} bytes; at most {max_bytes} fit")
     if "=" in text[:-2]:
         raise ValueError("it is not base64")
     try:
-        # A slice at a time: each holds Python's lock, which the engine's thread may want.
         slices = range(0, len(text), _BASE64_SLICE_CHARS)
         data = b"".join(
             base64.b64decode(text[i : i + _BASE64_SLICE_CHARS], validate=True) for i in slices

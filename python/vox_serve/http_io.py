@@ -15,6 +15,8 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vox_serve.json_file import MAX_UPLOAD_ITEMS, JsonError, check_items
+
 logger = logging.getLogger("vox_serve")
 
 T = TypeVar("T")
@@ -24,7 +26,8 @@ MAX_FORM_FIELDS = 64
 MAX_BODY_MEMORY_BYTES = 2**26
 
 MAX_JSON_BYTES = 2**23
-"""Longest upload as JSON, whose parsing holds Python's lock for 10 ms at this length."""
+"""Longest upload as JSON. If it is one long string, parsing it holds Python's lock for 10 ms; see
+also `MAX_UPLOAD_ITEMS`."""
 
 
 class AsciiJSONResponse(JSONResponse):
@@ -55,8 +58,9 @@ class HeadAsGet:
 class BodyMemory:
     """Bounds the bodies that are being read, all together. Only the event loop uses it.
 
-    Beyond the limit, the client that holds the most is refused more. So clients that send their
-    bodies slowly over many connections do not keep others out.
+    Beyond the limit, a client that holds more than an equal share of it is refused more. So clients
+    that send their bodies slowly over many connections do not keep others out, and n clients
+    hold at most 1 + 1/2 + ... + 1/n times the limit.
 
     Args:
         max_bytes: the limit.
@@ -81,7 +85,7 @@ class BodyMemory:
             self.num_bytes += num_bytes
             self._held[client] += num_bytes
             is_full = self.num_bytes > self.max_bytes
-            if is_full and self._held[client] == max(self._held.values()):
+            if is_full and self._held[client] > self.max_bytes / len(self._held):
                 reason = "too many bodies are being sent: try later"
                 raise HTTPException(429, reason, headers={"Retry-After": "1"})
 
@@ -148,12 +152,14 @@ async def read_fields(
         elif is_json:
             is_form = False
             if len(body) > max_bytes:
-                fields = await asyncio.to_thread(_json_fields, body)
+                fields = await asyncio.to_thread(_long_json_fields, body)
             else:
                 fields = _json_fields(body)
         elif kind == "application/x-www-form-urlencoded":
-            # Starlette's parser takes raw UTF-8 for Latin-1 and replaces invalid bytes silently.
-            items = parse_qsl(body.decode(), True, errors="strict", max_num_fields=MAX_FORM_FIELDS)
+            if len(body) > max_bytes:
+                items = await asyncio.to_thread(_long_form_items, body)
+            else:
+                items = _form_items(body)
             fields, is_form = _form_fields(items), True
         else:
             raise HTTPException(415, "send application/json or a form")
@@ -181,7 +187,7 @@ async def read_json(
         body = await _limited(request, max_bytes, count).body()
     except ClientDisconnect:  # nobody will read this response
         raise HTTPException(400, "the body is cut short") from None
-    return await asyncio.to_thread(_json_fields, body)
+    return await asyncio.to_thread(_long_json_fields, body)
 
 
 async def read_parts(
@@ -267,12 +273,34 @@ def _limited(
     return Request(request.scope, receive)
 
 
+def _form_items(body: bytes) -> list[tuple[str, str]]:
+    # Starlette's parser takes raw UTF-8 for Latin-1 and replaces invalid bytes silently.
+    return parse_qsl(body.decode(), True, errors="strict", max_num_fields=MAX_FORM_FIELDS)
+
+
+def _long_form_items(body: bytes) -> list[tuple[str, str]]:
+    try:
+        check_items(body, [b"%"])
+    except JsonError:
+        reason = f"the form has more than {MAX_UPLOAD_ITEMS} escapes: send multipart/form-data"
+        raise HTTPException(413, reason) from None
+    return _form_items(body)
+
+
 def _form_fields(items: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     filled = [(name, value) for name, value in items if value != ""]
     fields = dict(filled)
     if len(fields) < len(filled):
         raise HTTPException(422, "the form gives a field more than once")
     return fields
+
+
+def _long_json_fields(body: bytes) -> dict[str, Any]:
+    try:
+        check_items(body)
+    except JsonError as error:
+        raise HTTPException(413, f"the body is refused: {error}") from None
+    return _json_fields(body)
 
 
 def _json_fields(body: bytes) -> dict[str, Any]:

@@ -208,12 +208,16 @@ class VoiceService:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
+        waiting = [work]  # its recordings are given up with the request, not when its turn comes
+
         def run() -> None:
-            if future.cancelled():
-                return
             post: Callable[[], Any]
             try:
-                post = partial(_settle, future, work(), None)
+                begun = waiting.pop()
+            except IndexError:  # nobody wants the result
+                return
+            try:
+                post = partial(_settle, future, begun(), None)
             except BaseException as error:
                 post = partial(_settle, future, None, error)
             try:
@@ -225,7 +229,10 @@ class VoiceService:
             self._runner.start_encoding(run, client)
         except RuntimeError:
             raise QueueFull("the system has no thread left: try later") from None
-        return await future
+        try:
+            return await future
+        finally:
+            waiting.clear()
 
 
 def _settle(future: "asyncio.Future[Any]", result: Any, error: BaseException | None) -> None:
