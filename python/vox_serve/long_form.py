@@ -7,6 +7,7 @@ samples follow each other without a gap; a step between two of them decays withi
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from vox_serve.ending import fade_tail
 from vox_serve.engine import Engine
-from vox_serve.prompt import Segment
+from vox_serve.prompt import PromptTooLongError, Segment
 from vox_serve.request import FinishReason, FrameOutput, Prompt, Request
 from vox_serve.text.splitting import PREFERRED_CHARS, split
 from vox_serve.text_bound import frames_bound
@@ -179,7 +180,13 @@ class LongForm:
                 passage.recent.pop(0)
         passage.number += 1
         passage.codes = []
-        self.engine.add(self._request(passage))
+        try:
+            self.engine.add(self._request(passage))
+        except PromptTooLongError:
+            if not passage.recent:
+                raise
+            passage.recent.clear()
+            self.engine.add(self._request(passage))
         self._tokenize_next(passage)
 
     def _segment(self, passage: _Passage, number: int) -> Segment:
@@ -213,7 +220,8 @@ class LongForm:
         """Tokenize the next part in another thread; `PromptBuilder` keeps the tokens."""
         if passage.number + 1 < len(passage.parts):
             number = passage.number + 1
-            self._tokenizing.submit(lambda: self.prompts.tokens(self._segment(passage, number)))
+            with suppress(RuntimeError):  # no thread is left: it is tokenized when its turn comes
+                self._tokenizing.submit(lambda: self.prompts.tokens(self._segment(passage, number)))
 
 
 def _joined(audio: np.ndarray, last_sample: float) -> np.ndarray:

@@ -187,11 +187,12 @@ def _write(contents: list[tuple[str, list[IO[bytes]]]]) -> None:
 
 
 def _folder_of(output: str | None) -> str | None:
-    """The folder of an output that is a file."""
+    """The folder of an output that is a file, if it takes new files."""
     if output is None or output == "-":
         return None
     path = Path(os.path.realpath(output))
-    return str(path.parent) if path.is_file() or not path.exists() else None
+    is_special = path.exists() and not path.is_file()
+    return None if is_special or not os.access(path.parent, os.W_OK) else str(path.parent)
 
 
 def _copy(parts: list[IO[bytes]], file: IO[bytes]) -> None:

@@ -121,6 +121,10 @@ _UNKNOWN: dict[int | str, dict[str, Any]] = {
     404: {"description": "there is no such voice"},
     422: {"description": "the voice was made for another model, or its file is broken"},
 }
+_DELETE: dict[int | str, dict[str, Any]] = {
+    **_UNKNOWN,
+    507: {"description": "the voice cannot be deleted"},
+}
 _SAMPLE: dict[int | str, dict[str, Any]] = {
     **_UNKNOWN,
     200: {"description": "mono 16-bit WAV", "content": {"audio/wav": {}}},
@@ -195,12 +199,15 @@ def add_voice_routes(app: FastAPI, voices: VoiceService, runner: Runner, config:
         job = runner.submit(spoken, client_name(request.scope), streaming=False)
         return await speech_response(job, False, request.receive)
 
-    @app.delete("/v1/audio/voices/{name}", responses=_UNKNOWN)
+    @app.delete("/v1/audio/voices/{name}", responses=_DELETE)
     async def delete_voice(name: str) -> Response:
         """Delete a voice. Speech in it goes on."""
         if name in BUILT_IN:
             raise HTTPException(403, f"voice {name} is built in")
-        await asyncio.to_thread(store.remove, name)
+        try:
+            await asyncio.to_thread(store.remove, name)
+        except OSError as error:
+            raise HTTPException(507, f"the voice cannot be deleted: {error.strerror}") from None
         return AsciiJSONResponse({"id": name, "object": f"{OBJECT}.deleted", "deleted": True})
 
     for kind, status_code in (

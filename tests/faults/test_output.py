@@ -164,6 +164,13 @@ def test_a_file_in_a_folder_that_takes_no_new_one_is_written_in_place(old, code,
     assert say.main(["hello", "-o", str(old.with_name("new.wav"))]) == 1
 
 
+def test_long_speech_needs_no_folder_that_takes_files(old, monkeypatch):
+    monkeypatch.setattr(say.os, "access", lambda path, mode: path != old.parent)
+    assert say._folder_of(str(old)) is None
+    monkeypatch.undo()
+    assert say._folder_of(str(old)) == str(old.parent)
+
+
 def test_a_file_that_is_a_mount_point_is_written_in_place(old, monkeypatch):
     def busy(*_):
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))

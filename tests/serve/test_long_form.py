@@ -175,6 +175,32 @@ def test_abort_and_reset_drop_the_rest(engine, long_form, monkeypatch, num_steps
         assert long_form.step() == []
 
 
+def test_a_long_part_takes_the_place_of_earlier_ones(engine, long_form, monkeypatch):
+    """Emoji and rare scripts have several tokens for a character."""
+    script_ends(monkeypatch, engine, dict.fromkeys(SENTENCES, 3))
+    tokens = engine.prompts.tokens
+
+    def many(segment):
+        found = tokens(segment)
+        return found + found[1:2] * 210 if segment.text == SENTENCES[3] else found
+
+    monkeypatch.setattr(engine.prompts, "tokens", many)
+    wanted = request(max_frames=100)
+    codes, _, reason = run(long_form, wanted)[wanted.id]
+    assert (len(codes), reason) == (15, "stop")
+
+
+def test_speech_goes_on_without_a_thread_for_the_next_part(engine, long_form, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("can't start new thread")
+
+    script_ends(monkeypatch, engine, dict.fromkeys(SENTENCES, 3))
+    monkeypatch.setattr(long_form._tokenizing, "submit", fail)
+    wanted = request(max_frames=100)
+    codes, _, reason = run(long_form, wanted)[wanted.id]
+    assert (len(codes), reason) == (15, "stop")
+
+
 def test_a_text_that_cannot_be_tokenized_ends_with_an_error(engine, long_form, monkeypatch):
     script_ends(monkeypatch, engine, dict.fromkeys(SENTENCES, 3))
     tokens = engine.prompts.tokens

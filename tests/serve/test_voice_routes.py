@@ -293,6 +293,19 @@ def test_a_voice_that_cannot_be_written_is_507(engine, tmp_path, monkeypatch):
         assert as_form(client).status_code == 201
 
 
+def test_a_voice_that_cannot_be_deleted_is_507(engine, tmp_path, monkeypatch):
+    with serve(engine, voices=str(tmp_path)) as client:
+        as_form(client)
+
+        def fail(*_):
+            raise OSError(30, "Read-only file system")
+
+        monkeypatch.setattr("pathlib.Path.unlink", fail)
+        assert_refused(client.delete(f"{VOICES}/alice"), 507, "Read-only")
+        monkeypatch.undo()
+        assert client.delete(f"{VOICES}/alice").status_code == 200
+
+
 def test_one_upload_of_a_client_at_a_time(engine):
     encoding, go_on = threading.Event(), threading.Event()
 
