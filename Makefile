@@ -14,7 +14,8 @@ PLANTED := $(wildcard tests/sanitize/planted.*)
 CPP := $(wildcard csrc/*.cpp csrc/common/* csrc/params/* csrc/cpu/*/*)
 # One worker per core, at most 8. Workers have one thread each unless a variable or a test says
 # otherwise (conftest.py).
-PYTEST = $(RUN) -m pytest -q -n auto --maxprocesses 8 --dist worksteal
+# One worker more than processors: tests that wait for sockets and processes leave theirs to others.
+PYTEST = $(RUN) -m pytest -q -n $$(($$(nproc) + 1)) --maxprocesses 8 --dist worksteal
 OP_TESTS := $(wildcard $(patsubst voxkern/reference/%.py,tests/ops/test_%.py,$(wildcard voxkern/reference/*.py)))
 
 # Prints the requirements of an extra. Installing '.[extra]' would build the extension again.

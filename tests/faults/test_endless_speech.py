@@ -123,6 +123,7 @@ def mute_folder(tmp_path_factory):
     return tiny.write(tmp_path_factory.mktemp("mute"))
 
 
+@pytest.mark.slow
 def test_the_engine_cuts_silence(mute_folder, folder):
     """In a batch too; a request beside it and the codes before the cut are the same."""
     plain = load_engine(str(mute_folder), max_silence_s=0.0)
@@ -161,6 +162,7 @@ def say_codes(folder, tmp_path, capsys, *flags: str) -> tuple[np.ndarray, np.nda
     return np.load(npy), samples, capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_say_cuts_noise_at_the_texts_bound(tiny, folder, tmp_path, capsys):
     bound = frames_bound("I.")
     codes, samples, messages = say_codes(folder, tmp_path, capsys)

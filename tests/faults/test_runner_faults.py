@@ -460,6 +460,7 @@ class TestLeaving:
 
         run_with(engine, scenario)
 
+    @pytest.mark.slow
     def test_a_thousand_that_leave_mid_stream_leave_nothing(self):
         engine = FakeEngine(num_frames=ENDLESS, max_batch_size=8)
 

@@ -233,6 +233,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or (0 if same else 4
 """
 
 
+@pytest.mark.slow
 def test_a_forked_process_and_its_parent_speak_on(folder):
     path = os.pathsep.join(filter(None, sys.path))
     environment = {**os.environ, "PYTHONPATH": path, "VOX_SERVE_DEVICE": "cpu"}

@@ -1,6 +1,7 @@
 """Fuzz one target with atheris, starting from its corpus.
 
     python tests/fuzz/fuzz.py config_json 60        # seconds; 0 for no end
+    python tests/fuzz/fuzz.py config_json,audio 60  # one after another, in a process each
     python tests/fuzz/fuzz.py config_json crash-0123...   # runs one finding
 
 An input that is a finding is written to `build/fuzz/<target>/`; once it is mended, move it to
@@ -46,5 +47,21 @@ def main(name: str, what: str) -> None:
     atheris.Fuzz()
 
 
+def each(names: list[str], what: str) -> int:
+    """Run the targets in forks of this process, which has imported all; 1 if one has a finding."""
+    failed = False
+    for name in names:
+        child = os.fork()
+        if child == 0:
+            main(name, what)
+        _, status = os.waitpid(child, 0)
+        if status:
+            print(f"fuzz: {name} ended with status {status}", file=sys.stderr)
+            failed = True
+    return int(failed)
+
+
 if __name__ == "__main__":
+    if len(names := sys.argv[1].split(",")) > 1:
+        sys.exit(each(names, sys.argv[2]))
     main(*sys.argv[1:])

@@ -149,6 +149,7 @@ def test_encoder_stream_equals_whole(pair, chunks):
     assert torch.equal(torch.cat(parts, dim=1), mimi.encode(audio))
 
 
+@pytest.mark.slow
 def test_full_size(tmp_path):
     from transformers import MimiConfig
 

@@ -30,6 +30,7 @@ def test_a_forced_backend_serves(force):
     assert backend_for("cpu", OPS[0]) == "native"
 
 
+@pytest.mark.slow
 def test_the_variable_forces_a_backend_from_the_start():
     code = "from voxkern.backend import OPS, backend_for; print(backend_for('cpu', OPS[0]))"
     result = subprocess.run(
@@ -139,6 +140,7 @@ def test_an_op_that_the_extension_does_not_know_yet(monkeypatch):
     assert newest(torch.ones(2)) == ("newest", "reference")
 
 
+@pytest.mark.slow
 def test_nothing_of_triton_is_imported_at_the_start():
     code = (
         "import sys, voxkern; voxkern.backend.backend_for('cuda'); print('triton' in sys.modules)"
@@ -149,6 +151,7 @@ def test_nothing_of_triton_is_imported_at_the_start():
     assert result.stdout == "False\n"
 
 
+@pytest.mark.slow
 def test_the_table_of_this_machine():
     result = subprocess.run(
         [sys.executable, "-m", "voxkern"], capture_output=True, text=True, check=True

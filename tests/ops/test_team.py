@@ -120,6 +120,7 @@ def test_absurd_numbers_of_threads_are_refused(n):
         voxkern.set_num_threads(n)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's")
 def test_threads_that_cannot_start_are_an_error(run_python):
     result = run_python(

@@ -52,6 +52,7 @@ def test_texts_for_the_built_in_voice_are_normalised():
     assert engine.spoken_text(Request("$5", normalise="off")) == "$5"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("speaker", [0, 1])
 def test_sentences_end_before_the_frame_limit(spoken, speaker):
     for text, (audio, codes) in zip(SENTENCES, spoken[speaker], strict=True):
@@ -74,6 +75,7 @@ def test_recogniser_understands(spoken, judge, speaker):
     assert sum(e for e, _ in errors) <= MAX_WER * sum(n for _, n in errors), heard
 
 
+@pytest.mark.slow
 def test_say_speaks_without_a_model_flag(judge, tmp_path):
     path = tmp_path / "a.wav"
     assert say.main([SENTENCES[0], "-o", str(path), "--seed", "7"]) == 0
@@ -81,6 +83,7 @@ def test_say_speaks_without_a_model_flag(judge, tmp_path):
     assert errors <= MAX_WER * words
 
 
+@pytest.mark.slow
 def test_checkpoint_is_an_ordinary_csm():
     """transformers loads every tensor and generates the same codes."""
     from tokenizers import Tokenizer

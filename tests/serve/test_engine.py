@@ -362,6 +362,7 @@ def test_rounded_batch_sizes_of_a_gpu(rows, rounded):
     assert rounded_rows(rounded, 1000) == rounded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_packed_weights_keep_requests_apart(folder, quantize, monkeypatch):
     """In a batch, and with chunked prompts, each request gets the codes that it gets alone."""
@@ -385,6 +386,7 @@ def test_seeds_decide(engine):
     assert not torch.equal(codes(None), codes(None))
 
 
+@pytest.mark.slow
 def test_sampled_codes_follow_the_model(engine):
     """Codebook 0 of the first frame over many seeds, against transformers' probabilities."""
     tiny = build_tiny(seed=4)

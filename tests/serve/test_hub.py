@@ -269,6 +269,7 @@ def fill_cache(tmp_path) -> Path:
     return build_tiny().write(repo / "snapshots" / commit, "sharded")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environ", "why"),
     [
@@ -317,6 +318,7 @@ class Refusing(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_refusals_of_the_hub(tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
         thread = threading.Thread(target=server.serve_forever)

@@ -152,6 +152,7 @@ def test_help_needs_no_model_and_no_torch():
     assert "allow-pickle" not in done.stdout
 
 
+@pytest.mark.slow
 def test_serving_needs_no_transformers():
     code = "import sys, vox_serve.loading, vox_serve.api, vox_serve.runner, uvicorn\n"
     code += (
@@ -206,6 +207,7 @@ def _post(port: int, body: dict) -> bytes:
         return answer.read()
 
 
+@pytest.mark.slow
 def test_the_documented_line_serves(documented_server):
     _, port, said, log = documented_server
     assert f"http://127.0.0.1:{port}" in said
@@ -224,6 +226,7 @@ def test_the_documented_line_serves(documented_server):
     assert "speaker" in json.load(refused.value)["detail"][0]["loc"]
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_the_server(documented_server):
     process, _, _, log = documented_server
     process.send_signal(signal.SIGINT)

@@ -220,6 +220,7 @@ def test_a_text_that_cannot_be_tokenized_ends_with_an_error(engine, long_form, m
     assert len(outputs) == 7
 
 
+@pytest.mark.slow
 def test_a_book_takes_no_more_memory_than_a_page(engine, monkeypatch):
     """The parts that stay in the context are bounded, whatever the number of parts."""
     text = " ".join(f"Line {i} ends." for i in range(300))

@@ -87,6 +87,7 @@ class PrefillCounter:
         monkeypatch.setattr(engine.model, "backbone_step", step)
 
 
+@pytest.mark.slow
 def test_cached_rebuilt_and_evicted_contexts_give_equal_codes(loaded):
     sent_anew = converse(with_cache(loaded, 0))
     cached = with_cache(loaded, 2**24)
@@ -108,6 +109,7 @@ def position_bytes(engine: Engine) -> int:
     return cache.position_bytes(engine.model.config.backbone, engine.model.dtype)
 
 
+@pytest.mark.slow
 def test_neighbours_change_no_code(loaded):
     """Eight conversations with a common beginning; turns join and leave at random."""
     alone = [converse_of(with_cache(loaded, 0), i) for i in range(8)]

@@ -321,12 +321,13 @@ def test_a_prompt_beyond_the_context_is_one_line(folder, tmp_path, capsys):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_long_text_is_spoken_in_parts(folder, tmp_path):
     """`max_frames` holds for the whole; without it the parts' bounds do."""
     argv = ["--model", str(folder), "--seed", "3"]
     for name, more in (("all", []), ("some", ["--max_frames", "70"])):
         paths = ["-o", str(tmp_path / f"{name}.wav"), "--codes", str(tmp_path / f"{name}.npy")]
-        assert say.main(["Some words here. " * 60, *argv, *paths, *more]) == 0
+        assert say.main(["Some words here. " * 12, *argv, *paths, *more]) == 0
     whole, cut = (np.load(tmp_path / f"{name}.npy") for name in ("all", "some"))
     assert len(cut) == 70 < len(whole)
     np.testing.assert_array_equal(cut, whole[:70])

@@ -391,6 +391,7 @@ for i in range(100):
 """
 
 
+@pytest.mark.slow
 def test_concurrent_processes(tmp_path):
     """All get the weights, whichever writes them, and no temporary file remains."""
     source = tmp_path / "source"

@@ -12,6 +12,7 @@ from voxkern.console import quiet_on_closed_pipe
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

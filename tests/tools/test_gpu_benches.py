@@ -64,6 +64,7 @@ def test_steps_rehearsed():
     ]
 
 
+@pytest.mark.slow
 def test_codec_cases_match_their_references():
     """Ours and torch's version of each case agree on equal inputs."""
     for case in codec_cases(torch.float32, 2, "cpu"):

@@ -272,6 +272,7 @@ def test_every_tool_runs_on_its_planted_bug(tmp_path, monkeypatch, blind, capsys
     assert "SUMMARY: 0" in (tmp_path / "initcheck.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_hanging_tool_is_killed_with_its_program(tmp_path, monkeypatch):
     left = tmp_path / "left"
     program(tmp_path, "compute-sanitizer", f"echo begun; (sleep 2; touch {left}) & wait")
@@ -310,6 +311,7 @@ print("went on")
 """
 
 
+@pytest.mark.slow
 def test_a_broken_gpu_ends_the_process_and_names_the_test():
     folder = str(Path(__file__).parents[1] / "support")
     ended = subprocess.run(
