@@ -170,9 +170,9 @@ class VoiceService:
         """
         await asyncio.to_thread(self.store.check_new, name, replace)
 
-        def work() -> Voice:
-            self._pause(0)
-            voice = self.maker.make(name, speaker, read(), self._pause)
+        def work(pause: Callable[[float], None]) -> Voice:
+            pause(0)
+            voice = self.maker.make(name, speaker, read(), pause)
             self.store.add(voice, replace)
             return voice
 
@@ -188,27 +188,33 @@ class VoiceService:
         """
         maker = self.maker
 
-        def work() -> list[Segment]:
+        def work(pause: Callable[[float], None]) -> list[Segment]:
             turns = decode_context(segments, maker.prompts.config, maker.mimi.config, self._limits)
-            return maker.segments(turns, self._pause)
+            return maker.segments(turns, pause)
 
         with self.hold_context(client) as count:
             count(speech_bytes(segments))
             if any(fields.kind == "audio" for fields in segments):
                 return await self._beside(work, client)
-            return await asyncio.to_thread(work)
+            return await asyncio.to_thread(work, self._pause)
 
     def _pause(self, worked_s: float) -> None:
         is_live = self._runner.count_jobs()[0] > 0
         if self._stopped.wait(REST_SHARE * worked_s if is_live else 0) or self._runner.draining:
             raise ShuttingDown(SHUTTING_DOWN)
 
-    async def _beside(self, work: Callable[[], T], client: str) -> T:
-        """The result of work in the thread that encodes."""
+    async def _beside(self, work: Callable[[Callable[[float], None]], T], client: str) -> T:
+        """The result of work in the thread that encodes; it gets a `pause` (see `VoiceMaker`),
+        which gives up when nobody waits for the result any more."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
         waiting = [work]  # its recordings are given up with the request, not when its turn comes
+
+        def pause(worked_s: float) -> None:
+            if future.cancelled():
+                raise asyncio.CancelledError
+            self._pause(worked_s)
 
         def run() -> None:
             post: Callable[[], Any]
@@ -217,7 +223,7 @@ class VoiceService:
             except IndexError:  # nobody wants the result
                 return
             try:
-                post = partial(_settle, future, begun(), None)
+                post = partial(_settle, future, begun(pause), None)
             except BaseException as error:
                 post = partial(_settle, future, None, error)
             try:

@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import gc
 import socket
+import threading
+import time
 import weakref
 from types import SimpleNamespace
 
@@ -11,7 +13,7 @@ import pytest
 from fastapi import HTTPException
 from fastapi.testclient import TestClient
 
-from fake_engine import FakeEngine
+from fake_engine import TIMEOUT_S, FakeEngine
 from http_testing import assert_refused
 from live_server import LiveServer, wait_until
 from vox_serve.api import create_app
@@ -101,7 +103,7 @@ def test_recordings_that_wait_are_freed_with_their_request():
     async def leave() -> weakref.ref:
         voices = VoiceService(runner, Config())
         recording = Recording(10)
-        waiting = asyncio.create_task(voices._beside(recording.clear, "a"))
+        waiting = asyncio.create_task(voices._beside(recording.extend, "a"))
         await asyncio.sleep(0)
         waiting.cancel()
         await asyncio.wait([waiting])
@@ -112,6 +114,34 @@ def test_recordings_that_wait_are_freed_with_their_request():
     assert recording() is None
     (call,) = calls
     call()  # does nothing
+
+
+def test_encoding_ends_when_nobody_waits_for_it():
+    pieces, done = [], threading.Event()
+
+    async def leave() -> None:
+        voices = VoiceService(Runner(FakeEngine(), 1), Config())
+        begun = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def work(pause) -> None:
+            try:
+                while len(pieces) < 1000:
+                    pieces.append(0)
+                    loop.call_soon_threadsafe(begun.set)
+                    time.sleep(0.01)
+                    pause(0)
+            finally:
+                done.set()
+
+        waiting = asyncio.create_task(voices._beside(work, "a"))
+        await begun.wait()
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        assert await asyncio.to_thread(done.wait, TIMEOUT_S)
+
+    asyncio.run(leave())
+    assert len(pieces) < 1000
 
 
 @pytest.mark.parametrize(
