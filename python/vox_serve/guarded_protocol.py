@@ -168,6 +168,8 @@ class GuardedProtocol(H11Protocol):
 
     async def wait_for_turn(self, client: str) -> None:
         """Wait until an error of this client may be answered, or the connection is lost."""
+        if self.transport.is_closing():  # nobody reads it: the client gave its request up
+            return
         if turn := self._turn_of(client):
             await turn
 

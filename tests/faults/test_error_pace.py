@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from fake_engine import TIMEOUT_S, FakeEngine, expected_pcm
+from fake_engine import ENDLESS, TIMEOUT_S, FakeEngine, expected_pcm
 from live_server import LiveServer, wait_until
 from vox_serve import error_pace
 from vox_serve.audio import wav_file
@@ -105,6 +105,17 @@ def test_a_client_that_leaves_while_its_error_waits_leaves_nothing(sent, impatie
         assert_speaks(server)
     assert not state.connections
     assert not state.tasks
+
+
+def test_a_request_given_up_is_no_error_and_leaves_no_task(impatient):
+    with LiveServer(FakeEngine(num_frames=ENDLESS, step_s=0.001), **NEVER) as server:
+        state = server.server.server_state
+        for _ in range(4):
+            raw = server.post_raw(text="long", max_frames=2000)
+            wait_until(lambda: server.runner.count_jobs()[0] == 1)
+            raw.close()
+            wait_until(lambda: not state.tasks)
+        assert status_of(send(server, BAD)) == 404
 
 
 @pytest.mark.parametrize("sent", [BAD, NO_HTTP])
