@@ -173,9 +173,7 @@ async def read_fields(
 async def read_json(
     request: Request, max_bytes: int, count: Callable[[int], None]
 ) -> dict[str, Any]:
-    """Read the fields of a large JSON body, without holding up the event loop.
-
-    Arguments are those of `read_fields`.
+    """Read the fields of a large JSON body in another thread; arguments as in `read_fields`.
 
     Raises:
         HTTPException: 413, 415, 400 or 422 (see `read_fields`).

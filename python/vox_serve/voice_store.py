@@ -178,7 +178,7 @@ def voice_from_bytes(data: bytes) -> Voice:
         header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
         text = (header.get("__metadata__") or {}).get(_METADATA_KEY)
         if text is None:
-            raise VoiceError("it is no voice")
+            raise VoiceError(f"it is no voice: its metadata has no {_METADATA_KEY}")
         value = parse_json(text.encode())
         version = value.get("format") if isinstance(value, dict) else None
         if version != _FORMAT:
