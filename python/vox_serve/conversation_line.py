@@ -62,12 +62,21 @@ class ConversationLine:
         if self.num_members > MAX_WAITING:
             raise QueueFull(f"{MAX_WAITING} requests wait in this conversation: try later")
         self.num_members += 1
+        is_locked = False
+
+        async def lock() -> None:
+            nonlocal is_locked
+            await self._lock.acquire()
+            is_locked = True
+
         try:
             with self._waiting.hold(client) as count:
                 count(num_bytes)
-                await unless_gone(receive, self._lock.acquire())
+                await unless_gone(receive, lock())
         except BaseException:
             self.num_members -= 1
+            if is_locked:  # cancelled in the very turn in which it got the lock
+                self._lock.release()
             raise
 
     def leave(self) -> None:

@@ -24,6 +24,9 @@ from vox_serve.text_bound import frames_bound
 POSITIONS_PER_CHAR = 4
 """A text as long as the model's context divided by this leaves room for speech and context."""
 
+POSITIONS_PER_SPOKEN_CHAR = 2.5
+"""A token at most, and 1.5 frames of slow speech: 8 characters a second."""
+
 MAX_RECENT_POSITIONS = 512
 """Most positions of the context that earlier parts take: 40 s of speech. More would slow down each
 frame, and change little."""
@@ -111,8 +114,9 @@ class LongForm:
             self.engine.add(request, prompt)
             return
         room = self.engine.max_positions - len(prompt.frames)
+        room -= int(POSITIONS_PER_SPOKEN_CHAR * self.split_chars)  # of the next part
         passage = _Passage(
-            request, prompt.parts, max_recent=min(self.max_recent_positions, room // 2)
+            request, prompt.parts, max_recent=max(0, min(self.max_recent_positions, room))
         )
         self.engine.add(self._request(passage), prompt)
         self._passages[request.id] = passage
