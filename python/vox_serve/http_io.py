@@ -25,6 +25,9 @@ MAX_FORM_FIELDS = 64
 
 MAX_BODY_MEMORY_BYTES = 2**26
 
+FIELD_TIMEOUT_S = 1.0
+"""A body that declares more than `--max_body_bytes` must show within this time that it may."""
+
 MAX_JSON_BYTES = 2**23
 """Longest upload as JSON. If it is one long string, parsing it holds Python's lock for 10 ms; see
 also `MAX_UPLOAD_ITEMS`."""
@@ -247,12 +250,25 @@ def _limited(
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared[:20]) > longest:
         raise _too_long(longest)
+    is_long = declared.isdecimal() and int(declared[:20]) > max_bytes
     num_bytes = 0
     first: list[bytes] | None = [] if upload else None
+    deadline_s = asyncio.get_running_loop().time() + FIELD_TIMEOUT_S
+
+    def is_undecided() -> bool:
+        """True if the body declares to be long, and nothing so far permits that."""
+        if not is_long or first is None or upload is None:
+            return False
+        head = b"".join(first)
+        return not any(name in head for name in upload.names)
 
     async def receive() -> Message:
         nonlocal num_bytes, limit, count, first
-        message = await request.receive()
+        try:
+            async with asyncio.timeout_at(deadline_s if is_undecided() else None):
+                message = await request.receive()
+        except TimeoutError:
+            raise _too_long(max_bytes) from None
         body = message.get("body", b"")
         num_bytes += len(body)
         count(len(body))
