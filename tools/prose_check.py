@@ -87,10 +87,11 @@ def python_prose(source: str) -> Iterator[Prose]:
         elif token.string.strip():
             code_lines.add(line)
     yield from joined(comments)
-    holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    # A string that is a statement is a docstring: of a module, class, function or constant.
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, holders) and (text := ast.get_docstring(node, clean=False)):
-            yield Prose(node.body[0].lineno, text)
+        value = node.value if isinstance(node, ast.Expr) else None
+        if isinstance(value, ast.Constant) and isinstance(value.value, str):
+            yield Prose(value.lineno, value.value)
 
 
 def marked_prose(source: str, pattern: str) -> Iterator[Prose]:

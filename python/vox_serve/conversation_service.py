@@ -320,7 +320,7 @@ class ConversationService:
                 turns = self._turns(self._spoken(job, line))
                 seconds = sum(len(turn.codes) for turn in turns) * FRAME_S
                 conversation.add_reply(turns, self._clock() + seconds + PLAYED_S)
-        except Exception:
+        except Exception:  # the client has its speech: a turn that is lost is the server's fault
             logger.exception("request %s cannot be kept as a turn", job.request.id)
         finally:
             job.frames.clear()

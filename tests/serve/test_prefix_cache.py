@@ -89,19 +89,19 @@ class PrefillCounter:
 
 @pytest.mark.slow
 def test_cached_rebuilt_and_evicted_contexts_give_equal_codes(loaded):
-    sent_anew = converse(with_cache(loaded, 0))
+    recomputed = converse(with_cache(loaded, 0))
     cached = with_cache(loaded, 2**24)
-    assert_same(converse(cached), sent_anew)
+    assert_same(converse(cached), recomputed)
     assert cached.num_found_positions > 0.75 * cached.num_prompt_positions
-    assert_same(converse(cached), sent_anew)
+    assert_same(converse(cached), recomputed)
     cached.reset()
-    assert_same(converse(cached), sent_anew)
+    assert_same(converse(cached), recomputed)
 
     def evict() -> None:
         run(small, turn(90, [], max_frames=2 * PAGE_SIZE))
 
     small = with_cache(loaded, 3 * PAGE_SIZE * position_bytes(loaded))
-    assert_same(converse(small, between=evict), sent_anew)
+    assert_same(converse(small, between=evict), recomputed)
 
 
 def position_bytes(engine: Engine) -> int:

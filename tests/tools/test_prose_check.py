@@ -39,6 +39,7 @@ def check(folder: Path, name: str, text: str) -> subprocess.CompletedProcess[str
         ("a.cpp", "// In the level-1 cache.\n", 1, "L1"),
         ("a.py", '"""What both share."""\n', 1, "a clause as a noun"),
         ("a.py", 'def f():\n    """Of a block."""\n', 2, "name the thing"),
+        ("a.py", 'X = 1\n"""Of a block."""\n', 2, "name the thing"),
         ("a.py", "x = 1\nx = 2  # not to be had\n", 2, "unavailable"),
         ("a.md", "# A voice\n\nIt mistakes words.\n", 3, "word error rate"),
         ("Makefile", "# Built anew.\nall:\n", 1, "again"),

@@ -62,7 +62,7 @@ _ADDRESS_SIGNS = {
     "~": "tilde",
 }
 _LONG_ADDRESS_CHARS = 80
-"""Of a longer address only the host is spoken."""
+"""A longer address is spoken without what follows its host."""
 
 _EMOJI_CHARACTER = "[\U0001f000-\U0001faff\u2600-\u27bf\u2b00-\u2bff\u231a-\u23ff\u20e3]"
 _EMOJI = re.compile(rf"(?:{_EMOJI_CHARACTER}[\ufe0f\u200d\U000e0020-\U000e007f]*)+|\ufe0f")
