@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
 from vox_serve import engine
-from vox_serve.access import AccessPolicy, add_access_checks
+from vox_serve.access import AccessPolicy, add_access_checks, client_name
 from vox_serve.config import MAX_FRAMES, Config, SpeechSettings
 from vox_serve.connections import CloseUnread
 from vox_serve.context_field import ContextField, ContextTooLargeError
@@ -194,7 +194,7 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
     )
     async def generate(request: Request) -> Response:
         """Speak a text. Send JSON, or a form with the same fields."""
-        client = client_of(request)
+        client = client_name(request.scope)
         with ExitStack() as stack:  # holds the memory of a long body
             upload = voices.large_body(stack, client, "context")
             with bodies.hold(client) as count:
@@ -284,12 +284,6 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
     app.add_middleware(CloseUnread)
     app.add_middleware(PacedErrors)
     return app
-
-
-def client_of(request: Request) -> str:
-    """Whose request it is: what the access checks found out, or else the address."""
-    known = getattr(request.state, "client", None)
-    return known or (request.client.host if request.client else "")
 
 
 def _add_error_handlers(app: FastAPI) -> None:

@@ -1,12 +1,12 @@
 """A request's `context`: earlier turns with their speech, as JSON.
 
 Three steps, so that each can run where it belongs: `parse_context` checks the fields and is cheap;
-`decode_context` decodes base64 and recordings and touches no model; `encode_context` runs the
-codec's encoder.
+`decode_context` decodes base64 and recordings and touches no model; `encode_context` calls
+the codec's encoder.
 """
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from vox_serve.context_segment import ContextError, Place, SegmentFields, check_segment
 from vox_serve.json_file import check_items, parse_json, shown
-from vox_serve.mimi import Mimi
 from vox_serve.mimi.config import MimiConfig
 from vox_serve.model_config import CsmConfig
 from vox_serve.prompt import Segment
@@ -192,27 +191,25 @@ def decode_context(
     return turns
 
 
-def encode_context(turns: Sequence[Turn], mimi: Mimi, config: CsmConfig) -> list[Segment]:
+def encode_context(turns: Sequence[Turn], encode: Callable[[np.ndarray], Tensor]) -> list[Segment]:
     """Encode a decoded context.
 
     Args:
         turns: from `decode_context`.
-        mimi: the codec.
-        config: the model's sizes.
+        encode: turns samples `[N]` into codes `[N, K]`; a ValueError if it cannot.
 
     Returns:
         Segments with codes `[N, K]` int64 each, on the CPU.
 
     Raises:
-        ContextError: the codec has no encoder.
+        ContextError: a recording cannot be encoded; the message says which and why.
     """
     segments = []
     for i, turn in enumerate(turns):
         codes = turn.codes
         if turn.audio is not None:
-            audio = torch.from_numpy(turn.audio)[None].to(mimi.device)
             try:
-                codes = mimi.encode(audio, config.num_codebooks)[0].cpu()
+                codes = encode(turn.audio)
             except ValueError as error:
                 raise ContextError(f"context[{i}].audio: {error}") from None
         segments.append(Segment(turn.speaker, turn.text, codes))

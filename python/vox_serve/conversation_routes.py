@@ -24,7 +24,14 @@ from vox_serve.conversations import (
     UnknownConversationError,
 )
 from vox_serve.ending import FRAME_S
-from vox_serve.http_io import AsciiJSONResponse, BodyMemory, Upload, read_fields, read_parts
+from vox_serve.http_io import (
+    AsciiJSONResponse,
+    BodyMemory,
+    Upload,
+    media_type,
+    read_fields,
+    read_parts,
+)
 from vox_serve.speech_response import CLIENT_CLOSED_REQUEST, ClientGone, unless_gone
 from vox_serve.voice_service import VoiceService
 
@@ -131,7 +138,7 @@ def add_conversation_routes(
         """Add a turn that somebody else spoke. A new id begins a conversation."""
         client = client_name(request.scope)
         with ExitStack() as stack, _named_alone():
-            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            kind = media_type(request)
             if kind == "multipart/form-data":
                 count = stack.enter_context(voices.hold_context(client))
                 parts = await read_parts(request, config.max_upload_bytes, 1, count)

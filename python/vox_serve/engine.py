@@ -253,6 +253,7 @@ class Engine:
         self._live.clear()
         self._waiting.clear()
         self._pending.clear()
+        self._hurried = False
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)  # raises the error of any kernel in flight
         self._batch.reset()
@@ -323,7 +324,8 @@ class Engine:
             live.request.urgent and count == live.num_missing
             for live, count in zip(chosen, counts, strict=True)
         )
-        self._hurried = completed and not self._hurried and not FRAMES_AHEAD[self.model.device.type]
+        can_wait = self._batch.members and not FRAMES_AHEAD[self.model.device.type]
+        self._hurried = bool(completed and can_wait and not self._hurried)
         return self._hurried
 
     def _prefill(self, chosen: list[_Live], counts: list[int]) -> None:

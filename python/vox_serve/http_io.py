@@ -117,6 +117,11 @@ class Upload(NamedTuple):
     begin: Callable[[], Callable[[int], None]]
 
 
+def media_type(request: Request) -> str:
+    """The body's media type in lower case, without parameters; "" if the request names none."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
 async def read_fields(
     request: Request,
     max_bytes: int,
@@ -143,7 +148,7 @@ async def read_fields(
         body = await request.body()
     except ClientDisconnect:  # nobody will read this response
         raise HTTPException(400, "the body is cut short") from None
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = media_type(request)
     is_json = (
         kind in ("", "application/json") or kind.endswith("+json") or body.lstrip()[:1] == b"{"
     )
@@ -181,7 +186,7 @@ async def read_json(
     Raises:
         HTTPException: 413, 415, 400 or 422 (see `read_fields`).
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = media_type(request)
     if kind not in ("", "application/json") and not kind.endswith("+json"):
         raise HTTPException(415, "send application/json or multipart/form-data")
     try:

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from vox_serve.audio import pcm16
-from vox_serve.context_field import MAX_CHANNELS, RATES_HZ, Turn
-from vox_serve.context_segment import ContextError
+from vox_serve.context_field import MAX_CHANNELS, RATES_HZ, Turn, encode_context
 from vox_serve.mimi import Mimi
 from vox_serve.prompt import PromptBuilder, Segment
 from vox_serve.prompt_audio import PromptOptions, clean_prompt, speech_level_dbfs
 from vox_serve.recording import Limits, decode
-from vox_serve.voice_store import MAX_RECORDINGS, Sizes, Voice, VoiceError
+from vox_serve.voice_file import MAX_RECORDINGS, Sizes, Voice, VoiceError
 
 MAX_CONTEXT_SHARE = 0.5
 """Share of the model's context that a voice may take. The rest is for the text and its speech."""
@@ -153,7 +152,7 @@ class VoiceMaker:
     def segments(
         self, turns: Sequence[Turn], pause: Callable[[float], None] = lambda worked_s: None
     ) -> list[Segment]:
-        """Encode a decoded context; the codes are those of `encode_context`.
+        """Encode a decoded context.
 
         Args:
             turns: from `decode_context`.
@@ -162,15 +161,13 @@ class VoiceMaker:
         Raises:
             ContextError: the codec has no encoder.
         """
-        found = []
-        for i, turn in enumerate(turns):
-            codes = turn.codes
-            if turn.audio is not None:
-                if self.mimi.encoder is None:
-                    raise ContextError(f"context[{i}].audio: the model's codec has no encoder")
-                codes = self._encode(turn.audio, pause)
-            found.append(Segment(turn.speaker, turn.text, codes))
-        return found
+
+        def encode(audio: np.ndarray) -> Tensor:
+            if self.mimi.encoder is None:
+                raise ValueError("the model's codec has no encoder")
+            return self._encode(audio, pause)
+
+        return encode_context(turns, encode)
 
     def _encode(self, audio: np.ndarray, pause: Callable[[float], None]) -> Tensor:
         """Codes `[N, K]` of a recording, on the CPU: those of `Mimi.encode`."""

@@ -13,26 +13,24 @@ from vox_serve.access import client_name
 from vox_serve.audio import wav_file
 from vox_serve.config import Config
 from vox_serve.context_field import from_base64
-from vox_serve.http_io import MAX_JSON_BYTES, AsciiJSONResponse, read_json, read_parts
+from vox_serve.http_io import (
+    MAX_JSON_BYTES,
+    AsciiJSONResponse,
+    media_type,
+    read_json,
+    read_parts,
+)
 from vox_serve.runner import Runner
 from vox_serve.sampling import SamplingParams
 from vox_serve.speech_response import speech_response
 from vox_serve.text_bound import check_length
+from vox_serve.voice_file import MAX_RECORDINGS, NAME_PATTERN, Voice, VoiceError
 from vox_serve.voice_maker import Excerpt, VoiceMaker
 from vox_serve.voice_service import VoiceService
-from vox_serve.voice_store import (
-    BUILT_IN,
-    MAX_RECORDINGS,
-    NAME_PATTERN,
-    StoreFullError,
-    UnknownVoiceError,
-    Voice,
-    VoiceError,
-    VoiceExistsError,
-)
+from vox_serve.voice_store import BUILT_IN, StoreFullError, UnknownVoiceError, VoiceExistsError
 
 SAMPLE_TEXT = "Hello. This is how I speak when I read a text to you."
-"""What a built-in voice says as its sample."""
+"""The text of a built-in voice's sample."""
 
 OBJECT = "audio.voice"
 
@@ -239,7 +237,7 @@ async def read_upload(
     Raises:
         HTTPException, RequestValidationError, VoiceError: the body or a field is invalid.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = media_type(request)
     if kind == "multipart/form-data":
         parts = await read_parts(request, config.max_upload_bytes, MAX_RECORDINGS, count)
         fields = _form_fields(parts)

@@ -17,15 +17,9 @@ from vox_serve.http_io import MAX_JSON_BYTES, BodyMemory, Upload
 from vox_serve.job import QueueFull, RequestRefused, ShuttingDown
 from vox_serve.prompt import Segment
 from vox_serve.runner import SHUTTING_DOWN, Runner
+from vox_serve.voice_file import Voice, VoiceError
 from vox_serve.voice_maker import Excerpt, VoiceMaker
-from vox_serve.voice_store import (
-    BUILT_IN,
-    UnknownVoiceError,
-    Voice,
-    VoiceError,
-    VoiceStore,
-    shown_names,
-)
+from vox_serve.voice_store import BUILT_IN, UnknownVoiceError, VoiceStore, shown_names
 
 if TYPE_CHECKING:
     from vox_serve.request import Request

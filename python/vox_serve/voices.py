@@ -105,7 +105,7 @@ def _add(
 
 
 def _list(store: "VoiceStore") -> int:
-    from vox_serve.voice_store import VoiceError
+    from vox_serve.voice_file import VoiceError
 
     for key in store.names():
         try:

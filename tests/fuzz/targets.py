@@ -43,9 +43,9 @@ from vox_serve.recording import AudioError, Limits, decode, read_audio
 from vox_serve.runner import RequestRefused
 from vox_serve.text.normalising import normalise
 from vox_serve.text.splitting import PREFERRED_CHARS, SentenceStream, split
+from vox_serve.voice_file import VoiceError, voice_from_bytes, voice_to_bytes
 from vox_serve.voice_maker import VoiceMaker
 from vox_serve.voice_routes import read_excerpts, read_upload
-from vox_serve.voice_store import VoiceError, voice_from_bytes, voice_to_bytes
 from vox_serve.weights import load_checkpoint
 
 MEMORY_BYTES = 2 << 30
@@ -163,13 +163,17 @@ def context_json(data: bytes) -> None:
         load_context(_written("context.json", data), _mimi(), _config())
 
 
+def _encode(audio: np.ndarray) -> torch.Tensor:
+    return _mimi().encode(torch.from_numpy(audio)[None], _config().num_codebooks)[0]
+
+
 def context_field(data: bytes) -> None:
     """A request's context, down to its codes."""
     limits = ContextLimits(max_bytes=1 << 16, max_s=5, max_text_chars=1000)
     with suppress(ContextError):
         segments = parse_context(data.decode("utf-8", "surrogateescape"))
         turns = decode_context(segments, _config(), _mimi().config, limits)
-        for segment in encode_context(turns, _mimi(), _config()):
+        for segment in encode_context(turns, _encode):
             check_codes(segment.codes, _config())
 
 

@@ -64,7 +64,11 @@ def turn(**speech) -> dict:
 
 def read(value, mimi, config, limits=LIMITS):
     turns = decode_context(parse_context(value), config, mimi.config, limits)
-    return encode_context(turns, mimi, config)
+    return encode_context(turns, lambda audio: encoded_by(mimi, audio, config))
+
+
+def encoded_by(mimi, audio, config):
+    return mimi.encode(torch.from_numpy(audio)[None], config.num_codebooks)[0]
 
 
 def test_audio_and_codes(mimi, config):

@@ -22,8 +22,9 @@ from vox_serve.prompt import Segment
 from vox_serve.runner import Runner
 from vox_serve.sampling import SamplingParams
 from vox_serve.say import speak
+from vox_serve.voice_file import VoiceError
 from vox_serve.voice_maker import Excerpt, VoiceMaker
-from vox_serve.voice_store import VoiceError, VoiceStore
+from vox_serve.voice_store import VoiceStore
 
 VOICES = "/v1/audio/voices"
 SEED = SamplingParams(seed=3)

@@ -19,7 +19,7 @@ from live_server import LiveServer, wait_until
 from vox_serve.api import create_app
 from vox_serve.config import Config
 from vox_serve.runner import Runner
-from vox_serve.voice_store import MAX_RECORDINGS
+from vox_serve.voice_file import MAX_RECORDINGS
 
 VOICES = "/v1/audio/voices"
 

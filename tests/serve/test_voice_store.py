@@ -12,17 +12,8 @@ from safetensors.numpy import save
 
 from vox_serve import voice_store
 from vox_serve.prompt import Segment
-from vox_serve.voice_store import (
-    Sizes,
-    StoreFullError,
-    UnknownVoiceError,
-    Voice,
-    VoiceError,
-    VoiceExistsError,
-    VoiceStore,
-    voice_from_bytes,
-    voice_to_bytes,
-)
+from vox_serve.voice_file import Sizes, Voice, VoiceError, voice_from_bytes, voice_to_bytes
+from vox_serve.voice_store import StoreFullError, UnknownVoiceError, VoiceExistsError, VoiceStore
 
 SIZES = Sizes(num_codebooks=4, audio_vocab_size=67)
 
