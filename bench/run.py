@@ -15,6 +15,8 @@
                                    first call creates their environment, build/peers, and compiles
                                    llama.cpp in it: up to half an hour on two cores. A run takes
                                    seven minutes and, with all programs, 22 GB of memory
+    python bench/run.py serve      listeners of a server under load: first audio, gaps, goodput,
+                                   refusals; with options of its own (serve --help)
 
 Options:
     --device cpu|cuda          where to run (default cpu); a GPU supports roofline, kernels, frame,
@@ -63,6 +65,7 @@ line printed is JSON.
 
 import argparse
 import statistics
+import sys
 from pathlib import Path
 
 import bench_backends
@@ -80,6 +83,7 @@ BENCHES = ("roofline", "kernels", "frame", "codec", "speech")
 GPU_BENCHES = ("roofline", "kernels", "frame", "speech")
 ONLY_BY_NAME = ("steps", "depth")
 """Benchmarks that "all" leaves out."""
+CHOICES = (*BENCHES, *ONLY_BY_NAME, "all", "quantization", "peers", "serve")
 BATCHES = {
     ("kernels", "cpu"): [1, 8, 64],
     ("kernels", "cuda"): [1, 8, 64, 256],
@@ -96,12 +100,17 @@ BATCHES = {
 
 @quiet_on_closed_pipe()
 def main() -> None:
+    if sys.argv[1:2] == ["serve"]:
+        import bench_serve
+
+        bench_serve.main(sys.argv[2:], read_bandwidths)
+        return
     parser = argparse.ArgumentParser(
         usage="python bench/run.py BENCH [options]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("bench", choices=[*BENCHES, *ONLY_BY_NAME, "all", "quantization", "peers"])
+    parser.add_argument("bench", choices=CHOICES)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--backend")
