@@ -40,7 +40,8 @@ Options:
     --repeat 3                runs of each case, in turn; medians follow
     --clients N               own addresses (127.0.0.1 and on) that requests come from in turn, so
                               that a fair server takes them for different clients (default 1)
-    --record FILE             writes every request with its time, text, frames and outcome
+    --record FILE             writes every request with its time, text, frames and outcome, for
+                              bench/simulate.py to replay
     --save FOLDER             writes serve.json and, if matplotlib is installed, serve.png there
 """
 

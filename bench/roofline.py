@@ -54,6 +54,11 @@ def _buffer(size_bytes: int) -> torch.Tensor:
     return torch.ones(size_bytes, dtype=torch.uint8)  # written, so that its pages exist
 
 
+def release_buffers() -> None:
+    """Free the memory that the reads went through; the next read takes it again."""
+    _buffer.cache_clear()
+
+
 def read_bandwidth(size_bytes: int = MEMORY_BYTES, threads: int | None = None) -> float:
     """Bytes per second at which `threads` read a buffer of `size_bytes`.
 

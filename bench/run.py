@@ -244,6 +244,8 @@ def read_bandwidths() -> list[float]:
         return [roofline.read_bandwidth() / 1e9 for _ in range(6)][1:]
     except RuntimeError:
         return []
+    finally:
+        roofline.release_buffers()
 
 
 def results_path(args: argparse.Namespace) -> Path | None:

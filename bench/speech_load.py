@@ -196,7 +196,7 @@ class Samples:
 def recorded(streams: Iterable[Stream], start_s: float, frame_s: float = 0.08) -> list[dict]:
     """Requests and outcomes in the order of arrival, for bench/simulate.py; times in seconds.
 
-    `frames` is None where the speech did not come in full.
+    `frames` is None where the speech did not come in full; see `fill_in_frames`.
     """
     return [
         {
@@ -214,3 +214,26 @@ def recorded(streams: Iterable[Stream], start_s: float, frame_s: float = 0.08) -
         }
         for s in sorted(streams, key=lambda s: s.due_s)
     ]
+
+
+def fill_in_frames(requests: list[dict]) -> None:
+    """Gives recorded requests whose speech did not come in full the frames that it would have had.
+
+    They have those of an equal request where one was complete, else the mean number for so many
+    characters. `frames_from` says which: "speech", "equal request" or "length"; without any
+    complete request it is "unknown".
+    """
+    complete = [r for r in requests if r["frames"] is not None]
+    known = {(r["text"], r["seed"]): r["frames"] for r in complete}
+    chars = sum(len(r["text"]) for r in complete)
+    per_char = sum(r["frames"] for r in complete) / chars if chars else None
+    for request in requests:
+        if request["frames"] is not None:
+            request["frames_from"] = "speech"
+        elif found := known.get((request["text"], request["seed"])):
+            request["frames"], request["frames_from"] = found, "equal request"
+        elif per_char:
+            request["frames"] = max(round(per_char * len(request["text"])), 1)
+            request["frames_from"] = "length"
+        else:
+            request["frames_from"] = "unknown"

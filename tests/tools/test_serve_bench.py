@@ -327,6 +327,22 @@ def test_records_hold_times_texts_and_frames():
     assert (refused["at_s"], refused["status"], refused["frames"]) == (1.0, 429, None)
 
 
+def test_frames_of_refused_requests_come_from_equal_ones_or_from_the_length():
+    def request(text: str, seed: int, frames: int | None) -> dict:
+        return {"text": text, "seed": seed, "frames": frames}
+
+    requests = [
+        *(request("abcd", 0, 12), request("abcdefgh", 1, 12)),
+        *(request("abcd", 0, None), request("abcd", 2, None), request("abcdefgh", 3, None)),
+    ]
+    speech_load.fill_in_frames(requests)
+    assert [r["frames"] for r in requests] == [12, 12, 12, 8, 16]
+    how = [r["frames_from"] for r in requests]
+    assert how == ["speech", "speech", "equal request", "length", "length"]
+    speech_load.fill_in_frames(refused := [request("abcd", 0, None)])
+    assert (refused[0]["frames"], refused[0]["frames_from"]) == (None, "unknown")
+
+
 @pytest.mark.parametrize(
     ("argv", "problem"),
     [
