@@ -425,6 +425,7 @@ class Engine:
         if not keep:
             self._cache.forget(live.cache)
             self._cache.release(live.cache)
+            self._keep_default_context()
             return
         keys, length = live.prompt.keys, live.cache.length
         if spoken := live.codes_in_cache:
@@ -449,7 +450,7 @@ class Engine:
         frames, mask, keys, _ = self._default_prompt
         device = self.model.device
         chunk = PREFILL_CHUNK_TOKENS[device.type]
-        sequence = CacheSequence()
+        self._default_sequence = sequence = CacheSequence()
         for start in range(0, len(frames), chunk):
             part = slice(start, start + chunk)
             batch = CacheBatch.prefill(self._cache, [sequence], [len(frames[part])])
@@ -457,3 +458,16 @@ class Engine:
                 frames[part].to(device), mask[part].to(device), batch, self._cache
             )
         self._cache.publish(sequence, keys, grows=False)
+
+    def _keep_default_context(self) -> None:
+        """Let requests find the default context again, after a request that failed was forgotten.
+
+        Only a fault of the device makes its own values bad.
+        """
+        sequence = self._default_sequence
+        if self._cache.is_finite(sequence):
+            self._cache.publish(sequence, self._default_prompt.keys, grows=False)
+        else:
+            self._cache.forget(sequence)
+            self._cache.release(sequence)
+            self._fill_cache()

@@ -177,6 +177,15 @@ class KvCache:
             self._pool.drop(page)
         sequence.pages, sequence.length = [], 0
 
+    def is_finite(self, sequence: CacheSequence) -> bool:
+        """True if no key or value of a sequence is NaN or infinite. Waits for the device."""
+        full, rest = divmod(sequence.length, PAGE_SIZE)
+        whole, partial = sequence.pages[:full], sequence.pages[full : full + 1]
+        return all(
+            bool(pages[:, whole].isfinite().all() & pages[:, partial, :, :rest].isfinite().all())
+            for pages in (self.k_pages, self.v_pages)
+        )
+
     def forget(self, sequence: CacheSequence) -> None:
         """Let no further sequence find the pages that this one holds."""
         for page in sequence.pages:

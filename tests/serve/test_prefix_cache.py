@@ -270,6 +270,30 @@ def test_a_failed_request_leaves_nothing_to_find(loaded):
     assert torch.equal(run(engine, request)[request.id][0], expected)
 
 
+@pytest.mark.parametrize("is_ruined", [False, True])
+@pytest.mark.parametrize("num_pages", [0, 3])
+def test_a_failed_request_leaves_the_default_context(loaded, num_pages, is_ruined, monkeypatch):
+    """As it is, or computed again if the fault is in its own pages."""
+    parts = loaded.model, loaded.mimi, loaded.prompts, CONTEXT
+    size = num_pages * PAGE_SIZE * position_bytes(loaded)
+    engine = Engine(*parts, prefix_cache_bytes=size)
+    free_pages = engine._cache.num_free_pages
+    expected = run(engine, wanted := turn(2, None))[wanted.id][0]
+    counter = PrefillCounter(engine, monkeypatch)
+    engine.add(request := turn(1, None))
+    engine.step()
+    cache = engine._live[request.id].cache
+    page = cache.pages[0 if is_ruined else (cache.length - 1) // PAGE_SIZE]
+    with torch.inference_mode():
+        engine._cache.v_pages[0, page] = torch.nan
+    (output,) = [out for out in (*engine.step(), *engine.step()) if out.finish_reason]
+    assert output.finish_reason == "error"
+    counter.count = 0
+    assert torch.equal(run(engine, wanted)[wanted.id][0], expected)
+    assert counter.count <= len(engine.prompts.tokens(Segment(0, "This is turn 2.")))
+    assert engine._cache.num_free_pages == free_pages
+
+
 @pytest.mark.parametrize("num_pages", [0, 3])
 def test_the_default_context_is_kept_and_takes_nothing_from_the_rest(
     loaded, num_pages, monkeypatch
