@@ -201,10 +201,13 @@ class EngineThread:
                 job.post(*chunks)
                 continue
             self._forget(output.request_id)
-            error = None
-            if output.finish_reason == "error":
+            error: Exception | None = None
+            if output.is_refused and not (job.streaming and job.progress.num_frames):
+                error = RequestRefused(output.error)
+            elif output.finish_reason == "error":
                 error = RequestFailed(output.error or INTERNAL_ERROR)
-                self._office.count_fault("non_finite")
+                if not output.is_refused:
+                    self._office.count_fault("non_finite")
             self._office.finish(job, End(output.finish_reason, error), *chunks)
 
     def _recover(self, error: Exception) -> None:

@@ -169,7 +169,8 @@ class LongForm:
             self._begin_next(passage)
         except ValueError as error:
             del self._passages[output.request_id]
-            return output._replace(finish_reason="error", error=str(error))
+            reason = "context" if isinstance(error, PromptTooLongError) else "error"
+            return output._replace(finish_reason=reason, error=str(error), is_refused=True)
         return output._replace(finish_reason=None)
 
     def _begin_next(self, passage: _Passage) -> None:

@@ -91,8 +91,10 @@ class FrameOutput(NamedTuple):
             "length" at `max_frames`, "context" if the model's context is full, "silence" after too
             long a silence, "error" if the frame could not be made; only the server
             uses "interrupted".
-        error: why the request ended with "error", for its client; None otherwise.
+        error: why the request ended with "error", or in the middle of a long text, for its client;
+            None otherwise.
         part: index of the part of a long text; see `LongForm`.
+        is_refused: the rest of a long text cannot be spoken; `error` says why.
     """
 
     request_id: str
@@ -101,3 +103,4 @@ class FrameOutput(NamedTuple):
     finish_reason: FinishReason | None
     error: str | None = None
     part: int = 0
+    is_refused: bool = False

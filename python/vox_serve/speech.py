@@ -160,7 +160,7 @@ class Voice:
                     output = outputs.popleft()
                 reason = output.finish_reason
                 if reason == "error":
-                    raise RuntimeError(output.error)
+                    raise (ValueError if output.is_refused else RuntimeError)(output.error)
                 if (audio := delivered_audio(output)) is not None:
                     num_frames += 1
                     yield audio

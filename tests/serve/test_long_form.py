@@ -216,8 +216,28 @@ def test_a_text_that_cannot_be_tokenized_ends_with_an_error(engine, long_form, m
     outputs = []
     while long_form.has_work:
         outputs += long_form.step()
-    assert (outputs[-1].finish_reason, outputs[-1].error) == ("error", "no tokens")
+    assert outputs[-1][3:] == ("error", "no tokens", 1, True)
     assert len(outputs) == 7
+
+
+def test_a_part_without_room_ends_the_speech_at_the_context(engine, long_form, monkeypatch):
+    """A long context leaves room for the first part, but not for a longer one."""
+    script_ends(monkeypatch, engine, dict.fromkeys(SENTENCES, 3))
+    tokens = engine.prompts.tokens
+
+    def many(segment):
+        found = tokens(segment)
+        return found + found[1:2] * 250 if segment.text == SENTENCES[2] else found
+
+    monkeypatch.setattr(engine.prompts, "tokens", many)
+    long_form.add(request(max_frames=100))
+    outputs = []
+    while long_form.has_work:
+        outputs += long_form.step()
+    assert outputs[-1][3:] == ("context", outputs[-1].error, 1, True)
+    assert "the prompt takes" in outputs[-1].error
+    assert [output.codes is None for output in outputs] == [False] * 6 + [True]
+    assert not long_form._passages
 
 
 @pytest.mark.slow
