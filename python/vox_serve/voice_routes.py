@@ -27,7 +27,13 @@ from vox_serve.text_bound import check_length
 from vox_serve.voice_file import MAX_RECORDINGS, NAME_PATTERN, Voice, VoiceError
 from vox_serve.voice_maker import Excerpt, VoiceMaker
 from vox_serve.voice_service import VoiceService
-from vox_serve.voice_store import BUILT_IN, StoreFullError, UnknownVoiceError, VoiceExistsError
+from vox_serve.voice_store import (
+    BUILT_IN,
+    StoreBusyError,
+    StoreFullError,
+    UnknownVoiceError,
+    VoiceExistsError,
+)
 
 SAMPLE_TEXT = "Hello. This is how I speak when I read a text to you."
 """The text of a built-in voice's sample."""
@@ -121,6 +127,7 @@ _UNKNOWN: dict[int | str, dict[str, Any]] = {
 }
 _DELETE: dict[int | str, dict[str, Any]] = {
     **_UNKNOWN,
+    503: {"description": "another process changes the folder of voices"},
     507: {"description": "the voice cannot be deleted"},
 }
 _SAMPLE: dict[int | str, dict[str, Any]] = {
@@ -138,7 +145,7 @@ _ADD: dict[int | str, dict[str, Any]] = {
     415: {"description": "the body is neither JSON nor multipart/form-data"},
     422: {"description": "a field or a recording is invalid, or the recordings are too long"},
     429: {"description": "too many uploads at once; Retry-After says when to try again"},
-    503: {"description": "the server is shutting down"},
+    503: {"description": "the server is shutting down, or another process changes the folder"},
     507: {"description": "the voice cannot be written"},
 }
 
@@ -203,7 +210,7 @@ def add_voice_routes(app: FastAPI, voices: VoiceService, runner: Runner, config:
         if name in BUILT_IN:
             raise HTTPException(403, f"voice {name} is built in")
         try:
-            await asyncio.to_thread(store.remove, name)
+            await voices.remove(name)
         except OSError as error:
             raise HTTPException(507, f"the voice cannot be deleted: {error.strerror}") from None
         return AsciiJSONResponse({"id": name, "object": f"{OBJECT}.deleted", "deleted": True})
@@ -213,13 +220,16 @@ def add_voice_routes(app: FastAPI, voices: VoiceService, runner: Runner, config:
         (UnknownVoiceError, 404),
         (VoiceExistsError, 409),
         (StoreFullError, 409),
+        (StoreBusyError, 503),
     ):
         app.add_exception_handler(kind, _handler(status_code))
 
 
 def _handler(status_code: int) -> Any:
+    headers = {"Retry-After": "1"} if status_code == 503 else None
+
     async def handle(_: Request, error: Exception) -> Response:
-        return AsciiJSONResponse({"detail": str(error)}, status_code)
+        return AsciiJSONResponse({"detail": str(error)}, status_code, headers)
 
     return handle
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from vox_serve import voice_store
 from vox_serve.config import Config
 from vox_serve.context_field import ContextLimits, decode_context
 from vox_serve.context_segment import SegmentFields, speech_bytes
@@ -19,7 +20,13 @@ from vox_serve.prompt import Segment
 from vox_serve.runner import SHUTTING_DOWN, Runner
 from vox_serve.voice_file import Voice, VoiceError
 from vox_serve.voice_maker import Excerpt, VoiceMaker
-from vox_serve.voice_store import BUILT_IN, UnknownVoiceError, VoiceStore, shown_names
+from vox_serve.voice_store import (
+    BUILT_IN,
+    StoreBusyError,
+    UnknownVoiceError,
+    VoiceStore,
+    shown_names,
+)
 
 if TYPE_CHECKING:
     from vox_serve.request import Request
@@ -64,6 +71,7 @@ class VoiceService:
         self._bodies = BodyMemory(UPLOAD_MEMORY * config.max_upload_bytes)
         self._contexts = BodyMemory(max(CONTEXT_BYTES, config.max_body_bytes))
         self._uploads: Counter[str] = Counter()  # by client; used on the event loop alone
+        self._removing = asyncio.Lock()  # a removal may wait for long: it gets one thread
         self._stopped = threading.Event()
 
     def stop(self) -> None:
@@ -171,6 +179,21 @@ class VoiceService:
             return voice
 
         return await self._beside(work, client)
+
+    async def remove(self, name: str) -> None:
+        """Forget a voice.
+
+        Raises:
+            VoiceError, OSError: see `VoiceStore.remove`.
+        """
+        try:
+            await asyncio.wait_for(self._removing.acquire(), voice_store.LOCK_TIMEOUT_S)
+        except TimeoutError:
+            raise StoreBusyError from None
+        try:
+            await asyncio.to_thread(self.store.remove, name)
+        finally:
+            self._removing.release()
 
     async def read_context(self, segments: Sequence[SegmentFields], client: str) -> list[Segment]:
         """Decode and encode the speech of a request's context; recordings as in `make`.

@@ -6,10 +6,11 @@ import logging
 import os
 import re
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from vox_serve.atomic_file import replaced
 from vox_serve.json_file import read_bounded
@@ -32,6 +33,10 @@ BUILT_IN = ("0", "1")
 MAX_TOTAL_BYTES = 2**28
 _SUFFIX = ".safetensors"
 
+LOCK_TIMEOUT_S = 5.0
+"""Time that a change waits for the changes of other threads and processes."""
+_LOCK_POLL_S = 0.02
+
 
 class UnknownVoiceError(VoiceError):
     """There is no such voice."""
@@ -43,6 +48,13 @@ class VoiceExistsError(VoiceError):
 
 class StoreFullError(VoiceError):
     """The store holds as many voices, or bytes, as it may."""
+
+
+class StoreBusyError(VoiceError):
+    """Another thread or process changes the store, and takes too long."""
+
+    def __init__(self) -> None:
+        super().__init__("the folder of voices is locked by another process: try later")
 
 
 class _Entry(NamedTuple):
@@ -57,7 +69,7 @@ class VoiceStore:
     """Voices by name, in a folder or in memory. Any thread may use it.
 
     Other processes may use the same folder: files are written whole, changes take a lock, and
-    reading follows the files as they are.
+    reading follows the files as they are, without waiting for changes.
 
     Args:
         folder: holds `NAME.safetensors` for each voice, and is made if it is missing; None for
@@ -76,7 +88,8 @@ class VoiceStore:
         self.sizes = sizes
         self.max_voices = max_voices
         self._entries: dict[str, _Entry] = {}  # by key; of a folder those that were read
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()  # guards the entries
+        self._change_lock = threading.Lock()  # held through a change
         if self.folder is not None:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -149,6 +162,7 @@ class VoiceStore:
         Raises:
             VoiceExistsError: there is one of this name, and `replace` is false.
             StoreFullError: there are too many voices, or too many bytes of them.
+            StoreBusyError: another change takes too long.
             VoiceError: the name or the codes are invalid.
             OSError: its file cannot be written.
         """
@@ -163,32 +177,34 @@ class VoiceStore:
                     f"voice {voice.name!r} takes {len(data)} bytes and the others {others}; "
                     f"{MAX_FILE_BYTES} and {MAX_TOTAL_BYTES} together may be used"
                 )
-            if self.folder is None:
-                self._entries[key] = _Entry((), voice, len(data))
-                return
-            path = self._path(key)
-            with replaced(path) as file:
-                file.write(data)
-            self._entries[key] = _Entry(_signature(os.fstat(file.fileno())), voice, len(data))
-            file.close()
+            signature: tuple[int, ...] = ()
+            if self.folder is not None:
+                with replaced(self._path(key)) as file:
+                    file.write(data)
+                signature = _signature(os.fstat(file.fileno()))
+                file.close()
+            with self._lock:
+                self._entries[key] = _Entry(signature, voice, len(data))
 
     def remove(self, name: str) -> None:
         """Forget a voice. Speech in it goes on.
 
         Raises:
             UnknownVoiceError: there is none of this name.
+            StoreBusyError: another change takes too long.
             OSError: its file cannot be removed.
         """
         with self._changing():
             try:
                 key = voice_key(name)
-                if self.folder is None:
-                    del self._entries[key]
-                else:
+                if self.folder is not None:
                     self._path(key).unlink()
-            except (VoiceError, KeyError, FileNotFoundError):
+            except (VoiceError, FileNotFoundError):
                 raise UnknownVoiceError(f"there is no voice {name[:100]!a}") from None
-            self._entries.pop(key, None)
+            with self._lock:
+                entry = self._entries.pop(key, None)
+            if self.folder is None and entry is None:
+                raise UnknownVoiceError(f"there is no voice {name!r}")
 
     def _path(self, key: str) -> Path:
         assert self.folder is not None
@@ -238,15 +254,23 @@ class VoiceStore:
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
-        """Let no other thread or process change the store."""
-        with self._lock:
+        """Let no other thread or process change the store.
+
+        Raises:
+            StoreBusyError: others changed it for `LOCK_TIMEOUT_S`.
+        """
+        until_s = time.monotonic() + LOCK_TIMEOUT_S
+        if not self._change_lock.acquire(timeout=LOCK_TIMEOUT_S):
+            raise StoreBusyError
+        try:
             if self.folder is None:
                 yield
                 return
             with open(self.folder / ".lock", "a") as file:
-                with contextlib.suppress(OSError):  # the file system has no locks
-                    fcntl.flock(file, fcntl.LOCK_EX)
+                _lock_file(file, until_s)
                 yield
+        finally:
+            self._change_lock.release()
 
     def _remove_leftovers(self) -> None:
         """Remove what processes that were killed left of the files that they wrote."""
@@ -255,6 +279,25 @@ class VoiceStore:
             with contextlib.suppress(OSError), open(temporary, "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 temporary.unlink()
+
+
+def _lock_file(file: IO[str], until_s: float) -> None:
+    """Lock a file that other processes lock too.
+
+    Raises:
+        StoreBusyError: one of them still holds it at `until_s`, by the monotonic clock.
+    """
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until_s:
+                raise StoreBusyError from None
+            time.sleep(_LOCK_POLL_S)
+        except OSError:  # the file system has no locks
+            return
+        else:
+            return
 
 
 def _signature(status: os.stat_result) -> tuple[int, ...]:
