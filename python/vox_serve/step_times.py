@@ -1,0 +1,115 @@
+"""The seconds that a step of the engine takes, learnt while it runs: no clock, no tensors."""
+
+import statistics
+from collections import deque
+
+import numpy as np
+
+FIRST_GUESS_S = 0.01
+"""Seconds of a step of one row before anything was measured: eight rows take the 80 ms of a frame,
+and each measured step corrects it."""
+
+WINDOW = 31
+"""Newest measurements that count in each bucket. Their median ignores what happens now and then: a
+page fault, a paused machine, a compiled kernel."""
+
+SLOW_WINDOW = 127
+EXACT = 16
+"""Counts up to this one have a bucket each; further ones share eight between powers of two."""
+
+
+class StepTimes:
+    """Seconds of a step, by its rows and its prompt tokens.
+
+    A step costs what its rows cost and, on top, what its prompt tokens cost. Both are tables of
+    medians with straight lines between them. So they follow a CPU, whose steps grow with each row,
+    and a GPU, whose steps take equally long up to the tile of a matrix product. Beyond the largest
+    count that was measured, time grows in proportion: too pessimistic, until a step of that size
+    has been measured.
+    """
+
+    def __init__(self) -> None:
+        self._rows = _Curve(FIRST_GUESS_S)
+        self._tokens = _Curve(FIRST_GUESS_S / 4)
+        self._ratios: deque[float] = deque(maxlen=SLOW_WINDOW)
+        self._table = np.zeros(1)
+        self.slow = 1.0
+        """Measured over predicted seconds, in one of the slowest steps of twenty."""
+
+    def observe(self, rows: int, prompt_tokens: int, seconds: float) -> None:
+        """Learn from a step.
+
+        Args:
+            rows: rows that made a frame, those included whose prompt ended in the step.
+            prompt_tokens: tokens of prompts in the step.
+            seconds: from its begin to its end.
+        """
+        if self._rows.is_known or self._tokens.is_known:
+            self._ratios.append(seconds / max(self.seconds(rows, prompt_tokens), 1e-9))
+            ordered = sorted(self._ratios)
+            self.slow = min(max(ordered[int(0.95 * len(ordered))], 1.0), 2.0)
+        if not prompt_tokens:
+            self._rows.observe(rows, seconds)
+        else:
+            self._tokens.observe(prompt_tokens, max(seconds - self.seconds(rows), 0.0))
+        self._table = np.zeros(1)
+
+    def seconds(self, rows: int, prompt_tokens: int = 0) -> float:
+        """Predicted seconds of a step; 0 for an empty one."""
+        tokens_s = self._tokens.value(prompt_tokens) if prompt_tokens else 0.0
+        return float(self.table(rows)[rows]) + tokens_s
+
+    def table(self, most_rows: int) -> np.ndarray:
+        """Predicted seconds of steps of 0, 1, ... rows without prompt tokens: float64, read only.
+
+        The table has at least `most_rows + 1` entries.
+        """
+        if len(self._table) <= most_rows:
+            size = 1 << (most_rows + 1).bit_length()
+            self._table = self._rows.values(np.arange(size))
+            self._table[0] = 0.0
+        return self._table
+
+    def tokens_within(self, seconds: float, most: int) -> int:
+        """The most prompt tokens, up to `most`, that take no longer than `seconds`."""
+        if most <= 0 or seconds <= 0:
+            return 0
+        fits = np.flatnonzero(self._tokens.values(np.arange(1, most + 1)) <= seconds)
+        return int(fits[-1]) + 1 if len(fits) else 0
+
+
+class _Curve:
+    """Medians by bucket, with straight lines between them."""
+
+    def __init__(self, guess_s: float) -> None:
+        self._guess_s = guess_s
+        self._seen: dict[int, deque[float]] = {}
+        self._at: list[int] = [1]
+        self._medians: list[float] = [guess_s]
+
+    @property
+    def is_known(self) -> bool:
+        return bool(self._seen)
+
+    def observe(self, count: int, seconds: float) -> None:
+        if count < 1:
+            return
+        bucket = _bucket(count)
+        self._seen.setdefault(bucket, deque(maxlen=WINDOW)).append(seconds)
+        self._at = sorted(self._seen)
+        self._medians = [statistics.median(self._seen[at]) for at in self._at]
+
+    def value(self, count: int) -> float:
+        return float(self.values(np.array([count]))[0])
+
+    def values(self, counts: np.ndarray) -> np.ndarray:
+        values: np.ndarray = np.interp(counts, self._at, self._medians)
+        return np.maximum(1.0, counts / self._at[-1]) * values
+
+
+def _bucket(count: int) -> int:
+    """The smallest count of the bucket that `count` falls into."""
+    if count <= EXACT:
+        return count
+    width = 1 << (count.bit_length() - 4)
+    return count // width * width
