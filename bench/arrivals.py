@@ -1,7 +1,7 @@
 """Requests of a load: texts of mixed lengths, and the times at which they arrive.
 
-All is drawn from seeds: the n-th request has the same text and seed at every rate, whatever the
-server does, so that loads and servers can be compared request by request.
+All is drawn from seeds (numbers or texts), whatever the server does, so that servers can be
+compared request by request.
 """
 
 import random
@@ -98,7 +98,7 @@ def text_of(kind: str, draw: random.Random) -> str:
     return text
 
 
-def requests(seed: int) -> Iterator[Arrival]:
+def requests(seed: object) -> Iterator[Arrival]:
     """Requests without times, endlessly; each ten in a row hold the kinds of `MIX` exactly."""
     draw = random.Random(f"texts {seed}")
     for index in count(step=sum(MIX.values())):
@@ -108,13 +108,13 @@ def requests(seed: int) -> Iterator[Arrival]:
             yield Arrival(0.0, text_of(kind, draw), index + offset, kind)
 
 
-def at_times(times: list[float], seed: int) -> list[Arrival]:
+def at_times(times: list[float], seed: object) -> list[Arrival]:
     """The first requests of a seed at these times."""
     drawn = islice(requests(seed), len(times))
     return [replace(request, at_s=at_s) for at_s, request in zip(times, drawn, strict=True)]
 
 
-def poisson(rate: float, seconds: float, seed: int) -> list[float]:
+def poisson(rate: float, seconds: float, seed: object) -> list[float]:
     """Times of a Poisson process of `rate` a second, up to `seconds`."""
     draw = random.Random(f"times {seed}")
     times, at_s = [], draw.expovariate(rate)
@@ -124,12 +124,12 @@ def poisson(rate: float, seconds: float, seed: int) -> list[float]:
     return times
 
 
-def bursts(rate: float, seconds: float, seed: int, size: int) -> list[float]:
+def bursts(rate: float, seconds: float, seed: object, size: int) -> list[float]:
     """Times of `rate` requests a second on average: bursts of `size` at once, which are Poisson."""
     return [at_s for at_s in poisson(rate / size, seconds, seed) for _ in range(size)]
 
 
-def paragraphs(number: int, seed: int) -> list[Arrival]:
+def paragraphs(number: int, seed: object) -> list[Arrival]:
     """Long requests at time 0, each with a text of its own."""
     draw = random.Random(f"paragraphs {seed}")
     return [Arrival(0.0, text_of("paragraph", draw), index, "long") for index in range(number)]

@@ -7,11 +7,12 @@
     python bench/run.py serve --url http://host:8000/v1/audio/speech --body '{"voice": "a"}'
 
 The requests do not wait for each other: a slow server gets as many as a fast one. Texts are short
-turns (half of them), sentences and paragraphs; texts, seeds and times are drawn from --seed, equal
-for all servers. With several servers, all of them run, and they take turns within each case; only
-one is under load at a time.
+turns (half of them), sentences and paragraphs. Texts, seeds and times are drawn from --seed: equal
+for all servers, different in every case, load and run. With several servers, all of them run, and
+they take turns within each case; only one is under load at a time.
 
 Cases (--cases; all by default):
+    quiet             requests one after another: first audio of an idle server
     capacity          closed loop: so many streams at once (--at-once), the next one when one ends.
                       The most audio a second without a gap is load 1, of the best server
     eight-and-one     a short request while eight long streams run, and three quiet first audios
@@ -30,7 +31,9 @@ Columns, times in ms unless another unit is named:
                       as streams (/s) and as seconds (x)
     refused           429 or 503, with the time to that answer
     failed            neither complete nor refused
-    differ            answers whose samples differ from the first answer to the same text and seed
+    p95 / quiet       first p95 over that of the case quiet, of the first server
+    differ            answers whose samples differ from another answer to the same text and seed: of
+                      another server, or to the same request alone (three of each load)
     client cpu %      of one processor; client late ms is the 99th percentile of the client's delay
 
 Options:
@@ -114,13 +117,15 @@ async def measure(
             raise RuntimeError(f"{server.name} does not answer: {failed[0]}")
     for case in cases:
         rows: dict[str, list[Row]] = {server.name: [] for server in servers}
-        for run in range(repeat):
-            for server in servers if run % 2 == 0 else servers[::-1]:
+        for plan.run in range(repeat):
+            for server in servers if plan.run % 2 == 0 else servers[::-1]:
                 gc.collect()
                 for row in await CASES[case](server, plan):
-                    tables.add(case, server.name, run + 1, row)
+                    tables.add(case, server.name, plan.run + 1, row)
                     rows[server.name].append(row)
         tables.add_medians(case)
+        if case == "quiet":
+            plan.quiet_ms = median([row["first p95"] for row in rows[servers[0].name]])
         if case == "capacity" and plan.capacity is None:
             plan.capacity = choose_capacity(rows, report)
 
@@ -257,7 +262,7 @@ def plot(report: Report) -> None:
 
 def described(plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
     """The load's settings, for the results."""
-    settings = ("seconds", "capacity_seconds", "streams", "burst", "seed", "capacity")
+    settings = ("seconds", "capacity_seconds", "streams", "burst", "seed", "capacity", "quiet_ms")
     return {name: getattr(plan, name) for name in settings} | {"clients": args.clients}
 
 

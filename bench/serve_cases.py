@@ -24,6 +24,8 @@ QUIET_TIMES = 3
 WARM_SHARE = 0.2
 WHOLE_EVERY_S = 4.0
 WHOLE_SEED = 1_000_000
+ASKED_AGAIN = 3
+"""Answers of a load whose samples are compared with those of the same request alone."""
 
 Row = dict[str, Any]
 
@@ -40,6 +42,10 @@ class Plan:
         loads: rates as shares of the capacity.
         burst: requests of a burst.
         seed: of texts and times.
+        run: number of the run. Each run, case and load has texts of its own, since a server keeps
+            the keys and values of prompts that it knows; they are the same for every server.
+        quiet_ms: 95th percentile of first audio without a load, of the first server; None before it
+            is measured.
         capacity: requests a second that count as load 1; None before it is measured.
         samples: compares answers to equal requests; None if the route takes no seed.
         records: requests and outcomes of every load.
@@ -52,9 +58,15 @@ class Plan:
     loads: tuple[float, ...] = (0.5, 0.8, 1.0, 2.0)
     burst: int = 8
     seed: int = 0
+    run: int = 0
+    quiet_ms: float | None = None
     capacity: float | None = None
     samples: speech_load.Samples | None = field(default_factory=speech_load.Samples)
     records: list[dict] = field(default_factory=list)
+
+    def seed_of(self, case: str, level: float = 0.0) -> str:
+        """A seed for the texts and times of a case at a load."""
+        return f"{self.seed} {self.run} {case} {level:g}"
 
     def seconds_at(self, rate: float) -> float:
         return self.streams / rate if self.streams else self.seconds
@@ -82,8 +94,22 @@ def gaps(streams: list[Stream]) -> Row:
 async def warm_up(server: Server, plan: Plan) -> list[Stream]:
     """A short request, then eight at once."""
     first = await speak(server.target, Arrival(0.0, SHORT, 0, "short"))
-    eight = list(islice(arrivals.requests(plan.seed + 1), 8))
+    eight = list(islice(arrivals.requests(plan.seed_of("warm-up")), 8))
     return [first, *await speech_load.together(server.target, eight)]
+
+
+async def quiet(server: Server, plan: Plan) -> list[Row]:
+    """Requests of the same mix one after another."""
+    row: Row = {}
+    async with cost(server, row):
+        streams, start_s = await speech_load.closed_loop(
+            server.target, arrivals.requests(plan.seed_of("quiet")), 1, plan.capacity_seconds
+        )
+    found = speech_load.figures(streams, start_s, plan.capacity_seconds)
+    keys = ("streams", *(key for key in found if key.startswith(("first", "audible"))), "goodput x")
+    row = {**{key: found[key] for key in keys}, **gaps(streams), **row}
+    await _note(server, plan, "quiet", None, streams, start_s, row)
+    return [row]
 
 
 async def capacity(server: Server, plan: Plan) -> list[Row]:
@@ -92,8 +118,9 @@ async def capacity(server: Server, plan: Plan) -> list[Row]:
     for at_once in plan.at_once:
         row: Row = {"at once": at_once}
         async with cost(server, row):
+            requests = arrivals.requests(plan.seed_of("capacity", at_once))
             streams, start_s = await speech_load.closed_loop(
-                server.target, arrivals.requests(plan.seed), at_once, seconds
+                server.target, requests, at_once, seconds
             )
         audio, rate = speech_load.throughput(streams, start_s, WARM_SHARE * seconds, seconds)
         first_ms = speech_load.milliseconds([s.first_audio_s for s in streams], 50)
@@ -106,7 +133,7 @@ async def capacity(server: Server, plan: Plan) -> list[Row]:
             **gaps(streams),
             **row,
         }
-        _note(server, plan, "capacity", None, streams, start_s, row)
+        await _note(server, plan, "capacity", None, streams, start_s, row)
         rows.append(row)
     return rows
 
@@ -126,7 +153,7 @@ async def eight_and_one(server: Server, plan: Plan) -> list[Row]:
     short = Arrival(0.0, SHORT, 0, "short")
     quiet = [await speak(server.target, short) for _ in range(QUIET_REQUESTS)]
     quiet_ms = speech_load.milliseconds([s.first_audio_s for s in quiet], 50)
-    others = arrivals.paragraphs(8, plan.seed)
+    others = arrivals.paragraphs(8, plan.seed_of("eight-and-one"))
     row: Row = {}
     async with cost(server, row):
         one, long = await speech_load.one_beside(server.target, others, short, BESIDE_PAUSE_S)
@@ -140,7 +167,7 @@ async def eight_and_one(server: Server, plan: Plan) -> list[Row]:
         **gaps([*quiet, one, *long]),
         **row,
     }
-    _note(server, plan, "eight-and-one", None, [one, *long], min(s.due_s for s in long), row)
+    await _note(server, plan, "eight-and-one", None, [one, *long], min(s.due_s for s in long), row)
     return [row]
 
 
@@ -148,12 +175,13 @@ async def eight_prompts(server: Server, plan: Plan) -> list[Row]:
     """First audio of eight long texts that come at once, in ascending order."""
     row: Row = {}
     async with cost(server, row):
-        streams = await speech_load.together(server.target, arrivals.paragraphs(8, plan.seed + 2))
+        long = arrivals.paragraphs(8, plan.seed_of("eight-prompts"))
+        streams = await speech_load.together(server.target, long)
     times = sorted(1e3 * s.first_audio_s for s in streams if s.first_audio_s is not None)
     padded = [*times, *[None] * (len(streams) - len(times))]
     firsts = {f"first {n} ms": ms for n, ms in enumerate(padded, 1)}
     row = {**firsts, **gaps(streams), **row}
-    _note(server, plan, "eight-prompts", None, streams, streams[0].due_s, row)
+    await _note(server, plan, "eight-prompts", None, streams, streams[0].due_s, row)
     return [row]
 
 
@@ -165,7 +193,7 @@ async def poisson(server: Server, plan: Plan) -> list[Row]:
 async def burst(server: Server, plan: Plan) -> list[Row]:
     """Bursts at the times of a Poisson process, at each load."""
 
-    def times(rate: float, seconds: float, seed: int) -> list[float]:
+    def times(rate: float, seconds: float, seed: str) -> list[float]:
         return arrivals.bursts(rate, seconds, seed, plan.burst)
 
     return await _loads(server, plan, "burst", times)
@@ -177,11 +205,12 @@ async def whole_under_load(server: Server, plan: Plan) -> list[Row]:
     for share in plan.loads:
         rate = share * _capacity(plan)
         seconds = plan.seconds_at(rate)
-        streaming = arrivals.at_times(arrivals.poisson(rate, seconds, plan.seed), plan.seed)
+        seed = plan.seed_of("whole-under-load", share)
+        streaming = arrivals.at_times(arrivals.poisson(rate, seconds, seed), seed)
         every = [n * WHOLE_EVERY_S for n in range(int(seconds / WHOLE_EVERY_S))]
         whole = [
             Arrival(at_s, a.text, WHOLE_SEED + a.seed, "whole", streaming=False)
-            for at_s, a in zip(every, arrivals.paragraphs(len(every), plan.seed), strict=True)
+            for at_s, a in zip(every, arrivals.paragraphs(len(every), seed), strict=True)
         ]
         row: Row = {}
         async with cost(server, row):
@@ -199,29 +228,28 @@ async def whole_under_load(server: Server, plan: Plan) -> list[Row]:
             **gaps(streams),
             **row,
         }
-        _note(server, plan, "whole-under-load", share, streams, start_s, row)
+        await _note(server, plan, "whole-under-load", share, streams, start_s, row)
         rows.append(row)
     return rows
 
 
 async def _loads(
-    server: Server, plan: Plan, case: str, times: Callable[[float, float, int], list[float]]
+    server: Server, plan: Plan, case: str, times: Callable[[float, float, str], list[float]]
 ) -> list[Row]:
     rows = []
     for share in plan.loads:
         rate = share * _capacity(plan)
         seconds = plan.seconds_at(rate)
-        requests = arrivals.at_times(times(rate, seconds, plan.seed), plan.seed)
+        seed = plan.seed_of(case, share)
+        requests = arrivals.at_times(times(rate, seconds, seed), seed)
         row: Row = {}
         async with cost(server, row):
             streams, start_s = await speech_load.open_loop(server.target, requests)
-        row = {
-            "load": share,
-            "rate/s": rate,
-            **speech_load.figures(streams, start_s, seconds),
-            **row,
-        }
-        _note(server, plan, case, share, streams, start_s, row)
+        found = speech_load.figures(streams, start_s, seconds)
+        quiet_ms, p95_ms = plan.quiet_ms, found["first p95"]
+        found["p95 / quiet"] = p95_ms / quiet_ms if p95_ms and quiet_ms else None
+        row = {"load": share, "rate/s": rate, **found, **row}
+        await _note(server, plan, case, share, streams, start_s, row)
         rows.append(row)
     return rows
 
@@ -232,7 +260,7 @@ def _capacity(plan: Plan) -> float:
     return plan.capacity
 
 
-def _note(
+async def _note(
     server: Server,
     plan: Plan,
     case: str,
@@ -241,14 +269,20 @@ def _note(
     start_s: float,
     row: Row,
 ) -> None:
-    """Records the streams, and counts those whose samples differ from an equal request's."""
-    row["differ"] = plan.samples and plan.samples.differing(streams)
+    """Records the streams. Some are asked for again, alone, and must have the same samples."""
+    row["differ"] = None
+    if plan.samples:
+        complete = [s.arrival for s in streams if s.complete]
+        chosen = complete[:: max(len(complete) // ASKED_AGAIN, 1)][:ASKED_AGAIN]
+        again = [await speak(server.target, arrival) for arrival in chosen]
+        row["differ"] = plan.samples.differing([*streams, *again])
     row["problems"] = speech_load.problems(streams)
     requests = speech_load.recorded(streams, start_s)
     plan.records.append({"server": server.name, "case": case, "load": share, "requests": requests})
 
 
 CASES: dict[str, Callable[[Server, Plan], Coroutine[Any, Any, list[Row]]]] = {
+    "quiet": quiet,
     "capacity": capacity,
     "eight-and-one": eight_and_one,
     "eight-prompts": eight_prompts,
