@@ -15,7 +15,7 @@ from vox_serve import engine
 from vox_serve.access import AccessPolicy, add_access_checks, client_name
 from vox_serve.config import MAX_FRAMES, Config, SpeechSettings
 from vox_serve.connections import CloseUnread
-from vox_serve.context_field import ContextField, ContextTooLargeError
+from vox_serve.context_field import ContextField, ContextTooLargeError, parse_context
 from vox_serve.context_segment import ContextError
 from vox_serve.conversation_routes import add_conversation_routes
 from vox_serve.conversation_service import ConversationService
@@ -132,10 +132,12 @@ def _generate_docs(config: Config) -> dict[str, Any]:
     schema = GenerateRequest.model_json_schema()
     schema["properties"]["max_frames"]["anyOf"][0]["maximum"] = config.frames_limit
     form = _form_schema(schema)
+    files = {"type": "array", "items": {"type": "string", "format": "binary"}}
+    multipart = {**form, "properties": {**form["properties"], "audio": files}}
     content = {
         "application/json": {"schema": schema},
         "application/x-www-form-urlencoded": {"schema": form},
-        "multipart/form-data": {"schema": form},
+        "multipart/form-data": {"schema": multipart},
     }
     return {"requestBody": {"required": True, "content": content}}
 
@@ -196,7 +198,7 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
         """Speak a text. Send JSON, or a form with the same fields."""
         client = client_name(request.scope)
         with ExitStack() as stack:  # holds the memory of a long body
-            upload = voices.large_body(stack, client, "context")
+            upload = voices.large_body(request, stack, client, "context", "audio", file="audio")
             with bodies.hold(client) as count:
                 given, is_form = await read_fields(request, config.max_body_bytes, count, upload)
             if is_form and len(given.get("context", "")) > config.max_body_bytes:
@@ -240,8 +242,12 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
         validate = (
             GenerateRequest.model_validate_strings if is_form else GenerateRequest.model_validate
         )
+        update = {}
+        if is_form and isinstance(files := given.get("audio"), list):
+            given = {name: value for name, value in given.items() if name != "audio"}
+            update["context"] = parse_context(given.pop("context", "[]"), files)
         try:
-            wanted = validate(given)
+            wanted = validate(given).model_copy(update=update)
         except ValidationError as error:
             raise RequestValidationError(error.errors()) from None
         if wanted.context is not None and wanted.conversation is not None:

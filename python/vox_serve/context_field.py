@@ -68,12 +68,13 @@ class Turn:
     codes: Tensor | None = None
 
 
-def parse_context(value: Any) -> list[SegmentFields]:
+def parse_context(value: Any, files: Sequence[bytes] = ()) -> list[SegmentFields]:
     """Check a request's `context`, all but the content of recordings and codes.
 
     Args:
         value: a list of `{"speaker", "text", "audio" | "codes"}`; or that list as JSON text, in
             which a form sends it.
+        files: the recordings of the entries that have neither audio nor codes, in this order.
 
     Raises:
         ContextError: an entry is invalid; the message begins with "context".
@@ -90,14 +91,33 @@ def parse_context(value: Any) -> list[SegmentFields]:
     if not isinstance(value, list):
         raise ContextError(f"context must be a list of segments, got {shown(type(value).__name__)}")
     found = []
-    for i, entry in enumerate(value):
+    for i, entry in enumerate(_with_files(value, files)):
         fields = check_segment(entry, Place(f"context[{i}]: ", f"context[{i}]."))
-        if fields.kind == "audio" and not (isinstance(fields.speech, str) and fields.speech):
-            raise ContextError(f"context[{i}].audio must be a recording in base64")
+        if fields.kind == "audio" and not (
+            isinstance(fields.speech, str | bytes) and fields.speech
+        ):
+            raise ContextError(f"context[{i}].audio must be a recording in base64, or a file")
         if fields.kind == "codes" and not (isinstance(fields.speech, list) and fields.speech):
             raise ContextError(f"context[{i}].codes must be a list of frames, which are lists")
         found.append(fields)
     return found
+
+
+def _with_files(entries: list[Any], files: Sequence[bytes]) -> list[Any]:
+    """The entries of a context, with files as the audio of those that have no speech."""
+    if not files:
+        return entries
+    is_silent = [isinstance(e, dict) and not {"audio", "codes"} & e.keys() for e in entries]
+    if sum(is_silent) != len(files):
+        raise ContextError(
+            f"there are {len(files)} files audio, and context has {sum(is_silent)} segments "
+            "without audio or codes"
+        )
+    left = iter(files)
+    return [
+        {**entry, "audio": next(left)} if silent else entry
+        for entry, silent in zip(entries, is_silent, strict=True)
+    ]
 
 
 _SEGMENT_FIELDS = {
@@ -217,7 +237,7 @@ def encode_context(turns: Sequence[Turn], encode: Callable[[np.ndarray], Tensor]
 
 
 class _AudioReader:
-    """Reads recordings in base64 until their bytes or seconds are used up.
+    """Reads recordings, encoded or in base64, until their bytes or seconds are used up.
 
     Seconds count as recorded, because silence is cheap to send, but not to decode.
     """
@@ -228,9 +248,11 @@ class _AudioReader:
         self._s_left = max_s
         self._max_s = max_s
 
-    def read(self, text: str) -> np.ndarray:
+    def read(self, speech: str | bytes) -> np.ndarray:
         codec = self._codec
-        data = from_base64(text, self._bytes_left)
+        data = speech if isinstance(speech, bytes) else from_base64(speech, self._bytes_left)
+        if len(data) > self._bytes_left:
+            raise _too_large(len(data), self._bytes_left)
         self._bytes_left -= len(data)
         limits = Limits(
             max_s=self._s_left,
@@ -260,7 +282,7 @@ def from_base64(text: str, max_bytes: int) -> bytes:
     starts = range(0, len(text), _BASE64_SLICE_CHARS)
     text = "".join("".join(text[i : i + _BASE64_SLICE_CHARS].split()) for i in starts)
     if (num_bytes := len(text) // 4 * 3) > max_bytes + 2:  # two bytes may be padding
-        raise AudioTooLargeError(f"the recording has {num_bytes} bytes; at most {max_bytes} fit")
+        raise _too_large(num_bytes, max_bytes)
     if "=" in text[:-2]:
         raise ValueError("it is not base64")
     try:
@@ -271,8 +293,12 @@ def from_base64(text: str, max_bytes: int) -> bytes:
     except ValueError:
         raise ValueError("it is not base64") from None
     if len(data) > max_bytes:
-        raise AudioTooLargeError(f"the recording has {len(data)} bytes; at most {max_bytes} fit")
+        raise _too_large(len(data), max_bytes)
     return data
+
+
+def _too_large(num_bytes: int, max_bytes: int) -> AudioTooLargeError:
+    return AudioTooLargeError(f"the recording has {num_bytes} bytes; at most {max_bytes} fit")
 
 
 def _codes(rows: list[Any], config: CsmConfig) -> Tensor:

@@ -46,7 +46,7 @@ def speech_bytes(segments: Sequence[SegmentFields]) -> int:
     """Memory that the unchecked speech of segments takes, about."""
 
     def count(fields: SegmentFields) -> int:
-        if isinstance(fields.speech, str):
+        if isinstance(fields.speech, str | bytes):
             return len(fields.speech)
         return CODE_BYTES * sum(len(row) for row in fields.speech if isinstance(row, list))
 

@@ -1,7 +1,5 @@
 """The HTTP routes of conversations: begin, add a turn, show, interrupt, delete."""
 
-import asyncio
-import base64
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -142,9 +140,9 @@ def add_conversation_routes(
             if kind == "multipart/form-data":
                 count = stack.enter_context(voices.hold_context(client))
                 parts = await read_parts(request, config.max_upload_bytes, 1, count)
-                given = await asyncio.to_thread(_form_turn, parts)
+                given = _form_turn(parts)
             else:
-                upload = voices.large_body(stack, client, "audio", "codes")
+                upload = voices.large_body(request, stack, client, "audio", "codes")
                 given = await read(request, upload)
             fields = parse_context([given])
             conversation = conversations.open(client, key, None)
@@ -219,8 +217,6 @@ def _form_turn(parts: Sequence[tuple[str, str | bytes]]) -> dict[str, Any]:
         raise HTTPException(422, "the form gives a field more than once")
     if (speaker := given.get("speaker", "")).isdecimal():
         given["speaker"] = int(speaker[:11])  # more digits are too many anyway
-    if isinstance(audio := given.get("audio"), bytes):
-        given["audio"] = base64.b64encode(audio).decode()
     return given
 
 

@@ -4,24 +4,27 @@ import asyncio
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import parse_qsl
 
 from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vox_serve.json_file import MAX_UPLOAD_ITEMS, JsonError, check_items
+from vox_serve.form_io import (
+    Parts,
+    form_fields,
+    long_urlencoded_items,
+    read_multipart,
+    urlencoded_items,
+)
+from vox_serve.json_file import JsonError, check_items
 
 logger = logging.getLogger("vox_serve")
 
 T = TypeVar("T")
-
-MAX_FORM_FIELDS = 64
 
 MAX_BODY_MEMORY_BYTES = 2**26
 
@@ -31,6 +34,10 @@ FIELD_TIMEOUT_S = 1.0
 MAX_JSON_BYTES = 2**23
 """Longest upload as JSON. If it is one long string, parsing it holds Python's lock for 10 ms; see
 also `MAX_UPLOAD_ITEMS`."""
+
+
+MAX_CONTEXT_FILES = 64
+"""Most files in a form with a context."""
 
 
 class AsciiJSONResponse(JSONResponse):
@@ -110,11 +117,13 @@ class Upload(NamedTuple):
         max_bytes: longest body.
         begin: called before more is read; returns what counts all bytes of the body again (see
             `BodyMemory.hold`).
+        file: the field of a multipart form that may be given several times, as files.
     """
 
     names: tuple[bytes, ...]
     max_bytes: int
     begin: Callable[[], Callable[[int], None]]
+    file: str | None = None
 
 
 def media_type(request: Request) -> str:
@@ -154,9 +163,10 @@ async def read_fields(
     )
     try:
         if kind == "multipart/form-data":
-            limits = {"max_files": 0, "max_fields": MAX_FORM_FIELDS, "max_part_size": len(body) + 1}
-            async with request.form(**limits) as form:
-                fields, is_form = _form_fields(form.multi_items()), True
+            file = upload.file if upload else None
+            most = MAX_CONTEXT_FILES if file else 0
+            parts = await read_multipart(request.headers, _whole(body), len(body) + 1, most)
+            fields, is_form = form_fields(parts, file), True
         elif is_json:
             is_form = False
             if len(body) > max_bytes:
@@ -165,13 +175,13 @@ async def read_fields(
                 fields = _json_fields(body)
         elif kind == "application/x-www-form-urlencoded":
             if len(body) > max_bytes:
-                items = await asyncio.to_thread(_long_form_items, body)
+                items = await asyncio.to_thread(long_urlencoded_items, body)
             else:
-                items = _form_items(body)
-            fields, is_form = _form_fields(items), True
+                items = urlencoded_items(body)
+            fields, is_form = form_fields(items), True
         else:
             raise HTTPException(415, "send application/json or a form")
-    except ValueError as error:  # for multipart: the charset is one of Python's odd codecs
+    except ValueError as error:
         raise HTTPException(400, f"the form cannot be read: {error}") from None
     if upload and len(body) > max_bytes and not any(n.decode() in fields for n in upload.names):
         raise _too_long(max_bytes)
@@ -198,7 +208,7 @@ async def read_json(
 
 async def read_parts(
     request: Request, max_bytes: int, max_files: int, count: Callable[[int], None]
-) -> list[tuple[str, str | bytes]]:
+) -> Parts:
     """Read a multipart form with files, all in memory.
 
     Args:
@@ -207,36 +217,18 @@ async def read_parts(
         max_files: most files.
         count: see `BodyMemory.hold`.
 
-    Returns:
-        Each part's name, and its text or, of a file, its bytes.
-
     Raises:
         HTTPException: 413, or 400 for a body that is no such form.
     """
     request = _limited(request, max_bytes, count)
-    parser = MultiPartParser(
-        request.headers,
-        request.stream(),
-        max_files=max_files,
-        max_fields=MAX_FORM_FIELDS,
-        max_part_size=max_bytes,
-    )
-    parser.spool_max_size = max_bytes + 1  # no file on disk
     try:
-        form = await parser.parse()
+        return await read_multipart(request.headers, request.stream(), max_bytes, max_files)
     except ClientDisconnect:  # nobody will read this response
         raise HTTPException(400, "the body is cut short") from None
-    except MultiPartException as error:
-        raise HTTPException(400, f"the form cannot be read: {error.message}") from None
-    except ValueError as error:  # the charset is one of Python's odd codecs
-        raise HTTPException(400, f"the form cannot be read: {error}") from None
-    try:
-        return [
-            (name, value if isinstance(value, str) else await value.read())
-            for name, value in form.multi_items()
-        ]
-    finally:
-        await form.close()
+
+
+async def _whole(body: bytes) -> AsyncIterator[bytes]:
+    yield body
 
 
 def _too_long(max_bytes: int) -> HTTPException:
@@ -290,28 +282,6 @@ def _limited(
         return message
 
     return Request(request.scope, receive)
-
-
-def _form_items(body: bytes) -> list[tuple[str, str]]:
-    # Starlette's parser takes raw UTF-8 for Latin-1 and replaces invalid bytes silently.
-    return parse_qsl(body.decode(), True, errors="strict", max_num_fields=MAX_FORM_FIELDS)
-
-
-def _long_form_items(body: bytes) -> list[tuple[str, str]]:
-    try:
-        check_items(body, [b"%"])
-    except JsonError:
-        reason = f"the form has more than {MAX_UPLOAD_ITEMS} escapes: send multipart/form-data"
-        raise HTTPException(413, reason) from None
-    return _form_items(body)
-
-
-def _form_fields(items: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    filled = [(name, value) for name, value in items if value != ""]
-    fields = dict(filled)
-    if len(fields) < len(filled):
-        raise HTTPException(422, "the form gives a field more than once")
-    return fields
 
 
 def _long_json_fields(body: bytes) -> dict[str, Any]:

@@ -10,11 +10,13 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from fastapi import Request
+
 from vox_serve import voice_store
 from vox_serve.config import Config
 from vox_serve.context_field import ContextLimits, decode_context
 from vox_serve.context_segment import SegmentFields, speech_bytes
-from vox_serve.http_io import MAX_JSON_BYTES, BodyMemory, Upload
+from vox_serve.http_io import MAX_JSON_BYTES, BodyMemory, Upload, media_type
 from vox_serve.job import QueueFull, RequestRefused, ShuttingDown
 from vox_serve.prompt import Segment
 from vox_serve.runner import SHUTTING_DOWN, Runner
@@ -29,7 +31,7 @@ from vox_serve.voice_store import (
 )
 
 if TYPE_CHECKING:
-    from vox_serve.request import Request
+    from vox_serve.request import Request as SpeechRequest
 
 logger = logging.getLogger("vox_serve")
 
@@ -79,8 +81,8 @@ class VoiceService:
         self._stopped.set()
 
     async def request_in(
-        self, request: "Request", name: str | None, speaker: int | None = None
-    ) -> "Request":
+        self, request: "SpeechRequest", name: str | None, speaker: int | None = None
+    ) -> "SpeechRequest":
         """A request to speak in a voice; the request itself if there is no name.
 
         Args:
@@ -135,18 +137,24 @@ class VoiceService:
         """Count the memory of a context; see `BodyMemory.hold`."""
         return self._contexts.hold(client)
 
-    def large_body(self, stack: ExitStack, client: str, *names: str) -> Upload:
-        """The bound of a JSON body with a context in some of its fields.
+    def large_body(
+        self, request: Request, stack: ExitStack, client: str, *names: str, file: str | None = None
+    ) -> Upload:
+        """The bound of a body with a context in some of its fields.
 
         Args:
+            request: whose body it is.
             stack: counts the body until its end.
-            client: whose body it is.
+            client: who sends it.
             names: of the fields.
+            file: see `Upload`.
         """
+        has_files = file is not None and media_type(request) == "multipart/form-data"
         return Upload(
             tuple(name.encode() for name in names),
-            min(self._limits.max_bytes, MAX_JSON_BYTES),
+            min(self._limits.max_bytes, CONTEXT_BYTES if has_files else MAX_JSON_BYTES),
             lambda: stack.enter_context(self.hold_context(client)),
+            file,
         )
 
     async def make(
