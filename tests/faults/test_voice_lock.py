@@ -14,7 +14,7 @@ from live_server import LiveServer
 from recordings import tone
 from vox_serve import voice_store
 from vox_serve.audio import wav_file
-from vox_serve.voice_store import StoreBusyError, VoiceStore
+from vox_serve.voice_store import StoreBusyError, UnknownVoiceError, VoiceStore
 
 VOICES = "/v1/audio/voices"
 
@@ -75,13 +75,17 @@ def test_reading_does_not_wait_for_a_change(tmp_path, monkeypatch):
         waits.set()
         seen.wait(TIMEOUT_S)
 
+    def remove() -> None:
+        with pytest.raises(UnknownVoiceError):
+            store.remove("alice")
+
     monkeypatch.setattr(voice_store.time, "sleep", wait)
     monkeypatch.setattr(voice_store, "LOCK_TIMEOUT_S", 0.0)
     with locked(tmp_path):
         with pytest.raises(StoreBusyError):
             store.remove("alice")
         monkeypatch.setattr(voice_store, "LOCK_TIMEOUT_S", TIMEOUT_S)
-        removal = threading.Thread(target=lambda: pytest.raises(Exception, store.remove, "alice"))
+        removal = threading.Thread(target=remove)
         removal.start()
         assert waits.wait(TIMEOUT_S)
         assert store.voices() == []
