@@ -7,6 +7,7 @@
     python bench/run.py speech     steps of the engine: frames, sampling and the codec together
     python bench/run.py all        these five
     python bench/run.py steps      an engine's step by rows and prompt tokens, memory of a stream
+    python bench/run.py turns      first audio of a conversation's tenth turn and of a voice prompt
     python bench/run.py depth      questions about the depth decoder on a GPU: launches or one
                                    kernel, overlap of launches, equal runs, cold draws
     python bench/run.py quantization   effect of packed weights on the logits; needs 10 GB of memory
@@ -81,7 +82,7 @@ from voxkern.console import quiet_on_closed_pipe
 
 BENCHES = ("roofline", "kernels", "frame", "codec", "speech")
 GPU_BENCHES = ("roofline", "kernels", "frame", "speech")
-ONLY_BY_NAME = ("steps", "depth")
+ONLY_BY_NAME = ("steps", "turns", "depth")
 """Benchmarks that "all" leaves out."""
 CHOICES = (*BENCHES, *ONLY_BY_NAME, "all", "quantization", "peers", "serve")
 BATCHES = {
@@ -221,6 +222,10 @@ def run(report: Report, args: argparse.Namespace, timer: CpuTimer | GpuTimer, on
         import bench_steps
 
         bench_steps.run(report, timer, config, precisions, batches("steps"))
+    if "turns" in chosen:
+        import bench_turns
+
+        bench_turns.run(report, config, precisions, timer.device)
     if "depth" in chosen:
         import bench_depth
 
