@@ -159,7 +159,11 @@ ContextField = Annotated[
 
 
 def decode_context(
-    segments: Sequence[SegmentFields], config: CsmConfig, codec: MimiConfig, limits: ContextLimits
+    segments: Sequence[SegmentFields],
+    config: CsmConfig,
+    codec: MimiConfig,
+    limits: ContextLimits,
+    pause: Callable[[], object] = lambda: None,
 ) -> list[Turn]:
     """Decode the recordings of a parsed context, and check codes and bounds.
 
@@ -168,6 +172,7 @@ def decode_context(
         config: the model's sizes. The frames of all segments may fill its context.
         codec: the codec's sizes.
         limits: the bounds.
+        pause: called before each segment. It may wait, or raise to give up.
 
     Raises:
         ContextTooLargeError: the recordings have more than `limits.max_bytes`.
@@ -186,6 +191,7 @@ def decode_context(
     num_frames = 0
     for i, fields in enumerate(segments):
         place = f"context[{i}]"
+        pause()
         try:
             check_length(fields.text, limits.max_text_chars)
         except ValueError as error:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request, Response
@@ -22,7 +23,12 @@ from vox_serve.http_io import (
 )
 from vox_serve.runner import Runner
 from vox_serve.sampling import SamplingParams
-from vox_serve.speech_response import speech_response
+from vox_serve.speech_response import (
+    CLIENT_CLOSED_REQUEST,
+    ClientGone,
+    speech_response,
+    unless_gone,
+)
 from vox_serve.text_bound import check_length
 from vox_serve.voice_file import MAX_RECORDINGS, NAME_PATTERN, Voice, VoiceError
 from vox_serve.voice_maker import Excerpt, VoiceMaker
@@ -161,13 +167,16 @@ def add_voice_routes(app: FastAPI, voices: VoiceService, runner: Runner, config:
         with voices.upload(client) as count:
             upload = await read_upload(request, config, count)
             try:
-                voice = await voices.make(
+                making = voices.make(
                     upload.name,
                     upload.speaker,
-                    lambda: read_excerpts(upload.recordings, voices.maker),
+                    partial(read_excerpts, upload.recordings, voices.maker),
                     client,
                     upload.replace,
                 )
+                voice = await unless_gone(request.receive, making)
+            except ClientGone:
+                return Response(status_code=CLIENT_CLOSED_REQUEST)
             except OSError as error:
                 detail = f"the voice cannot be written: {error.strerror}"
                 raise HTTPException(507, detail) from None
@@ -295,14 +304,19 @@ def _decode_audio(fields: dict[str, Any], max_bytes: int) -> None:
                 raise VoiceError(f"recordings.{i}.audio: {error}") from None
 
 
-def read_excerpts(recordings: Sequence[_Recording], maker: VoiceMaker) -> list[Excerpt]:
-    """Decode and clean the recordings of an upload.
+def read_excerpts(
+    recordings: Sequence[_Recording],
+    maker: VoiceMaker,
+    pause: Callable[[], object] = lambda: None,
+) -> list[Excerpt]:
+    """Decode and clean the recordings of an upload; call `pause` before each of them.
 
     Raises:
         VoiceError: one is invalid; the message begins with its field.
     """
     excerpts = []
     for i, (audio, transcript) in enumerate((r.audio, r.transcript) for r in recordings):
+        pause()
         try:
             excerpts.append(maker.excerpt(audio, transcript))
         except ValueError as error:

@@ -161,7 +161,7 @@ class VoiceService:
         self,
         name: str,
         speaker: int,
-        read: Callable[[], Sequence[Excerpt]],
+        read: Callable[[Callable[[], object]], Sequence[Excerpt]],
         client: str,
         replace: bool = False,
     ) -> Voice:
@@ -170,7 +170,8 @@ class VoiceService:
 
         Args:
             name, speaker: of the voice.
-            read: decodes the recordings.
+            read: decodes the recordings; calls its argument before each, which may raise to give
+                up.
             client: whose voice it is, for fairness.
             replace: it may replace one of the same name.
 
@@ -181,8 +182,8 @@ class VoiceService:
         await asyncio.to_thread(self.store.check_new, name, replace)
 
         def work(pause: Callable[[float], None]) -> Voice:
+            voice = self.maker.make(name, speaker, read(partial(pause, 0)), pause)
             pause(0)
-            voice = self.maker.make(name, speaker, read(), pause)
             self.store.add(voice, replace)
             return voice
 
@@ -214,7 +215,8 @@ class VoiceService:
         maker = self.maker
 
         def work(pause: Callable[[float], None]) -> list[Segment]:
-            turns = decode_context(segments, maker.prompts.config, maker.mimi.config, self._limits)
+            sizes = maker.prompts.config, maker.mimi.config
+            turns = decode_context(segments, *sizes, self._limits, partial(pause, 0))
             return maker.segments(turns, pause)
 
         with self.hold_context(client) as count:
