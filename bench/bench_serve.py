@@ -267,6 +267,7 @@ def described(plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_record(path: Path, plan: Plan, report: Report) -> None:
-    """Every request and its outcome; see `speech_load.recorded`."""
+    """Every request and its outcome; see `speech_load.recorded` and `fill_in_frames`."""
+    speech_load.fill_in_frames([r for record in plan.records for r in record["requests"]])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": report.machine, "loads": plan.records}) + "\n")

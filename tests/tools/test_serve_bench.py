@@ -397,4 +397,7 @@ def test_every_case_runs_against_a_fake_server(tmp_path, monkeypatch):
     assert whole["whole"] == whole["whole complete"] == 2
     assert {record["case"] for record in plan.records} == set(cases)
     bench_serve.write_record(tmp_path / "record.json", plan, report)
-    assert json.loads((tmp_path / "record.json").read_text())["loads"] == plan.records
+    loads = json.loads((tmp_path / "record.json").read_text())["loads"]
+    requests = [request for load in loads for request in load["requests"]]
+    assert {request["frames_from"] for request in requests} == {"speech", "length"}
+    assert all(request["frames"] > 0 for request in requests)
