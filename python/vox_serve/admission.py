@@ -2,14 +2,24 @@
 
 from collections.abc import Iterable, Sequence
 from math import inf
+from operator import attrgetter
 
 import numpy as np
 
-from vox_serve.policy import FRAME_S, WHOLE_FRAME_S, Row
+from vox_serve.deadlines import FRAME_S, WHOLE_FRAME_S, Row
 from vox_serve.step_times import StepTimes
 
+SLOW_SPEECH = 0.5
+"""Speech may take so much longer than expected, and what already does, so much longer again."""
+
+UNKNOWN_FRAMES = 125.0
+"""Frames left, for a prediction, of speech of which nobody knows the length."""
+
+WHOLE_WEIGHT = FRAME_S / WHOLE_FRAME_S
+"""Frames of a whole answer in the time of one frame of a stream."""
+
 MAX_LOAD = 0.9
-"""Share of the time that the frames due may take for a request to be admitted."""
+"""Most of the time that the frames of admitted requests may take."""
 
 
 def can_admit(
@@ -28,18 +38,15 @@ def can_admit(
         streams: the request's listener hears it while it is spoken.
         frames: expected length of its speech; infinite if unknown.
     """
-    starts, ends, weights = [0.0], [frames * FRAME_S], [_weight(streams)]
-    for row in rows:
-        start = 0.0 if row.is_new or not row.streams else max(row.due_s - now_s, 0.0)
-        starts.append(start)
-        ends.append(start + row.frames_left * FRAME_S)
-        weights.append(_weight(row.streams))
-    at = np.array(starts + ends)
-    change = np.array(weights + [-weight for weight in weights])
+    rows = list(rows)
+    weight = 1.0 if streams else WHOLE_WEIGHT
+    starts_s, ends_s, weights = _speech(rows, now_s, inf, SLOW_SPEECH)
+    at = np.concatenate([starts_s, [0.0], ends_s, [frames * (1 + SLOW_SPEECH) * FRAME_S / weight]])
+    change = np.concatenate([weights, [weight], -weights, [-weight]])
     order = np.argsort(at, kind="stable")
     at, active = at[order], np.cumsum(change[order])
-    table = times.table(len(starts) + 1)
-    cost = np.interp(active, np.arange(len(table)), table) / FRAME_S
+    table = times.table(len(rows) + 2)
+    cost = (np.interp(active, np.arange(len(table)), table) + active * times.prompt_s) / FRAME_S
     lasts = np.isfinite(at)
     at, cost = at[lasts], cost[lasts]
     # Between two events the time that is needed grows in a straight line.
@@ -58,14 +65,29 @@ def wait_s(rows: Sequence[Row], now_s: float, num_ahead: int = 0) -> float:
     """
     if not rows:
         return 0.0
-    ends = sorted(
-        (0.0 if row.is_new else max(row.due_s - now_s, 0.0))
-        + row.frames_left * (FRAME_S if row.streams else WHOLE_FRAME_S)
-        for row in rows
+    ends_s = np.sort(_speech(rows, now_s, UNKNOWN_FRAMES, 0.0)[1])
+    rounds, place = divmod(num_ahead, len(rows))
+    return float(ends_s[place] + rounds * ends_s.mean())
+
+
+def _speech(
+    rows: Sequence[Row], now_s: float, unknown: float, slow: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """When the audio in hand of each row ends, when its speech ends, and frames each 80 ms.
+
+    Args:
+        rows: live requests.
+        now_s: the time by the caller's clock, from which on both times count.
+        unknown: frames that a row has left if their number is unknown.
+        slow: speech may take so much longer than expected, and what already does, again.
+    """
+    due_s, expected, made = (
+        np.fromiter(map(attrgetter(name), rows), float, len(rows))
+        for name in ("due_s", "frames_expected", "num_frames")
     )
-    rounds, place = divmod(num_ahead, len(ends))
-    return ends[place] + rounds * sum(ends) / len(ends)
-
-
-def _weight(streams: bool) -> float:
-    return 1.0 if streams else FRAME_S / WHOLE_FRAME_S
+    streams = np.fromiter(map(attrgetter("streams"), rows), bool, len(rows))
+    weights = np.where(streams, 1.0, WHOLE_WEIGHT)
+    starts_s = np.where(np.isfinite(due_s) & streams, np.maximum(due_s - now_s, 0.0), 0.0)
+    left = np.maximum((1 + slow) * expected - made, slow * made)
+    left = np.where(np.isfinite(left), left, unknown)
+    return starts_s, starts_s + left * FRAME_S / weights, weights

@@ -6,27 +6,32 @@ The rules, in this order:
 
 1. Rows whose listener would run dry before the end of the step after this one are in the step.
 2. Newcomers, whose listeners hear nothing yet, come next. Other rows wait meanwhile: their
-   listeners have audio in hand.
+   listeners have audio in hand. Prompts are cut to what fits before the next frame is due.
 3. Otherwise the rows that are due first are in the step, as few as keep all listeners supplied: a
    newcomer waits for the step in progress.
 4. Whole answers have no listener. They take the place of streams that are ahead of their
    listeners, and none waits longer than `WHOLE_WAIT_S` and one step for each that waited longer.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from math import inf
+from collections.abc import Iterable
 from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
 
+from vox_serve.deadlines import FRAME_S, Row
 from vox_serve.step_times import StepTimes
 
-FRAME_S = 0.08
+__all__ = ["FRAME_S", "Row", "Step", "choose_step"]
 
-WHOLE_FRAME_S = 0.4
-"""A frame of a whole answer is due so long after the one before it. Admission counts it so."""
+RESERVE_S = 0.015
+"""A frame should be ready so long before it is due."""
+
+PACE = 1.5
+"""Frames are made this much faster than all listeners together play them, if the device can."""
+
+LONG_STEP_S = 0.04
+"""Steps grow up to this length for whole answers and their prompts."""
 
 WHOLE_RANK_S = 0.2
 """A whole answer never comes before a stream whose listener has less audio in hand."""
@@ -38,65 +43,8 @@ STARVED_S = 0.25
 """A prompt that waited so long gets `FEW_TOKENS` in the next step, whatever is due."""
 FEW_TOKENS = 16
 
-PACE = 1.25
-"""Frames are made this much faster than all listeners together play them, if the device can."""
-
-LONG_STEP_S = 0.04
-"""Steps grow up to this length for whole answers, and beyond it only for what is due."""
-
 URGENT_S = 0.5
 """A newcomer whose client speaks nothing else goes before others that came so much earlier."""
-
-
-@dataclass(slots=True, eq=False)
-class Row:
-    """A live request. Times are seconds of the caller's clock.
-
-    Attributes:
-        id: the request's.
-        moved_s: when the request came, or last got a frame or a part of its prompt.
-        streams: somebody listens while it is spoken.
-        urgent: its client speaks nothing else.
-        num_missing: positions of its prompt that are not in the cache.
-        num_frames: frames made.
-        frames_left: expected further frames; infinite if unknown.
-        due_s: when its next frame is due. A stream has none before its first frame.
-    """
-
-    id: str
-    moved_s: float
-    streams: bool = True
-    urgent: bool = True
-    num_missing: int = 0
-    num_frames: int = 0
-    frames_left: float = inf
-    due_s: float = inf
-
-    def __post_init__(self) -> None:
-        if not self.streams and self.due_s == inf:
-            self.due_s = self.moved_s + WHOLE_FRAME_S
-
-    @property
-    def is_new(self) -> bool:
-        """True if somebody waits for its first frame."""
-        return self.streams and not self.num_frames
-
-    def prefilled(self, num_tokens: int, now_s: float) -> None:
-        """Count prompt tokens that are in the cache now."""
-        self.num_missing -= num_tokens
-        self.moved_s = now_s
-
-    def made_frame(self, now_s: float) -> None:
-        """Count a frame that goes to the listener now."""
-        self.num_frames += 1
-        self.frames_left = max(self.frames_left - 1, 1)
-        self.moved_s = now_s
-        if not self.streams:
-            self.due_s = now_s + WHOLE_FRAME_S
-        elif self.num_frames == 1 or self.due_s < now_s:  # playback begins, or begins again
-            self.due_s = now_s + FRAME_S
-        else:
-            self.due_s += FRAME_S
 
 
 class Step(NamedTuple):
@@ -104,7 +52,8 @@ class Step(NamedTuple):
 
     Attributes:
         frames: rows with a complete prompt that make a frame, in order.
-        prompts: rows and the number of tokens of each that are prefilled, in order.
+        prompts: rows and the number of tokens of each that are prefilled, in order. A newcomer
+            whose prompt is complete already has 0 tokens.
     """
 
     frames: list[Row]
@@ -112,7 +61,7 @@ class Step(NamedTuple):
 
 
 def choose_step(rows: Iterable[Row], now_s: float, times: StepTimes, chunk_tokens: int) -> Step:
-    """Choose what the next step does; empty only if there are no rows.
+    """Choose the work of the next step; none only if there are no rows.
 
     Args:
         rows: all live requests.
@@ -120,70 +69,115 @@ def choose_step(rows: Iterable[Row], now_s: float, times: StepTimes, chunk_token
         times: how long steps take.
         chunk_tokens: most prompt tokens of a step.
     """
-    newcomers, prompts, ready = [], [], []
-    num_streams = num_whole = 0
+    newcomers: list[Row] = []
+    prompts: list[Row] = []
+    frames: list[Row] = []
+    num_whole = num_streams = 0
     for row in rows:
-        if row.streams:
-            num_streams += 1
-        else:
+        if not row.streams:
             num_whole += 1
-        if row.streams and not row.num_frames:
+        elif not row.num_frames:
             newcomers.append(row)
-        elif row.num_missing:
-            prompts.append(row)
+            continue
         else:
-            ready.append(row)
-    ready.sort(key=_rank(now_s) if num_whole else attrgetter("due_s"))
-    newcomers.sort(key=lambda row: _newcomer_rank(row, now_s, times))
-    prompts.sort(key=attrgetter("due_s"))
-
-    table = times.table(len(ready) + len(newcomers))
-    slack_s = np.fromiter((row.due_s for row in ready), float, len(ready)) - now_s
+            num_streams += 1
+        (prompts if row.num_missing else frames).append(row)
+    ready = _Ready(frames, now_s, times, bool(num_whole))
+    hurried = [row for row in prompts if _presses(row, now_s, times, len(frames))]
+    if newcomers:
+        newcomers.sort(key=lambda row: _newcomer_rank(row, now_s, times))
+        hurried += newcomers[: _group(len(newcomers), times)]
+    if hurried and (step := _hurried_step(ready, hurried, now_s, times, chunk_tokens)):
+        return step
+    count = _num_paced(len(frames), num_streams + len(newcomers), times)
     if num_whole:
-        whole = np.fromiter((not row.streams for row in ready), bool, len(ready))
-        slack_s[whole] = np.maximum(slack_s[whole], WHOLE_RANK_S)
-    pressing = [row for row in prompts if _presses(row, now_s, times, len(ready))]
-    hurried = pressing + newcomers[: _group(len(newcomers), table)]
-    due = _num_due(slack_s, table, times, 0, 0)
-    if hurried:
-        work = _cut(hurried, chunk_tokens)
-        tokens, ends = _sizes(work)
-        due = _num_due(slack_s, table, times, ends, tokens)
-        limit_s = _limit_s(slack_s, table, due)
-        if times.seconds(due + ends, tokens) * times.slow > limit_s:
-            spare_s = limit_s / times.slow - table[due + ends]
-            fit = times.tokens_within(spare_s, chunk_tokens)
-            if fit < FEW_TOKENS and any(now_s - row.moved_s > STARVED_S for row in hurried):
-                fit = FEW_TOKENS
-            work = _cut(hurried, fit) if fit >= FEW_TOKENS or not due else []
-        if work:
-            rows_in = due + _sizes(work)[1]
-            while due < len(ready) and table[rows_in + 1] <= table[rows_in]:  # costs nothing
-                due, rows_in = due + 1, rows_in + 1
-            return Step(_with_overdue(ready, due, now_s), work)
-    count = _num_paced(num_streams, table, len(ready))
-    if num_whole:
-        count = max(count, int(np.searchsorted(table[: len(ready) + 1], LONG_STEP_S, "right")) - 1)
-    count = max(due, min(count, len(ready)))
-    limit_s = _limit_s(slack_s, table, count)
-    fit = int(np.searchsorted(table[: len(ready) + 1], limit_s / times.slow, "right")) - 1
-    count = min(count, max(fit, 1))
-    work = []
-    if prompts or newcomers:
-        spare_s = min(limit_s / times.slow - table[count], max(LONG_STEP_S - table[count], 0))
-        tokens = times.tokens_within(spare_s, chunk_tokens)
-        waits = any(now_s - row.moved_s > STARVED_S for row in prompts)
-        work = _cut(prompts, max(tokens, FEW_TOKENS if waits or not count else 0))
-    return Step(_with_overdue(ready, count, now_s), work)
+        count = max(count, ready.fit(LONG_STEP_S))
+    count = max(ready.num_due(), count)
+    limit_s = ready.limit_s(count) / times.slow
+    count = max(min(count, ready.fit(limit_s)), min(len(frames), 1))
+    work: list[tuple[Row, int]] = []
+    if prompts:
+        prompts.sort(key=attrgetter("due_s"))
+        spare_s = min(limit_s, LONG_STEP_S) - times.seconds(count)
+        fit = times.tokens_within(spare_s, chunk_tokens)
+        if not count or any(now_s - row.moved_s > STARVED_S for row in prompts):
+            fit = max(fit, min(FEW_TOKENS, chunk_tokens))
+        work = _cut(prompts, fit)
+    return Step(ready.first(count), work)
 
 
-def _rank(now_s: float) -> Callable[[Row], float]:
-    earliest_s = now_s + WHOLE_RANK_S
-    return lambda row: row.due_s if row.streams else max(row.due_s, earliest_s)
+def _hurried_step(
+    ready: "_Ready", hurried: list[Row], now_s: float, times: StepTimes, chunk_tokens: int
+) -> Step | None:
+    """A step of these prompts and the rows that are due; None if nothing fits beside the latter."""
+    work = _cut(hurried, chunk_tokens)
+    tokens, ends = _sizes(work)
+    count = ready.num_due(ends, tokens)
+    rows_s = times.seconds(count + ends)
+    limit_s = ready.limit_s(count) / times.slow
+    if times.seconds(count + ends, tokens) > limit_s:
+        fit = times.tokens_within(limit_s - rows_s, chunk_tokens)
+        if fit < FEW_TOKENS:
+            if count and not any(now_s - row.moved_s > STARVED_S for row in hurried):
+                return None
+            fit = min(FEW_TOKENS, chunk_tokens)
+        work = _cut(hurried, fit)
+        ends = _sizes(work)[1]
+    return Step(ready.first(max(count, ready.fit(times.seconds(count + ends), ends))), work)
+
+
+class _Ready:
+    """Rows that can make a frame, in the order in which they are due, and their slack."""
+
+    def __init__(self, rows: list[Row], now_s: float, times: StepTimes, has_whole: bool) -> None:
+        slack_s = np.fromiter(map(attrgetter("due_s"), rows), float, len(rows)) - now_s
+        overdue: list[Row] = []
+        if has_whole:
+            streams = np.fromiter(map(attrgetter("streams"), rows), bool, len(rows))
+            slack_s = np.where(streams, slack_s, np.maximum(slack_s, WHOLE_RANK_S))
+            overdue = [r for r in rows if not r.streams and now_s - r.moved_s > WHOLE_WAIT_S]
+        self._order = np.argsort(slack_s, kind="stable")
+        self._slack_s = slack_s[self._order]
+        self._rows = rows
+        self._times = times
+        self._overdue = min(overdue, key=attrgetter("moved_s"), default=None)
+
+    def num_due(self, more_rows: int = 0, tokens: int = 0) -> int:
+        """The rows that cannot wait for the step after one with so many other rows and tokens.
+
+        Rows that wait are served by then in one step more, which costs at least one of one row.
+        """
+        n = len(self._rows)
+        step_s = self._times.table(n + more_rows)[1 + more_rows : n + more_rows + 1]
+        needed_s = self._times.slow * (step_s + self._times.seconds(1, tokens)) + RESERVE_S
+        late = np.flatnonzero(self._slack_s < needed_s)
+        return int(late[-1]) + 1 if len(late) else 0
+
+    def limit_s(self, count: int) -> float:
+        """The time until the first of `count` rows is due, but for those that are late anyway."""
+        step_s = self._times.table(count)[1 : count + 1]
+        in_time = np.flatnonzero(self._slack_s[:count] >= step_s)
+        if not len(in_time):
+            return np.inf
+        first = in_time[0]
+        return float(max(self._slack_s[first] - RESERVE_S, step_s[first]))
+
+    def fit(self, seconds: float, more_rows: int = 0) -> int:
+        """The rows of which a step, with so many other rows, takes at most so long."""
+        most = len(self._rows) + more_rows
+        fits = np.flatnonzero(self._times.table(most)[more_rows : most + 1] <= seconds)
+        return int(fits[-1]) if len(fits) else 0
+
+    def first(self, count: int) -> list[Row]:
+        """The first rows, and the whole answer that waited longest if it waited too long."""
+        chosen = [self._rows[index] for index in self._order[:count].tolist()]
+        if self._overdue and self._overdue not in chosen:
+            chosen.append(self._overdue)
+        return chosen
 
 
 def _newcomer_rank(row: Row, now_s: float, times: StepTimes) -> float:
-    """Shortest prompt first, and a second of waiting outweighs a second of prefill."""
+    """Shortest prompt first; a second of waiting outweighs a second of prefill."""
     waited_s = now_s - row.moved_s + (URGENT_S if row.urgent else 0.0)
     return times.seconds(0, row.num_missing) - waited_s
 
@@ -196,17 +190,16 @@ def _presses(row: Row, now_s: float, times: StepTimes, num_ready: int) -> bool:
     return row.due_s - now_s < 2 * times.slow * needed_s
 
 
-def _group(num_newcomers: int, table: np.ndarray) -> int:
+def _group(num_newcomers: int, times: StepTimes) -> int:
     """Newcomers to serve together, so that they wait least on average."""
-    if not num_newcomers:
-        return 0
     sizes = np.arange(1, num_newcomers + 1)
-    return int(np.argmin(table[1 : num_newcomers + 1] * (num_newcomers / sizes + 1))) + 1
+    waits = times.table(num_newcomers)[1 : num_newcomers + 1] * (num_newcomers / sizes + 1)
+    return int(np.argmin(waits)) + 1
 
 
 def _cut(rows: list[Row], tokens: int) -> list[tuple[Row, int]]:
     """The tokens of each prompt, at most `tokens` together. A complete prompt needs none."""
-    work = []
+    work: list[tuple[Row, int]] = []
     for row in rows:
         if row.num_missing and not tokens:
             break
@@ -220,37 +213,11 @@ def _sizes(work: list[tuple[Row, int]]) -> tuple[int, int]:
     return sum(n for _, n in work), sum(n == row.num_missing for row, n in work)
 
 
-def _num_due(
-    slack_s: np.ndarray, table: np.ndarray, times: StepTimes, more_rows: int, tokens: int
-) -> int:
-    """The rows that cannot wait for the step after one with so many other rows and tokens.
-
-    Rows that wait are served by then in one step more, which costs at least one of one row.
-    """
-    if not len(slack_s):
-        return 0
-    extra_s = times.seconds(1, tokens) if tokens else table[1]
-    step_s = table[1 + more_rows : len(slack_s) + 1 + more_rows]
-    late = np.flatnonzero(slack_s < times.slow * (step_s + extra_s))
-    return int(late[-1]) + 1 if len(late) else 0
-
-
-def _limit_s(slack_s: np.ndarray, table: np.ndarray, count: int) -> float:
-    """The time that the first of `count` rows has which is not late in any case."""
-    in_time = np.flatnonzero(slack_s[:count] >= table[1 : count + 1])
-    return float(slack_s[in_time[0]]) if len(in_time) else inf
-
-
-def _num_paced(num_streams: int, table: np.ndarray, num_ready: int) -> int:
+def _num_paced(num_ready: int, num_streams: int, times: StepTimes) -> int:
     """The fewest rows in a step with which all listeners are supplied, and a little faster."""
     if not num_ready:
         return 0
-    rate_hz = np.arange(1, num_ready + 1) / table[1 : num_ready + 1]
+    sizes = np.arange(1, num_ready + 1)
+    rate_hz = sizes / (times.table(num_ready)[1 : num_ready + 1] + sizes * times.prompt_s)
     enough = np.flatnonzero(rate_hz >= PACE * num_streams / FRAME_S)
     return int(enough[0] if len(enough) else np.argmax(rate_hz)) + 1
-
-
-def _with_overdue(ready: list[Row], count: int, now_s: float) -> list[Row]:
-    """The first `count` rows, and the whole answer that waited longest if it waited too long."""
-    overdue = [r for r in ready[count:] if not r.streams and now_s - r.moved_s > WHOLE_WAIT_S]
-    return ready[:count] + ([min(overdue, key=attrgetter("moved_s"))] if overdue else [])

@@ -14,6 +14,9 @@ WINDOW = 31
 page fault, a paused machine, a compiled kernel."""
 
 SLOW_WINDOW = 127
+MEMORY_FRAMES = 2000
+"""Frames over which the cost of prompts is averaged."""
+
 EXACT = 16
 """Counts up to this one have a bucket each; further ones share eight between powers of two."""
 
@@ -33,8 +36,14 @@ class StepTimes:
         self._tokens = _Curve(FIRST_GUESS_S / 4)
         self._ratios: deque[float] = deque(maxlen=SLOW_WINDOW)
         self._table = np.zeros(1)
+        self._prompts_s = self._frames = 0.0
         self.slow = 1.0
         """Measured over predicted seconds, in one of the slowest steps of twenty."""
+
+    @property
+    def prompt_s(self) -> float:
+        """Seconds of prompts for each frame that was made lately."""
+        return self._prompts_s / max(self._frames, MEMORY_FRAMES / 8)
 
     def observe(self, rows: int, prompt_tokens: int, seconds: float) -> None:
         """Learn from a step.
@@ -52,6 +61,10 @@ class StepTimes:
             self._rows.observe(rows, seconds)
         else:
             self._tokens.observe(prompt_tokens, max(seconds - self.seconds(rows), 0.0))
+        keep = max(1 - rows / MEMORY_FRAMES, 0.0)
+        tokens_s = self.seconds(rows, prompt_tokens) - self.seconds(rows)
+        self._prompts_s = keep * self._prompts_s + tokens_s
+        self._frames = keep * self._frames + rows
         self._table = np.zeros(1)
 
     def seconds(self, rows: int, prompt_tokens: int = 0) -> float:

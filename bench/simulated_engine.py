@@ -1,0 +1,276 @@
+"""Servers whose engine is a table of step times, driven by the policy of the real one.
+
+Discrete events in a heap: a request arrives, or a server's step ends. All randomness is drawn from
+seeds, so a run gives the same figures on any machine.
+"""
+
+import heapq
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from math import inf
+
+from playback import percentile
+
+from vox_serve.admission import can_admit, wait_s
+from vox_serve.policy import FRAME_S, Row, Step, choose_step
+from vox_serve.step_times import StepTimes
+
+Choose = Callable[[Sequence[Row], float, StepTimes, int], Step]
+Admit = Callable[[Sequence[Row], float, StepTimes, bool, float], bool]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a step costs, in seconds.
+
+    Attributes:
+        name: for tables.
+        rows_s: seconds of steps of 0, 1, ... rows.
+        tokens_s: seconds of 0, 1, ... prompt tokens, up to a step's most.
+        jitter: standard deviation of the logarithm of a step's time.
+        overhead_s: from the client to the line, and from the step's end to the client.
+    """
+
+    name: str
+    rows_s: Sequence[float]
+    tokens_s: Sequence[float]
+    jitter: float = 0.0
+    overhead_s: float = 0.0
+
+    @property
+    def chunk_tokens(self) -> int:
+        return len(self.tokens_s) - 1
+
+    def step_s(self, rows: int, tokens: int, draw: random.Random) -> float:
+        ideal_s = self.rows_s[rows] + self.tokens_s[tokens]
+        return ideal_s * draw.lognormvariate(0.0, self.jitter) if self.jitter else ideal_s
+
+    def streams(self) -> int:
+        """The most rows whose step takes no longer than a frame plays."""
+        return max(n for n, seconds in enumerate(self.rows_s) if seconds <= FRAME_S)
+
+
+@dataclass(frozen=True)
+class Speech:
+    """A request.
+
+    Attributes:
+        at_s: arrival.
+        frames: length of its speech.
+        prompt_tokens: positions to prefill.
+        expected: the server's guess of `frames`.
+        streaming: somebody listens while it is spoken.
+    """
+
+    at_s: float
+    frames: int
+    prompt_tokens: int
+    expected: float = inf
+    streaming: bool = True
+
+
+@dataclass
+class Outcome:
+    """What became of a request; times from its arrival.
+
+    Attributes:
+        refused: answered 429.
+        first_s, end_s: first and last frame; None if there was none.
+        underruns: frames that came later than the audio before them ended.
+        server: index of its server.
+    """
+
+    refused: bool = False
+    first_s: float | None = None
+    end_s: float | None = None
+    underruns: int = 0
+    server: int = 0
+
+
+@dataclass
+class Policy:
+    """What the servers do; the ablation replaces parts of it.
+
+    Attributes:
+        choose, admit: see `vox_serve.policy` and `vox_serve.admission`.
+        max_wait_s: requests whose predicted wait is longer are refused.
+        most_rows: places of a server.
+    """
+
+    choose: Choose = choose_step
+    admit: Admit = can_admit
+    max_wait_s: float = 10.0
+    most_rows: int = 4096
+
+
+@dataclass
+class _Server:
+    machine: Machine
+    policy: Policy
+    draw: random.Random
+    times: StepTimes = field(default_factory=StepTimes)
+    live: dict[str, Row] = field(default_factory=dict)
+    line: deque[tuple[int, Row]] = field(default_factory=deque)
+    busy: bool = False
+    retry_at_s: float = 0.0
+    """The line is not looked at again before this time."""
+
+
+class Simulation:
+    """Serves requests with one server or several.
+
+    Args:
+        machine: of each server.
+        policy: of each server.
+        speeches: in order of arrival.
+        num_servers: each request goes to the server with the fewest requests.
+        seed: of the jitter.
+        watch: called with the time, the step, its seconds and all live rows at each step's begin.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        policy: Policy,
+        speeches: Sequence[Speech],
+        num_servers: int = 1,
+        seed: int = 0,
+        watch: Callable[[float, Step, float, list[Row]], None] | None = None,
+    ) -> None:
+        self.speeches = speeches
+        self.outcomes = [Outcome() for _ in speeches]
+        self.steps = self.busy_s = 0.0
+        self._watch = watch
+        self._servers = [
+            _Server(machine, policy, random.Random(f"{seed} {i}")) for i in range(num_servers)
+        ]
+        self._events: list[tuple[float, int, Callable[[float], None]]] = []
+        self._order = count()
+        for server in self._servers:  # a server warms up before it is ready
+            for rows in (1, 2):
+                server.times.observe(rows, 0, machine.rows_s[rows])
+            server.times.observe(1, 16, machine.rows_s[1] + machine.tokens_s[16])
+
+    def run(self) -> list[Outcome]:
+        """Serve all requests to their end."""
+        for index, speech in enumerate(self.speeches):
+            self._at(speech.at_s, lambda now_s, index=index: self._arrive(index, now_s))
+        while self._events:
+            at_s, _, happen = heapq.heappop(self._events)
+            happen(at_s)
+        return self.outcomes
+
+    def _at(self, at_s: float, happen: Callable[[float], None]) -> None:
+        heapq.heappush(self._events, (at_s, next(self._order), happen))
+
+    def _arrive(self, index: int, now_s: float) -> None:
+        number = min(
+            range(len(self._servers)),
+            key=lambda i: (len(self._servers[i].live) + len(self._servers[i].line), i),
+        )
+        server, speech = self._servers[number], self.speeches[index]
+        self.outcomes[index].server = number
+        row = Row(
+            str(index),
+            now_s,
+            streams=speech.streaming,
+            num_missing=speech.prompt_tokens,
+            frames_expected=speech.expected,
+        )
+        server.line.append((index, row))
+        self._admit(server, now_s, arrived=True)
+        if server.line and server.line[-1][0] == index:
+            wait = wait_s(list(server.live.values()), now_s, len(server.line) - 1)
+            if wait > server.policy.max_wait_s:
+                server.line.pop()
+                self.outcomes[index].refused = True
+        if not server.busy:
+            self._begin(server, now_s)
+
+    def _admit(self, server: _Server, now_s: float, arrived: bool = False) -> None:
+        if now_s < server.retry_at_s and not (arrived and len(server.line) == 1):
+            return
+        while server.line:
+            row = server.line[0][1]
+            rows = list(server.live.values())
+            full = len(rows) >= server.policy.most_rows
+            if full or (
+                rows
+                and not server.policy.admit(
+                    rows, now_s, server.times, row.streams, row.frames_expected
+                )
+            ):
+                server.retry_at_s = now_s + 0.01
+                return
+            server.live[row.id] = server.line.popleft()[1]
+
+    def _begin(self, server: _Server, now_s: float) -> None:
+        self._admit(server, now_s)
+        if not server.live:
+            return
+        rows = list(server.live.values())
+        step = server.policy.choose(rows, now_s, server.times, server.machine.chunk_tokens)
+        ended = [row for row, tokens in step.prompts if tokens == row.num_missing]
+        tokens = sum(tokens for _, tokens in step.prompts)
+        num_rows = len(step.frames) + len(ended)
+        assert num_rows + tokens, "a step does nothing"
+        step_s = server.machine.step_s(num_rows, tokens, server.draw)
+        if self._watch:
+            self._watch(now_s, step, step_s, rows)
+        server.times.observe(num_rows, tokens, step_s)
+        server.busy = True
+        self.steps += 1
+        self.busy_s += step_s
+        self._at(now_s + step_s, lambda now_s: self._end(server, step, ended, now_s))
+
+    def _end(self, server: _Server, step: Step, ended: list[Row], now_s: float) -> None:
+        server.busy = False
+        for row, tokens in step.prompts:
+            row.prefilled(tokens, now_s)
+        for row in [*step.frames, *ended]:
+            index = int(row.id)
+            speech, outcome = self.speeches[index], self.outcomes[index]
+            if row.num_frames and row.streams and now_s > row.due_s:
+                outcome.underruns += 1
+            row.made_frame(now_s)
+            since_s = now_s - speech.at_s + server.machine.overhead_s
+            if row.num_frames == 1:
+                outcome.first_s = since_s
+            if row.num_frames == speech.frames:
+                outcome.end_s = since_s
+                del server.live[row.id]
+                server.retry_at_s = 0.0
+        self._begin(server, now_s)
+
+
+def summary(speeches: Sequence[Speech], outcomes: Sequence[Outcome]) -> dict[str, float | None]:
+    """Figures of the streams, and the longest time of a whole answer.
+
+    `goodput` is streams without a gap a second, over the time in which requests arrived.
+    """
+    streams = [
+        outcome for speech, outcome in zip(speeches, outcomes, strict=True) if speech.streaming
+    ]
+    firsts = [outcome.first_s for outcome in streams if outcome.first_s is not None]
+    whole = [
+        outcome.end_s
+        for speech, outcome in zip(speeches, outcomes, strict=True)
+        if not speech.streaming and outcome.end_s is not None
+    ]
+    good = sum(not outcome.underruns and outcome.end_s is not None for outcome in streams)
+    span_s = max(speeches[-1].at_s - speeches[0].at_s, FRAME_S)
+    return {
+        "streams": len(streams),
+        **{f"first p{p} ms": _ms(percentile(firsts, p)) for p in (50, 95, 99)},
+        "gapped": sum(outcome.underruns > 0 for outcome in streams),
+        "refused": sum(outcome.refused for outcome in streams),
+        "goodput": good / span_s,
+        "whole longest s": max(whole, default=None),
+    }
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1e3
