@@ -9,6 +9,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from math import inf
 
@@ -24,7 +25,7 @@ Admit = Callable[[Sequence[Row], float, StepTimes, bool, float], bool]
 
 @dataclass(frozen=True)
 class Machine:
-    """What a step costs, in seconds.
+    """Costs of a step, in seconds.
 
     Attributes:
         name: for tables.
@@ -74,7 +75,7 @@ class Speech:
 
 @dataclass
 class Outcome:
-    """What became of a request; times from its arrival.
+    """The outcome of a request; times from its arrival.
 
     Attributes:
         refused: answered 429.
@@ -92,7 +93,7 @@ class Outcome:
 
 @dataclass
 class Policy:
-    """What the servers do; the ablation replaces parts of it.
+    """The rules of the servers; the ablation replaces parts of it.
 
     Attributes:
         choose, admit: see `vox_serve.policy` and `vox_serve.admission`.
@@ -157,7 +158,7 @@ class Simulation:
     def run(self) -> list[Outcome]:
         """Serve all requests to their end."""
         for index, speech in enumerate(self.speeches):
-            self._at(speech.at_s, lambda now_s, index=index: self._arrive(index, now_s))
+            self._at(speech.at_s, partial(self._arrive, index))
         while self._events:
             at_s, _, happen = heapq.heappop(self._events)
             happen(at_s)
@@ -224,7 +225,7 @@ class Simulation:
         server.busy = True
         self.steps += 1
         self.busy_s += step_s
-        self._at(now_s + step_s, lambda now_s: self._end(server, step, ended, now_s))
+        self._at(now_s + step_s, partial(self._end, server, step, ended))
 
     def _end(self, server: _Server, step: Step, ended: list[Row], now_s: float) -> None:
         server.busy = False

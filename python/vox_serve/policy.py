@@ -27,7 +27,7 @@ __all__ = ["FRAME_S", "Row", "Step", "choose_step"]
 RESERVE_S = 0.015
 """A frame should be ready so long before it is due."""
 
-PACE = 1.5
+PACE = 3.0
 """Frames are made this much faster than all listeners together play them, if the device can."""
 
 LONG_STEP_S = 0.04
