@@ -215,7 +215,7 @@ def _form_turn(parts: Sequence[tuple[str, str | bytes]]) -> dict[str, Any]:
     given: dict[str, Any] = dict(parts)
     if len(given) < len(parts):
         raise HTTPException(422, "the form gives a field more than once")
-    if (speaker := given.get("speaker", "")).isdecimal():
+    if isinstance(speaker := given.get("speaker"), str) and speaker.isdecimal():
         given["speaker"] = int(speaker[:11])  # more digits are too many anyway
     return given
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from vox_serve.access import client_name
+from vox_serve.bounded_h11 import BoundedConnection
 
 if TYPE_CHECKING:
     from vox_serve.connections import ConnectionGuard
@@ -25,6 +26,10 @@ LINGER_S = 2.0
 
 LINGER_BYTES = 2**20
 """Input that is read and dropped meanwhile."""
+
+MAX_HEAD_BYTES = 65_536
+PIECE_BYTES = 16_384
+"""Input that is parsed at a time."""
 
 MAX_UNSENT_BYTES = 131_072
 """Audio that the kernel buffers for a client, beyond what the client's own kernel holds.
@@ -107,6 +112,7 @@ class GuardedProtocol(H11Protocol):
     transport: Any  # GuardedTransport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.conn = BoundedConnection(MAX_HEAD_BYTES)
         self.is_lingering = False
         self.is_half_closed = False
         self._is_refused = False
@@ -141,7 +147,10 @@ class GuardedProtocol(H11Protocol):
                 self.flow.pause_reading()
             return
         self.guard.heard(self)
-        super().data_received(data)
+        # In pieces: h11 bounds a head, or a trailer, only while it is incomplete.
+        for start in range(0, len(data), PIECE_BYTES):
+            if not self._is_refused and self.transport.get_protocol() is self:
+                super().data_received(data[start : start + PIECE_BYTES])
 
     def eof_received(self) -> bool:  # type: ignore[override]
         super().eof_received()

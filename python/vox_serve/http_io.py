@@ -35,6 +35,8 @@ MAX_JSON_BYTES = 2**23
 """Longest upload as JSON. If it is one long string, parsing it holds Python's lock for 10 ms; see
 also `MAX_UPLOAD_ITEMS`."""
 
+MAX_OBJECT_FIELDS = 64
+"""Most fields of a JSON object. No valid one has as many, and each unknown one becomes an error."""
 
 MAX_CONTEXT_FILES = 64
 """Most files in a form with a context."""
@@ -305,6 +307,8 @@ def _json_fields(body: bytes) -> dict[str, Any]:
 
 
 def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MAX_OBJECT_FIELDS:
+        raise HTTPException(422, f"an object of the JSON has more than {MAX_OBJECT_FIELDS} fields")
     fields = dict(pairs)
     if len(fields) < len(pairs):
         names = Counter(name for name, _ in pairs)
