@@ -268,6 +268,7 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
             "unread_bytes": runner.unread_bytes,
             "max_queue_size": config.max_queue_size,
             "counts": runner.totals(),
+            "cache": runner.engine.cache_counts(),
         }
         return AsciiJSONResponse(state, 503 if reason else 200)
 

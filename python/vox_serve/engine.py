@@ -171,6 +171,14 @@ class Engine:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    def cache_counts(self) -> dict[str, int]:
+        """Sizes and hits of the KV cache since the start. Any thread may call this."""
+        return {
+            **self._cache.counts(),
+            "positions_asked": self.num_prompt_positions,
+            "positions_found": self.num_found_positions,
+        }
+
     @property
     def has_work(self) -> bool:
         return bool(self._live or self._waiting)

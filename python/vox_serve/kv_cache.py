@@ -91,6 +91,20 @@ class KvCache:
         """Pages that no sequence holds and that a prompt may find again."""
         return self._pool.num_cached
 
+    def counts(self) -> dict[str, int]:
+        """Pages in all, held by sequences, and cached; and the bytes of these. Any thread may call
+        this."""
+        pages, cached = self.k_pages.shape[1], self._pool.num_cached
+        held = pages - self._pool.num_available
+        page_bytes = 2 * self.k_pages[:, 0].nbytes
+        return {
+            "pages": pages,
+            "pages_held": held,
+            "pages_cached": cached,
+            "bytes_held": held * page_bytes,
+            "bytes_cached": cached * page_bytes,
+        }
+
     def extend(self, sequence: CacheSequence, count: int) -> range:
         """Reserve pages for `count` more positions of `sequence`, and count these as written.
 

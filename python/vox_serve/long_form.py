@@ -93,6 +93,10 @@ class LongForm:
     def has_work(self) -> bool:
         return self.engine.has_work
 
+    def cache_counts(self) -> dict[str, int]:
+        """Sizes and hits of the KV cache; see `Engine.cache_counts`."""
+        return self.engine.cache_counts()
+
     def spoken_text(self, request: Request) -> str:
         """A request's text as the model reads it."""
         return self.engine.spoken_text(request)

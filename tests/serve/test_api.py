@@ -348,6 +348,7 @@ def test_health_says_what_is_true(client):
         "live_requests": 0,
         "waiting_requests": 0,
         "unread_bytes": 0,
+        "cache": {"pages": 0},
         "max_queue_size": 64,
         "counts": {
             "finished": {},

@@ -243,6 +243,27 @@ def test_the_cache_stays_within_its_bound(loaded):
     assert engine._cache.num_cached_pages == 5
 
 
+def test_the_caches_figures(loaded):
+    page_bytes = PAGE_SIZE * position_bytes(loaded)
+    engine = with_cache(loaded, 100 * page_bytes)
+    empty = engine.cache_counts()
+    assert empty == {**dict.fromkeys(empty, 0), "pages": engine._cache.k_pages.shape[1]}
+    engine.add(request := turn(1, CONTEXT))
+    engine.step()
+    length = len(engine.prepare(request).frames)
+    live = engine.cache_counts()
+    assert live["pages_held"] == -(-(length + NUM_FRAMES - 1) // PAGE_SIZE)
+    assert live["bytes_held"] == live["pages_held"] * page_bytes
+    assert (live["positions_asked"], live["positions_found"]) == (length, 0)
+    engine.abort(request.id)
+    run(engine, request)
+    ended = engine.cache_counts()
+    assert (ended["pages_held"], ended["positions_asked"]) == (0, 2 * length)
+    assert length - PAGE_SIZE <= ended["positions_found"] < length
+    assert ended["pages_cached"] == engine._cache.num_cached_pages > 0
+    assert ended["bytes_cached"] == ended["pages_cached"] * page_bytes
+
+
 @pytest.mark.parametrize("num_steps", [1, 2, 19])
 def test_an_aborted_turn_is_found(loaded, num_steps):
     expected = run(with_cache(loaded, 0), request := turn(1, CONTEXT))

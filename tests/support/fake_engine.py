@@ -124,6 +124,9 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self._open)
 
+    def cache_counts(self) -> dict[str, int]:
+        return {"pages": 0}
+
     def spoken_text(self, request: Request) -> str:
         return request.text
 
