@@ -28,7 +28,13 @@ RESERVE_S = 0.015
 """A frame should be ready so long before it is due."""
 
 PACE = 3.0
-"""Frames are made this much faster than all listeners together play them, if the device can."""
+LEAST_PACE = 1.15
+"""Frames are made so much faster than all listeners together play them, if the device can."""
+
+EFFICIENT = 0.9
+BEST = 0.97
+"""Shares of the most frames a second that a device makes in large steps: worth a step that a
+newcomer waits for, and as good as all."""
 
 LONG_STEP_S = 0.04
 """Steps grow up to this length for whole answers and their prompts."""
@@ -214,10 +220,17 @@ def _sizes(work: list[tuple[Row, int]]) -> tuple[int, int]:
 
 
 def _num_paced(num_ready: int, num_streams: int, times: StepTimes) -> int:
-    """The fewest rows in a step with which all listeners are supplied, and a little faster."""
+    """The fewest rows in a step with which frames are made fast enough.
+
+    That is `PACE` times as fast as all listeners play them; less where that takes long steps; as
+    fast as the device can where even `LEAST_PACE` needs that.
+    """
     if not num_ready:
         return 0
     sizes = np.arange(1, num_ready + 1)
     rate_hz = sizes / (times.table(num_ready)[1 : num_ready + 1] + sizes * times.prompt_s)
-    enough = np.flatnonzero(rate_hz >= PACE * num_streams / FRAME_S)
-    return int(enough[0] if len(enough) else np.argmax(rate_hz)) + 1
+    played_hz = num_streams / FRAME_S
+    wanted_hz = min(PACE * played_hz, max(EFFICIENT * rate_hz.max(), LEAST_PACE * played_hz))
+    if wanted_hz < BEST * rate_hz.max():
+        return int(np.flatnonzero(rate_hz >= wanted_hz)[0]) + 1
+    return int(np.flatnonzero(rate_hz >= BEST * rate_hz.max())[-1]) + 1
