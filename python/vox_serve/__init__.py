@@ -4,6 +4,9 @@
     voice = vox_serve.load("demo")
     audio = voice.say("Hello there.", speaker=0)
     for chunk in voice.stream("Hello there."): ...
+    chat = voice.conversation()
+    chat.hear("Can you help me?", "question.wav")
+    audio = chat.say("Of course.")
 
 `vox_serve.speech` documents `load` and `Voice`; it is imported on first use.
 """

@@ -7,16 +7,14 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
-import torch
 from starlette.types import Receive
 
 from vox_serve.config import Config
 from vox_serve.conversation_line import ConversationLine
+from vox_serve.conversation_turns import TurnBuilder
 from vox_serve.conversations import (
     Conversation,
     Conversations,
@@ -32,7 +30,6 @@ from vox_serve.job import Job, QueueFull, RequestRefused
 from vox_serve.prompt import Segment
 from vox_serve.request import Request
 from vox_serve.runner import Runner
-from vox_serve.text_bound import frames_bound
 
 logger = logging.getLogger("vox_serve")
 
@@ -41,9 +38,6 @@ WAITING_BYTES = 2**26
 
 PLAYED_S = 5.0
 """Time after the end of an answer's speech in which it can still be interrupted."""
-
-MAX_RESERVE = 0.5
-"""Largest part of the model's context, without the voice, that is kept for text and speech."""
 
 SWEEP_S = 60.0
 """Time between two looks for conversations that expire."""
@@ -82,7 +76,7 @@ class ConversationService:
     ) -> None:
         self._runner = runner
         self._engine = runner.engine
-        self._split_chars = config.split_chars
+        self._builder = TurnBuilder(runner.engine, config.split_chars)
         self._clock = clock
         self.kept = Conversations(
             config.max_conversations, config.conversation_idle_s, self._engine.max_positions, clock
@@ -208,7 +202,7 @@ class ConversationService:
         assert segment.codes is not None
         spoken = Utterance(segment.speaker, segment.text, segment.codes.numpy())
         try:
-            turn = await asyncio.to_thread(self._turn, spoken, generated=False)
+            turn = await asyncio.to_thread(self._builder.turn, spoken, generated=False)
         except ValueError as error:
             raise RequestRefused(str(error)) from None
         self._check(conversation)
@@ -282,36 +276,10 @@ class ConversationService:
     async def _with_turns(self, conversation: Conversation, request: Request) -> Request:
         """A request with those turns as context, after its voice, that leave it room."""
         try:
-            room = await asyncio.to_thread(self._room, request)
+            room = await asyncio.to_thread(self._builder.room, request)
         except ValueError as error:
             raise RequestRefused(str(error)) from None
-        base = self._engine.default_context if request.context is None else request.context
-        turns = conversation.context(room)
-        if not turns:
-            return request
-        return replace(request, context=[*base, *map(_segment, turns)])
-
-    def _room(self, request: Request) -> int:
-        """Positions that turns may have beside a request's voice, text and speech."""
-        base = self._engine.default_context if request.context is None else request.context
-        most = self._engine.max_positions - sum(self._length(segment) for segment in base)
-        text = request.text
-        if is_split := bool(self._split_chars and len(text) > self._split_chars):
-            text = text[: self._split_chars]
-        # Half the bound is still half as much again as slow speech takes.
-        num_frames = frames_bound(text) // 2
-        if request.max_frames is not None:
-            num_frames = min(num_frames, request.max_frames)
-        num_frames *= 1 + is_split  # the part before becomes context too
-        text = self._engine.spoken_text(replace(request, text=text))
-        num_tokens = self._length(Segment(request.speaker, text)) if text.strip() else 0
-        reserve = min(num_tokens + num_frames, int(MAX_RESERVE * most))
-        return most - reserve
-
-    def _length(self, segment: Segment) -> int:
-        """Positions of a segment."""
-        num_frames = 0 if segment.codes is None else len(segment.codes)
-        return len(self._engine.prompts.tokens(segment)) + num_frames + 1
+        return self._builder.with_turns(request, conversation, room)
 
     def _finish(self, conversation: Conversation, line: ConversationLine, job: Job) -> None:
         """Keep what a job spoke as turns, and let the next request begin."""
@@ -328,36 +296,13 @@ class ConversationService:
 
     def _spoken(self, job: Job, line: ConversationLine) -> list[Utterance]:
         """The parts of a job's text that were spoken and, if it was interrupted, heard."""
-        prompt, request = job.progress.prompt, job.request
-        texts = (prompt.parts if prompt else ()) or (request.text,)
-        parts: dict[int, list[np.ndarray]] = {}
-        for frame in job.frames:
-            parts.setdefault(frame.part, []).append(frame.codes)
         is_cut = job.finish_reason in (None, "interrupted")
-        spoken = [
-            Utterance(
-                request.speaker,
-                self._engine.spoken_text(replace(request, text=texts[part])),
-                np.stack(codes),
-                is_complete=not (is_cut and part == max(parts)),
-            )
-            for part, codes in parts.items()
-        ]
+        spoken = self._builder.spoken(job.request, job.progress.prompt, job.frames, is_cut)
         num_frames = len(job.frames) if line.heard_frames is None else line.heard_frames
         return heard(spoken, num_frames, FRAME_S)
 
     def _turns(self, spoken: Sequence[Utterance]) -> list[Turn]:
-        return [self._turn(utterance, generated=True) for utterance in spoken]
-
-    def _turn(self, spoken: Utterance, generated: bool) -> Turn:
-        length = self._length(Segment(spoken.speaker, spoken.text)) + len(spoken.codes)
-        is_small = self._engine.prompts.config.audio_vocab_size <= 2**15
-        codes = spoken.codes.astype(np.int16 if is_small else np.int32)
-        return Turn(spoken.speaker, spoken.text, codes, generated, length)
-
-
-def _segment(turn: Turn) -> Segment:
-    return Segment(turn.speaker, turn.text, torch.from_numpy(turn.codes.astype(np.int64)))
+        return [self._builder.turn(utterance, generated=True) for utterance in spoken]
 
 
 def _heard(turns: Sequence[Turn]) -> Heard:

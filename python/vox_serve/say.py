@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, NamedTuple
 
 from vox_serve.atomic_file import atomic_write, sync
 from vox_serve.cli import CommandError, CommandParser, run_command
-from vox_serve.config import Config, ModelSettings, SpeechSettings
+from vox_serve.config import Config, ModelSettings, SpeechSettings, VoiceSettings
 from vox_serve.console import discard_stdout, standard_streams
 from vox_serve.speech import make_engine
 from vox_serve.text_bound import check_length
@@ -44,16 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("text", nargs="?", help="text to say; read from stdin if not given")
     parser.add_argument("-o", "--output", metavar="WAV", help="the file to write; - is stdout")
     parser.add_flag("codes", metavar="NPY", help="write the frames too, int64 [N, K]; - is stdout")
-    parser.add_flag(
-        "speaker", type=int, choices=(0, 1), default=0, help="id of the voice [default 0]"
-    )
+    parser.add_flag("speaker", type=int, choices=(0, 1), help="id of the speaker [default 0]")
+    parser.add_flag("voice", metavar="NAME", help="a voice of the folder --voices, or 0 or 1")
     parser.add_flag("greedy", action="store_true", help="same as --temperature 0")
-    parser.add_settings(ModelSettings, SpeechSettings)
+    parser.add_settings(ModelSettings, SpeechSettings, VoiceSettings)
     args, config = parser.parse(argv)
     if args.output is None and args.codes is None:
         parser.error("give -o out.wav")
     if args.output is not None and args.codes is not None and _same_file(args.output, args.codes):
         parser.error("-o and --codes name the same file")
+    if args.speaker is not None and args.voice is not None:
+        parser.error("--voice has its speaker: give it or --speaker")
     if args.greedy and config.temperature and "temperature" in args:
         parser.error("--greedy is --temperature 0: give one of the two")
     if args.greedy:
@@ -64,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = args.text if args.text is not None else _read_stdin(limit)
         if problem := _text_problem(text, limit):
             parser.error(problem)
-        return _say(text, args.speaker, args.output, args.codes, config)
+        speaker = args.speaker or 0
+        return _say(text, speaker, args.voice, args.output, args.codes, config)
 
     return run_command(PROG, command)
 
@@ -110,13 +112,25 @@ def _text_problem(text: str, max_chars: int) -> str | None:
 
 
 def _say(
-    text: str, speaker: int, output: str | None, codes_path: str | None, config: Config
+    text: str,
+    speaker: int,
+    voice: str | None,
+    output: str | None,
+    codes_path: str | None,
+    config: Config,
 ) -> int:
-    for path in (output, codes_path):  # fail before the long work, not after it
+    # Fail before the long work, not after it.
+    for path in (output, codes_path):
         if path == "-" and sys.stdout is None:
             raise CommandError("stdout is closed")
         if path is not None and path != "-":
             _check_writable(Path(path))
+
+    from vox_serve.voice_file import Sizes
+    from vox_serve.voice_store import find_voice
+
+    if voice is not None:
+        find_voice(voice, config.voices)
 
     import numpy as np
     from tqdm import tqdm
@@ -126,9 +140,16 @@ def _say(
     from vox_serve.engine import Request
 
     engine = make_engine(config.model_copy(update={"max_batch_size": 1}))
+    context = None
+    if voice is not None:
+        speaker, segments = find_voice(voice, config.voices, Sizes.of(engine.prompts.config))
+        if segments:
+            named = engine.default_context if config.context is not None else ()
+            context = [*segments, *named]
     request = Request(
         text=text,
         speaker=speaker,
+        context=context,
         sampling=config.sampling,
         max_frames=config.frames_for(text),
         normalise=config.normalise,

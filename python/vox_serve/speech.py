@@ -1,23 +1,24 @@
 """The Python API: `load` a voice, `say` a text, or `stream` it."""
 
 import os
-import threading
-import warnings
-from collections import deque
-from collections.abc import Generator
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vox_serve.config import Config, ConfigError, SpeechSettings
+from vox_serve.engine_streams import EngineStreams
+from vox_serve.engine_streams import SpeechCutWarning as SpeechCutWarning
 from vox_serve.text_bound import check_length
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from vox_serve.engine import Engine, FrameOutput, Prompt, Request
+    from vox_serve.dialogue import Dialogue
+    from vox_serve.engine import Engine, Request
+    from vox_serve.engine_streams import Chunks
     from vox_serve.long_form import LongForm
-    from vox_serve.request import FinishReason
-
-    Chunks = Generator[np.ndarray, None, FinishReason]
+    from vox_serve.prompt import Segment
+    from vox_serve.voice_maker import Audio
 
 
 def load(model: str | os.PathLike[str] = "demo", **settings: Any) -> "Voice":
@@ -28,9 +29,9 @@ def load(model: str | os.PathLike[str] = "demo", **settings: Any) -> "Voice":
 
     Args:
         model: built-in voice, local folder, or hub id such as "sesame/csm-1b".
-        settings: the command line's settings by name, such as `dtype`, `quantize` or
-            `temperature`; docs/settings.md lists them. The server's have no effect, except that
-            `max_batch_size` limits the streams that advance together.
+        settings: the command line's settings by name, such as `dtype`, `quantize`,
+            `temperature` or `voices`; docs/settings.md lists them. The server's have no effect,
+            except that `max_batch_size` limits the streams that advance together.
 
     Raises:
         ValueError: a setting is unknown or invalid, or the model does not fit; the message names
@@ -40,11 +41,7 @@ def load(model: str | os.PathLike[str] = "demo", **settings: Any) -> "Voice":
     # Read when torch is loaded: its idle threads would spin and take the kernels' cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     config = Config(model=os.fspath(model), **settings)
-    return Voice(make_engine(config), config, config.max_text_chars)
-
-
-class SpeechCutWarning(UserWarning):
-    """Speech was cut, because the model did not end it."""
+    return Voice(make_engine(config), config, config.max_text_chars, config.voices)
 
 
 class Voice:
@@ -57,6 +54,7 @@ class Voice:
         engine: nothing else may call it.
         settings: the defaults of `say` and `stream`.
         max_text_chars: longest text, in characters.
+        voices: folder with the voices that can be named.
     """
 
     def __init__(
@@ -64,24 +62,36 @@ class Voice:
         engine: "Engine | LongForm",
         settings: SpeechSettings,
         max_text_chars: int = Config.model_fields["max_text_chars"].default,
+        voices: str | None = None,
     ):
         self._engine = engine
+        self._streams = EngineStreams(engine)
         self._settings = settings
         self._max_text_chars = max_text_chars
-        self._lock = threading.Lock()  # guards the engine, but for its `prepare`
-        self._outputs: dict[str, deque[FrameOutput]] = {}
-        self._left: deque[str] = deque()  # ids of closed streams, to be aborted
+        self._folder = voices
+        self._found: dict[str, tuple[int, Sequence[Segment]]] = {}  # voices by name
 
     @property
     def sample_rate_hz(self) -> int:
         return self._engine.sample_rate_hz
 
-    def say(self, text: str, speaker: int = 0, **overrides: Any) -> "np.ndarray":
+    def say(
+        self,
+        text: str,
+        speaker: int | None = None,
+        voice: str | None = None,
+        context: "Sequence[Segment] | None" = None,
+        **overrides: Any,
+    ) -> "np.ndarray":
         """Speak a text.
 
         Args:
             text: the text; not blank.
-            speaker: id of the speaker; the default voices are 0 and 1.
+            speaker: id of the speaker, by default 0; the default voices are 0 and 1.
+            voice: name of a voice of the folder `voices`, a setting; it has a speaker. Its file is
+                read once.
+            context: earlier turns from `segment`, oldest first. They follow those of the voice, and
+                replace the model's default context.
             overrides: settings for this call: `temperature`, `top_k`, `top_p`, `min_p`,
                 `repetition_penalty`, `repetition_window`, `seed`, `max_frames`, `normalise`.
 
@@ -100,10 +110,18 @@ class Voice:
         """
         import numpy as np
 
-        chunks = self._start(text, speaker, overrides, stacklevel=3)
+        request = self._request(text, overrides, speaker, voice, context)
+        chunks = self._streams.run(request, self._engine.prepare(request), stacklevel=3)
         return np.concatenate([np.zeros(0, np.float32), *chunks])
 
-    def stream(self, text: str, speaker: int = 0, **overrides: Any) -> "Chunks":
+    def stream(
+        self,
+        text: str,
+        speaker: int | None = None,
+        voice: str | None = None,
+        context: "Sequence[Segment] | None" = None,
+        **overrides: Any,
+    ) -> "Chunks":
         """Speak a text in chunks, as they are made; together they equal `say`'s samples.
 
         Arguments, errors and warnings are those of `say`. ValueError is raised by this call; the
@@ -115,75 +133,99 @@ class Voice:
         Returns:
             The generator's return value is the finish reason, as in `say`.
         """
-        return self._start(text, speaker, overrides, stacklevel=2)
+        request = self._request(text, overrides, speaker, voice, context)
+        return self._streams.run(request, self._engine.prepare(request), stacklevel=2)
 
-    def _start(
-        self, text: str, speaker: int, overrides: dict[str, Any], stacklevel: int
-    ) -> "Chunks":
-        request = self._request(text, speaker, overrides)
-        return self._run(request, self._engine.prepare(request), stacklevel)
+    def segment(self, text: str, audio: "Audio", speaker: int = 0) -> "Segment":
+        """Encode a recording as context for `say` and `stream`. Any thread may call this.
 
-    def _request(self, text: str, speaker: int, overrides: dict[str, Any]) -> "Request":
+        Args:
+            text: what the recording says.
+            audio: a file or its bytes, or `[S]` float samples at `sample_rate_hz`. Silence at both
+                ends is removed, and a wrong level corrected.
+            speaker: who says it.
+
+        Raises:
+            ValueError: an argument is invalid, or the model's codec has no encoder.
+            OSError: the file cannot be read.
+        """
+        from vox_serve.voice_maker import VoiceMaker
+
+        self._check_text(text)
+        maker = VoiceMaker(self._engine.mimi, self._engine.prompts)
+        return maker.segment(_checked_speaker(speaker), text, audio)
+
+    def conversation(self, voice: str | None = None) -> "Dialogue":
+        """Begin a conversation, of which each turn has the earlier ones as context.
+
+        Args:
+            voice: name of the voice that speaks; see `say`.
+        """
+        from vox_serve.dialogue import Dialogue
+
+        if voice is not None:
+            self._find(voice)
+        return Dialogue(self._streams, partial(self._request, voice=voice), self.segment)
+
+    def _request(
+        self,
+        text: str,
+        overrides: dict[str, Any],
+        speaker: int | None = None,
+        voice: str | None = None,
+        context: "Sequence[Segment] | None" = None,
+    ) -> "Request":
+        """The request of `say` with these arguments, checked."""
         from vox_serve.engine import Request
 
+        self._check_text(text)
+        if speaker is not None:
+            _checked_speaker(speaker)
+        if any(getattr(segment, "codes", None) is None for segment in context or ()):
+            raise ValueError("context must be segments with speech, which `segment` makes")
+        if voice is not None:
+            own, segments = self._find(voice)
+            if speaker not in (None, own):
+                raise ValueError(f"speaker is {speaker}, but voice {voice} has speaker {own}")
+            speaker = own
+            if segments:
+                context = [*segments, *(context or ())]
+        speech = self._settings.override(**overrides)
+        max_frames = overrides.get("max_frames") or self._settings.frames_for(text)
+        return Request(
+            text,
+            speaker or 0,
+            context,
+            sampling=speech.sampling,
+            max_frames=max_frames,
+            normalise=speech.normalise,
+        )
+
+    def _check_text(self, text: str) -> None:
         if isinstance(text, str):
             check_length(text, self._max_text_chars)
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"text must be a string that is not blank, got {text!r}")
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise ValueError("text must be valid Unicode, without lone surrogates")
-        if type(speaker) is not int or speaker < 0:
-            raise ValueError(f"speaker must be a whole number from 0, got {speaker!r}")
-        speech = self._settings.override(**overrides)
-        max_frames = overrides.get("max_frames") or self._settings.frames_for(text)
-        return Request(
-            text,
-            speaker,
-            sampling=speech.sampling,
-            max_frames=max_frames,
-            normalise=speech.normalise,
-        )
 
-    def _run(self, request: "Request", prompt: "Prompt", stacklevel: int) -> "Chunks":
-        from vox_serve.ending import delivered_audio, why_cut
+    def _find(self, voice: str) -> "tuple[int, Sequence[Segment]]":
+        """The speaker and the segments of a voice; see `find_voice`."""
+        from vox_serve.voice_file import Sizes
+        from vox_serve.voice_store import find_voice
 
-        outputs = self._outputs[request.id] = deque()
-        num_frames = 0
-        reason: FinishReason | None = None
-        try:
-            with self._lock:
-                self._engine.add(request, prompt)
-            while reason is None:
-                with self._lock:
-                    while not outputs:
-                        self._step()
-                    output = outputs.popleft()
-                reason = output.finish_reason
-                if reason == "error":
-                    raise (ValueError if output.is_refused else RuntimeError)(output.error)
-                if (audio := delivered_audio(output)) is not None:
-                    num_frames += 1
-                    yield audio
-            if cut := why_cut(reason, num_frames):
-                warnings.warn(f"speech was {cut}", SpeechCutWarning, stacklevel=stacklevel)
-            return reason
-        finally:
-            del self._outputs[request.id]
-            self._left.append(request.id)
-            # Garbage collection may run this within a step: then the next step aborts the request.
-            if self._lock.acquire(blocking=False):
-                self._abort_left()
-                self._lock.release()
+        if not isinstance(voice, str):
+            raise ValueError(f"voice must be a name, got {voice!r}")
+        if (found := self._found.get(voice)) is None:
+            sizes = Sizes.of(self._engine.prompts.config)
+            found = self._found[voice] = find_voice(voice, self._folder, sizes)
+        return found
 
-    def _step(self) -> None:
-        self._abort_left()
-        for output in self._engine.step():
-            if (outputs := self._outputs.get(output.request_id)) is not None:
-                outputs.append(output)
 
-    def _abort_left(self) -> None:
-        while self._left:
-            self._engine.abort(self._left.popleft())
+def _checked_speaker(speaker: int) -> int:
+    if type(speaker) is not int or speaker < 0:
+        raise ValueError(f"speaker must be a whole number from 0, got {speaker!r}")
+    return speaker
 
 
 def make_engine(config: Config, num_spare_rows: int = 0) -> "LongForm":

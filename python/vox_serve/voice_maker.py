@@ -1,5 +1,6 @@
 """Makes voices of recordings: decodes and encodes them, and checks that a prompt of them fits."""
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from vox_serve.context_field import MAX_CHANNELS, RATES_HZ, Turn, encode_context
 from vox_serve.mimi import Mimi
 from vox_serve.prompt import PromptBuilder, Segment
 from vox_serve.prompt_audio import PromptOptions, clean_prompt, speech_level_dbfs
-from vox_serve.recording import Limits, decode
+from vox_serve.recording import Limits, Recording, decode
 from vox_serve.voice_file import MAX_RECORDINGS, Sizes, Voice, VoiceError
 
 MAX_CONTEXT_SHARE = 0.5
@@ -27,6 +28,10 @@ MIN_FRAMES = 4
 PREVIEW_S = 15
 PIECE_FRAMES = 8
 """Frames that are encoded, or decoded for the preview, between two pauses."""
+
+
+Audio = np.ndarray | bytes | str | os.PathLike[str]
+"""Samples `[S]`, an encoded recording, or a file."""
 
 
 class Excerpt(NamedTuple):
@@ -168,6 +173,32 @@ class VoiceMaker:
             return self._encode(audio, pause)
 
         return encode_context(turns, encode)
+
+    def segment(self, speaker: int, text: str, audio: Audio) -> Segment:
+        """Clean and encode a recording as context.
+
+        Args:
+            speaker: who says it.
+            text: what it says.
+            audio: the recording; samples are floats at the codec's sample rate.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: the recording cannot be used, or the codec has no encoder.
+        """
+        if self.mimi.encoder is None:
+            raise ValueError("the model's codec has no encoder")
+        if isinstance(audio, np.ndarray):
+            if audio.ndim != 1 or audio.dtype.kind != "f" or not np.isfinite(audio).all():
+                raise ValueError("audio must be finite float samples [S]")
+            sizes = self.mimi.config
+            recording = Recording(audio.astype(np.float32), sizes.sample_rate_hz)
+            options = PromptOptions(max_s=self.max_s)
+            rates = sizes.sample_rate_hz, sizes.frame_samples
+            audio = clean_prompt(recording, *rates, options)
+        else:
+            audio = self.excerpt(audio if isinstance(audio, bytes) else Path(audio), text).audio
+        return Segment(speaker, text, self._encode(audio, lambda worked_s: None))
 
     def _encode(self, audio: np.ndarray, pause: Callable[[float], None]) -> Tensor:
         """Codes `[N, K]` of a recording, on the CPU: those of `Mimi.encode`."""

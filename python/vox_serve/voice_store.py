@@ -14,6 +14,7 @@ from typing import IO, NamedTuple
 
 from vox_serve.atomic_file import replaced
 from vox_serve.json_file import read_bounded
+from vox_serve.prompt import Segment
 from vox_serve.voice_file import (
     MAX_FILE_BYTES,
     NAME_PATTERN,
@@ -302,6 +303,32 @@ def _lock_file(file: IO[str], until_s: float) -> None:
 
 def _signature(status: os.stat_result) -> tuple[int, ...]:
     return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def find_voice(
+    name: str, folder: Path | str | None, sizes: Sizes | None = None
+) -> tuple[int, Sequence[Segment]]:
+    """The speaker and the segments of a voice.
+
+    Args:
+        name: of a voice in the folder; or 0 or 1, which have no segments.
+        folder: that keeps the voices; None if there is none.
+        sizes: of the model; None to accept voices of all models.
+
+    Raises:
+        VoiceError: there is no such voice, or it cannot be used.
+    """
+    if name in BUILT_IN:
+        return int(name), ()
+    if folder is None or not Path(folder).is_dir():
+        where = "there is no folder of voices" if folder is None else f"there is no folder {folder}"
+        raise UnknownVoiceError(f"there is no voice {name[:100]!a}: {where} (see --voices)")
+    store = VoiceStore(folder, sizes)
+    try:
+        voice = store.get(name)
+    except UnknownVoiceError as error:
+        raise UnknownVoiceError(f"{error}; there are {shown_names(store.names())}") from None
+    return voice.speaker, voice.segments
 
 
 def shown_names(keys: Sequence[str]) -> str:

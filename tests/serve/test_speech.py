@@ -160,7 +160,7 @@ def test_a_wrong_argument_is_a_value_error_that_names_it(wrong, said):
     for call in (voice.say, voice.stream):
         with pytest.raises(ValueError, match=said):
             call(**{"text": "hello", **wrong})
-    assert voice._outputs == {}
+    assert voice._streams._outputs == {}
 
 
 def test_wrong_settings_are_a_value_error_before_any_loading(monkeypatch):
