@@ -79,12 +79,14 @@ class Outcome:
 
     Attributes:
         refused: answered 429.
+        refused_s: time until then.
         first_s, end_s: first and last frame; None if there was none.
         underruns: frames that came later than the audio before them ended.
         server: index of its server.
     """
 
     refused: bool = False
+    refused_s: float = 0.0
     first_s: float | None = None
     end_s: float | None = None
     underruns: int = 0
@@ -97,7 +99,8 @@ class Policy:
 
     Attributes:
         choose, admit: see `vox_serve.policy` and `vox_serve.admission`.
-        max_wait_s: requests whose predicted wait is longer are refused.
+        max_wait_s: requests whose predicted wait is longer are refused, and those that waited so
+            long.
         most_rows: places of a server.
     """
 
@@ -186,10 +189,20 @@ class Simulation:
         if server.line and server.line[-1][0] == index:
             wait = wait_s(list(server.live.values()), now_s, len(server.line) - 1)
             if wait > server.policy.max_wait_s:
-                server.line.pop()
-                self.outcomes[index].refused = True
+                self._refuse(server, index, now_s)
+            else:
+                self._at(now_s + server.policy.max_wait_s, partial(self._refuse, server, index))
         if not server.busy:
             self._begin(server, now_s)
+
+    def _refuse(self, server: _Server, index: int, now_s: float) -> None:
+        """Refuse a request that still waits."""
+        for place, (waiting, _) in enumerate(server.line):
+            if waiting == index:
+                del server.line[place]
+                self.outcomes[index].refused = True
+                self.outcomes[index].refused_s = now_s - self.speeches[index].at_s
+                return
 
     def _admit(self, server: _Server, now_s: float, arrived: bool = False) -> None:
         if now_s < server.retry_at_s and not (arrived and len(server.line) == 1):

@@ -15,6 +15,9 @@ SLOW_SPEECH = 0.5
 UNKNOWN_FRAMES = 125.0
 """Frames left, for a prediction, of speech of which nobody knows the length."""
 
+WAIT_MARGIN = 1.25
+"""Places become free so much later than the speech in them is expected to end."""
+
 WHOLE_WEIGHT = FRAME_S / WHOLE_FRAME_S
 """Frames of a whole answer in the time of one frame of a stream."""
 
@@ -67,7 +70,7 @@ def wait_s(rows: Sequence[Row], now_s: float, num_ahead: int = 0) -> float:
         return 0.0
     ends_s = np.sort(_speech(rows, now_s, UNKNOWN_FRAMES, 0.0)[1])
     rounds, place = divmod(num_ahead, len(rows))
-    return float(ends_s[place] + rounds * ends_s.mean())
+    return WAIT_MARGIN * float(ends_s[place] + rounds * ends_s.mean())
 
 
 def _speech(
