@@ -193,7 +193,7 @@ def _presses(row: Row, now_s: float, times: StepTimes, num_ready: int) -> bool:
     if not row.streams:
         return now_s - row.moved_s > WHOLE_WAIT_S
     needed_s = times.seconds(1, row.num_missing) + times.seconds(num_ready)
-    return row.due_s - now_s < 2 * times.slow * needed_s
+    return row.due_s - now_s < 2 * times.slow * needed_s + RESERVE_S
 
 
 def _group(num_newcomers: int, times: StepTimes) -> int:

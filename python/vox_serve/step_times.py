@@ -121,8 +121,11 @@ class _Curve:
 
 
 def _bucket(count: int) -> int:
-    """The smallest count of the bucket that `count` falls into."""
+    """The largest count of the bucket that `count` falls into: a multiple of its width.
+
+    A GPU's tiles end at such multiples too.
+    """
     if count <= EXACT:
         return count
-    width = 1 << (count.bit_length() - 4)
-    return count // width * width
+    width = 1 << ((count - 1).bit_length() - 4)
+    return -(-count // width) * width
