@@ -42,6 +42,10 @@ from vox_serve.voice_service import VoiceService
 
 MAX_SHOWN_ERRORS = 20
 
+LONG_CONTEXT_CHARS = 2**18
+LONG_CONTEXT_SEGMENTS = 64
+"""Longer contexts are checked in another thread."""
+
 
 class _Utterance(BaseModel):
     """A text to say. Fields that are not given take the server's defaults."""
@@ -201,8 +205,8 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
             upload = voices.large_body(request, stack, client, "context", "audio", file="audio")
             with bodies.hold(client) as count:
                 given, is_form = await read_fields(request, config.max_body_bytes, count, upload)
-            if is_form and len(given.get("context", "")) > config.max_body_bytes:
-                wanted = await asyncio.to_thread(validated, given, is_form)  # parses JSON
+            if _is_long(given.get("context")):
+                wanted = await asyncio.to_thread(validated, given, is_form)
             else:
                 wanted = validated(given, is_form)
             context = wanted.context
@@ -291,6 +295,13 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
     app.add_middleware(CloseUnread)
     app.add_middleware(PacedErrors)
     return app
+
+
+def _is_long(context: Any) -> bool:
+    """True if a context, which may be JSON text, takes long to check."""
+    if isinstance(context, str):
+        return len(context) > LONG_CONTEXT_CHARS
+    return isinstance(context, list) and len(context) > LONG_CONTEXT_SEGMENTS
 
 
 def _add_error_handlers(app: FastAPI) -> None:

@@ -16,7 +16,7 @@ from pydantic import PlainValidator, WithJsonSchema
 from torch import Tensor
 
 from vox_serve.context_segment import ContextError, Place, SegmentFields, check_segment
-from vox_serve.json_file import check_items, parse_json, shown
+from vox_serve.json_file import bounded_int, check_items, parse_json, shown
 from vox_serve.mimi.config import MimiConfig
 from vox_serve.model_config import CsmConfig
 from vox_serve.prompt import Segment
@@ -28,6 +28,8 @@ RATES_HZ = (8_000, 96_000)
 MAX_CHANNELS = 8
 """Bounds of uploads. 160 s of 8 channels at 96 kHz take 3 s and 250 MB to decode; files may have
 four times the rate and eight times the channels."""
+MAX_SEGMENTS = 4096
+"""Most segments of a context. A model's context has room for fewer."""
 _BASE64_SLICE_CHARS = 1 << 18  # divisible by 4
 
 
@@ -83,13 +85,15 @@ def parse_context(value: Any, files: Sequence[bytes] = ()) -> list[SegmentFields
         try:
             data = value.encode()
             check_items(data)
-            value = parse_json(data)
+            value = parse_json(data, bounded_int)
         except UnicodeEncodeError:
             raise ContextError("context must be valid Unicode") from None
         except ValueError as error:
             raise ContextError(f"context cannot be read as JSON: {error}") from None
     if not isinstance(value, list):
         raise ContextError(f"context must be a list of segments, got {shown(type(value).__name__)}")
+    if len(value) > MAX_SEGMENTS:
+        raise ContextError(f"context has {len(value)} segments; at most {MAX_SEGMENTS} fit")
     found = []
     for i, entry in enumerate(_with_files(value, files)):
         fields = check_segment(entry, Place(f"context[{i}]: ", f"context[{i}]."))

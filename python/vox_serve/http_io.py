@@ -20,7 +20,7 @@ from vox_serve.form_io import (
     read_multipart,
     urlencoded_items,
 )
-from vox_serve.json_file import JsonError, check_items
+from vox_serve.json_file import JsonError, bounded_int, check_items
 
 logger = logging.getLogger("vox_serve")
 
@@ -291,12 +291,12 @@ def _long_json_fields(body: bytes) -> dict[str, Any]:
         check_items(body)
     except JsonError as error:
         raise HTTPException(413, f"the body is refused: {error}") from None
-    return _json_fields(body)
+    return _json_fields(body, bounded_int)
 
 
-def _json_fields(body: bytes) -> dict[str, Any]:
+def _json_fields(body: bytes, parse_int: Callable[[str], int] | None = None) -> dict[str, Any]:
     try:
-        fields = json.loads(body, object_pairs_hook=_unique_fields)
+        fields = json.loads(body, object_pairs_hook=_unique_fields, parse_int=parse_int)
     except RecursionError:
         raise HTTPException(400, "the JSON is nested too deeply") from None
     except ValueError as error:

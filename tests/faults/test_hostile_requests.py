@@ -8,8 +8,10 @@ import pytest
 
 from fake_engine import TIMEOUT_S, FakeEngine, expected_pcm
 from live_server import LiveServer, wait_until
+from process_server import ProcessServer
 from vox_serve.audio import wav_file
 from vox_serve.bounded_h11 import MAX_SMALL_CHUNKS
+from vox_serve.context_field import MAX_SEGMENTS
 from vox_serve.http_io import MAX_OBJECT_FIELDS
 
 WHOLE = wav_file(expected_pcm("hello", 3))
@@ -208,3 +210,24 @@ def test_a_turns_fields_are_no_files(server, name):
     kind = "multipart/form-data; boundary=x"
     answer = post(server, (part % name).encode(), "/v1/conversations/a/turns", kind)
     assert_refused(answer, 422)
+
+
+def test_long_numbers_in_long_bodies_are_refused(server):
+    body = b'{"name": "b", "recordings": [' + (b"9" * 4200 + b",") * 100 + b"1]}"
+    assert "digits" in assert_refused(post(server, body, "/v1/audio/voices"), 400)
+
+
+def test_contexts_of_very_many_segments_are_refused(server):
+    entry = b'{"speaker": 0, "text": "x", "codes": [[1]]},'
+    for number in (100, MAX_SEGMENTS + 1):
+        body = b'{"text": "a", "context": [' + (entry * number)[:-1] + b"]}"
+        said = assert_refused(post(server, body), 422)
+        assert ("at most 4096 fit" in said) == (number > MAX_SEGMENTS)
+
+
+def test_what_was_loaded_is_not_looked_at_again(tmp_path):
+    """A full garbage collection of it stops all threads for 0.2 s."""
+    after = "import gc; engine.cache_counts = lambda: {'frozen': gc.get_freeze_count()}"
+    with ProcessServer(tmp_path / "log", after=after) as server:
+        answer = server.request("GET", "/health")
+        assert json.load(answer)["cache"]["frozen"] > 10_000

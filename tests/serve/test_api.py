@@ -199,7 +199,7 @@ def test_a_wrong_form_value_is_422_and_named(send, name, value, client):
 
 def test_thousands_of_wrong_fields_get_a_short_answer(client):
     answer = client.post("/generate", json=dict.fromkeys(map(str, range(10_000)), 1))
-    assert_refused(answer, 422, "Extra inputs")
+    assert_refused(answer, 422, "64 fields")
 
 
 @pytest.mark.parametrize("body", [{}, {"text": None}, {"speaker": 0}])
