@@ -161,7 +161,9 @@ class Engine:
     @property
     def follows_context(self) -> bool:
         """True if earlier speech in the context makes a text sound better, not worse."""
-        return self.model.config.follows_context
+        config = self.model.config
+        exact = self.model.dtype == torch.float32
+        return config.follows_context and (exact or not config.context_needs_float32)
 
     @property
     def num_live(self) -> int:

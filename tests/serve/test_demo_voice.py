@@ -9,6 +9,7 @@ from vox_serve import say
 from vox_serve.engine import Request
 from vox_serve.hub import BUILT_IN_VOICES
 from vox_serve.loading import load_engine
+from vox_serve.prompt import Segment
 from vox_serve.recording import read_audio
 from vox_serve.sampling import SamplingParams
 
@@ -81,6 +82,28 @@ def test_say_speaks_without_a_model_flag(judge, tmp_path):
     assert say.main([SENTENCES[0], "-o", str(path), "--seed", "7"]) == 0
     errors, words = word_errors(SENTENCES[0], judge.transcribe(read_audio(path, 24000)))
     assert errors <= MAX_WER * words
+
+
+def test_context_changes_no_word():
+    """After three segments, both speakers', the voice says the same as alone."""
+    engine = load_engine("demo")
+
+    def said(text, speaker, context=()):
+        sampling = SamplingParams(temperature=0)
+        request = Request(text, speaker, context, sampling, max_frames=60)
+        return torch.as_tensor(say.speak(engine, request).codes)
+
+    turns = [(0, "See you at noon."), (1, "No, thank you."), (1, "It is a red car.")]
+    context = [Segment(speaker, text, said(text, speaker)) for speaker, text in turns]
+    alone, after = said("Good morning.", 1), said("Good morning.", 1, context)
+    assert 5 < len(alone) < 60
+    assert after.shape == alone.shape
+    assert (after == alone).float().mean() > 0.9
+
+
+def test_context_is_used_in_float32_only():
+    assert load_engine("demo", quantize="int8").follows_context
+    assert not load_engine("demo", dtype="bfloat16").follows_context
 
 
 @pytest.mark.slow
