@@ -124,6 +124,15 @@ class ModelSettings(Settings):
             le=2**40,
         )
     )
+    kv_cache_bytes: Annotated[
+        int | None, Shown("room for `--max_batch_size` requests of full length")
+    ] = setting(
+        None,
+        "keys and values of the requests that are spoken; with less than they need, some wait, and "
+        "theirs are computed again",
+        ge=1,
+        le=2**50,
+    )
     num_threads: Annotated[int | None, Shown("all that this process may use")] = setting(
         None, "CPU threads of the kernels", ge=1, le=1024
     )
@@ -220,7 +229,18 @@ class ServerSettings(VoiceSettings):
     port: int = setting(8000, "port to listen on; 0 takes a free one", ge=0, le=65535)
     max_batch_size: Annotated[
         int | None, Shown("8; on a GPU 64, or as many as half of its free memory holds")
-    ] = setting(None, "requests spoken at the same time", ge=1, le=1024)
+    ] = setting(None, "requests spoken at the same time", ge=1, le=16384)
+    schedule: Literal["deadline", "fifo"] = setting(
+        "deadline",
+        "who is in a step: deadline keeps listeners from gaps, and takes a stream only if that "
+        "stays so; fifo gives everybody a frame in each step",
+    )
+    max_wait_s: float = setting(
+        10.0,
+        "a stream that would begin later than this is answered 429 at once (deadline)",
+        ge=0,
+        le=86400,
+    )
     max_queue_size: int = setting(
         64, "requests that may wait; more are answered 429", ge=0, le=100_000
     )

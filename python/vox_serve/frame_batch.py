@@ -1,10 +1,15 @@
-"""The sequences of a batch: their state on the device, and one frame of all of them.
+"""The sequences of a batch: their state on the device, and one frame of some of them.
 
 The state that changes from frame to frame is kept in tensors that are updated in place, one row per
 sequence. So a frame needs no input from the host, and a GPU can run it as a CUDA graph.
+
+A step runs the first rows only; the others are parked. `arrange` moves rows between steps, so that
+the kernels and the graphs need no list of rows. A row of CSM-1B has 8.7 MB of codec state: moving
+it takes 4 us on an H200 (4.8 TB/s), and a step moves few rows, if any. Kernels that take a list of
+rows would read it in every step, and each number of rows would still need its graph.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import partial
 from typing import Generic, NamedTuple, TypeVar
@@ -12,8 +17,8 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from vox_serve.cuda_graphs import Alternative, RowGraphs
-from vox_serve.kv_cache import CacheRows, CacheSequence, KvCache
+from vox_serve.cuda_graphs import Alternative, RowGraphs, rounded_rows
+from vox_serve.kv_cache import CacheRows, CacheSequence, KvCache, copy_to_device
 from vox_serve.mimi import Mimi
 from vox_serve.model import PERSISTENT_ROWS, CsmModel
 from vox_serve.sampling import SamplingParams, SamplingRows
@@ -24,6 +29,9 @@ Member = TypeVar("Member")
 NOT_FINITE = -1
 """The code that `sample_tokens` draws from logits that are not finite. A persistent depth decoder
 that gives up a frame leaves lower ones."""
+
+PADS = {"cpu": False, "cuda": True}
+"""Whether a step works on a rounded number of rows (see `rounded_rows`), by device type."""
 
 
 class Half(Enum):
@@ -74,34 +82,102 @@ class Frames(NamedTuple):
 
 
 class FrameBatch(Generic[Member]):
-    """Rows of state, of which the first `len(members)` are used, and the two halves of a frame.
+    """Rows of state, and the two halves of a frame of the first rows.
+
+    In each step call `arrange`, `step_backbone`, `join` for new members, and `draw_frames`. A row
+    that was not arranged to step keeps its state.
 
     Args:
         model: the two transformers.
         mimi: the codec, on the model's device.
         cache: keys and values of the backbone.
-        max_rows: most rows.
-
-    Attributes:
-        members: the owner of each used row, in order.
+        max_rows: most members.
     """
 
     @torch.inference_mode()
     def __init__(self, model: CsmModel, mimi: Mimi, cache: KvCache, max_rows: int) -> None:
         self.model, self.mimi, self.cache = model, mimi, cache
-        self.members: list[Member] = []
         device, c = model.device, model.config
-        self._codes = torch.zeros(max_rows, c.num_codebooks, dtype=torch.int64, device=device)
-        self._hidden = torch.zeros(max_rows, c.backbone.dim, dtype=model.dtype, device=device)
+        self._max_rows = max_rows
+        # A graph runs a rounded number of rows: as many must stay free of parked ones.
+        rows = max_rows + max(self._padded(n) - n for n in range(1, max_rows + 1))
+        self._members: list[Member | None] = [None] * rows
+        self._rows: dict[Member, int] = {}
+        self._new_pages: list[tuple[Member, int, int]] = []
+        self._num_active = 0
+        self._codes = torch.zeros(rows, c.num_codebooks, dtype=torch.int64, device=device)
+        self._hidden = torch.zeros(rows, c.backbone.dim, dtype=model.dtype, device=device)
         self._audio = torch.zeros(max_rows, mimi.config.frame_samples, device=device)
-        self._cache_rows = CacheRows(cache, max_rows)
-        self._sampling = SamplingRows.empty(max_rows, device)
-        self._streams = mimi.init_state(max_rows)
+        self._cache_rows = CacheRows(cache, rows)
+        self._sampling = SamplingRows.empty(rows, device)
+        self._streams = mimi.init_state(rows)
         self._graphs: RowGraphs[Half] | None = None
         # A graph cannot contain ops of the reference, which waits for the host.
         if device.type == "cuda" and all(backend_for("cuda", op) != "reference" for op in OPS):
             self._graphs = RowGraphs(self._functions(), max_rows, self._alternatives())
             self._hidden.zero_()
+
+    def __contains__(self, member: object) -> bool:
+        return member in self._rows
+
+    @property
+    def members(self) -> list[Member]:
+        """The owners of the used rows, in the rows' order."""
+        return [member for member in self._members if member is not None]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that have state."""
+        return len(self._members)
+
+    @torch.inference_mode()
+    def arrange(self, active: Sequence[Member], num_joining: int = 0) -> None:
+        """Make some members the first rows, which step, and park the others.
+
+        Args:
+            active: members, all different.
+            num_joining: calls of `join` that follow; their rows are kept free.
+        """
+        stepping = {self._rows[member] for member in active}
+        self._num_active = count = len(active)
+        used = self._padded(count + num_joining)
+        unfilled = (row for row in range(count) if row not in stepping)
+        moves = dict(zip((row for row in stepping if row >= count), unfilled, strict=False))
+        parked = [
+            row for row in range(used) if self._members[row] is not None and row not in stepping
+        ]
+        if parked:
+            rows = range(used, len(self._members))
+            moves |= zip(
+                parked,
+                (row for row in rows if self._members[row] is None or row in moves),
+                strict=False,
+            )
+        if moves:
+            self._move(moves)
+        if self._new_pages:
+            self._cache_rows.append_pages(
+                [(self._rows[member], index, page) for member, index, page in self._new_pages]
+            )
+            self._new_pages.clear()
+
+    def _move(self, moves: dict[int, int]) -> None:
+        """Move rows, from the keys to the values."""
+        members = [self._members[row] for row in moves]
+        left = moves.keys() - moves.values()
+        for row in left:
+            self._members[row] = None
+        for member, row in zip(members, moves.values(), strict=True):
+            assert member is not None
+            self._members[row] = member
+            self._rows[member] = row
+        both = torch.tensor([[*moves], [*moves.values()]])
+        sources, targets = copy_to_device(both, self._codes.device)
+        kept = self._codes, *self._cache_rows.tensors, *self._sampling, *self._streams.tensors
+        for tensor in kept:
+            tensor.index_copy_(0, targets, tensor.index_select(0, sources))
+        for row in left:
+            self._cache_rows.clear(row)
 
     @torch.inference_mode()
     def join(
@@ -112,37 +188,58 @@ class FrameBatch(Generic[Member]):
         seed: int,
         hidden: Tensor,
     ) -> None:
-        """Add a sequence whose prompt is in the cache.
+        """Add a sequence whose prompt is in the cache; it gets a frame in this step.
 
         Args:
             member: the owner of the row.
-            sequence: the sequence's pages, enough for all frames that follow.
+            sequence: the sequence's pages.
             params, seed: how the sequence's codes are drawn.
             hidden: `[C]`, the backbone's last hidden state.
         """
-        row = len(self.members)
+        row = self._num_active
+        assert self._members[row] is None, "arrange kept no row free"
         self._cache_rows.write(row, sequence)
         self._sampling.write(row, params, seed)
         self._streams.reset(row)
         self._hidden[row] = hidden
-        self.members.append(member)
+        self._members[row] = member
+        self._rows[member] = row
+        self._num_active += 1
+
+    def append_page(self, member: Member, index: int, page: int) -> None:
+        """Give a member's sequence another page, from the next call of `arrange` on.
+
+        Args:
+            member: the owner of the row.
+            index: number of the sequence's pages before.
+            page: the page.
+        """
+        self._new_pages.append((member, index, page))
+
+    @torch.inference_mode()
+    def suspend(self, member: Member) -> None:
+        """Forget a member's pages. It must not step before `resume`."""
+        self._cache_rows.clear(self._rows[member])
+
+    @torch.inference_mode()
+    def resume(self, member: Member, sequence: CacheSequence) -> None:
+        """Give a member, whose other state was kept, the pages of its sequence."""
+        self._cache_rows.write(self._rows[member], sequence)
 
     @torch.inference_mode()
     def leave(self, member: Member) -> None:
-        """Remove a member's row; the last row replaces it. Not between the halves of a frame."""
-        row, last = self.members.index(member), len(self.members) - 1
-        self.members[row] = self.members[last]
-        self.members.pop()
-        if row != last:
-            for part in (self._cache_rows, self._sampling, self._streams):
-                part.copy_row(last, row)
-            self._codes[row] = self._codes[last]
-        self._cache_rows.clear(last)
+        """Remove a member. Not between `arrange` and `draw_frames`."""
+        row = self._rows.pop(member)
+        self._members[row] = None
+        self._cache_rows.clear(row)
 
     @torch.inference_mode()
     def reset(self) -> None:
         """Remove all members, whatever state an interrupted frame left. Graphs are kept."""
-        self.members.clear()
+        self._members = [None] * len(self._members)
+        self._rows.clear()
+        self._new_pages.clear()
+        self._num_active = 0
         self._cache_rows.reset()
         for tensor in (self._codes, self._hidden, self._audio):
             tensor.zero_()
@@ -151,32 +248,38 @@ class FrameBatch(Generic[Member]):
 
     @torch.inference_mode()
     def step_backbone(self) -> None:
-        """Turn every row's last frame into its next hidden state."""
-        if self.members:
-            self._run(Half.BACKBONE, len(self.members))
+        """Turn the last frame of each row that steps into its next hidden state."""
+        if self._num_active:
+            self._run(Half.BACKBONE, self._num_active)
 
     @torch.inference_mode()
-    def draw_frames(self, first_row: int = 0) -> Frames:
-        """Turn hidden states into frames, of every row or of those from `first_row` on.
+    def draw_frames(self) -> tuple[list[Member], Frames]:
+        """Turn hidden states into frames, of the rows that step and of those that joined.
 
         On a GPU this returns before the frame is finished, and the next one may be begun.
+
+        Returns:
+            The members that step, and the frame of each.
         """
-        rows = len(self.members)
-        if first_row:
-            self._run_draw(rows, first_row=first_row)
-        else:
-            self._run(Half.DRAW, rows)
+        rows = self._num_active
+        self._run(Half.DRAW, rows)
         codes, audio = (
-            tensor[first_row:rows].to("cpu", non_blocking=True, copy=True)
+            tensor[:rows].to("cpu", non_blocking=True, copy=True)
             for tensor in (self._codes, self._audio)
         )
         copied = None
         if self.model.device.type == "cuda":
             copied = torch.cuda.Event()
             copied.record()
-        return Frames(codes, audio, copied)
+        members = [member for member in self._members[:rows] if member is not None]
+        return members, Frames(codes, audio, copied)
+
+    def _padded(self, rows: int) -> int:
+        """The number of rows that the work for `rows` of them touches."""
+        return rounded_rows(rows, self._max_rows) if rows and PADS[self.model.device.type] else rows
 
     def _run(self, half: Half, rows: int) -> None:
+        rows = self._padded(rows)
         if self._graphs is None:
             self._functions()[half](rows)
         else:
@@ -218,12 +321,9 @@ class FrameBatch(Generic[Member]):
         self._hidden[:rows] = self.model.backbone_step(frames, mask, batch, self.cache)
         self._cache_rows.advance(rows)
 
-    def _run_draw(self, rows: int, persistent: bool = False, first_row: int = 0) -> None:
-        drawn = slice(first_row, rows)
-        sampling = self._sampling.view(rows, first_row)
-        codes = self.model.draw_frames(self._hidden[drawn], sampling, persistent)
+    def _run_draw(self, rows: int, persistent: bool = False) -> None:
+        sampling = self._sampling.view(rows)
+        codes = self.model.draw_frames(self._hidden[:rows], sampling, persistent)
         sampling.advance(codes[:, 0])
-        self._codes[drawn] = codes
-        self._audio[drawn] = self.mimi.decode_step(
-            codes[:, None], self._streams.view(rows, first_row)
-        )
+        self._codes[:rows] = codes
+        self._audio[:rows] = self.mimi.decode_step(codes[:, None], self._streams.view(rows))

@@ -1,5 +1,6 @@
 """The paged KV cache: pages of keys and values, page tables, prefixes shared by sequences."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,11 +41,16 @@ class KvCache:
 
     Args:
         config: sizes of the transformer.
-        max_sequences: the pool has room for this many sequences of `max_positions`.
+        max_sequences: the pool has room for this many sequences of `max_positions`, unless
+            `num_pages` is given.
         dtype: dtype of keys and values.
         device: device of the pages. On a CPU, the OS allocates memory when a page is first written.
         max_cached_pages: further pages, for prefixes that no sequence holds.
         num_kept_pages: further pages, for a sequence that is never released.
+        num_pages: pages for the other sequences.
+
+    Raises:
+        ValueError: the pages have no room for one sequence of `max_positions`.
     """
 
     def __init__(
@@ -55,12 +61,20 @@ class KvCache:
         device: torch.device,
         max_cached_pages: int = 0,
         num_kept_pages: int = 0,
+        num_pages: int | None = None,
     ) -> None:
         self.max_positions = config.max_positions
         self.max_cached_pages = max_cached_pages
         self.pages_per_sequence = -(-config.max_positions // PAGE_SIZE)
-        num_pages = max_sequences * self.pages_per_sequence + max_cached_pages + num_kept_pages
-        shape = (config.num_layers, num_pages, config.num_kv_heads, PAGE_SIZE, config.head_dim)
+        if num_pages is None:
+            num_pages = max_sequences * self.pages_per_sequence
+        if num_pages < self.pages_per_sequence:
+            raise ValueError(
+                f"a sequence of {config.max_positions} positions takes {self.pages_per_sequence} "
+                f"pages of {PAGE_SIZE}, got {num_pages}"
+            )
+        all_pages = num_pages + max_cached_pages + num_kept_pages
+        shape = (config.num_layers, all_pages, config.num_kv_heads, PAGE_SIZE, config.head_dim)
         self.k_pages = torch.empty(shape, dtype=dtype, device=device)
         self.v_pages = torch.empty(shape, dtype=dtype, device=device)
         self.device = device
@@ -104,6 +118,20 @@ class KvCache:
             "bytes_held": held * page_bytes,
             "bytes_cached": cached * page_bytes,
         }
+
+    def num_needed_pages(self, keys: PrefixKeys, limit: int, count: int) -> int:
+        """The free pages that `find` and then `reserve` would take.
+
+        Args:
+            keys, limit: see `find`.
+            count: positions that the sequence is to have room for.
+        """
+        needed = -(-count // PAGE_SIZE)
+        for end in range(PAGE_SIZE, limit + 1, PAGE_SIZE):
+            if (page := self._pool.find(keys[end])) is None:
+                break
+            needed -= self._pool.is_held(page)
+        return needed
 
     def extend(self, sequence: CacheSequence, count: int) -> range:
         """Reserve pages for `count` more positions of `sequence`, and count these as written.
@@ -149,6 +177,9 @@ class KvCache:
         for end in range(min(limit, start + PAGE_SIZE - 1), start, -1):
             if (page := self._pool.find(keys[end])) is not None:
                 self._pool.hold(page)  # or `take` might give this very page
+                if not self._pool.num_available:
+                    self._pool.drop(page)
+                    break
                 copy = self._pool.take()
                 for pages in (self.k_pages, self.v_pages):
                     pages[:, copy] = pages[:, page]
@@ -278,12 +309,27 @@ class CacheRows:
         self._steps = zeros(torch.int64)  # 1, or 0 in an unused row
         self._page_table = zeros(torch.int32, cache.pages_per_sequence)
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All state, a row for each sequence."""
+        return self._positions, self._steps, self._page_table
+
     def write(self, row: int, sequence: CacheSequence) -> None:
-        """Assign a row to a sequence, which must have pages for all its remaining positions."""
+        """Assign a row to a sequence."""
         pages = torch.tensor(sequence.pages, dtype=torch.int32)
         self._page_table[row, : len(pages)] = copy_to_device(pages, self._page_table.device)
         self._positions[row] = sequence.length
         self._steps[row] = 1
+
+    def append_pages(self, pages: Sequence[tuple[int, int, int]]) -> None:
+        """Give rows further pages, without waiting for the device.
+
+        Args:
+            pages: row, index in its sequence, and page.
+        """
+        entries = torch.tensor(pages).T.contiguous()
+        rows, columns, numbers = copy_to_device(entries, self._page_table.device)
+        self._page_table[rows, columns] = numbers.int()
 
     def clear(self, row: int) -> None:
         """Mark a row as unused: the ops write nothing for it."""
@@ -292,13 +338,8 @@ class CacheRows:
 
     def reset(self) -> None:
         """Mark all rows as unused."""
-        for tensor in (self._positions, self._steps, self._page_table):
+        for tensor in self.tensors:
             tensor.zero_()
-
-    def copy_row(self, source: int, target: int) -> None:
-        """Overwrite one used row with another."""
-        for tensor in (self._positions, self._page_table):
-            tensor[target] = tensor[source]
 
     def batch(self, rows: int) -> CacheBatch:
         """Cache locations of the next tokens of the first `rows` rows."""

@@ -13,7 +13,8 @@ from vox_serve.checkpoint import read_json
 from vox_serve.config import Config
 from vox_serve.context_file import default_context, load_context
 from vox_serve.csm_weights import CsmWeights, TransformerWeights
-from vox_serve.engine import Engine
+from vox_serve.engine import Choose, Engine
+from vox_serve.fifo import choose_all
 from vox_serve.hub import BUILT_IN_VOICES, resolve_model
 from vox_serve.kv_cache import KvCache
 from vox_serve.memory import memory_bytes
@@ -31,12 +32,14 @@ SMALL_MODEL_PARAMETERS = 100_000_000
 PREFIX_CACHE_BYTES = 2**29
 
 
-def load_engine(model: str | Path, num_spare_rows: int = 0, **settings: Any) -> Engine:
+def load_engine(
+    model: str | Path, num_spare_rows: int = 0, choose: Choose = choose_all, **settings: Any
+) -> Engine:
     """Load a model, its codec, tokenizer and context.
 
     Args:
         model: built-in voice, local folder or hub id.
-        num_spare_rows: see `Engine`.
+        num_spare_rows, choose: see `Engine`.
         settings: `Config`'s other fields by name; those not given come from the environment or
             their defaults. `dtype` may be a `torch.dtype` too.
 
@@ -91,6 +94,8 @@ def load_engine(model: str | Path, num_spare_rows: int = 0, **settings: Any) -> 
             num_spare_rows=num_spare_rows,
             prefix_cache_bytes=choose_cache_bytes(setting.prefix_cache_bytes, device),
             normalises=folder.parent == BUILT_IN_VOICES,
+            kv_cache_bytes=setting.kv_cache_bytes,
+            choose=choose,
         )
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):

@@ -5,7 +5,7 @@ with the request's context and the parts just before it, so that the voice carri
 samples follow each other without a gap; a step between two of them decays within 10 ms.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -16,10 +16,11 @@ from torch import Tensor
 
 from vox_serve.ending import fade_tail
 from vox_serve.engine import Engine
+from vox_serve.policy import Row
 from vox_serve.prompt import PromptTooLongError, Segment
 from vox_serve.request import FinishReason, FrameOutput, Prompt, Request
 from vox_serve.text.splitting import PREFERRED_CHARS, split
-from vox_serve.text_bound import frames_bound
+from vox_serve.text_bound import frames_bound, frames_expected
 
 POSITIONS_PER_CHAR = 4
 """A text as long as the model's context divided by this leaves room for speech and context."""
@@ -46,6 +47,7 @@ class _Passage:
         num_frames: frames of earlier parts.
         last_sample: the last one so far.
         reason: finish reason of the first part that did not end by itself.
+        row: the passage as the engine's policy sees it.
     """
 
     request: Request
@@ -57,6 +59,7 @@ class _Passage:
     num_frames: int = 0
     last_sample: float = 0.0
     reason: FinishReason | None = None
+    row: Row | None = None
 
 
 class LongForm:
@@ -86,12 +89,18 @@ class LongForm:
         self.max_positions, self.default_context = engine.max_positions, engine.default_context
         self.follows_context = engine.follows_context
         self.max_recent_positions = max_recent_positions if self.follows_context else 0
+        self.times = engine.times
         self._passages: dict[str, _Passage] = {}
         self._tokenizing = ThreadPoolExecutor(1, "tokenizing")
 
     @property
     def has_work(self) -> bool:
         return self.engine.has_work
+
+    @property
+    def rows(self) -> list[Row]:
+        """All requests as the policy sees them; see `Engine.rows`."""
+        return self.engine.rows
 
     def cache_counts(self) -> dict[str, int]:
         """Sizes and hits of the KV cache; see `Engine.cache_counts`."""
@@ -122,14 +131,14 @@ class LongForm:
         passage = _Passage(
             request, prompt.parts, max_recent=max(0, min(self.max_recent_positions, room))
         )
-        self.engine.add(self._request(passage), prompt)
+        self._add(passage, prompt)
         self._passages[request.id] = passage
         self._tokenize_next(passage)
 
-    def step(self) -> list[FrameOutput]:
-        """One frame of each request; see `Engine.step`."""
+    def step(self, held: Collection[str] = ()) -> list[FrameOutput]:
+        """Frames of some requests; see `Engine.step`."""
         outputs = []
-        for output in self.engine.step():
+        for output in self.engine.step(held):
             if (passage := self._passages.get(output.request_id)) is not None:
                 output = self._follow(passage, output)
             if output.codes is not None or output.finish_reason is not None:
@@ -190,13 +199,18 @@ class LongForm:
         passage.number += 1
         passage.codes = []
         try:
-            self.engine.add(self._request(passage))
+            self._add(passage)
         except PromptTooLongError:
             if not passage.recent:
                 raise
             passage.recent.clear()
-            self.engine.add(self._request(passage))
+            self._add(passage)
         self._tokenize_next(passage)
+
+    def _add(self, passage: _Passage, prompt: Prompt | None = None) -> None:
+        """Add the next part to the engine."""
+        passage.row = self.engine.add(self._request(passage), prompt, passage.row)
+        passage.row.frames_expected = sum(map(frames_expected, passage.parts))
 
     def _segment(self, passage: _Passage, number: int) -> Segment:
         """A part as the model reads it."""

@@ -80,6 +80,9 @@ class PagePool:
         """The page with a key."""
         return self._pages.get(key)
 
+    def is_held(self, page: int) -> bool:
+        return self._num_holders[page] > 0
+
     def hold(self, page: int) -> None:
         """Add a holder to a page that is held or cached."""
         self._cached.pop(page, None)

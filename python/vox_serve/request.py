@@ -34,7 +34,8 @@ class Request:
         id: unique among the live requests.
         drawn_seed: the seed if `sampling` gives none; drawn with the request, so that a request
             that is run again gets the same codes.
-        urgent: its prompt is prefilled before those that are not urgent.
+        streams: somebody listens while it is spoken.
+        urgent: its client speaks nothing else, so that it goes before others that stream.
     """
 
     text: str
@@ -45,6 +46,7 @@ class Request:
     normalise: Normalise = "auto"
     id: str = field(default_factory=lambda: f"request-{next(_request_ids)}")
     drawn_seed: int = field(default_factory=random_seed, repr=False)
+    streams: bool = False
     urgent: bool = False
 
     @property

@@ -68,13 +68,9 @@ class SamplingRows(NamedTuple):
         self.frames[row] = 0
         self.windows[row] = params.repetition_window
 
-    def copy_row(self, source: int, target: int) -> None:
-        for tensor in self:
-            tensor[target] = tensor[source]
-
-    def view(self, rows: int, first_row: int = 0) -> "SamplingRows":
-        """Views of the rows from `first_row` to before `rows`."""
-        return SamplingRows(*(tensor[first_row:rows] for tensor in self))
+    def view(self, rows: int) -> "SamplingRows":
+        """Views of the first rows."""
+        return SamplingRows(*(tensor[:rows] for tensor in self))
 
     def advance(self, code0: Tensor) -> None:
         """Count a frame in every row and add its codebook 0, `[B]`, to the history."""

@@ -23,3 +23,8 @@ def frames_bound(text: str) -> int:
     letters = sum(character in _LETTERS for character in text)
     symbols = len(text) - letters
     return _BASE_FRAMES + _FRAMES_PER_LETTER * letters + _FRAMES_PER_SYMBOL * symbols
+
+
+def frames_expected(text: str) -> int:
+    """About as many frames as it takes to speak a text: 1 s, and 12 letters a second."""
+    return frames_bound(text) // _FRAMES_PER_LETTER

@@ -1,5 +1,6 @@
 """The engine equals transformers, code for code, and itself whatever else is in the batch."""
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -26,6 +27,7 @@ from vox_serve.cuda_graphs import rounded_rows
 from vox_serve.engine import Engine, PromptTooLongError, Request
 from vox_serve.frame_batch import FrameBatch, Half
 from vox_serve.loading import load_engine
+from vox_serve.policy import choose_step
 from vox_serve.prompt import CHARS_PER_POSITION, Segment
 from vox_serve.sampling import SamplingParams
 from voxkern import backend
@@ -230,78 +232,51 @@ def test_prefill_chunks_change_no_code(engine, alone, monkeypatch):
     assert_same(run(engine, *eight_requests()), alone)
 
 
-def first_frames(engine: Engine, requests: list[Request]) -> list[str]:
-    """The requests' ids in the order of their first frames."""
-    for request in requests:
-        engine.add(request)
-    ids: dict[str, None] = {}
-    while engine.has_work:
-        ids |= dict.fromkeys(output.request_id for output in engine.step())
-    return list(ids)
-
-
-def test_urgent_prompts_are_prefilled_first_and_change_no_code(engine, alone, monkeypatch):
-    monkeypatch.setitem(engine_module.PREFILL_CHUNK_TOKENS, engine.model.device.type, 5)
-    requests = [replace(request, urgent=i in (4, 6)) for i, request in enumerate(eight_requests())]
-    first, second = requests[4].id, requests[6].id
-    if len(requests[6].text) < len(requests[4].text):
-        first, second = second, first
-    assert first_frames(engine, requests)[:2] == [first, second]
-    assert_same(run(engine, *requests), alone)
-
-
-def test_an_urgent_request_gets_its_first_frame_in_a_step_of_its_own(engine, alone):
-    """On a CPU. The rest of the batch waits for every second step at most."""
-    requests = eight_requests()
+def test_a_newcomer_gets_its_first_frame_in_a_step_of_its_own(engine, alone):
+    """The listeners of the others have audio in hand."""
+    seconds = itertools.count()
+    engine = Engine(
+        engine.model,
+        engine.mimi,
+        engine.prompts,
+        choose=choose_step,
+        clock=lambda: next(seconds) * 1e-3,
+    )
+    requests = [replace(request, streams=True) for request in eight_requests()[4:7]]
     codes: dict[str, list[torch.Tensor]] = {request.id: [] for request in requests}
-    steps: list[set[str]] = []
 
-    def step() -> None:
+    def step() -> set[str]:
         outputs = engine.step()
-        steps.append({output.request_id for output in outputs})
         for output in outputs:
             if output.codes is not None:
                 codes[output.request_id].append(output.codes)
+        return {output.request_id for output in outputs}
 
-    for request in (requests[4], requests[5]):
-        engine.add(request)
-    step()
-    for urgent in (requests[6], requests[7]):
-        engine.add(replace(urgent, urgent=True))
+    engine.add(requests[0])
+    engine.add(requests[1])
+    while not (codes["4"] and codes["5"]):
         step()
+    engine.add(requests[2])
+    first: set[str] = set()
+    while not first:
+        first = step()
+    assert first == {"6"}
     while engine.has_work:
         step()
-    if engine.model.device.type == "cpu":
-        assert steps[:3] == [{"4", "5"}, {"6"}, {"4", "5", "6", "7"}]
-    for request_id in "4567":
-        assert torch.equal(torch.stack(codes[request_id]), alone[request_id][0])
-
-
-def test_urgent_prompts_starve_no_other(engine, monkeypatch):
-    monkeypatch.setitem(engine_module.PREFILL_CHUNK_TOKENS, engine.model.device.type, 5)
-    engine.add(Request("This one has time.", id="patient", max_frames=1))
-    spoken: list[str] = []
-    for i in range(200):
-        engine.add(Request("Now!", id=f"urgent {i}", urgent=True, max_frames=1))
-        spoken += [output.request_id for output in engine.step()]
-        if "patient" in spoken:
-            break
-    engine.reset()
-    assert spoken.index("patient") > 2
+    for request in requests:
+        assert torch.equal(torch.stack(codes[request.id]), alone[request.id][0])
 
 
 def test_unused_rows_change_no_code(engine, alone, monkeypatch):
     """A GPU runs only a few batch sizes and pads the batch with unused rows."""
-    monkeypatch.setattr(
-        *(FrameBatch, "_run"),
-        lambda batch, half, rows: batch._functions()[half](rounded_rows(rows, 4)),
-    )
+    monkeypatch.setitem(frame_batch.PADS, engine.model.device.type, True)
     # Requests get pages that others freed, some steps before they get a row.
     monkeypatch.setitem(engine_module.PREFILL_CHUNK_TOKENS, engine.model.device.type, 5)
     engine = Engine(engine.model, engine.mimi, engine.prompts, max_batch_size=4)
     for _ in range(2):  # the second time, rows hold stale state of the first
         assert_same(run(engine, *eight_requests()), alone)
-        assert engine._batch._cache_rows.batch(4).slots.tolist() == [-1] * 4
+        rows = engine._batch.num_rows
+        assert engine._batch._cache_rows.batch(rows).slots.tolist() == [-1] * rows
 
 
 def test_a_frame_can_be_captured(engine):
@@ -309,9 +284,8 @@ def test_a_frame_can_be_captured(engine):
     batch = engine._batch
 
     def addresses() -> list[int]:
-        rows = [*vars(batch._cache_rows).values(), *batch._sampling]
-        streams = [*batch._streams[:3], *batch._streams.lefts]
-        tensors = [batch._codes, batch._hidden, batch._audio, *rows, *streams]
+        rows = [*batch._cache_rows.tensors, *batch._sampling]
+        tensors = [batch._codes, batch._hidden, batch._audio, *rows, *batch._streams.tensors]
         return [tensor.data_ptr() for tensor in tensors]
 
     class Recorder(TorchDispatchMode):

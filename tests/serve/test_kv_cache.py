@@ -233,16 +233,25 @@ def test_rows_advance_without_the_host(cache):
     rows = CacheRows(cache, 4)
     for row, (sequence, length) in enumerate(zip(sequences, (PAGE_SIZE - 2, 3, 9), strict=True)):
         cache.extend(sequence, length)
-        cache.reserve(sequence, 2 * PAGE_SIZE)
         rows.write(row, sequence)
-    rows.copy_row(2, 0)  # the first sequence leaves, the last replaces it
+    for tensor in rows.tensors:  # the first sequence leaves, the last replaces it
+        tensor[0] = tensor[2]
     rows.clear(2)
+    live = sequences[2], sequences[1]
     for _ in range(2 * PAGE_SIZE):
-        expected = CacheBatch.decode(cache, [sequences[2], sequences[1]])
+        old = [len(sequence.pages) for sequence in live]
+        expected = CacheBatch.decode(cache, [*live])
+        new = [
+            (row, old[row], sequence.pages[-1])
+            for row, sequence in enumerate(live)
+            if len(sequence.pages) > old[row]
+        ]
+        if new:
+            rows.append_pages(new)
         batch = rows.batch(4)
         for name in ("positions", "slots", "seq_lens"):
             assert torch.equal(getattr(batch, name)[:2], getattr(expected, name)), name
-        for row, sequence in enumerate((sequences[2], sequences[1])):
+        for row, sequence in enumerate(live):
             assert batch.page_table[row, : len(sequence.pages)].tolist() == sequence.pages
         assert batch.slots[2:].tolist() == [-1, -1]
         assert batch.positions[2:].tolist() == [0, 0]

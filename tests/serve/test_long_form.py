@@ -52,10 +52,9 @@ def script_ends(monkeypatch, engine: Engine, ends: dict[str, int]) -> None:
     """Make the model draw its stop frame after so many frames of a part."""
     finish = engine._finish_frame
 
-    def finish_frame(live, codes, audio, level):
-        if len(live.codes) == ends.get(live.request.text, -1):
-            codes = torch.zeros_like(codes)
-        return finish(live, codes, audio, level)
+    def finish_frame(live, codes, *rest):
+        is_end = len(live.codes) == ends.get(live.request.text, -1)
+        return finish(live, None if is_end else codes, *rest)
 
     monkeypatch.setattr(engine, "_finish_frame", finish_frame)
 

@@ -28,13 +28,17 @@ class StreamState(NamedTuple):
     def batch_size(self) -> int:
         return self.positions.shape[0]
 
-    def view(self, rows: int, first_row: int = 0) -> "StreamState":
-        """Views of the streams from `first_row` to before `rows`; a step on them updates this."""
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.positions, self.keys, self.values, *self.lefts)
+
+    def view(self, rows: int) -> "StreamState":
+        """Views of the first streams; a step on them updates this."""
         return StreamState(
-            positions=self.positions[first_row:rows],
-            keys=self.keys[first_row:rows],
-            values=self.values[first_row:rows],
-            lefts=tuple(left[first_row:rows] for left in self.lefts),
+            positions=self.positions[:rows],
+            keys=self.keys[:rows],
+            values=self.values[:rows],
+            lefts=tuple(left[:rows] for left in self.lefts),
         )
 
     @torch.inference_mode()
@@ -42,9 +46,3 @@ class StreamState(NamedTuple):
         """Make a row a stream that has not begun. It never attends to older keys in its row."""
         for part in (self.positions, *self.lefts):
             part[row].zero_()
-
-    @torch.inference_mode()
-    def copy_row(self, source: int, target: int) -> None:
-        """Overwrite one row with another."""
-        for part in (*self[:3], *self.lefts):
-            part[target].copy_(part[source])

@@ -1,0 +1,102 @@
+"""Whatever a schedule does, every request gets the codes and samples that it gets alone."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from checkpoints import build_tiny
+from engine_testing import PACKABLE, run
+from random_schedules import choose_at_random, page_bytes, run_at_random
+from vox_serve import engine as engine_module
+from vox_serve import frame_batch
+from vox_serve.engine import Engine, Request
+from vox_serve.loading import load_engine
+from vox_serve.sampling import SamplingParams
+from voxkern import backend
+
+SHAPE = replace(PACKABLE, max_positions=90)
+PAGES = 6
+"""Pages of a request of full length."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    tiny = build_tiny(SHAPE, seed=21)
+    return str(tiny.write(tmp_path_factory.mktemp("checkpoint")))
+
+
+@pytest.fixture(scope="module", params=["float32", "int8", "reference"])
+def loaded(folder, request):
+    """An engine of each precision, and one of the reference's ops."""
+    name, before = request.param, backend.forced()
+    quantize = "int8" if name == "int8" else "none"
+    engine = load_engine(folder, dtype="float32", quantize=quantize, prefix_cache_bytes=0)
+    if name == "reference":
+        backend.force("reference")
+    yield engine
+    backend.force(before)
+
+
+@pytest.fixture(scope="module")
+def requests(loaded) -> list[Request]:
+    """Some end at their limit of frames, and some fill the context. The reference is slow."""
+    limits = (2, 4, 9) if backend.forced() == "reference" else (2, 30, 40, None)
+    return [
+        Request(
+            f"Number {i}." * (1 + i % 3),
+            speaker=i % 2,
+            sampling=SamplingParams(
+                temperature=(0.0, 0.9)[i % 2], repetition_penalty=1.2, seed=100 + i
+            ),
+            max_frames=limits[i % len(limits)],
+            id=str(i),
+        )
+        for i in range(4 if backend.forced() == "reference" else 10)
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(loaded, requests) -> dict[str, tuple]:
+    return {request.id: run(loaded, request)[request.id] for request in requests}
+
+
+def engine_like(loaded: Engine, num_pages: int, cached_pages: int = 0, **settings) -> Engine:
+    size = page_bytes(loaded)
+    return Engine(
+        loaded.model,
+        loaded.mimi,
+        loaded.prompts,
+        max_batch_size=6,
+        kv_cache_bytes=num_pages * size,
+        prefix_cache_bytes=cached_pages * size,
+        **settings,
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_schedules_change_nothing(loaded, requests, alone, monkeypatch, seed):
+    """Parked, moved to other rows, suspended, rebuilt, beside requests that come and go."""
+    monkeypatch.setitem(frame_batch.PADS, "cpu", seed % 2 > 0)
+    monkeypatch.setitem(engine_module.FRAMES_AHEAD, "cpu", (0, 1, 1, 3)[seed])
+    rng = random.Random(seed)
+    engine = engine_like(
+        loaded,
+        num_pages=(PAGES, 2 * PAGES, PAGES + 3, 6 * PAGES)[seed],
+        cached_pages=(0, 50, 2, 0)[seed],
+        choose=choose_at_random(rng),
+    )
+    free = engine._cache.num_free_pages
+    spoken = run_at_random(engine, requests, rng, abort_share=0.02, lose_share=0.15)
+    for i, (codes, audio, reason) in alone.items():
+        mine = spoken[i]
+        if mine[2] == "aborted":
+            codes, audio = codes[: len(mine[0])], audio[: len(mine[1])]
+        else:
+            assert mine[2] == reason
+        assert torch.equal(mine[0], codes), i
+        assert torch.equal(mine[1], audio), i
+    assert engine._cache.num_free_pages == free
+    assert engine._batch.members == []
+    assert engine.num_losses > 0
