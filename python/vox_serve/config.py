@@ -230,7 +230,7 @@ class ServerSettings(VoiceSettings):
     max_batch_size: Annotated[
         int | None, Shown("8; on a GPU 64, or as many as half of its free memory holds")
     ] = setting(None, "requests spoken at the same time", ge=1, le=16384)
-    schedule: Literal["deadline", "fifo"] = setting(
+    policy: Literal["deadline", "fifo"] = setting(
         "deadline",
         "who is in a step: deadline keeps listeners from gaps, and takes a stream only if that "
         "stays so; fifo gives everybody a frame in each step",

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -14,11 +14,14 @@ from vox_serve.ending import delivered_audio
 from vox_serve.fair_queue import FairQueue
 from vox_serve.job import End, Item, Job, RequestFailed, RequestRefused, Restart, SpokenFrame
 from vox_serve.recovery import Suspects
+from vox_serve.stream_gate import StreamGate
 
 if TYPE_CHECKING:
     from vox_serve.mimi import Mimi
+    from vox_serve.policy import Row
     from vox_serve.prompt import PromptBuilder, Segment
     from vox_serve.request import FrameOutput, Prompt, Request
+    from vox_serve.step_times import StepTimes
 
 logger = logging.getLogger("vox_serve")
 
@@ -27,6 +30,11 @@ INTERNAL_ERROR = "the request failed: internal error"
 
 MAX_FRUITLESS_FAILURES = 32
 """Failed steps without a frame between them, after which a reset of the engine does not help."""
+
+
+GATE_POLL_S = 0.02
+"""Time between two looks at a request that finds the gate closed, while the engine has no step to
+do: the gate opens as time passes."""
 
 
 class AnyEngine(Protocol):
@@ -39,6 +47,11 @@ class AnyEngine(Protocol):
 
     @property
     def default_context(self) -> "Sequence[Segment]": ...
+
+    times: "StepTimes"
+
+    @property
+    def rows(self) -> "list[Row]": ...
     @property
     def has_work(self) -> bool: ...
     @property
@@ -48,8 +61,8 @@ class AnyEngine(Protocol):
     def cache_counts(self) -> dict[str, int]: ...
     def spoken_text(self, request: "Request") -> str: ...
     def prepare(self, request: "Request") -> "Prompt": ...
-    def add(self, request: "Request", prompt: "Prompt") -> None: ...
-    def step(self) -> "Sequence[FrameOutput]": ...
+    def add(self, request: "Request", prompt: "Prompt") -> object: ...
+    def step(self, held: "Collection[str]") -> "Sequence[FrameOutput]": ...
     def abort(self, request_id: str) -> None: ...
     def reset(self) -> None: ...
 
@@ -70,15 +83,22 @@ class EngineThread:
         queue: where jobs get their places.
         lock: guards `queue`, and is notified when the thread has something to do.
         office: takes results.
+        gate: who may take a place that is free; None for everybody.
     """
 
     def __init__(
-        self, engine: AnyEngine, queue: FairQueue[Job], lock: threading.Condition, office: Office
+        self,
+        engine: AnyEngine,
+        queue: FairQueue[Job],
+        lock: threading.Condition,
+        office: Office,
+        gate: StreamGate | None = None,
     ) -> None:
         self._engine = engine
         self._queue = queue
         self._lock = lock
         self._office = office
+        self._gate = gate
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         # Guarded by the lock.
         self._aborted: list[str] = []
@@ -121,7 +141,8 @@ class EngineThread:
     def _tick(self) -> bool:
         """Make one frame of all running jobs, or wait for one to run; False to stop."""
         with self._lock:
-            self._lock.wait_for(self._has_work)
+            while not self._has_work():
+                self._lock.wait(GATE_POLL_S if self._queue.can_take else None)
             aborted, self._aborted = self._aborted, []
             stopping = self._stopping
         try:
@@ -134,7 +155,8 @@ class EngineThread:
             for job in self._next_jobs():
                 self._begin(job)
             if self._engine.has_work:
-                self._deliver(self._engine.step())
+                held = {i for i, job in self._running.items() if job.is_ahead}
+                self._deliver(self._engine.step(held))
             elif self._running:
                 raise RuntimeError(f"the engine lost {len(self._running)} requests")
         except Exception as error:
@@ -146,20 +168,37 @@ class EngineThread:
         return bool(
             self._stopping
             or self._aborted
-            or self._running
+            or any(not job.is_ahead for job in self._running.values())
             or self._suspects
-            or self._queue.can_take
+            or self._next_in_line() is not None
         )
 
-    def _next_jobs(self) -> list[Job]:
-        jobs = self._suspects.next_jobs()
-        if self._suspects.trial is None:
+    def _next_jobs(self) -> Iterator[Job]:
+        """The jobs to begin now. Each is begun before the next is asked for."""
+        yield from self._suspects.next_jobs()
+        while self._suspects.trial is None:
             with self._lock:
-                while (job := self._queue.take()) is not None:
-                    if self._queue.holds_one_place(job):  # its client speaks nothing else
-                        job.request = replace(job.request, urgent=True)
-                    jobs.append(job)
-        return jobs
+                if (job := self._next_in_line()) is None:
+                    return
+                self._queue.take(job)
+                is_urgent = self._queue.holds_one_place(job)  # its client speaks nothing else
+            job.request = replace(job.request, streams=job.streaming, urgent=is_urgent)
+            yield job
+
+    def _next_in_line(self) -> Job | None:
+        """The job that may take a place now. Needs the lock."""
+        if self._gate is None:
+            return self._queue.peek()
+        # A stream that has to wait holds up further streams, and no whole answer.
+        is_open: dict[bool, bool] = {}
+
+        def accepts(job: Job) -> bool:
+            assert self._gate is not None
+            if is_open.get(job.streaming, True):
+                is_open[job.streaming] = self._gate.is_open(job.request, job.streaming)
+            return is_open[job.streaming]
+
+        return self._queue.peek(accepts)
 
     def _begin(self, job: Job) -> None:
         progress, request_id = job.progress, job.request.id

@@ -7,7 +7,7 @@ full line admits a newcomer only by evicting the newest waiting item of a client
 more.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -87,27 +87,54 @@ class FairQueue(Generic[Item]):
         """True if `take` would return an item."""
         return any(share.ready and self._has_place(share) for share in self._shares.values())
 
+    def has_place(self, client: str) -> bool:
+        """True if a place is free for an item of a client."""
+        return self._has_place(self._shares.get(client) or _Share(turn=0))
+
     def _has_place(self, share: _Share[Item]) -> bool:
         spare = 0 if share.placed else self.num_spare
         return self.num_placed < self.num_places + spare
 
-    def take(self) -> Item | None:
-        """Give the next ready item a place; None if there is no such item or no place is free."""
-        if not self.can_take:
+    def peek(self, accepts: Callable[[Item], bool] = lambda _: True) -> Item | None:
+        """The first item in line that may get a place and is accepted."""
+        shares = [
+            share for share in self._shares.values() if share.ready and self._has_place(share)
+        ]
+        shares.sort(key=lambda share: (len(share.placed), share.turn))
+        for share in shares:
+            for item in share.waiting:
+                if item in share.ready and accepts(item):
+                    return item
+        return None
+
+    def take(self, item: Item | None = None) -> Item | None:
+        """Give an item from `peek`, or else the first in line, a place; None if there is none."""
+        item = self.peek() if item is None else item
+        if item is None:
             return None
-        share = min(
-            (share for share in self._shares.values() if share.ready and self._has_place(share)),
-            key=lambda share: (len(share.placed), share.turn),
-        )
+        share = self._shares[self._clients[item]]
         self._num_takes += 1
         share.turn = self._num_takes
-        item = next(item for item in share.waiting if item in share.ready)
         share.ready.remove(item)
         del share.waiting[item]
         share.placed[item] = None
         self.num_waiting -= 1
         self.num_placed += 1
         return item
+
+    def num_ahead(self, client: str) -> int:
+        """Waiting items that get a place before a new one of a client, if none leaves."""
+        own = self._shares.get(client)
+        length = len(own) if own else 0
+        ahead = len(own.waiting) if own else 0
+        for share in self._shares.values():
+            if share is not own:
+                ahead += min(len(share.waiting), max(0, length + 1 - len(share.placed)))
+        return ahead
+
+    def is_waiting(self, item: Item) -> bool:
+        client = self._clients.get(item)
+        return client is not None and item in self._shares[client].waiting
 
     def holds_one_place(self, item: Item) -> bool:
         """True if an item has the only place of its client."""

@@ -58,6 +58,8 @@ class Owner(Protocol):
     stall_timeout_s: float
 
     def close(self, job: "Job") -> None: ...
+    def resume(self) -> None: ...
+    def waited(self, job: "Job") -> None: ...
     def stalled(self, job: "Job") -> None: ...
     def count_unread(self, job: "Job", num_bytes: int) -> None: ...
 
@@ -113,6 +115,11 @@ class Progress:
     num_failures_alone: int = 0
 
 
+MAX_AHEAD_BYTES = 960_000
+"""Audio that a stream's reader may leave unread before no more is made: 20 s."""
+RESUME_BYTES = MAX_AHEAD_BYTES // 2
+
+
 class Job:
     """Async iterator over one request's PCM chunks, one per frame; use it inside `with`.
 
@@ -134,6 +141,7 @@ class Job:
         interrupted: `interrupt` ended the audio.
         on_end: called once, when the job ends or is closed.
         unread_bytes: audio that the reader has not taken.
+        is_ahead: so much of it that no more needs to be made now.
 
     Raises:
         RequestRefused: on the first chunk, when the engine rejects the request.
@@ -154,6 +162,7 @@ class Job:
         self.streaming = streaming
         self.num_frames = 0
         self.unread_bytes = 0
+        self.is_ahead = False
         self.ended = False
         self.closed = False
         self.interrupted = False
@@ -169,6 +178,7 @@ class Job:
         self._changed = asyncio.Event()
         self._last_taken_s = 0.0
         self._stall_timer: asyncio.TimerHandle | None = None
+        self._place_timer: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> "Job":
         return self
@@ -239,9 +249,14 @@ class Job:
         """Forget the unread audio."""
         self._chunks.clear()
         self._count(-self.unread_bytes)
-        if self._stall_timer is not None:
-            self._stall_timer.cancel()
-            self._stall_timer = None
+        for timer in (self._stall_timer, self._place_timer):
+            if timer is not None:
+                timer.cancel()
+        self._stall_timer = self._place_timer = None
+
+    def wait_for_place(self, seconds: float) -> None:
+        """Tell the owner if the job still waits for its place after so long."""
+        self._place_timer = self._loop.call_later(seconds, self._owner.waited, self)
 
     async def _wait(self) -> None:
         self._changed.clear()
@@ -255,6 +270,11 @@ class Job:
 
     def _count(self, num_bytes: int) -> None:
         self.unread_bytes += num_bytes
+        if self.streaming and self.unread_bytes > MAX_AHEAD_BYTES:
+            self.is_ahead = True
+        elif self.is_ahead and self.unread_bytes < RESUME_BYTES:
+            self.is_ahead = False
+            self._owner.resume()
         self._owner.count_unread(self, num_bytes)
 
     def _receive(self, items: Sequence[Item]) -> None:

@@ -76,7 +76,11 @@ def serve(config: Config) -> int:
     from vox_serve.runner import Runner
 
     print(f"Loading {config.model} ...", flush=True)
-    engine = make_engine(config, NUM_SPARE_ROWS)
+    from vox_serve.policy import choose_step
+
+    engine = make_engine(
+        config, NUM_SPARE_ROWS, choose_step if config.policy == "deadline" else None
+    )
     runner = Runner.for_config(engine, config)
     server = make_server(
         create_app(runner, config, describe(engine, config)), runner, config, listeners[0]

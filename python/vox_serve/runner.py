@@ -37,6 +37,7 @@ from vox_serve.job import (
     ShuttingDown,
 )
 from vox_serve.preparing import Preparing
+from vox_serve.stream_gate import StreamGate
 from vox_serve.unread import UnreadAudio
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ __all__ = ["EngineFailure", "Job", "QueueFull", "RequestFailed", "RequestRefused
 
 logger = logging.getLogger("vox_serve")
 
+NO_TIME = "the streams that are being spoken leave no time for another: try later"
 SHUTTING_DOWN = "the server is shutting down"
 
 EXIT_ENGINE_FAILED = 70
@@ -89,6 +91,7 @@ class Runner:
         max_jobs: most requests that are spoken or wait.
         max_unread_bytes: limit for the audio that waits for its readers.
         stall_timeout_s: a reader that takes nothing for so long is dropped.
+        gate: refuses streams that would wait for too long; None refuses none.
 
     Attributes:
         failure: why the engine can serve no more; None while it can.
@@ -103,6 +106,7 @@ class Runner:
         max_jobs: int,
         max_unread_bytes: int = 2**28,
         stall_timeout_s: float = 30.0,
+        gate: StreamGate | None = None,
     ):
         self.engine = engine
         self.max_jobs = max_jobs
@@ -122,7 +126,8 @@ class Runner:
         # Guards the attributes above.
         self._lock = threading.Condition(threading.Lock())
         self._preparing = Preparing()
-        self._thread = EngineThread(engine, self._queue, self._lock, office=self)
+        self._gate = gate
+        self._thread = EngineThread(engine, self._queue, self._lock, office=self, gate=gate)
 
     @classmethod
     def for_config(cls, engine: AnyEngine, config: ServerSettings) -> "Runner":
@@ -132,6 +137,7 @@ class Runner:
             max_jobs=engine.max_batch_size + config.max_queue_size,
             max_unread_bytes=config.max_unread_bytes,
             stall_timeout_s=config.stall_timeout_s,
+            gate=StreamGate(engine, config.max_wait_s) if config.policy == "deadline" else None,
         )
 
     def start(self) -> None:
@@ -199,6 +205,8 @@ class Runner:
             if self.failure or self.draining:
                 kind = ShuttingDown if self.draining else EngineFailure
                 raise kind(self.failure or SHUTTING_DOWN, self._retry_after_s())
+            if self._must_wait_too_long(job):
+                raise self._queue_full(NO_TIME)
             try:
                 evicted = self._queue.put(job, client)
             except LineFull:
@@ -207,6 +215,8 @@ class Runner:
             full = self._queue_full() if evicted is not None else None
         if evicted is not None:
             evicted.post(End(error=full))
+        if streaming and self._gate is not None:
+            job.wait_for_place(self._gate.max_wait_s)
         slow = len(request.text) > SHORT_CHARS
         try:
             self._preparing.start(partial(self._prepare, job), client, slow)
@@ -259,6 +269,18 @@ class Runner:
             if not self._jobs:
                 self._on_empty()
 
+    def resume(self) -> None:
+        with self._lock:
+            self._lock.notify()
+
+    def waited(self, job: Job) -> None:
+        with self._lock:
+            if not self._queue.is_waiting(job):
+                return
+            self._queue.remove(job)
+            error = self._queue_full(NO_TIME)
+        job.drop(error)
+
     def stalled(self, job: Job) -> None:
         self._drop(job, f"its reader took nothing for {self.stall_timeout_s:g} s")
 
@@ -280,16 +302,29 @@ class Runner:
             self.counts.stalled += 1
         job.drop(ReaderStalled(f"the request was dropped: {reason}"))
 
-    def _queue_full(self) -> QueueFull:
+    def _must_wait_too_long(self, job: Job) -> bool:
+        """True if a new stream would wait for longer than it should. Needs the lock."""
+        if self._gate is None or not job.streaming:
+            return False
+        num_ahead = self._queue.num_ahead(job.client)
+        has_place = not num_ahead and self._queue.has_place(job.client)
+        if has_place and self._gate.is_open(job.request, job.streaming):
+            return False
+        return self._gate.wait_s(num_ahead) > self._gate.max_wait_s
+
+    def _queue_full(self, message: str | None = None) -> QueueFull:
         """The error of a request that found no room, which is counted. Needs the lock."""
         self.counts.refused += 1
-        message = f"{self.max_jobs} requests are waiting or being spoken: try later"
+        message = message or f"{self.max_jobs} requests are waiting or being spoken: try later"
         return QueueFull(message, self._retry_after_s())
 
     def _retry_after_s(self) -> int:
         """Estimated time until a place is free for one more request. Needs the lock."""
-        rounds = (self._queue.num_waiting + 1) / self._queue.num_places
-        wait_s = statistics.median(self._durations_s) * rounds
+        if self._gate is not None and self.engine.rows:
+            wait_s = self._gate.wait_s(self._queue.num_waiting)
+        else:
+            rounds = (self._queue.num_waiting + 1) / self._queue.num_places
+            wait_s = statistics.median(self._durations_s) * rounds
         return max(1, min(math.ceil(wait_s), MAX_RETRY_AFTER_S))
 
     def _fail_all(self, reason: str, kind: type[EngineFailure]) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from vox_serve.dialogue import Dialogue
-    from vox_serve.engine import Engine, Request
+    from vox_serve.engine import Choose, Engine, Request
     from vox_serve.engine_streams import Chunks
     from vox_serve.long_form import LongForm
     from vox_serve.prompt import Segment
@@ -228,12 +228,15 @@ def _checked_speaker(speaker: int) -> int:
     return speaker
 
 
-def make_engine(config: Config, num_spare_rows: int = 0) -> "LongForm":
+def make_engine(
+    config: Config, num_spare_rows: int = 0, choose: "Choose | None" = None
+) -> "LongForm":
     """Load the engine that the settings describe; set the backend and the number of CPU threads.
 
     Args:
         config: all settings.
         num_spare_rows: see `Engine`.
+        choose: see `Engine`; None for every request in every step.
 
     Raises:
         ConfigError: the backend is unavailable.
@@ -242,6 +245,7 @@ def make_engine(config: Config, num_spare_rows: int = 0) -> "LongForm":
     import torch
 
     import voxkern
+    from vox_serve.fifo import choose_all
     from vox_serve.loading import load_engine
     from vox_serve.long_form import LongForm
     from voxkern.backend import why_missing
@@ -254,7 +258,7 @@ def make_engine(config: Config, num_spare_rows: int = 0) -> "LongForm":
         num_threads = voxkern.num_threads()
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    engine = load_engine(num_spare_rows=num_spare_rows, **dict(config))
+    engine = load_engine(num_spare_rows=num_spare_rows, choose=choose or choose_all, **dict(config))
     return LongForm(engine, config.split_chars)
 
 

@@ -166,8 +166,8 @@ def test_a_stalled_client_does_not_delay_shutdown(stalled_in, monkeypatch, error
             raw.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
         else:
             raw = server.post_raw(text="hello", streaming=True)
-            # Fully generated, partly sent.
-            wait_until(lambda: [job.ended for job in server.runner._jobs.values()] == [True])
+            # Partly sent; no more is made until the client reads.
+            wait_until(lambda: [job.is_ahead for job in server.runner._jobs.values()] == [True])
         wait_until(lambda: server.server.server_state.tasks)
         start = time.monotonic()
         server.stop()

@@ -3,7 +3,7 @@
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +13,9 @@ from vox_serve.audio import pcm16
 from vox_serve.ending import fade_out
 from vox_serve.engine import FrameOutput, Prompt, PromptTooLongError, Request
 from vox_serve.page_pool import PrefixKeys
+from vox_serve.policy import Row
 from vox_serve.prompt import Segment
+from vox_serve.step_times import StepTimes
 
 NUM_CODEBOOKS = 4
 CODEBOOK_SIZE = 64
@@ -110,6 +112,8 @@ class FakeEngine:
         self.fail_at_step = fail_at_step
         self.mimi = FakeMimi()
         self.prompts = FakePrompts()
+        self.times = StepTimes()
+        self.rows: list[Row] = []
         self.requests: list[Request] = []
         self.aborted: list[str] = []
         self.saw_abort = threading.Event()
@@ -155,12 +159,13 @@ class FakeEngine:
         self._open.clear()
         self._broken = False
 
-    def step(self) -> list[FrameOutput]:
+    def step(self, held: Collection[str] = ()) -> list[FrameOutput]:
         time.sleep(self.step_s)
         self.num_steps += 1
         assert not self._broken
         self.most_open = max(self.most_open, len(self._open))
-        live = list(self._open.values())[: self.max_batch_size]
+        live = [(request, n) for request, n in self._open.values() if request.id not in held]
+        live = live[: self.max_batch_size]
         self._broken = True
         self.fault()
         if self.fail_at_step is not None and self.num_steps >= self.fail_at_step:

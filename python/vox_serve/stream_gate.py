@@ -1,0 +1,51 @@
+"""Which requests the server takes: a stream only if no listener hears a gap for it."""
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+from vox_serve.admission import can_admit, wait_s
+from vox_serve.text_bound import frames_expected
+
+if TYPE_CHECKING:
+    from vox_serve.policy import Row
+    from vox_serve.request import Request
+    from vox_serve.step_times import StepTimes
+
+
+class Speaker(Protocol):
+    """The part of the engine that tells how busy it is."""
+
+    times: "StepTimes"
+
+    @property
+    def rows(self) -> "list[Row]": ...
+
+
+class StreamGate:
+    """Decides by the requests that are spoken and by how long steps take. Any thread may use it.
+
+    Args:
+        engine: what is busy.
+        max_wait_s: longest time that a stream should wait for its place.
+        clock: the engine's.
+    """
+
+    def __init__(
+        self, engine: Speaker, max_wait_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._engine, self.max_wait_s, self._clock = engine, max_wait_s, clock
+
+    def is_open(self, request: "Request", streaming: bool) -> bool:
+        """True if a request can be spoken beside those that are."""
+        rows = self._engine.rows
+        if not any(row.streams for row in rows):
+            return True
+        frames = frames_expected(request.text)
+        if request.max_frames is not None:
+            frames = min(frames, request.max_frames)
+        return can_admit(rows, self._clock(), self._engine.times, streaming, frames)
+
+    def wait_s(self, num_ahead: int) -> float:
+        """Predicted seconds until a request that finds the gate closed gets its place."""
+        return wait_s(self._engine.rows, self._clock(), num_ahead)
