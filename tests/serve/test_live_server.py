@@ -12,6 +12,7 @@ import uvicorn
 
 from fake_engine import ENDLESS, TIMEOUT_S, FakeEngine, expected_pcm
 from live_server import LiveServer, wait_until
+from vox_serve import job as job_module
 from vox_serve import launch
 from vox_serve.audio import pcm16, wav_file, wav_header
 from vox_serve.ending import FADE_SAMPLES, fade_tail
@@ -160,14 +161,15 @@ def test_a_large_body_is_refused_before_it_is_read_to_its_end():
 @pytest.mark.parametrize("stalled_in", ["the body", "the answer"])
 def test_a_stalled_client_does_not_delay_shutdown(stalled_in, monkeypatch, errors):
     monkeypatch.setattr(launch, "SHUTDOWN_GRACE_S", 0.2)
+    monkeypatch.setattr(job_module, "MAX_AHEAD_BYTES", 2**30)
     with LiveServer(FakeEngine(num_frames=ENDLESS), max_frames=2048) as server:
         if stalled_in == "the body":
             raw = socket.create_connection(("127.0.0.1", server.port), timeout=TIMEOUT_S)
             raw.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
         else:
             raw = server.post_raw(text="hello", streaming=True)
-            # Partly sent; no more is made until the client reads.
-            wait_until(lambda: [job.is_ahead for job in server.runner._jobs.values()] == [True])
+            # Fully generated, partly sent.
+            wait_until(lambda: [job.ended for job in server.runner._jobs.values()] == [True])
         wait_until(lambda: server.server.server_state.tasks)
         start = time.monotonic()
         server.stop()
