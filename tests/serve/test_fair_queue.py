@@ -172,3 +172,32 @@ def test_a_client_that_begins_has_one_place():
     queue = queue_of("a1", "a2", "b1", num_places=3)
     places = [(item := queue.take(), queue.holds_one_place(item)) for _ in range(3)]
     assert places == [("a1", True), ("b1", True), ("a2", False)]
+
+
+def test_an_item_that_is_not_accepted_is_passed_over():
+    queue = FairQueue(2, 9)
+    for item, client in (("a1", "a"), ("a2", "a"), ("b1", "b")):
+        queue.put(item, client)
+        queue.mark_ready(item)
+    assert queue.peek() == "a1"
+    assert queue.peek(lambda item: item != "a1") == "a2"
+    assert queue.peek(lambda item: item == "b1") == "b1"
+    assert queue.peek(lambda item: False) is None
+    assert queue.take("b1") == "b1"
+    assert not queue.is_waiting("b1")
+    assert queue.is_waiting("a1")
+    assert queue.take() == "a1"
+
+
+def test_items_ahead_of_a_new_one():
+    """A client that waits for much is not ahead of one that has nothing."""
+    queue = FairQueue(1, 20)
+    for i in range(5):
+        queue.put(f"a{i}", "a")
+        queue.mark_ready(f"a{i}")
+    assert queue.take() == "a0"
+    assert queue.num_ahead("a") == 4
+    assert queue.num_ahead("b") == 0
+    queue.put("b0", "b")
+    assert queue.num_ahead("b") == 2  # its own, and one of the other's
+    assert queue.num_ahead("c") == 1

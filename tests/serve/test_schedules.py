@@ -100,3 +100,8 @@ def test_random_schedules_change_nothing(loaded, requests, alone, monkeypatch, s
     assert engine._cache.num_free_pages == free
     assert engine._batch.members == []
     assert engine.num_losses > 0
+
+
+def test_the_pool_has_room_for_one_request_at_least(loaded):
+    with pytest.raises(ValueError, match=r"kv_cache_bytes must be at least .* 90 positions"):
+        engine_like(loaded, PAGES - 1)
