@@ -1,98 +1,24 @@
-// Fibers and their scheduler; simt.h documents the behaviour.
+// Launches, and what kernels call; simt.h documents the behaviour.
 #include "simt.h"
-
-#include <sys/mman.h>
-#include <ucontext.h>
 
 #include <algorithm>
 #include <cstdlib>
 #include <deque>
-#include <memory>
 #include <mutex>
-#include <random>
-#include <sstream>
 #include <stdexcept>
-#include <string>
-#include <vector>
 
-#ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#else
-#define __sanitizer_start_switch_fiber(fake, bottom, size) (void)(fake), (void)(bottom)
-#define __sanitizer_finish_switch_fiber(fake, bottom, size) (void)(bottom), (void)(size)
-#define __asan_unpoison_memory_region(p, size)
-#endif
+#include "fibers.h"
 
 namespace simt {
 
-const Coordinates* current = nullptr;
-
 namespace {
 
-constexpr size_t kStackBytes = 256 << 10;
-constexpr size_t kGuardBytes = 4096;
-constexpr long kPatience = 1 << 14;  // rounds in which all threads only pause
-uint64_t now = 1;                    // nanoseconds
-constexpr size_t kMaxThreads = 1024;
-constexpr size_t kMaxOverlapped = 3;  // launches in flight at once
+constexpr int kMaxThreads = 1024;
+constexpr int kMaxOverlapped = 3;  // launches in flight at once
 
-enum class State { ready, paused, barrier, warp, previous, done };
-
-struct Copy {
-  void* to;
-  const void* from;
-  size_t bytes;
-};
-
-struct Kernel;
-
-struct Block {
-  const Kernel* kernel = nullptr;
-  bool waited = false;     // for the previous launches
-  bool lets_next = false;  // start
-  std::vector<int> threads;
-  std::unique_ptr<unsigned char[]> dynamic;
-  struct Variable {
-    const void* key;
-    std::unique_ptr<unsigned char[]> memory;
-  };
-  std::vector<Variable> variables;
-  int waiting_lanes[32] = {};  // of each warp, at a warp operation
-};
-
-struct Fiber {
-  Coordinates at;
-  Block* block = nullptr;
-  int first_of_warp = 0;  // by number in the block
-  int lane = 0;
-
-  State state = State::done;
-  Site site{};
-  int barrier_count = 0;
-  uint32_t mask = 0;
-  uint64_t value = 0;
-  uint64_t received[32];
-  std::vector<std::vector<Copy>> copies;
-
-  void* stack = nullptr;
-  bool started = false;
-  void* jump[5];
-  ucontext_t context;
-  void* fake_stack = nullptr;
-};
-
-// A launch that has not completed.
-struct Kernel {
-  Launch shape;
-  void (*body)(const void*);
-  std::shared_ptr<const void> arguments;
-  std::vector<dim3> indices;
-  std::unique_ptr<Block> early;  // the first block, run as far as it can go alone
-  bool previous_done = false;
-};
-
-enum class Order { ascending, descending, random };
+std::mutex one_launch;
+std::deque<Kernel> pending;
+int launches = 0;
 
 Order chosen_order() {
   const char* name = std::getenv("VOXKERN_SIMT_ORDER");
@@ -103,81 +29,6 @@ Order chosen_order() {
                            ": expected random, ascending or descending");
 }
 
-std::mutex one_launch;
-std::vector<std::unique_ptr<Fiber>> fibers;  // reused: creating one costs system calls
-int running = -1;
-std::mt19937 random_bits;
-Order order;
-std::string error;
-std::deque<Kernel> pending;
-size_t launches = 0;
-
-void* main_jump[5];
-void* main_fake_stack;
-const void* main_stack;
-size_t main_stack_bytes;
-
-// The compiler's built-in setjmp: three words, no system call. The jump is in a separate function,
-// as the manual requires.
-#define VOX_PLAIN __attribute__((noinline, no_sanitize("address", "undefined")))
-[[noreturn]] VOX_PLAIN void jump(void** to) { __builtin_longjmp(to, 1); }
-VOX_PLAIN void switch_context(void** from, void** to) {
-  if (__builtin_setjmp(from) == 0) jump(to);
-}
-VOX_PLAIN void enter_context(void** from, const ucontext_t* to) {
-  if (__builtin_setjmp(from) == 0) setcontext(to);
-}
-
-Fiber& self() { return *fibers[running]; }
-
-void back_to_scheduler() {
-  Fiber& me = self();
-  __sanitizer_start_switch_fiber(&me.fake_stack, main_stack, main_stack_bytes);
-  switch_context(me.jump, main_jump);
-  __sanitizer_finish_switch_fiber(me.fake_stack, &main_stack, &main_stack_bytes);
-}
-
-void fiber_main() {
-  __sanitizer_finish_switch_fiber(nullptr, &main_stack, &main_stack_bytes);
-  for (;;) {
-    self().block->kernel->body(self().block->kernel->arguments.get());
-    self().state = State::done;
-    back_to_scheduler();
-  }
-}
-
-void resume(int index) {
-  Fiber& fiber = *fibers[index];
-  running = index;
-  current = &fiber.at;
-  __sanitizer_start_switch_fiber(&main_fake_stack, fiber.stack, kStackBytes);
-  if (fiber.started) {
-    switch_context(main_jump, fiber.jump);
-  } else {
-    fiber.started = true;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack = {};
-    fiber.context.uc_stack.ss_sp = fiber.stack;
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, fiber_main, 0);
-    enter_context(main_jump, &fiber.context);
-  }
-  __sanitizer_finish_switch_fiber(main_fake_stack, nullptr, nullptr);
-}
-
-void make_fibers(size_t count) {
-  while (fibers.size() < count) {
-    auto fiber = std::make_unique<Fiber>();
-    void* const memory = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
-                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) throw std::runtime_error("simt: no memory for stacks");
-    mprotect(memory, kGuardBytes, PROT_NONE);
-    fiber->stack = static_cast<char*>(memory) + kGuardBytes;
-    fibers.push_back(std::move(fiber));
-  }
-}
-
 // Memory filled with the bytes of a NaN, so that sums with uninitialised values show.
 std::unique_ptr<unsigned char[]> nan_memory(size_t bytes) {
   std::unique_ptr<unsigned char[]> memory(new unsigned char[bytes]);
@@ -185,176 +36,25 @@ std::unique_ptr<unsigned char[]> nan_memory(size_t bytes) {
   return memory;
 }
 
-std::string describe(const Fiber& fiber) {
-  std::ostringstream text;
-  const dim3 &t = fiber.at.thread_index, &b = fiber.at.block_index;
-  text << "block (" << b.x << ", " << b.y << ", " << b.z << ") thread (" << t.x << ", " << t.y
-       << ", " << t.z << ")";
-  if (fiber.state == State::done) {
-    text << " has ended";
-  } else {
-    text << " is at " << fiber.site.operation << " of " << fiber.site.file << ":"
-         << fiber.site.line;
-    if (fiber.state == State::warp) text << " with mask 0x" << std::hex << fiber.mask;
-  }
-  return text.str();
-}
-
-// The fiber of a lane in the same warp; null past the block's end.
-Fiber* lane_of(const Fiber& fiber, int lane) {
-  const size_t index = fiber.first_of_warp + lane;
-  return index < fiber.block->threads.size() ? fibers[fiber.block->threads[index]].get() : nullptr;
-}
-
-void wait(State state, Site site) {
-  self().state = state;
-  self().site = site;
-  back_to_scheduler();
-  self().state = State::ready;
-}
-
-bool same_site(const Site& a, const Site& b) {
-  return a.line == b.line && std::strcmp(a.file, b.file) == 0 &&
-         std::strcmp(a.operation, b.operation) == 0;
-}
-
-// Releases the threads of a block that have all arrived at one barrier.
-bool release_barrier(Block& block) {
-  const auto waits = [](int index) { return fibers[index]->state == State::barrier; };
-  const auto first = std::find_if(block.threads.begin(), block.threads.end(), waits);
-  if (first == block.threads.end()) return false;
-  const Fiber& one = *fibers[*first];
-  // Threads may wait at two barriers: then the first is of fewer threads than the block's.
-  const size_t count = one.barrier_count ? one.barrier_count : block.threads.size();
-  if (count > block.threads.size()) {
-    error = "a barrier of more threads than the block has: " + describe(one);
-    return false;
-  }
-  for (size_t i = 0; i < count; ++i) {
-    const Fiber& other = *fibers[block.threads[i]];
-    if (other.state != State::barrier) return false;
-    if (!same_site(other.site, one.site)) {
-      error = "threads meet at different barriers: " + describe(other) + ", " + describe(one);
-      return false;
-    }
-  }
-  for (size_t i = 0; i < count; ++i) fibers[block.threads[i]]->state = State::ready;
-  return true;
-}
-
-// Explains a deadlock: a thread that waits, and one that it waits for.
-void explain_deadlock(const std::vector<int>& threads) {
-  for (int index : threads) {
-    const Fiber& waiting = *fibers[index];
-    if (waiting.state == State::done || waiting.state == State::paused) continue;
-    for (int other : waiting.block->threads) {
-      const Fiber& missing = *fibers[other];
-      const bool wanted = waiting.state == State::barrier
-                              ? missing.state != State::barrier
-                              : missing.first_of_warp == waiting.first_of_warp &&
-                                    (waiting.mask >> missing.lane & 1) &&
-                                    !(missing.state == State::warp && missing.mask == waiting.mask);
-      if (!wanted) continue;
-      error = "threads wait for ever: " + describe(waiting) + ", but " + describe(missing);
-      return;
-    }
-    error = "threads wait for ever: " + describe(waiting) + " for lanes that the block lacks";
-    return;
-  }
-  error = "threads wait for ever for memory to change";
-}
-
-// A warp or one thread of a block that is held back until no other thread can continue.
-struct Straggler {
-  const Block* block = nullptr;
-  int first = 0, last = 0;  // by number in the block
-
-  bool has(const Fiber& fiber) const {
-    const int number = fiber.first_of_warp + fiber.lane;
-    return fiber.block == block && number >= first && number <= last;
-  }
-};
-
-Straggler choose_straggler(const std::vector<int>& threads) {
-  const Fiber& fiber = *fibers[threads[random_bits() % threads.size()]];
-  const int number = fiber.first_of_warp + fiber.lane;
-  if (random_bits() % 2) return {fiber.block, number, number};
-  return {fiber.block, fiber.first_of_warp, fiber.first_of_warp + 31};
-}
-
-// Runs blocks to their end, or an early one as far as it can go.
-void run(const std::vector<Block*>& blocks, bool early = false) {
-  std::vector<int> threads;
-  for (Block* block : blocks)
-    threads.insert(threads.end(), block->threads.begin(), block->threads.end());
-  if (order == Order::descending) std::reverse(threads.begin(), threads.end());
-  long idle_rounds = 0;
-  const auto lives = [](int index) { return fibers[index]->state != State::done; };
-  size_t live = std::count_if(threads.begin(), threads.end(), lives);
-  Straggler straggler;
-  bool all_may_go = false;
-  while (live) {
-    if (order == Order::random) {
-      std::shuffle(threads.begin(), threads.end(), random_bits);
-      if (!all_may_go && !straggler.block) straggler = choose_straggler(threads);
-    }
-    bool progress = false, pausing = false;
-    for (int index : threads) {
-      const State before = fibers[index]->state;
-      if (before != State::ready && before != State::paused) continue;
-      if (straggler.has(*fibers[index])) continue;
-      resume(index);
-      if (!error.empty()) return;
-      pausing |= before == State::paused;
-      progress |= before == State::ready || fibers[index]->state != State::paused;
-      live -= fibers[index]->state == State::done;
-    }
-    for (Block* block : blocks) progress |= release_barrier(*block);
-    if (!error.empty()) return;
-    all_may_go = !progress && straggler.block;
-    if (all_may_go) {
-      straggler = {};
-      continue;
-    }
-    if (early && !progress) return;
-    idle_rounds = progress ? 0 : idle_rounds + 1;
-    now += progress ? 0 : 1'000'000;
-    if (live && (pausing ? idle_rounds > kPatience : idle_rounds > 0))
-      return explain_deadlock(threads);
-  }
-}
-
-// A fiber that was abandoned midway starts again next time.
-void abandon_fibers() {
-  for (auto& fiber : fibers) {
-    if (fiber->state != State::done) {
-      fiber->started = false;
-      __asan_unpoison_memory_region(fiber->stack, kStackBytes);
-    }
-    fiber->state = State::done;
-    fiber->copies.clear();
-  }
-}
-
-std::unique_ptr<Block> make_block(const Kernel& kernel, dim3 index, size_t first_fiber) {
+std::unique_ptr<Block> make_block(const Kernel& kernel, dim3 index, int first_fiber) {
   const Launch& shape = kernel.shape;
   auto block = std::make_unique<Block>();
   block->kernel = &kernel;
   block->dynamic = nan_memory(shape.shared_bytes);
+  block->first = first_fiber;
+  block->size = static_cast<int>(shape.block.x * shape.block.y * shape.block.z);
+  block->warps.resize((block->size + kLanes - 1) / kLanes);
   int number = 0;
   for (unsigned z = 0; z < shape.block.z; ++z)
     for (unsigned y = 0; y < shape.block.y; ++y)
-      for (unsigned x = 0; x < shape.block.x; ++x) {
-        const int fiber_index = static_cast<int>(first_fiber) + number;
-        Fiber& fiber = *fibers[fiber_index];
+      for (unsigned x = 0; x < shape.block.x; ++x, ++number) {
+        Fiber& fiber = *fibers[first_fiber + number];
         fiber.at = {{x, y, z}, index, shape.block, shape.grid};
-        fiber.first_of_warp = number / 32 * 32;
-        fiber.lane = number % 32;
+        fiber.number = number;
         fiber.copies.clear();
-        fiber.state = State::ready;
+        fiber.state() = State::ready;
         fiber.block = block.get();
-        block->threads.push_back(fiber_index);
-        ++number;
+        fiber.warp = &block->warps[number / kLanes];
       }
   return block;
 }
@@ -362,20 +62,19 @@ std::unique_ptr<Block> make_block(const Kernel& kernel, dim3 index, size_t first
 // Runs a launch to its end, after all previous launches.
 void complete(Kernel& kernel) {
   const Launch& shape = kernel.shape;
-  const size_t total = kernel.indices.size();
-  const size_t threads = static_cast<size_t>(shape.block.x) * shape.block.y * shape.block.z;
-  make_fibers(shape.resident ? threads * total : threads);
+  const int total = static_cast<int>(kernel.indices.size());
+  const int threads = static_cast<int>(shape.block.x * shape.block.y * shape.block.z);
+  make_fibers(shape.resident ? size_t{1} * threads * total : threads);
   kernel.previous_done = true;
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<Block*> together;
-  for (size_t i = 0; i < total && error.empty(); ++i) {
+  for (int i = 0; i < total && error.empty(); ++i) {
     if (i == 0 && kernel.early) {
       blocks.push_back(std::move(kernel.early));
-      for (int index : blocks.back()->threads)
-        if (fibers[index]->state == State::previous) fibers[index]->state = State::ready;
+      const auto states_of = states.begin() + blocks.back()->first;
+      std::replace(states_of, states_of + blocks.back()->size, State::previous, State::ready);
     } else {
-      const size_t first = shape.resident ? i * threads : 0;
-      blocks.push_back(make_block(kernel, kernel.indices[i], first));
+      blocks.push_back(make_block(kernel, kernel.indices[i], shape.resident ? i * threads : 0));
     }
     together.push_back(blocks.back().get());
     if (shape.resident && i + 1 < total) continue;
@@ -383,7 +82,7 @@ void complete(Kernel& kernel) {
     for (const Block* block : together)
       if (error.empty() && shape.overlaps_previous && !block->waited)
         error = "overlaps the previous launch, but does not wait for it: " +
-                describe(*fibers[block->threads[0]]);
+                describe(*fibers[block->first]);
     blocks.clear();
     together.clear();
   }
@@ -427,7 +126,7 @@ void launch(const Launch& shape, void (*body)(const void*), std::shared_ptr<cons
   pending.push_back({shape, body, std::move(arguments), std::move(indices), nullptr});
   if (overlaps) {
     // After the threads of blocks that run to their end.
-    const size_t first = (1 + launches++ % (kMaxOverlapped + 1)) * kMaxThreads;
+    const int first = (1 + launches++ % (kMaxOverlapped + 1)) * kMaxThreads;
     make_fibers(first + threads);
     Kernel& kernel = pending.back();
     kernel.early = make_block(kernel, kernel.indices[0], first);
@@ -448,14 +147,16 @@ void drop() {
 }
 
 void wait_for_previous(Site site) {
-  self().block->waited = true;
-  if (!self().block->kernel->previous_done) wait(State::previous, site);
+  running->block->waited = true;
+  if (!running->block->kernel->previous_done) wait(State::previous, site);
 }
 
-void let_next() { self().block->lets_next = true; }
+void let_next() { running->block->lets_next = true; }
 
 void sync_threads(Site site, int count) {
-  self().barrier_count = count;
+  running->barrier_count = count;
+  ++running->block->at_barrier;
+  if (count) ++running->block->at_partial;
   wait(State::barrier, site);
 }
 
@@ -469,54 +170,78 @@ int multiprocessors() {
 }
 
 void fail(Site site, const char* what) {
-  self().site = site;
-  self().state = State::warp;
-  error = describe(self()) + ": " + what;
+  running->site = site;
+  running->state() = State::warp;
+  error = describe(*running) + ": " + what;
   back_to_scheduler();
   __builtin_unreachable();
 }
 
-// Gives the lanes of the mask the values of all of them, once all have arrived.
-static bool release_lanes(Fiber& me) {
-  uint64_t values[32] = {};
-  Fiber* lanes[32] = {};
-  for (int i = 0; i < 32; ++i) {
+// True if all lanes of the mask wait in the same operation; an error if in different ones.
+static bool all_arrived(const Fiber& me) {
+  const Block& block = *me.block;
+  const Fiber* differing = nullptr;
+  for (int i = 0; i < kLanes; ++i) {
     if (!(me.mask >> i & 1)) continue;
-    lanes[i] = lane_of(me, i);
-    if (!lanes[i] || lanes[i]->state != State::warp || lanes[i]->mask != me.mask) return false;
-    values[i] = lanes[i]->value;
+    const int number = me.first_of_warp() + i;
+    if (number >= block.size) return false;
+    const Fiber& other = *fibers[block.first + number];
+    if (other.state() != State::warp || other.mask != me.mask) return false;
+    if (!same_site(other.site, me.site)) differing = &other;
   }
-  for (Fiber* other : lanes) {
-    if (!other || same_site(other->site, me.site)) continue;
-    error = "lanes meet in different operations: " + describe(me) + ", " + describe(*other);
-    return false;
-  }
-  for (Fiber* other : lanes) {
-    if (!other) continue;
-    std::memcpy(other->received, values, sizeof values);
-    other->state = State::ready;
-  }
-  return true;
+  if (differing)
+    error = "lanes meet in different operations: " + describe(me) + ", " + describe(*differing);
+  return !differing;
 }
 
-void exchange(Site site, uint32_t mask, uint64_t value, uint64_t (&all)[32]) {
-  Fiber& me = self();
-  if (!(mask >> me.lane & 1)) fail(site, "the mask lacks its caller");
+// Gives the lanes of the mask, who have all arrived, the values of all of them.
+static void release_lanes(const Fiber& me, Combine* combine) {
+  Warp& warp = *me.warp;
+  if (combine) combine(warp.arriving, me.mask);
+  const int first = me.index - me.lane();
+  if (me.mask == kAllLanes) {
+    std::memcpy(warp.arrived, warp.arriving, sizeof warp.arrived);
+    std::fill_n(states.begin() + first, kLanes, State::ready);
+    warp.waiting = 0;
+    return;
+  }
+  for (int i = 0; i < kLanes; ++i) {
+    if (!(me.mask >> i & 1)) continue;
+    Fiber& other = *fibers[first + i];
+    std::memcpy(other.received, warp.arriving, sizeof other.received);
+    other.state() = State::ready;
+    --warp.waiting;
+  }
+  warp.alike = 0;  // the lanes left, if any, are checked one by one
+}
+
+const uint64_t* exchange(Site site, uint32_t mask, uint64_t value, Combine* combine) {
+  Fiber& me = *running;
+  if (!(mask >> me.lane() & 1)) fail(site, "the mask lacks its caller");
   me.mask = mask;
-  me.value = value;
   me.site = site;
-  me.state = State::warp;
-  int& waiting = me.block->waiting_lanes[me.first_of_warp / 32];
-  ++waiting;
-  if (waiting >= __builtin_popcount(mask) && release_lanes(me)) waiting -= __builtin_popcount(mask);
-  if (me.state != State::ready) back_to_scheduler();
-  std::memcpy(all, self().received, sizeof all);
+  me.state() = State::warp;
+  Warp& warp = *me.warp;
+  warp.arriving[me.lane()] = value;
+  if (warp.waiting++ == 0) {
+    warp.mask = mask;
+    warp.site = site;
+    warp.alike = 1;
+  } else if (mask == warp.mask && site.line == warp.site.line && site.file == warp.site.file &&
+             site.operation == warp.site.operation) {
+    ++warp.alike;
+  }
+  const int lanes = __builtin_popcount(mask);
+  if (warp.waiting >= lanes && ((warp.alike == lanes && warp.waiting == lanes) || all_arrived(me)))
+    release_lanes(me, combine);
+  if (me.state() != State::ready) back_to_scheduler();
+  return mask == kAllLanes ? warp.arrived : me.received;
 }
 
-void* dynamic_shared() { return self().block->dynamic.get(); }
+void* dynamic_shared() { return running->block->dynamic.get(); }
 
 void* shared_variable(const void* key, size_t bytes) {
-  auto& variables = self().block->variables;
+  auto& variables = running->block->variables;
   for (const auto& variable : variables)
     if (variable.key == key) return variable.memory.get();
   variables.push_back({key, nan_memory(bytes)});
@@ -524,7 +249,7 @@ void* shared_variable(const void* key, size_t bytes) {
 }
 
 void copy_async(void* to, const void* from, size_t bytes) {
-  auto& groups = self().copies;
+  auto& groups = running->copies;
   if (groups.empty()) groups.emplace_back();
   if (order == Order::ascending || (order == Order::random && random_bits() % 2))
     std::memcpy(to, from, bytes);
@@ -533,13 +258,13 @@ void copy_async(void* to, const void* from, size_t bytes) {
 }
 
 void commit_copies() {
-  auto& groups = self().copies;
+  auto& groups = running->copies;
   if (groups.empty()) groups.emplace_back();
   groups.emplace_back();
 }
 
 void wait_copies(int groups_left) {
-  auto& groups = self().copies;
+  auto& groups = running->copies;
   while (static_cast<int>(groups.size()) - 1 > groups_left) {
     for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
     groups.erase(groups.begin());

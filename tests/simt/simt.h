@@ -1,5 +1,5 @@
 // An emulation of CUDA for the host compiler: the kernels of csrc/cuda run on a CPU unchanged.
-// Force-included before each .cu; simt.cpp has the scheduler.
+// Force-included before each .cu; scheduler.cpp runs the fibers, simt.cpp has what they call.
 //
 // Every thread of a block is a fiber that runs until it waits: at __syncthreads, or at a warp
 // operation whose mask names lanes that have not arrived yet. VOXKERN_SIMT_ORDER sets the order of
@@ -87,8 +87,10 @@ void drop();
 void sync_threads(Site site, int count = 0);
 void wait_for_previous(Site site);
 void let_next();
-// Waits for all lanes of `mask`; then all[lane] is that lane's value.
-void exchange(Site site, uint32_t mask, uint64_t value, uint64_t (&all)[32]);
+// Waits for all lanes of `mask`; returns their values by lane, until the caller's next operation.
+// The last lane to arrive may first replace the values (of the lanes of the mask) by results.
+using Combine = void(uint64_t (&values)[32], uint32_t mask);
+const uint64_t* exchange(Site site, uint32_t mask, uint64_t value, Combine* combine = nullptr);
 // Lets other fibers run, in a loop that waits for memory to change.
 void pause();
 // A clock that advances by a millisecond whenever all threads wait for memory to change.
@@ -129,8 +131,7 @@ T from_bits(uint64_t bits) {
 // outside the segment of `width` lanes.
 template <typename T, typename F>
 T shuffle(Site site, uint32_t mask, T value, int width, const F& source_of) {
-  uint64_t all[32];
-  exchange(site, mask, to_bits(value), all);
+  const uint64_t* const all = exchange(site, mask, to_bits(value));
   const int me = static_cast<int>(lane()), first = me / width * width;
   const int source = source_of(me, first);
   if (source < first || source >= first + width) return value;
@@ -138,23 +139,22 @@ T shuffle(Site site, uint32_t mask, T value, int width, const F& source_of) {
   return from_bits<T>(all[source]);
 }
 
-template <typename T, typename F>
-T reduce(Site site, uint32_t mask, T value, const F& combine) {
-  uint64_t all[32];
-  exchange(site, mask, to_bits(value), all);
-  bool first = true;
-  T result{};
-  for (int i = 0; i < 32; ++i) {
-    if (!(mask >> i & 1)) continue;
-    result = first ? from_bits<T>(all[i]) : combine(result, from_bits<T>(all[i]));
-    first = false;
-  }
-  return result;
+// F: combines two values.
+template <typename F, typename T>
+T reduce(Site site, uint32_t mask, T value) {
+  Combine* const combine = [](uint64_t (&values)[32], uint32_t lanes) {
+    T result = from_bits<T>(values[__builtin_ctz(lanes)]);
+    for (uint32_t rest = lanes & (lanes - 1); rest; rest &= rest - 1)
+      result = F()(result, from_bits<T>(values[__builtin_ctz(rest)]));
+    for (uint64_t& value : values) value = to_bits(result);
+  };
+  return from_bits<T>(exchange(site, mask, to_bits(value), combine)[lane()]);
 }
 
 inline uint32_t ballot(Site site, uint32_t mask, int predicate) {
   const uint32_t mine = predicate ? 1u << lane() : 0;
-  return reduce(site, mask, mine, [](uint32_t a, uint32_t b) { return a | b; });
+  const auto both = [](uint32_t a, uint32_t b) { return a | b; };
+  return reduce<decltype(both)>(site, mask, mine);
 }
 
 template <typename... Params, typename... Args>
@@ -181,8 +181,7 @@ void launch_kernel(void (*kernel)(Params...), const Launch& shape, Args&&... arg
 
 inline void __syncthreads(VOX_SIMT_HERE) { simt::sync_threads({"__syncthreads", file, line}); }
 inline void __syncwarp(uint32_t mask = 0xffffffff, VOX_SIMT_HERE) {
-  uint64_t all[32];
-  simt::exchange({"__syncwarp", file, line}, mask, 0, all);
+  simt::exchange({"__syncwarp", file, line}, mask, 0);
 }
 inline void __threadfence() {}
 template <typename T>
@@ -224,21 +223,22 @@ inline int __all_sync(uint32_t mask, int predicate, VOX_SIMT_HERE) {
 template <typename T>
 T __reduce_add_sync(uint32_t mask, T value, VOX_SIMT_HERE) {
   static_assert(std::is_same_v<T, unsigned> || std::is_same_v<T, int>);
-  return simt::reduce({"__reduce_add_sync", file, line}, mask, value, [](T a, T b) {
+  const auto add = [](T a, T b) {
     return static_cast<T>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b));
-  });
+  };
+  return simt::reduce<decltype(add)>({"__reduce_add_sync", file, line}, mask, value);
 }
 template <typename T>
 T __reduce_max_sync(uint32_t mask, T value, VOX_SIMT_HERE) {
   static_assert(std::is_same_v<T, unsigned> || std::is_same_v<T, int>);
-  return simt::reduce({"__reduce_max_sync", file, line}, mask, value,
-                      [](T a, T b) { return a > b ? a : b; });
+  const auto max = [](T a, T b) { return a > b ? a : b; };
+  return simt::reduce<decltype(max)>({"__reduce_max_sync", file, line}, mask, value);
 }
 template <typename T>
 T __reduce_min_sync(uint32_t mask, T value, VOX_SIMT_HERE) {
   static_assert(std::is_same_v<T, unsigned> || std::is_same_v<T, int>);
-  return simt::reduce({"__reduce_min_sync", file, line}, mask, value,
-                      [](T a, T b) { return a < b ? a : b; });
+  const auto min = [](T a, T b) { return a < b ? a : b; };
+  return simt::reduce<decltype(min)>({"__reduce_min_sync", file, line}, mask, value);
 }
 
 // Fibers are never interrupted: plain code is atomic.
@@ -291,47 +291,6 @@ inline uint32_t bf16_bits(float a) {
 inline uint32_t bf16x2_bits(float low, float high) {
   return bf16_bits(low) | bf16_bits(high) << 16;
 }
-inline void multiply_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                          VOX_SIMT_HERE) {
-  const simt::Site site = {"multiply_bf16", file, line};
-  const auto both = [](uint32_t low, uint32_t high) {
-    return static_cast<uint64_t>(high) << 32 | low;
-  };
-  uint64_t rows[32], high_rows[32], columns[32];
-  simt::exchange(site, 0xffffffff, both(a[0], a[2]), rows);
-  simt::exchange(site, 0xffffffff, both(a[1], a[3]), high_rows);
-  simt::exchange(site, 0xffffffff, both(b0, b1), columns);
-  const auto element = [](uint64_t words, int i) {
-    return __uint_as_float(static_cast<uint32_t>(words >> 16 * i & 0xffff) << 16);
-  };
-  const int g = static_cast<int>(simt::lane()) / 4, t = static_cast<int>(simt::lane()) % 4;
-  for (int i = 0; i < 4; ++i) {
-    const uint64_t* const left = (i < 2 ? rows : high_rows) + g * 4;
-    const uint64_t* const right = columns + (2 * t + i % 2) * 4;
-    for (int lane = 0; lane < 4; ++lane)
-      for (int k = 0; k < 4; ++k) d[i] += element(left[lane], k) * element(right[lane], k);
-  }
-}
-inline void multiply_s8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                        int32_t start, VOX_SIMT_HERE) {
-  const simt::Site site = {"multiply_s8", file, line};
-  uint64_t low[32], high[32], columns[32];  // words of the lanes with rows g, g + 8, column g
-  const auto both = [](uint32_t first, uint32_t second) {
-    return static_cast<uint64_t>(second) << 32 | first;
-  };
-  simt::exchange(site, 0xffffffff, both(a[0], a[2]), low);
-  simt::exchange(site, 0xffffffff, both(a[1], a[3]), high);
-  simt::exchange(site, 0xffffffff, both(b0, b1), columns);
-  const int g = static_cast<int>(simt::lane()) / 4, t = static_cast<int>(simt::lane()) % 4;
-  for (int i = 0; i < 4; ++i) {
-    const uint64_t* const left = (i < 2 ? low : high) + g * 4;
-    const uint64_t* const right = columns + (2 * t + i % 2) * 4;
-    d[i] = start;
-    for (int lane = 0; lane < 4; ++lane)
-      for (int k = 0; k < 64; k += 8)
-        d[i] += static_cast<int8_t>(left[lane] >> k) * static_cast<int8_t>(right[lane] >> k);
-  }
-}
 inline uint32_t load_stream4(const void* p) {
   uint32_t r;
   std::memcpy(&r, __builtin_assume_aligned(p, 4), sizeof r);
@@ -379,3 +338,5 @@ inline void wait_for_previous_kernel(VOX_SIMT_HERE) {
 inline void let_next_kernel_start() { simt::let_next(); }
 
 }  // namespace voxkern
+
+#include "matrices.h"
