@@ -13,8 +13,9 @@ SIMT := $(wildcard tests/simt/*.h tests/simt/*.cpp)
 PLANTED := $(wildcard tests/sanitize/planted.*)
 CPP := $(wildcard csrc/*.cpp csrc/common/* csrc/params/* csrc/cpu/*/*)
 # One worker more than processors, at most 8: tests that wait for sockets and processes leave theirs to
-# others. Workers have one thread each unless a variable or a test says otherwise (conftest.py).
-PYTEST = $(RUN) -m pytest -q -n $$(($$(nproc) + 1)) --maxprocesses 8 --dist worksteal
+# others. Workers have one thread each unless a variable or a test says otherwise (conftest.py). They
+# keep compiled modules, which the next run and the processes that tests start would compile again.
+PYTEST = PYTHONDONTWRITEBYTECODE= $(RUN) -m pytest -q -n $$(($$(nproc) + 1)) --maxprocesses 8 --dist worksteal
 OP_TESTS := $(wildcard $(patsubst voxkern/reference/%.py,tests/ops/test_%.py,$(wildcard voxkern/reference/*.py)))
 
 # Prints the requirements of an extra. Installing '.[extra]' would build the extension again.
