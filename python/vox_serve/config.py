@@ -236,7 +236,7 @@ class ServerSettings(VoiceSettings):
         "stays so; fifo gives everybody a frame in each step",
     )
     max_wait_s: float = setting(
-        10.0,
+        30.0,
         "a stream that would begin later than this is answered 429 at once (deadline)",
         ge=0,
         le=86400,

@@ -115,8 +115,9 @@ class Progress:
     num_failures_alone: int = 0
 
 
-MAX_AHEAD_BYTES = 960_000
-"""Audio that a stream's reader may leave unread before no more is made: 20 s."""
+MAX_AHEAD_BYTES = 2_880_000
+"""Audio that a stream's reader may leave unread before no more is made: 60 s. Most utterances are
+shorter: their places are free when they are spoken, even if nobody reads."""
 RESUME_BYTES = MAX_AHEAD_BYTES // 2
 
 
