@@ -103,8 +103,7 @@ class ModelSettings(Settings):
     )
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto",
-        "dtype of weights and KV cache; auto is bfloat16, but float32 for a tiny model on a CPU "
-        "and for the built-in voice",
+        "dtype of weights and KV cache; auto is bfloat16, but float32 for a tiny model on a CPU",
     )
     quantize: Literal["none", "int8", "int4"] = setting(
         "none", "packed weights; int4 keeps the heads in int8; both round the codec's decoder"

@@ -164,9 +164,7 @@ class Engine:
     @property
     def follows_context(self) -> bool:
         """True if earlier speech in the context makes a text sound better, not worse."""
-        config = self.model.config
-        exact = self.model.dtype == torch.float32
-        return config.follows_context and (exact or not config.context_needs_float32)
+        return self.model.config.follows_context
 
     @property
     def rows(self) -> list[Row]:

@@ -27,7 +27,7 @@ from voxkern.backend import backend_for, forced, why_missing
 logger = logging.getLogger("vox_serve")
 
 SMALL_MODEL_PARAMETERS = 100_000_000
-"""Below this size a CPU runs float32 about as fast as any dtype, so "auto" means float32 there."""
+"""Below this size a CPU runs float32 about as fast as any dtype, so "auto" means float32."""
 
 PREFIX_CACHE_BYTES = 2**29
 
@@ -57,9 +57,7 @@ def load_engine(
     config = CsmConfig.from_json(read_json(folder / "config.json"))
     small = _num_parameters(config) < SMALL_MODEL_PARAMETERS
     if setting.dtype == "auto":
-        needs_float32 = config.context_needs_float32 and setting.quantize == "none"
-        is_exact = needs_float32 or (small and device.type == "cpu")
-        dtype = torch.float32 if is_exact else torch.bfloat16
+        dtype = torch.float32 if device.type == "cpu" and small else torch.bfloat16
     else:
         dtype = getattr(torch, setting.dtype)
 

@@ -98,8 +98,8 @@ class CsmConfig:
     """The sizes of CSM's two transformers and its vocabularies.
 
     `num_codebooks` is K and `audio_vocab_size` V: a code of codebook k is row `k * V + code` of an
-    audio table. `follows_context` is False for a model that was trained on single utterances, and
-    speaks badly after others; with `context_needs_float32` a model does so in any other dtype.
+    audio table. `follows_context` is False for a model that was trained on single utterances and
+    speaks badly after others: it gets no context but its own default.
     """
 
     backbone: TransformerConfig
@@ -108,7 +108,6 @@ class CsmConfig:
     audio_vocab_size: int
     text_vocab_size: int
     follows_context: bool = True
-    context_needs_float32: bool = False
 
     @classmethod
     def from_json(cls, settings: Mapping[str, Any]) -> "CsmConfig":
@@ -160,7 +159,6 @@ class CsmConfig:
             audio_vocab_size,
             _whole(settings, "text_vocab_size", default=128256),
             follows_context=settings.get("follows_context") is not False,
-            context_needs_float32=settings.get("context_needs_float32") is True,
         )
 
 

@@ -27,7 +27,8 @@ class Request:
     Attributes:
         text: special tokens in it are plain text.
         speaker: 0 or more; the default voices are 0 and 1.
-        context: earlier segments, oldest first; None for the engine's default context.
+        context: earlier segments, oldest first; None for the engine's default context. A model
+            that does not follow its context ignores them.
         sampling: how codes are drawn.
         max_frames: stop after this many frames of 80 ms; None for the engine's default.
         normalise: whether numbers, dates and the like become words; "auto" leaves it to the engine.

@@ -20,6 +20,7 @@ class RequestReader:
         self, config: CsmConfig, prompts: PromptBuilder, default: Prompt, normalises: bool
     ) -> None:
         self._max_positions = config.backbone.max_positions
+        self._follows_context = config.follows_context
         self._prompts, self._default, self._normalises = prompts, default, normalises
 
     def prepare(self, request: Request) -> Prompt:
@@ -27,7 +28,8 @@ class RequestReader:
         if request.max_frames is not None and request.max_frames < 1:
             raise ValueError(f"max_frames must be 1 or more, got {request.max_frames}")
         spoken = Segment(request.speaker, self.spoken_text(request))
-        parts = self._prompts.build([*(request.context or ()), spoken])
+        context = (request.context or ()) if self._follows_context else ()
+        parts = self._prompts.build([*context, spoken])
         before = self._default if request.context is None else None
         prompt = Prompt.build(*parts, before)
         length = len(prompt.frames)

@@ -102,8 +102,7 @@ def test_a_gpus_weights_do_not_depend_on_the_backend(a_gpu, monkeypatch, dtype, 
     monkeypatch.setattr(loading, "load_codec", load_codec)
     with pytest.raises(InterruptedError):
         loading.load_engine("demo", device="cuda", dtype=dtype, quantize=quantize)
-    # The built-in voice reads its context in float32 alone.
-    name = "bfloat16" if dtype == "auto" and quantize != "none" else "float32"
+    name = "bfloat16" if dtype == "auto" else dtype
     assert asked == [(getattr(torch, name), "cuda", quantize), name]
 
 

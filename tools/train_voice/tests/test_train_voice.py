@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import CsmConfig, CsmForConditionalGeneration, MimiModel
+from transformers import MimiModel
 
 import codec
 import common
@@ -14,7 +14,6 @@ import judge
 import lm
 import lm_data
 import pulse_codes
-import segment_layer
 import train_lm
 import train_vocoder
 from checkpoints import TinyShape, build_tiny
@@ -46,45 +45,6 @@ def test_forward_is_transformers():
         theirs = model.depth_decoder(input_ids=ids, backbone_last_hidden_state=rows).logits
         mine = lm.depth_logits(model, rows, wanted)
         torch.testing.assert_close(mine, theirs[:, -mine.shape[1] :], rtol=1e-4, atol=1e-4)
-
-
-def test_with_a_segment_layer_nothing_reaches_a_later_segment():
-    tiny = build_tiny(TinyShape(head_dim=64), rope="default").model
-    with torch.no_grad():
-        for table in (tiny.embed_text_tokens, tiny.backbone_model.embed_tokens.embed_audio_tokens):
-            table.weight *= 1 / table.weight.std()  # as large as a trained voice's
-    surgery = segment_layer.Surgery(tiny.config.to_dict(), tiny.state_dict(), (20.0, 20.0))
-    surgery.run()
-    wide = CsmForConditionalGeneration(CsmConfig(**surgery.settings)).eval()
-    wide.load_state_dict(surgery.tensors, strict=False)
-
-    def segment(frames):
-        text = torch.tensor([tiny.config.bos_token_id, *torch.randint(1, 20, (5,))])
-        return text, torch.randint(1, 20, (frames, tiny.config.num_codebooks))
-
-    def hidden(model, segments):
-        parts = []
-        for text, codes in segments:
-            stop = torch.zeros_like(codes[:1])
-            parts += [
-                model.embed_text_tokens(text),
-                lm.embed_frames(model, torch.cat((codes, stop))),
-            ]
-        x = torch.cat(parts)[None]
-        table = lm.rope_table(model.backbone_model, torch.arange(x.shape[1])[None])
-        return lm.run_stack(model.backbone_model, x, table)[0][0]
-
-    torch.manual_seed(0)
-    segments = [segment(frames) for frames in (9, 20, 5, 12)]
-    last = segments[-1]
-    size = len(last[0]) + len(last[1])
-    with torch.no_grad():
-        alone = hidden(tiny, [last])[:size]
-        for count in (1, 2, 4):
-            after = hidden(wide, segments[-count:])[-size - 1 : -1]
-            assert not after[:, alone.shape[1] :].any()
-            assert (after[:, : alone.shape[1]] - alone).abs().max() < 0.02
-        assert (hidden(tiny, segments[-2:])[-size - 1 : -1] - alone).abs().max() > 0.3
 
 
 def test_quantizer_is_the_codecs(small_codec):
