@@ -97,8 +97,7 @@ class _Curve:
     def __init__(self, guess_s: float) -> None:
         self._guess_s = guess_s
         self._seen: dict[int, deque[float]] = {}
-        self._at: list[int] = [1]
-        self._medians: list[float] = [guess_s]
+        self._medians: dict[int, float] = {}
 
     @property
     def is_known(self) -> bool:
@@ -108,16 +107,20 @@ class _Curve:
         if count < 1:
             return
         bucket = _bucket(count)
+        is_new = bucket not in self._seen
         self._seen.setdefault(bucket, deque(maxlen=WINDOW)).append(seconds)
-        self._at = sorted(self._seen)
-        self._medians = [statistics.median(self._seen[at]) for at in self._at]
+        self._medians[bucket] = statistics.median(self._seen[bucket])
+        if is_new:
+            self._medians = dict(sorted(self._medians.items()))
 
     def value(self, count: int) -> float:
         return float(self.values(np.array([count]))[0])
 
     def values(self, counts: np.ndarray) -> np.ndarray:
-        values: np.ndarray = np.interp(counts, self._at, self._medians)
-        return np.maximum(1.0, counts / self._at[-1]) * values
+        medians = self._medians or {1: self._guess_s}
+        at = list(medians)
+        values: np.ndarray = np.interp(counts, at, list(medians.values()))
+        return np.maximum(1.0, counts / at[-1]) * values
 
 
 def _bucket(count: int) -> int:
