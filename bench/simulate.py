@@ -9,7 +9,7 @@
     python bench/simulate.py replay     a record of `run.py serve --record`, beside the simulation
 
 Options:
-    --machine NAME    two-cores (default), h200 (twice the limits of one), h200-limit, or a file
+    --machine NAME    two-cores (default, guessed from two figures), h200 (twice the limits of one), h200-limit, or a file
                       that `measure` saved
     --streams N       requests at each load (default 1,000)
     --seed N          of arrivals, lengths and step times (default 0)
@@ -18,7 +18,7 @@ Options:
     --picture FILE    second: the picture; loads: a plot (needs matplotlib)
 
 Load 1 is the capacity: the requests a second that a machine could serve if each of its steps were
-full, none was late and none was short of rows. The texts and the arrivals are those of `run.py
+full and shared by nothing but prompts. The texts and the arrivals are those of `run.py
 serve`; lengths of speech follow the built-in voice. The last line printed is JSON.
 """
 
@@ -80,8 +80,13 @@ def capacity(machine: Machine, speeches: list[Speech]) -> float:
     """Requests a second that full steps serve."""
     rows = machine.streams()
     row_s = machine.rows_s[rows] / rows
-    token_s = machine.tokens_s[-1] / machine.chunk_tokens
-    each_s = [s.frames * row_s + s.prompt_tokens * token_s for s in speeches]
+    chunk = machine.chunk_tokens
+    each_s = [
+        s.frames * row_s
+        + s.prompt_tokens // chunk * machine.tokens_s[chunk]
+        + machine.tokens_s[s.prompt_tokens % chunk]
+        for s in speeches
+    ]
     return len(each_s) / sum(each_s)
 
 
@@ -201,7 +206,7 @@ def machine_named(name: str) -> Machine:
         OSError: there is no such name and no such file.
     """
     if name == "two-cores":
-        return simulated_machines.straight(2.0, 2.8, 1.0, 0.3, jitter=0.1)
+        return simulated_machines.two_cores()
     if name in ("h200", "h200-limit"):
         return simulated_machines.h200(2.0 if name == "h200" else 1.0)
     return simulated_machines.load(Path(name))

@@ -7,7 +7,7 @@ from unittest import mock
 
 from simulated_engine import Machine, Policy
 
-from vox_serve import admission, policy
+from vox_serve import admission, due_rows, policy
 from vox_serve.policy import Row, Step, choose_step
 from vox_serve.step_times import StepTimes
 
@@ -87,8 +87,8 @@ VARIANTS = {
     ),
     "no newcomers first": Variant(lambda _: Policy(no_precedence)),
     "no parking": Variant(lambda _: Policy(no_parking)),
-    "full steps": Variant(lambda _: Policy(), ((policy, "PACE", 1e9), (policy, "EFFICIENT", 1.0))),
-    "no reserve": Variant(lambda _: Policy(), ((policy, "RESERVE_S", 0.0),)),
+    "full steps": Variant(lambda _: Policy(), ((policy, "EFFICIENT", 1.0), (policy, "BEST", 1.0))),
+    "no reserve": Variant(lambda _: Policy(), ((due_rows, "RESERVE_S", 0.0),)),
     "no admission": Variant(lambda _: Policy(choose_step, admit_all, UNBOUNDED_S)),
     "admission by number": Variant(lambda _: Policy(choose_step, admit_by_number)),
     "lengths unknown": Variant(lambda _: Policy(), knows_lengths=False),

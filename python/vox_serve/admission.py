@@ -21,7 +21,7 @@ WAIT_MARGIN = 1.25
 WHOLE_WEIGHT = FRAME_S / WHOLE_FRAME_S
 """Frames of a whole answer in the time of one frame of a stream."""
 
-MAX_LOAD = 0.9
+MAX_LOAD = 0.85
 """Most of the time that the frames of admitted requests may take."""
 
 

@@ -20,30 +20,21 @@ from typing import NamedTuple
 import numpy as np
 
 from vox_serve.deadlines import FRAME_S, Row
+from vox_serve.due_rows import RESERVE_S, WHOLE_WAIT_S, DueRows
 from vox_serve.step_times import StepTimes
 
 __all__ = ["FRAME_S", "Row", "Step", "choose_step"]
 
-RESERVE_S = 0.015
-"""A frame should be ready so long before it is due."""
-
-PACE = 3.0
-LEAST_PACE = 1.15
+PACE = 1.15
 """Frames are made so much faster than all listeners together play them, if the device can."""
 
-EFFICIENT = 0.9
+EFFICIENT = 0.95
 BEST = 0.97
-"""Shares of the most frames a second that a device makes in large steps: worth a step that a
-newcomer waits for, and as good as all."""
+"""Shares of the most frames a second that a device makes in large steps: a newcomer waits for a
+step in progress, so steps are smaller if that costs no more; and as good as all."""
 
 LONG_STEP_S = 0.04
 """Steps grow up to this length for whole answers and their prompts."""
-
-WHOLE_RANK_S = 0.2
-"""A whole answer never comes before a stream whose listener has less audio in hand."""
-
-WHOLE_WAIT_S = 1.0
-"""A whole answer that waited so long for a step is in the next one."""
 
 STARVED_S = 0.25
 """A prompt that waited so long gets `FEW_TOKENS` in the next step, whatever is due."""
@@ -88,23 +79,23 @@ def choose_step(rows: Iterable[Row], now_s: float, times: StepTimes, chunk_token
         else:
             num_streams += 1
         (prompts if row.num_missing else frames).append(row)
-    ready = _Ready(frames, now_s, times, bool(num_whole))
+    ready = DueRows(frames, now_s, times, bool(num_whole))
     hurried = [row for row in prompts if _presses(row, now_s, times, len(frames))]
     if newcomers:
         newcomers.sort(key=lambda row: _newcomer_rank(row, now_s, times))
         hurried += newcomers[: _group(len(newcomers), times)]
-    if hurried and (step := _hurried_step(ready, hurried, now_s, times, chunk_tokens)):
-        return step
-    count = _num_paced(len(frames), num_streams + len(newcomers), times)
+    count, is_tight = _num_paced(len(frames), num_streams + len(newcomers), times)
+    if hurried:
+        riders = count if is_tight else 0
+        if step := _hurried_step(ready, hurried, riders, now_s, times, chunk_tokens):
+            return step
     if num_whole:
         count = max(count, ready.fit(LONG_STEP_S))
-    count = max(ready.num_due(), count)
-    limit_s = ready.limit_s(count) / times.slow
-    count = max(min(count, ready.fit(limit_s)), min(len(frames), 1))
+    count = ready.least_late(max(ready.num_due(), count))
     work: list[tuple[Row, int]] = []
     if prompts:
         prompts.sort(key=attrgetter("due_s"))
-        spare_s = min(limit_s, LONG_STEP_S) - times.seconds(count)
+        spare_s = min(ready.limit_s(count) / times.slow, LONG_STEP_S) - times.seconds(count)
         fit = times.tokens_within(spare_s, chunk_tokens)
         if not count or any(now_s - row.moved_s > STARVED_S for row in prompts):
             fit = max(fit, min(FEW_TOKENS, chunk_tokens))
@@ -113,9 +104,17 @@ def choose_step(rows: Iterable[Row], now_s: float, times: StepTimes, chunk_token
 
 
 def _hurried_step(
-    ready: "_Ready", hurried: list[Row], now_s: float, times: StepTimes, chunk_tokens: int
+    ready: DueRows,
+    hurried: list[Row],
+    riders: int,
+    now_s: float,
+    times: StepTimes,
+    chunk_tokens: int,
 ) -> Step | None:
-    """A step of these prompts and the rows that are due; None if nothing fits beside the latter."""
+    """A step of these prompts and the rows that are due; None if nothing fits beside the latter.
+
+    Up to `riders` rows come with a first frame, since a step of their own would cost more.
+    """
     work = _cut(hurried, chunk_tokens)
     tokens, ends = _sizes(work)
     count = ready.num_due(ends, tokens)
@@ -129,57 +128,11 @@ def _hurried_step(
             fit = min(FEW_TOKENS, chunk_tokens)
         work = _cut(hurried, fit)
         ends = _sizes(work)[1]
-    return Step(ready.first(max(count, ready.fit(times.seconds(count + ends), ends))), work)
-
-
-class _Ready:
-    """Rows that can make a frame, in the order in which they are due, and their slack."""
-
-    def __init__(self, rows: list[Row], now_s: float, times: StepTimes, has_whole: bool) -> None:
-        slack_s = np.fromiter(map(attrgetter("due_s"), rows), float, len(rows)) - now_s
-        overdue: list[Row] = []
-        if has_whole:
-            streams = np.fromiter(map(attrgetter("streams"), rows), bool, len(rows))
-            slack_s = np.where(streams, slack_s, np.maximum(slack_s, WHOLE_RANK_S))
-            overdue = [r for r in rows if not r.streams and now_s - r.moved_s > WHOLE_WAIT_S]
-        self._order = np.argsort(slack_s, kind="stable")
-        self._slack_s = slack_s[self._order]
-        self._rows = rows
-        self._times = times
-        self._overdue = min(overdue, key=attrgetter("moved_s"), default=None)
-
-    def num_due(self, more_rows: int = 0, tokens: int = 0) -> int:
-        """The rows that cannot wait for the step after one with so many other rows and tokens.
-
-        Rows that wait are served by then in one step more, which costs at least one of one row.
-        """
-        n = len(self._rows)
-        step_s = self._times.table(n + more_rows)[1 + more_rows : n + more_rows + 1]
-        needed_s = self._times.slow * (step_s + self._times.seconds(1, tokens)) + RESERVE_S
-        late = np.flatnonzero(self._slack_s < needed_s)
-        return int(late[-1]) + 1 if len(late) else 0
-
-    def limit_s(self, count: int) -> float:
-        """The time until the first of `count` rows is due, but for those that are late anyway."""
-        step_s = self._times.table(count)[1 : count + 1]
-        in_time = np.flatnonzero(self._slack_s[:count] >= step_s)
-        if not len(in_time):
-            return np.inf
-        first = in_time[0]
-        return float(max(self._slack_s[first] - RESERVE_S, step_s[first]))
-
-    def fit(self, seconds: float, more_rows: int = 0) -> int:
-        """The rows of which a step, with so many other rows, takes at most so long."""
-        most = len(self._rows) + more_rows
-        fits = np.flatnonzero(self._times.table(most)[more_rows : most + 1] <= seconds)
-        return int(fits[-1]) if len(fits) else 0
-
-    def first(self, count: int) -> list[Row]:
-        """The first rows, and the whole answer that waited longest if it waited too long."""
-        chosen = [self._rows[index] for index in self._order[:count].tolist()]
-        if self._overdue and self._overdue not in chosen:
-            chosen.append(self._overdue)
-        return chosen
+    rides = ready.fit(times.seconds(count + ends), ends)  # they cost nothing
+    if riders and ends:
+        limit_s = ready.limit_s(riders) / times.slow
+        rides = max(rides, min(riders, ready.fit(limit_s - times.seconds(0, tokens), ends)))
+    return Step(ready.first(max(count, rides)), work)
 
 
 def _newcomer_rank(row: Row, now_s: float, times: StepTimes) -> float:
@@ -219,18 +172,19 @@ def _sizes(work: list[tuple[Row, int]]) -> tuple[int, int]:
     return sum(n for _, n in work), sum(n == row.num_missing for row, n in work)
 
 
-def _num_paced(num_ready: int, num_streams: int, times: StepTimes) -> int:
+def _num_paced(num_ready: int, num_streams: int, times: StepTimes) -> tuple[int, bool]:
     """The fewest rows in a step with which frames are made fast enough.
 
-    That is `PACE` times as fast as all listeners play them; less where that takes long steps; as
-    fast as the device can where even `LEAST_PACE` needs that.
+    Returns:
+        The rows; and True if the device is loaded so much that every step should be full.
     """
     if not num_ready:
-        return 0
+        return 0, False
     sizes = np.arange(1, num_ready + 1)
     rate_hz = sizes / (times.table(num_ready)[1 : num_ready + 1] + sizes * times.prompt_s)
-    played_hz = num_streams / FRAME_S
-    wanted_hz = min(PACE * played_hz, max(EFFICIENT * rate_hz.max(), LEAST_PACE * played_hz))
-    if wanted_hz < BEST * rate_hz.max():
-        return int(np.flatnonzero(rate_hz >= wanted_hz)[0]) + 1
-    return int(np.flatnonzero(rate_hz >= BEST * rate_hz.max())[-1]) + 1
+    best_hz = rate_hz.max()
+    wanted_hz = max(EFFICIENT * best_hz, PACE * num_streams / FRAME_S)
+    is_tight = wanted_hz >= BEST * best_hz
+    if is_tight:
+        return int(np.flatnonzero(rate_hz >= BEST * best_hz)[-1]) + 1, True
+    return int(np.flatnonzero(rate_hz >= wanted_hz)[0]) + 1, False

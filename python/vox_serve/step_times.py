@@ -42,7 +42,7 @@ class StepTimes:
 
     @property
     def prompt_s(self) -> float:
-        """Seconds of prompts for each frame that was made lately."""
+        """Seconds of prompts, and of steps made for them, for each frame that was made lately."""
         return self._prompts_s / max(self._frames, MEMORY_FRAMES / 8)
 
     def observe(self, rows: int, prompt_tokens: int, seconds: float) -> None:
@@ -62,8 +62,9 @@ class StepTimes:
         else:
             self._tokens.observe(prompt_tokens, max(seconds - self.seconds(rows), 0.0))
         keep = max(1 - rows / MEMORY_FRAMES, 0.0)
-        tokens_s = self.seconds(rows, prompt_tokens) - self.seconds(rows)
-        self._prompts_s = keep * self._prompts_s + tokens_s
+        self._prompts_s *= keep
+        if prompt_tokens:  # beyond the price of its frames in a large step
+            self._prompts_s += max(self.seconds(rows, prompt_tokens) - rows * self._rows.each_s, 0)
         self._frames = keep * self._frames + rows
         self._table = np.zeros(1)
 
@@ -112,6 +113,12 @@ class _Curve:
         self._medians[bucket] = statistics.median(self._seen[bucket])
         if is_new:
             self._medians = dict(sorted(self._medians.items()))
+
+    @property
+    def each_s(self) -> float:
+        """The price of one in a large step."""
+        at = max(self._medians, default=1)
+        return self._medians.get(at, self._guess_s) / at
 
     def value(self, count: int) -> float:
         return float(self.values(np.array([count]))[0])

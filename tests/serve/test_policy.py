@@ -6,7 +6,8 @@ import pytest
 
 from vox_serve.admission import MAX_LOAD, can_admit, wait_s
 from vox_serve.deadlines import FRAME_S, WHOLE_FRAME_S, Row
-from vox_serve.policy import FEW_TOKENS, STARVED_S, WHOLE_RANK_S, WHOLE_WAIT_S, Step, choose_step
+from vox_serve.due_rows import WHOLE_RANK_S, WHOLE_WAIT_S
+from vox_serve.policy import FEW_TOKENS, STARVED_S, Step, choose_step
 from vox_serve.step_times import StepTimes
 
 CHUNK_TOKENS = 64
@@ -135,9 +136,10 @@ class TestNewcomers:
 
 
 class TestStepsThatNobodyHurries:
-    def test_steps_are_short_while_that_supplies_all_listeners(self) -> None:
-        assert len(choose(streams(2, 1.0)).frames) < 2
-        assert len(choose(streams(6, 1.0)).frames) < 6
+    def test_steps_are_smaller_while_that_costs_little_and_supplies_all_listeners(self) -> None:
+        step = choose(streams(8, 1.0))
+        assert ROW_S / (STEP_S / len(step.frames) + ROW_S) > 0.7
+        assert len(step.frames) < 6
 
     def test_steps_are_full_when_splitting_them_would_cost_too_much(self) -> None:
         assert len(choose(streams(24, 1.0)).frames) >= 22
