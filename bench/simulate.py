@@ -9,17 +9,18 @@
     python bench/simulate.py replay     a record of `run.py serve --record`, beside the simulation
 
 Options:
-    --machine NAME    two-cores (default, guessed from two figures), h200 (twice the limits of one), h200-limit, or a file
-                      that `measure` saved
+    --machine NAME    two-cores (default: guessed from two figures), h200 (twice the time of its
+                      physical limits), h200-limit, or a file that `measure` saved
     --streams N       requests at each load (default 1,000)
     --seed N          of arrivals, lengths and step times (default 0)
     --record FILE     replay: the record
     --save FILE       write the results there
-    --picture FILE    second: the picture; loads: a plot (needs matplotlib)
+    --picture FILE    second: the picture, an SVG
 
 Load 1 is the capacity: the requests a second that a machine could serve if each of its steps were
-full and shared by nothing but prompts. The texts and the arrivals are those of `run.py
-serve`; lengths of speech follow the built-in voice. The last line printed is JSON.
+full and shared by nothing but prompts. That is more than a closed loop of 16 streams reaches. The
+texts and the arrivals are those of `run.py serve`; lengths of speech follow the built-in voice. The
+last line printed is JSON.
 """
 
 import argparse

@@ -1,0 +1,117 @@
+"""The simulator: its arithmetic, checked by hand on small cases. Nothing is timed."""
+
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import schedule_picture
+import simulate
+import simulated_machines
+from simulated_engine import Machine, Outcome, Policy, Simulation, Speech, summary
+from simulated_policies import VARIANTS, admit_all, all_rows
+
+STEP_S, ROW_S, TOKEN_S = 0.004, 0.002, 0.001
+MACHINE = Machine(
+    "by hand",
+    [STEP_S + ROW_S * rows if rows else 0.0 for rows in range(65)],
+    [TOKEN_S * tokens for tokens in range(65)],
+    overhead_s=0.003,
+)
+FIFO = Policy(all_rows, admit_all, max_wait_s=1e9, most_rows=2)
+
+
+def run(policy: Policy, *speeches: Speech, servers: int = 1) -> list[Outcome]:
+    return Simulation(MACHINE, policy, speeches, servers).run()
+
+
+@pytest.mark.parametrize("policy", [FIFO, Policy()])
+def test_one_request_takes_its_prompt_and_one_step_a_frame(policy):
+    [outcome] = run(policy, Speech(1.0, frames=3, prompt_tokens=70))
+    # 64 tokens make a step of their own.
+    first_s = 70 * TOKEN_S + STEP_S + ROW_S + MACHINE.overhead_s
+    assert outcome.first_s == pytest.approx(first_s)
+    assert outcome.end_s == pytest.approx(first_s + 2 * (STEP_S + ROW_S))
+    assert not outcome.underruns
+    assert not outcome.refused
+
+
+def test_a_place_is_free_when_a_speech_ends():
+    outcomes = run(FIFO, *[Speech(0.0, frames=2, prompt_tokens=10)] * 3)
+    both_s = 20 * TOKEN_S + 2 * (STEP_S + 2 * ROW_S)
+    assert outcomes[2].first_s == pytest.approx(
+        both_s + 10 * TOKEN_S + STEP_S + ROW_S + MACHINE.overhead_s
+    )
+
+
+def test_frames_that_come_too_late_are_counted():
+    slow = Machine("slow", [0.1] * 9, [0.0] * 65)
+    outcomes = Simulation(slow, FIFO, [Speech(0.0, frames=4, prompt_tokens=1)]).run()
+    assert outcomes[0].underruns == 3
+
+
+def test_requests_that_would_wait_too_long_are_refused_at_once():
+    crowd = [Speech(0.0, frames=100, prompt_tokens=1, expected=100)] * 3
+    policy = Policy(all_rows, lambda *_: False, max_wait_s=1.0)
+    outcomes = run(policy, *crowd)
+    assert [outcome.refused for outcome in outcomes] == [False, True, True]
+    assert outcomes[1].refused_s == 0.0
+
+
+def test_each_request_goes_to_the_server_with_the_fewest():
+    outcomes = run(Policy(), *[Speech(0.0, frames=9, prompt_tokens=1)] * 4, servers=2)
+    assert [outcome.server for outcome in outcomes] == [0, 1, 0, 1]
+
+
+def test_a_summary_counts_streams_alone():
+    speeches = [Speech(float(at), 5, 1) for at in range(4)] + [Speech(4.0, 5, 1, streaming=False)]
+    outcomes = [
+        Outcome(first_s=0.1, end_s=1.0),
+        Outcome(first_s=0.3, end_s=1.0, underruns=2),
+        Outcome(first_s=0.2, end_s=1.0),
+        Outcome(refused=True),
+        Outcome(first_s=9.0, end_s=12.0),
+    ]
+    figures = summary(speeches, outcomes)
+    assert (figures["streams"], figures["gapped"], figures["refused"]) == (4, 1, 1)
+    assert figures["first p50 ms"] == pytest.approx(200)
+    assert figures["goodput"] == pytest.approx(2 / 4.0)
+    assert figures["whole longest s"] == 12.0
+
+
+def test_equal_seeds_give_equal_figures():
+    cases = simulate.Cases(simulated_machines.two_cores(), simulate.Report(), number=60, seed=3)
+    speeches = cases.speeches(0.5)
+    first, second = (Simulation(cases.machine, Policy(), speeches, seed=3).run() for _ in range(2))
+    assert first == second
+
+
+def test_capacity_is_what_full_steps_serve():
+    speeches = [Speech(0.0, frames=100, prompt_tokens=74)]
+    rows = MACHINE.streams()
+    assert rows == 38
+    each_s = 100 * (STEP_S / rows + ROW_S) + 74 * TOKEN_S
+    assert simulate.capacity(MACHINE, speeches) == pytest.approx(1 / each_s)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_serves_all_requests_of_a_light_load(name):
+    cases = simulate.Cases(simulated_machines.two_cores(), simulate.Report(), number=30, seed=0)
+    speeches = cases.speeches(0.3)
+    with VARIANTS[name].policy(cases.machine) as policy:
+        outcomes = Simulation(cases.machine, policy, speeches).run()
+    assert all(outcome.end_s is not None for outcome in outcomes)
+    assert summary(speeches, outcomes)["gapped"] == 0
+
+
+def test_a_gpu_of_physical_limits_has_stairs_and_reads_its_weights():
+    machine = simulated_machines.h200(1.0)
+    assert machine.rows_s[1] == pytest.approx(9.016e9 / 4.3e12)
+    assert machine.rows_s[1601] == machine.rows_s[1616] > machine.rows_s[1600]
+
+
+def test_the_picture_shows_every_row_of_its_second():
+    watched = schedule_picture.Watched()
+    speeches = [Speech(0.1 * i, 100, 20) for i in range(3)]
+    Simulation(MACHINE, Policy(), speeches, watch=watched).run()
+    picture = ElementTree.fromstring(watched.svg(0.0, 1.0, arrived_s=0.2))
+    texts = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"stream 1", "stream 2", "newcomer", "1000 ms"} <= set(texts)
