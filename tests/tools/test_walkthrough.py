@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -23,15 +24,15 @@ def test_every_command_runs(tmp_path):
     blocks = [(kind, text.replace("8000", port)) for kind, text in BLOCK.findall(PAGE.read_text())]
     assert [kind for kind, _ in blocks].count("sh") == 10
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").symlink_to(sys.executable)
-    curl = tmp_path / "bin" / "curl"  # curl exits with 0 whatever the status
-    curl.write_text('#!/bin/sh\nPATH=${PATH#*:} exec curl --fail-with-body -sS "$@"\n')
-    curl.chmod(0o755)
-    env = {
-        **os.environ,
-        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    commands = {
+        "python": f'exec {shlex.quote(sys.executable)} "$@"',
+        # curl exits with 0 whatever the status
+        "curl": 'PATH=${PATH#*:} exec curl --fail-with-body -sS "$@"',
     }
+    for name, line in commands.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
     (_, launch), *rest = blocks
     command = ["bash", "-c", f"exec {launch}"]
     server = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
