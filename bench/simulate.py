@@ -2,6 +2,7 @@
 
     python bench/simulate.py loads      from an idle server to twice its capacity
     python bench/simulate.py rules      the policy with one rule left out at a time
+    python bench/simulate.py waits      how long a request may wait for its place
     python bench/simulate.py cards      listeners of one card and of several
     python bench/simulate.py whole      whole answers under a constant load of streams
     python bench/simulate.py second     one second of a schedule, drawn: --picture FILE.svg
@@ -36,12 +37,13 @@ import simulated_machines
 from playback import percentile
 from report import Report
 from simulated_engine import Machine, Policy, Simulation, Speech, summary
-from simulated_policies import VARIANTS
+from simulated_policies import VARIANTS, Variant
 
 from vox_serve.policy import FRAME_S
 
 LOADS = (0.02, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.25, 2.0)
 RULE_LOADS = (0.8, 1.0, 2.0)
+WAITS = (0, 1, 2, 5, 10)
 CARDS = (1, 2, 4)
 LONG_FRAMES = 300
 SHORT = "Hello there."
@@ -136,6 +138,11 @@ class Cases:
             ]
             self._run("deadline", load, speeches)
 
+    def waits(self) -> None:
+        for load in RULE_LOADS:
+            for wait in WAITS:
+                self._run(f"wait up to {wait:g} s", load, self.speeches(load))
+
     def second(self, picture: Path) -> None:
         """Eight long streams and a short request: when each gets its frames."""
         draw = random.Random(self.seed)
@@ -188,7 +195,7 @@ class Cases:
     def _run(self, name: str, load: float, speeches: list[Speech], cards: int = 1) -> None:
         table = next((t for t in self._report.tables if t.name == "simulated"), None)
         table = table or self._report.table("simulated", COLUMNS)
-        variant = VARIANTS[name]
+        variant = {**VARIANTS, **_waiting_variants()}[name]
         if not variant.knows_lengths:
             speeches = [replace(speech, expected=inf) for speech in speeches]
         with variant.policy(self.machine) as rules:
@@ -198,6 +205,14 @@ class Cases:
         listeners = spoken_s / (speeches[-1].at_s - speeches[0].at_s)
         server = self.machine.name if cards == 1 else f"{cards} x {self.machine.name}"
         table.add(server, name, load, listeners, *(figures[column] for column in COLUMNS[4:]))
+
+
+def _waiting_variants() -> dict[str, Variant]:
+    """The policy with other bounds on waiting."""
+    return {
+        f"wait up to {wait:g} s": Variant(lambda _, wait=wait: Policy(max_wait_s=wait))
+        for wait in WAITS
+    }
 
 
 def machine_named(name: str) -> Machine:
@@ -219,7 +234,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    cases = ("loads", "rules", "cards", "whole", "second", "measure", "replay")
+    cases = ("loads", "rules", "waits", "cards", "whole", "second", "measure", "replay")
     parser.add_argument("case", choices=cases)
     parser.add_argument("--machine", default="two-cores")
     parser.add_argument("--streams", type=int, default=1000)

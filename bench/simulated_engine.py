@@ -263,7 +263,7 @@ class Simulation:
 def summary(speeches: Sequence[Speech], outcomes: Sequence[Outcome]) -> dict[str, float | None]:
     """Figures of the streams, and the longest time of a whole answer.
 
-    `goodput` is streams without a gap a second, over the time in which requests arrived.
+    `goodput` is streams without a gap a second, from the first arrival to the last end.
     """
     streams = [
         outcome for speech, outcome in zip(speeches, outcomes, strict=True) if speech.streaming
@@ -275,7 +275,12 @@ def summary(speeches: Sequence[Speech], outcomes: Sequence[Outcome]) -> dict[str
         if not speech.streaming and outcome.end_s is not None
     ]
     good = sum(not outcome.underruns and outcome.end_s is not None for outcome in streams)
-    span_s = max(speeches[-1].at_s - speeches[0].at_s, FRAME_S)
+    ends_s = [
+        speech.at_s + outcome.end_s
+        for speech, outcome in zip(speeches, outcomes, strict=True)
+        if outcome.end_s is not None
+    ]
+    span_s = max([*ends_s, speeches[-1].at_s]) - speeches[0].at_s
     return {
         "streams": len(streams),
         **{f"first p{p} ms": _ms(percentile(firsts, p)) for p in (50, 95, 99)},

@@ -37,7 +37,7 @@ LONG_STEP_S = 0.04
 """Steps grow up to this length for whole answers and their prompts."""
 
 STARVED_S = 0.25
-"""A prompt that waited so long gets `FEW_TOKENS` in the next step, whatever is due."""
+"""A stream's prompt that waited so long gets `FEW_TOKENS` in the next step, whatever is due."""
 FEW_TOKENS = 16
 
 URGENT_S = 0.5
@@ -97,7 +97,7 @@ def choose_step(rows: Iterable[Row], now_s: float, times: StepTimes, chunk_token
         prompts.sort(key=attrgetter("due_s"))
         spare_s = min(ready.limit_s(count) / times.slow, LONG_STEP_S) - times.seconds(count)
         fit = times.tokens_within(spare_s, chunk_tokens)
-        if not count or any(now_s - row.moved_s > STARVED_S for row in prompts):
+        if not count or any(row.streams and now_s - row.moved_s > STARVED_S for row in prompts):
             fit = max(fit, min(FEW_TOKENS, chunk_tokens))
         work = _cut(prompts, fit)
     return Step(ready.first(count), work)
@@ -113,17 +113,24 @@ def _hurried_step(
 ) -> Step | None:
     """A step of these prompts and the rows that are due; None if nothing fits beside the latter.
 
-    Up to `riders` rows come with a first frame, since a step of their own would cost more.
+    Where every step should be full, `riders` is the rows of such a step. They come with a first
+    frame, since a step of their own would cost more, and no prompt comes before them that leaves no
+    time for one step of them all: rows that are due at many different times make many small steps.
     """
+    starves = any(now_s - row.moved_s > STARVED_S for row in hurried)
     work = _cut(hurried, chunk_tokens)
     tokens, ends = _sizes(work)
+    if riders and not starves:
+        both_s = times.seconds(ends, tokens) + times.seconds(riders)
+        if times.slow * both_s > ready.limit_s(riders):
+            return None
     count = ready.num_due(ends, tokens)
     rows_s = times.seconds(count + ends)
     limit_s = ready.limit_s(count) / times.slow
     if times.seconds(count + ends, tokens) > limit_s:
         fit = times.tokens_within(limit_s - rows_s, chunk_tokens)
         if fit < FEW_TOKENS:
-            if count and not any(now_s - row.moved_s > STARVED_S for row in hurried):
+            if count and not starves:
                 return None
             fit = min(FEW_TOKENS, chunk_tokens)
         work = _cut(hurried, fit)

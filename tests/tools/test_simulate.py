@@ -73,7 +73,7 @@ def test_a_summary_counts_streams_alone():
     figures = summary(speeches, outcomes)
     assert (figures["streams"], figures["gapped"], figures["refused"]) == (4, 1, 1)
     assert figures["first p50 ms"] == pytest.approx(200)
-    assert figures["goodput"] == pytest.approx(2 / 4.0)
+    assert figures["goodput"] == pytest.approx(2 / 16.0)
     assert figures["whole longest s"] == 12.0
 
 
