@@ -6,7 +6,7 @@ from `prepare` to the first frame's samples on the host:
 
 - `first turn`: no history.
 - `tenth turn`: about a minute of history, two speakers in turn.
-- `voice anew`, `voice again`: the first and later requests with a new voice prompt of ten seconds.
+- `voice first`, `voice again`: the first and second request with a new voice prompt of ten seconds.
 
 Every turn has about as much text. `times first` is the ratio to the first turn of the same
 conversations. Rows: the built-in voice in float32, and full-size CSM-1B with random weights. Every
@@ -117,8 +117,8 @@ class Talker:
     def use_voice(self) -> tuple[float, float]:
         """Milliseconds to the first frame with a new voice, and with the same one again."""
         voice = [self.text(), self.audio(self.codes(VOICE_FRAMES))]
-        anew, again = (self.say(voice, self.text(), 1)[0] for _ in range(2))
-        return anew, again
+        first, again = (self.say(voice, self.text(), 1)[0] for _ in range(2))
+        return first, again
 
 
 def run(report: Report, config: CsmConfig, precisions: list[str], device: str) -> None:
@@ -144,7 +144,7 @@ def run(report: Report, config: CsmConfig, precisions: list[str], device: str) -
         for turn, times, seconds in (
             ("first turn", [times[0] for times, _ in conversations], 0.0),
             ("tenth turn", [times[-1] for times, _ in conversations], history_s),
-            ("voice anew", [times[0] for times in voices], voice_s),
+            ("voice first", [times[0] for times in voices], voice_s),
             ("voice again", [times[1] for times in voices], voice_s),
         ):
             ms = statistics.median(times)

@@ -9,7 +9,8 @@ from vox_serve.step_times import StepTimes
 
 RESERVE_S = 0.015
 RISK = 0.2
-"""A frame should be ready so long before it is due; else it is taken for late with this chance."""
+"""A frame should be ready `RESERVE_S` before it is due. One with less time counts as `RISK` of a
+late frame, since the step may take longer than predicted."""
 
 WHOLE_RANK_S = 0.2
 """A whole answer never comes before a stream whose listener has less audio in hand."""
@@ -54,9 +55,9 @@ class DueRows:
         return max(float(self._slack_s[in_time[0]]) - RESERVE_S, 0.0)
 
     def least_late(self, most: int) -> int:
-        """The rows of a step, at most `most`, after which the fewest are late; rather more rows.
+        """The size of a step, at most `most`, that makes the fewest frames late; the largest such.
 
-        Few rows end in time, but many small steps make late all that wait.
+        The rows of a small step are in time, but those that wait for many small steps are late.
         """
         fit = self.fit(self.limit_s(most) / self._times.slow)
         if fit >= most:

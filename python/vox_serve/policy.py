@@ -29,9 +29,11 @@ PACE = 1.15
 """Frames are made so much faster than all listeners together play them, if the device can."""
 
 EFFICIENT = 0.95
+"""Steps are as small as still makes this share of the most frames a second that a device can make:
+a newcomer waits for the step in progress."""
+
 BEST = 0.97
-"""Shares of the most frames a second that a device makes in large steps: a newcomer waits for a
-step in progress, so steps are smaller if that costs no more; and as good as all."""
+"""If the listeners need this share or more, every step should be full."""
 
 LONG_STEP_S = 0.04
 """Steps grow up to this length for whole answers and their prompts."""

@@ -28,9 +28,9 @@ class RequestReader:
         if request.max_frames is not None and request.max_frames < 1:
             raise ValueError(f"max_frames must be 1 or more, got {request.max_frames}")
         spoken = Segment(request.speaker, self.spoken_text(request))
-        context = (request.context or ()) if self._follows_context else ()
-        parts = self._prompts.build([*context, spoken])
-        before = self._default if request.context is None else None
+        context = request.context if self._follows_context else None
+        parts = self._prompts.build([*(context or ()), spoken])
+        before = self._default if context is None else None
         prompt = Prompt.build(*parts, before)
         length = len(prompt.frames)
         if length >= self._max_positions:

@@ -32,6 +32,11 @@ def run(engine: Engine, *requests: Request, prompts: Sequence[Prompt] = ()) -> d
                 audio[out.request_id].append(torch.from_numpy(out.audio))
             if out.finish_reason:
                 reasons[out.request_id] = out.finish_reason
+    return joined(engine, codes, audio, reasons)
+
+
+def joined(engine: Engine, codes: dict, audio: dict, reasons: dict) -> dict[str, tuple]:
+    """Join the frames of each request to the result of `run`."""
     empty = torch.zeros(0, engine.num_codebooks, dtype=torch.int64)
     return {
         i: (

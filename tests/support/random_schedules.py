@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from engine_testing import joined
 from vox_serve.engine import Engine, Request
 from vox_serve.kv_cache import PAGE_SIZE
 from vox_serve.policy import Row, Step
@@ -74,12 +75,4 @@ def run_at_random(
                 victim = rng.choice(speaking)
                 engine.abort(victim)
                 reasons[victim] = "aborted"
-    none = torch.zeros(0, engine.num_codebooks, dtype=torch.int64)
-    return {
-        i: (
-            torch.stack(codes[i]) if codes[i] else none,
-            torch.cat(audio[i]) if audio[i] else torch.zeros(0),
-            reasons[i],
-        )
-        for i in codes
-    }
+    return joined(engine, codes, audio, reasons)
