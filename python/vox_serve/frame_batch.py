@@ -14,12 +14,14 @@ from enum import Enum
 from functools import partial
 from typing import Generic, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vox_serve.cuda_graphs import Alternative, RowGraphs, rounded_rows
 from vox_serve.kv_cache import CacheRows, CacheSequence, KvCache, copy_to_device
 from vox_serve.mimi import Mimi
+from vox_serve.mimi.state import StreamState
 from vox_serve.model import PERSISTENT_ROWS, CsmModel
 from vox_serve.sampling import SamplingParams, SamplingRows
 from voxkern.backend import OPS, backend_for
@@ -62,7 +64,7 @@ class Frames(NamedTuple):
         """
         if self.copied is not None:
             self.copied.synchronize()
-        if bool((self.codes < NOT_FINITE).any()):
+        if self.codes.numpy().min() < NOT_FINITE:
             raise RuntimeError(
                 "decode_depth's watchdog ended a frame: the blocks of its persistent kernel waited "
                 "for each other in vain"
@@ -75,10 +77,25 @@ class Frames(NamedTuple):
         code: `sample_tokens` draws -1 from logits that are not finite, and all logits of such a
         hidden state are NaN. So a GPU reports them without another copy.
         """
+        audio = self.audio.numpy()
         # In float64 the squares of finite samples do not overflow.
-        norms = torch.linalg.vector_norm(self.audio, dim=1, dtype=torch.float64)
-        levels = norms / self.audio.shape[1] ** 0.5
-        return levels.masked_fill((self.codes < 0).any(1), torch.nan).tolist()
+        squares = np.einsum("bs,bs->b", audio, audio, dtype=np.float64)
+        levels = np.sqrt(squares / audio.shape[1])
+        levels[(self.codes.numpy() < 0).any(1)] = np.nan
+        found: list[float] = levels.tolist()
+        return found
+
+
+class _Views(NamedTuple):
+    """The first rows of a batch's state."""
+
+    frames: Tensor
+    codes: Tensor
+    mask: Tensor
+    hidden: Tensor
+    audio: Tensor
+    sampling: SamplingRows
+    streams: StreamState
 
 
 class FrameBatch(Generic[Member]):
@@ -105,12 +122,15 @@ class FrameBatch(Generic[Member]):
         self._rows: dict[Member, int] = {}
         self._new_pages: list[tuple[Member, int, int]] = []
         self._num_active = 0
-        self._codes = torch.zeros(rows, c.num_codebooks, dtype=torch.int64, device=device)
+        self._frames = torch.zeros(rows, c.num_codebooks + 1, dtype=torch.int64, device=device)
+        self._mask = torch.zeros_like(self._frames, dtype=torch.bool)
+        self._codes = self._frames[:, :-1]  # the last column would be a text token
         self._hidden = torch.zeros(rows, c.backbone.dim, dtype=model.dtype, device=device)
         self._audio = torch.zeros(max_rows, mimi.config.frame_samples, device=device)
         self._cache_rows = CacheRows(cache, rows)
         self._sampling = SamplingRows.empty(rows, device)
         self._streams = mimi.init_state(rows)
+        self._views: dict[int, _Views] = {}
         self._graphs: RowGraphs[Half] | None = None
         # A graph cannot contain ops of the reference, which waits for the host.
         if device.type == "cuda" and all(backend_for("cuda", op) != "reference" for op in OPS):
@@ -140,6 +160,17 @@ class FrameBatch(Generic[Member]):
         """
         stepping = {self._rows[member] for member in active}
         self._num_active = count = len(active)
+        if num_joining or len(stepping) < len(self._rows) or max(stepping, default=-1) >= count:
+            self._park(stepping, num_joining)
+        if self._new_pages:
+            self._cache_rows.append_pages(
+                [(self._rows[member], index, page) for member, index, page in self._new_pages]
+            )
+            self._new_pages.clear()
+
+    def _park(self, stepping: set[int], num_joining: int) -> None:
+        """Make the rows that step the first ones, and keep as many as join free after them."""
+        count = len(stepping)
         used = self._padded(count + num_joining)
         unfilled = (row for row in range(count) if row not in stepping)
         moves = dict(zip((row for row in stepping if row >= count), unfilled, strict=False))
@@ -155,11 +186,6 @@ class FrameBatch(Generic[Member]):
             )
         if moves:
             self._move(moves)
-        if self._new_pages:
-            self._cache_rows.append_pages(
-                [(self._rows[member], index, page) for member, index, page in self._new_pages]
-            )
-            self._new_pages.clear()
 
     def _move(self, moves: dict[int, int]) -> None:
         """Move rows, from the keys to the values."""
@@ -263,16 +289,16 @@ class FrameBatch(Generic[Member]):
         """
         rows = self._num_active
         self._run(Half.DRAW, rows)
-        codes, audio = (
+        frames, audio = (
             tensor[:rows].to("cpu", non_blocking=True, copy=True)
-            for tensor in (self._codes, self._audio)
+            for tensor in (self._frames, self._audio)
         )
         copied = None
         if self.model.device.type == "cuda":
             copied = torch.cuda.Event()
             copied.record()
         members = [member for member in self._members[:rows] if member is not None]
-        return members, Frames(codes, audio, copied)
+        return members, Frames(frames[:, :-1], audio, copied)
 
     def _padded(self, rows: int) -> int:
         """The number of rows that the work for `rows` of them touches."""
@@ -316,14 +342,29 @@ class FrameBatch(Generic[Member]):
         ]
 
     def _run_backbone(self, rows: int) -> None:
-        frames, mask = self.model.next_inputs(self._codes[:rows])
+        view = self._view(rows)
+        torch.ge(view.codes, 0, out=view.mask[:, :-1])  # codes that were not drawn are masked
         batch = self._cache_rows.batch(rows)
-        self._hidden[:rows] = self.model.backbone_step(frames, mask, batch, self.cache)
+        view.hidden.copy_(self.model.backbone_step(view.frames, view.mask, batch, self.cache))
         self._cache_rows.advance(rows)
 
     def _run_draw(self, rows: int, persistent: bool = False) -> None:
-        sampling = self._sampling.view(rows)
-        codes = self.model.draw_frames(self._hidden[:rows], sampling, persistent)
-        sampling.advance(codes[:, 0])
-        self._codes[:rows] = codes
-        self._audio[:rows] = self.mimi.decode_step(codes[:, None], self._streams.view(rows))
+        view = self._view(rows)
+        codes = self.model.draw_frames(view.hidden, view.sampling, persistent)
+        view.sampling.advance(codes[:, 0])
+        view.codes.copy_(codes)
+        view.audio.copy_(self.mimi.decode_step(codes[:, None], view.streams))
+
+    def _view(self, rows: int) -> _Views:
+        """Views of the first rows, kept: a step of a small model has no time to make them."""
+        if rows not in self._views:
+            self._views[rows] = _Views(
+                frames=self._frames[:rows],
+                codes=self._codes[:rows],
+                mask=self._mask[:rows],
+                hidden=self._hidden[:rows],
+                audio=self._audio[:rows],
+                sampling=self._sampling.view(rows),
+                streams=self._streams.view(rows),
+            )
+        return self._views[rows]

@@ -345,7 +345,8 @@ class CacheRows:
         """Cache locations of the next tokens of the first `rows` rows."""
         positions, table = self._positions[:rows], self._page_table[:rows]
         pages = table.gather(1, positions[:, None] // PAGE_SIZE)[:, 0]
-        slots = torch.where(self._steps[:rows] > 0, pages * PAGE_SIZE + positions % PAGE_SIZE, -1)
+        slots = torch.add(positions % PAGE_SIZE, pages, alpha=PAGE_SIZE)
+        slots.masked_fill_(self._steps[:rows] == 0, -1)
         return CacheBatch(
             positions=positions,
             slots=slots,

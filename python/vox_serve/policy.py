@@ -35,6 +35,10 @@ a newcomer waits for the step in progress."""
 BEST = 0.97
 """If the listeners need this share or more, every step should be full."""
 
+MOST = 0.75
+"""A step of this share of the rows or more has all of them: rows that come and go are moved, and
+steps that are hardly shorter help no newcomer."""
+
 LONG_STEP_S = 0.04
 """Steps grow up to this length for whole answers and their prompts."""
 
@@ -68,6 +72,9 @@ def choose_step(rows: Iterable[Row], now_s: float, times: StepTimes, chunk_token
         times: how long steps take.
         chunk_tokens: most prompt tokens of a step.
     """
+    rows = list(rows)
+    if len(rows) == 1 and not rows[0].num_missing and not rows[0].is_new:
+        return Step(rows, [])
     newcomers: list[Row] = []
     prompts: list[Row] = []
     frames: list[Row] = []
@@ -184,6 +191,8 @@ def _sizes(work: list[tuple[Row, int]]) -> tuple[int, int]:
 def _num_paced(num_ready: int, num_streams: int, times: StepTimes) -> tuple[int, bool]:
     """The fewest rows in a step with which frames are made fast enough.
 
+    All rows if the time of such a step is not known: it may be the better one.
+
     Returns:
         The rows; and True if the device is loaded so much that every step should be full.
     """
@@ -196,4 +205,7 @@ def _num_paced(num_ready: int, num_streams: int, times: StepTimes) -> tuple[int,
     is_tight = wanted_hz >= BEST * best_hz
     if is_tight:
         return int(np.flatnonzero(rate_hz >= BEST * best_hz)[-1]) + 1, True
-    return int(np.flatnonzero(rate_hz >= wanted_hz)[0]) + 1, False
+    count = int(np.flatnonzero(rate_hz >= wanted_hz)[0]) + 1
+    if count >= MOST * num_ready or not times.knows(num_ready):
+        count = num_ready
+    return count, False

@@ -1,7 +1,9 @@
 """The seconds that a step of the engine takes, learnt while it runs: no clock, no tensors."""
 
+import math
 import statistics
 from collections import deque
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -16,6 +18,12 @@ page fault, a paused machine, a compiled kernel."""
 SLOW_WINDOW = 127
 MEMORY_FRAMES = 2000
 """Frames over which the cost of prompts is averaged."""
+
+REFRESH_STEPS = 8
+"""A median is computed after so many measurements: each of them changes it little."""
+
+STALE_STEPS = 512
+"""A size is not known any more if it was not measured in so many steps."""
 
 EXACT = 16
 """Counts up to this one have a bucket each; further ones share eight between powers of two."""
@@ -36,6 +44,7 @@ class StepTimes:
         self._tokens = _Curve(FIRST_GUESS_S / 4)
         self._ratios: deque[float] = deque(maxlen=SLOW_WINDOW)
         self._table = np.zeros(1)
+        self._num_steps = 0
         self._prompts_s = self._frames = 0.0
         self.slow = 1.0
         """Measured over predicted seconds, in one of the slowest steps of twenty."""
@@ -53,20 +62,25 @@ class StepTimes:
             prompt_tokens: tokens of prompts in the step.
             seconds: from its begin to its end.
         """
-        if self._rows.is_known or self._tokens.is_known:
+        if self._num_steps:
             self._ratios.append(seconds / max(self.seconds(rows, prompt_tokens), 1e-9))
+        if self._num_steps % REFRESH_STEPS == 0 and self._ratios:
             ordered = sorted(self._ratios)
             self.slow = min(max(ordered[int(0.95 * len(ordered))], 1.0), 2.0)
-        if not prompt_tokens:
-            self._rows.observe(rows, seconds)
-        else:
+        self._num_steps += 1
+        if prompt_tokens:
             self._tokens.observe(prompt_tokens, max(seconds - self.seconds(rows), 0.0))
+        elif self._rows.observe(rows, seconds, self._num_steps):
+            self._table = np.zeros(1)
         keep = max(1 - rows / MEMORY_FRAMES, 0.0)
         self._prompts_s *= keep
         if prompt_tokens:  # beyond the price of its frames in a large step
             self._prompts_s += max(self.seconds(rows, prompt_tokens) - rows * self._rows.each_s, 0)
         self._frames = keep * self._frames + rows
-        self._table = np.zeros(1)
+
+    def knows(self, rows: int) -> bool:
+        """True if steps of about so many rows were measured lately."""
+        return self._num_steps - self._rows.last_step(rows) <= STALE_STEPS
 
     def seconds(self, rows: int, prompt_tokens: int = 0) -> float:
         """Predicted seconds of a step; 0 for an empty one."""
@@ -92,27 +106,45 @@ class StepTimes:
         return int(fits[-1]) + 1 if len(fits) else 0
 
 
+@dataclass
+class _Bucket:
+    """Newest measurements of one size."""
+
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    num_seen: int = 0
+    last_step: int = 0
+
+
 class _Curve:
     """Medians by bucket, with straight lines between them."""
 
     def __init__(self, guess_s: float) -> None:
         self._guess_s = guess_s
-        self._seen: dict[int, deque[float]] = {}
+        self._buckets: dict[int, _Bucket] = {}
         self._medians: dict[int, float] = {}
 
-    @property
-    def is_known(self) -> bool:
-        return bool(self._seen)
-
-    def observe(self, count: int, seconds: float) -> None:
+    def observe(self, count: int, seconds: float, step: int = 0) -> bool:
+        """Take a measurement; True if it changed the curve."""
         if count < 1:
-            return
-        bucket = _bucket(count)
-        is_new = bucket not in self._seen
-        self._seen.setdefault(bucket, deque(maxlen=WINDOW)).append(seconds)
-        self._medians[bucket] = statistics.median(self._seen[bucket])
-        if is_new:
+            return False
+        at = _bucket(count)
+        bucket = self._buckets.get(at)
+        if not bucket or step - bucket.last_step > STALE_STEPS:
+            bucket = self._buckets[at] = _Bucket()
+        bucket.seconds.append(seconds)
+        bucket.num_seen += 1
+        bucket.last_step = step
+        if bucket.num_seen > REFRESH_STEPS and bucket.num_seen % REFRESH_STEPS:
+            return False
+        self._medians[at] = statistics.median(bucket.seconds)
+        if bucket.num_seen == 1:
             self._medians = dict(sorted(self._medians.items()))
+        return True
+
+    def last_step(self, count: int) -> float:
+        """The step given with the last measurement of a size; minus infinity without one."""
+        bucket = self._buckets.get(_bucket(count))
+        return bucket.last_step if bucket else -math.inf
 
     @property
     def each_s(self) -> float:

@@ -8,7 +8,7 @@ from vox_serve.admission import MAX_LOAD, can_admit, wait_s
 from vox_serve.deadlines import FRAME_S, WHOLE_FRAME_S, Row
 from vox_serve.due_rows import WHOLE_RANK_S, WHOLE_WAIT_S
 from vox_serve.policy import FEW_TOKENS, STARVED_S, Step, choose_step
-from vox_serve.step_times import StepTimes
+from vox_serve.step_times import STALE_STEPS, StepTimes
 
 CHUNK_TOKENS = 64
 STEP_S, ROW_S, TOKEN_S = 0.002, 0.003, 0.0002
@@ -152,11 +152,24 @@ class TestStepsThatNobodyHurries:
             step = choose([row], StepTimes())
             assert step.frames or step.prompts
 
-    def test_larger_steps_are_tried_where_nothing_is_known_of_them(self) -> None:
+    @pytest.mark.parametrize("number", [4, 8, 20])
+    def test_larger_steps_are_tried_where_nothing_is_known_of_them(self, number: int) -> None:
         times = StepTimes()
         for _ in range(9):
             times.observe(2, 0, 0.0076)
-        assert len(choose(streams(20, 1.0), times).frames) > 2
+        assert len(choose(streams(number, 1.0), times).frames) == number
+
+    def test_a_size_that_seemed_slow_is_tried_again_later(self) -> None:
+        times = StepTimes()
+        times.observe(1, 0, STEP_S + ROW_S)
+        times.observe(6, 0, 0.5)
+        sizes = []
+        for _ in range(STALE_STEPS + 2):
+            sizes.append(len(choose(streams(6, 1.0), times).frames))
+            times.observe(sizes[-1], 0, STEP_S + ROW_S * sizes[-1])
+        assert sizes[0] < 6
+        assert 6 in sizes
+        assert sizes[-1] == 6
 
 
 class TestWholeAnswers:
@@ -166,8 +179,8 @@ class TestWholeAnswers:
 
     def test_they_never_come_before_a_stream_with_little_in_hand(self) -> None:
         late = whole("answer", waited_s=WHOLE_WAIT_S - 0.1)
-        step = choose([*streams(20, WHOLE_RANK_S - 0.05), late])
-        assert "answer" not in frames(step)
+        rows = streams(20, WHOLE_RANK_S - 0.05)
+        assert choose([late, *rows]).frames[:20] == rows
 
     def test_the_one_that_waited_longest_is_in_after_a_second_whatever_is_due(self) -> None:
         waiting = [whole("longer", WHOLE_WAIT_S + 0.2), whole("long", WHOLE_WAIT_S + 0.1)]
