@@ -75,25 +75,17 @@ def choose_step(rows: Iterable[Row], now_s: float, times: StepTimes, chunk_token
     rows = list(rows)
     if len(rows) == 1 and not rows[0].num_missing and not rows[0].is_new:
         return Step(rows, [])
-    newcomers: list[Row] = []
-    prompts: list[Row] = []
-    frames: list[Row] = []
-    num_whole = num_streams = 0
-    for row in rows:
-        if not row.streams:
-            num_whole += 1
-        elif not row.num_frames:
-            newcomers.append(row)
-            continue
-        else:
-            num_streams += 1
-        (prompts if row.num_missing else frames).append(row)
+    frames = [r for r in rows if not r.num_missing and (r.num_frames or not r.streams)]
+    others = [r for r in rows if r.num_missing or (r.streams and not r.num_frames)]
+    newcomers = [row for row in others if row.streams and not row.num_frames]
+    prompts = [row for row in others if row.num_frames or not row.streams]
+    num_streams = sum(map(attrgetter("streams"), rows))
+    num_whole = len(rows) - num_streams
     ready = DueRows(frames, now_s, times, bool(num_whole))
     hurried = [row for row in prompts if _presses(row, now_s, times, len(frames))]
     if newcomers:
-        newcomers.sort(key=lambda row: _newcomer_rank(row, now_s, times))
-        hurried += newcomers[: _group(len(newcomers), times)]
-    count, is_tight = _num_paced(len(frames), num_streams + len(newcomers), times)
+        hurried += _next_newcomers(newcomers, now_s, times)
+    count, is_tight = _num_paced(len(frames), num_streams, times)
     if hurried:
         riders = count if is_tight else 0
         if step := _hurried_step(ready, hurried, riders, now_s, times, chunk_tokens):
@@ -151,10 +143,17 @@ def _hurried_step(
     return Step(ready.first(max(count, rides)), work)
 
 
-def _newcomer_rank(row: Row, now_s: float, times: StepTimes) -> float:
-    """Shortest prompt first; a second of waiting outweighs a second of prefill."""
-    waited_s = now_s - row.moved_s + (URGENT_S if row.urgent else 0.0)
-    return times.seconds(0, row.num_missing) - waited_s
+def _next_newcomers(rows: list[Row], now_s: float, times: StepTimes) -> list[Row]:
+    """The newcomers to serve together, so that all wait least on average.
+
+    Those with the shortest prompts come first; a second of waiting outweighs a second of prefill.
+    """
+    sizes = np.arange(1, len(rows) + 1)
+    waits_s = times.table(len(rows))[1 : len(rows) + 1] * (len(rows) / sizes + 1)
+    prefill_s = times.prompts_s([row.num_missing for row in rows])
+    came_s = np.array([row.moved_s - URGENT_S * row.urgent for row in rows])
+    order = np.argsort(prefill_s + came_s, kind="stable")
+    return [rows[index] for index in order[: np.argmin(waits_s) + 1].tolist()]
 
 
 def _presses(row: Row, now_s: float, times: StepTimes, num_ready: int) -> bool:
@@ -163,13 +162,6 @@ def _presses(row: Row, now_s: float, times: StepTimes, num_ready: int) -> bool:
         return now_s - row.moved_s > WHOLE_WAIT_S
     needed_s = times.seconds(1, row.num_missing) + times.seconds(num_ready)
     return row.due_s - now_s < 2 * times.slow * needed_s + RESERVE_S
-
-
-def _group(num_newcomers: int, times: StepTimes) -> int:
-    """Newcomers to serve together, so that they wait least on average."""
-    sizes = np.arange(1, num_newcomers + 1)
-    waits = times.table(num_newcomers)[1 : num_newcomers + 1] * (num_newcomers / sizes + 1)
-    return int(np.argmin(waits)) + 1
 
 
 def _cut(rows: list[Row], tokens: int) -> list[tuple[Row, int]]:

@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -84,8 +85,12 @@ class StepTimes:
 
     def seconds(self, rows: int, prompt_tokens: int = 0) -> float:
         """Predicted seconds of a step; 0 for an empty one."""
-        tokens_s = self._tokens.value(prompt_tokens) if prompt_tokens else 0.0
-        return float(self.table(rows)[rows]) + tokens_s
+        return float(self.table(rows)[rows] + self.prompts_s([prompt_tokens])[0])
+
+    def prompts_s(self, tokens: Sequence[int]) -> np.ndarray:
+        """Predicted seconds of prompts on top of a step's rows, of each alone: float64."""
+        counts = np.array(tokens)
+        return np.where(counts > 0, self._tokens.values(counts), 0.0)
 
     def table(self, most_rows: int) -> np.ndarray:
         """Predicted seconds of steps of 0, 1, ... rows without prompt tokens: float64, read only.
@@ -151,9 +156,6 @@ class _Curve:
         """The price of one in a large step."""
         at = max(self._medians, default=1)
         return self._medians.get(at, self._guess_s) / at
-
-    def value(self, count: int) -> float:
-        return float(self.values(np.array([count]))[0])
 
     def values(self, counts: np.ndarray) -> np.ndarray:
         medians = self._medians or {1: self._guess_s}
