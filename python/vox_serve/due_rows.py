@@ -23,10 +23,10 @@ class DueRows:
     """Rows that can make a frame, in the order in which they are due, and their slack."""
 
     def __init__(self, rows: list[Row], now_s: float, times: StepTimes, has_whole: bool) -> None:
-        slack_s = np.fromiter(map(attrgetter("due_s"), rows), float, len(rows)) - now_s
+        slack_s = np.fromiter([row.due_s for row in rows], float, len(rows)) - now_s
         overdue: list[Row] = []
         if has_whole:
-            streams = np.fromiter(map(attrgetter("streams"), rows), bool, len(rows))
+            streams = np.fromiter([row.streams for row in rows], bool, len(rows))
             slack_s = np.where(streams, slack_s, np.maximum(slack_s, WHOLE_RANK_S))
             overdue = [r for r in rows if not r.streams and now_s - r.moved_s > WHOLE_WAIT_S]
         self._order = np.argsort(slack_s, kind="stable")
@@ -63,11 +63,11 @@ class DueRows:
         if fit >= most:
             return most
         step_s = self._times.slow * self._times.table(most)
+        slack_s = self._slack_s[:most]
         fewest, best = np.inf, most
         for count in sorted({most, max(fit, 1), *(most * eighth // 8 for eighth in range(1, 8))}):
-            ends_s = np.full(most, step_s[count])
-            ends_s[count:] += step_s[1 : most - count + 1]
-            spare_s = self._slack_s[:most] - ends_s
+            spare_s = slack_s - step_s[count]
+            spare_s[count:] -= step_s[1 : most - count + 1]
             late = np.count_nonzero(spare_s < 0) + RISK * np.count_nonzero(spare_s < RESERVE_S)
             if count and late <= fewest:
                 fewest, best = late, count
