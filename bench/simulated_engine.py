@@ -187,7 +187,7 @@ class Simulation:
         server.line.append((index, row))
         self._admit(server, now_s, arrived=True)
         if server.line and server.line[-1][0] == index:
-            wait = wait_s(list(server.live.values()), now_s, len(server.line) - 1)
+            wait = wait_s(list(server.live.values()), now_s, server.times, len(server.line) - 1)
             if wait > server.policy.max_wait_s:
                 self._refuse(server, index, now_s)
             else:

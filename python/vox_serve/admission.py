@@ -58,17 +58,26 @@ def can_admit(
     return bool(allowed.all() and cost[-1] <= MAX_LOAD)
 
 
-def wait_s(rows: Sequence[Row], now_s: float, num_ahead: int = 0) -> float:
+def wait_s(rows: Sequence[Row], now_s: float, times: StepTimes, num_ahead: int = 0) -> float:
     """Predicted seconds until a request gets its place, if all places are taken now.
+
+    Speech is made as fast as the device can: its place is free before it is played. All rows get
+    equally many frames until the shortest of them ends, and so on.
 
     Args:
         rows: all live requests.
         now_s: the time by the caller's clock.
+        times: how long steps take.
         num_ahead: requests that wait before it.
     """
     if not rows:
         return 0.0
-    ends_s = np.sort(_speech(rows, now_s, UNKNOWN_FRAMES, 0.0)[1])
+    starts_s, ends_s, weights = _speech(rows, now_s, UNKNOWN_FRAMES, 0.0)
+    left = np.sort((ends_s - starts_s) * weights / FRAME_S)
+    sizes = np.arange(1, len(rows) + 1)
+    frame_s = np.min(times.table(len(rows))[1 : len(rows) + 1] / sizes) + times.prompt_s
+    made_s = frame_s * (np.cumsum(left) + left * (len(rows) - sizes))
+    ends_s = np.minimum(np.sort(ends_s), made_s)
     rounds, place = divmod(num_ahead, len(rows))
     return WAIT_MARGIN * float(ends_s[place] + rounds * ends_s.mean())
 

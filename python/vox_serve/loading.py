@@ -31,6 +31,12 @@ SMALL_MODEL_PARAMETERS = 100_000_000
 
 PREFIX_CACHE_BYTES = 2**29
 
+GPU_ROWS, CPU_ROWS, FIFO_ROWS = 64, 32, 8
+"""Requests that are spoken at the same time, by default, if half of the free memory holds them. A
+step reads every weight once for all, so a GPU gains from many: 64 sequences of 2048 positions take
+4 GiB of CSM-1B's keys and values. The deadline policy begins no more streams than a CPU can speak;
+without it, more than a few are slower than real time."""
+
 
 def load_engine(
     model: str | Path, num_spare_rows: int = 0, choose: Choose = choose_all, **settings: Any
@@ -75,11 +81,11 @@ def load_engine(
     prompts = PromptBuilder.from_folder(folder, config)
     max_batch_size = setting.max_batch_size
     if max_batch_size is None:
-        free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+        is_cuda = device.type == "cuda"
+        free_bytes = torch.cuda.mem_get_info(device)[0] if is_cuda else memory_bytes()
         sequence_bytes = KvCache.sequence_bytes(config.backbone, dtype)
-        max_batch_size = choose_batch_size(sequence_bytes, free_bytes)
-        if device.type == "cpu":
-            max_batch_size = max(1, min(max_batch_size, memory_bytes() // 2 // sequence_bytes))
+        most = GPU_ROWS if is_cuda else FIFO_ROWS if choose is choose_all else CPU_ROWS
+        max_batch_size = max(1, min(most, free_bytes // 2 // sequence_bytes))
     try:
         return Engine(
             CsmModel(config, checkpoint.weights),
@@ -100,20 +106,6 @@ def load_engine(
             raise
         reason = str(error).splitlines()[0]
         raise ValueError(f"max_batch_size {max_batch_size}: {reason}") from None
-
-
-def choose_batch_size(sequence_bytes: int, free_bytes: int | None) -> int:
-    """The default number of requests that share a step.
-
-    A step reads every weight once for all requests, so a GPU gains from many: 64 sequences of 2048
-    positions take 4 GiB of CSM-1B's keys and values. On a CPU, more than a few requests are slower
-    than real time anyway.
-
-    Args:
-        sequence_bytes: bytes of keys and values of the longest sequence.
-        free_bytes: free GPU memory, half of which is left for other uses; None for a CPU.
-    """
-    return 8 if free_bytes is None else max(1, min(64, free_bytes // 2 // sequence_bytes))
 
 
 def choose_cache_bytes(setting: int | None, device: torch.device) -> int:

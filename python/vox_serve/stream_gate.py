@@ -48,4 +48,4 @@ class StreamGate:
 
     def wait_s(self, num_ahead: int) -> float:
         """Predicted seconds until a request that finds the gate closed gets its place."""
-        return wait_s(self._engine.rows, self._clock(), num_ahead)
+        return wait_s(self._engine.rows, self._clock(), self._engine.times, num_ahead)

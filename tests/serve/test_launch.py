@@ -214,7 +214,7 @@ def test_the_documented_line_serves(documented_server):
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=TIMEOUT_S) as answer:
         health = json.load(answer)
     assert health["status"] == "ok"
-    assert (health["device"], health["max_batch_size"]) == ("cpu", 8)
+    assert (health["device"], health["max_batch_size"]) == ("cpu", 32)
     whole = _post(port, {"text": "Hello.", "seed": 1})
     streamed = _post(port, {"text": "Hello.", "seed": 1, "streaming": True})
     assert len(whole) == 44 + 3 * 3840

@@ -5,7 +5,12 @@ import logging
 import pytest
 import torch
 
+from checkpoints import build_tiny
 from vox_serve import loading
+from vox_serve.fifo import choose_all
+from vox_serve.kv_cache import KvCache
+from vox_serve.loading import load_engine
+from vox_serve.policy import choose_step
 from voxkern import backend
 
 # conftest.py replaces it.
@@ -72,16 +77,14 @@ def test_a_forced_backend_decides(a_gpu, name, device, caplog):
 
 
 @pytest.mark.parametrize(
-    ("sequence_bytes", "free_bytes", "expected"),
-    [
-        (2**26, None, 8),  # a CPU
-        (2**26, 80 * 2**30, 64),
-        (2**26, 4 * 2**30, 32),
-        (2**26, 2**20, 1),
-    ],
+    ("choose", "sequences", "expected"),
+    [(choose_step, 10**6, 32), (choose_all, 10**6, 8), (choose_step, 8, 4), (choose_step, 3, 1)],
 )
-def test_the_default_batch_size(sequence_bytes, free_bytes, expected):
-    assert loading.choose_batch_size(sequence_bytes, free_bytes) == expected
+def test_the_default_batch_size(monkeypatch, tmp_path, choose, sequences, expected):
+    monkeypatch.setattr(KvCache, "sequence_bytes", lambda config, dtype: 2**20)
+    monkeypatch.setattr(loading, "memory_bytes", lambda: sequences * 2**20)
+    folder = build_tiny().write(tmp_path)
+    assert load_engine(str(folder), choose=choose).max_batch_size == expected
 
 
 @pytest.mark.parametrize("quantize", ["none", "int4"])

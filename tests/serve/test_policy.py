@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from vox_serve.admission import MAX_LOAD, can_admit, wait_s
+from vox_serve.admission import MAX_LOAD, WAIT_MARGIN, can_admit, wait_s
 from vox_serve.deadlines import FRAME_S, WHOLE_FRAME_S, Row
 from vox_serve.due_rows import WHOLE_RANK_S, WHOLE_WAIT_S
 from vox_serve.policy import FEW_TOKENS, STARVED_S, Step, choose_step
@@ -266,7 +266,14 @@ class TestAdmission:
         rows = streams(4, 1.0)
         for left, row in enumerate(rows):
             row.frames_expected = 10 + 25 * (1 + left)
-        waits = [wait_s(rows, 0.0, num_ahead) for num_ahead in range(6)]
+        waits = [wait_s(rows, 0.0, cpu_times(), num_ahead) for num_ahead in range(6)]
         assert waits == sorted(waits)
-        assert waits[0] >= 1.0 + 25 * FRAME_S
-        assert wait_s([], 0.0, 3) == 0.0
+        assert waits[0] == pytest.approx(WAIT_MARGIN * 25 * (STEP_S + 4 * ROW_S), rel=0.05)
+        assert wait_s([], 0.0, cpu_times(), 3) == 0.0
+
+    def test_the_wait_ends_when_speech_is_played_if_it_is_made_no_faster(self) -> None:
+        slow = StepTimes()
+        slow.observe(1, 0, FRAME_S)
+        [row] = streams(1, 1.0)
+        row.frames_expected = 10 + 25
+        assert wait_s([row] * 4, 0.0, slow) == pytest.approx(WAIT_MARGIN * (1.0 + 25 * FRAME_S))
