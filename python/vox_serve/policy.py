@@ -8,7 +8,7 @@ The rules, in this order:
 2. Newcomers, whose listeners hear nothing yet, come next. Other rows wait meanwhile: their
    listeners have audio in hand. Prompts are cut to what fits before the next frame is due.
 3. Otherwise the rows that are due first are in the step, as few as keep all listeners supplied: a
-   newcomer waits for the step in progress.
+   newcomer waits for the step in progress. A size that was not measured lately is tried.
 4. Whole answers have no listener. They take the place of streams that are ahead of their
    listeners, and none waits longer than `WHOLE_WAIT_S` and one step for each that waited longer.
 """

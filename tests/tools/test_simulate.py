@@ -50,7 +50,7 @@ def test_frames_that_come_too_late_are_counted():
 
 def test_requests_that_would_wait_too_long_are_refused_at_once():
     crowd = [Speech(0.0, frames=100, prompt_tokens=1, expected=100)] * 3
-    policy = Policy(all_rows, lambda *_: False, max_wait_s=1.0)
+    policy = Policy(all_rows, lambda *_: False, max_wait_s=0.5)
     outcomes = run(policy, *crowd)
     assert [outcome.refused for outcome in outcomes] == [False, True, True]
     assert outcomes[1].refused_s == 0.0
