@@ -6,7 +6,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
+
+TERMS_AT_ONCE = 2**16
+"""Products of two floating-point numbers that a dot computes before it adds them: 256 KB."""
 
 
 def patch_interpreter() -> None:
@@ -18,13 +22,15 @@ def patch_interpreter() -> None:
     a one-element array to an integer).
 
     Speed: it replaces the language's functions at every call of a helper, although once is enough
-    in a process that compiles nothing; it computes every integer sum twice to detect overflow; and
-    it derives the same types and shapes again for the result of every operation.
+    in a process that compiles nothing; it computes every integer sum twice to detect overflow; it
+    derives the same types and shapes again for the result of every operation; and it compares the
+    shapes of operands dimension by dimension in Triton's types.
     """
     builder = interpreter.InterpreterBuilder
     convert, multiply = interpreter._convert_float, builder.create_dot
     interpreter._convert_float = functools.partial(convert_float, convert)
     builder.create_dot = functools.partialmethod(create_dot, multiply)
+    TritonSemantic.broadcast_impl_value = broadcast_impl_value
     interpreter._patch_lang = functools.partial(patch_once, interpreter._patch_lang, set())
     options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
     interpreter.interpreter_builder.options = options
@@ -51,11 +57,32 @@ def create_dot(builder, multiply, a, b, d, *rest):
     the last, as on a GPU they have one order for all rows; integers go to `multiply`."""
     if not a.dtype.scalar.is_floating():
         return multiply(builder, a, b, d, *rest)
-    a, b = as_float(a), as_float(b)
-    out, product = np.zeros_like(d.data), np.empty_like(d.data)
-    for k in range(a.shape[-1]):
-        out += np.multiply(a[..., :, k, None], b[..., None, k, :], out=product)
+    a = np.moveaxis(as_float(a), -1, 0)[..., None]
+    b = np.moveaxis(as_float(b), -2, 0)[..., None, :]
+    out = np.zeros_like(d.data)
+    step = max(1, TERMS_AT_ONCE // out.size)
+    products = np.empty((min(step, len(a)), *out.shape), out.dtype)
+    for k in range(0, len(a), step):
+        terms = np.multiply(a[k : k + step], b[k : k + step], out=products[: len(a) - k])
+        terms[0] += out
+        np.add.reduce(terms, 0, out=out)  # term after term, because a tile has several elements
     return interpreter.TensorHandle(out + d.data, d.dtype.scalar)
+
+
+def broadcast_impl_value(semantic, *operands):
+    """Two operands, each in the shape that they have together; two scalars stay scalars."""
+    shapes = [tuple(x.type.shape) if x.type.is_block() else () for x in operands]
+    shape = shapes[0] if shapes[0] == shapes[1] else np.broadcast_shapes(*shapes)
+    return tuple(
+        x if own == shape else expanded(x, own, shape)
+        for x, own in zip(operands, shapes, strict=True)
+    )
+
+
+def expanded(x, own, shape):
+    values = np.broadcast_to(x.handle.data.reshape(own), shape)
+    handle = interpreter.TensorHandle(values, x.handle.dtype)
+    return tl.tensor(handle, tl.block_type(x.type.scalar, list(shape)))
 
 
 def as_float(operand):
