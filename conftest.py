@@ -1,3 +1,4 @@
+import gc
 import os
 from pathlib import Path
 
@@ -5,6 +6,9 @@ from pathlib import Path
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("VOXKERN_NUM_THREADS", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A garbage collection would look at everything imported and collected, again and again.
+gc.disable()
 
 import pytest
 import torch
@@ -31,8 +35,14 @@ def pytest_generate_tests(metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """The longest test first: at the end, one worker would wait for the other."""
-    items.sort(key=lambda item: "compiles_for_hopper" not in item.name)
+    """The longest tests first: at the end, one worker would wait for the others."""
+    longest = ("compiles_for_hopper", "test_every_command_runs", "test_atheris")
+    items.sort(key=lambda item: not any(name in item.name for name in longest))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 # With tensors this small, more torch threads would only wait for each other.
