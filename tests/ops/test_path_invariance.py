@@ -2,7 +2,7 @@
 one prefill, a prefill in chunks, or a decode step, alone or in a batch. So a prefix cache may mix
 pages of prompts and of generated frames, and a cache hit never changes a code."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -42,12 +42,15 @@ BACKENDS = [
 
 
 def cases(backend: Target) -> list[tuple]:
-    """Precisions in which the backend keeps the promise, with their names."""
+    """Precisions in which the backend keeps the promise, with their names. Slow backends have one
+    layer: a second one would only repeat a difference of the first."""
     named = list(zip(PRECISIONS, IDS, strict=True))
-    if backend.backend != "simt":
+    if not backend.slow:
         return named
-    reduced = {ALIGNED: SMALL, SIZES[1]: NARROW_HEADS}
-    small = [((reduced.get(p[0], p[0]), *p[1:]), name) for p, name in named]
+    reduced = {ALIGNED: SMALL, SIZES[1]: NARROW_HEADS} if backend.backend == "simt" else {}
+    small = [((replace(reduced.get(p[0], p[0]), L=1), *p[1:]), name) for p, name in named]
+    if backend.interpreted:
+        return small
     return [(p, name) for p, name in small if not on_tensor_cores(*p[:2])]
 
 
@@ -184,12 +187,14 @@ LONG_LENGTHS = [300, 383, 384, 385, 511, 512, 513, 599]
 another block or split of keys."""
 
 
-def lengths_for(backend: Target) -> list[int]:
+def lengths_for(backend: Target, sizes: Sizes) -> list[int]:
     if backend.backend == "reference":  # it has no blocks and no splits
         return [0, 1, 2, 7, 8, 9, 33, 100]
     if backend.backend == "simt":  # warps of 32 keys, splits of 128
         return [0, 1, 31, 32, 33, 127, 128, 129]
-    return LENGTHS if backend.interpreted else [*LENGTHS, *LONG_LENGTHS]
+    if backend.interpreted:  # splits of 256 keys in ALIGNED's width, of 128 in WIDE_HEADS'
+        return LENGTHS if sizes.D == ALIGNED.D else [*LENGTHS[:15], 3, 5, 9, 17]
+    return [*LENGTHS, *LONG_LENGTHS]
 
 
 def assert_same(got: Tensor, expected: Tensor, where: str) -> None:
@@ -202,9 +207,9 @@ def assert_same(got: Tensor, expected: Tensor, where: str) -> None:
 def row_counts(backend: Target, sizes: Sizes) -> list[int]:
     """Rows of a decode step's batch: every size for which a backend has another kernel."""
     if backend.interpreted:
-        return [8, 27] if sizes is ALIGNED else [27]
+        return [8, 27] if sizes.C == ALIGNED.C else [27]
     if backend.backend == "simt":
-        return [3, 27] if sizes is SMALL else [27]
+        return [3, 27] if sizes == SMALL else [27]
     return [1, 3, 8, 27]
 
 
@@ -220,9 +225,11 @@ def row_counts(backend: Target, sizes: Sizes) -> list[int]:
 def test_a_decode_step_equals_prefill(backend, sizes, dtype, format, rows):
     """A decode step at many cached lengths, `rows` of them in a batch."""
     backbone = Backbone(backend, sizes, dtype, format)
-    lengths = lengths_for(backend)
+    lengths = lengths_for(backend, sizes)
     if rows == 1:
         lengths = lengths[::4]
+    elif backend.backend == "simt" and rows < 8:  # the case of 27 rows has all lengths
+        lengths = lengths[:5]
     tokens = max(lengths) + 1
     pages = Pages(backbone, tokens + sum(lengths) + (1 + len(lengths)) * sizes.S)
     whole = pages.sequence(backbone.random_inputs(tokens))
@@ -253,8 +260,8 @@ CHUNKED_CASES = [
 @pytest.mark.parametrize(("backend", "sizes", "dtype", "format", "chunks"), CHUNKED_CASES)
 def test_prefill_in_chunks_equals_one_prefill(backend, sizes, dtype, format, chunks):
     """In a batch with another sequence, whose chunks are of other sizes."""
-    if backend.slow:
-        chunks = [max(1, chunk // 4) for chunk in chunks]
+    if backend.backend != "native":  # on an emulated GPU, two warps of 32 keys
+        chunks = [max(1, chunk // (6 if backend.backend == "simt" else 4)) for chunk in chunks]
     backbone = Backbone(backend, sizes, dtype, format)
     tokens = sum(chunks)
     pages = Pages(backbone, 3 * (tokens + sizes.S))
