@@ -14,6 +14,7 @@ import threading
 import pytest
 
 from fake_engine import TIMEOUT_S, expected_pcm
+from forked_python import python
 from live_server import wait_until
 from vox_serve import connections
 from vox_serve.audio import wav_file
@@ -61,7 +62,7 @@ def test_more_silent_clients_than_descriptors_leave_normal_ones_unhurt(tmp_path)
     log = tmp_path / "log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, str(port)], stdout=output, stderr=output, env=environment
+            [*python(), "-c", SERVER, str(port)], stdout=output, stderr=output, env=environment
         )
     silent = []
     try:

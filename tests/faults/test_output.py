@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import resource
+import shlex
 import stat
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from fake_engine import FakeEngine, expected_pcm
+from forked_python import python
 from vox_serve import atomic_file, say
 from vox_serve.atomic_file import atomic_write
 from vox_serve.audio import wav_file
@@ -22,7 +24,6 @@ from vox_serve.cli import one_line
 ROOT = Path(__file__).parents[2]
 COMMANDS = {
     "$SAY": f"{sys.executable} -m vox_serve.say",
-    "$FAKE": f"{sys.executable} {ROOT / 'tests' / 'support' / 'say_fake.py'}",
     "$LAUNCH": f"{sys.executable} -m vox_serve.launch",
 }
 TIMEOUT_S = 120
@@ -240,7 +241,8 @@ def test_one_file_for_both_outputs_is_refused(tmp_path, monkeypatch, capsys):
 
 def run_shell(line: str, **options) -> subprocess.CompletedProcess:
     """Run a shell line; $FAKE stands for `say` with the fake engine."""
-    for name, command in COMMANDS.items():
+    fake = [*python(), str(ROOT / "tests" / "support" / "say_fake.py")]
+    for name, command in {**COMMANDS, "$FAKE": shlex.join(fake)}.items():
         line = line.replace(name, command)
     paths = os.pathsep.join(filter(None, sys.path))
     return subprocess.run(

@@ -12,6 +12,7 @@ import pytest
 
 from checkpoints import build_tiny
 from fake_engine import ENDLESS, TIMEOUT_S, FakeEngine, expected_pcm
+from forked_python import python
 from live_server import LiveServer, wait_until
 from vox_serve.audio import pcm16, wav_file
 from vox_serve.engine import Engine, Request
@@ -237,5 +238,5 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or (0 if same else 4
 def test_a_forked_process_and_its_parent_speak_on(folder):
     path = os.pathsep.join(filter(None, sys.path))
     environment = {**os.environ, "PYTHONPATH": path, "VOX_SERVE_DEVICE": "cpu"}
-    command = [sys.executable, "-c", FORK, str(folder)]
+    command = [*python(), "-c", FORK, str(folder)]
     assert subprocess.run(command, env=environment, timeout=4 * TIMEOUT_S).returncode == 0

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from forked_python import python
 from voxkern import backend
 from voxkern.backend import OPS, backend_for, why_missing
 
@@ -34,7 +35,7 @@ def test_a_forced_backend_serves(force):
 def test_the_variable_forces_a_backend_from_the_start():
     code = "from voxkern.backend import OPS, backend_for; print(backend_for('cpu', OPS[0]))"
     result = subprocess.run(
-        [sys.executable, "-c", code],
+        [*python(), "-c", code],
         env={**os.environ, "VOXKERN_BACKEND": "reference"},
         capture_output=True,
         text=True,
@@ -145,16 +146,14 @@ def test_nothing_of_triton_is_imported_at_the_start():
     code = (
         "import sys, voxkern; voxkern.backend.backend_for('cuda'); print('triton' in sys.modules)"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([*python(), "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "False\n"
 
 
 @pytest.mark.slow
 def test_the_table_of_this_machine():
     result = subprocess.run(
-        [sys.executable, "-m", "voxkern"], capture_output=True, text=True, check=True
+        [*python(), "-m", "voxkern"], capture_output=True, text=True, check=True
     )
     assert torch.__version__ in result.stdout
     for op in OPS:

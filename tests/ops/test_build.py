@@ -3,10 +3,11 @@
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from forked_python import python
 
 ROOT = Path(__file__).parents[2]
 OBJECTS = sorted(
@@ -58,7 +59,7 @@ def build(folder: Path, cuda: str, breaks: str = "nothing") -> subprocess.Comple
         "VOXKERN_CUDA": cuda,
     }
     return subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        [*python(), "setup.py", "build_ext", "--inplace"],
         cwd=folder,
         env=environment,
         capture_output=True,

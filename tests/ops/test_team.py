@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import voxkern
+from forked_python import python
 from ops_testing import Target
 from voxkern import ops
 
@@ -35,49 +36,15 @@ def attention() -> torch.Tensor:
     return ops.decode_attention(q, k_pages, v_pages, page_table, seq_lens, 0.125)
 
 
-FORKS = """
-import os, signal, sys, torch
-for request in sys.stdin:
-    code, environment, output, errors = eval(request)
-    child = os.fork()
-    if child == 0:
-        signal.alarm(120)  # ends a child that hangs
-        os.environ |= environment
-        for path, descriptor in ((output, 1), (errors, 2)):
-            os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), descriptor)
-        exec(code)
-        sys.exit()
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def python():
-    """A process that has imported torch, which takes seconds, but not voxkern."""
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
     inherited = {k: v for k, v in os.environ.items() if k != "VOXKERN_NUM_THREADS"}
-    # numpy's BLAS would try to start its own threads within the limits that the tests set.
-    environment = inherited | {"OPENBLAS_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [sys.executable, "-c", FORKS],
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+    return subprocess.run(
+        [*python(), "-c", code],
+        env=inherited | environment,
+        capture_output=True,
         text=True,
-    ) as process:
-        yield process
-
-
-@pytest.fixture
-def run_python(python, tmp_path):
-    """A function that runs code in a fork of that process."""
-
-    def run(code: str, **environment: str) -> subprocess.CompletedProcess:
-        output, errors = tmp_path / "stdout", tmp_path / "stderr"
-        print((code, environment, str(output), str(errors)), file=python.stdin, flush=True)
-        returned = int(python.stdout.readline())
-        return subprocess.CompletedProcess(code, returned, output.read_text(), errors.read_text())
-
-    return run
+        timeout=120,
+    )
 
 
 def test_resizing_under_callers_of_several_threads():
@@ -122,7 +89,7 @@ def test_absurd_numbers_of_threads_are_refused(n):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's")
-def test_threads_that_cannot_start_are_an_error(run_python):
+def test_threads_that_cannot_start_are_an_error():
     result = run_python(
         "import resource, torch, voxkern\n"
         "from voxkern import ops\n"
@@ -156,7 +123,7 @@ def test_threads_that_cannot_start_are_an_error(run_python):
         ("VOXKERN_LIBRARY", "/no/such.so", "VOXKERN_LIBRARY=/no/such.so: there is no such file"),
     ],
 )
-def test_a_wrong_environment_variable_is_named(run_python, variable, value, message):
+def test_a_wrong_environment_variable_is_named(variable, value, message):
     code = "import torch; from voxkern import ops; ops.linear(*torch.zeros(2, 512, 512))"
     result = run_python(code, **{"OMP_NUM_THREADS": "2", variable: value})
     assert result.returncode == 1
@@ -168,7 +135,7 @@ def test_a_wrong_environment_variable_is_named(run_python, variable, value, mess
     reason="every thread stays on one processor anyway",
 )
 @pytest.mark.parametrize(("pin", "pinned"), [("0", 0), ("1", 3)])
-def test_pinned_workers_stay_on_one_processor_each(run_python, pin, pinned):
+def test_pinned_workers_stay_on_one_processor_each(pin, pinned):
     code = (
         "import os, torch\n"
         "from voxkern import ops\n"
@@ -229,7 +196,7 @@ def test_limits_of_cgroups_are_found(name, tmp_path):
     assert torch.ops.voxkern.cpu_quota(str(tmp_path)) == expected
 
 
-def test_the_environment_is_heeded(run_python):
+def test_the_environment_is_heeded():
     code = "import torch, voxkern; print(voxkern.num_threads(), torch.ops.voxkern.cpu_isa())"
     result = run_python(code, VOXKERN_NUM_THREADS="5", OMP_NUM_THREADS="2", VOXKERN_ISA="baseline")
     assert result.stdout.split() == ["5", "baseline"], result.stderr

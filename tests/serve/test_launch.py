@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints import build_tiny
+from forked_python import python
 from live_server import wait_until
 from vox_serve import launch
 from vox_serve.cli import CommandError
@@ -158,7 +159,7 @@ def test_serving_needs_no_transformers():
     code += (
         "assert not {'transformers', 'scipy', 'soundfile', 'huggingface_hub'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, env=_environment())
+    subprocess.run([*python(), "-c", code], check=True, env=_environment())
 
 
 def _environment() -> dict[str, str]:

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 
 from checkpoints import TinyShape, build_tiny
+from forked_python import python
 from vox_serve import say, weight_cache, weights
 from vox_serve.atomic_file import replaced
 from vox_serve.engine import Request
@@ -342,7 +343,7 @@ def test_a_checkpoint_that_changes_while_it_is_read_is_not_cached(folder, monkey
 
 def run(script, *arguments):
     return subprocess.Popen(
-        [sys.executable, "-c", script, *map(str, arguments)],
+        [*python(), "-c", script, *map(str, arguments)],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},

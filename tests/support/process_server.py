@@ -1,19 +1,23 @@
 """The server's command in a process of its own, with a fake engine."""
 
+import contextlib
 import http.client
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 from fake_engine import TIMEOUT_S
+from forked_python import python
 
 CODE = """
-import sys
+import os, sys
 from fake_engine import ENDLESS, FakeEngine
 from vox_serve import launch
 
+print(os.getpid(), flush=True)
 engine = FakeEngine({engine})
 {after}
 launch.make_engine = lambda *_, **__: engine
@@ -35,7 +39,7 @@ class ProcessServer:
     def __init__(self, log: Path, engine: str = "", after: str = "", port: int = 0, flags=()):
         self.log = log
         code = CODE.format(engine=engine, after=after)
-        command = [sys.executable, "-c", code, "--port", str(port), "--log_level=info", *flags]
+        command = [*python(), "-c", code, "--port", str(port), "--log_level=info", *flags]
         path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
         with log.open("w") as errors:
             self.process = subprocess.Popen(
@@ -45,6 +49,8 @@ class ProcessServer:
                 text=True,
                 env={**os.environ, "PYTHONPATH": path},
             )
+        self.pid = int(self.process.stdout.readline() or 0)
+        assert self.pid, log.read_text()
         url = next((line for line in self.process.stdout if "ready at" in line), "")
         assert url, log.read_text()
         self.port = int(url.split(" (")[0].rpartition(":")[2])
@@ -53,12 +59,14 @@ class ProcessServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            if self.process.poll() is None:
+                self.signal(signal.SIGKILL)
         self.process.wait(TIMEOUT_S)
         self.process.stdout.close()
 
     def signal(self, number: int) -> None:
-        self.process.send_signal(number)
+        os.kill(self.pid, number)
 
     def wait(self) -> int:
         return self.process.wait(TIMEOUT_S)

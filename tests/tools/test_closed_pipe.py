@@ -2,11 +2,11 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from forked_python import python
 from voxkern.console import quiet_on_closed_pipe
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ def test_a_closed_pipe_ends_a_command_silently(command):
     os.close(read_end)
     try:
         result = subprocess.run(
-            [sys.executable, *command], stdout=write_end, stderr=subprocess.PIPE, text=True
+            [*python(), *command], stdout=write_end, stderr=subprocess.PIPE, text=True
         )
     finally:
         os.close(write_end)
