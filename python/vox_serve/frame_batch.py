@@ -77,11 +77,9 @@ class Frames(NamedTuple):
         code: `sample_tokens` draws -1 from logits that are not finite, and all logits of such a
         hidden state are NaN. So a GPU reports them without another copy.
         """
-        audio = self.audio.numpy()
-        # In float64 the squares of finite samples do not overflow.
-        squares = np.einsum("bs,bs->b", audio, audio, dtype=np.float64)
-        levels = np.sqrt(squares / audio.shape[1])
-        levels[(self.codes.numpy() < 0).any(1)] = np.nan
+        audio = self.audio.numpy().astype(np.float64)  # squares of finite samples do not overflow
+        levels = np.sqrt(np.square(audio, out=audio).mean(1))
+        levels[self.codes.numpy().min(1) < 0] = np.nan
         found: list[float] = levels.tolist()
         return found
 
@@ -101,8 +99,8 @@ class _Views(NamedTuple):
 class FrameBatch(Generic[Member]):
     """Rows of state, and the two halves of a frame of the first rows.
 
-    In each step call `arrange`, `step_backbone`, `join` for new members, and `draw_frames`. A row
-    that was not arranged to step keeps its state.
+    In each step, in inference mode, call `arrange`, `step_backbone`, `join` for new members, and
+    `draw_frames`. A row that was not arranged to step keeps its state.
 
     Args:
         model: the two transformers.
@@ -150,7 +148,6 @@ class FrameBatch(Generic[Member]):
         """Rows that have state."""
         return len(self._members)
 
-    @torch.inference_mode()
     def arrange(self, active: Sequence[Member], num_joining: int = 0) -> None:
         """Make some members the first rows, which step, and park the others.
 
@@ -272,17 +269,16 @@ class FrameBatch(Generic[Member]):
         for row in range(self._streams.batch_size):
             self._streams.reset(row)
 
-    @torch.inference_mode()
     def step_backbone(self) -> None:
         """Turn the last frame of each row that steps into its next hidden state."""
         if self._num_active:
             self._run(Half.BACKBONE, self._num_active)
 
-    @torch.inference_mode()
     def draw_frames(self) -> tuple[list[Member], Frames]:
         """Turn hidden states into frames, of the rows that step and of those that joined.
 
-        On a GPU this returns before the frame is finished, and the next one may be begun.
+        On a GPU this returns before the frame is finished, and the next one may be begun. On a CPU
+        the next step overwrites the frame.
 
         Returns:
             The members that step, and the frame of each.
@@ -290,8 +286,7 @@ class FrameBatch(Generic[Member]):
         rows = self._num_active
         self._run(Half.DRAW, rows)
         frames, audio = (
-            tensor[:rows].to("cpu", non_blocking=True, copy=True)
-            for tensor in (self._frames, self._audio)
+            tensor[:rows].to("cpu", non_blocking=True) for tensor in (self._frames, self._audio)
         )
         copied = None
         if self.model.device.type == "cuda":
