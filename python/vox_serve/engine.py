@@ -427,7 +427,7 @@ class Engine:
         if codes is None:
             self.abort(live.request.id)
             return FrameOutput(live.request.id, None, None, "stop")
-        # Copy: the rows are views of the whole batch's tensors, which the next step overwrites.
+        # Copy: the rows are views of the whole batch's tensors, in memory that the GPU writes to.
         live.codes.append(codes.clone())
         live.row.made_frame(now_s)
         reason: FinishReason | None = None

@@ -277,8 +277,7 @@ class FrameBatch(Generic[Member]):
     def draw_frames(self) -> tuple[list[Member], Frames]:
         """Turn hidden states into frames, of the rows that step and of those that joined.
 
-        On a GPU this returns before the frame is finished, and the next one may be begun. On a CPU
-        the next step overwrites the frame.
+        On a GPU this returns before the frame is finished, and the next one may be begun.
 
         Returns:
             The members that step, and the frame of each.
@@ -286,7 +285,8 @@ class FrameBatch(Generic[Member]):
         rows = self._num_active
         self._run(Half.DRAW, rows)
         frames, audio = (
-            tensor[:rows].to("cpu", non_blocking=True) for tensor in (self._frames, self._audio)
+            tensor[:rows].to("cpu", non_blocking=True, copy=True)
+            for tensor in (self._frames, self._audio)
         )
         copied = None
         if self.model.device.type == "cuda":
