@@ -250,13 +250,13 @@ class TestAdmission:
 
     def test_whole_answers_count_for_their_share_of_frames(self) -> None:
         share = round(WHOLE_FRAME_S / FRAME_S)
-        rows = [whole(f"{i}") for i in range(20 * share)]
+        rows = [whole(f"{i}") for i in range(15 * share)]
         assert can_admit(rows, 0.0, cpu_times())
         assert not can_admit([*rows, *streams(8, FRAME_S)], 0.0, cpu_times())
 
     def test_prompts_that_come_with_the_frames_cost_too(self) -> None:
         times = cpu_times()
-        rows = streams(20, FRAME_S)
+        rows = streams(15, FRAME_S)
         assert can_admit(rows, 0.0, times)
         for _ in range(200):
             times.observe(8, 64, STEP_S + 8 * ROW_S + 64 * TOKEN_S)
