@@ -7,7 +7,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("VOXKERN_NUM_THREADS", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A garbage collection would look at everything imported and collected, again and again.
+# Python's garbage collector would go through all modules and tests, again and again.
 gc.disable()
 
 import pytest
@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items) -> None:
     items.sort(key=lambda item: not any(name in item.name for name in longest))
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish() -> None:  # not in the process that only hands tests to workers
     gc.freeze()
     gc.enable()
 

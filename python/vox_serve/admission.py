@@ -22,8 +22,8 @@ WHOLE_WEIGHT = FRAME_S / WHOLE_FRAME_S
 """Frames of a whole answer in the time of one frame of a stream."""
 
 MAX_LOAD = 0.7
-"""Most of the time that the frames of admitted requests may take. Measured on two cores at twice
-their capacity: no stream of 128 had a gap; with 0.77 8 of 153 had, with 0.85 53 of 224."""
+"""Most of the time that the frames of admitted requests may take. Streams with gaps on two cores at
+twice their capacity: none of 128 at 0.7, 8 of 153 at 0.77, 53 of 224 at 0.85."""
 
 
 def can_admit(
@@ -62,8 +62,8 @@ def can_admit(
 def wait_s(rows: Sequence[Row], now_s: float, times: StepTimes, num_ahead: int = 0) -> float:
     """Predicted seconds until a request gets its place, if all places are taken now.
 
-    Speech is made as fast as the device can: its place is free before it is played. All rows get
-    equally many frames until the shortest of them ends, and so on.
+    A place becomes free when its speech is made, which may be long before it is played. The
+    prediction gives all rows equally many frames.
 
     Args:
         rows: all live requests.

@@ -32,10 +32,10 @@ SMALL_MODEL_PARAMETERS = 100_000_000
 PREFIX_CACHE_BYTES = 2**29
 
 GPU_ROWS, CPU_ROWS, FIFO_ROWS = 64, 32, 8
-"""Requests that are spoken at the same time, by default, if half of the free memory holds them. A
-step reads every weight once for all, so a GPU gains from many: 64 sequences of 2048 positions take
-4 GiB of CSM-1B's keys and values. The deadline policy begins no more streams than a CPU can speak;
-without it, more than a few are slower than real time."""
+"""Requests that are spoken at the same time, by default. A step reads every weight once for all, so
+a GPU gains from many: 64 sequences of 2048 positions take 4 GiB of CSM-1B's keys and values. The
+deadline policy begins no more streams than a CPU can speak; without it, more than a few are slower
+than real time."""
 
 
 def load_engine(
@@ -82,10 +82,11 @@ def load_engine(
     max_batch_size = setting.max_batch_size
     if max_batch_size is None:
         is_cuda = device.type == "cuda"
-        free_bytes = torch.cuda.mem_get_info(device)[0] if is_cuda else memory_bytes()
-        sequence_bytes = KvCache.sequence_bytes(config.backbone, dtype)
+        memory = torch.cuda.mem_get_info(device)[0] if is_cuda else memory_bytes()
         most = GPU_ROWS if is_cuda else FIFO_ROWS if choose is choose_all else CPU_ROWS
-        max_batch_size = max(1, min(most, free_bytes // 2 // sequence_bytes))
+        max_batch_size = choose_batch_size(
+            most, KvCache.sequence_bytes(config.backbone, dtype), memory
+        )
     try:
         return Engine(
             CsmModel(config, checkpoint.weights),
@@ -106,6 +107,17 @@ def load_engine(
             raise
         reason = str(error).splitlines()[0]
         raise ValueError(f"max_batch_size {max_batch_size}: {reason}") from None
+
+
+def choose_batch_size(most: int, sequence_bytes: int, memory: int) -> int:
+    """The default number of requests that are spoken at the same time.
+
+    Args:
+        most: at most so many.
+        sequence_bytes: bytes of keys and values of the longest sequence.
+        memory: a GPU's free bytes, or all bytes of a CPU; half are left for other uses.
+    """
+    return max(1, min(most, memory // 2 // sequence_bytes))
 
 
 def choose_cache_bytes(setting: int | None, device: torch.device) -> int:

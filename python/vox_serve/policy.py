@@ -83,7 +83,7 @@ def choose_step(rows: Iterable[Row], now_s: float, times: StepTimes, chunk_token
     ready = DueRows(frames, now_s, times, bool(num_whole))
     hurried = [row for row in prompts if _presses(row, now_s, times, len(frames))]
     if newcomers:
-        hurried += _next_newcomers(newcomers, now_s, times)
+        hurried += _next_newcomers(newcomers, times)
     count, is_tight = _num_paced(len(frames), len(rows) - num_whole, times)
     if hurried:
         riders = count if is_tight else 0
@@ -142,7 +142,7 @@ def _hurried_step(
     return Step(ready.first(max(count, rides)), work)
 
 
-def _next_newcomers(rows: list[Row], now_s: float, times: StepTimes) -> list[Row]:
+def _next_newcomers(rows: list[Row], times: StepTimes) -> list[Row]:
     """The newcomers to serve together, so that all wait least on average.
 
     Those with the shortest prompts come first; a second of waiting outweighs a second of prefill.
@@ -193,10 +193,10 @@ def _num_paced(num_ready: int, num_streams: int, times: StepTimes) -> tuple[int,
     rate_hz = sizes / (times.table(num_ready)[1 : num_ready + 1] + sizes * times.prompt_s)
     best_hz = rate_hz.max()
     wanted_hz = max(EFFICIENT * best_hz, PACE * num_streams / FRAME_S)
-    is_tight = wanted_hz >= BEST * best_hz
+    is_tight = bool(wanted_hz >= BEST * best_hz)
+    if not times.knows(num_ready):
+        return num_ready, is_tight
     if is_tight:
         return int(np.flatnonzero(rate_hz >= BEST * best_hz)[-1]) + 1, True
     count = int(np.flatnonzero(rate_hz >= wanted_hz)[0]) + 1
-    if count >= MOST * num_ready or not times.knows(num_ready):
-        count = num_ready
-    return count, False
+    return num_ready if count >= MOST * num_ready else count, False

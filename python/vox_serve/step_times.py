@@ -24,7 +24,7 @@ REFRESH_STEPS = 8
 """A median is computed after so many measurements: each of them changes it little."""
 
 STALE_STEPS = 512
-"""A size is not known any more if it was not measured in so many steps."""
+"""A size that was not measured in so many steps counts as unknown: the policy tries it again."""
 
 EXACT = 16
 """Counts up to this one have a bucket each; further ones share eight between powers of two."""
@@ -65,6 +65,8 @@ class StepTimes:
         """
         if self._num_steps:
             self._ratios.append(seconds / max(self.seconds(rows, prompt_tokens), 1e-9))
+        if self._num_steps % STALE_STEPS == 0 and self._rows.forget(self._num_steps - STALE_STEPS):
+            self._table = np.zeros(1)
         if self._num_steps % REFRESH_STEPS == 0 and self._ratios:
             ordered = sorted(self._ratios)
             self.slow = min(max(ordered[int(0.95 * len(ordered))], 1.0), 2.0)
@@ -133,9 +135,7 @@ class _Curve:
         if count < 1:
             return False
         at = _bucket(count)
-        bucket = self._buckets.get(at)
-        if not bucket or step - bucket.last_step > STALE_STEPS:
-            bucket = self._buckets[at] = _Bucket()
+        bucket = self._buckets.setdefault(at, _Bucket())
         bucket.seconds.append(seconds)
         bucket.num_seen += 1
         bucket.last_step = step
@@ -145,6 +145,23 @@ class _Curve:
         if bucket.num_seen == 1:
             self._medians = dict(sorted(self._medians.items()))
         return True
+
+    def forget(self, before: int) -> bool:
+        """Drop sizes not measured since a step that cost more, for each one, than a smaller size.
+
+        Nobody would choose such a size, and so a single slow measurement would stay for ever.
+
+        Returns:
+            True if this changed the curve.
+        """
+        least_s, dropped = math.inf, []
+        for at, median_s in self._medians.items():
+            if median_s / at > least_s and self._buckets[at].last_step < before:
+                dropped.append(at)
+            least_s = min(least_s, median_s / at)
+        for at in dropped:
+            del self._medians[at], self._buckets[at]
+        return bool(dropped)
 
     def last_step(self, count: int) -> float:
         """The step given with the last measurement of a size; minus infinity without one."""

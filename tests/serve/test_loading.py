@@ -76,6 +76,11 @@ def test_a_forced_backend_decides(a_gpu, name, device, caplog):
     assert ("backend native: built without CUDA kernels" in caplog.text) == (device == "cpu")
 
 
+@pytest.mark.parametrize(("memory", "expected"), [(80 * 2**30, 64), (4 * 2**30, 32), (2**20, 1)])
+def test_half_of_the_memory_is_for_keys_and_values(memory, expected):
+    assert loading.choose_batch_size(loading.GPU_ROWS, 2**26, memory) == expected
+
+
 @pytest.mark.parametrize(
     ("choose", "sequences", "expected"),
     [(choose_step, 10**6, 32), (choose_all, 10**6, 8), (choose_step, 8, 4), (choose_step, 3, 1)],

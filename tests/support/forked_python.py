@@ -3,7 +3,8 @@
 Each process that runs tests has one process that imports torch and nothing else. It starts no
 thread, and forks for each command. What `python()` returns is a small client: it hands over its
 arguments, environment, folder and standard streams, and ends as the fork does. Variables that are
-read when Python starts or torch is imported have no effect, apart from PYTHONPATH.
+read when Python starts or torch is imported have no effect, apart from PYTHONPATH; nor have the
+client's limits (`ulimit`), niceness and process group.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ import sys
 import tempfile
 
 ENDS_AFTER_S = 300
-"""A fork that hangs ends then: nobody is left who could end it once its client was killed."""
+"""A fork ends then by SIGALRM (exit code -14): it may hang, and its client may have been killed."""
 
 
 @functools.cache
@@ -51,8 +52,13 @@ def request(address: str, arguments: list[str]) -> int:
         with connection.makefile() as answer:
             child = int(answer.readline())
             for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda number, _: os.kill(child, number))
+                signal.signal(number, lambda number, _: send(child, number))
             return int(answer.readline())
+
+
+def send(process: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has ended
+        os.kill(process, number)
 
 
 def is_open(fd: int) -> bool:
@@ -81,7 +87,7 @@ def serve(listener: socket.socket) -> list[str]:
 
 
 def fork(connection: socket.socket) -> list[str]:
-    """Receive a command and report its fork's number and exit code. Returns in the fork."""
+    """Receive a command and report its fork's number and exit code. Returns in the fork only."""
     _, descriptors, *_ = socket.recv_fds(connection, 1, 3)
     with connection.makefile() as lines:
         streams, arguments, folder, environment = json.loads(lines.readline())
@@ -100,7 +106,8 @@ def fork(connection: socket.socket) -> list[str]:
         os.dup2(descriptor, fd)
         os.close(descriptor)
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
-        stream = open(fd, "w" if fd else "r", closefd=False) if fd in streams else None  # noqa: SIM115
+        how = {"buffering": 1, "errors": "backslashreplace"} if fd == 2 else {}
+        stream = open(fd, "w" if fd else "r", closefd=False, **how) if fd in streams else None  # noqa: SIM115
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     os.chdir(folder)
