@@ -125,8 +125,8 @@ def layers_of(target, rows: int) -> int:
 @pytest.mark.parametrize("rows", [1, 3, 8, 9, 16, 17])
 def test_bits_of_many_rows_are_those_of_the_composed_ops(target, rows, dtype):
     layers, width = layers_of(target, rows), 64 if dtype == torch.bfloat16 else 32
-    heads, kv_heads = target.at_most(5, 10), target.at_most(1, 2)
-    sizes = Sizes(L=layers, C=264, F=136, Hq=heads, Hkv=kv_heads, D=width, S=16)
+    heads = target.at_most(6, 10)
+    sizes = Sizes(L=layers, C=264, F=136, Hq=heads, Hkv=2, D=width, S=16)
     arguments = make(sizes, dtype, [*([3, 129, 260, 1, 128] * 4)[:rows]])
     expected = run(lambda _, *args: composed(target.run, *args), arguments)
     assert_same_bits(run(target.run, arguments), expected)
@@ -150,8 +150,8 @@ def test_bits_of_packed_weights_are_those_of_the_composed_ops(
 @pytest.mark.parametrize("rows", [1, 3, 8, 9, 16, 17])
 def test_bits_of_many_packed_rows_are_those_of_the_composed_ops(target, rows, packing, dtype):
     layers, ffn = layers_of(target, rows), target.at_most(96, 544)
-    heads, kv_heads = target.at_most(5, 10), target.at_most(1, 2)
-    sizes = Sizes(L=layers, C=288, F=ffn, Hq=heads, Hkv=kv_heads, D=32, S=16)
+    heads = target.at_most(6, 10)
+    sizes = Sizes(L=layers, C=288, F=ffn, Hq=heads, Hkv=2, D=32, S=16)
     arguments = packed(make(sizes, dtype, [*([3, 129, 20, 1, 128] * 4)[:rows]]), packing)
     together = run(target.run, arguments)
     assert_same_bits(together, run(lambda _, *args: composed(target.run, *args), arguments))

@@ -192,8 +192,8 @@ def lengths_for(backend: Target, sizes: Sizes) -> list[int]:
         return [0, 1, 2, 7, 8, 9, 33, 100]
     if backend.backend == "simt":  # warps of 32 keys, splits of 128
         return [0, 1, 31, 32, 33, 127, 128, 129]
-    if backend.interpreted:  # splits of 256 keys in ALIGNED's width, of 128 in WIDE_HEADS'
-        return LENGTHS if sizes.D == ALIGNED.D else [*LENGTHS[:15], 3, 5, 9, 17]
+    if backend.interpreted:  # splits of 256 keys in widths of 33 to 64, of 128 in WIDE_HEADS'
+        return LENGTHS if 32 < sizes.D <= 64 else [*LENGTHS[:15], 3, 5, 9, 17]
     return [*LENGTHS, *LONG_LENGTHS]
 
 
