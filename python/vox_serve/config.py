@@ -227,7 +227,8 @@ class ServerSettings(VoiceSettings):
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(8000, "port to listen on; 0 takes a free one", ge=0, le=65535)
     max_batch_size: Annotated[
-        int | None, Shown("32, or 8 with `--policy fifo`; on a GPU 64; fewer in a small memory")
+        int | None,
+        Shown("32; 8 with `--policy fifo` and in Python; on a GPU 64; fewer in a small memory"),
     ] = setting(None, "requests spoken at the same time", ge=1, le=16384)
     policy: Literal["deadline", "fifo"] = setting(
         "deadline",

@@ -65,7 +65,8 @@ def create_dot(builder, multiply, a, b, d, *rest):
     for k in range(0, len(a), step):
         terms = np.multiply(a[k : k + step], b[k : k + step], out=products[: len(a) - k])
         terms[0] += out
-        np.add.reduce(terms, 0, out=out)  # term after term, because a tile has several elements
+        # Term after term: NumPy sums in pairs along the last axis only.
+        np.add.reduce(terms, 0, out=out)
     return interpreter.TensorHandle(out + d.data, d.dtype.scalar)
 
 
