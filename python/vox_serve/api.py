@@ -273,6 +273,7 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
             "max_queue_size": config.max_queue_size,
             "counts": runner.totals(),
             "cache": runner.engine.cache_counts(),
+            "step_ms": runner.engine.times.summary(),
         }
         return AsciiJSONResponse(state, 503 if reason else 200)
 

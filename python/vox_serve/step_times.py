@@ -17,6 +17,7 @@ WINDOW = 31
 page fault, a paused machine, a compiled kernel."""
 
 SLOW_WINDOW = 127
+QUANTILES = 20
 MEMORY_FRAMES = 2000
 """Frames over which the cost of prompts is averaged."""
 
@@ -80,6 +81,22 @@ class StepTimes:
         if prompt_tokens:  # beyond the price of its frames in a large step
             self._prompts_s += max(self.seconds(rows, prompt_tokens) - rows * self._rows.each_s, 0)
         self._frames = keep * self._frames + rows
+
+    def summary(self) -> dict[str, object]:
+        """The measurements, for people and `bench/simulate.py`. Any thread may call this.
+
+        Returns:
+            "rows" and "prompt_tokens": median ms by their number; and "measured_over_predicted",
+            quantiles from the least to the most of the newest steps.
+        """
+        ratios = sorted(self._ratios.copy())
+        last = len(ratios) - 1
+        quantiles = [ratios[last * n // QUANTILES] for n in range(QUANTILES + 1)] if ratios else []
+        return {
+            "rows": self._rows.medians_ms(),
+            "prompt_tokens": self._tokens.medians_ms(),
+            "measured_over_predicted": [round(ratio, 3) for ratio in quantiles],
+        }
 
     def knows(self, rows: int) -> bool:
         """True if steps of about so many rows were measured lately."""
@@ -167,6 +184,10 @@ class _Curve:
         """The step given with the last measurement of a size; minus infinity without one."""
         bucket = self._buckets.get(_bucket(count))
         return bucket.last_step if bucket else -math.inf
+
+    def medians_ms(self) -> dict[int, float]:
+        """Median ms by size."""
+        return {at: round(1e3 * seconds, 3) for at, seconds in self._medians.copy().items()}
 
     @property
     def each_s(self) -> float:

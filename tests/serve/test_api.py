@@ -349,6 +349,7 @@ def test_health_says_what_is_true(client):
         "waiting_requests": 0,
         "unread_bytes": 0,
         "cache": {"pages": 0},
+        "step_ms": {"rows": {}, "prompt_tokens": {}, "measured_over_predicted": []},
         "max_queue_size": 64,
         "counts": {
             "finished": {},

@@ -74,3 +74,16 @@ def test_a_table_holds_all_sizes() -> None:
     table = times.table(100)
     assert len(table) > 100
     np.testing.assert_allclose(table[:101], 0.001 * np.arange(101), rtol=1e-12)
+
+
+def test_a_summary_has_medians_and_how_far_steps_were_from_them() -> None:
+    times = StepTimes()
+    for index in range(40):
+        times.observe(2, 0, 0.010 + 0.001 * (index % 2))
+    times.observe(2, 16, 0.015)
+    summary = times.summary()
+    assert summary["rows"] == {2: pytest.approx(10, abs=1)}
+    assert summary["prompt_tokens"] == {16: pytest.approx(5, abs=1)}
+    ratios = summary["measured_over_predicted"]
+    assert ratios == sorted(ratios)
+    assert 0 < ratios[0] < 1 <= ratios[-1]
