@@ -234,6 +234,8 @@ def main(argv: Sequence[str], bandwidths: Callable[[], list[float]]) -> Report:
             asyncio.run(measure(servers, args.cases, plan, args.repeat, report))
         finally:
             report.machine["load"] = described(plan, args)
+            for server in servers:  # with the step times that it has learnt
+                report.machine["servers"][server.name] = server.describe()
             if args.record:
                 write_record(args.record, plan, report)
     read = sorted(read + bandwidths())

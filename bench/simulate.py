@@ -34,12 +34,13 @@ from pathlib import Path
 import arrivals
 import schedule_picture
 import simulated_machines
-from playback import percentile
+import simulated_replay
 from report import Report
 from simulated_engine import Machine, Policy, Simulation, Speech, summary
 from simulated_policies import VARIANTS, Variant
 
 from vox_serve.policy import FRAME_S
+from vox_serve.text_bound import frames_expected
 
 LOADS = (0.02, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.25, 2.0)
 RULE_LOADS = (0.8, 1.0, 2.0)
@@ -48,7 +49,7 @@ CARDS = (1, 2, 4)
 LONG_FRAMES = 300
 SHORT = "Hello there."
 
-BASE_FRAMES, FRAMES_PER_CHAR, SPREAD = 36, 0.3, 0.33
+BASE_FRAMES, FRAMES_PER_CHAR, SPREAD = 33, 0.29, 0.31
 TOKENS, TOKENS_PER_CHAR = 4, 0.88
 """The built-in voice: frames by characters and their spread (of the logarithm), and positions."""
 GPU_FRAMES_PER_CHAR, GPU_TOKENS_PER_CHAR = 0.9, 0.3
@@ -62,11 +63,11 @@ def speech_of(text: str, at_s: float, draw: random.Random, on_gpu: bool) -> Spee
     """A request with a random length of speech."""
     chars = len(text)
     if on_gpu:
-        expected, tokens = 4 + GPU_FRAMES_PER_CHAR * chars, TOKENS + GPU_TOKENS_PER_CHAR * chars
+        mean, tokens = 4 + GPU_FRAMES_PER_CHAR * chars, TOKENS + GPU_TOKENS_PER_CHAR * chars
     else:
-        expected, tokens = BASE_FRAMES + FRAMES_PER_CHAR * chars, TOKENS + TOKENS_PER_CHAR * chars
-    frames = max(int(expected * draw.lognormvariate(0.0, SPREAD)), 3)
-    return Speech(at_s, frames, int(tokens), expected)
+        mean, tokens = BASE_FRAMES + FRAMES_PER_CHAR * chars, TOKENS + TOKENS_PER_CHAR * chars
+    frames = max(int(mean * draw.lognormvariate(0.0, SPREAD)), 3)
+    return Speech(at_s, frames, int(tokens), frames_expected(text))
 
 
 def load_of(rate: float, number: int, seed: int, on_gpu: bool) -> list[Speech]:
@@ -159,45 +160,14 @@ class Cases:
 
     def replay(self, record: Path) -> None:
         """The requests of a record, and what became of them there and here."""
-        names = ["server", "case", "load", "streams"]
-        names += ["first p95 ms", "simulated p95 ms", "gapped", "simulated gapped"]
-        table = self._report.table("replay", names)
-        for load in json.loads(record.read_text())["loads"]:
-            asked = [each for each in load["requests"] if each["frames"]]
-            if load["case"] == "capacity" or not asked:
-                continue
-            speeches = [
-                Speech(
-                    each["at_s"],
-                    each["frames"],
-                    int(TOKENS + TOKENS_PER_CHAR * len(each["text"])),
-                    BASE_FRAMES + FRAMES_PER_CHAR * len(each["text"]),
-                    each["streaming"],
-                )
-                for each in asked
-            ]
-            variant = VARIANTS["fifo, 8 places" if "fifo" in load["server"] else "deadline"]
-            with variant.policy(self.machine) as rules:
-                outcomes = Simulation(self.machine, rules, speeches, seed=self.seed).run()
-            firsts = [e["first_audio_s"] for e in asked if e["streaming"] and e["first_audio_s"]]
-            real_s = percentile(firsts, 95)
-            table.add(
-                load["server"],
-                load["case"],
-                load["load"],
-                len(asked),
-                None if real_s is None else real_s * 1e3,
-                summary(speeches, outcomes)["first p95 ms"],
-                sum(bool(each["underruns"]) for each in asked),
-                sum(outcome.underruns > 0 for outcome in outcomes),
-            )
+        simulated_replay.replay(json.loads(record.read_text()), self._report, self.seed)
 
     def _run(self, name: str, load: float, speeches: list[Speech], cards: int = 1) -> None:
         table = next((t for t in self._report.tables if t.name == "simulated"), None)
         table = table or self._report.table("simulated", COLUMNS)
         variant = {**VARIANTS, **_waiting_variants()}[name]
         if not variant.knows_lengths:
-            speeches = [replace(speech, expected=inf) for speech in speeches]
+            speeches = [replace(speech, guess=inf) for speech in speeches]
         with variant.policy(self.machine) as rules:
             outcomes = Simulation(self.machine, rules, speeches, cards, self.seed).run()
         figures = summary(speeches, outcomes)

@@ -17,10 +17,11 @@ from playback import percentile
 
 from vox_serve.admission import can_admit, wait_s
 from vox_serve.policy import FRAME_S, Row, Step, choose_step
+from vox_serve.speech_lengths import SpeechLengths
 from vox_serve.step_times import StepTimes
 
 Choose = Callable[[Sequence[Row], float, StepTimes, int], Step]
-Admit = Callable[[Sequence[Row], float, StepTimes, bool, float], bool]
+Admit = Callable[[Sequence[Row], float, StepTimes, bool, float, float], bool]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Machine:
         rows_s: seconds of steps of 0, 1, ... rows.
         tokens_s: seconds of 0, 1, ... prompt tokens, up to a step's most.
         jitter: standard deviation of the logarithm of a step's time.
+        ratios: quantiles of a step's time over these costs, in place of `jitter`.
         overhead_s: from the client to the line, and from the step's end to the client.
     """
 
@@ -39,6 +41,7 @@ class Machine:
     rows_s: Sequence[float]
     tokens_s: Sequence[float]
     jitter: float = 0.0
+    ratios: Sequence[float] = ()
     overhead_s: float = 0.0
 
     @property
@@ -47,6 +50,10 @@ class Machine:
 
     def step_s(self, rows: int, tokens: int, draw: random.Random) -> float:
         ideal_s = self.rows_s[rows] + self.tokens_s[tokens]
+        if self.ratios:
+            at = draw.random() * (len(self.ratios) - 1)
+            low = self.ratios[int(at)]
+            return ideal_s * (low + (at % 1) * (self.ratios[int(at) + 1] - low))
         return ideal_s * draw.lognormvariate(0.0, self.jitter) if self.jitter else ideal_s
 
     def streams(self) -> int:
@@ -62,14 +69,14 @@ class Speech:
         at_s: arrival.
         frames: length of its speech.
         prompt_tokens: positions to prefill.
-        expected: the server's guess of `frames`.
+        guess: of `frames`, by the text; the server corrects it by what it has learnt.
         streaming: somebody listens while it is spoken.
     """
 
     at_s: float
     frames: int
     prompt_tokens: int
-    expected: float = inf
+    guess: float = inf
     streaming: bool = True
 
 
@@ -102,12 +109,14 @@ class Policy:
         max_wait_s: requests whose predicted wait is longer are refused, and those that waited so
             long.
         most_rows: places of a server.
+        learns: the length of speech is learnt.
     """
 
     choose: Choose = choose_step
     admit: Admit = can_admit
     max_wait_s: float = 10.0
     most_rows: int = 4096
+    learns: bool = True
 
 
 @dataclass
@@ -116,8 +125,9 @@ class _Server:
     policy: Policy
     draw: random.Random
     times: StepTimes = field(default_factory=StepTimes)
+    lengths: SpeechLengths = field(default_factory=SpeechLengths)
     live: dict[str, Row] = field(default_factory=dict)
-    line: deque[tuple[int, Row]] = field(default_factory=deque)
+    line: deque[int] = field(default_factory=deque)
     busy: bool = False
     retry_at_s: float = 0.0
     """The line is not looked at again before this time."""
@@ -175,18 +185,11 @@ class Simulation:
             range(len(self._servers)),
             key=lambda i: (len(self._servers[i].live) + len(self._servers[i].line), i),
         )
-        server, speech = self._servers[number], self.speeches[index]
+        server = self._servers[number]
         self.outcomes[index].server = number
-        row = Row(
-            str(index),
-            now_s,
-            streams=speech.streaming,
-            num_missing=speech.prompt_tokens,
-            frames_expected=speech.expected,
-        )
-        server.line.append((index, row))
+        server.line.append(index)
         self._admit(server, now_s, arrived=True)
-        if server.line and server.line[-1][0] == index:
+        if server.line and server.line[-1] == index:
             wait = wait_s(list(server.live.values()), now_s, server.times, len(server.line) - 1)
             if wait > server.policy.max_wait_s:
                 self._refuse(server, index, now_s)
@@ -197,29 +200,35 @@ class Simulation:
 
     def _refuse(self, server: _Server, index: int, now_s: float) -> None:
         """Refuse a request that still waits."""
-        for place, (waiting, _) in enumerate(server.line):
-            if waiting == index:
-                del server.line[place]
-                self.outcomes[index].refused = True
-                self.outcomes[index].refused_s = now_s - self.speeches[index].at_s
-                return
+        if index in server.line:
+            server.line.remove(index)
+            self.outcomes[index].refused = True
+            self.outcomes[index].refused_s = now_s - self.speeches[index].at_s
 
     def _admit(self, server: _Server, now_s: float, arrived: bool = False) -> None:
         if now_s < server.retry_at_s and not (arrived and len(server.line) == 1):
             return
         while server.line:
-            row = server.line[0][1]
+            speech = self.speeches[server.line[0]]
+            frames, spread = server.lengths.expected(speech.guess), server.lengths.spread
             rows = list(server.live.values())
             full = len(rows) >= server.policy.most_rows
             if full or (
                 rows
                 and not server.policy.admit(
-                    rows, now_s, server.times, row.streams, row.frames_expected
+                    rows, now_s, server.times, speech.streaming, frames, spread
                 )
             ):
                 server.retry_at_s = now_s + 0.01
                 return
-            server.live[row.id] = server.line.popleft()[1]
+            row = Row(
+                str(server.line.popleft()),
+                now_s,
+                streams=speech.streaming,
+                num_missing=speech.prompt_tokens,
+                frames_expected=frames,
+            )
+            server.live[row.id] = row
 
     def _begin(self, server: _Server, now_s: float) -> None:
         self._admit(server, now_s)
@@ -256,6 +265,8 @@ class Simulation:
             if row.num_frames == speech.frames:
                 outcome.end_s = since_s
                 del server.live[row.id]
+                if server.policy.learns:
+                    server.lengths.ended(speech.guess, speech.frames)
                 server.retry_at_s = 0.0
         self._begin(server, now_s)
 

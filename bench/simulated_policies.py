@@ -50,7 +50,12 @@ def admit_all(*_: object) -> bool:
 
 
 def admit_by_number(
-    rows: Sequence[Row], now_s: float, times: StepTimes, streams: bool, frames: float
+    rows: Sequence[Row],
+    now_s: float,
+    times: StepTimes,
+    streams: bool,
+    frames: float,
+    spread: float,
 ) -> bool:
     """As many streams as the device makes in time, however far ahead they are."""
     one_more = len(rows) + 1
@@ -91,5 +96,6 @@ VARIANTS = {
     "no reserve": Variant(lambda _: Policy(), ((due_rows, "RESERVE_S", 0.0),)),
     "no admission": Variant(lambda _: Policy(choose_step, admit_all, UNBOUNDED_S)),
     "admission by number": Variant(lambda _: Policy(choose_step, admit_by_number)),
+    "lengths not learnt": Variant(lambda _: Policy(learns=False)),
     "lengths unknown": Variant(lambda _: Policy(), knows_lengths=False),
 }

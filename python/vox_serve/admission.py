@@ -1,16 +1,17 @@
 """Whether one more request can be served, and how long it has to wait: without a clock."""
 
 from collections.abc import Iterable, Sequence
-from math import inf
+from math import inf, sqrt
 from operator import attrgetter
 
 import numpy as np
 
 from vox_serve.deadlines import FRAME_S, WHOLE_FRAME_S, Row
+from vox_serve.speech_lengths import START_SPREAD
 from vox_serve.step_times import StepTimes
 
-SLOW_SPEECH = 0.5
-"""Speech may take so much longer than expected, and what already does, so much longer again."""
+CAUTION = 2.0
+"""All speech together may take so many standard deviations longer than expected."""
 
 UNKNOWN_FRAMES = 125.0
 """Frames left, for a prediction, of speech of which nobody knows the length."""
@@ -27,7 +28,12 @@ twice their capacity: 0 of 128 and 2 of 138 at 0.7, 8 of 153 at 0.77, 53 of 224 
 
 
 def can_admit(
-    rows: Iterable[Row], now_s: float, times: StepTimes, streams: bool = True, frames: float = inf
+    rows: Iterable[Row],
+    now_s: float,
+    times: StepTimes,
+    streams: bool = True,
+    frames: float = inf,
+    spread: float = START_SPREAD,
 ) -> bool:
     """True if one more request leaves time for all frames of the live streams.
 
@@ -41,11 +47,13 @@ def can_admit(
         times: how long steps take.
         streams: the request's listener hears it while it is spoken.
         frames: expected length of its speech; infinite if unknown.
+        spread: standard deviation of actual over expected length of speech.
     """
     rows = list(rows)
+    slow = CAUTION * spread / sqrt(len(rows) + 1)  # lengths of many vary less than each
     weight = 1.0 if streams else WHOLE_WEIGHT
-    starts_s, ends_s, weights = _speech(rows, now_s, inf, SLOW_SPEECH)
-    at = np.concatenate([starts_s, [0.0], ends_s, [frames * (1 + SLOW_SPEECH) * FRAME_S / weight]])
+    starts_s, ends_s, weights = _speech(rows, now_s, inf, slow, spread)
+    at = np.concatenate([starts_s, [0.0], ends_s, [frames * (1 + slow) * FRAME_S / weight]])
     change = np.concatenate([weights, [weight], -weights, [-weight]])
     order = np.argsort(at, kind="stable")
     at, active = at[order], np.cumsum(change[order])
@@ -73,7 +81,7 @@ def wait_s(rows: Sequence[Row], now_s: float, times: StepTimes, num_ahead: int =
     """
     if not rows:
         return 0.0
-    starts_s, ends_s, weights = _speech(rows, now_s, UNKNOWN_FRAMES, 0.0)
+    starts_s, ends_s, weights = _speech(rows, now_s, UNKNOWN_FRAMES)
     left = np.sort((ends_s - starts_s) * weights / FRAME_S)
     sizes = np.arange(1, len(rows) + 1)
     frame_s = np.min(times.table(len(rows))[1 : len(rows) + 1] / sizes) + times.prompt_s
@@ -84,7 +92,7 @@ def wait_s(rows: Sequence[Row], now_s: float, times: StepTimes, num_ahead: int =
 
 
 def _speech(
-    rows: Sequence[Row], now_s: float, unknown: float, slow: float
+    rows: Sequence[Row], now_s: float, unknown: float, slow: float = 0.0, late: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """When the audio in hand of each row ends, when its speech ends, and frames each 80 ms.
 
@@ -92,7 +100,8 @@ def _speech(
         rows: live requests.
         now_s: the time by the caller's clock, from which on both times count.
         unknown: frames that a row has left if their number is unknown.
-        slow: speech may take so much longer than expected, and what already does, again.
+        slow: speech takes so much longer than expected.
+        late: what is longer already goes on for this share of its length.
     """
     due_s, expected, made = (
         np.fromiter(map(attrgetter(name), rows), float, len(rows))
@@ -101,6 +110,6 @@ def _speech(
     streams = np.fromiter(map(attrgetter("streams"), rows), bool, len(rows))
     weights = np.where(streams, 1.0, WHOLE_WEIGHT)
     starts_s = np.where(np.isfinite(due_s) & streams, np.maximum(due_s - now_s, 0.0), 0.0)
-    left = np.maximum((1 + slow) * expected - made, slow * made)
+    left = np.maximum((1 + slow) * expected - made, late * made)
     left = np.where(np.isfinite(left), left, unknown)
     return starts_s, starts_s + left * FRAME_S / weights, weights

@@ -36,6 +36,7 @@ from vox_serve.prompt import PromptBuilder, Segment
 from vox_serve.request import FinishReason, FrameOutput, Prompt, Request
 from vox_serve.request import PromptTooLongError as PromptTooLongError
 from vox_serve.request_reader import RequestReader
+from vox_serve.speech_lengths import SpeechLengths
 from vox_serve.step_meter import StepMeter
 from vox_serve.step_times import StepTimes
 from vox_serve.text_bound import frames_expected
@@ -87,6 +88,7 @@ class Engine:
 
     Attributes:
         times: how long steps take.
+        lengths: how long speech takes.
 
     Raises:
         PromptTooLongError: the default context leaves no room for speech.
@@ -140,6 +142,7 @@ class Engine:
         self._paging = Paging(self._cache, self._batch, model)
         self._choose, self._clock = choose, clock
         self.times = StepTimes()
+        self.lengths = SpeechLengths()
         self._meter = StepMeter(self.times)
         self._pending: deque[_Pending] = deque()
         self._failed = False
@@ -241,7 +244,9 @@ class Engine:
                 self._clock(),
                 streams=request.streams,
                 urgent=request.urgent,
-                frames_expected=min(max_frames, frames_expected(request.text)),
+                frames_expected=min(
+                    max_frames, self.lengths.expected(frames_expected(request.text))
+                ),
             )
         silence = SilenceGuard(self.max_silence_s)
         self._waiting[request.id] = LiveRequest(request, prompt, max_frames, silence, row)
@@ -425,6 +430,7 @@ class Engine:
             self._end(self._live.pop(live.request.id), keep=False)
             return FrameOutput(live.request.id, None, None, "error", NOT_FINITE)
         if codes is None:
+            self._learn_length(live)
             self.abort(live.request.id)
             return FrameOutput(live.request.id, None, None, "stop")
         # Copy: the rows are views of the whole batch's tensors, in memory that the GPU writes to.
@@ -437,8 +443,12 @@ class Engine:
         elif live.silence.is_over(level):
             reason = "silence"
         if reason:
+            self._learn_length(live, was_cut=reason != "silence")
             self.abort(live.request.id)
         return FrameOutput(live.request.id, live.codes[-1], audio.clone().numpy(), reason)
+
+    def _learn_length(self, live: LiveRequest, was_cut: bool = False) -> None:
+        self.lengths.ended(frames_expected(live.request.text), len(live.codes), was_cut)
 
     def _end(self, live: LiveRequest, keep: bool = True) -> None:
         """Free a request's row and pages; `keep` what is in the cache for later requests."""

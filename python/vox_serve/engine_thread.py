@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vox_serve.policy import Row
     from vox_serve.prompt import PromptBuilder, Segment
     from vox_serve.request import FrameOutput, Prompt, Request
+    from vox_serve.speech_lengths import SpeechLengths
     from vox_serve.step_times import StepTimes
 
 logger = logging.getLogger("vox_serve")
@@ -49,6 +50,7 @@ class AnyEngine(Protocol):
     def default_context(self) -> "Sequence[Segment]": ...
 
     times: "StepTimes"
+    lengths: "SpeechLengths"
 
     @property
     def rows(self) -> "list[Row]": ...

@@ -89,7 +89,7 @@ class LongForm:
         self.max_positions, self.default_context = engine.max_positions, engine.default_context
         self.follows_context = engine.follows_context
         self.max_recent_positions = max_recent_positions if self.follows_context else 0
-        self.times = engine.times
+        self.times, self.lengths = engine.times, engine.lengths
         self._passages: dict[str, _Passage] = {}
         self._tokenizing = ThreadPoolExecutor(1, "tokenizing")
 
@@ -210,7 +210,9 @@ class LongForm:
     def _add(self, passage: _Passage, prompt: Prompt | None = None) -> None:
         """Add the next part to the engine."""
         passage.row = self.engine.add(self._request(passage), prompt, passage.row)
-        passage.row.frames_expected = sum(map(frames_expected, passage.parts))
+        passage.row.frames_expected = sum(
+            self.lengths.expected(frames_expected(part)) for part in passage.parts
+        )
 
     def _segment(self, passage: _Passage, number: int) -> Segment:
         """A part as the model reads it."""

@@ -10,6 +10,7 @@ from vox_serve.text_bound import frames_expected
 if TYPE_CHECKING:
     from vox_serve.policy import Row
     from vox_serve.request import Request
+    from vox_serve.speech_lengths import SpeechLengths
     from vox_serve.step_times import StepTimes
 
 
@@ -17,6 +18,7 @@ class Speaker(Protocol):
     """The part of the engine that tells how busy it is."""
 
     times: "StepTimes"
+    lengths: "SpeechLengths"
 
     @property
     def rows(self) -> "list[Row]": ...
@@ -41,10 +43,12 @@ class StreamGate:
         rows = self._engine.rows
         if not any(row.streams for row in rows):
             return True
-        frames = frames_expected(request.text)
+        lengths = self._engine.lengths
+        frames = lengths.expected(frames_expected(request.text))
         if request.max_frames is not None:
             frames = min(frames, request.max_frames)
-        return can_admit(rows, self._clock(), self._engine.times, streaming, frames)
+        times = self._engine.times
+        return can_admit(rows, self._clock(), times, streaming, frames, lengths.spread)
 
     def wait_s(self, num_ahead: int) -> float:
         """Predicted seconds until a request that finds the gate closed gets its place."""

@@ -249,6 +249,13 @@ class TestAdmission:
             row.due_s = FRAME_S
         assert not can_admit(ahead, 0.0, cpu_times(), frames=50)
 
+    def test_less_is_reserved_for_lengths_that_vary_less(self) -> None:
+        ahead = streams(40, 5.0)
+        for row in ahead:
+            row.frames_expected = 50
+        assert can_admit(ahead, 0.0, cpu_times(), frames=50, spread=0.1)
+        assert not can_admit(ahead, 0.0, cpu_times(), frames=50, spread=1.0)
+
     def test_a_lead_does_not_help_streams_without_an_end(self) -> None:
         assert not can_admit(streams(40, 5.0), 0.0, cpu_times())
 

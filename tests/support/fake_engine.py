@@ -15,6 +15,7 @@ from vox_serve.engine import FrameOutput, Prompt, PromptTooLongError, Request
 from vox_serve.page_pool import PrefixKeys
 from vox_serve.policy import Row
 from vox_serve.prompt import Segment
+from vox_serve.speech_lengths import SpeechLengths
 from vox_serve.step_times import StepTimes
 
 NUM_CODEBOOKS = 4
@@ -112,7 +113,7 @@ class FakeEngine:
         self.fail_at_step = fail_at_step
         self.mimi = FakeMimi()
         self.prompts = FakePrompts()
-        self.times = StepTimes()
+        self.times, self.lengths = StepTimes(), SpeechLengths()
         self.rows: list[Row] = []
         self.requests: list[Request] = []
         self.aborted: list[str] = []

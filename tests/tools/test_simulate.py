@@ -6,6 +6,7 @@ import pytest
 import schedule_picture
 import simulate
 import simulated_machines
+import simulated_replay
 from simulated_engine import Machine, Outcome, Policy, Simulation, Speech, summary
 from simulated_policies import VARIANTS, admit_all, all_rows
 
@@ -49,7 +50,7 @@ def test_frames_that_come_too_late_are_counted():
 
 
 def test_requests_that_would_wait_too_long_are_refused_at_once():
-    crowd = [Speech(0.0, frames=100, prompt_tokens=1, expected=100)] * 3
+    crowd = [Speech(0.0, frames=100, prompt_tokens=1, guess=100)] * 3
     policy = Policy(all_rows, lambda *_: False, max_wait_s=0.5)
     outcomes = run(policy, *crowd)
     assert [outcome.refused for outcome in outcomes] == [False, True, True]
@@ -115,3 +116,62 @@ def test_the_picture_shows_every_row_of_its_second():
     picture = ElementTree.fromstring(watched.svg(0.0, 1.0, arrived_s=0.2))
     texts = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")]
     assert {"stream 1", "stream 2", "newcomer", "1000 ms"} <= set(texts)
+
+
+def record_of(speeches: list[Speech], texts: list[str]) -> dict:
+    """A record of the simulated server, as `run.py serve --record` would write it."""
+    policy = Policy(max_wait_s=30.0, most_rows=8)
+    outcomes = Simulation(MACHINE, policy, speeches).run()
+    requests = [
+        {
+            "at_s": speech.at_s,
+            "text": text,
+            "frames": speech.frames,
+            "streaming": speech.streaming,
+            "status": 200,
+            "first_audio_s": outcome.first_s,
+            "end_s": outcome.end_s,
+            "underruns": outcome.underruns,
+        }
+        for speech, text, outcome in zip(speeches, texts, outcomes, strict=True)
+    ]
+    step_ms = {
+        "rows": {str(n): 1e3 * MACHINE.rows_s[n] for n in (1, 2, 4, 8)},
+        "prompt_tokens": {str(n): 1e3 * MACHINE.tokens_s[n] for n in (1, 16, 64)},
+        "measured_over_predicted": [1.0, 1.0, 1.0],
+    }
+    health = {"step_ms": step_ms, "max_batch_size": 8}
+    cases = {"quiet": requests[:3], "poisson": requests[3:]}
+    loads = [
+        {"server": "ours", "case": case, "load": 0.5, "requests": requests}
+        for case, requests in cases.items()
+    ]
+    return {"machine": {"servers": {"ours": {"flags": [], "health": health}}}, "loads": loads}
+
+
+def test_a_replay_of_a_simulated_record_gives_its_figures():
+    texts = [f"{'Again and ' * (1 + i % 4)}again." for i in range(15)]
+    speeches = [
+        Speech(
+            10.0 * i if i < 3 else 60 + 0.2 * i,
+            frames=30 + i,
+            prompt_tokens=int(4 + 0.88 * len(text)),
+            guess=len(text) + 12,
+        )
+        for i, text in enumerate(texts)
+    ]
+    report = simulate.Report()
+    simulated_replay.replay(record_of(speeches, texts), report, seed=0)
+    [table] = report.tables
+    [row] = table.rows
+    figures = dict(zip(table.columns, row, strict=True))
+    assert (figures["case"], figures["streams"]) == ("poisson", 12)
+    assert figures["simulated p95 ms"] == pytest.approx(figures["first p95 ms"], rel=0.02)
+    assert figures["simulated p50 ms"] == pytest.approx(figures["first p50 ms"], rel=0.02)
+    assert figures["simulated gaps"] == figures["with gaps"]
+    assert figures["refused"] == figures["simulated refused"] == 0
+
+
+def test_a_record_without_step_times_cannot_be_replayed():
+    with pytest.raises(ValueError, match="step_ms"):
+        simulated_replay.machine_of({"health": None}, [])
