@@ -32,6 +32,7 @@ class Machine:
         name: for tables.
         rows_s: seconds of steps of 0, 1, ... rows.
         tokens_s: seconds of 0, 1, ... prompt tokens, up to a step's most.
+        chunk_tokens: most prompt tokens of a step in which others have work.
         jitter: standard deviation of the logarithm of a step's time.
         ratios: quantiles of a step's time over these costs, in place of `jitter`.
         overhead_s: from the client to the line, and from the step's end to the client.
@@ -40,13 +41,10 @@ class Machine:
     name: str
     rows_s: Sequence[float]
     tokens_s: Sequence[float]
+    chunk_tokens: int
     jitter: float = 0.0
     ratios: Sequence[float] = ()
     overhead_s: float = 0.0
-
-    @property
-    def chunk_tokens(self) -> int:
-        return len(self.tokens_s) - 1
 
     def step_s(self, rows: int, tokens: int, draw: random.Random) -> float:
         ideal_s = self.rows_s[rows] + self.tokens_s[tokens]

@@ -8,8 +8,11 @@ from pathlib import Path
 
 from simulated_engine import Machine
 
+from vox_serve.policy import WHOLE_TOKENS
+
 CPU_CHUNK_TOKENS = 64
 GPU_CHUNK_TOKENS = 512
+MOST_TOKENS = max(WHOLE_TOKENS, GPU_CHUNK_TOKENS)
 MOST_ROWS = 4096
 
 H200_BYTES_S = 4.3e12
@@ -43,7 +46,8 @@ def h200(times_limit: float) -> Machine:
     return Machine(
         f"H200, {times_limit:g} x limit",
         [rows_s(n) for n in range(MOST_ROWS + 1)],
-        [tokens_s(n) for n in range(GPU_CHUNK_TOKENS + 1)],
+        [tokens_s(n) for n in range(MOST_TOKENS + 1)],
+        GPU_CHUNK_TOKENS,
         jitter=0.03,
         overhead_s=0.004,
     )
@@ -61,7 +65,8 @@ def straight(
     return Machine(
         name,
         [(step_ms + row_ms * n) / 1e3 if n else 0.0 for n in range(MOST_ROWS + 1)],
-        [(prompt_ms + token_ms * n) / 1e3 if n else 0.0 for n in range(CPU_CHUNK_TOKENS + 1)],
+        [(prompt_ms + token_ms * n) / 1e3 if n else 0.0 for n in range(MOST_TOKENS + 1)],
+        CPU_CHUNK_TOKENS,
         jitter=jitter,
         overhead_s=0.004,
     )

@@ -8,21 +8,12 @@ from unittest import mock
 from simulated_engine import Machine, Policy
 
 from vox_serve import admission, due_rows, policy
+from vox_serve.fifo import choose_all
 from vox_serve.policy import Row, Step, choose_step
 from vox_serve.step_times import StepTimes
 
 TURN_S = 1.0
 """A newcomer without precedence is due so long after it came."""
-
-
-def all_rows(rows: Sequence[Row], now_s: float, times: StepTimes, chunk_tokens: int) -> Step:
-    """First come, first served: every row in every step, prompts in the order of arrival."""
-    work, left = [], chunk_tokens
-    for row in rows:
-        if row.num_missing and left:
-            work.append((row, min(left, row.num_missing)))
-            left -= work[-1][1]
-    return Step([row for row in rows if not row.num_missing], work)
 
 
 def no_parking(rows: Sequence[Row], now_s: float, times: StepTimes, chunk_tokens: int) -> Step:
@@ -86,13 +77,14 @@ class Variant:
 UNBOUNDED_S = 1e9
 VARIANTS = {
     "deadline": Variant(lambda _: Policy()),
-    "fifo, 8 places": Variant(lambda _: Policy(all_rows, admit_all, UNBOUNDED_S, most_rows=8)),
+    "fifo, 8 places": Variant(lambda _: Policy(choose_all, admit_all, UNBOUNDED_S, most_rows=8)),
     "fifo, places for all": Variant(
-        lambda machine: Policy(all_rows, admit_all, UNBOUNDED_S, machine.streams())
+        lambda machine: Policy(choose_all, admit_all, UNBOUNDED_S, machine.streams())
     ),
     "no newcomers first": Variant(lambda _: Policy(no_precedence)),
     "no parking": Variant(lambda _: Policy(no_parking)),
     "full steps": Variant(lambda _: Policy(), ((policy, "EFFICIENT", 1.0), (policy, "BEST", 1.0))),
+    "prompts in parts": Variant(lambda _: Policy(), ((policy, "WHOLE_TOKENS", 0),)),
     "no reserve": Variant(lambda _: Policy(), ((due_rows, "RESERVE_S", 0.0),)),
     "no admission": Variant(lambda _: Policy(choose_step, admit_all, UNBOUNDED_S)),
     "admission by number": Variant(lambda _: Policy(choose_step, admit_by_number)),

@@ -14,10 +14,11 @@ import numpy as np
 from playback import percentile
 from report import Report
 from simulated_engine import Machine, Outcome, Policy, Simulation, Speech
-from simulated_machines import CPU_CHUNK_TOKENS, MOST_ROWS
-from simulated_policies import UNBOUNDED_S, admit_all, all_rows
+from simulated_machines import CPU_CHUNK_TOKENS, MOST_ROWS, MOST_TOKENS
+from simulated_policies import UNBOUNDED_S, admit_all
 
 from vox_serve.config import ServerSettings
+from vox_serve.fifo import choose_all
 from vox_serve.step_times import StepTimes
 from vox_serve.text_bound import frames_expected
 
@@ -77,11 +78,12 @@ def machine_of(server: dict[str, Any], quiet: Sequence[Request]) -> tuple[Machin
     row_s = times.seconds(1)
     for tokens, ms in learnt["prompt_tokens"].items():
         times.observe(1, int(tokens), row_s + ms / 1e3)
-    tokens_s = [0.0, *times.prompts_s(range(1, CPU_CHUNK_TOKENS + 1)).tolist()]
+    tokens_s = [0.0, *times.prompts_s(range(1, MOST_TOKENS + 1)).tolist()]
     machine = Machine(
         "of the record",
         times.table(MOST_ROWS).tolist(),
         tokens_s,
+        CPU_CHUNK_TOKENS,
         ratios=learnt["measured_over_predicted"],
     )
     speeches = [replace(_speech(each), at_s=PAUSE_S * at) for at, each in enumerate(quiet)]
@@ -133,7 +135,7 @@ def _policy(server: dict[str, Any]) -> Policy:
     flags, places = server["flags"] or [], server["health"]["max_batch_size"]
     chosen = dict(pairwise(flags))
     if chosen.get("--policy") == "fifo":
-        return Policy(all_rows, admit_all, UNBOUNDED_S, places)
+        return Policy(choose_all, admit_all, UNBOUNDED_S, places)
     default_s = ServerSettings().max_wait_s
     return Policy(max_wait_s=float(chosen.get("--max_wait_s", default_s)), most_rows=places)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from vox_serve.policy import Row, Step
+from vox_serve.policy import WHOLE_TOKENS, Row, Step
 from vox_serve.step_times import StepTimes
 
 
@@ -12,8 +12,11 @@ def choose_all(rows: Iterable[Row], now_s: float, times: StepTimes, chunk_tokens
     Args:
         rows: all live requests, in order of arrival.
         now_s, times: not used; as in `policy.choose_step`.
-        chunk_tokens: most prompt tokens of a step.
+        chunk_tokens: most prompt tokens of a step with several requests.
     """
+    rows = list(rows)
+    if len(rows) == 1:
+        chunk_tokens = max(chunk_tokens, WHOLE_TOKENS)
     frames, prompts = [], []
     for row in rows:
         if not row.num_missing:

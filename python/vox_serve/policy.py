@@ -6,7 +6,8 @@ The rules, in this order:
 
 1. Rows whose listener would run dry before the end of the step after this one are in the step.
 2. Newcomers, whose listeners hear nothing yet, come next. Other rows wait meanwhile: their
-   listeners have audio in hand. Prompts are cut to what fits before the next frame is due.
+   listeners have audio in hand. Prompts are cut to what fits before the next frame is due, but a
+   long one is prefilled at once if no frame is due before its end.
 3. Otherwise the rows that are due first are in the step, as few as keep all listeners supplied: a
    newcomer waits for the step in progress. A size that was not measured lately is tried.
 4. Whole answers have no listener. They take the place of streams that are ahead of their
@@ -46,6 +47,9 @@ STARVED_S = 0.25
 """A stream's prompt that waited so long gets `FEW_TOKENS` in the next step, whatever is due."""
 FEW_TOKENS = 16
 
+WHOLE_TOKENS = 512
+"""Most tokens of the first prompt of a step that makes no frame late."""
+
 URGENT_S = 0.5
 """A newcomer whose client speaks nothing else goes before others that came so much earlier."""
 
@@ -70,7 +74,7 @@ def choose_step(rows: Iterable[Row], now_s: float, times: StepTimes, chunk_token
         rows: all live requests.
         now_s: the time by the caller's clock.
         times: how long steps take.
-        chunk_tokens: most prompt tokens of a step.
+        chunk_tokens: most prompt tokens of a step, but see `WHOLE_TOKENS`.
     """
     rows = list(rows)
     if len(rows) == 1 and not rows[0].num_missing and not rows[0].is_new:
@@ -119,6 +123,10 @@ def _hurried_step(
     """
     starves = any(now_s - row.moved_s > STARVED_S for row in hurried)
     work = _cut(hurried, chunk_tokens)
+    if hurried[0].num_missing > chunk_tokens:
+        whole = _cut(hurried[:1], max(chunk_tokens, WHOLE_TOKENS))
+        if not ready.num_due(1, _sizes(whole)[0]):
+            work = whole
     tokens, ends = _sizes(work)
     if riders and not starves:
         both_s = times.seconds(ends, tokens) + times.seconds(riders)

@@ -7,7 +7,7 @@ import pytest
 from vox_serve.admission import MAX_LOAD, WAIT_MARGIN, can_admit, wait_s
 from vox_serve.deadlines import FRAME_S, WHOLE_FRAME_S, Row
 from vox_serve.due_rows import WHOLE_RANK_S, WHOLE_WAIT_S
-from vox_serve.policy import FEW_TOKENS, STARVED_S, Step, choose_step
+from vox_serve.policy import FEW_TOKENS, STARVED_S, WHOLE_TOKENS, Step, choose_step
 from vox_serve.step_times import STALE_STEPS, StepTimes
 
 CHUNK_TOKENS = 64
@@ -108,6 +108,17 @@ class TestNewcomers:
         assert FEW_TOKENS <= tokens < 64
         assert STEP_S + ROW_S + TOKEN_S * tokens <= 0.032
 
+    def test_a_long_prompt_is_prefilled_at_once_if_no_frame_is_due_meanwhile(self) -> None:
+        assert prompts(choose([newcomer(num_missing=300)])) == [("newcomer", 300)]
+        rows = [*streams(8, 1.0), newcomer(num_missing=300)]
+        assert prompts(choose(rows)) == [("newcomer", 300)]
+        rows[0].due_s = 300 * TOKEN_S
+        assert prompts(choose(rows)) == [("newcomer", CHUNK_TOKENS)]
+        rows = [newcomer("short"), newcomer("long", num_missing=300)]
+        assert sum(tokens for _, tokens in prompts(choose(rows))) <= CHUNK_TOKENS
+        most = WHOLE_TOKENS
+        assert prompts(choose([newcomer(num_missing=2 * most)])) == [("newcomer", most)]
+
     @pytest.mark.parametrize(("waited_s", "tokens"), [(0.0, []), (STARVED_S + 0.1, [FEW_TOKENS])])
     def test_a_prompt_that_fits_nowhere_waits_but_not_for_ever(
         self, waited_s: float, tokens: list[int]
@@ -119,7 +130,7 @@ class TestNewcomers:
         long, short = newcomer("long", 320), newcomer("short", 14)
         assert prompts(choose([long, short]))[0] == ("short", 14)
         long.moved_s = -0.2
-        assert prompts(choose([long, short]))[0] == ("long", CHUNK_TOKENS)
+        assert prompts(choose([long, short]))[0] == ("long", 320)
 
     def test_a_client_that_speaks_nothing_else_goes_before_one_that_does(self) -> None:
         other = newcomer("other")

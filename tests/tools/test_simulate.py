@@ -8,16 +8,19 @@ import simulate
 import simulated_machines
 import simulated_replay
 from simulated_engine import Machine, Outcome, Policy, Simulation, Speech, summary
-from simulated_policies import VARIANTS, admit_all, all_rows
+from simulated_policies import VARIANTS, admit_all
+
+from vox_serve.fifo import choose_all
 
 STEP_S, ROW_S, TOKEN_S = 0.004, 0.002, 0.001
 MACHINE = Machine(
     "by hand",
     [STEP_S + ROW_S * rows if rows else 0.0 for rows in range(65)],
-    [TOKEN_S * tokens for tokens in range(65)],
+    [TOKEN_S * tokens for tokens in range(513)],
+    chunk_tokens=64,
     overhead_s=0.003,
 )
-FIFO = Policy(all_rows, admit_all, max_wait_s=1e9, most_rows=2)
+FIFO = Policy(choose_all, admit_all, max_wait_s=1e9, most_rows=2)
 
 
 def run(policy: Policy, *speeches: Speech, servers: int = 1) -> list[Outcome]:
@@ -27,7 +30,6 @@ def run(policy: Policy, *speeches: Speech, servers: int = 1) -> list[Outcome]:
 @pytest.mark.parametrize("policy", [FIFO, Policy()])
 def test_one_request_takes_its_prompt_and_one_step_a_frame(policy):
     [outcome] = run(policy, Speech(1.0, frames=3, prompt_tokens=70))
-    # 64 tokens make a step of their own.
     first_s = 70 * TOKEN_S + STEP_S + ROW_S + MACHINE.overhead_s
     assert outcome.first_s == pytest.approx(first_s)
     assert outcome.end_s == pytest.approx(first_s + 2 * (STEP_S + ROW_S))
@@ -44,14 +46,14 @@ def test_a_place_is_free_when_a_speech_ends():
 
 
 def test_frames_that_come_too_late_are_counted():
-    slow = Machine("slow", [0.1] * 9, [0.0] * 65)
+    slow = Machine("slow", [0.1] * 9, [0.0] * 65, 64)
     outcomes = Simulation(slow, FIFO, [Speech(0.0, frames=4, prompt_tokens=1)]).run()
     assert outcomes[0].underruns == 3
 
 
 def test_requests_that_would_wait_too_long_are_refused_at_once():
     crowd = [Speech(0.0, frames=100, prompt_tokens=1, guess=100)] * 3
-    policy = Policy(all_rows, lambda *_: False, max_wait_s=0.5)
+    policy = Policy(choose_all, lambda *_: False, max_wait_s=0.5)
     outcomes = run(policy, *crowd)
     assert [outcome.refused for outcome in outcomes] == [False, True, True]
     assert outcomes[1].refused_s == 0.0
