@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpoints import TinyShape, build_tiny
 from csm_reference import reference_generate, reference_trace
+from emulated_kernels import emulated_gpu
 from engine_testing import (
     GREEDY,
     PACKABLE,
@@ -20,7 +21,6 @@ from engine_testing import (
     run_one,
     share_of_equal_codes,
 )
-from ops_testing import Target
 from vox_serve import engine as engine_module
 from vox_serve import frame_batch, loading, model
 from vox_serve.cuda_graphs import rounded_rows
@@ -30,7 +30,6 @@ from vox_serve.loading import load_engine
 from vox_serve.policy import choose_step
 from vox_serve.prompt import CHARS_PER_POSITION, Segment
 from vox_serve.sampling import SamplingParams
-from voxkern import backend
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -68,18 +67,9 @@ def test_greedy_codes_equal_transformers(folder, device, shape, rope, with_conte
 
 
 @pytest.fixture
-def cuda_kernels_on_the_host(monkeypatch):
-    """Ops with CUDA kernels run these, compiled for the host (tests/simt)."""
-    simt, native = Target("simt", "cpu"), backend.implementation
-    if reason := simt.why_missing():
-        pytest.skip(reason)
-
-    def implementation(name: str, backend: str):
-        if simt.why_missing(name):
-            return native(name, backend)
-        return getattr(torch.ops.voxkern_simt, name).default
-
-    monkeypatch.setattr(backend, "implementation", implementation)
+def cuda_kernels_on_the_host():
+    with emulated_gpu():
+        yield
 
 
 @pytest.mark.slow

@@ -4,14 +4,19 @@ import random
 from dataclasses import replace
 
 import pytest
-import torch
 
 from checkpoints import build_tiny
+from emulated_kernels import emulated_gpu
 from engine_testing import PACKABLE, run
-from random_schedules import choose_at_random, page_bytes, run_at_random
+from random_schedules import (
+    assert_a_schedule_changes_nothing,
+    assert_a_small_schedule_changes_nothing,
+    choose_at_random,
+    engine_like,
+)
 from vox_serve import engine as engine_module
 from vox_serve import frame_batch
-from vox_serve.engine import Engine, Request
+from vox_serve.engine import Request
 from vox_serve.loading import load_engine
 from vox_serve.sampling import SamplingParams
 from voxkern import backend
@@ -62,19 +67,6 @@ def alone(loaded, requests) -> dict[str, tuple]:
     return {request.id: run(loaded, request)[request.id] for request in requests}
 
 
-def engine_like(loaded: Engine, num_pages: int, cached_pages: int = 0, **settings) -> Engine:
-    size = page_bytes(loaded)
-    return Engine(
-        loaded.model,
-        loaded.mimi,
-        loaded.prompts,
-        max_batch_size=6,
-        kv_cache_bytes=num_pages * size,
-        prefix_cache_bytes=cached_pages * size,
-        **settings,
-    )
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_random_schedules_change_nothing(loaded, requests, alone, monkeypatch, seed):
     """Parked, moved to other rows, suspended, rebuilt, beside requests that come and go."""
@@ -87,19 +79,15 @@ def test_random_schedules_change_nothing(loaded, requests, alone, monkeypatch, s
         cached_pages=(0, 50, 2, 0)[seed],
         choose=choose_at_random(rng),
     )
-    free = engine._cache.num_free_pages
-    spoken = run_at_random(engine, requests, rng, abort_share=0.02, lose_share=0.15)
-    for i, (codes, audio, reason) in alone.items():
-        mine = spoken[i]
-        if mine[2] == "aborted":
-            codes, audio = codes[: len(mine[0])], audio[: len(mine[1])]
-        else:
-            assert mine[2] == reason
-        assert torch.equal(mine[0], codes), i
-        assert torch.equal(mine[1], audio), i
-    assert engine._cache.num_free_pages == free
-    assert engine._batch.members == []
-    assert engine.num_losses > 0
+    assert_a_schedule_changes_nothing(
+        engine, requests, alone, rng, abort_share=0.02, lose_share=0.15
+    )
+
+
+@pytest.mark.slow
+def test_random_schedules_change_nothing_for_cuda_kernels_simt(tmp_path):
+    """The kernels run on the emulated GPU."""
+    assert_a_small_schedule_changes_nothing(tmp_path, emulated_gpu())
 
 
 def test_the_pool_has_room_for_one_request_at_least(loaded):

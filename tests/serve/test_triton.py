@@ -7,8 +7,10 @@ import torch
 
 from checkpoints import TinyShape, build_tiny
 from csm_reference import reference_generate
+from emulated_kernels import interpreted_transformers
 from engine_testing import GREEDY, run, run_one
 from ops_testing import Target
+from random_schedules import assert_a_small_schedule_changes_nothing
 from vox_serve import loading
 from vox_serve.engine import Request
 from vox_serve.loading import load_engine
@@ -66,3 +68,8 @@ def test_a_batch_changes_no_code(tmp_path, on_triton, dtype, quantize):
     if (dtype, quantize) == ("float32", "none"):
         for i, (codes, _, _) in native.items():
             assert torch.equal(together[i][0], codes)
+
+
+def test_random_schedules_change_nothing(tmp_path):
+    """Parked, moved to other rows, suspended and rebuilt. The codec, which is slow, is native."""
+    assert_a_small_schedule_changes_nothing(tmp_path, interpreted_transformers())
