@@ -13,6 +13,10 @@ from common import FIRST_PHONE, FRAME_SAMPLES, Speech, phone_labels
 
 SEPARATOR = "\uefff"  # joins texts for the normalizer; no rule touches it
 LABELS_PER_FRAME = 4
+CONTEXT_SHARE = 0.5  # of the training sequences begin with earlier segments
+MAX_CONTEXT = 3  # earlier segments; both speakers occur, in any order
+MAX_POSITIONS = 1000  # of a sequence: 80 s of speech and its text would be 1,500
+POOL = 2000  # examples that are sorted by length together
 
 
 def normalize_all(tokenizer: Tokenizer, texts: list[str]) -> list[str]:
@@ -95,53 +99,84 @@ def spans(example) -> np.ndarray:
     return (overlap.clip(min=0) / FRAME_SAMPLES).astype(np.float32)
 
 
-def collate(examples, num_codebooks: int, multiple: int = 16):
-    """One padded batch. With n tokens and T frames, positions are tokens, then frames.
+def length_of(sequence) -> int:
+    """Positions of a list of examples: tokens, frames and a stop frame after all but the last."""
+    return sum(len(e["tokens"]) + len(e["codes"]) + 1 for e in sequence) - 1
 
-    tokens [B, S], is_text [B, S], codes [B, S, K] (0 at text positions);
+
+def collate(sequences, num_codebooks: int, multiple: int = 16):
+    """One padded batch of sequences: lists of examples, each the context of the next.
+
+    As in vox_serve's prompts, the positions of an example are its n tokens, its T frames and, if
+    another example follows, an all-zero stop frame.
+
+    tokens [B, S], is_text [B, S], codes [B, S, K] (0 at text positions and stop frames);
     targets [B, S, K]: the frame after each position; after the last frame the all-zero stop frame;
     -100 if there is none;
-    spoken [B, S, N]: the share of the next frame in which each token sounds;
+    spoken [B, S, N]: the share of the next frame in which the token at each position sounds;
     labels [B, S, 4]: phones of the next frame.
     """
-    batch = len(examples)
-    longest = max(len(e["tokens"]) + len(e["codes"]) for e in examples)
+    batch = len(sequences)
+    longest = max(length_of(sequence) for sequence in sequences)
     length = -(-longest // multiple) * multiple
-    num_tokens = max(len(e["tokens"]) for e in examples)
+    num_keys = max(length_of(s) - len(s[-1]["codes"]) for s in sequences)
     tokens = np.zeros((batch, length), np.int64)
     is_text = np.zeros((batch, length), bool)
     codes = np.zeros((batch, length, num_codebooks), np.int64)
     targets = np.full((batch, length, num_codebooks), -100, np.int64)
-    spoken = np.zeros((batch, length, num_tokens), np.float32)
+    spoken = np.zeros((batch, length, num_keys), np.float32)
     labels = np.full((batch, length, LABELS_PER_FRAME), -100, np.int64)
-    for row, e in enumerate(examples):
-        n, frames = len(e["tokens"]), len(e["codes"])
-        tokens[row, :n] = e["tokens"]
-        is_text[row, :n] = True
-        codes[row, n : n + frames] = e["codes"]
-        targets[row, n - 1 : n - 1 + frames] = e["codes"]
-        targets[row, n - 1 + frames] = 0
-        spoken[row, n - 1 : n - 1 + frames, :n] = spans(e)
-        labels[row, n - 1 : n - 1 + frames] = e["labels"]
+    for row, sequence in enumerate(sequences):
+        start = 0
+        for e in sequence:
+            first = start + len(e["tokens"])
+            end = first + len(e["codes"])
+            tokens[row, start:first] = e["tokens"]
+            is_text[row, start:first] = True
+            codes[row, first:end] = e["codes"]
+            targets[row, first - 1 : end - 1] = e["codes"]
+            targets[row, end - 1] = 0
+            spoken[row, first - 1 : end - 1, start:first] = spans(e)
+            labels[row, first - 1 : end - 1] = e["labels"]
+            start = end + 1
     arrays = dict(
         tokens=tokens, is_text=is_text, codes=codes, targets=targets, spoken=spoken, labels=labels
     )
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
+def with_context(indices, lengths, rng):
+    """Cuts indices into sequences of 1 to 1 + MAX_CONTEXT examples, of at most MAX_POSITIONS."""
+    sequences, start = [], 0
+    while start < len(indices):
+        count = 1 + (rng.random() < CONTEXT_SHARE) * rng.integers(1, MAX_CONTEXT + 1)
+        sequence = [indices[start]]
+        for index in indices[start + 1 : start + count]:
+            if sum(lengths[i] + 1 for i in sequence) + lengths[index] > MAX_POSITIONS:
+                break
+            sequence.append(index)
+        sequences.append(sequence)
+        start += len(sequence)
+    return sequences
+
+
 def batches(examples, indices, rng, positions: int):
-    """Endless batches of indices: examples of similar length, `positions` positions in all."""
+    """Endless batches of sequences of indices: sequences of similar length, `positions` in all."""
     lengths = [len(e["tokens"]) + len(e["codes"]) for e in examples]
+
+    def size(sequence):
+        return sum(lengths[i] + 1 for i in sequence) - 1
+
     while True:
         order = rng.permutation(indices)
-        for start in range(0, len(order), 1500):
-            pool = sorted(order[start : start + 1500], key=lambda i: lengths[i])
+        for start in range(0, len(order), POOL):
+            pool = sorted(with_context(order[start : start + POOL], lengths, rng), key=size)
             groups, group = [], []
-            for index in pool:
-                if group and (len(group) + 1) * lengths[index] > positions:
+            for sequence in pool:
+                if group and (len(group) + 1) * size(sequence) > positions:
                     groups.append(group)
                     group = []
-                group.append(index)
+                group.append(sequence)
             groups.append(group)
             rng.shuffle(groups)
             yield from groups

@@ -110,7 +110,7 @@ argentina egypt kenya nigeria india pakistan china japan korea russia ukraine ge
 spain portugal greece turkey poland sweden norway finland denmark iceland ireland scotland wales
 britain netherlands belgium switzerland austria italian russian japanese korean arabic dutch
 swedish portuguese australian canadian mexican brazilian african european asian british irish
-scottish""".split()
+scottish celsius com versus cetera kilometers gigabytes hertz pence trillion""".split()
 
 
 def word_counts(lexicon) -> collections.Counter:

@@ -3,8 +3,8 @@
 
 Training text is Debian's `wordnet-base` (example sentences of WordNet 3.0, whose licence allows any
 use) mixed with everyday sentences built from templates, one- and two-word utterances, numbers,
-names, times, and pairs of sentences. No test sentence is an instance of a training template, and
-training sentences that equal a test sentence are dropped.
+names, times, pairs of sentences, and long sentences of joined clauses. No test sentence is an
+instance of a training template, and training sentences that equal a test sentence are dropped.
 """
 
 import random
@@ -125,6 +125,18 @@ TEMPLATES = (
 ).split("|")
 WORDS["Because"] = ["Because", "While", "Although", "Before", "After", "Since"]
 
+LONG_WORDS = (18, 32)
+JOINTS = (
+    ", and|, and|, and|, but|, but|, so|, or|, because| because|, while| while|, although| although"
+    "|, then|, and then|, which is why| when| before| after|, as if| until|, even though| since|;|:"
+).split("|")
+OPENINGS = (
+    "As far as I know,|In the end,|To be honest,|By the way,|For example,|On the other hand,|Of "
+    "course,|After all,|I think that|They say that|We heard that|She told me that|It seems that|He "
+    "said that|Do you know whether|I wonder why"
+).split("|")
+NAMES = {word for key in ("name", "city", "day", "month") for word in WORDS[key]}
+
 # Written only for the test. The first is the README's example.
 TEST_SENTENCES = """Please take the second door on the left.
 Hello, this is a test of the speech system.
@@ -212,6 +224,54 @@ def short_utterance(rng: random.Random, sentences: list[str]) -> str:
     return (text[:1].upper() + text[1:] + rng.choice(("", ".", ".", ".", "?", "!"))) or "Yes."
 
 
+def as_clause(sentence: str) -> str:
+    """The sentence without its full stop, and in lower case unless it begins with a name or I."""
+    words = sentence.rstrip(".!?").split(" ")
+    first = re.match(r"[A-Za-z]+", words[0])
+    if first and first[0] not in NAMES | {"I"}:
+        words[0] = words[0][0].lower() + words[0][1:]
+    return " ".join(words)
+
+
+def join_clauses(rng: random.Random, clause) -> str:
+    """A sentence of at most LONG_WORDS words: what `clause()` returns, joined by conjunctions."""
+    wanted = rng.randint(*LONG_WORDS)
+    text = f"{rng.choice(OPENINGS)} " if rng.random() < 0.3 else ""
+    text += as_clause(clause())
+    for _ in range(40):
+        more = f"{rng.choice(JOINTS)} {as_clause(clause())}"
+        if len(text.split()) + len(more.split()) <= wanted:
+            text += more
+    asks = text.startswith("Do you")
+    return text[0].upper() + text[1:] + ("?" if asks else rng.choice("......!?"))
+
+
+def long_sentence(rng: random.Random, sentences: list[str]) -> str:
+    """Clauses from WordNet's examples and from templates, joined to one sentence."""
+
+    def clause():
+        while True:
+            text = rng.choice(sentences) if rng.random() < 0.5 else everyday_sentence(rng)
+            if re.fullmatch(r"[^.!?]*\.", text) and len(text.split()) > 3:
+                return text
+
+    return join_clauses(rng, clause)
+
+
+def long_test_sentences(count: int = 100) -> list[str]:
+    """Sentences of 20 to 30 words, of clauses from the test sentences."""
+    rng = random.Random(1)
+    clauses = [text for text in TEST_SENTENCES if text.endswith(".")]
+    found: list[str] = []
+    while len(found) < count:
+        text = join_clauses(rng, lambda: rng.choice(clauses))
+        parts = [as_clause(clause).lower() for clause in clauses]
+        repeats = any(text.lower().count(part) > 1 for part in parts)
+        if 20 <= len(text.split()) <= 30 and text not in found and not repeats:
+            found.append(text)
+    return found
+
+
 def corpus(count: int, seed: int = 0) -> list[str]:
     """`count` distinct training texts in random order, so that any prefix is a fair sample."""
     rng = random.Random(seed)
@@ -222,12 +282,14 @@ def corpus(count: int, seed: int = 0) -> list[str]:
     texts: list[str] = []
     while len(texts) < count:
         kind = rng.random()
-        if kind < 0.5 and unused:
+        if kind < 0.4 and unused:
             text = unused.pop()
-        elif kind < 0.8:
+        elif kind < 0.66:
             text = everyday_sentence(rng)
-        elif kind < 0.9:
+        elif kind < 0.75:
             text = short_utterance(rng, sentences)
+        elif kind < 0.88:
+            text = long_sentence(rng, sentences)
         else:
             text = f"{everyday_sentence(rng)} {rng.choice(sentences)}"
         if text.lower() not in seen:

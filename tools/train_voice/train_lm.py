@@ -10,6 +10,8 @@ text. Three things prevent it:
 - A corrupted history. In most utterances, a share of the acoustic codes of past frames, some codes
   of codebook 0 and some whole frames are replaced by those of other frames. Targets stay clean.
 - An auxiliary loss: the last hidden state must also predict the phones of the next frame.
+Half of the sequences begin with 1 to 3 earlier segments, of either speaker, as context. These have
+the same losses, so no position is wasted.
 The depth decoder trains on a random share of the frames. RUN/NAME.pt is the checkpoint.
 """
 
@@ -75,9 +77,8 @@ def alignment_loss(queries, keys, spoken, head):
 
 def losses(model, phone_head, batch, train: bool):
     codes, targets, spoken = batch["codes"], batch["targets"], batch["spoken"]
-    is_frame = (targets[..., 0] > 0) | (targets[..., 0] == 0)
-    is_frame = ~batch["is_text"] & (F.pad(is_frame, (1, 0))[:, :-1])
-    history = corrupt(codes, is_frame) if train else codes
+    is_frame = codes[..., 0] > 0
+    history = torch.where(is_frame[..., None], corrupt(codes, is_frame), codes) if train else codes
     x = torch.where(
         batch["is_text"][..., None],
         model.embed_text_tokens(batch["tokens"]),
@@ -158,14 +159,26 @@ def main():
     train_indices = [i for i in range(len(examples)) if i % Speech.HOLD_OUT]
     held_out = [e for i, e in enumerate(examples) if i % Speech.HOLD_OUT == 0][:120]
     held_out.sort(key=lambda e: len(e["codes"]))
+    after_context = [held_out[i : i + 3] for i in range(0, len(held_out), 3)]
     stream = batches(examples, train_indices, rng, args.positions)
 
     def on_device(items):
         batch = collate(items, model.config.num_codebooks)
         return {key: tensor.to(args.device) for key, tensor in batch.items()}
 
+    def validate(sequences, name):
+        """Records the losses of sequences, sorted by length."""
+        with torch.no_grad(), autocast(args.device):
+            rows = [
+                losses(model, phone_head, on_device(sequences[i : i + 15]), train=False)
+                for i in range(0, len(sequences), 15)
+            ]
+        training.record(
+            **{f"{name}_{k}": torch.stack([r[k] for r in rows]).mean() for k in rows[0]}
+        )
+
     for step in training.steps():
-        batch = on_device([examples[i] for i in next(stream)])
+        batch = on_device([[examples[i] for i in sequence] for sequence in next(stream)])
         with autocast(args.device):
             loss = losses(model, phone_head, batch, train=True)
         total = (
@@ -182,13 +195,8 @@ def main():
         states["adam"].step()
         training.log(**loss)
         if (step + 1) % 250 == 0:
-            with torch.no_grad(), autocast(args.device):
-                rows = [
-                    losses(model, phone_head, on_device(held_out[i : i + 30]), train=False)
-                    for i in range(0, len(held_out), 30)
-                ]
-            means = {f"val_{k}": torch.stack([r[k] for r in rows]).mean() for k in rows[0]}
-            training.record(**means)
+            validate([[e] for e in held_out], "val")
+            validate(after_context, "after")
 
 
 if __name__ == "__main__":

@@ -93,6 +93,23 @@ def test_pulse_codes_leave_the_other_codebooks_alone():
     torch.testing.assert_close(quantized, model.quantizer.decode(codes))
 
 
+def test_decoder_transformer_keeps_the_pulse_channels():
+    config = codec.make_config(4)
+    config.hidden_size = config.upsample_groups = 128
+    config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads = 1, 2, 2
+    config.intermediate_size = 64
+    model = MimiModel(config).eval()
+    codec.install_pulses(model)
+    codec.keep_pulses(model)
+    quantized = torch.randn(1, 128, 6)
+    with torch.no_grad():
+        before = codec.parts(model).upsample(quantized).transpose(1, 2)
+        after = codec.decoder_states(model, quantized)
+    pulses = slice(-pulse_codes.PULSE_DIM, None)
+    assert torch.equal(after[..., pulses], before[..., pulses])
+    assert not torch.allclose(after[..., : pulses.start], before[..., : pulses.start])
+
+
 def test_pulse_codes_follow_the_pitch():
     time_s = np.arange(40 * FRAME_SAMPLES) / 24000
     f0_hz = 180 + 40 * np.sin(2 * np.pi * 0.7 * time_s)
@@ -253,7 +270,7 @@ def test_every_frame_is_spoken_by_its_tokens():
     spans = lm_data.spans(example)
     np.testing.assert_allclose(spans.sum(1), 1)
     np.testing.assert_allclose(spans[:2, 3:], [[1, 0], [0.5, 0.5]])
-    batch = lm_data.collate([example], 2)
+    batch = lm_data.collate([[example]], 2)
     assert batch["codes"][0, 5].tolist() == [1, 2]
     assert batch["targets"][0, 4].tolist() == [1, 2]  # the last token predicts the first frame
     assert batch["targets"][0, 8].tolist() == [0, 0]  # and the last frame predicts the stop frame
