@@ -21,7 +21,7 @@ PULSE_BOOK = 1  # index of the codebook of pulse codes
 MEL_BINS = 80
 MEL_HOP_SAMPLES = 240
 MEL_FLOOR = 1e-3  # -60 dB: a lower floor makes the loss chase inaudible noise
-EMA_DECAY = 0.95
+EMA_DECAY = 0.97
 DEAD_SHARE = 0.01  # of the mean usage: below it a code is moved onto a random vector
 
 
@@ -139,6 +139,15 @@ def install_pulses(codec: MimiModel):
         rvq.output_proj.weight[:, CONTENT_DIM:] = 0
     acoustic.output_proj.weight[-PULSE_DIM:, CONTENT_DIM:, 0] = torch.eye(PULSE_DIM)
     parts(codec).upsample.conv.weight[-PULSE_DIM:, 0] = kernel
+
+
+@torch.no_grad()
+def keep_pulses(codec: MimiModel):
+    """Stops the decoder transformer from writing to the pulse channels, so that the SEANet decoder
+    reads them exactly as the upsampling made them. Call it after every optimizer step."""
+    for layer in parts(codec).decoder_transformer.layers:
+        for scale in (layer.self_attn_layer_scale, layer.mlp_layer_scale):
+            scale.scale[-PULSE_DIM:] = 0
 
 
 def has_pulses(book) -> bool:

@@ -15,7 +15,7 @@ import torch
 from transformers import MimiModel
 
 from codec import CODEBOOK_SIZE, PULSE_BOOK, Stage1, log_mel, make_config, reserve_stop_code
-from common import Speech, autocast
+from common import Speech, autocast, wait_while_paused
 
 BATCH = 32
 
@@ -73,6 +73,7 @@ def main():
     order = sorted(range(len(speech.rows)), key=speech.num_frames)
     codes = [None] * len(order)
     for start in range(0, len(order), BATCH):
+        wait_while_paused()
         indices = order[start : start + BATCH]
         encoded = encode(
             model,

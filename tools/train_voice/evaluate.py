@@ -19,7 +19,7 @@ import torch
 from transformers import MimiModel
 
 from codec import decoder_states, parts
-from common import SAMPLE_RATE_HZ, Speech
+from common import SAMPLE_RATE_HZ, Speech, wait_while_paused
 from encode_speech import encode, load_stage1
 from judge import Judge
 from texts import TEST_SENTENCES
@@ -61,6 +61,7 @@ def evaluate_codec(args, judge):
     for speaker in (0, 1):
         audios, references = [], []
         for seed, text in enumerate(texts):
+            wait_while_paused()
             samples, _, pulses = teacher.say(text, speaker, 1.0, seed)
             if args.own_encoder:
                 with torch.no_grad():
@@ -90,6 +91,7 @@ def evaluate_voice(args, judge):
         started = time.time()
         audios, unended = [], 0
         for seed, text in enumerate(texts, args.seed):
+            wait_while_paused()
             sampling = SamplingParams(temperature=args.temperature, top_k=args.top_k, seed=seed)
             request = Request(text=text, speaker=speaker, sampling=sampling, max_frames=MAX_FRAMES)
             audio, _, reason = speak(engine, request)

@@ -10,6 +10,8 @@ import re
 import numpy as np
 import soxr
 
+from common import wait_while_paused
+
 ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
     "fifteen sixteen seventeen eighteen nineteen"
@@ -58,6 +60,7 @@ class Judge:
         self.whisper = WhisperModel(folder, compute_type="int8", cpu_threads=threads)
 
     def transcribe(self, audio_24k_hz: np.ndarray) -> str:
+        wait_while_paused()
         audio = np.pad(soxr.resample(audio_24k_hz, 24000, 16000), (0, 8000)).astype(np.float32)
         segments, _ = self.whisper.transcribe(
             audio, language="en", temperature=0.0, condition_on_previous_text=False
@@ -68,6 +71,7 @@ class Judge:
         """DNSMOS OVRL, 1 to 5."""
         from speechmos import dnsmos
 
+        wait_while_paused()
         audio = soxr.resample(audio_24k_hz, 24000, 16000).astype(np.float64)
         audio = np.pad(audio, (0, max(0, 16000 - len(audio))))
         audio = np.clip(audio / max(float(np.abs(audio).max()), 1e-3) * 0.7, -1, 1)

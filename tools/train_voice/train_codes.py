@@ -22,6 +22,7 @@ from codec import (
     content,
     decoder_states,
     init_codebooks,
+    keep_pulses,
     log_mel,
     make_config,
     parts,
@@ -31,10 +32,10 @@ from codec import (
 )
 from common import FRAME_SAMPLES, Speech, Training, autocast, phone_labels
 
-BATCH = 16
+BATCH = 8
 WINDOW_FRAMES = 40
 LABEL_SAMPLES = 480
-WARM_STEPS = 300  # continuous latents before the codebooks start
+WARM_STEPS = 250  # continuous latents before the codebooks start
 ENCODER_SLOWDOWN = 0.2
 PHONE_WEIGHT = 1.0
 COMMITMENT_WEIGHT = 0.5
@@ -137,12 +138,13 @@ def main():
     windows = Windows(speech, phone_ids, np.random.default_rng(training.step))
     held_out = Windows(speech, phone_ids, np.random.default_rng(12345))
     held_out.starts = speech.validation
-    validation = [tuple(t.to(args.device) for t in held_out.batch()) for _ in range(4)]
+    validation = [tuple(t.to(args.device) for t in held_out.batch()) for _ in range(8)]
+    keep_pulses(model.codec)
 
     for step in training.steps():
         if step == WARM_STEPS:
             with torch.no_grad():
-                batches = [windows.batch()[0].to(args.device) for _ in range(30)]
+                batches = [windows.batch()[0].to(args.device) for _ in range(60)]
                 init_codebooks(model.codec, torch.cat([model.latents(log_mel(b)) for b in batches]))
         if step > WARM_STEPS:
             optimizer.param_groups[1]["lr"] *= ENCODER_SLOWDOWN
@@ -162,6 +164,7 @@ def main():
         total.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
+        keep_pulses(model.codec)
         training.log(**loss)
 
     with torch.no_grad():
