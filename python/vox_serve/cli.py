@@ -9,17 +9,9 @@ from typing import Any, NoReturn
 
 from pydantic.fields import FieldInfo
 
-from vox_serve.config import (
-    Config,
-    ConfigError,
-    Settings,
-    base_type,
-    choices,
-    limits,
-    parse_value,
-    shown_default,
-)
+from vox_serve.config import Config, ConfigError, parse_value
 from vox_serve.console import discard_stdout, stdout_is_broken
+from vox_serve.setting import Settings, base_type, choices, limits, shown_default
 
 MAX_MESSAGE_CHARS = 500
 _MAX_SCANNED_CHARS = 10_000  # of a message that may quote megabytes

@@ -7,14 +7,9 @@ the table.
 """
 
 import os
-import types
-import typing
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -22,6 +17,20 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from vox_serve.setting import (
+    TYPE_WORDS,
+    Secret,
+    Settings,
+    Shown,
+    base_type,
+    is_secret,
+    limits,
+    reason,
+    setting,
+    shown,
+    shown_default,
+)
+from vox_serve.setting import ConfigError as ConfigError
 from vox_serve.text_bound import frames_bound
 
 ENV_PREFIX = "VOX_SERVE_"
@@ -31,59 +40,6 @@ DEFAULT_FRAMES_LIMIT = 2048
 MAX_FRAMES = 1_000_000  # 22 hours
 
 Normalise = Literal["auto", "on", "off"]
-
-
-class ConfigError(ValueError):
-    """A setting has an invalid value; the message names the setting."""
-
-
-@dataclass(frozen=True)
-class Shown:
-    """Documentation text for a default, or for bounds, whose value says little."""
-
-    default: str | None = None
-    limits: str | None = None
-
-
-@dataclass(frozen=True)
-class Secret:
-    """Marks a setting whose value no message shows, and whose variable may not be empty."""
-
-
-def setting(default: Any, description: str, **bounds: Any) -> Any:
-    """A field of `Settings`; bounds are `ge`, `gt` and `le`."""
-    return Field(default, description=description, **bounds)
-
-
-class Settings(BaseModel):
-    """A frozen group of settings that takes exact types: `port="80"` is an error.
-
-    Raises:
-        ConfigError: an unknown setting, a wrong type, or a value out of bounds.
-    """
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
-
-    title: ClassVar[str]
-
-    def __init__(self, **values: Any):
-        try:
-            super().__init__(**values)
-        except ValidationError as errors:
-            error = errors.errors()[0]
-            name = str(error["loc"][0])
-            if name not in type(self).model_fields:
-                raise ConfigError(f"{name} is not a setting") from None
-            field = type(self).model_fields[name]
-            raise ConfigError(_reason(f"{name} must be", field, error)) from None
-
-    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
-        fields = type(self).model_fields
-        return [
-            (name, value)
-            for name, value in super().__repr_args__()
-            if not (name in fields and _is_secret(fields[name]))
-        ]
 
 
 class ModelSettings(Settings):
@@ -360,7 +316,7 @@ class _Environment(EnvSettingsSource):
         values = {}
         for name in Config.model_fields.keys() - self.current_state.keys():
             variable = ENV_PREFIX + name.upper()
-            if os.environ.get(variable) == "" and _is_secret(Config.model_fields[name]):
+            if os.environ.get(variable) == "" and is_secret(Config.model_fields[name]):
                 # Taken for "not set", an unset variable in a script would open the server.
                 raise ConfigError(f"environment variable {variable}: must not be empty")
             if text := self.env_vars.get(variable.lower()):
@@ -369,51 +325,6 @@ class _Environment(EnvSettingsSource):
                 except ConfigError as error:
                     raise ConfigError(f"environment variable {variable}: {error}") from None
         return values
-
-
-_TYPE_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-_BOUND_ERRORS = (
-    "literal_error",
-    "finite_number",
-    "greater_than",
-    "greater_than_equal",
-    "less_than_equal",
-)
-
-
-def base_type(field: FieldInfo) -> Any:
-    """The field's type without `| None`: str, int, float, bool or a Literal."""
-    kind = field.annotation
-    return typing.get_args(kind)[0] if isinstance(kind, types.UnionType) else kind
-
-
-def choices(field: FieldInfo) -> tuple[str, ...]:
-    """All values that the field takes; empty when it is not a Literal."""
-    kind = base_type(field)
-    return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
-
-
-def bound(field: FieldInfo, kind: Literal["ge", "gt", "le"]) -> Any:
-    """The field's lower bound, exclusive lower bound or upper bound; None if there is none."""
-    return next((getattr(item, kind) for item in field.metadata if hasattr(item, kind)), None)
-
-
-def limits(field: FieldInfo) -> str:
-    """The bounds in words; empty if there are none."""
-    low, above, high = bound(field, "ge"), bound(field, "gt"), bound(field, "le")
-    if words := _shown(field).limits:
-        return words
-    if choices(field):
-        return f"one of {', '.join(choices(field))}"
-    if above is not None:
-        return f"above {above}, at most {high}"
-    return "" if low is None else f"from {low} to {high}"
-
-
-def shown_default(field: FieldInfo) -> str:
-    """The default as the documentation writes it."""
-    text = _shown(field).default or str(field.default)
-    return text.lower() if base_type(field) is bool else text
 
 
 def parse_value(name: str, text: str) -> Any:
@@ -427,32 +338,17 @@ def parse_value(name: str, text: str) -> Any:
     try:
         return TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False)).validate_strings(text)
     except ValidationError as errors:
-        raise ConfigError(_reason("must be", field, errors.errors()[0])) from None
+        raise ConfigError(reason("must be", field, errors.errors()[0])) from None
 
 
 def markdown_table() -> str:
     """All settings as one Markdown table."""
     lines = ["| flag | default | values | effect |", "| --- | --- | --- | --- |"]
     for name, field in Config.model_fields.items():
-        default = _shown(field).default or f"`{shown_default(field)}`"
-        values = limits(field) or _TYPE_WORDS[base_type(field)]
+        default = shown(field).default or f"`{shown_default(field)}`"
+        values = limits(field) or TYPE_WORDS[base_type(field)]
         lines.append(f"| `--{name}` | {default} | {values} | {field.description} |")
     return "\n".join(lines)
-
-
-def _shown(field: FieldInfo) -> Shown:
-    return next((item for item in field.metadata if isinstance(item, Shown)), Shown())
-
-
-def _is_secret(field: FieldInfo) -> bool:
-    return any(isinstance(item, Secret) for item in field.metadata)
-
-
-def _reason(must_be: str, field: FieldInfo, error: Any) -> str:
-    if error["type"] in _BOUND_ERRORS:
-        return f"{must_be} {limits(field)}, got {error['input']}"
-    given = "" if _is_secret(field) else f", got {error['input']!r}"
-    return f"{must_be} {_TYPE_WORDS[base_type(field)]}{given}"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vox_serve.config import SamplingParams, bound
+from vox_serve.config import SamplingParams
+from vox_serve.setting import bound
 
 MAX_WINDOW_FRAMES = bound(SamplingParams.model_fields["repetition_window"], "le")
 

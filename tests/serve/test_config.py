@@ -10,13 +10,11 @@ from vox_serve.config import (
     ModelSettings,
     ServerSettings,
     SpeechSettings,
-    base_type,
-    bound,
-    choices,
     markdown_table,
     parse_value,
 )
 from vox_serve.sampling import SamplingParams
+from vox_serve.setting import base_type, bound, choices
 
 FIELDS = Config.model_fields
 BOUNDED = [name for name, field in FIELDS.items() if bound(field, "le") is not None]
