@@ -16,6 +16,7 @@ from torch import Tensor
 from vox_serve.checkpoint import CheckpointError, read_json
 from vox_serve.json_file import MAX_TOKENIZER_BYTES, read_bounded
 from vox_serve.model_config import CsmConfig
+from vox_serve.word_rules import WordRules
 
 BOS = "<|begin_of_text|>"
 EOS = "<|end_of_text|>"
@@ -88,6 +89,9 @@ class PromptBuilder:
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        self._word_rules = WordRules.find(tokenizer)
+        if self._word_rules is not None:
+            self._word_rules.tokenizer.encode_special_tokens = True
         self._kept_ids = lru_cache(MAX_KEPT_TEXTS)(self._ids)
         self._bos = _special_id(tokenizer, BOS, settings or {}, "bos_token")
         self._eos = _special_id(tokenizer, EOS, settings or {}, "eos_token")
@@ -163,9 +167,12 @@ class PromptBuilder:
         limit = self.config.backbone.max_positions
         end = limit // 2
         while True:
-            # Unlike `encode`, this releases the GIL; the fast variant computes no offsets.
+            tokenizer, part = self._tokenizer, text[:end]
             with _panics_as_errors():
-                encoded = self._tokenizer.encode_batch_fast([text[:end]], add_special_tokens=False)
+                if self._word_rules and (words := self._word_rules.normalize(part)) is not None:
+                    tokenizer, part = self._word_rules.tokenizer, words
+                # Unlike `encode`, this releases the GIL; the fast variant computes no offsets.
+                encoded = tokenizer.encode_batch_fast([part], add_special_tokens=False)
             ids = encoded[0].ids
             if end >= len(text):
                 return ids
