@@ -15,13 +15,18 @@ from math import inf
 
 from playback import percentile
 
-from vox_serve.admission import can_admit, wait_s
+from vox_serve.admission import can_admit
+from vox_serve.line_pace import LATEST, LinePace
 from vox_serve.policy import FRAME_S, Row, Step, choose_step
 from vox_serve.speech_lengths import SpeechLengths
 from vox_serve.step_times import StepTimes
 
 Choose = Callable[[Sequence[Row], float, StepTimes, int], Step]
 Admit = Callable[[Sequence[Row], float, StepTimes, bool, float, float], bool]
+
+
+BESIDE = 2.0
+"""Tokenizing shares the processors with the step's threads."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class Machine:
         jitter: standard deviation of the logarithm of a step's time.
         ratios: quantiles of a step's time over these costs, in place of `jitter`.
         overhead_s: from the client to the line, and from the step's end to the client.
+        prepare_s: of this, the part before the line; beside a step it takes `BESIDE` times as long.
     """
 
     name: str
@@ -45,6 +51,7 @@ class Machine:
     jitter: float = 0.0
     ratios: Sequence[float] = ()
     overhead_s: float = 0.0
+    prepare_s: float = 0.0
 
     def step_s(self, rows: int, tokens: int, draw: random.Random) -> float:
         ideal_s = self.rows_s[rows] + self.tokens_s[tokens]
@@ -126,7 +133,11 @@ class _Server:
     lengths: SpeechLengths = field(default_factory=SpeechLengths)
     live: dict[str, Row] = field(default_factory=dict)
     line: deque[int] = field(default_factory=deque)
+    line_pace: LinePace = field(default_factory=LinePace)
     busy: bool = False
+    prepared_s: float = 0.0
+    """When the last request to arrive is in the line: one is tokenized at a time."""
+
     retry_at_s: float = 0.0
     """The line is not looked at again before this time."""
 
@@ -185,14 +196,24 @@ class Simulation:
         )
         server = self._servers[number]
         self.outcomes[index].server = number
+        prepare_s = server.machine.prepare_s * (BESIDE if server.busy else 1.0)
+        if not prepare_s:
+            self._put_in_line(server, index, now_s)
+            return
+        server.prepared_s = max(now_s, server.prepared_s) + prepare_s
+        self._at(server.prepared_s, partial(self._put_in_line, server, index))
+
+    def _put_in_line(self, server: _Server, index: int, now_s: float) -> None:
         server.line.append(index)
         self._admit(server, now_s, arrived=True)
         if server.line and server.line[-1] == index:
-            wait = wait_s(list(server.live.values()), now_s, server.times, len(server.line) - 1)
-            if wait > server.policy.max_wait_s:
+            rows, num_ahead = list(server.live.values()), len(server.line) - 1
+            wait_s = server.line_pace.wait_s(rows, now_s, server.times, num_ahead)
+            if wait_s > server.policy.max_wait_s:
                 self._refuse(server, index, now_s)
             else:
-                self._at(now_s + server.policy.max_wait_s, partial(self._refuse, server, index))
+                latest_s = now_s + LATEST * server.policy.max_wait_s
+                self._at(latest_s, partial(self._refuse, server, index))
         if not server.busy:
             self._begin(server, now_s)
 
@@ -227,6 +248,7 @@ class Simulation:
                 frames_expected=frames,
             )
             server.live[row.id] = row
+            server.line_pace.admitted(now_s, len(server.line))
 
     def _begin(self, server: _Server, now_s: float) -> None:
         self._admit(server, now_s)
@@ -257,7 +279,8 @@ class Simulation:
             if row.num_frames and row.streams and now_s > row.due_s:
                 outcome.underruns += 1
             row.made_frame(now_s)
-            since_s = now_s - speech.at_s + server.machine.overhead_s
+            overhead_s = server.machine.overhead_s - server.machine.prepare_s
+            since_s = now_s - speech.at_s + overhead_s
             if row.num_frames == 1:
                 outcome.first_s = since_s
             if row.num_frames == speech.frames:

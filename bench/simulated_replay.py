@@ -5,12 +5,12 @@ learnt (`step_ms` of /health). The time from a client to the server's line, and 
 the client, follows from the record's requests that came one after another (the case `quiet`).
 """
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
-import numpy as np
 from playback import percentile
 from report import Report
 from simulated_engine import Machine, Outcome, Policy, Simulation, Speech
@@ -27,6 +27,9 @@ TOKENS, TOKENS_PER_CHAR = 4, 0.88
 
 PAUSE_S = 60.0
 """Time between two loads of the replay; the server rests meanwhile."""
+
+DELIVERY_S = 0.002
+"""From a step's end to the client; the rest of what a quiet request takes is before the line."""
 
 CLOSED_LOOPS = ("quiet", "capacity")
 """Here requests wait for each other, which a replay cannot show: the server only learns by them."""
@@ -56,15 +59,12 @@ def replay(record: dict[str, Any], report: Report, seed: int) -> None:
             table.add(name, load["case"], load["load"], len(outcomes), *pairs)
 
 
-def machine_of(server: dict[str, Any], quiet: Sequence[Request]) -> tuple[Machine, float]:
+def machine_of(server: dict[str, Any], quiet: Sequence[Request]) -> Machine:
     """The machine of a server.
 
     Args:
         server: its description in a record.
         quiet: requests that came one after another.
-
-    Returns:
-        The machine, and the seconds by which each character of a text delays its request.
 
     Raises:
         ValueError: the record has no step times, or no quiet requests.
@@ -88,41 +88,35 @@ def machine_of(server: dict[str, Any], quiet: Sequence[Request]) -> tuple[Machin
     )
     speeches = [replace(_speech(each), at_s=PAUSE_S * at) for at, each in enumerate(quiet)]
     outcomes = Simulation(machine, Policy(), speeches).run()
-    chars = [len(each["text"]) for each in quiet]
-    extra_s = [
+    overhead_s = statistics.median(
         each["first_audio_s"] - (outcome.first_s or 0.0)
         for each, outcome in zip(quiet, outcomes, strict=True)
-    ]
-    char_s, overhead_s = np.polyfit(chars, extra_s, 1)
-    return replace(machine, overhead_s=float(overhead_s)), float(char_s)
+    )
+    prepare_s = max(overhead_s - DELIVERY_S, 0.0)
+    return replace(machine, overhead_s=overhead_s, prepare_s=prepare_s)
 
 
 def _simulated(
     server: dict[str, Any], loads: list[dict[str, Any]], seed: int
 ) -> list[list[Outcome]]:
     """The outcomes of the requests of each load, one load after another on the same server."""
-    quiet = [each for load in loads if load["case"] == "quiet" for each in load["requests"]]
-    machine, char_s = machine_of(server, quiet)
+    machine = machine_of(
+        server, [each for load in loads if load["case"] == "quiet" for each in load["requests"]]
+    )
     speeches: list[Speech] = []
     start_s = 0.0
     for load in loads:
-        requests = load["requests"]
-        speeches += [_speech(each, start_s + char_s * len(each["text"])) for each in requests]
-        start_s += PAUSE_S + max((each["at_s"] + each["end_s"] for each in requests), default=0.0)
-    order = sorted(range(len(speeches)), key=lambda index: speeches[index].at_s)
-    simulation = Simulation(machine, _policy(server), [speeches[i] for i in order], seed=seed)
-    outcomes = dict(zip(order, simulation.run(), strict=True))
-    index = iter(range(len(speeches)))
-    return [
-        [_delayed(outcomes[next(index)], char_s * len(each["text"])) for each in load["requests"]]
-        for load in loads
-    ]
+        speeches += [_speech(each, start_s) for each in load["requests"]]
+        ends_s = [each["at_s"] + each["end_s"] for each in load["requests"]]
+        start_s += PAUSE_S + max(ends_s, default=0.0)
+    outcomes = iter(Simulation(machine, _policy(server), speeches, seed=seed).run())
+    return [list(islice(outcomes, len(load["requests"]))) for load in loads]
 
 
-def _speech(request: Request, delay_s: float = 0.0) -> Speech:
+def _speech(request: Request, start_s: float = 0.0) -> Speech:
     chars = len(request["text"])
     return Speech(
-        request["at_s"] + delay_s,
+        start_s + request["at_s"],
         request["frames"],
         int(TOKENS + TOKENS_PER_CHAR * chars),
         frames_expected(request["text"]),
@@ -138,11 +132,6 @@ def _policy(server: dict[str, Any]) -> Policy:
         return Policy(choose_all, admit_all, UNBOUNDED_S, places)
     default_s = ServerSettings().max_wait_s
     return Policy(max_wait_s=float(chosen.get("--max_wait_s", default_s)), most_rows=places)
-
-
-def _delayed(outcome: Outcome, delay_s: float) -> Outcome:
-    first_s = outcome.first_s
-    return replace(outcome, first_s=None if first_s is None else first_s + delay_s)
 
 
 def _measured(load: dict[str, Any]) -> list[Outcome]:

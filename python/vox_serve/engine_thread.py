@@ -183,6 +183,8 @@ class EngineThread:
                 if (job := self._next_in_line()) is None:
                     return
                 self._queue.take(job)
+                if self._gate is not None and job.streaming:
+                    self._gate.admitted(self._queue.num_waiting)
                 is_urgent = self._queue.holds_one_place(job)  # its client speaks nothing else
             job.request = replace(job.request, streams=job.streaming, urgent=is_urgent)
             yield job

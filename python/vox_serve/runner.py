@@ -36,6 +36,7 @@ from vox_serve.job import (
     RequestRefused,
     ShuttingDown,
 )
+from vox_serve.line_pace import LATEST
 from vox_serve.preparing import Preparing
 from vox_serve.stream_gate import StreamGate
 from vox_serve.unread import UnreadAudio
@@ -216,7 +217,7 @@ class Runner:
         if evicted is not None:
             evicted.post(End(error=full))
         if streaming and self._gate is not None:
-            job.wait_for_place(self._gate.max_wait_s)
+            job.wait_for_place(LATEST * self._gate.max_wait_s)
         slow = len(request.text) > SHORT_CHARS
         try:
             self._preparing.start(partial(self._prepare, job), client, slow)

@@ -4,7 +4,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
-from vox_serve.admission import can_admit, wait_s
+from vox_serve.admission import can_admit
+from vox_serve.line_pace import LinePace
 from vox_serve.text_bound import frames_expected
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class StreamGate:
         self, engine: Speaker, max_wait_s: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._engine, self.max_wait_s, self._clock = engine, max_wait_s, clock
+        self._pace = LinePace()
 
     def is_open(self, request: "Request", streaming: bool) -> bool:
         """True if a request can be spoken beside those that are."""
@@ -52,4 +54,9 @@ class StreamGate:
 
     def wait_s(self, num_ahead: int) -> float:
         """Predicted seconds until a request that finds the gate closed gets its place."""
-        return wait_s(self._engine.rows, self._clock(), self._engine.times, num_ahead)
+        engine = self._engine
+        return self._pace.wait_s(engine.rows, self._clock(), engine.times, num_ahead)
+
+    def admitted(self, num_waiting: int) -> None:
+        """A stream got its place, and so many others wait still."""
+        self._pace.admitted(self._clock(), num_waiting)

@@ -27,6 +27,8 @@ class Gate:
     def wait_s(self, num_ahead: int) -> float:
         return self.predicted_s * (1 + num_ahead)
 
+    def admitted(self, num_waiting: int) -> None: ...
+
 
 async def until(condition) -> None:
     while not condition():

@@ -151,7 +151,8 @@ def record_of(speeches: list[Speech], texts: list[str]) -> dict:
     return {"machine": {"servers": {"ours": {"flags": [], "health": health}}}, "loads": loads}
 
 
-def test_a_replay_of_a_simulated_record_gives_its_figures():
+def test_a_replay_of_a_simulated_record_gives_its_figures(monkeypatch):
+    monkeypatch.setattr(simulated_replay, "DELIVERY_S", MACHINE.overhead_s)
     texts = [f"{'Again and ' * (1 + i % 4)}again." for i in range(15)]
     speeches = [
         Speech(
