@@ -7,7 +7,7 @@ import numpy as np
 from vox_serve.deadlines import Row
 from vox_serve.step_times import StepTimes
 
-RESERVE_S = 0.015
+RESERVE_S = 0.03
 RISK = 0.2
 """A frame should be ready `RESERVE_S` before it is due. One with less time counts as `RISK` of a
 late frame, since the step may take longer than predicted."""

@@ -308,7 +308,8 @@ class Runner:
         if self._gate is None or not job.streaming:
             return False
         num_ahead = self._queue.num_ahead(job.client)
-        has_place = not num_ahead and self._queue.has_place(job.client)
+        # Those in line that are still being tokenized do not wait for the gate.
+        has_place = self._queue.has_place(job.client) and not self._queue.can_take
         if has_place and self._gate.is_open(job.request, job.streaming):
             return False
         return self._gate.wait_s(num_ahead) > self._gate.max_wait_s

@@ -65,7 +65,7 @@ def prompts(step: Step) -> list[tuple[str, int]]:
 
 class TestWhatIsDue:
     def test_rows_that_cannot_wait_for_the_next_step_are_in_this_one(self) -> None:
-        due = [stream("due", 0.03), stream("also due", 0.032)]
+        due = [stream("due", 0.045), stream("also due", 0.047)]
         step = choose([*streams(6, 1.0), *due, newcomer()])
         assert frames(step) == ["due", "also due"]
 
@@ -102,11 +102,11 @@ class TestNewcomers:
         assert prompts(step) == [("newcomer", 14)]
 
     def test_a_prompt_is_cut_to_what_fits_before_the_next_frame_is_due(self) -> None:
-        step = choose([stream("due", 0.032), newcomer(num_missing=64)])
+        step = choose([stream("due", 0.047), newcomer(num_missing=64)])
         assert frames(step) == ["due"]
         [(_, tokens)] = prompts(step)
         assert FEW_TOKENS <= tokens < 64
-        assert STEP_S + ROW_S + TOKEN_S * tokens <= 0.032
+        assert STEP_S + ROW_S + TOKEN_S * tokens <= 0.047
 
     def test_a_long_prompt_is_prefilled_at_once_if_no_frame_is_due_meanwhile(self) -> None:
         assert prompts(choose([newcomer(num_missing=300)])) == [("newcomer", 300)]

@@ -49,6 +49,15 @@ def test_a_stream_that_would_wait_for_too_long_is_refused_at_once():
     assert (retry_after_s, num_refused) == (1, 1)  # an idle engine: no prediction
 
 
+def test_a_stream_is_not_refused_for_others_that_are_being_tokenized():
+    async def scenario(runner):
+        jobs = [runner.submit(Request(f"Stream {i}.")) for i in range(2)]
+        assert [len(await read_job(job)) for job in jobs] == [3 * FRAME_BYTES] * 2
+
+    engine = FakeEngine(prepare_s=0.05)
+    run_with(engine, scenario, gate=Gate(is_open=True, wait_s=7.2))
+
+
 def test_a_stream_waits_for_the_gate_to_open():
     async def scenario(runner):
         job = runner.submit(Request("Stream."))
