@@ -405,7 +405,7 @@ class Engine:
         frames.wait()
         now_s = self._clock()
         self._meter.finish(now_s, len(members), num_tokens)
-        is_spoken = frames.codes.any(1).tolist()  # all but Sesame's stop frame
+        is_spoken = frames.codes.numpy().any(1).tolist()  # all but Sesame's stop frame
         return [
             self._finish_frame(live, codes if spoken else None, audio, level, now_s)
             for live, codes, spoken, audio, level in zip(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vox_serve.cuda_graphs import Alternative, RowGraphs, rounded_rows
-from vox_serve.kv_cache import CacheRows, CacheSequence, KvCache, copy_to_device
+from vox_serve.kv_cache import CacheBatch, CacheRows, CacheSequence, KvCache, copy_to_device
 from vox_serve.mimi import Mimi
 from vox_serve.mimi.state import StreamState
 from vox_serve.model import PERSISTENT_ROWS, CsmModel
@@ -90,6 +90,7 @@ class _Views(NamedTuple):
     frames: Tensor
     codes: Tensor
     mask: Tensor
+    locations: CacheBatch
     hidden: Tensor
     audio: Tensor
     sampling: SamplingRows
@@ -339,8 +340,8 @@ class FrameBatch(Generic[Member]):
     def _run_backbone(self, rows: int) -> None:
         view = self._view(rows)
         torch.ge(view.codes, 0, out=view.mask[:, :-1])  # codes that were not drawn are masked
-        batch = self._cache_rows.batch(rows)
-        view.hidden.copy_(self.model.backbone_step(view.frames, view.mask, batch, self.cache))
+        hidden = self.model.backbone_step(view.frames, view.mask, view.locations, self.cache)
+        view.hidden.copy_(hidden)
         self._cache_rows.advance(rows)
 
     def _run_draw(self, rows: int, persistent: bool = False) -> None:
@@ -357,6 +358,7 @@ class FrameBatch(Generic[Member]):
                 frames=self._frames[:rows],
                 codes=self._codes[:rows],
                 mask=self._mask[:rows],
+                locations=self._cache_rows.batch(rows),
                 hidden=self._hidden[:rows],
                 audio=self._audio[:rows],
                 sampling=self._sampling.view(rows),

@@ -302,60 +302,67 @@ class CacheRows:
     """
 
     def __init__(self, cache: KvCache, max_rows: int) -> None:
-        def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
-            return torch.zeros((max_rows, *shape), dtype=dtype, device=cache.device)
-
-        self._positions = zeros(torch.int64)
-        self._steps = zeros(torch.int64)  # 1, or 0 in an unused row
-        self._page_table = zeros(torch.int32, cache.pages_per_sequence)
+        device = cache.device
+        # The next position and its slot, and what a step adds to both: 1, or 0 in an unused row.
+        self._next = torch.zeros(3, max_rows, dtype=torch.int64, device=device)
+        self._seq_lens = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        shape = max_rows, cache.pages_per_sequence
+        self._page_table = torch.zeros(shape, dtype=torch.int32, device=device)
+        self._unused = torch.tensor([0, -1, 0], device=device)
+        self.reset()
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All state, a row for each sequence."""
-        return self._positions, self._steps, self._page_table
+        return self._next.T, self._seq_lens, self._page_table
 
     def write(self, row: int, sequence: CacheSequence) -> None:
-        """Assign a row to a sequence."""
-        pages = torch.tensor(sequence.pages, dtype=torch.int32)
-        self._page_table[row, : len(pages)] = copy_to_device(pages, self._page_table.device)
-        self._positions[row] = sequence.length
-        self._steps[row] = 1
+        """Assign a row to a sequence. If its pages are full, `append_pages` before its step."""
+        pages, length = sequence.pages, sequence.length
+        page = pages[length // PAGE_SIZE] if length < len(pages) * PAGE_SIZE else 0
+        values = torch.tensor([length, page * PAGE_SIZE + length % PAGE_SIZE, 1, *pages])
+        values = copy_to_device(values, self._next.device)
+        self._next[:, row] = values[:3]
+        self._page_table[row, : len(pages)] = values[3:]
+        self._seq_lens[row] = length + 1
 
     def append_pages(self, pages: Sequence[tuple[int, int, int]]) -> None:
-        """Give rows further pages, without waiting for the device.
+        """Give rows whose pages are full one more, without waiting for the device.
 
         Args:
             pages: row, index in its sequence, and page.
         """
         entries = torch.tensor(pages).T.contiguous()
-        rows, columns, numbers = copy_to_device(entries, self._page_table.device)
+        rows, columns, numbers = copy_to_device(entries, self._next.device)
         self._page_table[rows, columns] = numbers.int()
+        self._next[1, rows] = numbers * PAGE_SIZE
 
     def clear(self, row: int) -> None:
         """Mark a row as unused: the ops write nothing for it."""
-        self._positions[row] = 0
-        self._steps[row] = 0
+        self._next[:, row] = self._unused
+        self._seq_lens[row] = 1
 
     def reset(self) -> None:
         """Mark all rows as unused."""
-        for tensor in self.tensors:
-            tensor.zero_()
+        self._next.copy_(self._unused[:, None])
+        self._seq_lens.fill_(1)
+        self._page_table.zero_()
 
     def batch(self, rows: int) -> CacheBatch:
-        """Cache locations of the next tokens of the first `rows` rows."""
-        positions, table = self._positions[:rows], self._page_table[:rows]
-        pages = table.gather(1, positions[:, None] // PAGE_SIZE)[:, 0]
-        slots = torch.add(positions % PAGE_SIZE, pages, alpha=PAGE_SIZE)
-        slots.masked_fill_(self._steps[:rows] == 0, -1)
+        """Cache locations of the next tokens of the first `rows` rows: views, which `advance`
+        moves on."""
+        positions, slots, _ = self._next[:, :rows]
         return CacheBatch(
             positions=positions,
             slots=slots,
-            page_table=table,
-            seq_lens=(positions + 1).int(),
+            page_table=self._page_table[:rows],
+            seq_lens=self._seq_lens[:rows],
             cu_seqlens=None,
             last_tokens=None,
         )
 
     def advance(self, rows: int) -> None:
         """Count the next tokens of the first `rows` rows as written."""
-        self._positions[:rows] += self._steps[:rows]
+        steps = self._next[2, :rows]
+        self._next[:2, :rows] += steps
+        self._seq_lens[:rows] += steps

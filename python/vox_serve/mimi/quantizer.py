@@ -1,7 +1,6 @@
 """Split residual vector quantizer: codes to latents and back."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vox_serve.mimi.config import MimiConfig
@@ -47,14 +46,16 @@ class Quantizer:
             `[B, N, C]`.
         """
         batch, frames, width = codes.shape
-        # embed_frames expects a text column after the codes: pad it with zeros and mask it out.
-        rows = F.pad(codes.clamp(0, self.codebook_size - 1), (0, 1)).flatten(0, 1)
         mask = self.mask if width + 1 == self.mask.shape[1] else self._sums_mask(width)
-        if len(mask) > 1:
-            rows = rows.repeat_interleave(len(mask), 0)
-        mask = mask.repeat(batch * frames, 1)
+        # embed_frames expects a text column after the codes: it holds zeros and is masked out. The
+        # codes of a frame are repeated for each sum.
+        rows = codes.new_zeros(batch * frames, *mask.shape)
+        rows[..., :-1] = codes.reshape(-1, 1, width)
+        rows.clamp_(0, self.codebook_size - 1)
+        mask = mask.expand_as(rows).flatten(0, 1)
         table = self.table[: width * self.codebook_size]
-        sums = ops.embed_frames(rows, mask, table, self.table[:1]).view(batch, frames, -1)
+        sums = ops.embed_frames(rows.flatten(0, 1), mask, table, self.table[:1])
+        sums = sums.view(batch, frames, -1)
         return sums if self.project_out is None else ops.linear(sums, self.project_out)
 
     def _sums_mask(self, width: int) -> Tensor:
