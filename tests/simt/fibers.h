@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "contexts.h"
 #include "simt.h"
 
 namespace simt {
@@ -65,7 +66,7 @@ struct Fiber {
 
   void* stack = nullptr;
   bool started = false;
-  void* jump[5];
+  Context context;
   void* fake_stack = nullptr;
   uint64_t received[kLanes];  // in an operation of a part of the warp
 
@@ -118,7 +119,8 @@ void run(const std::vector<Block*>& blocks, bool early = false);
 void abandon_fibers();
 // Lets others run until the fiber that runs is ready again.
 void wait(State state, Site site);
-void back_to_scheduler();
+// Lets the next fiber run, or the scheduler if none is left in this round.
+void let_next_run();
 bool same_site(const Site& a, const Site& b);
 std::string describe(const Fiber& fiber);
 

@@ -1,6 +1,5 @@
 // Switches between fibers, and decides which one runs.
 #include <sys/mman.h>
-#include <ucontext.h>
 
 #include <algorithm>
 #include <cstring>
@@ -35,56 +34,76 @@ constexpr size_t kStackBytes = 256 << 10;
 constexpr size_t kGuardBytes = 4096;
 constexpr long kPatience = 1 << 14;  // rounds in which all threads only pause
 
-void* main_jump[5];
-void* main_fake_stack;
-const void* main_stack;
-size_t main_stack_bytes;
+Context scheduler;
+void* scheduler_fake_stack;
+const void* scheduler_stack;
+size_t scheduler_stack_bytes;
+bool scheduler_ran_last = false;
 
-// The compiler's built-in setjmp: three words, no system call. The jump is in a separate function,
-// as the manual requires.
-// noipa: a caller may not take the registers that such a function leaves alone as preserved.
-#ifdef __clang__
-#define VOX_PLAIN __attribute__((noinline, no_sanitize("address", "undefined")))
-#else
-#define VOX_PLAIN __attribute__((noinline, noipa, no_sanitize("address", "undefined")))
-#endif
-[[noreturn]] VOX_PLAIN void jump(void** to) { __builtin_longjmp(to, 1); }
-VOX_PLAIN void switch_context(void** from, void** to) {
-  if (__builtin_setjmp(from) == 0) jump(to);
+// Fibers to hold back until no other can continue: a warp or one thread of a block.
+struct Straggler {
+  int first = 0, end = 0;
+
+  bool exists() const { return end; }
+  bool has(int fiber) const { return fiber >= first && fiber < end; }
+};
+
+// In a round, each fiber that could run at its beginning has a turn. Each lets the next one run: a
+// processor predicts that better than a switch to the scheduler and back.
+struct Round {
+  std::vector<int> turns;
+  size_t next = 0;
+  Straggler straggler;
+  int live = 0;         // fibers that have not ended
+  bool paused = false;  // the fiber that runs was
+  bool any_paused = false, progress = false;
+} round;
+
+// The fiber whose turn is next, or none.
+Fiber* next_turn() {
+  while (round.next < round.turns.size()) {
+    const int index = round.turns[round.next++];
+    if (round.straggler.has(index)) continue;
+    round.paused = states[index] == State::paused;
+    return fibers[index].get();
+  }
+  return nullptr;
 }
-VOX_PLAIN void enter_context(void** from, const ucontext_t* to) {
-  if (__builtin_setjmp(from) == 0) setcontext(to);
+
+void end_turn(const Fiber& fiber) {
+  const State state = fiber.state();
+  round.any_paused |= round.paused;
+  round.progress |= !round.paused || state != State::paused;
+  round.live -= state == State::done;
+}
+
+// In a fiber, after a switch to it.
+void arrive(void* fake_stack) {
+  const void* stack = nullptr;
+  size_t bytes = 0;
+  __sanitizer_finish_switch_fiber(fake_stack, &stack, &bytes);
+  if (scheduler_ran_last) scheduler_stack = stack, scheduler_stack_bytes = bytes;
+  scheduler_ran_last = false;
 }
 
 void fiber_main() {
-  __sanitizer_finish_switch_fiber(nullptr, &main_stack, &main_stack_bytes);
+  arrive(nullptr);
   for (;;) {
     running->block->kernel->body(running->block->kernel->arguments.get());
     running->state() = State::done;
-    back_to_scheduler();
+    let_next_run();
   }
 }
 
-void resume(Fiber& fiber) {
+void switch_to(Context& from, void** fake_stack, Fiber& fiber) {
   running = &fiber;
   current = &fiber.at;
-  __sanitizer_start_switch_fiber(&main_fake_stack, fiber.stack, kStackBytes);
-  if (fiber.started) {
-    switch_context(main_jump, fiber.jump);
-  } else {
-    fiber.started = true;
-    // Stacks at equal offsets in their pages would share few lines of the processor's cache.
-    const size_t unused = fiber.index * 1088 % 16384;
-    static ucontext_t context;
-    getcontext(&context);
-    context.uc_stack = {};
-    context.uc_stack.ss_sp = fiber.stack;
-    context.uc_stack.ss_size = kStackBytes - unused;
-    context.uc_link = nullptr;
-    makecontext(&context, fiber_main, 0);
-    enter_context(main_jump, &context);
-  }
-  __sanitizer_finish_switch_fiber(main_fake_stack, nullptr, nullptr);
+  __sanitizer_start_switch_fiber(fake_stack, fiber.stack, kStackBytes);
+  if (fiber.started) return switch_context(from, fiber.context);
+  fiber.started = true;
+  // Stacks at equal offsets in their pages would share few lines of the processor's cache.
+  const size_t unused = fiber.index * 1088 % 16384;
+  start_context(from, fiber.context, fiber.stack, kStackBytes - unused, fiber_main);
 }
 
 // Releases the threads of a block that have all arrived at one barrier.
@@ -137,25 +156,16 @@ void explain_deadlock(const std::vector<Block*>& blocks) {
   error = "threads wait for ever for memory to change";
 }
 
-// A warp or one thread of a block that is held back until no other thread can continue.
-struct Straggler {
-  const Block* block = nullptr;
-  int first = 0, last = 0;  // by number in the block
-
-  bool has(const Fiber& fiber) const {
-    return fiber.block == block && fiber.number >= first && fiber.number <= last;
-  }
-};
-
+// A warp or one thread of a block.
 Straggler choose_straggler(const std::vector<Block*>& blocks) {
   const Block* const block = blocks[random_bits.below(blocks.size())];
   const int number = static_cast<int>(random_bits.below(block->size));
-  if (random_bits() % 2) return {block, number, number};
-  const int first = number / kLanes * kLanes;
-  return {block, first, first + kLanes - 1};
+  if (random_bits() % 2) return {block->first + number, block->first + number + 1};
+  const int warp = block->first + number / kLanes * kLanes;
+  return {warp, std::min(warp + kLanes, block->first + block->size)};
 }
 
-// The fibers that can run, in ascending or descending order.
+// The fibers that can run, in their order.
 void list_turns(const std::vector<Block*>& blocks, std::vector<int>& turns) {
   turns.clear();
   const auto can_run = [](State state) { return state <= State::paused; };
@@ -173,22 +183,30 @@ void list_turns(const std::vector<Block*>& blocks, std::vector<int>& turns) {
     }
   }
   if (order == Order::descending) std::reverse(turns.begin(), turns.end());
+  if (order == Order::random)
+    for (size_t i = 0; i < turns.size(); ++i)
+      std::swap(turns[i], turns[i + random_bits.below(turns.size() - i)]);
 }
 
 }  // namespace
 
-void back_to_scheduler() {
+void let_next_run() {
   Fiber& me = *running;
-  __sanitizer_start_switch_fiber(&me.fake_stack, main_stack, main_stack_bytes);
-  switch_context(me.jump, main_jump);
-  __sanitizer_finish_switch_fiber(me.fake_stack, &main_stack, &main_stack_bytes);
+  end_turn(me);
+  if (Fiber* const next = error.empty() ? next_turn() : nullptr) {
+    switch_to(me.context, &me.fake_stack, *next);
+  } else {
+    __sanitizer_start_switch_fiber(&me.fake_stack, scheduler_stack, scheduler_stack_bytes);
+    switch_context(me.context, scheduler);
+  }
+  arrive(me.fake_stack);
 }
 
 void wait(State state, Site site) {
   Fiber& me = *running;
   me.state() = state;
   me.site = site;
-  back_to_scheduler();
+  let_next_run();
   me.state() = State::ready;
 }
 
@@ -218,43 +236,37 @@ void abandon_fibers() {
 }
 
 void run(const std::vector<Block*>& blocks, bool early) {
-  std::vector<int> turns;
   long idle_rounds = 0;
-  int live = 0;
+  round.live = 0;
   for (const Block* block : blocks) {
     const auto first = states.begin() + block->first;
-    live += block->size - std::count(first, first + block->size, State::done);
+    round.live += block->size - std::count(first, first + block->size, State::done);
   }
-  Straggler straggler;
+  round.straggler = {};
   bool all_may_go = false;
-  while (live) {
-    list_turns(blocks, turns);
-    if (order == Order::random && !all_may_go && !straggler.block)
-      straggler = choose_straggler(blocks);
-    bool progress = false, pausing = false;
-    for (size_t i = 0; i < turns.size(); ++i) {
-      if (order == Order::random)
-        std::swap(turns[i], turns[i + random_bits.below(turns.size() - i)]);
-      Fiber& fiber = *fibers[turns[i]];
-      if (straggler.has(fiber)) continue;
-      const bool paused = fiber.state() == State::paused;
-      resume(fiber);
-      if (!error.empty()) return;
-      pausing |= paused;
-      progress |= !paused || fiber.state() != State::paused;
-      live -= fiber.state() == State::done;
+  while (round.live) {
+    list_turns(blocks, round.turns);
+    if (order == Order::random && !all_may_go && !round.straggler.exists())
+      round.straggler = choose_straggler(blocks);
+    round.next = 0;
+    round.any_paused = round.progress = false;
+    if (Fiber* const first = next_turn()) {
+      scheduler_ran_last = true;
+      switch_to(scheduler, &scheduler_fake_stack, *first);
+      __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
     }
-    for (Block* block : blocks) progress |= release_barrier(*block);
     if (!error.empty()) return;
-    all_may_go = !progress && straggler.block;
+    for (Block* block : blocks) round.progress |= release_barrier(*block);
+    if (!error.empty()) return;
+    all_may_go = !round.progress && round.straggler.exists();
     if (all_may_go) {
-      straggler = {};
+      round.straggler = {};
       continue;
     }
-    if (early && !progress) return;
-    idle_rounds = progress ? 0 : idle_rounds + 1;
-    now += progress ? 0 : 1'000'000;
-    if (live && (pausing ? idle_rounds > kPatience : idle_rounds > 0))
+    if (early && !round.progress) return;
+    idle_rounds = round.progress ? 0 : idle_rounds + 1;
+    now += round.progress ? 0 : 1'000'000;
+    if (round.live && (round.any_paused ? idle_rounds > kPatience : idle_rounds > 0))
       return explain_deadlock(blocks);
   }
 }

@@ -173,7 +173,7 @@ void fail(Site site, const char* what) {
   running->site = site;
   running->state() = State::warp;
   error = describe(*running) + ": " + what;
-  back_to_scheduler();
+  let_next_run();
   __builtin_unreachable();
 }
 
@@ -234,7 +234,7 @@ const uint64_t* exchange(Site site, uint32_t mask, uint64_t value, Combine* comb
   const int lanes = __builtin_popcount(mask);
   if (warp.waiting >= lanes && ((warp.alike == lanes && warp.waiting == lanes) || all_arrived(me)))
     release_lanes(me, combine);
-  if (me.state() != State::ready) back_to_scheduler();
+  if (me.state() != State::ready) let_next_run();
   return mask == kAllLanes ? warp.arrived : me.received;
 }
 
