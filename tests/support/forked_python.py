@@ -1,7 +1,7 @@
-"""A `python` for tests that has imported torch, which takes 3 s of processor time.
+"""A `python` for tests that has imported torch and fastapi, which takes 3 s of processor time.
 
-Each process that runs tests has one process that imports torch and nothing else. It forks for each
-command; if importing torch started threads, the fork starts a `python` from scratch. `python()`
+Each process that runs tests has one process that imports these and nothing else. It forks for each
+command; if an import started threads, the fork starts a `python` from scratch. `python()`
 returns a small client: it hands over its arguments, environment, folder and standard streams, and
 ends as the fork does. Variables that are read when Python starts or torch is imported have no
 effect, apart from PYTHONPATH; nor have the client's limits (`ulimit`), niceness and process group.
@@ -71,6 +71,8 @@ def serve(listener: socket.socket) -> list[str]:
     """Fork for each connection. Returns the command's arguments, in the fork."""
     import select
 
+    import fastapi  # noqa: F401
+    import pydantic_settings  # noqa: F401
     import torch  # noqa: F401
 
     has_threads = len(os.listdir("/proc/self/task")) > 1  # not with the torch that was tried

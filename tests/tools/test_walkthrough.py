@@ -6,11 +6,12 @@ import shlex
 import shutil
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import soundfile
+
+from forked_python import python
 
 PAGE = Path(__file__).parents[2] / "docs" / "walkthrough.md"
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -25,7 +26,7 @@ def test_every_command_runs(tmp_path):
     assert [kind for kind, _ in blocks].count("sh") == 10
     (tmp_path / "bin").mkdir()
     commands = {
-        "python": f'exec {shlex.quote(sys.executable)} "$@"',
+        "python": f'exec {shlex.join(python())} "$@"',
         # curl exits with 0 whatever the status
         "curl": 'PATH=${PATH#*:} exec curl --fail-with-body -sS "$@"',
     }
@@ -39,14 +40,14 @@ def test_every_command_runs(tmp_path):
     try:
         assert any("is ready" in line for line in server.stdout)
         for kind, text in rest:
-            command = ["bash", "-ec", text] if kind == "sh" else [sys.executable, "-c", text]
+            command = ["bash", "-ec", text] if kind == "sh" else [*python(), "-c", text]
             done = subprocess.run(
                 command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
             )
             assert done.returncode == 0, (text, done.stdout, done.stderr)
     finally:
-        server.kill()
-        server.wait()
+        server.terminate()
+        server.wait(60)
         server.stdout.close()
     for wav in re.findall(r"-o (\w+\.wav)", PAGE.read_text()):
         seconds = 10 if wav.startswith("chapter") else 0.3
