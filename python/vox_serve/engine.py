@@ -405,11 +405,10 @@ class Engine:
         frames.wait()
         now_s = self._clock()
         self._meter.finish(now_s, len(members), num_tokens)
-        is_spoken = frames.codes.numpy().any(1).tolist()  # all but Sesame's stop frame
         return [
             self._finish_frame(live, codes if spoken else None, audio, level, now_s)
             for live, codes, spoken, audio, level in zip(
-                members, frames.codes, is_spoken, frames.audio, frames.levels(), strict=True
+                members, frames.codes, frames.spoken(), frames.audio, frames.levels(), strict=True
             )
             if not live.ended
         ]

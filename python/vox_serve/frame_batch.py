@@ -70,6 +70,11 @@ class Frames(NamedTuple):
                 "for each other in vain"
             )
 
+    def spoken(self) -> list[bool]:
+        """False for rows with a stop frame: Sesame's has only zeros."""
+        found: list[bool] = np.any(self.codes.numpy(), axis=1).tolist()
+        return found
+
     def levels(self) -> list[float]:
         """The root mean square of each row's samples; not finite if the row is not.
 
