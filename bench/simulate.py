@@ -11,7 +11,8 @@
 
 Options:
     --machine NAME    two-cores (default: guessed from two figures), h200 (twice the time of its
-                      physical limits), h200-limit, or a file that `measure` saved
+                      physical limits), h200-limit, a file that `measure` saved, or the first
+                      server of a record
     --streams N       requests at each load (default 1,000)
     --seed N          of arrivals, lengths and step times (default 0)
     --record FILE     replay: the record
@@ -195,7 +196,10 @@ def machine_named(name: str) -> Machine:
         return simulated_machines.two_cores()
     if name in ("h200", "h200-limit"):
         return simulated_machines.h200(2.0 if name == "h200" else 1.0)
-    return simulated_machines.load(Path(name))
+    described = json.loads(Path(name).read_text())
+    if "straight" in described:
+        return simulated_machines.straight(**described["straight"])
+    return simulated_replay.machine_in(described)
 
 
 def main() -> None:

@@ -1,10 +1,8 @@
 """Step times for bench/simulate.py: measured with the built-in voice, or the limits of a GPU."""
 
-import json
 import math
 import statistics
 import time
-from pathlib import Path
 
 from simulated_engine import Machine
 
@@ -78,11 +76,6 @@ def two_cores() -> Machine:
     These are 28 times real time with eight rows, and first audio after 24 ms.
     """
     return straight(9.0, 1.7, 6.0, 0.08, jitter=0.1, name="two cores, guessed")
-
-
-def load(path: Path) -> Machine:
-    """A machine as `measure` wrote it."""
-    return straight(**json.loads(path.read_text())["straight"])
 
 
 def measure(rounds: int = 30) -> dict:

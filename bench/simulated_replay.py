@@ -96,13 +96,22 @@ def machine_of(server: dict[str, Any], quiet: Sequence[Request]) -> Machine:
     return replace(machine, overhead_s=overhead_s, prepare_s=prepare_s)
 
 
+def machine_in(record: dict[str, Any]) -> Machine:
+    """The machine of a record's first server; see `machine_of`."""
+    name, server = next(iter(record["machine"]["servers"].items()))
+    loads = [each for each in record["loads"] if each["server"] == name]
+    return machine_of(server, _quiet(loads))
+
+
+def _quiet(loads: list[dict[str, Any]]) -> list[Request]:
+    return [each for load in loads if load["case"] == "quiet" for each in load["requests"]]
+
+
 def _simulated(
     server: dict[str, Any], loads: list[dict[str, Any]], seed: int
 ) -> list[list[Outcome]]:
     """The outcomes of the requests of each load, one load after another on the same server."""
-    machine = machine_of(
-        server, [each for load in loads if load["case"] == "quiet" for each in load["requests"]]
-    )
+    machine = machine_of(server, _quiet(loads))
     speeches: list[Speech] = []
     start_s = 0.0
     for load in loads:

@@ -57,7 +57,7 @@ def can_admit(
     change = np.concatenate([weights, [weight], -weights, [-weight]])
     order = np.argsort(at, kind="stable")
     at, active = at[order], np.cumsum(change[order])
-    table = times.table(len(rows) + 2)
+    table = times.lately * times.table(len(rows) + 2)
     cost = (np.interp(active, np.arange(len(table)), table) + active * times.prompt_s) / FRAME_S
     lasts = np.isfinite(at)
     at, cost = at[lasts], cost[lasts]

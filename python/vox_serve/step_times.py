@@ -21,6 +21,11 @@ QUANTILES = 20
 MEMORY_FRAMES = 2000
 """Frames over which the cost of prompts is averaged."""
 
+LATELY = 48
+"""About so many of the newest steps tell whether the machine is slower than its medians."""
+MOST_RATIO = 3.0
+"""A single step counts there as at most so many times its prediction."""
+
 REFRESH_STEPS = 8
 """A median is computed after so many measurements: each of them changes it little."""
 
@@ -48,6 +53,7 @@ class StepTimes:
         self._table = np.zeros(1)
         self._num_steps = 0
         self._prompts_s = self._frames = 0.0
+        self._measured_s = self._predicted_s = 0.0
         self.slow = 1.0
         """Measured over predicted seconds, in one of the slowest steps of twenty."""
 
@@ -55,6 +61,13 @@ class StepTimes:
     def prompt_s(self) -> float:
         """Seconds of prompts, and of steps made for them, for each frame that was made lately."""
         return self._prompts_s / max(self._frames, MEMORY_FRAMES / 8)
+
+    @property
+    def lately(self) -> float:
+        """Measured over predicted seconds of the newest steps, at least 1."""
+        if self._num_steps <= LATELY:
+            return 1.0
+        return max(self._measured_s / self._predicted_s, 1.0)
 
     def observe(self, rows: int, prompt_tokens: int, seconds: float) -> None:
         """Learn from a step.
@@ -65,7 +78,10 @@ class StepTimes:
             seconds: from its begin to its end.
         """
         if self._num_steps:
-            self._ratios.append(seconds / max(self.seconds(rows, prompt_tokens), 1e-9))
+            predicted_s = max(self.seconds(rows, prompt_tokens), 1e-9)
+            self._ratios.append(seconds / predicted_s)
+            self._measured_s += min(seconds, MOST_RATIO * predicted_s) - self._measured_s / LATELY
+            self._predicted_s += predicted_s - self._predicted_s / LATELY
         if self._num_steps % STALE_STEPS == 0 and self._rows.forget(self._num_steps - STALE_STEPS):
             self._table = np.zeros(1)
         if self._num_steps % REFRESH_STEPS == 0 and self._ratios:

@@ -260,6 +260,15 @@ class TestAdmission:
             row.due_s = FRAME_S
         assert not can_admit(ahead, 0.0, cpu_times(), frames=50)
 
+    def test_fewer_are_admitted_while_the_machine_is_slower_than_it_was(self) -> None:
+        times, rows = cpu_times(), streams(16, FRAME_S)
+        for _ in range(200):
+            times.observe(17, 0, STEP_S + 17 * ROW_S)
+        assert can_admit(rows, 0.0, times)
+        for _ in range(10):
+            times.observe(17, 0, 1.6 * (STEP_S + 17 * ROW_S))
+        assert not can_admit(rows, 0.0, times)
+
     def test_less_is_reserved_for_lengths_that_vary_less(self) -> None:
         ahead = streams(40, 5.0)
         for row in ahead:

@@ -87,3 +87,16 @@ def test_a_summary_has_medians_and_how_far_steps_were_from_them() -> None:
     ratios = summary["measured_over_predicted"]
     assert ratios == sorted(ratios)
     assert 0 < ratios[0] < 1 <= ratios[-1]
+
+
+def test_a_machine_that_is_slower_for_a_moment_is_noticed_at_once() -> None:
+    times = StepTimes()
+    for _ in range(200):
+        times.observe(4, 0, 0.01)
+    assert times.lately == pytest.approx(1.0)
+    for _ in range(10):
+        times.observe(4, 0, 0.016)
+    assert times.seconds(4) == pytest.approx(0.01)
+    assert 1.05 < times.lately < 1.2
+    times.observe(4, 0, 9.0)  # a pause says nothing
+    assert times.lately < 1.25

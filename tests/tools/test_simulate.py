@@ -163,8 +163,8 @@ def test_a_replay_of_a_simulated_record_gives_its_figures(monkeypatch):
         )
         for i, text in enumerate(texts)
     ]
-    report = simulate.Report()
-    simulated_replay.replay(record_of(speeches, texts), report, seed=0)
+    report, record = simulate.Report(), record_of(speeches, texts)
+    simulated_replay.replay(record, report, seed=0)
     [table] = report.tables
     [row] = table.rows
     figures = dict(zip(table.columns, row, strict=True))
@@ -173,6 +173,7 @@ def test_a_replay_of_a_simulated_record_gives_its_figures(monkeypatch):
     assert figures["simulated p50 ms"] == pytest.approx(figures["first p50 ms"], rel=0.02)
     assert figures["simulated gaps"] == figures["with gaps"]
     assert figures["refused"] == figures["simulated refused"] == 0
+    assert simulated_replay.machine_in(record).rows_s[8] == pytest.approx(MACHINE.rows_s[8])
 
 
 def test_a_record_without_step_times_cannot_be_replayed():
