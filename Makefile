@@ -12,10 +12,13 @@ CUDA := $(wildcard csrc/cuda/*/*)
 SIMT := $(wildcard tests/simt/*.h tests/simt/*.cpp)
 PLANTED := $(wildcard tests/sanitize/planted.*)
 CPP := $(wildcard csrc/*.cpp csrc/common/* csrc/params/* csrc/cpu/*/*)
-# One worker more than processors, at most 8: tests that wait for sockets and processes leave theirs to
-# others. Workers have one thread each unless a variable or a test says otherwise (conftest.py). They
-# keep compiled modules, which the next run and the processes that tests start would compile again.
-PYTEST = PYTHONDONTWRITEBYTECODE= $(RUN) -m pytest -q -n $$(($$(nproc) + 1)) --maxprocesses 8 --dist worksteal
+# At most 8 workers. Op tests compute: one worker per processor. The other tests wait for sockets and
+# processes too: one worker more. Workers have one thread each unless a variable or a test says
+# otherwise (conftest.py). They keep compiled modules, which the next run and the processes that tests
+# start would compile again.
+WORKERS = PYTHONDONTWRITEBYTECODE= $(RUN) -m pytest -q --maxprocesses 8 --dist worksteal -n
+PYTEST = $(WORKERS) $$(($$(nproc) + 1))
+PYTEST_OPS = $(WORKERS) $$(nproc) $(OP_TESTS)
 OP_TESTS := $(wildcard $(patsubst voxkern/reference/%.py,tests/ops/test_%.py,$(wildcard voxkern/reference/*.py)))
 
 # Prints the requirements of an extra. Installing '.[extra]' would build the extension again.
@@ -76,9 +79,9 @@ ISA_TESTS := not (simt or errors or opcheck)
 # with the Triton kernels in Triton's interpreter. docs/testing.md says what each run covers.
 test: $(VENV)/test $(VENV)/simt
 	$(PYTEST)
-	VOXKERN_ISA=baseline VOXKERN_NUM_THREADS=3 $(PYTEST) $(OP_TESTS) -k '$(ISA_TESTS)'
-	! grep -qw avx512_bf16 /proc/cpuinfo || VOXKERN_ISA=avx2 $(PYTEST) $(OP_TESTS) -k '$(ISA_TESTS)'
-	TRITON_INTERPRET=1 $(PYTEST) $(OP_TESTS) tests/serve/test_triton.py -k triton
+	VOXKERN_ISA=baseline VOXKERN_NUM_THREADS=3 $(PYTEST_OPS) -k '$(ISA_TESTS)'
+	! grep -qw avx512_bf16 /proc/cpuinfo || VOXKERN_ISA=avx2 $(PYTEST_OPS) -k '$(ISA_TESTS)'
+	TRITON_INTERPRET=1 $(PYTEST_OPS) tests/serve/test_triton.py -k triton
 
 # For every edit: no slow test, no emulated GPU.
 test-fast: $(VENV)/test

@@ -235,11 +235,14 @@ def refuse_not_finite(name: str, tensor: Tensor, path: Path, source: Tensor | No
     raise CheckpointError(f"tensor {name} in {path} holds NaN or infinity")
 
 
-class _Safetensors:
-    """A safetensors file, mapped only while one of its tensors is in use.
+MAPPED_BYTES = 2**26
+"""A file is mapped again after so many bytes were read: if it stayed mapped, its pages would in the
+end occupy memory next to the weights read from it. Mapping it for every tensor would read its
+header as often."""
 
-    If it stayed mapped, its pages would in the end occupy memory next to the weights read from it.
-    """
+
+class _Safetensors:
+    """A safetensors file."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -256,10 +259,15 @@ class _Safetensors:
         except (OSError, SafetensorError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from None
         self.names = list(self.shapes)
+        self._file: Any = None
+        self._mapped_bytes = 0
 
     def read(self, name: str) -> Tensor:
-        with safe_open(self.path, framework="pt") as file:
-            return file.get_tensor(name)
+        if self._file is None or self._mapped_bytes >= MAPPED_BYTES:
+            self._file, self._mapped_bytes = safe_open(self.path, framework="pt"), 0
+        tensor: Tensor = self._file.get_tensor(name)
+        self._mapped_bytes += tensor.nbytes
+        return tensor
 
 
 def check_header(path: Path) -> None:
