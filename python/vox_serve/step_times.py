@@ -64,8 +64,8 @@ class StepTimes:
 
     @property
     def lately(self) -> float:
-        """Measured over predicted seconds of the newest steps, at least 1."""
-        if self._num_steps <= LATELY:
+        """Measured over predicted seconds of the newest steps without prompts, at least 1."""
+        if self._num_steps <= LATELY or not self._predicted_s:
             return 1.0
         return max(self._measured_s / self._predicted_s, 1.0)
 
@@ -80,8 +80,10 @@ class StepTimes:
         if self._num_steps:
             predicted_s = max(self.seconds(rows, prompt_tokens), 1e-9)
             self._ratios.append(seconds / predicted_s)
-            self._measured_s += min(seconds, MOST_RATIO * predicted_s) - self._measured_s / LATELY
-            self._predicted_s += predicted_s - self._predicted_s / LATELY
+            if not prompt_tokens and self.knows(rows):
+                seen_s = min(seconds, MOST_RATIO * predicted_s)
+                self._measured_s += seen_s - self._measured_s / LATELY
+                self._predicted_s += predicted_s - self._predicted_s / LATELY
         if self._num_steps % STALE_STEPS == 0 and self._rows.forget(self._num_steps - STALE_STEPS):
             self._table = np.zeros(1)
         if self._num_steps % REFRESH_STEPS == 0 and self._ratios:
