@@ -79,12 +79,14 @@ def machine_of(server: dict[str, Any], quiet: Sequence[Request]) -> Machine:
     for tokens, ms in learnt["prompt_tokens"].items():
         times.observe(1, int(tokens), row_s + ms / 1e3)
     tokens_s = [0.0, *times.prompts_s(range(1, MOST_TOKENS + 1)).tolist()]
+    ratios = learnt["measured_over_predicted"]
+    outer = len(ratios) // 4  # steps that were predicted wrongly, rather than slow
     machine = Machine(
         "of the record",
         times.table(MOST_ROWS).tolist(),
         tokens_s,
         CPU_CHUNK_TOKENS,
-        ratios=learnt["measured_over_predicted"],
+        ratios=ratios[outer : len(ratios) - outer],
     )
     speeches = [replace(_speech(each), at_s=PAUSE_S * at) for at, each in enumerate(quiet)]
     outcomes = Simulation(machine, Policy(), speeches).run()
