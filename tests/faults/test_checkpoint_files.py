@@ -59,6 +59,7 @@ DEPTH_SIZES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [HUGE, 3 * HUGE, 10**400, "lots", True, 1.5, [1], -1])
 @pytest.mark.parametrize("key", [*SIZES, *DEPTH_SIZES])
 def test_an_absurd_size_names_file_and_key(folder, key, value):
@@ -179,6 +180,7 @@ CODEC_SIZES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("key", "value"), CODEC_SIZES)
 def test_an_absurd_codec_names_the_key(folder, key, value):
     set_key(folder, f"codec_config.{key}", value)
@@ -221,6 +223,7 @@ def test_bad_json_says_so(data, said):
         assert said in refusal(parse_json, data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("data", "said"), BAD_JSON)
 @pytest.mark.parametrize(
     "name",

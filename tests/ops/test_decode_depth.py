@@ -111,6 +111,7 @@ def test_every_position_is_attended_to(target):
     assert torch.equal(got, reference("decode_depth", *arguments.values()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("sizes", [SIZES[0], SIZES[5], SIZES[6]], ids=str)
 def test_bfloat16_codes_are_nearly_always_the_references(target, sizes, temperature):
@@ -136,6 +137,7 @@ def agreement(target, make_arguments, temperature: float, rounds: int = 4) -> fl
     return same / total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
 @pytest.mark.parametrize("sizes", PACKED_SIZES, ids=str)

@@ -70,7 +70,7 @@ def test_every_feature_count_up_to_a_few_vectors(target, dtype):
     ("features", "rows"), [(264, 37), (2048, 130), (8200, 21), (40000, 3), (3, 5)]
 )
 def test_a_row_does_not_depend_on_the_others(target, features, rows, dtype):
-    features = target.at_most(9000, features)
+    features = target.at_most(4500, features)
     x, weight = make((target.few(67),), features, rows, dtype)
     alone = torch.cat([target.run("linear", row, weight) for row in x.split(1)])
     for batch in (n for n in (*range(2, 10), 16, 64, 67) if n <= len(x)):

@@ -257,6 +257,7 @@ CHUNKED_CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "sizes", "dtype", "format", "chunks"), CHUNKED_CASES)
 def test_prefill_in_chunks_equals_one_prefill(backend, sizes, dtype, format, chunks):
     """In a batch with another sequence, whose chunks are of other sizes."""
@@ -281,6 +282,7 @@ def test_prefill_in_chunks_equals_one_prefill(backend, sizes, dtype, format, chu
         assert_same(pages.read(name, parts, tokens), expected, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "sizes", "dtype", "format"), CASES)
 def test_token_by_token_equals_prefill(backend, sizes, dtype, format):
     """Every position by a decode step that reads what earlier steps wrote, beside a sequence that

@@ -20,6 +20,7 @@ def generated(tiny, text: str, frames: int) -> torch.Tensor:
     )[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -49,6 +50,7 @@ def test_reference_is_transformers_greedy(options, text):
         assert len(ours.codes.unique()) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_codebooks", [4, 32])
 @pytest.mark.parametrize("stop_frame", [0, 1, 3])
 def test_the_stop_frame_does_not_depend_on_the_prompt(num_codebooks, stop_frame):

@@ -68,6 +68,7 @@ class CountingCodec:
         return state.positions[:, None].expand(-1, 2).float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choose", [choose_all, choose_at_random(random.Random(0))])
 def test_two_thousand_requests_share_few_pages(choose, monkeypatch):
     monkeypatch.setitem(engine_module.PREFILL_CHUNK_TOKENS, "cpu", NUM_ROWS * PROMPT_TOKENS)

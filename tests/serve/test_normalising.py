@@ -282,6 +282,7 @@ HOSTILE = (
 ).split("|")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("piece", HOSTILE)
 def test_hostile_text_takes_linear_time(piece):
     def seconds(num_chars: int) -> float:

@@ -234,6 +234,7 @@ def test_greedy_turns_equal_transformers(tmp_path):
     assert engine.num_found_positions > 0.6 * engine.num_prompt_positions
 
 
+@pytest.mark.slow
 def test_the_cache_stays_within_its_bound(loaded):
     page_bytes = PAGE_SIZE * position_bytes(loaded)
     engine = with_cache(loaded, 5 * page_bytes + 1)

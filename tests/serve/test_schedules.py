@@ -67,6 +67,7 @@ def alone(loaded, requests) -> dict[str, tuple]:
     return {request.id: run(loaded, request)[request.id] for request in requests}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_random_schedules_change_nothing(loaded, requests, alone, monkeypatch, seed):
     """Parked, moved to other rows, suspended, rebuilt, beside requests that come and go."""

@@ -63,11 +63,12 @@ def test_a_batch_changes_no_code(tmp_path, on_triton, dtype, quantize):
     native = run(engine, *requests)
     on_triton()
     together = run(engine, *requests)
-    alone = run(engine, requests[1])
-    assert torch.equal(alone["1"][0], together["1"][0])
-    if (dtype, quantize) == ("float32", "none"):
+    if (dtype, quantize) == ("float32", "none"):  # what these codes are alone
         for i, (codes, _, _) in native.items():
             assert torch.equal(together[i][0], codes)
+    else:
+        alone = run(engine, requests[1])
+        assert torch.equal(alone["1"][0], together["1"][0])
 
 
 def test_random_schedules_change_nothing(tmp_path):

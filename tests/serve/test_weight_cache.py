@@ -79,6 +79,7 @@ def is_mapped(tensor):
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_packed_once_then_mapped(folder, no_packing, quantize, dtype):
@@ -248,6 +249,7 @@ def scribble(path):
     path.write_bytes(b"\xff" * path.stat().st_size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [cut, cut_to_nothing, flip_unseen, scribble, Path.unlink])
 @pytest.mark.parametrize("ending", ["json", "safetensors"])
 def test_a_damaged_cache_is_rebuilt(folder, no_packing, damage, ending):
@@ -262,6 +264,7 @@ def test_a_damaged_cache_is_rebuilt(folder, no_packing, damage, ending):
 INVALID_RECORD = '{"version": [1], "sources": [], "tensors": [1, "x", null]}'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text", ["[]", "{}", "null", '{"version": [1, 1]}', '"sources"', INVALID_RECORD]
 )

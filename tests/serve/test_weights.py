@@ -71,6 +71,7 @@ def assert_weights(weights: CsmWeights, expected: dict[str, torch.Tensor]) -> No
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("rope_spelling", ["parameters", "scaling"])
 @pytest.mark.parametrize("layout", ["hf", "sharded", "original", "pickle"])
