@@ -21,7 +21,7 @@ PULSE_BOOK = 1  # index of the codebook of pulse codes
 MEL_BINS = 80
 MEL_HOP_SAMPLES = 240
 MEL_FLOOR = 1e-3  # -60 dB: a lower floor makes the loss chase inaudible noise
-EMA_DECAY = 0.97
+EMA_DECAY = 0.94
 DEAD_SHARE = 0.01  # of the mean usage: below it a code is moved onto a random vector
 
 

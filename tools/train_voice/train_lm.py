@@ -29,6 +29,7 @@ from codec import PULSE_BOOK
 from common import Speech, Training, autocast
 from lm import depth_logits, embed_frames, make_config, make_model, rope_table, run_stack
 from lm_data import LABELS_PER_FRAME, batches, collate, describe, load_examples
+from lm_warm_start import transfer
 
 WATCHED_LAYER = 2
 CURRENT_HEAD, NEXT_HEAD = 0, 3  # in different key groups
@@ -132,12 +133,16 @@ def main():
     parser.add_argument("--positions", type=int, default=4096)
     parser.add_argument("--lr", type=float, default=0.02, help="learning rate of Muon")
     parser.add_argument("--adam-lr", type=float, default=2e-3)
+    parser.add_argument("--warm-start", type=Path, metavar="VOICE", help="see lm_warm_start.py")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.manual_seed(0)
     tokenizer = Tokenizer.from_file(str(args.run / "tokenizer.json"))
     codec_config = MimiConfig.from_pretrained(args.run / "codec")
-    model = make_model(make_config(codec_config, tokenizer)).to(args.device)
+    model = make_model(make_config(codec_config, tokenizer))
+    if args.warm_start and not (args.run / f"{args.name}.pt").exists():
+        transfer(model, args.warm_start, args.run, Speech(args.run), np.random.default_rng(0))
+    model = model.to(args.device)
     num_phones = len((args.run / "phones.txt").read_text().split("\n"))
     phone_head = nn.Linear(model.config.hidden_size, LABELS_PER_FRAME * num_phones)
     phone_head = phone_head.to(args.device)

@@ -12,8 +12,6 @@ section 2.3), which judges pitch, both with feature matching.
 """
 
 import argparse
-import itertools
-import math
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +24,13 @@ from transformers import MimiModel
 
 from codec import PULSE_BOOK, decoder_states, mel_filters, parts
 from common import FRAME_SAMPLES, Speech, Training, autocast
-from pulse_codes import HALF_DIM, PULSE_DIM, fine_basis
+from discriminators import PeriodDiscriminator, ScaleDiscriminator
+from pulse_codes import PULSE_DIM
+from warm_start import WarmStart
+from wires import carry_pulses
 
 BATCH = 3
+UNTRAINED_LEVEL = 0.1  # speech's level from the start, or 100 steps go by on that alone
 CROP_FRAMES = 12
 CONTEXT_FRAMES = 3  # real history before the crop: heard by the decoder, not by the losses
 HISTORY_FRAMES = 50
@@ -41,93 +43,19 @@ CONTEXT_LR = 0.3  # of the thawed transformer, relative to the SEANet decoder's
 WINDOWS = (1024, 512)
 PERIODS = (2, 3, 5, 7, 11)
 VOICED_TOP_HZ = 4000.0  # above, the weight of voiced_loss falls
-WIRE_OFFSET = 1.25
-BINS = (12, 12, 8)  # at 1200, 6000 and 24,000 Hz
-BIN_GAIN, BIN_BIAS = 1.5, -0.75
-
-
-def clear(weight):
-    weight.mul_(1e-3)
-
-
-def phase_bins(count: int):
-    """Weights of (cosine, sine) and biases of the bins: high near one phase each, in the saturated
-    half of ELU elsewhere. [count, 2], [count]; the biases take off the wires' offset."""
-    angle = 2 * math.pi * torch.arange(count) / count
-    weights = BIN_GAIN * torch.stack([torch.cos(angle), torch.sin(angle)], 1)
-    return weights, BIN_BIAS - WIRE_OFFSET * weights.sum(1)
-
-
-def interpolate_wires(conv, bins: int, taps):
-    """Channels 0 and 1 of the upsampling become wires, the next ones bins. `taps` holds, per output
-    step, (input channel of the cosine, kernel tap, weight); a step's weights sum to 1."""
-    clear(conv.weight[:, : 2 + bins])
-    weights, biases = phase_bins(bins)
-    for channel, tap, weight in itertools.chain.from_iterable(taps):
-        for part in (0, 1):
-            conv.weight[channel + part, part, tap] = weight
-            conv.weight[channel + part, 2 : 2 + bins, tap] = weight * weights[:, part]
-    conv.bias[:2] = 0
-    conv.bias[2 : 2 + bins] = biases
-
-
-@torch.no_grad()
-def carry_pulses(seanet):
-    """Let some channels of the SEANet decoder start as wires: the pulses' cosine and sine, at 1200,
-    6000 and 24,000 Hz, and bins that each cover some phases. 275 steps from a random start do not
-    find them; without the two higher rates and the bins, 170 steps at batches of 3 do not either.
-
-    An offset keeps a wire in the linear half of ELU.
-    """
-    first, wide, narrow, six_khz, full = (seanet.layers[i].conv for i in (0, 2, 5, 8, 11))
-    strides = [conv.stride[0] for conv in (wide, narrow, six_khz, full)]
-    assert strides == [8, 6, 5, 4], strides
-    wires = HALF_DIM
-    states = first.weight.shape[1] - PULSE_DIM
-    clear(first.weight[: wires + 1])
-    for half in (0, HALF_DIM):
-        rows = torch.arange(HALF_DIM)
-        first.weight[rows, states + half + rows, -1] = 1.0
-    first.bias[: wires + 1] = WIRE_OFFSET  # channel `wires` is constant
-    # 200 Hz: cosine and sine of the 12 points of 5 ms.
-    basis = torch.from_numpy(fine_basis()).view(HALF_DIM, 8, 24).transpose(1, 2)
-    clear(wide.weight[:, :24])
-    wide.weight[:wires, :24, :8] = basis
-    wide.weight[wires, :24, :8] = -basis.sum(0)
-    wide.bias[:24] = WIRE_OFFSET
-    # 1200 Hz: cosine and sine of two points, then the bins of the middle between them.
-    bins, biases = phase_bins(BINS[0])
-    clear(narrow.weight[:, : 4 + BINS[0]])
-    for step in range(6):
-        for wire in range(4):
-            narrow.weight[4 * step + wire, wire, step] = 1.0
-            narrow.weight[4 * step + wire, 4 : 4 + BINS[0], step] = bins[:, wire % 2] / 2
-    narrow.bias[:4] = 0
-    narrow.bias[4 : 4 + BINS[0]] = biases
-    # Output step n of 5 is centred on sample 4 n + 2, the points on samples 5 and 15.
-    between = [(4 * n - 3) / 10 for n in range(5)]
-    taps = [((0, n, 1 - late), (2, n, late)) for n, late in enumerate(between)]
-    interpolate_wires(six_khz, BINS[1], taps)
-    # Output step n of 4 lies (n + 2.5) / 4 of the way from the previous input to this one.
-    taps = [((0, n, (n + 2.5) / 4), (0, n + 4, (1.5 - n) / 4)) for n in range(4)]
-    interpolate_wires(full, BINS[2], taps)
-    for layer, count in ((3, 24), (6, 4 + BINS[0]), (9, 2 + BINS[1]), (12, 2 + BINS[2])):
-        last = seanet.layers[layer].block[-1].conv
-        clear(last.weight[:count])
-        clear(last.bias[:count])
 
 
 class Vocoder(nn.Module):
-    """Whitening and the SEANet decoder, weight-normed."""
+    """Whitening and the SEANet decoder, weight-normed; `level` scales the waveform."""
 
-    def __init__(self, seanet, dim: int):
+    def __init__(self, seanet, dim: int, level: float = 1.0):
         super().__init__()
         self.seanet = seanet
         self.mean, self.whitening = nn.Buffer(torch.zeros(dim)), nn.Buffer(torch.eye(dim))
         for layer in self.convs():
             weight_norm(layer)
-        with torch.no_grad():  # speech's level from the start, or 100 steps go by on that alone
-            self.convs()[-1].parametrizations.weight.original0.mul_(0.1)
+        with torch.no_grad():
+            self.convs()[-1].parametrizations.weight.original0.mul_(level)
 
     def convs(self):
         kinds = (nn.Conv1d, nn.ConvTranspose1d)
@@ -221,64 +149,13 @@ def voiced_loss(made, real, voiced):
     return total / len(COMPLEX_SCALES)
 
 
-class ScaleDiscriminator(nn.Module):
-    def __init__(self, n_fft: int, channels: int = 16):
-        super().__init__()
-        self.n_fft = n_fft
-        self.window = nn.Buffer(torch.hann_window(n_fft))
-        sizes = [2, channels, channels, channels, channels]
-        self.convs = nn.ModuleList(
-            weight_norm(nn.Conv2d(i, o, (3, 9), stride=(1, 2), padding=(1, 4)))
-            for i, o in itertools.pairwise(sizes)
-        )
-        self.convs.append(weight_norm(nn.Conv2d(channels, channels, 3, padding=1)))
-        self.output = weight_norm(nn.Conv2d(channels, 1, 3, padding=1))
-
-    def forward(self, audio):
-        """[B, 1, S] -> (logits, [features])"""
-        hop = self.n_fft // 4
-        spectrum = torch.stft(
-            audio.squeeze(1), self.n_fft, hop, window=self.window, return_complex=True
-        )
-        x = torch.view_as_real(spectrum * 4 / self.n_fft**0.5).permute(0, 3, 2, 1)
-        features = []
-        for conv in self.convs:
-            x = F.leaky_relu(conv(x), 0.2)
-            features.append(x)
-        return self.output(x).float(), features
-
-
-class PeriodDiscriminator(nn.Module):
-    """Sees the samples folded into rows of one period, and convolves down the columns."""
-
-    def __init__(self, period: int):
-        super().__init__()
-        self.period = period
-        sizes = [1, 16, 32, 64, 64]
-        self.convs = nn.ModuleList(
-            weight_norm(nn.Conv2d(i, o, (5, 1), stride=(3, 1), padding=(2, 0)))
-            for i, o in itertools.pairwise(sizes)
-        )
-        self.output = weight_norm(nn.Conv2d(sizes[-1], 1, (3, 1), padding=(1, 0)))
-
-    def forward(self, audio):
-        """[B, 1, S] -> (logits, [features])"""
-        x = F.pad(audio, (0, -audio.shape[-1] % self.period))
-        x = x.unflatten(-1, (-1, self.period)) * 4
-        features = []
-        for conv in self.convs:
-            x = F.leaky_relu(conv(x), 0.2)
-            features.append(x)
-        return self.output(x).float(), features
-
-
 class Crops:
     """Random crops of utterances as (codes with their history, samples)."""
 
-    def __init__(self, run: Path, speech: Speech, rng):
+    def __init__(self, run: Path, speech: Speech):
         saved = np.load(run / "codes.npz")
         self.codes, self.ends = saved["codes"], saved["ends"]
-        self.speech, self.rng = speech, rng
+        self.speech, self.rng = speech, np.random.default_rng(0)
         lengths = np.diff(self.ends, prepend=0)
         long = [i for i in speech.train if i < len(lengths) and lengths[i] >= CROP_FRAMES]
         self.indices, self.lengths = long, lengths
@@ -336,15 +213,30 @@ def main():
     parser.add_argument("--complex-weight", type=float, default=0.0, help="of the phase's loss")
     parser.add_argument("--voiced-weight", type=float, default=0.0, help="of the harmonics' phase")
     parser.add_argument("--decay", type=float, default=0.5, help="last share of the run: lr falls")
+    parser.add_argument("--warm-start", type=Path, metavar="VOICE", help="see warm_start.py")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     args.lr = args.lr or (6e-4 if args.adversarial else 1.5e-3)
     torch.manual_seed(0)
-    codec = MimiModel.from_pretrained(args.run / "codec").to(args.device).eval()
+    codec = MimiModel.from_pretrained(args.run / "codec").eval()
     set_trainable(codec, False)
-    seanet = parts(MimiModel(codec.config)).decoder_seanet
-    carry_pulses(seanet)
-    vocoder = Vocoder(seanet, codec.config.hidden_size).to(args.device)
+    crops = Crops(args.run, Speech(args.run))
+    fresh = not args.adversarial and not (args.run / "vocoder.pt").exists()
+    warm = None
+    if args.warm_start and fresh:
+        warm = WarmStart(args.warm_start, crops.speech, np.random.default_rng(0))
+        vocoder = Vocoder(warm.seanet, codec.config.hidden_size)
+    else:
+        seanet = parts(MimiModel(codec.config)).decoder_seanet
+        carry_pulses(seanet)
+        vocoder = Vocoder(seanet, codec.config.hidden_size, UNTRAINED_LEVEL)
+    if fresh:
+        sample = [crop_states(codec, *crops.batch()[:2]) for _ in range(20)]
+        vocoder.set_whitening(torch.cat(sample).flatten(0, 1))
+    if warm is not None:
+        explained = warm.fit(vocoder, codec, crops.codes, crops.ends)
+        print(f"the first convolution explains {explained:.0%} of the earlier one's output")
+    codec, vocoder = codec.to(args.device), vocoder.to(args.device)
     generator = torch.optim.AdamW(vocoder.parameters(), lr=args.lr, betas=(0.8, 0.99))
     states = {"vocoder": vocoder, "generator": generator}
     if args.adversarial:
@@ -361,12 +253,8 @@ def main():
         vocoder.load_state_dict(start["vocoder"])
     name = "vocoder_adversarial" if args.adversarial else "vocoder"
     training = Training(args.run, name, args.minutes, states, args.decay)
-    crops = Crops(args.run, Speech(args.run), np.random.default_rng(training.step))
+    crops.rng = np.random.default_rng(training.step)
     spectral = SpectralLoss().to(args.device)
-    if training.step == 0 and not args.adversarial:
-        drawn = [[t.to(args.device) for t in crops.batch()[:2]] for _ in range(20)]
-        sample = torch.cat([crop_states(codec, *batch) for batch in drawn]).flatten(0, 1)
-        vocoder.set_whitening(sample)
 
     trained = [p for group in generator.param_groups for p in group["params"]]
     for _ in training.steps():

@@ -16,6 +16,7 @@ import lm_data
 import pulse_codes
 import train_lm
 import train_vocoder
+import wires
 from checkpoints import TinyShape, build_tiny
 from common import FRAME_SAMPLES, Training
 from vox_serve.hub import BUILT_IN_VOICES
@@ -143,7 +144,7 @@ def test_wires_carry_the_phase_up_to_24_khz():
         hidden[:, -pulse_codes.PULSE_DIM :] = vectors[:, codec.CONTENT_DIM :]
         decoder = codec.parts(model)
         hidden = decoder.upsample(hidden)
-        train_vocoder.carry_pulses(decoder.decoder_seanet)
+        wires.carry_pulses(decoder.decoder_seanet)
         # layer -> middle of a step's first point and of its bins in samples, first bin, tolerance
         rates = {6: (5, 10, 4, 0.02), 9: (2, 2, 2, 0.1), 12: (0.5, 0.5, 2, 0.15)}
         for index, layer in enumerate(decoder.decoder_seanet.layers):
@@ -153,7 +154,7 @@ def test_wires_carry_the_phase_up_to_24_khz():
             wire_at, bin_at, first_bin, tolerance = rates[index]
             at = np.arange(hidden.shape[2]) * (len(phase) // hidden.shape[2])
             kept = steady[at]
-            made = hidden[0, :2].T[kept] - train_vocoder.WIRE_OFFSET
+            made = hidden[0, :2].T[kept] - wires.WIRE_OFFSET
             # Sample n's phase is taken at n + 0.5.
             wire_phase, bin_phase = (
                 np.interp(at + middle - 0.5, np.arange(len(phase)), phase)[kept]
@@ -162,7 +163,7 @@ def test_wires_carry_the_phase_up_to_24_khz():
             angle = 2 * np.pi * wire_phase
             wanted = np.stack([np.cos(angle), np.sin(angle)], 1)
             np.testing.assert_allclose(made, wanted, atol=tolerance)
-            count = train_vocoder.BINS[list(rates).index(index)]
+            count = wires.BINS[list(rates).index(index)]
             highest = hidden[0, first_bin : first_bin + count].T[kept].argmax(1).numpy()
             assert (highest == np.round(bin_phase * count) % count).mean() > 0.9
 
