@@ -24,7 +24,8 @@ WHOLE_WEIGHT = FRAME_S / WHOLE_FRAME_S
 
 MAX_LOAD = 0.7
 """Most of the time that the frames of admitted requests may take. Streams with gaps on two cores at
-twice their capacity: 0 of 128 and 2 of 138 at 0.7, 8 of 153 at 0.77, 53 of 224 at 0.85."""
+twice their capacity, before lengths were learnt: 0 of 128 and 2 of 138 at 0.7, 8 of 153 at 0.77,
+53 of 224 at 0.85."""
 
 
 def can_admit(

@@ -308,9 +308,10 @@ class Runner:
         if self._gate is None or not job.streaming:
             return False
         num_ahead = self._queue.num_ahead(job.client)
-        # Those in line that are still being tokenized do not wait for the gate.
-        has_place = self._queue.has_place(job.client) and not self._queue.can_take
-        if has_place and self._gate.is_open(job.request, job.streaming):
+        # Those in line that are still being tokenized do not wait for the gate, and those of
+        # clients with more places do not go first.
+        is_next = not (num_ahead and self._queue.can_take) and self._queue.has_place(job.client)
+        if is_next and self._gate.is_open(job.request, job.streaming):
             return False
         return self._gate.wait_s(num_ahead) > self._gate.max_wait_s
 

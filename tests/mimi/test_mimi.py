@@ -172,6 +172,7 @@ def test_codes_outside_a_codebook_are_clamped(pair):
     assert_same_audio(mimi.decode(codes), hf_decode(hf, codes.clamp(0, 63)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunks", [[1], [3], [1, 7, 0, 2, 11]])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_stream_equals_the_whole_decode_bit_for_bit(tmp_path, precision, chunks):

@@ -17,6 +17,7 @@ OBJECTS = sorted(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not OBJECTS or not shutil.which("nm"), reason="no build directory, or no nm")
 def test_isa_passes_share_no_symbols_and_run_nothing_at_load():
     """The linker might keep the AVX-512 copy of a weak symbol for all processors."""

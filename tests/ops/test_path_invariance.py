@@ -213,6 +213,7 @@ def row_counts(backend: Target, sizes: Sizes) -> list[int]:
     return [1, 3, 8, 27]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "sizes", "dtype", "format", "rows"),
     [

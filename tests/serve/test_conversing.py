@@ -117,6 +117,7 @@ def test_the_parts_of_a_long_text_are_turns(client, alone, monkeypatch):
     assert torch.equal(kept(client, "c")[-1].codes, expected(alone, "Next.", context, 8))
 
 
+@pytest.mark.slow
 def test_a_long_conversation_goes_on(client, alone):
     """256 positions: the first turns leave the context, and no turn is cut for want of room."""
     for number in range(30):

@@ -292,6 +292,7 @@ def test_a_failed_request_leaves_nothing_to_find(loaded):
     assert torch.equal(run(engine, request)[request.id][0], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_ruined", [False, True])
 @pytest.mark.parametrize("num_pages", [0, 3])
 def test_a_failed_request_leaves_the_default_context(loaded, num_pages, is_ruined, monkeypatch):
@@ -316,6 +317,7 @@ def test_a_failed_request_leaves_the_default_context(loaded, num_pages, is_ruine
     assert engine._cache.num_free_pages == free_pages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_pages", [0, 3])
 def test_the_default_context_is_kept_and_takes_nothing_from_the_rest(
     loaded, num_pages, monkeypatch

@@ -58,6 +58,19 @@ def test_a_stream_is_not_refused_for_others_that_are_being_tokenized():
     run_with(engine, scenario, gate=Gate(is_open=True, wait_s=7.2))
 
 
+def test_a_stream_is_not_refused_for_the_line_of_a_client_that_has_places():
+    async def scenario(runner):
+        runner.submit(Request("Long.", max_frames=ENDLESS), "busy")
+        await until(lambda: engine.requests)
+        runner.submit(Request("In line."), "busy")
+        await until(lambda: runner._queue.can_take)  # within the step of 0.2 s
+        job = runner.submit(Request("Stream.", max_frames=1), "other")
+        assert len(await read_job(job)) == FRAME_BYTES
+
+    engine = FakeEngine(step_s=0.2)
+    run_with(engine, scenario, gate=Gate(is_open=True, wait_s=7.2))
+
+
 def test_a_stream_waits_for_the_gate_to_open():
     async def scenario(runner):
         job = runner.submit(Request("Stream."))
