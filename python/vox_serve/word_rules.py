@@ -14,6 +14,11 @@ from tokenizers import Tokenizer
 MIN_WORDS = 256
 """Fewer rules than these cost less than a millisecond."""
 
+MAX_CHARS = 256
+"""Longer texts go to the library: then a client that sends many of them waits for its own tokens,
+and others do not wait for its long prompts. First audio of another client beside four that send
+8,000 digits and leave, on two cores: 29 to 50 ms with this limit, 118 ms without, 25 ms alone."""
+
 _RULE = re.compile(r"(\(\?<!'\))?\\b([a-z]+(?:'[a-z]+)*)\\b")
 _PRIVATE = re.compile("[\ue000-\uf8ff]+")  # no word characters, so no later rule changes them
 _CHUNK = re.compile(r"[\w']+", re.ASCII)
@@ -59,8 +64,13 @@ class WordRules:
         return cls(state, first, last)
 
     def normalize(self, text: str) -> str | None:
-        """The text as the original normalizer writes it; None if its words are not all ASCII, where
-        the library and Python may disagree on which characters belong to a word."""
+        """The text as the original normalizer writes it; None if the library should do it.
+
+        That is so for a long text, and for one that is not all ASCII: the library and Python may
+        disagree on which of its characters belong to a word.
+        """
+        if len(text) > MAX_CHARS:
+            return None
         text = self._before.normalize_str(text)
         if not text.isascii():
             return None

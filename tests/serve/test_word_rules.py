@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers
 
 from vox_serve.hub import BUILT_IN_VOICES
-from vox_serve.word_rules import MIN_WORDS, WordRules
+from vox_serve.word_rules import MAX_CHARS, MIN_WORDS, WordRules
 
 TEXTS = """Please take the second door on the left, and don't forget: it's 7:30 p.m.
 I'd've said so, y'all; rock'n'roll 'tis o'clock's 'quoted' dogs' s's x'y'z 'a 'i i'a
@@ -47,6 +47,12 @@ def test_random_texts_have_the_same_tokens(demo):
     pieces = "a i s don don't t would've box the ' ' ' o'clock . , - 1 20 _ $ : [ ] n x d'you ll"
     for _ in range(150):
         check(demo, rules, "".join(rng.choices([*pieces.split(), " ", " "], k=rng.randint(1, 40))))
+
+
+def test_a_long_text_is_left_to_the_library(demo):
+    rules = WordRules.find(demo)
+    assert rules.normalize("a" * MAX_CHARS) is not None
+    assert rules.normalize("a" * (MAX_CHARS + 1)) is None
 
 
 def tokenizer_with(rules) -> Tokenizer:
