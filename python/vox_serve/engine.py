@@ -248,6 +248,8 @@ class Engine:
                     max_frames, self.lengths.expected(frames_expected(request.text))
                 ),
             )
+        else:
+            row.moved_s = self._clock()
         silence = SilenceGuard(self.max_silence_s)
         self._waiting[request.id] = LiveRequest(request, prompt, max_frames, silence, row)
         return row

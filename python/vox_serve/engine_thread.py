@@ -12,7 +12,16 @@ import numpy as np
 from vox_serve.audio import pcm16
 from vox_serve.ending import delivered_audio
 from vox_serve.fair_queue import FairQueue
-from vox_serve.job import End, Item, Job, RequestFailed, RequestRefused, Restart, SpokenFrame
+from vox_serve.job import (
+    End,
+    Item,
+    Job,
+    PartEnd,
+    RequestFailed,
+    RequestRefused,
+    Restart,
+    SpokenFrame,
+)
 from vox_serve.recovery import Suspects
 from vox_serve.stream_gate import StreamGate
 
@@ -156,10 +165,11 @@ class EngineThread:
                 return False
             for job in self._next_jobs():
                 self._begin(job)
+            is_busy = any(not job.is_starved for job in self._running.values())
             if self._engine.has_work:
                 held = {i for i, job in self._running.items() if job.is_ahead}
                 self._deliver(self._engine.step(held))
-            elif self._running:
+            elif is_busy:
                 raise RuntimeError(f"the engine lost {len(self._running)} requests")
         except Exception as error:
             self._recover(error)
@@ -170,7 +180,7 @@ class EngineThread:
         return bool(
             self._stopping
             or self._aborted
-            or any(not job.is_ahead for job in self._running.values())
+            or any(not (job.is_ahead or job.is_starved) for job in self._running.values())
             or self._suspects
             or self._next_in_line() is not None
         )
@@ -241,6 +251,8 @@ class EngineThread:
                     codes = output.codes.numpy().astype(np.int32)
                     chunks.append(SpokenFrame(output.part, codes))
                 chunks.append(pcm16(audio).tobytes())
+            if output.part_reason is not None:
+                chunks.append(PartEnd(output.part, output.part_reason))
             if output.finish_reason is None:
                 job.post(*chunks)
                 continue

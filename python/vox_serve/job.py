@@ -93,7 +93,21 @@ class SpokenFrame(NamedTuple):
     codes: np.ndarray
 
 
-Item = bytes | SpokenFrame | End | Restart
+class PartEnd(NamedTuple):
+    """The end of a part of a text that is still being written.
+
+    Attributes:
+        part: its index.
+        finish_reason: why it ends.
+        num_frames: frames of the job until here; set when it arrives.
+    """
+
+    part: int
+    finish_reason: "FinishReason"
+    num_frames: int = 0
+
+
+Item = bytes | SpokenFrame | PartEnd | End | Restart
 
 
 @dataclass
@@ -139,6 +153,7 @@ class Job:
         finish_reason: set when the job ends.
         error: set when the job fails.
         frames: those that arrived, if they are kept.
+        part_ends: ends of parts that arrived, if the text is still being written.
         interrupted: `interrupt` ended the audio.
         on_end: called once, when the job ends or is closed.
         unread_bytes: audio that the reader has not taken.
@@ -171,6 +186,7 @@ class Job:
         self.error: Exception | None = None
         self.keeps_frames = keeps_frames
         self.frames: list[SpokenFrame] = []
+        self.part_ends: list[PartEnd] = []
         self.on_end: Callable[[], None] = lambda: None
         self.progress = Progress()
         self._owner = owner
@@ -199,6 +215,16 @@ class Job:
             raise self.error
         raise StopAsyncIteration
 
+    async def changed(self) -> None:
+        """Wait until something has arrived since the last call: a chunk, an end of a part, or the
+        end of the job."""
+        await self._changed.wait()
+        self._changed.clear()
+
+    def take_nowait(self) -> bytes | None:
+        """The next chunk; None if none has arrived."""
+        return self._take() if self._chunks else None
+
     async def finished(self) -> int:
         """Wait for the end; return the number of bytes that `async for` then yields.
 
@@ -210,6 +236,12 @@ class Job:
         if self.error is not None:
             raise self.error
         return self.unread_bytes
+
+    @property
+    def is_starved(self) -> bool:
+        """True if all text that has come is spoken, and more may come."""
+        feed = self.request.feed
+        return feed is not None and feed.is_starved
 
     def close(self) -> None:
         """Give the job up; abort it unless it ended. Idempotent."""
@@ -288,9 +320,12 @@ class Job:
                 self._count(len(item))
             elif isinstance(item, SpokenFrame):
                 self.frames.append(item)
+            elif isinstance(item, PartEnd):
+                self.part_ends.append(item._replace(num_frames=self.num_frames))
             elif isinstance(item, Restart):
                 self.num_frames = 0
                 self.frames.clear()
+                self.part_ends.clear()
                 self.discard()
             else:
                 self._end(item)

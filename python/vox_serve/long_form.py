@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vox_serve.ending import fade_tail
+from vox_serve.ending import CUT_REASONS, fade_tail
 from vox_serve.engine import Engine
 from vox_serve.policy import Row
 from vox_serve.prompt import PromptTooLongError, Segment
@@ -32,6 +32,9 @@ MAX_RECENT_POSITIONS = 512
 """Most positions of the context that earlier parts take: 40 s of speech. More would slow down each
 frame, and change little."""
 
+UNWRITTEN_FRAMES = 60
+"""Expected frames of a text that is not written yet: about a sentence."""
+
 
 @dataclass
 class _Passage:
@@ -47,6 +50,10 @@ class _Passage:
         num_frames: frames of earlier parts.
         last_sample: the last one so far.
         reason: finish reason of the first part that did not end by itself.
+        last_reason: finish reason of the last part that ended.
+        withheld: the last frame of a part that was cut, while nobody knows if another part
+            follows: without one the frame fades.
+        num_tokenized: parts whose tokens are kept or being made.
         row: the passage as the engine's policy sees it.
     """
 
@@ -59,7 +66,19 @@ class _Passage:
     num_frames: int = 0
     last_sample: float = 0.0
     reason: FinishReason | None = None
+    last_reason: FinishReason = "stop"
+    withheld: FrameOutput | None = None
+    num_tokenized: int = 1
     row: Row | None = None
+
+    @property
+    def has_next(self) -> bool | None:
+        """True if another part follows; None if that is not known yet."""
+        feed = self.request.feed
+        is_open = feed is not None and feed.is_open  # before the length, which may grow meanwhile
+        if self.number + 1 < len(self.parts):
+            return True
+        return None if is_open else False
 
 
 class LongForm:
@@ -90,17 +109,21 @@ class LongForm:
         self.follows_context = engine.follows_context
         self.max_recent_positions = max_recent_positions if self.follows_context else 0
         self.times, self.lengths = engine.times, engine.lengths
+        self.part_chars = self.split_chars or limit  # most characters of a part
         self._passages: dict[str, _Passage] = {}
+        self._starved: dict[str, _Passage] = {}  # those whose next part is not written yet
         self._tokenizing = ThreadPoolExecutor(1, "tokenizing")
 
     @property
     def has_work(self) -> bool:
-        return self.engine.has_work
+        has_news = any(passage.has_next is not None for passage in self._starved.values())
+        return has_news or self.engine.has_work
 
     @property
     def rows(self) -> list[Row]:
         """All requests as the policy sees them; see `Engine.rows`."""
-        return self.engine.rows
+        starved = [passage.row for passage in list(self._starved.values()) if passage.row]
+        return [*self.engine.rows, *starved]
 
     def cache_counts(self) -> dict[str, int]:
         """Sizes and hits of the KV cache; see `Engine.cache_counts`."""
@@ -112,6 +135,8 @@ class LongForm:
 
     def prepare(self, request: Request) -> Prompt:
         """Split a text and tokenize its first part. Any thread may call this; see `Engine`."""
+        if request.feed is not None:
+            return self.engine.prepare(request)._replace(parts=request.feed)
         parts: Sequence[str] = [request.text]
         if self.split_chars and len(request.text) > self.split_chars:
             parts = (
@@ -123,11 +148,13 @@ class LongForm:
     def add(self, request: Request, prompt: Prompt | None = None) -> None:
         """Put a request in line; see `Engine.add`."""
         prompt = prompt or self.prepare(request)
-        if len(prompt.parts) <= 1:
+        if request.feed is not None:
+            request.feed.num_spoken = 0
+        elif len(prompt.parts) <= 1:
             self.engine.add(request, prompt)
             return
         room = self.engine.max_positions - len(prompt.frames)
-        room -= int(POSITIONS_PER_SPOKEN_CHAR * self.split_chars)  # of the next part
+        room -= int(POSITIONS_PER_SPOKEN_CHAR * self.part_chars)  # of the next part
         passage = _Passage(
             request, prompt.parts, max_recent=max(0, min(self.max_recent_positions, room))
         )
@@ -137,22 +164,29 @@ class LongForm:
 
     def step(self, held: Collection[str] = ()) -> list[FrameOutput]:
         """Frames of some requests; see `Engine.step`."""
-        outputs = []
-        for output in self.engine.step(held):
+        outputs = [
+            output
+            for passage in list(self._starved.values())
+            if passage.has_next is not None
+            for output in self._resume(passage)
+        ]
+        for output in self.engine.step(held) if self.engine.has_work else ():
             if (passage := self._passages.get(output.request_id)) is not None:
                 output = self._follow(passage, output)
-            if output.codes is not None or output.finish_reason is not None:
+            if output.codes is not None or output.finish_reason or output.part_reason:
                 outputs.append(output)
         return outputs
 
     def abort(self, request_id: str) -> None:
         """Drop a request; see `Engine.abort`."""
         self._passages.pop(request_id, None)
+        self._starved.pop(request_id, None)
         self.engine.abort(request_id)
 
     def reset(self) -> None:
         """Drop all requests; see `Engine.reset`."""
         self._passages.clear()
+        self._starved.clear()
         self.engine.reset()
 
     def _follow(self, passage: _Passage, output: FrameOutput) -> FrameOutput:
@@ -165,26 +199,68 @@ class LongForm:
             passage.codes.append(codes)
             passage.last_sample = float(audio[-1])
             output = output._replace(audio=audio)
+        self._tokenize_next(passage)
         reason = output.finish_reason
         if reason is None:
             return output
         passage.num_frames += len(passage.codes)
-        is_last = passage.number + 1 == len(passage.parts)
+        passage.last_reason = reason
+        if passage.request.feed is not None:
+            output = output._replace(part_reason=reason)
+        has_next = passage.has_next
         limit = passage.request.max_frames
-        if reason == "error" or is_last or (limit and passage.num_frames >= limit):
-            del self._passages[output.request_id]
-            if reason == "stop" and passage.reason:
-                return output._replace(finish_reason=passage.reason)
-            return output
-        if reason != "stop":
-            passage.reason = passage.reason or reason
+        if reason == "error" or has_next is False or (limit and passage.num_frames >= limit):
+            return self._finish(passage, output)
+        if has_next is None:
+            return self._starve(passage, output)
+        return self._go_on(passage, output)
+
+    def _finish(self, passage: _Passage, output: FrameOutput) -> FrameOutput:
+        """Make an output the passage's last."""
+        del self._passages[output.request_id]
+        self._count_spoken(passage)
+        reason = passage.last_reason
+        if reason == "stop" and passage.reason:
+            reason = passage.reason
+        return output._replace(finish_reason=reason)
+
+    def _go_on(self, passage: _Passage, output: FrameOutput) -> FrameOutput:
+        """Begin the next part after an output."""
+        if passage.last_reason != "stop":
+            passage.reason = passage.reason or passage.last_reason
+        self._count_spoken(passage)
         try:
             self._begin_next(passage)
         except ValueError as error:
             del self._passages[output.request_id]
-            reason = "context" if isinstance(error, PromptTooLongError) else "error"
+            reason: FinishReason = "context" if isinstance(error, PromptTooLongError) else "error"
             return output._replace(finish_reason=reason, error=str(error), is_refused=True)
         return output._replace(finish_reason=None)
+
+    def _starve(self, passage: _Passage, output: FrameOutput) -> FrameOutput:
+        """Wait for the next part. A last frame that may have to fade waits with it."""
+        self._starved[output.request_id] = passage
+        output = output._replace(finish_reason=None)
+        if passage.last_reason in CUT_REASONS:
+            passage.withheld = output
+            output = FrameOutput(output.request_id, None, None, None)
+        self._count_spoken(passage)
+        return output
+
+    def _resume(self, passage: _Passage) -> list[FrameOutput]:
+        """Go on with a passage whose next part, or end, has come."""
+        request_id = passage.request.id
+        del self._starved[request_id]
+        output = passage.withheld or FrameOutput(request_id, None, None, None, part=passage.number)
+        passage.withheld = None
+        output = (self._go_on if passage.has_next else self._finish)(passage, output)
+        is_empty = output.codes is None and output.finish_reason is None
+        return [] if is_empty else [output]
+
+    @staticmethod
+    def _count_spoken(passage: _Passage) -> None:
+        if passage.request.feed is not None:
+            passage.request.feed.num_spoken = passage.number + 1
 
     def _begin_next(self, passage: _Passage) -> None:
         if passage.codes:
@@ -213,6 +289,8 @@ class LongForm:
         passage.row.frames_expected = sum(
             self.lengths.expected(frames_expected(part)) for part in passage.parts
         )
+        if passage.has_next is None:
+            passage.row.frames_expected += UNWRITTEN_FRAMES
 
     def _segment(self, passage: _Passage, number: int) -> Segment:
         """A part as the model reads it."""
@@ -243,8 +321,9 @@ class LongForm:
 
     def _tokenize_next(self, passage: _Passage) -> None:
         """Tokenize the next part in another thread; `PromptBuilder` keeps the tokens."""
-        if passage.number + 1 < len(passage.parts):
-            number = passage.number + 1
+        number = passage.number + 1
+        if passage.num_tokenized <= number < len(passage.parts):
+            passage.num_tokenized = number + 1
             with suppress(RuntimeError):  # no thread is left: it is tokenized when its turn comes
                 self._tokenizing.submit(lambda: self.prompts.tokens(self._segment(passage, number)))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vox_serve.config import Normalise, random_seed
 from vox_serve.page_pool import PrefixKeys
+from vox_serve.part_feed import PartFeed
 from vox_serve.prompt import PromptTooLongError as PromptTooLongError
 from vox_serve.prompt import Segment
 from vox_serve.sampling import SamplingParams
@@ -37,6 +38,8 @@ class Request:
             that is run again gets the same codes.
         streams: somebody listens while it is spoken.
         urgent: its client speaks nothing else, so that it goes before others that stream.
+        feed: the parts of a text that is still being written, of which `text` is the first; None
+            for a complete text. Only `LongForm` speaks further parts.
     """
 
     text: str
@@ -49,6 +52,7 @@ class Request:
     drawn_seed: int = field(default_factory=random_seed, repr=False)
     streams: bool = False
     urgent: bool = False
+    feed: PartFeed | None = field(default=None, repr=False)
 
     @property
     def seed(self) -> int:
@@ -69,7 +73,7 @@ class Prompt(NamedTuple):
     frames: Tensor
     mask: Tensor
     keys: PrefixKeys
-    parts: tuple[str, ...] = ()
+    parts: Sequence[str] = ()
 
     @classmethod
     def build(cls, frames: Tensor, mask: Tensor, before: "Prompt | None" = None) -> "Prompt":
@@ -98,6 +102,7 @@ class FrameOutput(NamedTuple):
             None otherwise.
         part: index of the part of a long text; see `LongForm`.
         is_refused: the rest of a long text cannot be spoken; `error` says why.
+        part_reason: finish reason of the part, if it ends here and its text is still being written.
     """
 
     request_id: str
@@ -107,3 +112,4 @@ class FrameOutput(NamedTuple):
     error: str | None = None
     part: int = 0
     is_refused: bool = False
+    part_reason: FinishReason | None = None

@@ -361,7 +361,8 @@ class Runner:
             self._queue.remove(job)
             if end.error is None:
                 self._count_finished(str(end.finish_reason))
-                if (started_s := job.progress.started_s) is not None:
+                started_s = job.progress.started_s
+                if started_s is not None and job.request.feed is None:
                     self._durations_s.append(time.monotonic() - started_s)
             elif isinstance(end.error, RequestFailed):
                 self.counts.failed += 1

@@ -215,7 +215,7 @@ def test_a_text_that_cannot_be_tokenized_ends_with_an_error(engine, long_form, m
     outputs = []
     while long_form.has_work:
         outputs += long_form.step()
-    assert outputs[-1][3:] == ("error", "no tokens", 1, True)
+    assert outputs[-1][3:7] == ("error", "no tokens", 1, True)
     assert len(outputs) == 7
 
 
@@ -233,7 +233,7 @@ def test_a_part_without_room_ends_the_speech_at_the_context(engine, long_form, m
     outputs = []
     while long_form.has_work:
         outputs += long_form.step()
-    assert outputs[-1][3:] == ("context", outputs[-1].error, 1, True)
+    assert outputs[-1][3:7] == ("context", outputs[-1].error, 1, True)
     assert "the prompt takes" in outputs[-1].error
     assert [output.codes is None for output in outputs] == [False] * 6 + [True]
     assert not long_form._passages
