@@ -176,7 +176,9 @@ def test_any_fragmentation_gives_the_same_parts():
             rest = rest[count:]
         parts += stream.end()
         assert parts == whole, (text, max_chars, preferred_chars)
-        assert [p.ends_paragraph for p in parts] == [p.ends_paragraph for p in whole]
+        for name in ("ends_paragraph", "start", "end"):
+            assert [getattr(p, name) for p in parts] == [getattr(p, name) for p in whole]
+        assert [squeezed(text[p.start : p.end]) for p in parts] == [squeezed(p) for p in parts]
 
 
 HOSTILE = {

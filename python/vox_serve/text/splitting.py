@@ -55,14 +55,18 @@ class Part(str):
 
     Attributes:
         ends_paragraph: a blank line, or the end of the text, follows: speech pauses here.
+        start: index of its first character in everything that was fed.
+        end: index after its last one.
     """
 
-    __slots__ = ("ends_paragraph",)
+    __slots__ = ("end", "ends_paragraph", "start")
     ends_paragraph: bool
+    start: int
+    end: int
 
-    def __new__(cls, text: str, ends_paragraph: bool) -> Self:
+    def __new__(cls, text: str, ends_paragraph: bool, start: int, end: int) -> Self:
         part = super().__new__(cls, text)
-        part.ends_paragraph = ends_paragraph
+        part.ends_paragraph, part.start, part.end = ends_paragraph, start, end
         return part
 
 
@@ -99,6 +103,7 @@ class SentenceStream:
         self._max_chars = max_chars
         self._preferred_chars = min(preferred_chars, max_chars)
         self._text = ""
+        self._num_forgotten = 0  # characters before `_text`
         self._parts: list[Part] = []
         self._part_start = 0  # of the part that is being packed
         self._part_end = 0  # end of its last sentence; equal to its start if it has none
@@ -131,6 +136,7 @@ class SentenceStream:
     def _forget(self, count: int) -> None:
         """Drop the first characters of the text; all positions move."""
         self._text = self._text[count:]
+        self._num_forgotten += count
         self._sentence -= count
         self._scan = max(0, self._scan - count)
         self._line -= count
@@ -240,7 +246,8 @@ class SentenceStream:
 
     def _close_part(self, ends_paragraph: bool) -> None:
         if self._has_part:
-            self._parts.append(Part(self._unwrapped(), ends_paragraph))
+            span = (self._num_forgotten + at for at in (self._part_start, self._part_end))
+            self._parts.append(Part(self._unwrapped(), ends_paragraph, *span))
         self._part_start = self._part_end
 
     def _unwrapped(self) -> str:
