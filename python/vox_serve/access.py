@@ -30,7 +30,7 @@ PROBE_PATHS = frozenset({"/health/live", "/health/ready"})
 """Paths that need no Host of the server's: a probe often names an address, and learns nothing but
 the state."""
 
-EXPOSED_HEADERS = ("Retry-After", "X-Finish-Reason")
+EXPOSED_HEADERS = ("Retry-After", "X-Finish-Reason", "X-Request-Id")
 """Response headers that a page of an allowed origin may read."""
 
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]@/\s]+))(?::\d*)?")

@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
 from pydantic.fields import FieldInfo
+from starlette.types import ASGIApp
 
 from vox_serve import engine
 from vox_serve.access import AccessPolicy, add_access_checks, client_name
@@ -29,6 +30,8 @@ from vox_serve.http_io import (
     read_fields,
 )
 from vox_serve.job import QueueFull, RequestFailed, RequestRefused, Unavailable
+from vox_serve.metrics import Source, add_metrics_route
+from vox_serve.request_id import RequestIds
 from vox_serve.runner import Runner
 from vox_serve.speech_response import (
     CLIENT_CLOSED_REQUEST,
@@ -184,7 +187,7 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
         voices.stop()
         await runner.stop()
 
-    app = FastAPI(title="VoxKern", description="Text to speech with CSM.", lifespan=lifespan)
+    app = _App(title="VoxKern", description="Text to speech with CSM.", lifespan=lifespan)
     bodies = BodyMemory(max(MAX_BODY_MEMORY_BYTES, config.max_body_bytes))
     voices = VoiceService(runner, config)
     add_voice_routes(app, voices, runner, config)
@@ -290,12 +293,25 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
             return AsciiJSONResponse({"status": "ready"})
         return AsciiJSONResponse({"status": status, "reason": reason}, 503)
 
+    add_metrics_route(app, Source(runner, description, app.statuses))
+
     _add_error_handlers(app)
     app.add_middleware(HeadAsGet)
     add_access_checks(app, AccessPolicy.of(config))
     app.add_middleware(CloseUnread)
     app.add_middleware(PacedErrors)
     return app
+
+
+class _App(FastAPI):
+    """An application whose every answer has an id and is counted, those to bugs too."""
+
+    def __init__(self, **options: Any) -> None:
+        self.statuses: dict[int, int] = {}
+        super().__init__(**options)
+
+    def build_middleware_stack(self) -> ASGIApp:
+        return RequestIds(super().build_middleware_stack(), self.statuses)
 
 
 def _is_long(context: Any) -> bool:

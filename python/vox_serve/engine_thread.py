@@ -22,6 +22,7 @@ from vox_serve.job import (
     Restart,
     SpokenFrame,
 )
+from vox_serve.measures import Measures
 from vox_serve.recovery import Suspects
 from vox_serve.stream_gate import StreamGate
 
@@ -80,6 +81,8 @@ class AnyEngine(Protocol):
 
 class Office(Protocol):
     """The part of the runner that the engine's thread uses."""
+
+    measures: Measures
 
     def finish(self, job: Job, end: End, *chunks: Item) -> None: ...
     def count_fault(self, kind: Literal["non_finite", "recoveries"]) -> None: ...
@@ -168,7 +171,11 @@ class EngineThread:
             is_busy = any(not job.is_starved for job in self._running.values())
             if self._engine.has_work:
                 held = {i for i, job in self._running.items() if job.is_ahead}
-                self._deliver(self._engine.step(held))
+                begun_s = time.monotonic()
+                outputs = self._engine.step(held)
+                now_s = time.monotonic()
+                self._office.measures.steps_s.observe(now_s - begun_s)
+                self._deliver(outputs, now_s)
             elif is_busy:
                 raise RuntimeError(f"the engine lost {len(self._running)} requests")
         except Exception as error:
@@ -235,7 +242,7 @@ class EngineThread:
         if (job := self._running.pop(request_id, None)) is not None:
             self._suspects.ended(job)
 
-    def _deliver(self, outputs: "Sequence[FrameOutput]") -> None:
+    def _deliver(self, outputs: "Sequence[FrameOutput]", now_s: float) -> None:
         for output in outputs:
             job = self._running.get(output.request_id)
             if job is None:
@@ -247,6 +254,7 @@ class EngineThread:
             chunks: list[Item] = []
             if (audio := delivered_audio(output)) is not None:
                 job.progress.num_frames += 1
+                self._office.measures.frame(job.listener, now_s)
                 if job.keeps_frames and output.codes is not None:
                     codes = output.codes.numpy().astype(np.int32)
                     chunks.append(SpokenFrame(output.part, codes))

@@ -12,6 +12,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from vox_serve.access import client_name
 from vox_serve.bounded_h11 import BoundedConnection
+from vox_serve.request_id import HEADER, new_id
 
 if TYPE_CHECKING:
     from vox_serve.connections import ConnectionGuard
@@ -295,6 +296,7 @@ class GuardedProtocol(H11Protocol):
                 "Content-Type: application/json",
                 f"Content-Length: {len(body)}",
                 "Connection: close",
+                f"{HEADER}: {new_id()}",
                 *headers,
             )
             self.transport.write("\r\n".join([*head, "", body]).encode())

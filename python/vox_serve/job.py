@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
+from vox_serve.measures import Playback
+
 if TYPE_CHECKING:
     from vox_serve.request import FinishReason, Prompt, Request
 
@@ -62,6 +64,7 @@ class Owner(Protocol):
     def waited(self, job: "Job") -> None: ...
     def stalled(self, job: "Job") -> None: ...
     def count_unread(self, job: "Job", num_bytes: int) -> None: ...
+    def spoke_first(self, job: "Job") -> None: ...
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,9 @@ class Job:
         on_end: called once, when the job ends or is closed.
         unread_bytes: audio that the reader has not taken.
         is_ahead: so much of it that no more needs to be made now.
+        submitted_s: time when the job was made, by the event loop's clock.
+        listener: plays the frames as they are made; None for a whole answer, and for a text that
+            is still being written.
 
     Raises:
         RequestRefused: on the first chunk, when the engine rejects the request.
@@ -192,6 +198,8 @@ class Job:
         self._owner = owner
         self._chunks: deque[bytes] = deque()
         self._loop = asyncio.get_running_loop()
+        self.submitted_s = self._loop.time()
+        self.listener = Playback() if streaming and request.feed is None else None
         self._changed = asyncio.Event()
         self._last_taken_s = 0.0
         self._stall_timer: asyncio.TimerHandle | None = None
@@ -316,6 +324,8 @@ class Job:
                 break
             if isinstance(item, bytes):
                 self.num_frames += 1
+                if self.num_frames == 1:
+                    self._owner.spoke_first(self)
                 self._chunks.append(item)
                 self._count(len(item))
             elif isinstance(item, SpokenFrame):

@@ -14,6 +14,7 @@ from vox_serve.page_pool import PrefixKeys
 from vox_serve.part_feed import PartFeed
 from vox_serve.prompt import PromptTooLongError as PromptTooLongError
 from vox_serve.prompt import Segment
+from vox_serve.request_id import current_id
 from vox_serve.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length", "context", "silence", "error", "interrupted"]
@@ -33,7 +34,7 @@ class Request:
         sampling: how codes are drawn.
         max_frames: stop after this many frames of 80 ms; None for the engine's default.
         normalise: whether numbers, dates and the like become words; "auto" leaves it to the engine.
-        id: unique among the live requests.
+        id: unique among the live requests; begins with the id of the HTTP request that is served.
         drawn_seed: the seed if `sampling` gives none; drawn with the request, so that a request
             that is run again gets the same codes.
         streams: somebody listens while it is spoken.
@@ -48,7 +49,7 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     max_frames: int | None = None
     normalise: Normalise = "auto"
-    id: str = field(default_factory=lambda: f"request-{next(_request_ids)}")
+    id: str = field(default_factory=lambda: f"{current_id() or 'request'}-{next(_request_ids)}")
     drawn_seed: int = field(default_factory=random_seed, repr=False)
     streams: bool = False
     urgent: bool = False

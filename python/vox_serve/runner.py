@@ -18,7 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,6 +37,7 @@ from vox_serve.job import (
     ShuttingDown,
 )
 from vox_serve.line_pace import LATEST
+from vox_serve.measures import Counts, Measures
 from vox_serve.preparing import Preparing
 from vox_serve.stream_gate import StreamGate
 from vox_serve.unread import UnreadAudio
@@ -61,29 +62,6 @@ MAX_RETRY_AFTER_S = 3600
 JOIN_TIMEOUT_S = 10.0
 
 
-@dataclass
-class Counts:
-    """Requests since the start.
-
-    Attributes:
-        finished: spoken, by finish reason.
-        cancelled: given up by their clients.
-        failed: ended by an exception or by numbers that are not finite.
-        non_finite: the latter of these.
-        refused: answered 429.
-        stalled: dropped because nobody read their audio.
-        recoveries: failed steps after which the engine went on.
-    """
-
-    finished: dict[str, int] = field(default_factory=dict)
-    cancelled: int = 0
-    failed: int = 0
-    non_finite: int = 0
-    refused: int = 0
-    stalled: int = 0
-    recoveries: int = 0
-
-
 class Runner:
     """Runs an engine in one thread and its `prepare` in others.
 
@@ -98,6 +76,7 @@ class Runner:
         failure: why the engine can serve no more; None while it can.
         draining: no new request is begun.
         exit_code: what the process should return.
+        measures: for `/metrics`.
         on_failure: called in the engine's thread when the engine can serve no more.
     """
 
@@ -117,6 +96,7 @@ class Runner:
         self.exit_code = 0
         self.on_failure: Callable[[], None] = lambda: None
         self.counts = Counts()
+        self.measures = Measures()
         self._unread = UnreadAudio(max_unread_bytes)
         self._queue: FairQueue[Job] = FairQueue(
             min(engine.max_batch_size, max_jobs), max_jobs, engine.num_spare_rows
@@ -255,7 +235,16 @@ class Runner:
         live = sum(job.num_frames > 0 for job in open_jobs)
         return live, len(open_jobs) - live
 
-    # A job calls the next three.
+    @property
+    def num_waiting(self) -> int:
+        """Jobs that wait for a place."""
+        return self._queue.num_waiting
+
+    # A job calls the methods from here to `count_unread`.
+
+    def spoke_first(self, job: Job) -> None:
+        if job.listener is not None:
+            self.measures.first_audio_s.observe(asyncio.get_running_loop().time() - job.submitted_s)
 
     def close(self, job: Job) -> None:
         with self._lock:
@@ -363,7 +352,9 @@ class Runner:
                 self._count_finished(str(end.finish_reason))
                 started_s = job.progress.started_s
                 if started_s is not None and job.request.feed is None:
-                    self._durations_s.append(time.monotonic() - started_s)
+                    spoken_s = time.monotonic() - started_s
+                    self._durations_s.append(spoken_s)
+                    self.measures.spoken(spoken_s, job.progress.num_frames, job.streaming)
             elif isinstance(end.error, RequestFailed):
                 self.counts.failed += 1
             self._lock.notify()

@@ -32,6 +32,7 @@ CASES = [
     ("GET", "/health", GenerationMode.POSITIVE),
     ("GET", "/health/live", GenerationMode.POSITIVE),
     ("GET", "/health/ready", GenerationMode.POSITIVE),
+    ("GET", "/metrics", GenerationMode.POSITIVE),
 ]
 
 
