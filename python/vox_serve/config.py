@@ -264,6 +264,13 @@ class ServerSettings(VoiceSettings):
         ge=0,
         le=1_000_000,
     )
+    max_cancels_per_s: float = setting(
+        10.0,
+        "answers a second that one client may give up; after a burst its further requests wait, "
+        "up to 10 s; 0 for no limit",
+        ge=0,
+        le=1_000_000,
+    )
     log_level: Literal["error", "warning", "info", "debug"] = setting(
         "info", "least severe messages to log"
     )

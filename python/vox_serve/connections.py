@@ -22,8 +22,9 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vox_serve import error_pace
+from vox_serve.client_pace import ClientPace
 from vox_serve.config import ServerSettings
-from vox_serve.error_pace import ErrorPace
 from vox_serve.guarded_protocol import STATE_KEY, GuardedProtocol, GuardedTransport
 from vox_serve.http_io import AsciiJSONResponse
 
@@ -57,7 +58,7 @@ class ConnectionGuard:
         self.config = config
         self.max_connections = connection_limit(config.max_connections)
         self.counts: Counter[str] = Counter()
-        self.pace = ErrorPace(config.max_errors_per_s)
+        self.pace = ClientPace(config.max_errors_per_s, error_pace.BURST)
         shortest_s = min(
             config.header_timeout_s,
             config.body_timeout_s,
@@ -105,7 +106,7 @@ class ConnectionGuard:
 
     def stop_pacing(self) -> None:
         """Send all answers that wait for their turn, and let no further one wait."""
-        self.pace = ErrorPace(0)
+        self.pace = ClientPace(0, error_pace.BURST)
         for connection in list(self._silent):
             connection.end_wait()
 

@@ -85,6 +85,7 @@ class Office(Protocol):
     measures: Measures
 
     def finish(self, job: Job, end: End, *chunks: Item) -> None: ...
+    def must_pause(self, job: Job) -> bool: ...
     def count_fault(self, kind: Literal["non_finite", "recoveries"]) -> None: ...
     def give_up(self) -> None: ...
 
@@ -208,13 +209,14 @@ class EngineThread:
 
     def _next_in_line(self) -> Job | None:
         """The job that may take a place now. Needs the lock."""
-        if self._gate is None:
-            return self._queue.peek()
         # A stream that has to wait holds up further streams, and no whole answer.
         is_open: dict[bool, bool] = {}
 
         def accepts(job: Job) -> bool:
-            assert self._gate is not None
+            if self._office.must_pause(job):
+                return False
+            if self._gate is None:
+                return True
             if is_open.get(job.streaming, True):
                 is_open[job.streaming] = self._gate.is_open(job.request, job.streaming)
             return is_open[job.streaming]

@@ -200,11 +200,16 @@ class FrameBatch(Generic[Member]):
             assert member is not None
             self._members[row] = member
             self._rows[member] = row
-        both = torch.tensor([[*moves], [*moves.values()]])
-        sources, targets = copy_to_device(both, self._codes.device)
         kept = self._codes, *self._cache_rows.tensors, *self._sampling, *self._streams.tensors
-        for tensor in kept:
-            tensor.index_copy_(0, targets, tensor.index_select(0, sources))
+        if moves.keys().isdisjoint(moves.values()):  # as nearly always: cheaper than indices
+            for source, target in moves.items():
+                for tensor in kept:
+                    tensor[target].copy_(tensor[source])
+        else:
+            both = torch.tensor([[*moves], [*moves.values()]])
+            sources, targets = copy_to_device(both, self._codes.device)
+            for tensor in kept:
+                tensor.index_copy_(0, targets, tensor.index_select(0, sources))
         for row in left:
             self._cache_rows.clear(row)
 

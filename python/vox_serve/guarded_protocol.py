@@ -193,7 +193,7 @@ class GuardedProtocol(H11Protocol):
     def _turn_of(self, client: str) -> "asyncio.Future[None] | None":
         if self.is_waiting_for_turn:  # an error within the body of a request that was refused
             return self._turn
-        delay_s = self.guard.pace.delay_s(client, self.loop.time())
+        delay_s = self.guard.pace.count(client, self.loop.time())
         if not delay_s:
             return None
         self._turn = self.loop.create_future()

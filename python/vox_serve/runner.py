@@ -22,6 +22,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from vox_serve.client_pace import ClientPace
 from vox_serve.config import ServerSettings
 from vox_serve.engine_thread import AnyEngine, EngineThread, client_error
 from vox_serve.fair_queue import FairQueue, LineFull
@@ -58,6 +59,9 @@ EXIT_ENGINE_FAILED = 70
 SHORT_CHARS = 512
 """Longer texts are slow to tokenize: of a client's, one is tokenized at a time."""
 
+CANCEL_BURST = 50
+"""Requests that a client may give up at once, if it gave up none for a while."""
+
 MAX_RETRY_AFTER_S = 3600
 JOIN_TIMEOUT_S = 10.0
 
@@ -71,6 +75,7 @@ class Runner:
         max_unread_bytes: limit for the audio that waits for its readers.
         stall_timeout_s: a reader that takes nothing for so long is dropped.
         gate: refuses streams that would wait for too long; None refuses none.
+        max_cancels_per_s: requests a second that a client may give up; 0 for no limit.
 
     Attributes:
         failure: why the engine can serve no more; None while it can.
@@ -87,6 +92,7 @@ class Runner:
         max_unread_bytes: int = 2**28,
         stall_timeout_s: float = 30.0,
         gate: StreamGate | None = None,
+        max_cancels_per_s: float = 0.0,
     ):
         self.engine = engine
         self.max_jobs = max_jobs
@@ -104,6 +110,7 @@ class Runner:
         self._jobs: dict[str, Job] = {}  # until their readers leave
         self._durations_s: deque[float] = deque([1.0], maxlen=64)
         self._on_empty: Callable[[], object] = lambda: None
+        self._cancels = ClientPace(max_cancels_per_s, CANCEL_BURST)
         # Guards the attributes above.
         self._lock = threading.Condition(threading.Lock())
         self._preparing = Preparing()
@@ -119,6 +126,7 @@ class Runner:
             max_unread_bytes=config.max_unread_bytes,
             stall_timeout_s=config.stall_timeout_s,
             gate=StreamGate(engine, config.max_wait_s) if config.policy == "deadline" else None,
+            max_cancels_per_s=config.max_cancels_per_s,
         )
 
     def start(self) -> None:
@@ -253,7 +261,9 @@ class Runner:
             if job in self._queue:
                 self._queue.remove(job)
                 self._thread.abort(job.request.id)
-            self.counts.cancelled += not job.ended
+            if not job.ended:
+                self.counts.cancelled += 1
+                self._cancels.count(job.client, time.monotonic())
             if job.finish_reason == "interrupted":
                 self._count_finished("interrupted")
             if not self._jobs:
@@ -342,7 +352,11 @@ class Runner:
             self._queue.mark_ready(job)
             self._lock.notify()
 
-    # The engine's thread calls the next three.
+    # The engine's thread calls the next four.
+
+    def must_pause(self, job: Job) -> bool:
+        """True while a job's client has given up too many requests. Needs the lock."""
+        return self._cancels.delay_s(job.client, time.monotonic()) > 0
 
     def finish(self, job: Job, end: End, *chunks: Item) -> None:
         """Free a job's place and post its end."""

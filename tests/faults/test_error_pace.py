@@ -8,9 +8,8 @@ import pytest
 
 from fake_engine import ENDLESS, TIMEOUT_S, FakeEngine, expected_pcm
 from live_server import LiveServer, wait_until
-from vox_serve import error_pace
+from vox_serve import client_pace, error_pace
 from vox_serve.audio import wav_file
-from vox_serve.error_pace import BURST, MAX_CLIENTS, MAX_DELAY_S, ErrorPace
 
 BAD = b"GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\n"
 NO_HTTP = b"\x16\x03\x01\r\n\r\n"
@@ -18,41 +17,11 @@ NEVER = {"max_errors_per_s": 0.01}
 OTHER = "127.0.0.2"
 
 
-def test_errors_beyond_a_burst_wait_for_their_turn():
-    pace = ErrorPace(50)
-    assert [pace.delay_s("a", 7.0) for _ in range(BURST)] == [0.0] * BURST
-    assert [pace.delay_s("a", 7.0) for _ in range(3)] == pytest.approx([0.02, 0.04, 0.06])
-    assert pace.delay_s("b", 7.0) == 0
-    assert pace.delay_s("a", 7.05) == pytest.approx(0.03)
-    assert pace.delay_s("a", 9.1) == 0
-
-
-def test_no_error_waits_longer_than_the_limit():
-    pace = ErrorPace(0.001)
-    assert [pace.delay_s("a", 0.0) for _ in range(BURST + 50)][BURST:] == [MAX_DELAY_S] * 50
-
-
-def test_a_rate_of_zero_is_no_limit():
-    pace = ErrorPace(0)
-    assert not any(pace.delay_s("a", 0.0) for _ in range(9 * BURST))
-    assert len(pace) == 0
-
-
-def test_the_memory_of_errors_is_bounded():
-    pace = ErrorPace(50)
-    for i in range(3 * MAX_CLIENTS):
-        pace.delay_s(f"{i}", 1.0)
-    assert len(pace) == MAX_CLIENTS
-    for i in range(3 * MAX_CLIENTS):  # all is forgiven: one goes as one comes
-        pace.delay_s(f"late {i}", 1e6 + i)
-    assert len(pace) <= MAX_CLIENTS
-
-
 @pytest.fixture
 def impatient(monkeypatch):
     """Two errors at once; the third waits for longer than the test."""
     monkeypatch.setattr(error_pace, "BURST", 2)
-    monkeypatch.setattr(error_pace, "MAX_DELAY_S", 20 * TIMEOUT_S)
+    monkeypatch.setattr(client_pace, "MAX_DELAY_S", 20 * TIMEOUT_S)
 
 
 def send(server: LiveServer, sent: bytes, own: str = "127.0.0.1") -> socket.socket:

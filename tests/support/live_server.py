@@ -43,12 +43,18 @@ class LiveServer:
         answer.begin()
         return answer
 
-    def post_raw(self, **body) -> socket.socket:
-        """A socket with the request sent and no response read. Its receive buffer is small."""
+    def post_raw(self, own: str = "127.0.0.1", **body) -> socket.socket:
+        """A socket with the request sent and no response read. Its receive buffer is small.
+
+        Args:
+            own: the client's address.
+            **body: fields of the request.
+        """
         content = json.dumps(body).encode()
         raw = socket.socket()
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
         raw.settimeout(TIMEOUT_S)
+        raw.bind((own, 0))
         raw.connect(("127.0.0.1", self.port))
         head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
         raw.sendall(head.encode() + content)
