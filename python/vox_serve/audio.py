@@ -30,15 +30,18 @@ def pcm16(audio: np.ndarray) -> np.ndarray:
     return np.clip(scaled, -32768, 32767).astype("<i2")
 
 
-def wav_header(data_bytes: int | None, sample_rate_hz: int = SAMPLE_RATE_HZ) -> bytes:
+def wav_header(
+    data_bytes: int | None, sample_rate_hz: int = SAMPLE_RATE_HZ, more_bytes: int = 0
+) -> bytes:
     """The 44-byte header of a mono 16-bit WAV.
 
     Args:
         data_bytes: size of the samples that follow; None if it is not known yet.
         sample_rate_hz: sample rate.
+        more_bytes: size of the chunks after the samples.
     """
     size = UNKNOWN_SIZE_BYTES if data_bytes is None else data_bytes
-    riff_size = min(size + 36, UNKNOWN_SIZE_BYTES)
+    riff_size = min(size + 36 + more_bytes, UNKNOWN_SIZE_BYTES)
     return struct.pack(
         "<4sI4s4sIHHIIHH4sI",
         b"RIFF",

@@ -1,0 +1,65 @@
+"""Marks synthetic speech in the metadata of every format, so that machines can tell."""
+
+import struct
+
+SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+"""IPTC's term for media that a trained model made."""
+
+HEADER = "X-Synthetic-Speech"
+"""The response header that has the note."""
+
+SOFTWARE = "VoxKern"
+
+
+def note_of(model: str) -> str:
+    """The note that says where speech comes from, in ASCII.
+
+    Args:
+        model: name, hub id or folder of the model. Only the name of a folder is told.
+    """
+    name = model.rstrip("/\\")
+    if name.count("/") != 1 or name.startswith(("/", ".", "~")) or "\\" in name:  # no hub id
+        name = name.replace("\\", "/").rpartition("/")[2]
+    printable = "".join(c if " " <= c <= "~" else "?" for c in name)
+    return f"AI-generated speech, {SOFTWARE}, {printable[:100]}"
+
+
+def info_chunk(note: str) -> bytes:
+    """A WAV's LIST INFO chunk."""
+    fields = b"".join(
+        _riff_field(name, text)
+        for name, text in ((b"ICMT", note), (b"ISFT", SOFTWARE), (b"ISRC", SOURCE_TYPE))
+    )
+    return struct.pack("<4sI4s", b"LIST", len(fields) + 4, b"INFO") + fields
+
+
+def _riff_field(name: bytes, text: str) -> bytes:
+    data = text.encode("ascii") + b"\0"
+    return struct.pack("<4sI", name, len(data)) + data + b"\0" * (len(data) % 2)
+
+
+def id3_tag(note: str) -> bytes:
+    """An ID3v2.3 tag, for MP3 and ADTS."""
+    frames = (
+        _id3_frame(b"TSSE", b"\0" + SOFTWARE.encode("ascii"))
+        + _id3_frame(b"COMM", b"\0eng\0" + note.encode("ascii"))
+        + _id3_frame(b"TXXX", b"\0DIGITALSOURCETYPE\0" + SOURCE_TYPE.encode("ascii"))
+    )
+    size = len(frames)
+    synchsafe = bytes(size >> shift & 0x7F for shift in (21, 14, 7, 0))
+    return b"ID3\3\0\0" + synchsafe + frames
+
+
+def _id3_frame(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">4sIH", name, len(data), 0) + data
+
+
+def vorbis_comment(note: str | None) -> bytes:
+    """A Vorbis comment, for FLAC and Opus; without a note it names only the software."""
+    texts = [f"ENCODER={SOFTWARE}"]
+    if note is not None:
+        texts += [f"COMMENT={note}", f"DIGITALSOURCETYPE={SOURCE_TYPE}"]
+    comments = [text.encode("ascii") for text in texts]
+    parts = [SOFTWARE.encode("ascii"), *comments]
+    lengths = [struct.pack("<I", len(part)) + part for part in parts]
+    return lengths[0] + struct.pack("<I", len(comments)) + b"".join(lengths[1:])
