@@ -1,11 +1,16 @@
 """Runs calls beside each other in threads, for work that nothing can interrupt.
 
 Quick calls have a thread each. Of a client's slow calls one runs at a time, so that no client takes
-all processors from the engine or delays another client's calls. Lower priorities for threads would
-not do: one that holds Python's lock while it does not run would stop all others. The threads are
-daemons: the end of the process waits for none of them.
+all processors from the engine or delays another client's calls. Where a thread can have a priority
+of its own (Linux), theirs is the lowest: the engine's threads wait for each other many times in a
+step, so one that has to share its processor makes a step ten times as long. A thread of low
+priority that holds Python's lock delays the engine little: while that waits, a processor is free.
+The threads are daemons: the end of the process waits for none of them.
 """
 
+import contextlib
+import os
+import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Callable
@@ -14,6 +19,7 @@ MAX_QUICK_THREADS = 64
 MAX_SLOW_THREADS = 8
 MAX_SLOW_THREADS_PER_CLIENT = 1
 MAX_ENCODING_THREADS = 1
+LOWEST_PRIORITY = 19
 
 
 class Preparing:
@@ -21,7 +27,7 @@ class Preparing:
 
     def __init__(self) -> None:
         self._quick = _Lane(MAX_QUICK_THREADS, MAX_QUICK_THREADS)
-        self._slow = _Lane(MAX_SLOW_THREADS, MAX_SLOW_THREADS_PER_CLIENT)
+        self._slow = _Lane(MAX_SLOW_THREADS, MAX_SLOW_THREADS_PER_CLIENT, yields=True)
         self._encoding = _Lane(MAX_ENCODING_THREADS, MAX_ENCODING_THREADS)
 
     @property
@@ -55,11 +61,13 @@ class _Lane:
     Args:
         max_threads: most calls at once.
         max_per_client: most of them for one client.
+        yields: its threads run when others leave a processor.
     """
 
-    def __init__(self, max_threads: int, max_per_client: int) -> None:
+    def __init__(self, max_threads: int, max_per_client: int, yields: bool = False) -> None:
         self.max_threads = max_threads
         self.max_per_client = max_per_client
+        self.yields = yields
         self.num_threads = 0
         self._lock = threading.Lock()
         self._running: Counter[str] = Counter()
@@ -81,6 +89,9 @@ class _Lane:
                     raise
 
     def _run(self) -> None:
+        if self.yields and sys.platform == "linux":  # elsewhere it would be the whole process's
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
         while True:
             with self._lock:
                 client = next(filter(self._may_run, self._backlog), None)

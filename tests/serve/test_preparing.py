@@ -1,5 +1,7 @@
 """Threads that prepare requests: slow calls never stand in the way of quick ones."""
 
+import os
+import sys
 import threading
 from functools import partial
 
@@ -7,7 +9,7 @@ import pytest
 
 from fake_engine import TIMEOUT_S
 from live_server import wait_until
-from vox_serve.preparing import MAX_SLOW_THREADS, Preparing
+from vox_serve.preparing import LOWEST_PRIORITY, MAX_SLOW_THREADS, Preparing
 
 
 def test_slow_calls_delay_no_quick_one():
@@ -62,3 +64,16 @@ def test_a_thread_that_cannot_start_stops_no_later_call(monkeypatch):
     preparing.start(done.set, "b", slow=True)
     assert done.wait(TIMEOUT_S)
     wait_until(lambda: not preparing.is_busy)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities of their own")
+def test_slow_calls_run_at_the_lowest_priority():
+    preparing, seen = Preparing(), {}
+
+    def look(name: str) -> None:
+        seen[name] = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    for name in ("quick", "slow"):
+        preparing.start(partial(look, name), "a", slow=name == "slow")
+    wait_until(lambda: not preparing.is_busy)
+    assert seen == {"quick": os.getpriority(os.PRIO_PROCESS, 0), "slow": LOWEST_PRIORITY}
