@@ -274,6 +274,9 @@ class ServerSettings(VoiceSettings):
     log_level: Literal["error", "warning", "info", "debug"] = setting(
         "info", "least severe messages to log"
     )
+    log_format: Literal["text", "json"] = setting(
+        "text", "lines of the log: text, or one JSON object each"
+    )
 
 
 class Config(BaseSettings, ServerSettings, SpeechSettings, ModelSettings):

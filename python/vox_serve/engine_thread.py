@@ -309,7 +309,8 @@ def client_error(job: Job, error: Exception) -> Exception:
     """The error that a request's client gets for an exception, which is logged if it is a bug."""
     if isinstance(error, ValueError):
         return RequestRefused(str(error))
-    logger.error("request %s failed", job.request.id, exc_info=error)
+    about = {"request_id": job.request_id}
+    logger.error("request %s failed", job.request.id, exc_info=error, extra=about)
     return RequestFailed(INTERNAL_ERROR)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 
 from vox_serve.measures import Playback
+from vox_serve.request_id import current_id
 
 if TYPE_CHECKING:
     from vox_serve.request import FinishReason, Prompt, Request
@@ -161,6 +162,7 @@ class Job:
         on_end: called once, when the job ends or is closed.
         unread_bytes: audio that the reader has not taken.
         is_ahead: so much of it that no more needs to be made now.
+        request_id: of the HTTP request that is served, for the log; "" without one.
         submitted_s: time when the job was made, by the event loop's clock.
         listener: plays the frames as they are made; None for a whole answer, and for a text that
             is still being written.
@@ -198,6 +200,7 @@ class Job:
         self._owner = owner
         self._chunks: deque[bytes] = deque()
         self._loop = asyncio.get_running_loop()
+        self.request_id = current_id()
         self.submitted_s = self._loop.time()
         self.listener = Playback() if streaming and request.feed is None else None
         self._changed = asyncio.Event()

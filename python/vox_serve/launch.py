@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 from vox_serve.cli import CommandError, CommandParser, run_command
 from vox_serve.config import ENV_PREFIX, Config, ModelSettings, ServerSettings, SpeechSettings
 from vox_serve.console import standard_streams
+from vox_serve.log_lines import json_line
 from vox_serve.logs import server_log
 from vox_serve.speech import make_engine
 
@@ -75,7 +76,7 @@ def serve(config: Config) -> int:
     from vox_serve.api import create_app
     from vox_serve.runner import Runner
 
-    print(f"Loading {config.model} ...", flush=True)
+    announce(config, f"Loading {config.model} ...")
     from vox_serve.policy import choose_step
 
     engine = make_engine(
@@ -89,12 +90,25 @@ def serve(config: Config) -> int:
     # loaded and stays. Any body with many lists causes one.
     gc.collect()
     gc.freeze()
-    with server_log(config.log_level):
+    with server_log(config.log_level, config.log_format):
         server.run(sockets=listeners)
     exit_code = runner.exit_code if server.started else 1
     if runner.is_busy:  # a thread in native code would crash the interpreter's own end
         end_now(exit_code)
     return exit_code
+
+
+def announce(config: Config, text: str, brief: str | None = None) -> None:
+    """Tell whoever started the server something: a text, or in a JSON log one line.
+
+    Args:
+        config: tells the log's format.
+        text: several lines at most.
+        brief: the JSON line's message, if it is not `text`.
+    """
+    if config.log_format == "json":
+        text = json_line("info", "vox_serve", brief or text)
+    print(text, flush=True)
 
 
 def end_now(exit_code: int) -> NoReturn:
@@ -215,7 +229,8 @@ def make_server(
             for waiting in sockets or []:
                 waiting.listen(BACKLOG)  # asyncio uses one number for this and for ACCEPT_BATCH
             if not self.should_exit:
-                print(_greeting(url_of(listener)), flush=True)
+                url = url_of(listener)
+                announce(config, _greeting(url), f"ready at {url}")
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             # The listener stays open meanwhile: probes see that the server lives but is not ready.

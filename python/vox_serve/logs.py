@@ -6,6 +6,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
+
+from vox_serve.log_lines import JsonLines, TextLines
 
 LOGGERS = ("vox_serve", "uvicorn.error", "asyncio")
 
@@ -84,27 +87,35 @@ class RepeatFilter(logging.Filter):
 
 
 class ShortPaths(logging.Filter):
-    """Shortens the paths in uvicorn's access log: a client may send 16 kB."""
+    """Shortens the paths in uvicorn's access log: a client may send 16 kB.
+
+    The part after a question mark is left out, since a client may put its text there.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
         if isinstance(record.args, tuple):
             record.args = tuple(
-                f"{arg[:MAX_SHOWN_CHARS]}..."
-                if isinstance(arg, str) and len(arg) > MAX_SHOWN_CHARS
-                else arg
-                for arg in record.args
+                _shortened(arg) if isinstance(arg, str) else arg for arg in record.args
             )
         return True
 
 
+def _shortened(path: str) -> str:
+    path, _, query = path.partition("?")
+    if query:
+        path += "?..."
+    return path if len(path) <= MAX_SHOWN_CHARS else f"{path[:MAX_SHOWN_CHARS]}..."
+
+
 @contextmanager
-def server_log(level: str) -> Iterator[None]:
-    """Within the block, the log has the package's messages beside uvicorn's.
+def server_log(level: str, log_format: Literal["text", "json"] = "text") -> Iterator[None]:
+    """Within the block, the log has the package's messages beside uvicorn's, with request ids.
 
     Repeated warnings become a count, and long paths short.
 
     Args:
         level: least severe messages of the package that are logged.
+        log_format: lines of text, or of one JSON object each.
     """
     repeats, short_paths = RepeatFilter(), ShortPaths()
     ours, handlers = logging.getLogger("vox_serve"), logging.getLogger("uvicorn").handlers[:]
@@ -112,6 +123,11 @@ def server_log(level: str) -> Iterator[None]:
     ours.setLevel(level.upper())
     for handler in handlers:
         ours.addHandler(handler)
+    formatters = {}
+    for handler in (*handlers, *logging.getLogger("uvicorn.access").handlers):
+        formatters[handler] = handler.formatter
+        is_json = log_format == "json"
+        handler.setFormatter(JsonLines() if is_json else TextLines(handler.formatter))
     for name in LOGGERS:
         logging.getLogger(name).addFilter(repeats)
     logging.getLogger("uvicorn.access").addFilter(short_paths)
@@ -122,6 +138,8 @@ def server_log(level: str) -> Iterator[None]:
             logging.getLogger(name).removeFilter(repeats)
         logging.getLogger("uvicorn.access").removeFilter(short_paths)
         repeats.report()
+        for handler, formatter in formatters.items():
+            handler.setFormatter(formatter)
         ours.setLevel(previous_level)
         for handler in handlers:
             ours.removeHandler(handler)

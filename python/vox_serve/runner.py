@@ -297,7 +297,8 @@ class Runner:
         largest.drop(error)
 
     def _drop(self, job: Job, reason: str) -> None:
-        logger.warning("request %s was dropped: %s", job.request.id, reason)
+        about = {"request_id": job.request_id}
+        logger.warning("request %s was dropped: %s", job.request.id, reason, extra=about)
         with self._lock:
             self.counts.stalled += 1
         job.drop(ReaderStalled(f"the request was dropped: {reason}"))

@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -53,7 +54,7 @@ class ProcessServer:
         assert self.pid, log.read_text()
         url = next((line for line in self.process.stdout if "ready at" in line), "")
         assert url, log.read_text()
-        self.port = int(url.split(" (")[0].rpartition(":")[2])
+        self.port = int(re.search(r":(\d+)\b", url.partition("http://")[2])[1])
 
     def __enter__(self) -> "ProcessServer":
         return self
@@ -71,9 +72,12 @@ class ProcessServer:
     def wait(self) -> int:
         return self.process.wait(TIMEOUT_S)
 
-    def request(self, method: str, path: str, body: object = None) -> http.client.HTTPResponse:
+    def request(
+        self, method: str, path: str, body: object = None, headers: dict[str, str] | None = None
+    ) -> http.client.HTTPResponse:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT_S)
-        headers = {"Content-Type": "application/json"} if body is not None else {}
+        kind = {"Content-Type": "application/json"} if body is not None else {}
+        headers = kind | (headers or {})
         connection.request(method, path, json.dumps(body) if body is not None else None, headers)
         return connection.getresponse()
 
