@@ -99,7 +99,9 @@ class Talker:
                 first_ms = first_ms or (time.perf_counter() - start) * 1e3
                 if output.codes is not None:
                     codes.append(output.codes)
-        return first_ms, torch.stack(codes)
+        # A turn may be a stop frame and nothing else.
+        none = torch.empty(0, self.model.config.num_codebooks, dtype=torch.int32)
+        return first_ms, torch.stack(codes) if codes else none
 
     def converse(self) -> tuple[list[float], float]:
         """Milliseconds to the first frame of each turn, and seconds before the last turn."""
