@@ -20,8 +20,9 @@ from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from vox_serve import provenance
 from vox_serve.config import ConfigError, ServerSettings
-from vox_serve.http_io import AsciiJSONResponse
+from vox_serve.http_io import AsciiJSONResponse, route_path
 
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
 """Paths that need no API key: load balancers and supervisors have none."""
@@ -30,7 +31,10 @@ PROBE_PATHS = frozenset({"/health/live", "/health/ready"})
 """Paths that need no Host of the server's: a probe often names an address, and learns nothing but
 the state."""
 
-EXPOSED_HEADERS = ("Retry-After", "X-Finish-Reason", "X-Request-Id")
+EXPOSED_HEADERS = (
+    *("Retry-After", "X-Finish-Reason", "X-Request-Id", "X-Sample-Rate"),
+    provenance.HEADER,
+)
 """Response headers that a page of an allowed origin may read."""
 
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]@/\s]+))(?::\d*)?")
@@ -155,7 +159,7 @@ class _BrowserCheck:
             return await self.app(scope, receive, send)
         headers = Headers(scope=scope)
         method = scope.get("method", "GET")  # a WebSocket's handshake has none in its scope
-        is_probe = scope["path"] in PROBE_PATHS
+        is_probe = route_path(scope) in PROBE_PATHS
         if not is_probe and not all(map(self.policy.accepts_host, headers.getlist("host"))):
             detail = "this Host is not the server's: see --allowed_hosts"
         elif not self.policy.accepts_origin(method, headers):
@@ -176,7 +180,7 @@ class _KeyCheck:
         if scope["type"] not in ("http", "websocket"):
             return await self.app(scope, receive, send)
         key = self.policy.key_of(Headers(scope=scope))
-        if self.policy.keys and key is None and scope["path"] not in OPEN_PATHS:
+        if self.policy.keys and key is None and route_path(scope) not in OPEN_PATHS:
             response = AsciiJSONResponse(
                 {"detail": "send an API key: Authorization: Bearer KEY, or X-API-Key: KEY"},
                 401,

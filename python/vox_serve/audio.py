@@ -4,7 +4,8 @@ import struct
 
 import numpy as np
 
-SAMPLE_RATE_HZ = 24_000
+from vox_serve.formats import SAMPLE_RATE_HZ as SAMPLE_RATE_HZ
+
 UNKNOWN_SIZE_BYTES = 0xFFFFFFFF
 """Data size in the header of a WAV whose length is not known yet.
 

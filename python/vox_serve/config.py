@@ -182,6 +182,9 @@ class ServerSettings(VoiceSettings):
 
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(8000, "port to listen on; 0 takes a free one", ge=0, le=65535)
+    root_path: Annotated[str | None, Shown("none")] = setting(
+        None, "path at which a proxy shows this server, such as /tts; it may send it on or not"
+    )
     max_batch_size: Annotated[
         int | None,
         Shown("32; 8 with `--policy fifo` and in Python; on a GPU 64; fewer in a small memory"),

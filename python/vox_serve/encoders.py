@@ -30,9 +30,7 @@ class Stage(Protocol):
         """The rest. Nothing may be fed afterwards."""
 
 
-def open_encoder(
-    output: Output, note: str | None = None, num_samples: int | None = None
-) -> "Stage":
+def open_encoder(output: Output, note: str | None = None, num_samples: int | None = None) -> Stage:
     """An encoder of mono 16-bit little-endian PCM at the output's sample rate.
 
     Args:
@@ -48,7 +46,7 @@ def open_encoder(
     if name == "wav":
         return _Wav(output.rate_hz, note, num_samples)
     if name == "pcm":
-        return _Unchanged()
+        return UNCHANGED
     if name == "ulaw":
         return _Ulaw()
     from vox_serve import codec_encoders
@@ -56,7 +54,7 @@ def open_encoder(
     return codec_encoders.ENCODERS[name](note, num_samples)
 
 
-def open_shaper(output: Output) -> "Stage | None":
+def open_shaper(output: Output) -> Stage | None:
     """A stage that gives PCM at 24 kHz an output's speed and sample rate, or None if it has these
     already.
 
@@ -73,10 +71,15 @@ def open_shaper(output: Output) -> "Stage | None":
     return Chain(*stages) if stages else None
 
 
-def open_stream(output: Output, note: str | None = None) -> "Stage":
+def open_stream(output: Output, note: str | None = None) -> Stage:
     """A shaper, if there is need of one, and an encoder of a length that is not known yet."""
     shaper, encoder = open_shaper(output), open_encoder(output, note)
     return encoder if shaper is None else Chain(shaper, encoder)
+
+
+def file_bytes(encoder: Stage, pcm_bytes: int) -> int:
+    """Length of the file that an encoder of WAV or PCM makes of so many bytes; it is closed."""
+    return pcm_bytes + len(encoder.feed(b"")) + len(encoder.close())
 
 
 class Chain:
@@ -103,6 +106,9 @@ class _Unchanged:
 
     def close(self) -> bytes:
         return b""
+
+
+UNCHANGED = _Unchanged()
 
 
 class _Wav:

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vox_serve.audio import SAMPLE_RATE_HZ
+SAMPLE_RATE_HZ = 24_000
+"""Sample rate of speech as it is made."""
 
 MIN_SPEED, MAX_SPEED = 0.25, 4.0
 
@@ -110,6 +111,10 @@ class Output:
     def is_plain(self) -> bool:
         """True for the samples as they are made."""
         return self.rate_hz == SAMPLE_RATE_HZ and self.speed == 1.0
+
+
+WAV = Output()
+"""Speech as it is made, as a WAV."""
 
 
 def format_of_ending(path: str) -> str | None:

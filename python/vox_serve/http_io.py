@@ -49,6 +49,14 @@ class AsciiJSONResponse(JSONResponse):
         return json.dumps(content, allow_nan=False).encode("ascii")
 
 
+def route_path(scope: Scope) -> str:
+    """A request's path as the routes have it: without the server's `--root_path`, which a proxy may
+    or may not leave out."""
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    is_below = root and (path == root or path.startswith(root + "/"))
+    return path[len(root) :] if is_below else path
+
+
 class HeadAsGet:
     """ASGI middleware that answers HEAD wherever GET is answered, without the body."""
 

@@ -248,6 +248,17 @@ class Job:
             raise self.error
         return self.unread_bytes
 
+    def put_back(self, pieces: Sequence[bytes]) -> int:
+        """Replace the audio of a whole answer, all of which was read, by audio in another form.
+
+        Returns:
+            The number of bytes that `async for` then yields.
+        """
+        self._chunks.extend(pieces)
+        self._count(sum(map(len, pieces)))
+        self._watch_reader()
+        return self.unread_bytes
+
     @property
     def is_starved(self) -> bool:
         """True if all text that has come is spoken, and more may come."""
@@ -343,9 +354,8 @@ class Job:
             else:
                 self._end(item)
         self._changed.set()
-        if self._chunks and self._stall_timer is None and (self.streaming or self.ended):
-            self._last_taken_s = self._loop.time()
-            self._watch(self._owner.stall_timeout_s)
+        if self.streaming or self.ended:
+            self._watch_reader()
 
     def _end(self, end: End) -> None:
         if not self.ended:
@@ -358,6 +368,12 @@ class Job:
     def _notify(self) -> None:
         on_end, self.on_end = self.on_end, lambda: None
         on_end()
+
+    def _watch_reader(self) -> None:
+        """Give the reader time from now on, if it has something to take and none was given."""
+        if self._chunks and self._stall_timer is None:
+            self._last_taken_s = self._loop.time()
+            self._watch(self._owner.stall_timeout_s)
 
     def _watch(self, delay_s: float) -> None:
         self._stall_timer = self._loop.call_later(delay_s, self._check_reader)

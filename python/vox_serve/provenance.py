@@ -11,17 +11,22 @@ HEADER = "X-Synthetic-Speech"
 SOFTWARE = "VoxKern"
 
 
-def note_of(model: str) -> str:
-    """The note that says where speech comes from, in ASCII.
+def public_name(model: str) -> str:
+    """A model's name for clients, in ASCII.
 
     Args:
-        model: name, hub id or folder of the model. Only the name of a folder is told.
+        model: its name, hub id or folder. Only the name of a folder is told.
     """
     name = model.rstrip("/\\")
     if name.count("/") != 1 or name.startswith(("/", ".", "~")) or "\\" in name:  # no hub id
         name = name.replace("\\", "/").rpartition("/")[2]
     printable = "".join(c if " " <= c <= "~" else "?" for c in name)
-    return f"AI-generated speech, {SOFTWARE}, {printable[:100]}"
+    return printable[:100] or "model"
+
+
+def note_of(model: str) -> str:
+    """The note that says where speech comes from, in ASCII; `model` as in `public_name`."""
+    return f"AI-generated speech, {SOFTWARE}, {public_name(model)}"
 
 
 def info_chunk(note: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Say a text into a WAV file, without a server.
+"""Say a text into an audio file, without a server.
 
 python -m vox_serve.say "Hello." -o hello.wav
 """
@@ -17,6 +17,15 @@ from vox_serve.atomic_file import atomic_write, sync
 from vox_serve.cli import CommandError, CommandParser, run_command
 from vox_serve.config import Config, ModelSettings, SpeechSettings, VoiceSettings
 from vox_serve.console import discard_stdout, standard_streams
+from vox_serve.formats import (
+    FORMATS,
+    MAX_SPEED,
+    MIN_SPEED,
+    FormatError,
+    Output,
+    format_of_ending,
+)
+from vox_serve.provenance import note_of
 from vox_serve.speech import make_engine
 from vox_serve.text_bound import check_length
 
@@ -38,11 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = CommandParser(
         PROG,
-        description="Say a text into a 24 kHz mono WAV file.",
+        description="Say a text into a mono audio file: 24 kHz WAV, or the format of its ending.",
         usage='python -m vox_serve.say ["text"] -o out.wav [flags]',
     )
     parser.add_argument("text", nargs="?", help="text to say; read from stdin if not given")
-    parser.add_argument("-o", "--output", metavar="WAV", help="the file to write; - is stdout")
+    parser.add_argument("-o", "--output", metavar="FILE", help="the file to write; - is stdout")
+    parser.add_flag(
+        "format", choices=[*FORMATS], help="format of the file [default by its ending, else wav]"
+    )
+    parser.add_flag("sample_rate", type=int, metavar="HZ", help="sample rate of wav or pcm")
+    parser.add_flag("speed", type=float, default=1.0, help="tempo, 0.25 to 4 [default 1]")
     parser.add_flag("codes", metavar="NPY", help="write the frames too, int64 [N, K]; - is stdout")
     parser.add_flag("speaker", type=int, choices=(0, 1), help="id of the speaker [default 0]")
     parser.add_flag("voice", metavar="NAME", help="a voice of the folder --voices, or 0 or 1")
@@ -60,13 +74,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.greedy:
         config = config.model_copy(update={"temperature": 0.0})
 
+    try:
+        name = args.format or format_of_ending(args.output or "") or "wav"
+        sound = Output.of(name, args.sample_rate, args.speed)
+    except FormatError as error:
+        parser.error(str(error))
+    if not MIN_SPEED <= sound.speed <= MAX_SPEED:
+        parser.error(f"--speed must be {MIN_SPEED:g} to {MAX_SPEED:g}")
+
     def command() -> int:
         limit = config.max_text_chars
         text = args.text if args.text is not None else _read_stdin(limit)
         if problem := _text_problem(text, limit):
             parser.error(problem)
         speaker = args.speaker or 0
-        return _say(text, speaker, args.voice, args.output, args.codes, config)
+        note = note_of(config.model) if args.format or name != "wav" else None
+        return _say(text, speaker, args.voice, args.output, args.codes, config, sound, note)
 
     return run_command(PROG, command)
 
@@ -118,7 +141,10 @@ def _say(
     output: str | None,
     codes_path: str | None,
     config: Config,
+    sound: Output,
+    note: str | None,
 ) -> int:
+    """Speak, and write the files; `sound` and `note` as in `encode_file`."""
     # Fail before the long work, not after it.
     for path in (output, codes_path):
         if path == "-" and sys.stdout is None:
@@ -136,6 +162,7 @@ def _say(
     from tqdm import tqdm
 
     from vox_serve.audio import pcm16, wav_header
+    from vox_serve.encoded_file import encode_file
     from vox_serve.ending import why_cut
     from vox_serve.engine import Request
 
@@ -158,6 +185,7 @@ def _say(
     num_parts = len(prompt.parts)
     is_long = num_parts > 1
     with (
+        ExitStack() as files,
         # A book's speech would fill the memory. The output's disk must hold it anyway.
         tempfile.SpooledTemporaryFile(MAX_SPEECH_BYTES, dir=_folder_of(output)) as pcm,
         tqdm(
@@ -185,8 +213,12 @@ def _say(
             np.save(npy, codes)
             contents.append((codes_path, [npy]))
         if output is not None:
-            header = io.BytesIO(wav_header(pcm.tell(), engine.sample_rate_hz))
-            contents.append((output, [header, pcm]))
+            if note is None and sound.is_plain:
+                header = io.BytesIO(wav_header(pcm.tell(), engine.sample_rate_hz))
+                contents.append((output, [header, pcm]))
+            else:
+                encoded = encode_file(pcm, sound, note, _folder_of(output))
+                contents.append((output, [files.enter_context(encoded)]))
         _write(contents)
     return 0
 

@@ -21,11 +21,13 @@ from vox_serve.http_io import (
     read_json,
     read_parts,
 )
+from vox_serve.provenance import note_of
 from vox_serve.runner import Runner
 from vox_serve.sampling import SamplingParams
 from vox_serve.speech_response import (
     CLIENT_CLOSED_REQUEST,
     ClientGone,
+    Delivery,
     speech_response,
     unless_gone,
 )
@@ -211,7 +213,8 @@ def add_voice_routes(app: FastAPI, voices: VoiceService, runner: Runner, config:
             max_frames=min(config.frames_for(SAMPLE_TEXT), config.frames_limit),
         )
         job = runner.submit(spoken, client_name(request.scope), streaming=False)
-        return await speech_response(job, False, request.receive)
+        delivery = Delivery(False, note=note_of(config.model), is_plain=True)
+        return await speech_response(job, delivery, request.receive)
 
     @app.delete("/v1/audio/voices/{name}", responses=_DELETE)
     async def delete_voice(name: str) -> Response:

@@ -11,13 +11,18 @@ from schemathesis.generation import GenerationMode
 
 from fake_engine import FakeEngine
 from live_server import LiveServer
+from vox_serve.formats import FORMATS
 
 EXAMPLES = 100
 """Requests of each operation and mode; hypothesis chooses the same ones in every run."""
-INTEGERS = ("speaker", "top_k", "repetition_window", "seed", "max_frames")
+INTEGERS = ("speaker", "top_k", "repetition_window", "seed", "max_frames", "sample_rate")
 CASES = [
     ("POST", "/generate", GenerationMode.POSITIVE),
     ("POST", "/generate", GenerationMode.NEGATIVE),
+    ("POST", "/v1/audio/speech", GenerationMode.POSITIVE),
+    ("POST", "/v1/audio/speech", GenerationMode.NEGATIVE),
+    ("GET", "/v1/models", GenerationMode.POSITIVE),
+    ("GET", "/v1/models/{name}", GenerationMode.POSITIVE),
     ("POST", "/v1/audio/voices", GenerationMode.NEGATIVE),
     ("GET", "/v1/audio/voices", GenerationMode.POSITIVE),
     ("GET", "/v1/audio/voices/{name}", GenerationMode.POSITIVE),
@@ -66,13 +71,22 @@ def test_every_answer_is_documented(schema, method, path, mode):
         # A voice must agree with the speaker, and with the conversation's voice.
         contradicts = "voice" in fields and fields.keys() & {"speaker", "conversation"}
         assume(mode is GenerationMode.NEGATIVE or not contradicts)
+        # A format decides which sample rates there are, and a flag has one of its two names.
+        if mode is GenerationMode.POSITIVE:
+            default = "mp3" if path == "/v1/audio/speech" else "wav"
+            name = fields.get("format") or fields.get("response_format") or default
+            if fields.get("sample_rate") not in (None, *FORMATS[name].rates_hz):
+                del fields["sample_rate"]
+            if "stream" in fields:
+                fields.pop("streaming", None)
         # The model's sizes decide which codes and recordings are valid.
         assume(mode is GenerationMode.NEGATIVE or not fields.keys() & {"context", "audio"})
         # An empty field of a form counts as not given, and so does a list without entries; and the
         # text 0 or 1 is a boolean.
         assume("" not in fields.values())
         if case.media_type == "multipart/form-data":
-            assume([] not in fields.values() and type(fields.get("streaming")) is not int)
+            flags = [fields.get("stream"), fields.get("streaming")]
+            assume([] not in fields.values() and int not in map(type, flags))
         # schemathesis compares with bounds in float64, which cannot tell 2**63 from 2**63 + 1000.
         seed = fields.get("seed")
         assume(not isinstance(seed, int) or abs(seed) < 2**63 - 2048)

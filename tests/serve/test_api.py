@@ -425,7 +425,7 @@ def test_openapi_describes_the_request(client):
     }
     properties = content["application/json"]["schema"]["properties"]
     own = {"text", "speaker", "voice", "streaming", "max_frames", "normalise"}
-    own |= {"context", "conversation"}
+    own |= {"context", "conversation", "format", "sample_rate", "speed"}
     assert set(properties) == own | set(OVERRIDES)
     assert properties["top_p"]["anyOf"][0] == {
         "type": "number", "exclusiveMinimum": 0, "maximum": 1,

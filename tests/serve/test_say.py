@@ -9,11 +9,14 @@ import torch
 
 from checkpoints import TinyShape, build_tiny
 from csm_reference import reference_generate
+from encoded import NOTE, frames_of, pieces_of
 from fake_engine import FakeEngine, expected_pcm, fake_audio, fake_codes
 from vox_serve import loading, say
 from vox_serve.audio import wav_file
 from vox_serve.config import Config
+from vox_serve.encoders import open_encoder, open_shaper
 from vox_serve.ending import FADE_SAMPLES
+from vox_serve.formats import FORMATS, Output
 from vox_serve.prompt import Segment
 from vox_serve.sampling import SamplingParams
 from voxkern import backend
@@ -62,6 +65,46 @@ def test_writes_the_audio_and_the_frames(loads, tmp_path, capsys):
     assert frames.dtype == np.int64
     assert frames.tolist() == [fake_codes("hello", i).tolist() for i in range(3)]
     assert capsys.readouterr() == ("", "")  # a progress bar only on a terminal
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_ending_chooses_the_format(name, loads, tmp_path):
+    path, other = tmp_path / f"out.{name}", tmp_path / "out"
+    assert say.main(["hello", "-o", str(path)]) == 0
+    assert say.main(["hello", "-o", str(other), "--format", name]) == 0
+    samples = b"".join(frames_of("hello", 3))
+    if (shaper := open_shaper(Output.of(name))) is not None:
+        samples = b"".join(pieces_of(shaper, [samples]))
+    encoder = open_encoder(Output.of(name), NOTE, len(samples) // 2)
+    expected = b"".join(pieces_of(encoder, [samples]))
+    assert other.read_bytes() == expected
+    if name != "wav":  # whose default has its header and samples only
+        assert path.read_bytes() == expected
+
+
+def test_speed_and_sample_rate(loads, tmp_path):
+    path = tmp_path / "out.wav"
+    flags = ["--speed", "0.5", "--sample-rate", "48000"]
+    assert say.main(["hello", "-o", str(path), *flags]) == 0
+    with wave.open(str(path)) as reader:
+        assert reader.getframerate() == 48_000
+        assert reader.getnframes() == pytest.approx(4 * 3 * 1920, abs=4096)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("-o a.mp3 --sample_rate 8000", "use 24000"),
+        ("-o a.wav --speed 5", "0.25 to 4"),
+        ("-o a.wav --speed nan", "0.25 to 4"),
+        ("-o a.wav --format m4a", "invalid choice"),
+    ],
+)
+def test_a_wrong_format_is_code_2(flags, said, no_loading, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        say.main(["hello", *flags.split()])
+    assert exit_info.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 def test_an_empty_utterance(loads, tmp_path):

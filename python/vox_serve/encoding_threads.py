@@ -1,0 +1,54 @@
+"""Runs encoders in threads of their own, so that they delay neither the event loop nor each other.
+
+A codec takes about a millisecond for a frame of speech, most of it without Python's lock. A
+response has one frame here at a time, so responses take turns, whatever their formats cost.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from fastapi import HTTPException
+
+from vox_serve.formats import Output
+
+T = TypeVar("T")
+
+MAX_THREADS = 8
+
+_threads = ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS), "encoder")
+
+
+def is_costly(output: Output) -> bool:
+    """True if making it takes more than copying."""
+    return output.format.is_compressed or not output.is_plain
+
+
+async def beside(output: Output, work: Callable[[], T]) -> T:
+    """The result of work on an output; work that is costly runs in a thread.
+
+    Raises:
+        HTTPException: 501, if PyAV cannot be loaded.
+    """
+    try:
+        if not is_costly(output):
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(_threads, work)
+    except ImportError as error:
+        detail = f"this server cannot make {output.format.name}: {error}"
+        raise HTTPException(501, detail) from None
+
+
+def load_codecs() -> None:
+    """Load PyAV in a thread, so that the first compressed answer does not wait for it."""
+    _threads.submit(_import)
+
+
+def _import() -> None:
+    try:
+        from vox_serve import codec_encoders as codec_encoders
+        from vox_serve import tempo as tempo
+    except ImportError:  # an answer that needs it says so
+        pass
