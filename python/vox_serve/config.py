@@ -230,6 +230,12 @@ class ServerSettings(VoiceSettings):
     stall_timeout_s: float = setting(
         30.0, "a client that takes none of its audio for this long is dropped", gt=0, le=86400
     )
+    warm_up_s: float = setting(
+        1.0,
+        "time for trial steps at the start, after which the server is ready; 0 for none",
+        ge=0,
+        le=3600,
+    )
     drain_s: float = setting(
         30.0, "time that SIGTERM gives speech to finish; a second signal gives none", ge=0, le=86400
     )

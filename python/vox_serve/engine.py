@@ -87,6 +87,7 @@ class Engine:
         clock: the time in seconds.
 
     Attributes:
+        choose: see above.
         times: how long steps take.
         lengths: how long speech takes.
 
@@ -140,7 +141,7 @@ class Engine:
         )
         self._batch: FrameBatch[LiveRequest] = FrameBatch(model, mimi, self._cache, rows)
         self._paging = Paging(self._cache, self._batch, model)
-        self._choose, self._clock = choose, clock
+        self.choose, self._clock = choose, clock
         self.times = StepTimes()
         self.lengths = SpeechLengths()
         self._meter = StepMeter(self.times)
@@ -254,10 +255,15 @@ class Engine:
         self._waiting[request.id] = LiveRequest(request, prompt, max_frames, silence, row)
         return row
 
-    def abort(self, request_id: str) -> None:
-        """Drop a waiting or live request and free its pages. Unknown ids are ignored."""
+    def abort(self, request_id: str, keep: bool = True) -> None:
+        """Drop a waiting or live request and free its pages. Unknown ids are ignored.
+
+        Args:
+            request_id: the request's.
+            keep: later requests may find what is in the pages.
+        """
         if live := self._live.pop(request_id, None):
-            self._end(live)
+            self._end(live, keep)
         self._waiting.pop(request_id, None)
 
     def reset(self) -> None:
@@ -316,7 +322,7 @@ class Engine:
             for live in self._live.values()
             if live.holds_pages and not live.is_begun and live.request.id not in held
         ]
-        step = self._choose(rows, now_s, self.times, self._chunk_tokens)
+        step = self.choose(rows, now_s, self.times, self._chunk_tokens)
         num_tokens, has_frames = self._begin(step)
         ahead = FRAMES_AHEAD[self.model.device.type] if has_frames else 0
         outputs: list[FrameOutput] = []

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -83,6 +83,8 @@ class Office(Protocol):
     """The part of the runner that the engine's thread uses."""
 
     measures: Measures
+    warm_up: Callable[[], object] | None
+    is_warm: threading.Event
 
     def finish(self, job: Job, end: End, *chunks: Item) -> None: ...
     def must_pause(self, job: Job) -> bool: ...
@@ -147,11 +149,23 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
+            self._warm_up()
             while self._tick():
                 pass
         except Exception:
             logger.exception("the engine's thread failed")
             self._office.give_up()
+
+    def _warm_up(self) -> None:
+        """Warm the engine up. If that fails, it starts again without."""
+        try:
+            if self._office.warm_up is not None:
+                self._office.warm_up()
+        except Exception:
+            logger.exception("the warm-up failed")
+            self._engine.reset()
+        finally:
+            self._office.is_warm.set()
 
     def _tick(self) -> bool:
         """Make one frame of all running jobs, or wait for one to run; False to stop."""

@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -44,17 +45,23 @@ EXIT_INTERRUPTED = 130
 """Exit code after a second signal."""
 
 
-@standard_streams()
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code."""
+def make_parser() -> CommandParser:
+    """The command's flags."""
     parser = CommandParser(
         PROG,
         description="Serve text-to-speech over HTTP: POST /generate, GET /health, GET /docs.",
-        usage="vox-serve [--model MODEL] [--port PORT] [flags]",
+        usage="vox-serve launch [--model MODEL] [--port PORT] [flags]",
         epilog="Flags are accepted with dashes too (--top-k). Each has an environment variable, "
         f"{ENV_PREFIX} and its name in capitals ({ENV_PREFIX}TOP_K), which the flag overrides.",
     )
     parser.add_settings(ModelSettings, SpeechSettings, ServerSettings)
+    return parser
+
+
+@standard_streams()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    parser = make_parser()
     _, config = parser.parse(argv)
     return run_command(PROG, lambda: serve(config))
 
@@ -83,6 +90,8 @@ def serve(config: Config) -> int:
         config, NUM_SPARE_ROWS, choose_step if config.policy == "deadline" else None
     )
     runner = Runner.for_config(engine, config)
+    if config.warm_up_s:
+        runner.warm_up = partial(engine.warm_up, config.warm_up_s)
     server = make_server(
         create_app(runner, config, describe(engine, config)), runner, config, listeners[0]
     )
@@ -198,6 +207,7 @@ def make_server(
     On a signal it begins no request any more, but answers, finishes what is being spoken within
     `drain_s`, then cuts the rest. A second signal ends the process at once.
     """
+    import anyio
     import uvicorn
 
     from vox_serve.connections import ACCEPT_BATCH, BACKLOG, ConnectionGuard
@@ -228,6 +238,10 @@ def make_server(
             await super().startup(sockets)
             for waiting in sockets or []:
                 waiting.listen(BACKLOG)  # asyncio uses one number for this and for ACCEPT_BATCH
+            if not self.should_exit:
+                async with anyio.create_task_group():  # the first streamed answer would import it
+                    pass
+                await asyncio.to_thread(runner.is_warm.wait)
             if not self.should_exit:
                 url = url_of(listener)
                 announce(config, _greeting(url), f"ready at {url}")

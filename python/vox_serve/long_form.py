@@ -21,6 +21,7 @@ from vox_serve.prompt import PromptTooLongError, Segment
 from vox_serve.request import FinishReason, FrameOutput, Prompt, Request
 from vox_serve.text.splitting import PREFERRED_CHARS, split
 from vox_serve.text_bound import frames_bound, frames_expected
+from vox_serve.warm_up import warm_up
 
 POSITIONS_PER_CHAR = 4
 """A text as long as the model's context divided by this leaves room for speech and context."""
@@ -182,6 +183,10 @@ class LongForm:
         self._passages.pop(request_id, None)
         self._starved.pop(request_id, None)
         self.engine.abort(request_id)
+
+    def warm_up(self, seconds: float) -> None:
+        """Make trial steps, without requests; see `warm_up`."""
+        warm_up(self.engine, seconds)
 
     def reset(self) -> None:
         """Drop all requests; see `Engine.reset`."""

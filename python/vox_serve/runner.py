@@ -52,6 +52,7 @@ logger = logging.getLogger("vox_serve")
 
 NO_TIME = "the streams that are being spoken leave no time for another: try later"
 SHUTTING_DOWN = "the server is shutting down"
+WARMING_UP = "the server is warming up"
 
 EXIT_ENGINE_FAILED = 70
 """Exit code (EX_SOFTWARE) after which a supervisor should start the process again."""
@@ -82,6 +83,8 @@ class Runner:
         draining: no new request is begun.
         exit_code: what the process should return.
         measures: for `/metrics`.
+        warm_up: called in the engine's thread before the first request; set it before `start`.
+        is_warm: set when that has ended.
         on_failure: called in the engine's thread when the engine can serve no more.
     """
 
@@ -100,6 +103,8 @@ class Runner:
         self.failure: str | None = None
         self.draining = False
         self.exit_code = 0
+        self.warm_up: Callable[[], object] | None = None
+        self.is_warm = threading.Event()
         self.on_failure: Callable[[], None] = lambda: None
         self.counts = Counts()
         self.measures = Measures()
@@ -226,9 +231,11 @@ class Runner:
 
     @property
     def status(self) -> tuple[str, str | None]:
-        """The words "ok", "draining" or "failed", and why no request is taken."""
+        """The words "ok", "draining", "failed" or "warming", and why no request should be sent."""
         if self.draining and not self.exit_code:
             return "draining", SHUTTING_DOWN
+        if self.warm_up is not None and not self.is_warm.is_set():
+            return "warming", WARMING_UP
         return ("failed" if self.failure else "ok"), self.failure
 
     def totals(self) -> dict[str, Any]:

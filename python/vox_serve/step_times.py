@@ -100,6 +100,12 @@ class StepTimes:
             self._prompts_s += max(self.seconds(rows, prompt_tokens) - rows * self._rows.each_s, 0)
         self._frames = keep * self._frames + rows
 
+    def forget_recent(self) -> None:
+        """Keep the medians; forget how slow the newest steps were, and the share of prompts."""
+        self._ratios.clear()
+        self.slow = 1.0
+        self._prompts_s = self._frames = self._measured_s = self._predicted_s = 0.0
+
     def summary(self) -> dict[str, object]:
         """The measurements, for people and `bench/simulate.py`. Any thread may call this.
 

@@ -155,6 +155,8 @@ class FakeEngine:
             self.aborted.append(request_id)
             self.saw_abort.set()
 
+    def warm_up(self, seconds: float) -> None: ...
+
     def reset(self) -> None:
         self.num_resets += 1
         self._open.clear()
