@@ -42,13 +42,12 @@ MAX_SPEECH_BYTES = 2**24
 """Speech that is kept in memory until it is written: 6 minutes."""
 
 
-@standard_streams()
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code."""
+def make_parser() -> CommandParser:
+    """The command's flags."""
     parser = CommandParser(
         PROG,
         description="Say a text into a mono audio file: 24 kHz WAV, or the format of its ending.",
-        usage='python -m vox_serve.say ["text"] -o out.wav [flags]',
+        usage='vox-serve say ["text"] -o out.wav [flags]',
     )
     parser.add_argument("text", nargs="?", help="text to say; read from stdin if not given")
     parser.add_argument("-o", "--output", metavar="FILE", help="the file to write; - is stdout")
@@ -62,6 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_flag("voice", metavar="NAME", help="a voice of the folder --voices, or 0 or 1")
     parser.add_flag("greedy", action="store_true", help="same as --temperature 0")
     parser.add_settings(ModelSettings, SpeechSettings, VoiceSettings)
+    return parser
+
+
+@standard_streams()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    parser = make_parser()
     args, config = parser.parse(argv)
     if args.output is None and args.codes is None:
         parser.error("give -o out.wav")

@@ -26,13 +26,12 @@ PROG = "voices"
 ACTIONS = ("add", "list", "remove", "preview")
 
 
-@standard_streams()
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code."""
+def make_parser() -> CommandParser:
+    """The command's flags."""
     parser = CommandParser(
         PROG,
         description="Keep voices for the server, in the folder of its --voices.",
-        usage="python -m vox_serve.voices add|list|remove|preview [NAME] --voices DIR [flags]",
+        usage="vox-serve voices add|list|remove|preview [NAME] --voices DIR [flags]",
         epilog="To add a voice, give each recording with what it says: --audio a.wav --transcript "
         "'Hello.'; both may be repeated. Only voices of people who agreed may be added.",
     )
@@ -46,6 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_flag("replace", action="store_true", help="add: replace a voice of this name")
     parser.add_argument("-o", "--output", metavar="WAV", help="preview: the file to write")
     parser.add_settings(ModelSettings, VoiceSettings)
+    return parser
+
+
+@standard_streams()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    parser = make_parser()
     args, config = parser.parse(argv)
     if config.voices is None:
         parser.error("give --voices DIR")
