@@ -13,7 +13,17 @@ PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 NEEDED_PROGRAMS = ("cmake", "ninja", "nvcc", "c++")
 NEEDED_MODULES = ("torch", "numpy", "pytest", "safetensors", "tokenizers")
 OPTIONAL_MODULES = (
-    *("transformers", "fastapi", "uvicorn", "python_multipart", "httpx", "soundfile", "soxr", "av"),
+    *(
+        "transformers",
+        "fastapi",
+        "uvicorn",
+        "python_multipart",
+        "httpx",
+        "soundfile",
+        "soxr",
+        "av",
+        "websockets",
+    ),
     *("huggingface_hub", "tqdm", "xdist"),
 )
 

@@ -31,6 +31,10 @@ PROBE_PATHS = frozenset({"/health/live", "/health/ready"})
 """Paths that need no Host of the server's: a probe often names an address, and learns nothing but
 the state."""
 
+LIVE_PROTOCOL = "voxkern"
+"""Subprotocol of the WebSocket. A browser's script can send no headers: it gives the API key as
+another subprotocol, `voxkern.api_key.KEY`."""
+
 EXPOSED_HEADERS = (
     *("Retry-After", "X-Finish-Reason", "X-Request-Id", "X-Sample-Rate"),
     provenance.HEADER,
@@ -116,6 +120,9 @@ class AccessPolicy:
         """Index of the API key that the request gives; None if it gives no valid one."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        prefix = f"{LIVE_PROTOCOL}.api_key."
+        for offered in _listed(headers.get("sec-websocket-protocol")):
+            given = given or (offered[len(prefix) :] if offered.startswith(prefix) else "")
         # Headers are Latin-1. All keys are compared, so that the time tells nothing.
         equal = [hmac.compare_digest(key, given.encode("latin-1")) for key in self.keys]
         return equal.index(True) if any(equal) else None

@@ -17,6 +17,7 @@ from vox_serve.error_answers import add_error_handlers
 from vox_serve.error_pace import PacedErrors
 from vox_serve.formats import format_of_accept
 from vox_serve.http_io import MAX_BODY_MEMORY_BYTES, AsciiJSONResponse, BodyMemory, HeadAsGet
+from vox_serve.live import add_live_routes
 from vox_serve.metrics import Source, add_metrics_route
 from vox_serve.openai_api import add_openai_routes
 from vox_serve.openai_errors import OpenAIErrors
@@ -67,6 +68,7 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
     add_conversation_routes(app, conversations, voices, bodies, config)
     speech = SpeechService(runner, config, voices, conversations, bodies)
     add_openai_routes(app, speech, voices.store, config)
+    add_live_routes(app, runner, conversations, voices, config)
 
     @app.post(
         "/generate",

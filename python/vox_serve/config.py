@@ -247,6 +247,18 @@ class ServerSettings(VoiceSettings):
         ge=1,
         le=1_000_000,
     )
+    max_live_connections: int = setting(
+        512,
+        "WebSockets at a time, and at most half of all connections; more are answered 429",
+        ge=1,
+        le=1_000_000,
+    )
+    live_idle_s: float = setting(
+        300.0, "a WebSocket without messages and turns is closed after this time", gt=0, le=86400
+    )
+    live_text_timeout_s: float = setting(
+        20.0, "a turn of a WebSocket that gets no text for so long is complete", gt=0, le=86400
+    )
     header_timeout_s: float = setting(
         10.0, "a request's head must arrive within this time", gt=0, le=86400
     )

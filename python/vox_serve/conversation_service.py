@@ -297,7 +297,9 @@ class ConversationService:
     def _spoken(self, job: Job, line: ConversationLine) -> list[Utterance]:
         """The parts of a job's text that were spoken and, if it was interrupted, heard."""
         is_cut = job.finish_reason in (None, "interrupted")
-        spoken = self._builder.spoken(job.request, job.progress.prompt, job.frames, is_cut)
+        spoken = self._builder.spoken(
+            job.request, job.progress.prompt, job.frames, is_cut, len(job.part_ends)
+        )
         num_frames = len(job.frames) if line.heard_frames is None else line.heard_frames
         return heard(spoken, num_frames, FRAME_S)
 

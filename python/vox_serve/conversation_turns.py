@@ -11,7 +11,7 @@ from vox_serve.engine_thread import AnyEngine
 from vox_serve.job import SpokenFrame
 from vox_serve.prompt import Segment
 from vox_serve.request import Prompt, Request
-from vox_serve.text_bound import frames_bound
+from vox_serve.text_bound import POSITIONS_PER_SPOKEN_CHAR, frames_bound, most_part_chars
 
 MAX_RESERVE = 0.5
 """Largest part of the model's context, without the voice, that is kept for text and speech."""
@@ -37,6 +37,10 @@ class TurnBuilder:
         """
         base = self._engine.default_context if request.context is None else request.context
         most = self._engine.max_positions - sum(self.length(segment) for segment in base)
+        if request.feed is not None:  # as for the longest parts that may come
+            most_chars = most_part_chars(self._split_chars, self._engine.max_positions)
+            num_positions = int(POSITIONS_PER_SPOKEN_CHAR * most_chars)
+            return most - min(2 * num_positions, int(MAX_RESERVE * most))
         text = request.text
         if is_split := bool(self._split_chars and len(text) > self._split_chars):
             text = text[: self._split_chars]
@@ -70,6 +74,7 @@ class TurnBuilder:
         prompt: Prompt | None,
         frames: Sequence[SpokenFrame],
         is_cut: bool,
+        num_complete: int = 0,
     ) -> list[Utterance]:
         """The parts of a request's text that were spoken.
 
@@ -77,7 +82,8 @@ class TurnBuilder:
             request: as it was given to the engine.
             prompt: its prompt; None before it has one.
             frames: of its speech.
-            is_cut: the last part that was spoken is not complete.
+            is_cut: the last part that was spoken may not be complete.
+            num_complete: parts that are complete all the same.
         """
         texts = (prompt.parts if prompt else ()) or (request.text,)
         parts: dict[int, list[np.ndarray]] = {}
@@ -88,7 +94,7 @@ class TurnBuilder:
                 request.speaker,
                 self._engine.spoken_text(replace(request, text=texts[part])),
                 np.stack(codes),
-                is_complete=not (is_cut and part == max(parts)),
+                is_complete=part < num_complete or not (is_cut and part == max(parts)),
             )
             for part, codes in parts.items()
         ]

@@ -211,6 +211,7 @@ def make_server(
     import uvicorn
 
     from vox_serve.connections import ACCEPT_BATCH, BACKLOG, ConnectionGuard
+    from vox_serve.live_protocol import PING_S, live_protocol
 
     class Server(uvicorn.Server):
         signalled = False
@@ -269,6 +270,11 @@ def make_server(
             http=guard.protocol_class(),
             backlog=ACCEPT_BATCH,
             log_level=config.log_level,
+            ws=live_protocol,  # type: ignore[arg-type]
+            ws_max_size=config.max_body_bytes,
+            ws_ping_interval=PING_S,
+            ws_ping_timeout=PING_S,
+            ws_per_message_deflate=False,  # audio does not shrink, and small bombs grow
         )
     )
 

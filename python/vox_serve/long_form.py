@@ -20,14 +20,13 @@ from vox_serve.policy import Row
 from vox_serve.prompt import PromptTooLongError, Segment
 from vox_serve.request import FinishReason, FrameOutput, Prompt, Request
 from vox_serve.text.splitting import PREFERRED_CHARS, split
-from vox_serve.text_bound import frames_bound, frames_expected
+from vox_serve.text_bound import (
+    POSITIONS_PER_SPOKEN_CHAR,
+    frames_bound,
+    frames_expected,
+    most_part_chars,
+)
 from vox_serve.warm_up import warm_up
-
-POSITIONS_PER_CHAR = 4
-"""A text as long as the model's context divided by this leaves room for speech and context."""
-
-POSITIONS_PER_SPOKEN_CHAR = 2.5
-"""A token at most, and 1.5 frames of slow speech: 8 characters a second."""
 
 MAX_RECENT_POSITIONS = 512
 """Most positions of the context that earlier parts take: 40 s of speech. More would slow down each
@@ -104,13 +103,12 @@ class LongForm:
         self.model, self.mimi, self.prompts = engine.model, engine.mimi, engine.prompts
         self.max_batch_size, self.num_spare_rows = engine.max_batch_size, engine.num_spare_rows
         self.num_codebooks, self.sample_rate_hz = engine.num_codebooks, engine.sample_rate_hz
-        limit = engine.max_positions // POSITIONS_PER_CHAR
-        self.split_chars = min(split_chars, limit) if split_chars else 0
+        self.part_chars = most_part_chars(split_chars, engine.max_positions)
+        self.split_chars = self.part_chars if split_chars else 0
         self.max_positions, self.default_context = engine.max_positions, engine.default_context
         self.follows_context = engine.follows_context
         self.max_recent_positions = max_recent_positions if self.follows_context else 0
         self.times, self.lengths = engine.times, engine.lengths
-        self.part_chars = self.split_chars or limit  # most characters of a part
         self._passages: dict[str, _Passage] = {}
         self._starved: dict[str, _Passage] = {}  # those whose next part is not written yet
         self._tokenizing = ThreadPoolExecutor(1, "tokenizing")

@@ -86,6 +86,7 @@ class Runner:
         warm_up: called in the engine's thread before the first request; set it before `start`.
         is_warm: set when that has ended.
         on_failure: called in the engine's thread when the engine can serve no more.
+        on_drain: called when `drain` begins.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Runner:
         self.warm_up: Callable[[], object] | None = None
         self.is_warm = threading.Event()
         self.on_failure: Callable[[], None] = lambda: None
+        self.on_drain: list[Callable[[], None]] = []
         self.counts = Counts()
         self.measures = Measures()
         self._unread = UnreadAudio(max_unread_bytes)
@@ -165,8 +167,10 @@ class Runner:
             self._on_empty = lambda: loop.call_soon_threadsafe(emptied.set)
             error = ShuttingDown(SHUTTING_DOWN, self._retry_after_s())
             waiting = self._queue.remove_waiting()
-            if not self._jobs:
-                return
+        for call in self.on_drain:
+            call()
+        if not self._jobs:
+            return
         for job in waiting:
             job.post(End(error=error))
         try:

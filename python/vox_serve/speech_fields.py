@@ -92,7 +92,7 @@ class Utterance(BaseModel):
         )
 
 
-def _override(field: FieldInfo) -> Any:
+def override(field: FieldInfo) -> Any:
     """A request's field that overrides a setting, with the setting's bounds."""
     kind: Any = field.annotation
     if field.metadata:
@@ -104,7 +104,7 @@ GenerateRequest = create_model(
     "GenerateRequest",
     __base__=Utterance,
     __doc__=Utterance.__doc__,
-    **{name: _override(field) for name, field in SpeechSettings.model_fields.items()},
+    **{name: override(field) for name, field in SpeechSettings.model_fields.items()},
 )
 
 

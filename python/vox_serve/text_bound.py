@@ -1,6 +1,13 @@
 """The bound on a text's length, checked before anything else touches the text; and the bound on the
 length of its speech."""
 
+POSITIONS_PER_SPOKEN_CHAR = 2.5
+"""Positions of the model's context that a text and its speech take: a token at most, and 1.5 frames
+of slow speech, 8 characters a second."""
+
+POSITIONS_PER_CHAR = 4
+"""A text as long as the model's context divided by this leaves room for speech and context."""
+
 _BASE_FRAMES = 63
 _FRAMES_PER_LETTER = 5
 _FRAMES_PER_SYMBOL = 15
@@ -11,6 +18,17 @@ def check_length(text: str, max_chars: int) -> None:
     """Raise a ValueError if a text has more than `max_chars` characters."""
     if len(text) > max_chars:
         raise ValueError(f"text must have at most {max_chars} characters, got {len(text)}")
+
+
+def most_part_chars(split_chars: int, max_positions: int) -> int:
+    """The longest part of a text.
+
+    Args:
+        split_chars: the setting; 0 if texts are not split.
+        max_positions: of the model's context.
+    """
+    limit = max_positions // POSITIONS_PER_CHAR
+    return min(split_chars or limit, limit)
 
 
 def frames_bound(text: str) -> int:

@@ -94,6 +94,8 @@ class FakeEngine:
     sample_rate_hz = 24_000
     num_codebooks = NUM_CODEBOOKS
     num_spare_rows = 0
+    model = None
+    max_silence_s = 0.0
     max_positions = 512
     default_context = ()
     follows_context = True
@@ -142,13 +144,14 @@ class FakeEngine:
         frames = torch.tensor([ord(c) for c in request.text])
         return Prompt(frames, torch.ones(len(frames), dtype=torch.bool), PrefixKeys())
 
-    def add(self, request: Request, prompt: Prompt | None = None) -> None:
+    def add(self, request: Request, prompt: Prompt | None = None, row: Row | None = None) -> Row:
         prompt = prompt or self.prepare(request)
         assert prompt.frames.tolist() == [ord(c) for c in request.text]
         if request.text == "crash":
             raise KeyError("a bug in add")
         self.requests.append(request)
         self._open[request.id] = (request, 0)
+        return row or Row(request.id, time.monotonic())
 
     def abort(self, request_id: str) -> None:
         if self._open.pop(request_id, None):

@@ -1,0 +1,86 @@
+"""A turn of the WebSocket: its text as it comes, and its speech."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from vox_serve.conversation_service import Heard
+from vox_serve.ending import FRAME_S
+from vox_serve.formats import Output
+from vox_serve.growing_text import GrowingText
+from vox_serve.job import Job
+from vox_serve.part_feed import PartFeed
+from vox_serve.text.splitting import Part
+
+
+class Turn:
+    """One answer. Only the event loop uses it.
+
+    Args:
+        number: of the turn in its connection, from 1.
+        session: how it is spoken.
+        output: the audio that its client gets.
+        text: takes its fragments.
+
+    Attributes:
+        parts: sentences so far.
+        feed: the same, for the engine; None before the first one.
+        job: speaks it; None before it is submitted.
+        num_frames: frames that were sent.
+        is_written: no further text comes.
+        timed_out: it ended since no text came.
+        is_over: nothing more is sent for it; text that still comes is dropped.
+        heard: what was heard before it was cancelled; None unless it was.
+    """
+
+    def __init__(self, number: int, session: Any, output: Output, text: GrowingText) -> None:
+        self.number = number
+        self.session = session
+        self.output = output
+        self.parts: list[Part] = []
+        self.feed: PartFeed | None = None
+        self.job: Job | None = None
+        self.num_frames = 0
+        self.is_written = self.timed_out = self.is_over = False
+        self.heard: Heard | None = None
+        self._text = text
+        self._begun = asyncio.Event()
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the frames that were sent, at the output's rate."""
+        return round(self.num_frames * FRAME_S * self.output.rate_hz)
+
+    def write(self, fragment: str) -> None:
+        """Take the next fragment of the text.
+
+        Raises:
+            ValueError: see `GrowingText.add`.
+        """
+        self._append(self._text.add(fragment))
+
+    def flush(self) -> None:
+        """Let everything so far be spoken."""
+        self._append(self._text.flush())
+
+    def end(self) -> None:
+        """Let the rest be spoken: the text is complete."""
+        if not self.is_written:
+            self.flush()
+            self.is_written = True
+            if self.feed is not None:
+                self.feed.close()
+            self._begun.set()
+
+    async def begun(self) -> None:
+        """Wait for the first sentence, or the end of the text."""
+        await self._begun.wait()
+
+    def _append(self, parts: Sequence[Part]) -> None:
+        for part in parts:
+            self.parts.append(part)
+            if self.feed is None:
+                self.feed = PartFeed(str(part))
+                self._begun.set()
+            else:
+                self.feed.append(str(part))
