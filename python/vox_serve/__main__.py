@@ -29,6 +29,7 @@ examples:
   vox-serve
   vox-serve --model sesame/csm-1b --quantize int4 --port 9000
   vox-serve say "Hello there." -o hello.wav
+  vox-serve say -f chapter.txt -o chapter.mp3
   vox-serve voices add anna --audio a.wav --transcript "Hi." --voices ./voices
 """
 

@@ -3,11 +3,13 @@
 python -m vox_serve.say "Hello." -o hello.wav
 """
 
+import argparse
 import io
 import os
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,14 +28,15 @@ from vox_serve.formats import (
     format_of_ending,
 )
 from vox_serve.provenance import note_of
+from vox_serve.say_text import read_text, text_problem
 from vox_serve.speech import make_engine
-from vox_serve.text_bound import check_length
 
 if TYPE_CHECKING:
     import numpy as np
 
     from vox_serve.engine import Engine, Request
     from vox_serve.long_form import LongForm
+    from vox_serve.player import Player
     from vox_serve.request import FinishReason, FrameOutput, Prompt
 
 PROG = "say"
@@ -50,6 +53,7 @@ def make_parser() -> CommandParser:
         usage='vox-serve say ["text"] -o out.wav [flags]',
     )
     parser.add_argument("text", nargs="?", help="text to say; read from stdin if not given")
+    parser.add_argument("-f", "--file", metavar="FILE", help="read the text from a UTF-8 file")
     parser.add_argument("-o", "--output", metavar="FILE", help="the file to write; - is stdout")
     parser.add_flag(
         "format", choices=[*FORMATS], help="format of the file [default by its ending, else wav]"
@@ -59,6 +63,12 @@ def make_parser() -> CommandParser:
     parser.add_flag("codes", metavar="NPY", help="write the frames too, int64 [N, K]; - is stdout")
     parser.add_flag("speaker", type=int, choices=(0, 1), help="id of the speaker [default 0]")
     parser.add_flag("voice", metavar="NAME", help="a voice of the folder --voices, or 0 or 1")
+    parser.add_flag(
+        "conversation",
+        metavar="JSON",
+        help="a file of earlier turns, like --context's, to which the new one is added",
+    )
+    parser.add_flag("play", action="store_true", help="play the speech while it is made")
     parser.add_flag("greedy", action="store_true", help="same as --temperature 0")
     parser.add_settings(ModelSettings, SpeechSettings, VoiceSettings)
     return parser
@@ -69,8 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = make_parser()
     args, config = parser.parse(argv)
-    if args.output is None and args.codes is None:
-        parser.error("give -o out.wav")
+    if args.text is not None and args.file is not None:
+        parser.error("give a text or --file")
+    if args.output is None and args.codes is None and not args.play:
+        parser.error("give -o out.wav or --play")
     if args.output is not None and args.codes is not None and _same_file(args.output, args.codes):
         parser.error("-o and --codes name the same file")
     if args.speaker is not None and args.voice is not None:
@@ -90,12 +102,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         limit = config.max_text_chars
-        text = args.text if args.text is not None else _read_stdin(limit)
-        if problem := _text_problem(text, limit):
+        text = read_text(args.text, args.file, limit)
+        if problem := text_problem(text, limit):
             parser.error(problem)
-        speaker = args.speaker or 0
         note = note_of(config.model) if args.format or name != "wav" else None
-        return _say(text, speaker, args.voice, args.output, args.codes, config, sound, note)
+        return _say(text, args, config, sound, note)
 
     return run_command(PROG, command)
 
@@ -113,45 +124,15 @@ def _same_file(a: str, b: str) -> bool:
     return os.path.samestat(*statuses) and not os.path.samestat(statuses[0], os.stat(os.devnull))
 
 
-def _read_stdin(max_chars: int) -> str:
-    """The text on stdin; a longer one is cut somewhere above `max_chars`."""
-    if sys.stdin is None:
-        raise CommandError("stdin is closed: give a text")
-    if sys.stdin.isatty():
-        print("type what to say, then ctrl-D:", file=sys.stderr)
-    # UTF-8 takes at most four bytes for a character. The end of a line does not count.
-    max_bytes = 4 * max_chars + 2
-    data = sys.stdin.buffer.read(max_bytes + 1)
-    text = data.decode("utf-8", "replace" if len(data) > max_bytes else "surrogateescape")
-    return text.removesuffix("\n").removesuffix("\r")
-
-
-def _text_problem(text: str, max_chars: int) -> str | None:
-    try:
-        check_length(text, max_chars)
-    except ValueError as error:
-        return str(error)
-    if not text.strip():
-        return "there is no text to say"
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return "the text is not UTF-8"
-    return None
-
-
 def _say(
-    text: str,
-    speaker: int,
-    voice: str | None,
-    output: str | None,
-    codes_path: str | None,
-    config: Config,
-    sound: Output,
-    note: str | None,
+    text: str, args: argparse.Namespace, config: Config, sound: Output, note: str | None
 ) -> int:
     """Speak, and write the files; `sound` and `note` as in `encode_file`."""
+    speaker, voice, output, codes_path = args.speaker or 0, args.voice, args.output, args.codes
+    turns_path = Path(args.conversation) if args.conversation is not None else None
     # Fail before the long work, not after it.
+    if turns_path is not None:
+        _check_writable(turns_path)
     for path in (output, codes_path):
         if path == "-" and sys.stdout is None:
             raise CommandError("stdout is closed")
@@ -165,12 +146,13 @@ def _say(
         find_voice(voice, config.voices)
 
     import numpy as np
-    from tqdm import tqdm
 
+    from vox_serve import turns_file
     from vox_serve.audio import pcm16, wav_header
     from vox_serve.encoded_file import encode_file
     from vox_serve.ending import why_cut
     from vox_serve.engine import Request
+    from vox_serve.progress import Progress
 
     engine = make_engine(config.model_copy(update={"max_batch_size": 1}))
     context = None
@@ -179,6 +161,12 @@ def _say(
         if segments:
             named = engine.default_context if config.context is not None else ()
             context = [*segments, *named]
+    num_fixed = len(context or ())
+    if turns_path is not None:
+        chars = config.max_text_chars
+        turns = turns_file.load_turns(turns_path, engine.mimi, engine.prompts.config, chars)
+        before = engine.default_context if context is None else context
+        num_fixed, context = len(before), [*before, *turns] if turns else context
     request = Request(
         text=text,
         speaker=speaker,
@@ -187,30 +175,31 @@ def _say(
         max_frames=config.frames_for(text),
         normalise=config.normalise,
     )
-    prompt = engine.prepare(request)
-    num_parts = len(prompt.parts)
-    is_long = num_parts > 1
+    request, prompt, num_left_out = turns_file.fitting(engine, request, num_fixed)
+    if num_left_out:
+        print(f"{PROG}: warning: the first {num_left_out} turns do not fit", file=sys.stderr)
+    part_frames: Counter[int] = Counter()
     with (
         ExitStack() as files,
         # A book's speech would fill the memory. The output's disk must hold it anyway.
         tempfile.SpooledTemporaryFile(MAX_SPEECH_BYTES, dir=_folder_of(output)) as pcm,
-        tqdm(
-            total=num_parts if is_long else request.max_frames,
-            unit="part" if is_long else "frame",
-            disable=not sys.stderr.isatty(),
-            leave=False,
-        ) as bar,
+        Progress(len(prompt.parts), request.max_frames) as progress,
     ):
+        player = files.enter_context(_open_player(sound.speed)) if args.play else None
 
         def take(frame: "FrameOutput", audio: "np.ndarray") -> None:
+            data = pcm16(audio).tobytes()
+            if player is not None:
+                player.feed(data)
             try:
-                pcm.write(pcm16(audio).tobytes())
+                pcm.write(data)
             except OSError as error:
                 raise CommandError(f"cannot write {output}: {error.strerror}") from None
-            bar.update(frame.part - bar.n if is_long else 1)
+            part_frames[frame.part] += 1
+            progress.frame(frame.part)
 
         _, codes, reason = speak(engine, request, prompt, take)
-        bar.close()
+        progress.end()
         if cut := why_cut(reason, len(codes)):
             print(f"{PROG}: warning: {cut}", file=sys.stderr)
         contents: list[tuple[str, list[IO[bytes]]]] = []
@@ -226,7 +215,17 @@ def _say(
                 encoded = encode_file(pcm, sound, note, _folder_of(output))
                 contents.append((output, [files.enter_context(encoded)]))
         _write(contents)
+        if turns_path is not None:
+            spoken = turns_file.turns_of(engine, request, prompt, codes, part_frames)
+            turns_file.append_turns(turns_path, spoken)
     return 0
+
+
+def _open_player(speed: float) -> "Player":
+    from vox_serve.encoders import open_shaper
+    from vox_serve.player import Player
+
+    return Player(open_shaper(Output.of("pcm", None, speed)))
 
 
 def _write(contents: list[tuple[str, list[IO[bytes]]]]) -> None:
