@@ -146,7 +146,7 @@ sanitize: $(VENV)/test
 	$(RUN) tests/sanitize/check_planted.py build/sanitize/sanitize_planted address
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	UBSAN_OPTIONS=print_stacktrace=1 VOXKERN_LIBRARY=build/sanitize/_C.so \
-	VOXKERN_SIMT_LIBRARY=build/sanitize/tests/simt/voxkern_simt.so VOXKERN_SIMT_ORDER=descending $(RUN) -m pytest -q --capture=sys $(OP_TESTS)
+	VOXKERN_SIMT_LIBRARY=build/sanitize/tests/simt/voxkern_simt.so VOXKERN_SIMT_ORDER=descending $(PYTEST_OPS) --capture=sys
 
 # The CPU kernels' team of threads under the thread sanitizer: first on planted races, then small cases
 # of every op on three threads, and callers of several threads. torch computes on one thread: its
