@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vox_serve.access import AccessPolicy, add_access_checks
 from vox_serve.config import Config
@@ -57,9 +57,9 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
     app = _App(
         title="VoxKern",
         description="Text to speech with CSM.",
-        root_path=_root_path(config),
         lifespan=lifespan,
     )
+    app.proxy_path = _proxy_path(config)
     bodies = BodyMemory(max(MAX_BODY_MEMORY_BYTES, config.max_body_bytes))
     voices = VoiceService(runner, config)
     add_voice_routes(app, voices, runner, config)
@@ -128,14 +128,20 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
     return app
 
 
-def _root_path(config: Config) -> str:
-    """The setting with a slash before it and none at its end."""
+def _proxy_path(config: Config) -> str:
+    """`--root_path` with a slash before it and none at its end."""
     root = (config.root_path or "").strip("/")
     return f"/{root}" if root else ""
 
 
 class _App(FastAPI):
-    """An application whose every answer has an id and is counted, those to bugs too."""
+    """An application whose every answer has an id and is counted, those to bugs too.
+
+    Attributes:
+        proxy_path: see `--root_path`; "" for none.
+    """
+
+    proxy_path = ""
 
     def __init__(self, **options: Any) -> None:
         self.statuses: dict[int, int] = {}
@@ -143,3 +149,8 @@ class _App(FastAPI):
 
     def build_middleware_stack(self) -> ASGIApp:
         return RequestIds(super().build_middleware_stack(), self.statuses)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.proxy_path and scope["type"] in ("http", "websocket"):
+            scope["root_path"] = self.proxy_path
+        await super().__call__(scope, receive, send)

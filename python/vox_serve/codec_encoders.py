@@ -140,7 +140,7 @@ class Opus(_CodecEncoder):
     """Opus in Ogg (RFC 7845), with a page for each frame of speech at least."""
 
     codec = "libopus"
-    options: ClassVar = {"b": "48000", "application": "audio", "compression_level": "8"}
+    options: ClassVar = {"b": "48000", "application": "audio", "compression_level": "5"}
     packet_granules = 960  # 20 ms, always counted at 48 kHz
 
     def head(self, note: str | None, num_samples: int | None) -> bytes:

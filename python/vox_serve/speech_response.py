@@ -23,7 +23,7 @@ from vox_serve.encoders import (
     open_encoder,
     open_shaper,
 )
-from vox_serve.encoding_threads import beside, is_costly
+from vox_serve.encoding_threads import beside, is_copied
 from vox_serve.ending import fade_tail
 from vox_serve.formats import WAV, Output
 from vox_serve.job import Job, ReaderStalled, RequestFailed, Unavailable
@@ -109,7 +109,7 @@ async def speech_response(job: Job, delivery: Delivery, receive: Receive) -> Res
                 media_type = delivery.output.format.media_type
                 return _SpeechResponse(job, content, media_type, headers)
             num_bytes = await unless_gone(receive, job.finished())
-            if is_costly(delivery.output):
+            if not is_copied(delivery.output):
                 num_bytes = await unless_gone(receive, _encode_whole(job, delivery))
                 stage = UNCHANGED
             else:
