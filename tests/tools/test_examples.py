@@ -1,5 +1,6 @@
 """The clients of examples/ speak with a server."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -8,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from fake_engine import TIMEOUT_S, FakeEngine, expected_pcm
+from fake_engine import ENDLESS, TIMEOUT_S, FakeEngine, expected_pcm
 from live_server import LiveServer
 from vox_serve.audio import wav_file, wav_header
+from vox_serve.long_form import LongForm
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 WHOLE = wav_file(expected_pcm("Hello there.", 3))
@@ -90,3 +92,70 @@ def test_curl(server, tmp_path):
     assert (tmp_path / "stream.wav").read_bytes() == wav_header(None) + pcm
     assert "x-finish-reason: stop" in said.lower()
     assert '"speaker"' in said
+
+
+SOUND = """
+import threading, time
+
+class RawOutputStream:  # plays ten times as fast as a device
+    def __init__(self, callback, **options):
+        self.callback = callback
+        self.thread = threading.Thread(target=self.play, daemon=True)
+
+    def start(self):
+        self.thread.start()
+
+    def play(self):
+        with open("played.pcm", "wb", buffering=0) as file:
+            while True:
+                out = bytearray(3840)
+                self.callback(out, 1920, None, None)
+                if any(out):
+                    file.write(out)
+                time.sleep(0.008)
+
+    def stop(self):
+        pass
+"""
+
+
+def start_agent(folder: Path, server: LiveServer) -> subprocess.Popen:
+    pytest.importorskip("websockets", reason="websockets is not installed")
+    (folder / "sounddevice.py").write_text(SOUND)
+    url = f"ws://127.0.0.1:{server.port}/v1/audio/speech/stream"
+    return subprocess.Popen(
+        [*call("agent_loop.py"), url],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_an_agent_talks(tmp_path):
+    with (
+        LiveServer(LongForm(FakeEngine(), 100), split_chars=100) as server,
+        start_agent(tmp_path, server) as agent,
+    ):
+        said, _ = agent.communicate("Hello there.\n", TIMEOUT_S)
+    assert agent.returncode == 0
+    assert said == "  You said: Hello there.\n"
+    assert (tmp_path / "played.pcm").stat().st_size == 3 * 3840
+
+
+def test_an_agent_is_interrupted(tmp_path):
+    engine = FakeEngine(num_frames=ENDLESS, step_s=0.002)
+    with (
+        LiveServer(LongForm(engine, 100), split_chars=100) as server,
+        start_agent(tmp_path, server) as agent,
+    ):
+        agent.stdin.write("first.\n")
+        agent.stdin.flush()
+        assert agent.stdout.readline() == "  You said: first.\n"
+        engine.num_frames = 3
+        agent.stdin.write("second.\n")
+        agent.stdin.flush()
+        assert agent.stdout.readline() == "  You said: second.\n"
+        agent.communicate(timeout=TIMEOUT_S)
+    assert agent.returncode == 0
