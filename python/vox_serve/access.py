@@ -23,9 +23,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from vox_serve import provenance
 from vox_serve.config import ConfigError, ServerSettings
 from vox_serve.http_io import AsciiJSONResponse, route_path
+from vox_serve.page import PAGE_PATHS
 
-OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
-"""Paths that need no API key: load balancers and supervisors have none."""
+OPEN_PATHS = PAGE_PATHS | {"/health", "/health/live", "/health/ready"}
+"""Paths that need no API key: load balancers and supervisors have none, and the page lets its user
+type one."""
 
 PROBE_PATHS = frozenset({"/health/live", "/health/ready"})
 """Paths that need no Host of the server's: a probe often names an address, and learns nothing but

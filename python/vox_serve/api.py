@@ -21,6 +21,7 @@ from vox_serve.live import add_live_routes
 from vox_serve.metrics import Source, add_metrics_route
 from vox_serve.openai_api import add_openai_routes
 from vox_serve.openai_errors import OpenAIErrors
+from vox_serve.page import add_page
 from vox_serve.request_id import RequestIds
 from vox_serve.runner import Runner
 from vox_serve.speech_docs import request_body, speech_responses
@@ -118,6 +119,7 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
         return AsciiJSONResponse({"status": status, "reason": reason}, 503)
 
     add_metrics_route(app, Source(runner, description, app.statuses))
+    add_page(app)
 
     add_error_handlers(app)
     app.add_middleware(HeadAsGet)

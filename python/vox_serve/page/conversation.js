@@ -1,0 +1,62 @@
+// A conversation of two speakers. The server keeps its turns; this tab keeps its id.
+import { request } from "./api.js";
+
+const ID = "voxkern.conversation";
+const list = document.querySelector("#turns");
+
+function newId() {
+  const random = crypto.getRandomValues(new Uint32Array(2));
+  return `page-${Array.from(random, (number) => number.toString(36)).join("")}`;
+}
+
+let id = sessionStorage.getItem(ID) ?? newId();
+
+/** The id, as a field of a request. */
+export const conversationId = () => id;
+
+const path = (rest = "") => `v1/conversations/${id}${rest}`;
+
+function bubble({ speaker, text, seconds, pending }) {
+  const item = document.createElement("li");
+  const about = document.createElement("small");
+  item.dataset.speaker = speaker;
+  item.textContent = text;
+  about.textContent = `Speaker ${speaker}, ${pending ? "speaking …" : `${seconds.toFixed(1)} s`}`;
+  item.append(about);
+  return item;
+}
+
+/** Shows a turn that is being spoken. */
+export function addPending(speaker, text) {
+  list.append(bubble({ speaker, text, pending: true }));
+  list.lastChild.scrollIntoView({ block: "nearest" });
+}
+
+/** Shows the turns as the server has them. */
+export async function refreshTurns() {
+  const shown = await (await request(path())).json();
+  sessionStorage.setItem(ID, id);
+  list.replaceChildren(...shown.turns.map(bubble));
+}
+
+/** Shows the turns that a reload of the page left. */
+export async function restoreTurns() {
+  if (sessionStorage.getItem(ID)) await refreshTurns().catch(() => sessionStorage.removeItem(ID));
+}
+
+/** Tells the server how much of the answer was heard; returns the words of it that are kept. */
+export async function interrupt(playedMs) {
+  const json = { played_ms: Math.round(playedMs) };
+  const answer = await request(path("/interrupt"), { method: "POST", json });
+  return answer.json();
+}
+
+/** Deletes the conversation and begins another. */
+export async function forget() {
+  const old = path();
+  const existed = list.children.length > 0;
+  sessionStorage.removeItem(ID);
+  id = newId();
+  list.replaceChildren();
+  if (existed) await request(old, { method: "DELETE" }).catch(() => {});
+}

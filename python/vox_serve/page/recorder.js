@@ -1,0 +1,28 @@
+// The microphone, recorded as a WAV file at its own rate.
+import { toInt16, wavFile } from "./wav.js";
+
+/** Starts recording. `onSeconds` gets the length so far; the result's stop() returns a WAV Blob. */
+export async function record(onSeconds) {
+  if (!navigator.mediaDevices) {
+    throw new Error("The browser gives the microphone only to pages on localhost or over HTTPS.");
+  }
+  const stream = await navigator.mediaDevices.getUserMedia({ audio: { channelCount: 1 } });
+  const context = new AudioContext();
+  await context.audioWorklet.addModule(new URL("capture.js", import.meta.url));
+  const node = new AudioWorkletNode(context, "capture", { numberOfOutputs: 0 });
+  const pieces = [];
+  let length = 0;
+  node.port.onmessage = ({ data }) => {
+    pieces.push(toInt16(data));
+    length += data.length;
+    onSeconds(length / context.sampleRate);
+  };
+  context.createMediaStreamSource(stream).connect(node);
+  return {
+    async stop() {
+      stream.getTracks().forEach((track) => track.stop());
+      await context.close();
+      return wavFile(pieces, context.sampleRate);
+    },
+  };
+}

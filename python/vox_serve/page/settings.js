@@ -1,0 +1,45 @@
+// Sampling settings. One that nobody touched is not sent, so the server's own holds.
+import { getKey, setKey } from "./api.js";
+
+const inputs = [...document.querySelectorAll("#settings .grid input")];
+const key = document.querySelector("#key");
+
+function show(input) {
+  const isSet = input.dataset.set === "yes";
+  const value = input.parentElement.querySelector(".value");
+  if (!value) return;
+  value.textContent = isSet ? input.value : "server default";
+  if (isSet) input.removeAttribute("aria-valuetext");
+  else input.setAttribute("aria-valuetext", "server default");
+}
+
+function reset() {
+  for (const input of inputs) {
+    input.value = input.defaultValue;
+    delete input.dataset.set;
+    show(input);
+  }
+}
+
+for (const input of inputs) {
+  input.addEventListener("input", () => {
+    if (input.value === "") delete input.dataset.set;
+    else input.dataset.set = "yes";
+    show(input);
+  });
+}
+document.querySelector("#reset").addEventListener("click", reset);
+reset();
+
+key.value = getKey();
+key.addEventListener("change", () => setKey(key.value.trim()));
+
+/** The settings that the user chose, as fields of a request. */
+export const chosenSettings = () =>
+  Object.fromEntries(inputs.filter((i) => i.dataset.set).map((i) => [i.id, Number(i.value)]));
+
+/** Shows the field of the API key. */
+export function askForKey() {
+  document.querySelector("#settings").open = true;
+  key.focus();
+}
