@@ -265,6 +265,8 @@ class Engine:
         if live := self._live.pop(request_id, None):
             self._end(live, keep)
         self._waiting.pop(request_id, None)
+        if not self.has_work:
+            self._meter.rest()
 
     def reset(self) -> None:
         """Drop all requests and rebuild the state; the engine can serve again after a failed step.

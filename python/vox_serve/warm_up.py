@@ -66,6 +66,7 @@ def warm_up(
     finally:
         for request_id in ids:
             engine.abort(request_id, keep=False)
+        engine.step()  # takes what a GPU has still in flight
         if has_ended:
             engine.reset()
         engine.choose, engine.lengths = choose, lengths

@@ -74,6 +74,33 @@ def test_no_trace_but_the_times_of_steps(loaded):
         assert warm.times.summary()["prompt_tokens"]
 
 
+class Clock:
+    """Each look takes 10 ms."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        self.now_s += 0.01
+        return self.now_s
+
+
+@pytest.mark.parametrize("before", ["a warm-up", "a request that was given up"])
+def test_the_pause_until_the_next_request_is_no_step(before, loaded):
+    clock = Clock()
+    engine = make(loaded, clock=clock)
+    if before == "a warm-up":
+        warm_up(engine, LONG_S, clock)
+    else:
+        engine.add(request := Request("Hello.", max_frames=9))
+        engine.step()
+        engine.abort(request.id)
+    clock.now_s += 1000
+    spoken(engine)
+    summary = engine.times.summary()
+    assert max({**summary["rows"], **summary["prompt_tokens"]}.values()) < 1000
+
+
 def test_long_steps_end_the_warm_up(loaded):
     seconds = itertools.count()
     engine = make(loaded)
