@@ -7,6 +7,7 @@ The figures of each run, in milliseconds:
 
 - `first_audio`: from the send that completes the first sentence (the first character of the second
   one) to the first audio.
+- `http_first_audio`: of the first sentence as a streamed request to /generate, for comparison.
 - `gap`: the longest time that a player waits for audio, and `gaps` all of them together.
 - `last_audio`: from the last piece to the last audio.
 
@@ -17,6 +18,7 @@ request to /generate with the same parts. The last line is JSON.
 import argparse
 import asyncio
 import contextlib
+import http.client
 import json
 import os
 import statistics
@@ -117,6 +119,19 @@ def generated(url: str, seed: int) -> bytes:
     return wav[44:]
 
 
+def http_first_audio_s(url: str, seed: int) -> float:
+    """Time to the first audio of the first sentence as a request of its own."""
+    body = json.dumps({"text": SENTENCES[0], "seed": seed, "streaming": True}).encode()
+    connection = http.client.HTTPConnection(url.removeprefix("http://"))
+    connection.connect()
+    begin_s = time.monotonic()
+    connection.request("POST", "/generate", body, {"Content-Type": "application/json"})
+    connection.getresponse().read(45)  # the header, and a byte of audio
+    first_s = time.monotonic() - begin_s
+    connection.close()
+    return first_s
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--url")
@@ -127,6 +142,7 @@ def main() -> int:
         runs, equal = [], []
         for seed in range(given.runs):
             figures, samples = asyncio.run(run(url, seed, given.rate))
+            figures["http_first_audio"] = round(http_first_audio_s(url, seed) * 1000, 1)
             equal.append(samples == generated(url, seed))
             runs.append(figures)
             print(f"seed {seed}: {figures}, equal samples: {equal[-1]}", flush=True)
