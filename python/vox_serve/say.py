@@ -138,6 +138,7 @@ def _say(
             raise CommandError("stdout is closed")
         if path is not None and path != "-":
             _check_writable(Path(path))
+    player = _open_player(sound.speed) if args.play else None
 
     from vox_serve.voice_file import Sizes
     from vox_serve.voice_store import find_voice
@@ -185,7 +186,8 @@ def _say(
         tempfile.SpooledTemporaryFile(MAX_SPEECH_BYTES, dir=_folder_of(output)) as pcm,
         Progress(len(prompt.parts), request.max_frames) as progress,
     ):
-        player = files.enter_context(_open_player(sound.speed)) if args.play else None
+        if player is not None:
+            files.enter_context(player)
 
         def take(frame: "FrameOutput", audio: "np.ndarray") -> None:
             data = pcm16(audio).tobytes()

@@ -105,7 +105,8 @@ def test_speech_is_played(engine, wav, monkeypatch):
     assert device.played == 2 * expected_pcm("hello", 3)
 
 
-def test_no_sound_device_is_one_line(engine, monkeypatch, capsys):
+def test_no_sound_device_is_one_line_before_any_work(monkeypatch, capsys):
+    monkeypatch.setattr(say, "make_engine", lambda config: pytest.fail("loaded a model"))
     monkeypatch.setitem(sys.modules, "sounddevice", FakeDevice(has_device=False))
     assert say.main(["hello", "--play"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
