@@ -275,6 +275,54 @@ def test_shutdown_finishes_the_turn_and_begins_no_other(ends):
         stopping.join()
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_any_order_of_messages_ends_each_turn_once(seed, caplog):
+    source = random.Random(seed)
+    engine = FakeEngine(num_frames=5, step_s=source.choice([0, 0.001, 0.005]))
+    with serve(engine, live_text_timeout_s=source.choice([0.01, 20])) as server:
+        for _ in range(5):
+            with live_client(server.port) as client:
+                for _ in range(source.randrange(40)):
+                    message = source.choice(_MESSAGES)
+                    client.send(**message)
+                    if source.random() < 0.1:
+                        wait_until(lambda: server.runner.count_jobs() != (0, 1))
+                client.send("close")
+                assert_turns_end_once(client)
+        assert_nothing_is_left(server)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+_MESSAGES = [
+    *[{"kind": "text", "text": text} for text in ("Hello. ", "And so", " on. Yes", "\n\n", "")],
+    *[{"kind": kind} for kind in ("flush", "end", "end", "cancel", "text")],
+    {"kind": "cancel", "played_ms": 100},
+    {"kind": "session", "seed": 1},
+]
+
+
+def assert_turns_end_once(client) -> None:
+    """Read all events; turns begin in order, and each ends once before the next begins."""
+    open_turn, ended = None, []
+    with contextlib.suppress(ConnectionClosed):
+        while True:
+            event = client.event()
+            kind, turn = event["type"], event.get("turn")
+            if kind == "sentence.begin":
+                assert open_turn in (None, turn)
+                assert turn not in ended
+                open_turn = turn
+            elif kind == "turn.done" or (kind == "cancelled" and turn not in ended):
+                assert open_turn in (None, turn)
+                assert turn not in ended
+                ended.append(turn)
+                open_turn = None
+            elif kind == "cancelled":  # after its end, while it is played
+                assert ended[-1] >= turn
+    assert client.socket.close_code == 1000
+    assert sorted(ended) == list(range(1, len(ended) + 1))
+
+
 def assert_nothing_is_left(server: LiveServer, files: int | None = None) -> None:
     """No connection, job, row, conversation, task or descriptor is left."""
     runner, engine = server.runner, server.runner.engine
