@@ -78,13 +78,18 @@ def add_openai_routes(
         """The model that this server has."""
         return AsciiJSONResponse({"object": "list", "data": [model]})
 
-    @app.get("/v1/models/{name:path}", responses=_UNKNOWN)
+    @app.get("/v1/models/{name}", responses=_UNKNOWN)
     async def get_model(name: str, request: Request) -> Response:
         """One model."""
         if name != model["id"]:
             request.state.param, request.state.code = "model", "model_not_found"
             raise HTTPException(404, f"there is no model {name[:100]!r}, only {model['id']}")
         return AsciiJSONResponse(model)
+
+    @app.get("/v1/models/{key}/{name}", include_in_schema=False)
+    async def get_hub_model(key: str, name: str, request: Request) -> Response:
+        """One model whose id is a hub's."""
+        return await get_model(f"{key}/{name}", request)
 
 
 _REFUSED: dict[int | str, dict[str, Any]] = {

@@ -61,15 +61,16 @@ class OpenAIErrors:
             status = start["status"]
             if status == 422 and route_path(scope) == SPEECH_PATH:
                 status = 400
-            fields = json.loads(body)
+            fields = json.loads(body or b"null")  # of HEAD, there is no body
             if isinstance(fields, dict) and "detail" in fields and "error" not in fields:
                 state = scope.get("state", {})
                 text, param = _summary(fields["detail"])
                 param = state.get("param", param)
                 fields |= error_object(status, text, param, state.get("code"))
-            content = AsciiJSONResponse(fields).body
+            content = bytes(AsciiJSONResponse(fields).body) if body else b""
             headers = MutableHeaders(raw=list(start["headers"]))
-            headers["content-length"] = str(len(content))
+            if body:
+                headers["content-length"] = str(len(content))
             await send({**start, "status": status, "headers": headers.raw})
             await send({"type": "http.response.body", "body": content})
 

@@ -204,6 +204,8 @@ def test_other_errors_have_openais_shape_too(client):
     assert_openai_error(client.get("/v1/nothing"), 404)
     assert_openai_error(client.get(SPEECH), 405)
     assert_openai_error(client.post(SPEECH, content=b"{"), 400, "JSON")
+    answer = client.head("/v1/audio/voices/nobody")
+    assert (answer.status_code, answer.content) == (404, b"")
     assert "error" not in client.post("/generate", json={}).json()
 
 
