@@ -296,7 +296,8 @@ def _greeting(url: str) -> str:
     return (
         f"\nVoxKern is ready at {url} (ctrl-C ends it). Try:\n\n"
         f"  curl {url}/generate -H 'Content-Type: application/json'"
-        """ -d '{"text": "Hello from VoxKern."}' -o hello.wav\n"""
+        """ -d '{"text": "Hello from VoxKern."}' -o hello.wav\n\n"""
+        f"or open {url}/ in a browser.\n"
     )
 
 

@@ -254,3 +254,23 @@ def test_it_fits_on_a_phone(browser):
                 assert browser.run(TOO_WIDE) == []
         finally:
             browser.devtools("Emulation.clearDeviceMetricsOverride")
+
+
+def test_it_speaks_on_a_page_without_an_audio_worklet(tmp_path):
+    """Browsers have none on a page over plain HTTP whose host is not the machine itself."""
+    rule = "--host-resolver-rules=MAP box 127.0.0.1"
+    with (
+        LiveServer(FakeEngine(num_frames=20, step_s=0.005)) as server,
+        contextlib.closing(Browser(tmp_path, [rule])) as browser,
+    ):
+        browser.open(f"http://box:{server.port}/")
+        assert not browser.run("return isSecureContext")
+        browser.until(STATE, "ready")
+        start(browser, "hello")
+        browser.until(NOTE, holds=lambda note: note == "Done.")
+        stats = browser.run(STATS)
+        assert stats["underruns"] == 0
+        assert_played(stats, "hello", 20)
+        browser.click("#tab-voices")
+        browser.click("#record")
+        browser.until("return document.querySelector('#voice-note').textContent.includes('HTTPS')")

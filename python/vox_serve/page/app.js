@@ -18,6 +18,7 @@ for (const gesture of ["pointerdown", "keydown"]) {
 const wave = new Waveform($("wave"));
 let current = null; // what plays: {stop}
 
+const SILENT_MS = 2000; // after this without sound the page says so
 const seconds = (s) => `${s.toFixed(1)} s`;
 const ENDINGS = {
   done: "Done.",
@@ -41,6 +42,14 @@ player.onprogress = ({ played, underruns }) => {
   $("gaps").textContent = underruns;
 };
 
+function begun(own) {
+  note("Speaking …");
+  setTimeout(() => {
+    if (current !== own || player.isRunning) return;
+    note("The browser plays no sound. Has this machine a loudspeaker?", true);
+  }, SILENT_MS);
+}
+
 /** Plays the speech of a request, in place of what plays. Returns how it ended, null if refused. */
 async function play(path, options, stop) {
   current?.abort.abort();
@@ -54,7 +63,7 @@ async function play(path, options, stop) {
   $("gaps").textContent = "–";
   note("Waiting for the first sound …");
   const onSamples = (samples, speech) => {
-    if (speech.pieces.length === 1) note("Speaking …");
+    if (speech.pieces.length === 1) begun(own);
     if (current === own) wave.push(samples), showFigures(speech);
   };
   try {

@@ -68,6 +68,12 @@ export class Player {
 
   stop() {
     this.#post({ stream: this.#stream, kind: "stop" });
+    this.#finished();
+  }
+
+  /** False while the browser holds the sound back, or has no device for it. */
+  get isRunning() {
+    return this.context?.state === "running";
   }
 
   /** Milliseconds of the stream that the listener has heard. */

@@ -16,6 +16,7 @@ export async function speak(player, path, options, { signal, onSamples = () => {
   signal.addEventListener("abort", stop);
   try {
     const [answer] = await Promise.all([request(path, { ...options, signal }), player.unlock()]);
+    signal.throwIfAborted();
     const played = player.begin();
     speech.note = answer.headers.get("X-Synthetic-Speech");
     try {
@@ -34,7 +35,6 @@ export async function speak(player, path, options, { signal, onSamples = () => {
     player.end();
     await played;
   } catch (error) {
-    player.stop();
     if (!signal.aborted) throw error;
   } finally {
     signal.removeEventListener("abort", stop);
