@@ -226,6 +226,28 @@ def test_a_voice_is_recorded_used_and_deleted(browser):
         browser.until("return document.querySelector('#voice').options.length === 2")
 
 
+def test_a_refused_turn_goes_away(browser):
+    with LiveServer(FakeEngine(), max_text_chars=20) as server:
+        visit(browser, server.port)
+        browser.click("#tab-talk")
+        browser.type("#turn", "a turn that is too long for this server")
+        browser.click("#talk .main")
+        browser.until(NOTE, holds=lambda note: "20" in note)
+        browser.until("return document.querySelectorAll('#turns li').length === 0")
+        assert browser.run("return document.querySelector('#turn').value").startswith("a turn")
+    complaints = browser.complaints()
+    assert all("422" in line or "404" in line for line in complaints), complaints
+
+
+def test_it_works_below_a_path(browser):
+    with LiveServer(FakeEngine(num_frames=3), root_path="/tts") as server:
+        browser.open(f"http://127.0.0.1:{server.port}/tts/")
+        browser.until("return document.querySelector('#voice').options.length")
+        start(browser, "hello")
+        browser.until(NOTE, holds=lambda note: note == "Done.")
+        assert_played(browser.run(STATS.replace("/page", "/tts/page")), "hello", 3)
+
+
 def test_settings_are_sent_only_when_touched(browser):
     engine = FakeEngine(num_frames=1)
     with LiveServer(engine, temperature=0.3) as server:

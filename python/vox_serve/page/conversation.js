@@ -23,6 +23,7 @@ function bubble({ speaker, text, seconds, pending }) {
   item.textContent = text;
   about.textContent = `Speaker ${speaker}, ${pending ? "speaking …" : `${seconds.toFixed(1)} s`}`;
   item.append(about);
+  item.classList.toggle("pending", Boolean(pending));
   return item;
 }
 
@@ -32,9 +33,15 @@ export function addPending(speaker, text) {
   list.lastChild.scrollIntoView({ block: "nearest" });
 }
 
-/** Shows the turns as the server has them. */
+/** Shows the turns as the server has them; if it has none, the one that did not come about goes. */
 export async function refreshTurns() {
-  const shown = await (await request(path())).json();
+  let shown;
+  try {
+    shown = await (await request(path())).json();
+  } catch (error) {
+    list.querySelector(".pending")?.remove();
+    throw error;
+  }
   sessionStorage.setItem(ID, id);
   list.replaceChildren(...shown.turns.map(bubble));
 }

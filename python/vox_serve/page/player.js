@@ -16,7 +16,7 @@ export class Player {
       this.#ready = null;
       throw error;
     });
-    if (this.context.state !== "running") this.context.resume();
+    if (!this.isRunning) this.context?.resume();
     return this.#ready;
   }
 

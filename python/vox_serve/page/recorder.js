@@ -6,7 +6,7 @@ export async function record(onSeconds) {
   if (!navigator.mediaDevices) {
     throw new Error("The browser gives the microphone only to pages on localhost or over HTTPS.");
   }
-  const stream = await navigator.mediaDevices.getUserMedia({ audio: { channelCount: 1 } });
+  const stream = await navigator.mediaDevices.getUserMedia({ audio: { channelCount: 1, echoCancellation: false } });
   const context = new AudioContext();
   await context.audioWorklet.addModule(new URL("capture.js", import.meta.url));
   const node = new AudioWorkletNode(context, "capture", { numberOfOutputs: 0 });

@@ -59,6 +59,7 @@ function take(file) {
 }
 
 async function toggleRecording() {
+  $("record").disabled = true; // until the browser has asked for permission
   try {
     if (recording) {
       const stopped = recording;
@@ -73,6 +74,7 @@ async function toggleRecording() {
   } catch (error) {
     note(`No recording: ${error.message}`, true);
   }
+  $("record").disabled = false;
   $("record").setAttribute("aria-pressed", String(recording !== null));
   if (!recording) $("record").textContent = "Record";
 }
