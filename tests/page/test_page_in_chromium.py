@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import web_driver
-from fake_engine import ENDLESS, TIMEOUT_S, FakeEngine, expected_audio
+from fake_engine import ENDLESS, FRAME_SAMPLES, TIMEOUT_S, FakeEngine, expected_audio
 from live_server import LiveServer
 from process_server import ProcessServer
 from vox_serve.audio import pcm16
@@ -96,6 +96,43 @@ def test_sound_comes_before_the_end_and_stop_cancels(browser):
         start(browser, "again")
         browser.until(NOTE, holds=lambda note: note == "Done.")
         assert_played(browser.run(STATS), "again", 3)
+
+
+def test_a_slow_server_makes_gaps_but_loses_nothing(browser):
+    with LiveServer(FakeEngine(num_frames=20, step_s=0.11)) as server:
+        visit(browser, server.port)
+        start(browser, "slow")
+        browser.until(NOTE, holds=lambda note: note == "Done.")
+        stats = browser.run(STATS)
+        assert stats["underruns"] > 0
+        assert_played(stats, "slow", 20)
+        assert browser.text("#gaps") == str(stats["underruns"])
+
+
+def test_a_browser_without_sound_says_so(browser):
+    with LiveServer(FakeEngine()) as server:
+        visit(browser, server.port)
+        browser.run(
+            """window.AudioContext = class extends AudioContext {
+                 constructor(options) { super(options); this.suspend(); }
+                 resume() { return new Promise(() => {}); }
+               };"""
+        )
+        start(browser, "hello")
+        browser.until(NOTE, holds=lambda note: "no sound" in note)
+        browser.click("#stop")
+        browser.until(NOTE, holds=lambda note: note == "Stopped.")
+
+
+def test_a_voice_can_be_listened_to(browser):
+    with LiveServer(FakeEngine(num_frames=4)) as server:
+        visit(browser, server.port)
+        browser.click("#tab-voices")
+        browser.click("#voice-list [aria-label='Listen: Speaker 1']")
+        browser.until(NOTE, holds=lambda note: note == "Done.")
+        stats = browser.run(STATS)
+        assert stats["played"] == 4 * FRAME_SAMPLES
+        assert stats["squares"] > 0
 
 
 def test_the_keyboard_suffices(browser):
