@@ -297,7 +297,10 @@ def add_metrics_route(app: FastAPI, source: Source) -> None:
     def render(accept: str) -> tuple[bytes, str]:
         from prometheus_client.exposition import choose_encoder
 
-        encode, content_type = choose_encoder(accept)
+        try:
+            encode, content_type = choose_encoder(accept)
+        except (TypeError, ValueError):  # it cannot read the header's version
+            encode, content_type = choose_encoder("")
         return encode(registry(source)), content_type
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

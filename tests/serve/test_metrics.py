@@ -73,6 +73,15 @@ def test_values_after_known_requests():
     assert seen["process_resident_memory_bytes",] > 0
 
 
+@pytest.mark.parametrize("kind", ["application/openmetrics-text", "text/plain"])
+def test_an_accept_header_that_is_no_version(kind):
+    with serve(FakeEngine()) as client:
+        answer = client.get("/metrics", headers={"Accept": f"{kind};version=new"})
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/plain")
+    assert (f"{PREFIX}ready",) in parse(answer.text)
+
+
 def test_requests_that_are_refused_or_given_up():
     engine = FakeEngine(num_frames=ENDLESS, max_batch_size=1, step_s=0.002)
     with LiveServer(engine, max_queue_size=1, policy="fifo") as server:
