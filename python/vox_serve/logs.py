@@ -11,6 +11,8 @@ from typing import Literal
 from vox_serve.log_lines import JsonLines, TextLines
 
 LOGGERS = ("vox_serve", "uvicorn.error", "asyncio")
+PATH_LOGGERS = ("uvicorn.access", "uvicorn.error")
+"""Those that name the paths of requests; the latter, of WebSockets."""
 
 MAX_KINDS = 1000
 MAX_SHOWN_CHARS = 200
@@ -87,7 +89,7 @@ class RepeatFilter(logging.Filter):
 
 
 class ShortPaths(logging.Filter):
-    """Shortens the paths in uvicorn's access log: a client may send 16 kB.
+    """Shortens the paths in uvicorn's lines about requests: a client may send 16 kB.
 
     The part after a question mark is left out, since a client may put its text there.
     """
@@ -130,13 +132,15 @@ def server_log(level: str, log_format: Literal["text", "json"] = "text") -> Iter
         handler.setFormatter(JsonLines() if is_json else TextLines(handler.formatter))
     for name in LOGGERS:
         logging.getLogger(name).addFilter(repeats)
-    logging.getLogger("uvicorn.access").addFilter(short_paths)
+    for name in PATH_LOGGERS:
+        logging.getLogger(name).addFilter(short_paths)
     try:
         yield
     finally:
         for name in LOGGERS:
             logging.getLogger(name).removeFilter(repeats)
-        logging.getLogger("uvicorn.access").removeFilter(short_paths)
+        for name in PATH_LOGGERS:
+            logging.getLogger(name).removeFilter(short_paths)
         repeats.report()
         for handler, formatter in formatters.items():
             handler.setFormatter(formatter)

@@ -5,7 +5,10 @@ import logging
 from pathlib import Path
 
 import pytest
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
+from live_client import PATH
 from live_server import wait_until
 from process_server import ProcessServer
 from vox_serve.log_lines import JsonLines, TextLines, json_line
@@ -25,6 +28,11 @@ def exchange(server: ProcessServer, name: str) -> None:
     server.speak("late poison", streaming=True).read1()
     assert server.request("POST", f"/v1/audio/voices?x={TEXT}", {"name": TEXT}).status >= 400
     assert server.request("GET", f"/generate?text={TEXT}").status == 405
+    url = f"ws://127.0.0.1:{server.port}"
+    with connect(f"{url}{PATH}?text={TEXT}"):
+        pass
+    with pytest.raises(InvalidStatus), connect(f"{url}/nowhere?text={TEXT}"):
+        pass
     assert server.request("POST", "/generate", {"text": TEXT}, {"X-Request-Id": name}).read()
 
 
