@@ -162,6 +162,7 @@ class Job:
         on_end: called once, when the job ends or is closed.
         unread_bytes: audio that the reader has not taken.
         is_ahead: so much of it that no more needs to be made now.
+        is_encoding: a whole answer that the client cannot take yet, although it has ended.
         request_id: of the HTTP request that is served, for the log; "" without one.
         submitted_s: time when the job was made, by the event loop's clock.
         listener: plays the frames as they are made; None for a whole answer, and for a text that
@@ -187,6 +188,7 @@ class Job:
         self.num_frames = 0
         self.unread_bytes = 0
         self.is_ahead = False
+        self.is_encoding = False
         self.ended = False
         self.closed = False
         self.interrupted = False
@@ -253,9 +255,14 @@ class Job:
 
         Returns:
             The number of bytes that `async for` then yields.
+
+        Raises:
+            QueueFull: it is too much audio to keep.
         """
         self._chunks.extend(pieces)
         self._count(sum(map(len, pieces)))
+        if self.error is not None:
+            raise self.error
         self._watch_reader()
         return self.unread_bytes
 

@@ -298,7 +298,7 @@ class Runner:
     def count_unread(self, job: Job, num_bytes: int) -> None:
         if (largest := self._unread.count(job, num_bytes)) is None:
             return
-        if largest.streaming or largest.ended:
+        if largest.streaming or (largest.ended and not largest.is_encoding):
             self._drop(largest, f"it left {largest.unread_bytes} bytes of audio unread")
             return
         with self._lock:  # a whole answer in the making: its reader could not take any of it

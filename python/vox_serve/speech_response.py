@@ -176,11 +176,14 @@ async def _stream(job: Job, first: bytes, stage: Stage, output: Output) -> Async
 async def _encode_whole(job: Job, delivery: Delivery) -> int:
     """Encode a finished job's audio, a frame at a time, and put it back; return its bytes."""
     output = delivery.output
+    job.is_encoding = True
     if (shaper := await beside(output, partial(open_shaper, output))) is not None:
         await _convert(job, shaper, output)
     num_samples = job.unread_bytes // SAMPLE_BYTES
     encoder = await beside(output, partial(delivery.open_encoder, num_samples))
-    return await _convert(job, encoder, output)
+    num_bytes = await _convert(job, encoder, output)
+    job.is_encoding = False
+    return num_bytes
 
 
 async def _convert(job: Job, stage: Stage, output: Output) -> int:

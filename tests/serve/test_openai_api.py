@@ -280,6 +280,22 @@ def test_sample_rates(name, rate_hz, streaming, client):
         assert answer.headers["x-sample-rate"] == str(rate_hz)
 
 
+@pytest.mark.parametrize("fields", [{"sample_rate": 48_000}, {"speed": 0.5}])
+@pytest.mark.parametrize("num_spare_bytes", [0, -1])
+def test_an_answer_that_grows_beyond_the_memory_is_refused(fields, num_spare_bytes):
+    fields = fields | {"response_format": "wav", "streaming": False}
+    with serve(FakeEngine()) as client:
+        size = len(ask(client, **fields).content)
+    runner = Runner(FakeEngine(), 2, max_unread_bytes=size + num_spare_bytes)
+    with TestClient(create_app(runner, Config(), {})) as client:
+        answer = ask(client, **fields)
+        assert answer.status_code == (200 if num_spare_bytes == 0 else 429)
+        assert ("retry-after" in answer.headers) == (num_spare_bytes != 0)
+        counts = runner.totals()
+        assert (counts["refused"], counts["stalled"]) == (-num_spare_bytes, 0)
+        assert runner.unread_bytes == 0
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("speed", [0.5, 4])
 def test_speed(speed, streaming):
