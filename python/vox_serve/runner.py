@@ -274,9 +274,10 @@ class Runner:
                 self._thread.abort(job.request.id)
             if not job.ended:
                 self.counts.cancelled += 1
-                self._cancels.count(job.client, time.monotonic())
             if job.finish_reason == "interrupted":
                 self._count_finished("interrupted")
+            if not job.ended or job.finish_reason == "interrupted":
+                self._cancels.count(job.client, time.monotonic())
             if not self._jobs:
                 self._on_empty()
 
@@ -319,9 +320,9 @@ class Runner:
         if self._gate is None or not job.streaming:
             return False
         num_ahead = self._queue.num_ahead(job.client)
-        # Those in line that are still being tokenized do not wait for the gate, and those of
-        # clients with more places do not go first.
-        is_next = not (num_ahead and self._queue.can_take) and self._queue.has_place(job.client)
+        # Those in line that are tokenized or must pause, or have more places, do not go first.
+        others = num_ahead and self._queue.peek(lambda other: not self.must_pause(other))
+        is_next = not others and self._queue.has_place(job.client)
         if is_next and self._gate.is_open(job.request, job.streaming):
             return False
         return self._gate.wait_s(num_ahead) > self._gate.max_wait_s

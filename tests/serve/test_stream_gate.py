@@ -9,6 +9,7 @@ from runner_testing import read_job, run_with
 from vox_serve.engine import Request
 from vox_serve.job import MAX_AHEAD_BYTES, RESUME_BYTES, QueueFull
 from vox_serve.policy import Row
+from vox_serve.runner import CANCEL_BURST
 from vox_serve.step_times import StepTimes
 from vox_serve.stream_gate import StreamGate
 
@@ -69,6 +70,30 @@ def test_a_stream_is_not_refused_for_the_line_of_a_client_that_has_places():
 
     engine = FakeEngine(step_s=0.2)
     run_with(engine, scenario, gate=Gate(is_open=True, wait_s=7.2))
+
+
+def test_a_stream_is_not_refused_for_the_line_of_a_client_that_must_pause():
+    async def scenario(runner):
+        for _ in range(CANCEL_BURST + 20):
+            runner.submit(Request("Given up."), "bad").close()
+        runner.submit(Request("In line."), "bad")
+        await until(lambda: runner._queue.can_take)
+        job = runner.submit(Request("Stream.", max_frames=1), "other")
+        assert len(await read_job(job)) == FRAME_BYTES
+
+    run_with(FakeEngine(), scenario, gate=Gate(is_open=True, wait_s=7.2), max_cancels_per_s=1)
+
+
+def test_a_client_that_interrupts_many_answers_must_pause():
+    async def scenario(runner):
+        for _ in range(CANCEL_BURST + 20):
+            runner.submit(Request("Interrupted."), "bad").interrupt()
+        with runner.submit(Request("Next."), "bad") as job:
+            await until(lambda: runner._queue.can_take)
+            assert runner.must_pause(job)
+        assert len(await read_job(runner.submit(Request("Other."), "other"))) == 3 * FRAME_BYTES
+
+    run_with(FakeEngine(), scenario, max_cancels_per_s=1)
 
 
 def test_a_stream_waits_for_the_gate_to_open():
