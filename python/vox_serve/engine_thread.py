@@ -191,6 +191,9 @@ class EngineThread:
                 now_s = time.monotonic()
                 self._office.measures.steps_s.observe(now_s - begun_s)
                 self._deliver(outputs, now_s)
+                trial = self._suspects.trial
+                if trial is not None and (trial.is_starved or trial.is_ahead):
+                    self._suspects.ended(trial)  # the others do not wait for its client
             elif is_busy:
                 raise RuntimeError(f"the engine lost {len(self._running)} requests")
         except Exception as error:

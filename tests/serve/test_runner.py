@@ -7,6 +7,8 @@ import pytest
 from fake_engine import ENDLESS, TIMEOUT_S, FakeEngine, expected_pcm, fake_audio
 from runner_testing import read_job, run_with
 from vox_serve.engine import Request
+from vox_serve.long_form import LongForm
+from vox_serve.part_feed import PartFeed
 from vox_serve.runner import EngineFailure, QueueFull, RequestFailed, RequestRefused, Runner
 from vox_serve.sampling import SamplingParams
 
@@ -185,3 +187,30 @@ def test_chunks_are_little_endian_pcm():
     pcm = run_with(FakeEngine(1), lambda runner: read(runner, Request("hello")))
     samples = np.frombuffer(pcm, "<i2") / 32768
     np.testing.assert_allclose(samples, fake_audio("hello", None, 0), atol=2**-15)
+
+
+def test_a_suspect_that_waits_for_text_holds_up_no_other():
+    """After two failed steps it would run alone to its end."""
+    engine = FakeEngine()
+
+    def fault() -> None:
+        if engine.num_steps <= 2:
+            raise RuntimeError("the fake engine broke")
+
+    engine.fault = fault
+    feed = PartFeed("First.")
+
+    async def scenario(runner):
+        job = runner.submit(Request("First.", feed=feed), "a")
+        other = runner.submit(Request("Other.", max_frames=2), "b")
+        while not all(share.ready for share in runner._queue._shares.values()):
+            await asyncio.sleep(0.002)
+        runner.start()
+        assert len(await read_job(other)) == 2 * 3840
+        assert feed.is_open
+        feed.close()
+        runner.resume()
+        assert len(await read_job(job)) == 3 * 3840
+
+    run_with(LongForm(engine, 40), scenario, started=False)
+    assert engine.num_resets == 2
