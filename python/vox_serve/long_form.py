@@ -54,6 +54,8 @@ class _Passage:
         withheld: the last frame of a part that was cut, while nobody knows if another part
             follows: without one the frame fades.
         num_tokenized: parts whose tokens are kept or being made.
+        num_counted: parts whose expected frames are in `frames_expected`.
+        frames_expected: of these parts together.
         row: the passage as the engine's policy sees it.
     """
 
@@ -69,6 +71,8 @@ class _Passage:
     last_reason: FinishReason = "stop"
     withheld: FrameOutput | None = None
     num_tokenized: int = 1
+    num_counted: int = 0
+    frames_expected: float = 0.0
     row: Row | None = None
 
     @property
@@ -289,9 +293,12 @@ class LongForm:
     def _add(self, passage: _Passage, prompt: Prompt | None = None) -> None:
         """Add the next part to the engine."""
         passage.row = self.engine.add(self._request(passage), prompt, passage.row)
-        passage.row.frames_expected = sum(
-            self.lengths.expected(frames_expected(part)) for part in passage.parts
+        new_parts = passage.parts[passage.num_counted :]
+        passage.num_counted += len(new_parts)
+        passage.frames_expected += sum(
+            self.lengths.expected(frames_expected(part)) for part in new_parts
         )
+        passage.row.frames_expected = passage.frames_expected
         if passage.has_next is None:
             passage.row.frames_expected += UNWRITTEN_FRAMES
 

@@ -115,6 +115,21 @@ def test_samples_do_not_depend_on_when_text_comes(engine, long_form, monkeypatch
     assert [count for *_, count in fed[3]] == sorted(count for *_, count in fed[3])
 
 
+def test_each_part_is_counted_once(long_form, monkeypatch):
+    """A turn may have thousands of parts, and the engine's thread counts them."""
+    monkeypatch.setattr("vox_serve.long_form.frames_bound", lambda text: 2)
+    monkeypatch.setattr(long_form.engine, "max_silence_s", 3.0)
+    counted = []
+
+    def expected(text: str) -> int:
+        counted.append(text)
+        return 10
+
+    monkeypatch.setattr("vox_serve.long_form.frames_expected", expected)
+    speak_fed(long_form, whole(max_frames=100), random.Random(1))
+    assert counted == SENTENCES
+
+
 def test_a_closed_feed_of_one_part_is_a_single_request(engine, long_form):
     single = Request(SENTENCES[1], 1, sampling=SamplingParams(seed=5), max_frames=8)
     expected = run(long_form, single)[single.id]
