@@ -1,6 +1,11 @@
 """A text that arrives in fragments, and the sentences of it that no later fragment can change."""
 
+from collections.abc import Iterator
+
 from vox_serve.text.splitting import Part, SentenceStream
+
+PIECE_CHARS = 256
+"""Characters that take a few milliseconds at most."""
 
 
 class GrowingText:
@@ -37,6 +42,16 @@ class GrowingText:
             ValueError: the text is too long with it, or it has half a surrogate pair whose other
                 half is missing. The fragment is then left out.
         """
+        return self._stream.feed(self._joined(fragment))
+
+    def pieces(self, fragment: str) -> Iterator[list[Part]]:
+        """Like `add`, in steps of at most `PIECE_CHARS`. The text is taken with the first one."""
+        whole = self._joined(fragment)
+        for start in range(0, len(whole), PIECE_CHARS):
+            yield self._stream.feed(whole[start : start + PIECE_CHARS])
+
+    def _joined(self, fragment: str) -> str:
+        """The next fragment with its surrogate pairs joined; counts its characters."""
         half, self._half = self._half, ""
         whole = half + fragment
         if half or not fragment.isascii():
@@ -45,7 +60,7 @@ class GrowingText:
             self._half = half
             raise ValueError(f"the text of a turn must have at most {self._max_chars} characters")
         self.num_chars += len(whole)
-        return self._stream.feed(whole)
+        return whole
 
     def flush(self) -> list[Part]:
         """Take everything so far for complete; the text may go on after that."""

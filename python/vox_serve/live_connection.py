@@ -170,7 +170,7 @@ class LiveConnection:
             if kind == "session" or not self._is_ready:
                 await self._set_session(fields if kind == "session" else {})
             if kind == "text":
-                self._write(fields["text"])
+                await self._write(fields["text"])
             elif kind == "flush":
                 self._flush()
             elif kind == "end":
@@ -229,12 +229,12 @@ class LiveConnection:
             self._news.set()
         return self._open
 
-    def _write(self, fragment: str) -> None:
+    async def _write(self, fragment: str) -> None:
         turn = self._open_turn()
-        if turn.is_over:
+        if turn.is_over or not fragment:
             return
         try:
-            turn.write(fragment)
+            await turn.write(fragment)
         except ValueError as error:
             raise MessageError(str(error), "text") from None
         self._text_at_s = self._loop.time()
@@ -243,7 +243,6 @@ class LiveConnection:
     def _flush(self) -> None:
         if self._open is not None and not self._open.is_over:
             self._open.flush()
-            self._text_at_s = self._loop.time()
             self._service.runner.resume()
 
     def _end_text(self) -> None:
@@ -270,8 +269,6 @@ class LiveConnection:
                     heard = self._service.conversations.interrupt(conversation, played_ms or 0.0)
         if not turns and heard is None:
             raise MessageError("nothing is being spoken", "type")
-        if played is not current and played is not None and heard is not None:
-            await self._sender.cancelled(played, heard)
         for turn in turns:
             turn.is_over = True
             turn.heard = heard if turn is current and heard is not None else Heard(0, "")
@@ -279,6 +276,9 @@ class LiveConnection:
             current.job.interrupt()  # no audio is left to send
         elif turns and turns[0] is self._turns[0] and self._speaking is not None:
             self._speaking.cancel()
+        # Last: meanwhile a turn that waits might begin.
+        if played is not current and played is not None and heard is not None:
+            await self._sender.cancelled(played, heard)
 
     # Speaking.
 

@@ -51,13 +51,17 @@ class Turn:
         """Samples of the frames that were sent, at the output's rate."""
         return round(self.num_frames * FRAME_S * self.output.rate_hz)
 
-    def write(self, fragment: str) -> None:
-        """Take the next fragment of the text.
+    async def write(self, fragment: str) -> None:
+        """Take the next fragment of the text; others run between its pieces.
 
         Raises:
             ValueError: see `GrowingText.add`.
         """
-        self._append(self._text.add(fragment))
+        for parts in self._text.pieces(fragment):
+            self._append(parts)
+            await asyncio.sleep(0)
+            if self.is_over:
+                return
 
     def flush(self) -> None:
         """Let everything so far be spoken."""

@@ -2,6 +2,7 @@
 """Sentences of a text that grows are those of the whole, whatever its fragments are."""
 
 import random
+from itertools import chain
 
 import pytest
 
@@ -38,7 +39,11 @@ def test_any_fragments_give_the_sentences_of_the_whole(preferred_chars):
         text = source.choice(["", " ", "\n"]).join(source.sample(TEXTS, source.randrange(1, 4)))
         expected = split(text, 60, preferred_chars)
         growing = GrowingText(10_000, 60, preferred_chars)
-        found = [part for piece in fragments(text, source) for part in growing.add(piece)]
+        pieces = fragments(text, source) if source.random() < 0.7 else [text]
+        if source.random() < 0.5:
+            found = [part for piece in pieces for part in growing.add(piece)]
+        else:
+            found = [part for piece in pieces for part in chain(*growing.pieces(piece))]
         found += growing.flush()
         assert found == expected
         assert [(p.start, p.end) for p in found] == [(p.start, p.end) for p in expected]

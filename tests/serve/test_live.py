@@ -1,6 +1,7 @@
 """Text in pieces in, speech out: the WebSocket on a real socket."""
 
 import asyncio
+import contextlib
 import http.client
 import json
 import random
@@ -13,8 +14,10 @@ from checkpoints import TinyShape, build_tiny
 from fake_engine import ENDLESS, TIMEOUT_S, FakeEngine
 from live_client import PATH, live_client
 from live_server import LiveServer, wait_until
+from vox_serve.growing_text import PIECE_CHARS
 from vox_serve.loading import load_engine
 from vox_serve.long_form import LongForm
+from vox_serve.text.splitting import Part, SentenceStream
 
 SENTENCES = ["Hello there.", "How are you, Dr. No?", "Fine."]
 TEXT = " ".join(SENTENCES)
@@ -254,6 +257,41 @@ def test_an_interruption_by_http_ends_the_turn():
         engine.num_frames = 3
         client.write(["Next."])
         assert client.events("turn.done")[-1]["turn"] == 2
+
+
+def test_a_long_message_leaves_the_event_loop_to_others(monkeypatch):
+    ticks: list[int] = []
+    sizes: list[int] = []
+    feed = SentenceStream.feed
+
+    def watched(stream: SentenceStream, fragment: str) -> list[Part]:
+        assert len(ticks) == len(sizes)  # other callbacks ran since the last piece
+        sizes.append(len(fragment))
+        asyncio.get_running_loop().call_soon(ticks.append, 0)
+        return feed(stream, fragment)
+
+    with serve() as server, live_client(server.port) as client:
+        monkeypatch.setattr(SentenceStream, "feed", watched)
+        client.write(["One two three four. " * 40])
+        done = client.events("turn.done")[-1]
+        assert done["samples"] == 40 * 3 * 1920
+        assert sum(sizes) == 800
+        assert max(sizes) <= PIECE_CHARS
+
+
+def test_a_message_without_text_does_not_keep_a_turn():
+    with serve(live_text_timeout_s=0.2) as server, live_client(server.port) as client:
+        client.write(["Hello there."], end=False)
+        kinds: list[str] = []
+        for _ in range(500):
+            if "turn.done" in kinds:
+                break
+            client.send("text", text="")
+            client.send("flush")
+            with contextlib.suppress(TimeoutError):
+                if isinstance(message := client.socket.recv(0.02), str):
+                    kinds.append(json.loads(message)["type"])
+        assert kinds[-1] == "turn.done"
 
 
 def test_a_turn_without_text_for_long_is_complete():
