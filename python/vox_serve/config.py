@@ -287,8 +287,8 @@ class ServerSettings(VoiceSettings):
     )
     max_cancels_per_s: float = setting(
         10.0,
-        "answers a second that one client may give up; after a burst its further requests wait, "
-        "up to 10 s; 0 for no limit",
+        "answers a second that one client may give up or interrupt; after a burst its further "
+        "requests wait, up to 10 s; 0 for no limit",
         ge=0,
         le=1_000_000,
     )
