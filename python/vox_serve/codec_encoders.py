@@ -10,6 +10,7 @@ playback there. `_Undeclared` leaves out packets instead.
 """
 
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from fractions import Fraction
 from typing import ClassVar
@@ -31,7 +32,7 @@ QUIET = 64
 """Magnitude of 16-bit samples, -54 dBFS, up to which nobody hears some milliseconds of speech."""
 
 
-class _CodecEncoder:
+class _CodecEncoder(ABC):
     """Base of the encoders, which are stages of encoders.py.
 
     Attributes:
@@ -60,13 +61,13 @@ class _CodecEncoder:
         self._num_samples = self._num_encoded = 0
         self._head: bytes | None = self.head(note, num_samples)
 
+    @abstractmethod
     def head(self, note: str | None, num_samples: int | None) -> bytes:
         """The bytes before the first packet."""
-        raise NotImplementedError
 
+    @abstractmethod
     def wrapped(self, packets: list[bytes], is_last: bool) -> bytes:
         """Packets in the container."""
-        raise NotImplementedError
 
     def feed(self, data: bytes) -> bytes:
         self._pcm += data
