@@ -33,10 +33,10 @@ from vox_serve.sampling import SamplingParams
 
 TURNS = 10
 TURN_FRAMES = 84
-"""Frames of a turn of random weights: nine turns last 60 s. The built-in voice ends by itself."""
+"""Most frames of a turn: nine turns last 60 s. The built-in voice may end earlier."""
 VOICE_FRAMES = 125
 TEXT_TOKENS = 24
-TEXT_WORDS = 36
+TEXT_WORDS = 18
 WORDS = (
     "the river runs past our old house and every morning we walk to the bridge before breakfast "
     "because my sister likes to watch boats carry stone or timber down from the northern hills"
@@ -107,10 +107,9 @@ class Talker:
         """Milliseconds to the first frame of each turn, and seconds before the last turn."""
         before: Parts = []
         times, num_frames = [], 0
-        frames = TURN_FRAMES if self.engine.prompts is None else None
         for turn in range(TURNS):
             text = self.text()
-            first_ms, codes = self.say(before, text, frames if turn + 1 < TURNS else 1)
+            first_ms, codes = self.say(before, text, TURN_FRAMES if turn + 1 < TURNS else 1)
             before += [text, self.audio(codes)]
             times.append(first_ms)
             num_frames += len(codes)
