@@ -81,7 +81,7 @@ class CsmModel:
         x = ops.embed_frames(frames, mask, self.weights.audio_table, self.weights.text_table)
         if batch.cu_seqlens is None:
             return ops.decode_backbone(**self.backbone_arguments(x, batch, cache))
-        return self._prefill(x, batch, cache)[batch.last_tokens]
+        return self._prefill(x, batch, cache)
 
     def backbone_arguments(self, x: Tensor, batch: CacheBatch, cache: KvCache) -> dict[str, Any]:
         """Keyword arguments of `voxkern.ops.decode_backbone` for embedded frames x `[B, C]`."""
@@ -97,10 +97,18 @@ class CsmModel:
         }
 
     def _prefill(self, residual: Tensor, batch: CacheBatch, cache: KvCache) -> Tensor:
-        """Run embedded prompt frames `[T, C]` through the layers; returns the hidden states."""
+        """Run embedded prompt frames `[T, C]` through the layers.
+
+        The last layer writes keys and values of all frames, but needs to attend from each
+        sequence's last frame only.
+
+        Returns:
+            `[B, C]`: each sequence's last hidden state.
+        """
         c = self.config.backbone
         scale = c.head_dim**-0.5
-        assert batch.cu_seqlens is not None  # only a decoding batch has none
+        cu_seqlens = batch.cu_seqlens
+        assert cu_seqlens is not None  # only a decoding batch has none
         x = ops.rms_norm(residual, self.weights.backbone.attn_norm[0], c.norm_eps)
         for layer, k_pages, v_pages in zip(self._layers, cache.k_pages, cache.v_pages, strict=True):
             qkv = ops.linear(x, layer.qkv).unflatten(1, (-1, c.head_dim))
@@ -108,8 +116,11 @@ class CsmModel:
             ops.append_kv(
                 q, k, v, self._backbone.rope_table, batch.positions, batch.slots, k_pages, v_pages
             )
+            if layer is self._layers[-1]:
+                q, residual = q[batch.last_tokens], residual[batch.last_tokens]
+                cu_seqlens = torch.arange(len(cu_seqlens), dtype=torch.int32, device=self.device)
             x = ops.prefill_attention(
-                q, k_pages, v_pages, batch.page_table, batch.cu_seqlens, batch.seq_lens, scale
+                q, k_pages, v_pages, batch.page_table, cu_seqlens, batch.seq_lens, scale
             )
             x = ops.linear(x.flatten(1), layer.o)
             x = ops.add_rms_norm(x, residual, layer.mlp_norm, c.norm_eps)

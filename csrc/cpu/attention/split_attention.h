@@ -65,7 +65,8 @@ void score(const float* q, int64_t width, const T* const* keys, int64_t count, i
            float* scores) {
   constexpr int kKeys = kDots / Q;
   for (int64_t j = 0; j < count; j += kKeys) {
-    vfloat dots[kDots] = {};
+    vfloat dots[kDots];
+    clear(dots);
     int64_t i = 0;
     for (; i + kWidth <= D; i += kWidth)
       score_columns<Q, false>(q, width, keys + j, i, kWidth, dots);

@@ -115,7 +115,8 @@ VOX_INLINE void add_products(const T* x, int64_t K, const char* weight, int64_t 
 // Calls f(m, row, sums of W rows row .. row + kWidth) for M rows of x and N vectors of W rows.
 template <int M, int N, bool kPrefetch, typename T, typename F>
 void codec_gemm_tile(const T* x, int64_t K, const char* weight, int64_t first, const F& f) {
-  vfloat sums[M][N] = {};
+  vfloat sums[M][N];
+  clear(sums);
   add_products<M, N, kPrefetch>(x, K, weight, first, sums);
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) f(m, (first + n) * kWidth, sums[m][n]);

@@ -80,7 +80,8 @@ void gemm_tile(const T* x, int64_t stride, const T* weight, O* out, int64_t C, i
   const T* w[kRows];
   for (int r = 0; r < kRows; ++r) w[r] = weight + (r < rows ? r : rows - 1) * C;
 
-  vfloat chains[kGroups * kWidth] = {};  // row m of x, row r of W at m * kRows + r
+  vfloat chains[kGroups * kWidth];  // row m of x, row r of W at m * kRows + r
+  clear(chains);
   const auto step = [&](int64_t i, auto read, auto read_x) {
     typename D::Operand values[kRows];
     for (int r = 0; r < kRows; ++r) {

@@ -117,7 +117,8 @@ void packed_gemm_tile(const int8_t* x, const float* x_scales, const int32_t* min
   using G = Group<format>;
   const int64_t groups = C / kGroup, stride = block_bytes(format, C);
   Prefetcher<format, kBlocks> prefetcher(block, C);
-  vfloat chains[kBlocks * kVectors][M] = {};
+  vfloat chains[kBlocks * kVectors][M];
+  clear(chains);
   for (int64_t g = 0; g < groups; ++g, x += M * kGroup, x_scales += M, minus_8sums += M) {
     if (kPrefetch) prefetcher.next();
 #pragma GCC unroll 8

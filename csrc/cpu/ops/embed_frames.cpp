@@ -19,7 +19,8 @@ constexpr int kVectors = 4;  // of sums, kept in registers while rows are added
 // first n columns of the vector exist.
 template <int N, bool kWhole, typename T>
 VOX_INLINE void sum_rows(const T* const* rows, int64_t count, int64_t i, int64_t n, T* out) {
-  vfloat sums[N] = {};
+  vfloat sums[N];
+  clear(sums);
   for (int64_t r = 0; r < count; ++r)
     for (int v = 0; v < N; ++v)
       sums[v] += kWhole ? load(rows[r] + i + v * kWidth) : load_n(rows[r] + i, n);

@@ -116,7 +116,8 @@ void transpose_keys(const T* const* keys, int64_t D, int64_t j, float* out) {
   const int64_t depth = padded(D) / kWidth;
   for (int64_t i = 0; i < D; i += kWidth) {
     const int64_t n = D - i < kWidth ? D - i : kWidth;
-    vfloat rows[kWidth] = {};
+    vfloat rows[kWidth];
+    clear(rows);
     for (int r = 0; r < kWidth; ++r) {
       if (!keys[r]) break;
       rows[r] = n < kWidth ? load_n(keys[r] + i, n) : load(keys[r] + i);

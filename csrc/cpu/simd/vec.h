@@ -33,6 +33,19 @@ typedef int8_t vquarter __attribute__((vector_size(kWidth)));
 
 #define VOX_INLINE inline __attribute__((always_inline))
 
+// Zeros in registers. GCC turns `= {}` of several vectors into `rep stos` on memory, which takes
+// longer than a short inner product.
+template <size_t n>
+VOX_INLINE void clear(vfloat (&a)[n]) {
+#pragma GCC unroll 64
+  for (size_t i = 0; i < n; ++i) a[i] = vfloat{};
+}
+template <size_t m, size_t n>
+VOX_INLINE void clear(vfloat (&a)[m][n]) {
+#pragma GCC unroll 64
+  for (size_t i = 0; i < m; ++i) clear(a[i]);
+}
+
 VOX_INLINE vfloat splat(float a) { return a - vfloat{}; }
 VOX_INLINE vint splat_int(int32_t a) { return a - vint{}; }
 
@@ -200,11 +213,11 @@ VOX_INLINE float reduce_max(vfloat a) {
 
 template <int... i>
 struct Lanes {
-  // One level of reduce_each: reduces each block of 2 * half lanes of a, then b, to half lanes.
+  // Adds lanes i and i + half of each block of 2 * half lanes: of a to lanes i, of b to i + half.
   template <int half>
   static VOX_INLINE vfloat add_halves(vfloat a, vfloat b) {
-    return __builtin_shufflevector(a, b, (i / half * 2 * half + i % half)...) +
-           __builtin_shufflevector(a, b, (i / half * 2 * half + i % half + half)...);
+    return __builtin_shufflevector(a, b, (i & half ? i - half + kWidth : i)...) +
+           __builtin_shufflevector(a, b, (i & half ? i + kWidth : i + half)...);
   }
   // Exchanges every lane with its partner `half` lanes away.
   template <int half>
@@ -222,7 +235,7 @@ template <int half = kWidth / 2>
 VOX_INLINE vfloat reduce_each(const vfloat* chains) {
   vfloat next[half];
   for (int i = 0; i < half; ++i)
-    next[i] = LanesUpTo<kWidth>::add_halves<half>(chains[2 * i], chains[2 * i + 1]);
+    next[i] = LanesUpTo<kWidth>::add_halves<half>(chains[i], chains[i + half]);
   if constexpr (half == 1) {
     return next[0];
   } else {
