@@ -17,12 +17,13 @@ from dataclasses import dataclass
 
 import roofline
 import torch
-from csm_1b_shapes import FRAME_MS, num_tensor_bytes
+from csm_1b_shapes import FRAME_MS
 from report import Report
 from transformers import MimiConfig, MimiModel
 from transformers.cache_utils import DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
+from vox_serve.frame_bytes import num_tensor_bytes
 from vox_serve.mimi import Mimi, load_mimi
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}

@@ -22,12 +22,13 @@ from functools import partial
 
 import torch
 from bench_backends import PERSISTENT, bind_backend, comparison_cells, comparison_columns
-from csm_1b_shapes import CACHED, FRAME_MS, frame_bytes
+from csm_1b_shapes import CACHED, FRAME_MS
 from machine import last_cache_bytes
 from report import Report
 from timing import CpuTimer, GpuTimer
 
 from vox_serve.csm_weights import CsmWeights
+from vox_serve.frame_bytes import frame_bytes
 from vox_serve.kv_cache import CacheBatch, CacheSequence, KvCache
 from vox_serve.model import PERSISTENT_ROWS, CsmModel
 from vox_serve.model_config import CsmConfig

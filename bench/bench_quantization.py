@@ -21,12 +21,13 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from csm_1b_shapes import CSM_1B, TEXT_ROWS, frame_bytes
+from csm_1b_shapes import CSM_1B, TEXT_ROWS
 from report import Report
 from torch import Tensor
 
 from vox_serve.csm_weights import MATRICES, PACKINGS, CsmWeights, TransformerWeights
 from vox_serve.engine import Prompt, Request
+from vox_serve.frame_bytes import frame_bytes
 from vox_serve.kv_cache import CacheBatch, CacheSequence, KvCache
 from vox_serve.loading import load_engine
 from vox_serve.model import CsmModel

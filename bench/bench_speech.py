@@ -15,11 +15,12 @@ import time
 import torch
 from bench_codec import our_codecs, random_model
 from bench_frame import PRECISIONS, our_model
-from csm_1b_shapes import CACHED, FRAME_MS, frame_bytes
+from csm_1b_shapes import CACHED, FRAME_MS
 from report import Report
 from timing import CpuTimer, GpuTimer
 
 from vox_serve.engine import Engine, Prompt, Request
+from vox_serve.frame_bytes import frame_bytes
 from vox_serve.loading import codec_precision
 from vox_serve.mimi import Mimi
 from vox_serve.model import CsmModel

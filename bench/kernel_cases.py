@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from csm_1b_shapes import num_tensor_bytes, transformer_bytes
 from kernel_case import Case
 from torch import Tensor
 
 from vox_serve.csm_weights import PACKINGS, CsmWeights
+from vox_serve.frame_bytes import num_tensor_bytes, transformer_bytes
 from vox_serve.kv_cache import CacheBatch, CacheSequence, KvCache
 from vox_serve.model import PERSISTENT_ROWS, CsmModel
 from vox_serve.model_config import CsmConfig, TransformerConfig

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
-from csm_1b_shapes import CACHED, FrameBytes
+from csm_1b_shapes import CACHED
 
+from vox_serve.frame_bytes import FrameBytes
 from vox_serve.model_config import CsmConfig, TransformerConfig
 
 FORMATS = {"bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}

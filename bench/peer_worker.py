@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 
 import torch
-from csm_1b_shapes import CSM_1B, TEXT_ROWS, frame_bytes
+from csm_1b_shapes import CSM_1B, TEXT_ROWS
 
 from vox_serve.csm_weights import CsmWeights
+from vox_serve.frame_bytes import frame_bytes
 from vox_serve.model_config import CsmConfig
 
 

@@ -25,11 +25,12 @@ from functools import cache
 from pathlib import Path
 
 import roofline
-from csm_1b_shapes import FRAME_MS, FrameBytes
+from csm_1b_shapes import FRAME_MS
 from machine import cache_bytes, memory_bytes
 from report import Report
 
 import voxkern
+from vox_serve.frame_bytes import FrameBytes
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "peers"

@@ -12,13 +12,14 @@ import peers
 import pytest
 import torch
 from bench_quantization import Speech, divergence, packed, random_speech, teacher_forced
-from csm_1b_shapes import CSM_1B, FrameBytes, frame_bytes
+from csm_1b_shapes import CSM_1B
 from llama_frames import BITS, HEAD_ROWS, gguf_shapes, llama_frame_bytes
 from peers import GROUPS, Peer, Rounds, order, ratio
 from roofline import working_sets
 
 from vox_serve.csm_weights import PACKINGS, CsmWeights
 from vox_serve.engine import Prompt
+from vox_serve.frame_bytes import FrameBytes, frame_bytes
 from vox_serve.kv_cache import CacheBatch, CacheSequence, KvCache
 from vox_serve.model import CsmModel
 from vox_serve.model_config import CsmConfig, TransformerConfig
