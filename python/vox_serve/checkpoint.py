@@ -7,7 +7,7 @@ import math
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,7 +27,7 @@ _USUAL_FILES = (f"transformers{_INDEX_SUFFIX}", f"model{_INDEX_SUFFIX}", "model.
 MAX_HEADER_BYTES = 16 << 20
 """Longest header of a safetensors file; that of a file with 10,000 tensors has 1 MB."""
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_DTYPE_NAMES = {
+DTYPE_NAMES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -147,8 +147,8 @@ class TensorFiles:
     """The tensors of one or more files by name, each read on request.
 
     Args:
-        paths: safetensors files, or one pickle file (`.pt`), which is opened with
-            `weights_only=True`.
+        paths: safetensors files, one GGUF file (`.gguf`), or one pickle file (`.pt`), which is
+            opened with `weights_only=True`.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -156,10 +156,20 @@ class TensorFiles:
 
     def __init__(self, paths: Iterable[Path]):
         self.paths = list(paths)
-        self._source: dict[str, _Safetensors | _Pickled] = {}
-        for path in self.paths:
-            source = _Pickled(path) if path.suffix == ".pt" else _Safetensors(path)
+        self.sources = [_open(path) for path in self.paths]
+        self._source: dict[str, TensorSource] = {}
+        for source in self.sources:
             self._source |= dict.fromkeys(source.names, source)
+
+    @classmethod
+    def of(cls, sources: "Iterable[TensorSource]") -> "TensorFiles":
+        """The tensors of files that are already open."""
+        files = cls([])
+        files.sources = list(sources)
+        files.paths = [source.path for source in files.sources]
+        for source in files.sources:
+            files._source |= dict.fromkeys(source.names, source)
+        return files
 
     def __contains__(self, name: object) -> bool:
         return name in self._source
@@ -205,6 +215,25 @@ class TensorFiles:
         """
         self.check(name, shape)
         return self._source[name].read(name)
+
+
+class TensorSource(Protocol):
+    """One file's tensors."""
+
+    path: Path
+    names: list[str]
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype | str]
+
+    def read(self, name: str) -> Tensor: ...
+
+
+def _open(path: Path) -> TensorSource:
+    if path.suffix == ".gguf":
+        from vox_serve.gguf_tensors import GgufTensors  # which imports this module
+
+        return GgufTensors(path)
+    return _Pickled(path) if path.suffix == ".pt" else _Safetensors(path)
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -255,7 +284,7 @@ class _Safetensors:
                     tensor = file.get_slice(name)
                     self.shapes[name] = tuple(tensor.get_shape())
                     dtype = tensor.get_dtype()
-                    self.dtypes[name] = _DTYPE_NAMES.get(dtype, dtype)
+                    self.dtypes[name] = DTYPE_NAMES.get(dtype, dtype)
         except (OSError, SafetensorError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from None
         self.names = list(self.shapes)

@@ -45,7 +45,11 @@ Normalise = Literal["auto", "on", "off"]
 class ModelSettings(Settings):
     title = "model"
 
-    model: str = setting("demo", "built-in voice, local folder, or hub id such as sesame/csm-1b")
+    model: str = setting(
+        "demo",
+        "built-in voice, local folder or .gguf file, or hub id such as sesame/csm-1b; "
+        "hub/id:q8_0 takes one GGUF file of several",
+    )
     codec: str = setting(
         DEFAULT_CODEC, "folder, file or hub id of the Mimi codec, for a checkpoint without one"
     )

@@ -4,9 +4,15 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from vox_serve.checkpoint import CODEC_FILE_PATTERNS, CheckpointError, read_json, shard_names
+from vox_serve.checkpoint import (
+    CODEC_FILE_PATTERNS,
+    CheckpointError,
+    read_json,
+    shard_names,
+    weights_entry,
+)
 from vox_serve.config import DEFAULT_CODEC
 from vox_serve.json_file import MAX_JSON_BYTES, MAX_TOKENIZER_BYTES
 
@@ -14,6 +20,8 @@ BUILT_IN_VOICES = Path(__file__).parent / "builtin"
 """Holds one folder for each voice in the package."""
 
 REACH_TIMEOUT_S = 5.0
+
+GGUF_SUFFIX = ".gguf"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SETTINGS_PATTERNS = (
@@ -35,13 +43,15 @@ class FileMissingError(ModelNotFoundError):
 
 
 def resolve_model(name: str) -> Path:
-    """The folder of a model, downloaded from the Hugging Face hub if it is not local.
+    """The folder or GGUF file of a model, downloaded from the Hugging Face hub if it is not local.
 
-    If a repository holds the model in two formats, only transformers' format is downloaded. With
-    `HF_HUB_OFFLINE=1`, or without a network, only the local cache is searched.
+    If a repository holds the model in several formats, only one is downloaded: transformers' before
+    the original, and GGUF if there is no other or a file is named. With `HF_HUB_OFFLINE=1`, or
+    without a network, only the local cache is searched.
 
     Args:
-        name: a built-in voice, a local folder, or a hub id such as `sesame/csm-1b`.
+        name: a built-in voice, a local folder or GGUF file, a hub id such as `sesame/csm-1b`, or a
+            hub id with a GGUF file or the end of its name, such as `cstr/csm-1b-GGUF:q8_0`.
 
     Raises:
         ModelNotFoundError: it is none of these, or cannot be downloaded.
@@ -49,17 +59,55 @@ def resolve_model(name: str) -> Path:
     if name in built_in_voices():
         return BUILT_IN_VOICES / name
     if path := _local(name):
-        if path.is_dir():
+        if path.is_dir() or path.suffix == GGUF_SUFFIX:
             return path
         raise ModelNotFoundError(f"{name} is a file: give the folder that contains it")
-    if not _HUB_ID.fullmatch(name):
+    repo, _, wanted = name.partition(":")
+    if not _HUB_ID.fullmatch(repo):
         raise ModelNotFoundError(
             f"no model {name!r}: it is no folder, no built-in voice "
             f"({', '.join(built_in_voices()) or 'this installation has none'}) and no hub id such "
             "as sesame/csm-1b"
         )
-    hub = _Hub(name, "a local folder")
-    return hub.snapshot([*_SETTINGS_PATTERNS, *_weight_patterns(hub), *CODEC_FILE_PATTERNS])
+    hub = _Hub(repo, "a local folder", needs_settings=False)
+    folder = None
+    if hub.settings and not wanted:
+        folder = hub.snapshot([*_SETTINGS_PATTERNS, *_weight_patterns(hub), *CODEC_FILE_PATTERNS])
+        if weights_entry(hub.settings, _relative_names(folder)):
+            return folder
+    names = list(hub.sizes([f"*{GGUF_SUFFIX}"]))
+    if not names and not wanted:
+        return folder or hub.file("config.json").parent  # the latter names it as missing
+    file = choose_gguf(repo, names, wanted)
+    return hub.snapshot([*_SETTINGS_PATTERNS, *CODEC_FILE_PATTERNS, file]) / file
+
+
+def choose_gguf(repo: str, names: Sequence[str], wanted: str) -> str:
+    """The GGUF file of a repository that is meant.
+
+    Args:
+        repo: the repository's id.
+        names: its GGUF files.
+        wanted: a file's name, or the end of one without its suffix, in lower or upper case; empty
+            for the only one.
+
+    Raises:
+        ModelNotFoundError: it is none of them, or several.
+    """
+    end = wanted.lower().removesuffix(GGUF_SUFFIX)
+    found = [name for name in names if _ends(name.lower().removesuffix(GGUF_SUFFIX), end)]
+    exact = [name for name in names if name == wanted]
+    if len(exact or found) == 1:
+        return (exact or found)[0]
+    some = ", ".join(sorted(found or names)[:8]) or "none"
+    what = f"has no GGUF file {wanted}" if wanted and not found else "has several GGUF files"
+    raise ModelNotFoundError(f"{repo} {what}: give one as {repo}:FILE; it has {some}")
+
+
+def _ends(stem: str, end: str) -> bool:
+    """True if a name ends with whole words: csm-1b-q8_0 with q8_0, not with 8_0."""
+    rest = stem.removesuffix(end)
+    return not end or (stem.endswith(end) and not rest[-1:].isalnum() and rest[-1:] != "_")
 
 
 def resolve_codec(name: str | None = None) -> Path:
@@ -85,6 +133,23 @@ def resolve_codec(name: str | None = None) -> Path:
     return hub.snapshot(["config.json", *weights])
 
 
+def local_model(name: str) -> Path | None:
+    """The built-in voice's folder, or the local folder or file, of this name; None without one."""
+    return BUILT_IN_VOICES / name if name in built_in_voices() else _local(name)
+
+
+def open_repository(name: str) -> tuple["_Hub", str]:
+    """A repository, and what follows the colon of its name: see `resolve_model`.
+
+    Raises:
+        ModelNotFoundError: there is none.
+    """
+    repo, _, wanted = name.partition(":")
+    if not _HUB_ID.fullmatch(repo):
+        resolve_model(name)  # says what is wrong with it
+    return _Hub(repo, "a local folder", needs_settings=False), wanted
+
+
 def built_in_voices() -> list[str]:
     """Names of the voices in the package."""
     if not BUILT_IN_VOICES.is_dir():
@@ -99,6 +164,11 @@ def _local(name: str) -> Path | None:
         return path if name.strip() and path.exists() else None
     except (OSError, RuntimeError, ValueError):  # too long, an unknown user's home, a zero byte
         return None
+
+
+def _relative_names(folder: Path) -> list[str]:
+    """The files in a folder and below, relative to it."""
+    return [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
 
 
 def _weight_patterns(hub: "_Hub") -> list[str]:
@@ -136,8 +206,8 @@ class _Hub:
         self.is_offline = self.is_forbidden or not _is_reachable(self.endpoint)
         try:
             self.settings = read_json(self.file("config.json"))
-        except FileMissingError:
-            if needs_settings:
+        except ModelNotFoundError as error:
+            if needs_settings or not (isinstance(error, FileMissingError) or self._is_cached()):
                 raise
             self.settings = {}
 
@@ -149,6 +219,41 @@ class _Hub:
             if not self.is_offline:
                 self._check_sizes([hf_hub_download(self.repo, name, dry_run=True)])
             return Path(hf_hub_download(self.repo, name, local_files_only=self.is_offline))
+
+    def sizes(self, patterns: Sequence[str]) -> dict[str, int | None]:
+        """Bytes of the repository's files that match the patterns; offline, of those in the local
+        cache."""
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.utils import filter_repo_objects
+
+        with _Explained(self):
+            if not self.is_offline:
+                files = snapshot_download(self.repo, allow_patterns=list(patterns), dry_run=True)
+                return {file.filename: file.file_size for file in files}
+            folder = Path(snapshot_download(self.repo, local_files_only=True))
+            names = filter_repo_objects(_relative_names(folder), allow_patterns=list(patterns))
+            return {name: (folder / name).stat().st_size for name in names}
+
+    def open(self, name: str) -> IO[bytes]:
+        """Open a file for reading from its start: the local cache's, or only the bytes read."""
+        from huggingface_hub import try_to_load_from_cache
+
+        from vox_serve.remote_file import RemoteFile
+
+        cached = try_to_load_from_cache(self.repo, name)
+        if isinstance(cached, str):
+            return open(cached, "rb")
+        with _Explained(self):
+            return RemoteFile(self.repo, name)  # type: ignore[return-value]
+
+    def _is_cached(self) -> bool:
+        """True if there is no network, but the local cache has a part of the repository."""
+        from huggingface_hub import snapshot_download
+
+        try:
+            return self.is_offline and bool(snapshot_download(self.repo, local_files_only=True))
+        except Exception:  # which errors mean "not there" depends on the client's version
+            return False
 
     def snapshot(self, patterns: Sequence[str]) -> Path:
         """Download the files that match the patterns; returns their folder."""

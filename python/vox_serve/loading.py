@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from vox_serve.checkpoint import read_json
 from vox_serve.config import Config
 from vox_serve.context_file import default_context, load_context
 from vox_serve.csm_weights import CsmWeights, TransformerWeights
@@ -20,7 +19,7 @@ from vox_serve.kv_cache import KvCache
 from vox_serve.memory import memory_bytes
 from vox_serve.model import CsmModel
 from vox_serve.model_config import CsmConfig
-from vox_serve.prompt import PromptBuilder
+from vox_serve.model_files import folder_of, gguf_of, model_config, prompt_builder
 from vox_serve.weights import load_checkpoint, load_codec
 from voxkern.backend import backend_for, forced, why_missing
 
@@ -44,7 +43,7 @@ def load_engine(
     """Load a model, its codec, tokenizer and context.
 
     Args:
-        model: built-in voice, local folder or hub id.
+        model: built-in voice, local folder, GGUF file or hub id.
         num_spare_rows, choose: see `Engine`.
         settings: `Config`'s other fields by name; those not given come from the environment or
             their defaults. `dtype` may be a `torch.dtype` too.
@@ -56,11 +55,12 @@ def load_engine(
     if isinstance(settings.get("dtype"), torch.dtype):
         settings["dtype"] = str(settings["dtype"]).removeprefix("torch.")
     setting = Config(model=str(model), **settings)
-    folder = resolve_model(setting.model)
+    place = resolve_model(setting.model)
+    place, folder = gguf_of(place) or place, folder_of(place)
     device = torch.device(choose_device() if setting.device == "auto" else setting.device)
     if device.type == "cuda" and (reason := _why_no_gpu()):
         raise ValueError(f"device cuda: {reason}")
-    config = CsmConfig.from_json(read_json(folder / "config.json"))
+    config = model_config(place)
     small = _num_parameters(config) < SMALL_MODEL_PARAMETERS
     if setting.dtype == "auto":
         dtype = torch.float32 if device.type == "cpu" and small else torch.bfloat16
@@ -68,8 +68,8 @@ def load_engine(
         dtype = getattr(torch, setting.dtype)
 
     quantize = setting.quantize
-    caches = cache_folders(setting.weight_cache, folder, small)
-    checkpoint = load_checkpoint(folder, dtype, device, setting.allow_pickle, quantize, caches)
+    caches = cache_folders(setting.weight_cache, place, small)
+    checkpoint = load_checkpoint(place, dtype, device, setting.allow_pickle, quantize, caches)
     mimi = load_codec(checkpoint, setting.codec, codec_precision(device.type, dtype, quantize))
     _check_context_fits(config, dtype, device)
     if setting.context == "none":
@@ -78,7 +78,7 @@ def load_engine(
         segments = load_context(setting.context, mimi, config, setting.max_text_chars)
     else:
         segments = default_context(folder, mimi, config)
-    prompts = PromptBuilder.from_folder(folder, config)
+    prompts = prompt_builder(place, config)
     max_batch_size = setting.max_batch_size
     if max_batch_size is None:
         is_cuda = device.type == "cuda"
@@ -140,24 +140,25 @@ def codec_precision(device_type: str, dtype: torch.dtype, quantize: str) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def cache_folders(setting: str | None, folder: Path, small: bool) -> list[Path]:
+def cache_folders(setting: str | None, model: Path, small: bool) -> list[Path]:
     """Candidate folders for a model's packed weights, in order of preference.
 
     Args:
         setting: a folder, in which each model gets a subfolder; "none" for no cache; None for
             `.voxkern` in the model's folder or, if that cannot be written to, the user's cache
             folder, but no cache if the model is small.
-        folder: the model's folder.
+        model: the model's folder, or its GGUF file: several in a folder have a cache each.
         small: the model is small enough to be packed at every start.
     """
     if setting == "none" or (setting is None and small):
         return []
-    path = folder.resolve()
+    is_file = model.is_file()
+    path = model.parent.resolve() / model.name if is_file else model.resolve()
     subfolder = f"{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}"
     if setting is not None:
         return [Path(setting).expanduser() / subfolder]
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    candidates = [folder / ".voxkern"]
+    candidates = [model.parent / ".voxkern" / model.stem if is_file else model / ".voxkern"]
     if user_cache.is_absolute():
         candidates.append(user_cache / "voxkern" / subfolder)
     return candidates

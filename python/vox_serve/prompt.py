@@ -122,6 +122,23 @@ class PromptBuilder:
                 settings |= {key: value for key, value in found.items() if value is not None}
         return cls(tokenizer, config, settings)
 
+    @classmethod
+    def from_bytes(
+        cls, data: bytes, config: CsmConfig, source: str, settings: Mapping[str, Any]
+    ) -> "PromptBuilder":
+        """Read the content of a tokenizer.json.
+
+        Args:
+            data: the content.
+            config: the model's sizes.
+            source: names it in messages.
+            settings: as for `PromptBuilder`.
+
+        Raises:
+            CheckpointError: it is no tokenizer, or does not fit the model.
+        """
+        return cls(_parse_tokenizer(data, source), config, settings)
+
     def tokens(self, segment: Segment) -> list[int]:
         """Token ids of a segment's text: BOS, `[speaker]text`, EOS.
 
@@ -224,11 +241,18 @@ class PromptBuilder:
 def _read_tokenizer(path: Path) -> Tokenizer:
     try:
         data = read_bounded(path, MAX_TOKENIZER_BYTES)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as a tokenizer: {error}") from None
+    return _parse_tokenizer(data, str(path))
+
+
+def _parse_tokenizer(data: bytes, source: str) -> Tokenizer:
+    try:
         with _panics_as_errors():
             tokenizer = Tokenizer.from_buffer(data)
             _check_expansion(tokenizer)
     except Exception as error:  # the library raises bare Exceptions
-        raise CheckpointError(f"{path} cannot be read as a tokenizer: {error}") from None
+        raise CheckpointError(f"{source} cannot be read as a tokenizer: {error}") from None
     return tokenizer
 
 

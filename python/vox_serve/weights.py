@@ -1,5 +1,6 @@
 """Loads a checkpoint folder of either format: stacked tensors of the model, and the codec."""
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,18 +18,22 @@ from vox_serve.checkpoint import (
     find_codec,
     find_weights,
     is_finite,
-    read_json,
     refuse_not_finite,
 )
 from vox_serve.checkpoint_sizes import check_sizes
 from vox_serve.csm_weights import CsmWeights, TransformerWeights
+from vox_serve.gguf_rounding import rounding_line, second_rounding
+from vox_serve.gguf_tensors import GgufTensors
 from vox_serve.hub import resolve_codec
 from vox_serve.mimi import Mimi, load_mimi, mimi_from_checkpoint
 from vox_serve.model_config import CsmConfig, TransformerConfig
+from vox_serve.model_files import folder_of, gguf_of, model_settings, naming_settings
 from vox_serve.tensor_names import HF, TensorNames, names_in
 from vox_serve.weight_cache import WeightCache
 from voxkern.backend import backend_for
 from voxkern.quantize import LAYOUT_VERSION, format_of, pack
+
+logger = logging.getLogger("vox_serve")
 
 STACKING_VERSION = 2
 """Version of the code that turns a checkpoint's tensors into `CsmWeights`. Increase it with every
@@ -66,13 +71,13 @@ def load_checkpoint(
     quantize: str = "none",
     cache_folders: Sequence[Path] = (),
 ) -> Checkpoint:
-    """Load a checkpoint folder in transformers' format or the original's.
+    """Load a checkpoint in transformers' format or the original's, in safetensors or GGUF.
 
     The names of the tensors identify the format. Tensors are read one by one into their final place
     and packed one layer's matrix at a time, so the peak memory is little more than the weights.
 
     Args:
-        path: the folder.
+        path: the folder, or a GGUF file.
         dtype: dtype of the weights in memory, whatever the dtype in the files.
         device: device of the weights.
         allow_pickle: read ckpt.pt (plain tensors only) if there is no safetensors file.
@@ -85,13 +90,15 @@ def load_checkpoint(
         ValueError: config.json has an unsupported value, or `quantize` does not fit the model's
             sizes; the message names the key or the matrix.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder")
-    settings = read_json(folder / "config.json")
-    config = CsmConfig.from_json(settings)
+    path = Path(path)
+    folder, gguf = folder_of(path), gguf_of(path)
+    if gguf is None and not path.is_dir():
+        raise CheckpointError(f"{path} is not a folder")
+    settings = model_settings(path)
+    with naming_settings(path):
+        config = CsmConfig.from_json(settings)
     codec_config = settings.get("codec_config")
-    paths = find_weights(folder, settings, allow_pickle)
+    paths = [gguf] if gguf else find_weights(folder, settings, allow_pickle)
     cache = None
     if cache_folders and quantize != "none" and torch.device(device).type == "cpu":
         # The last bits of the projected rows depend on the kernel.
@@ -100,16 +107,22 @@ def load_checkpoint(
             cache_folders,
             f"{quantize}-{str(dtype).removeprefix('torch.')}-{kernels}",
             (STACKING_VERSION, LAYOUT_VERSION),
-            [folder / "config.json", *paths],
+            [*(file for file in [folder / "config.json"] if file.exists()), *paths],
         )
     files = TensorFiles(paths)
     names = names_in(files)
     if names is None:
         raise CheckpointError(f"{paths[0]} holds no CSM: it has no tensor {HF.code0_head}")
-    check_sizes(files, names, config, settings)
+    with naming_settings(path):
+        check_sizes(files, names, config, settings)
     weights = _cached_weights(cache, config, dtype, quantize)
     if weights is None:
         weights = _read_weights(files, names, config, dtype, device, quantize)
+        for source in files.sources:
+            if isinstance(source, GgufTensors):
+                errors = second_rounding(source, names, config, weights)
+                if line := rounding_line(source, errors):
+                    logger.warning("%s", line)
         if cache and (kept := cache.save(weights.named())):
             weights = weights.with_named(kept)
     codec = {}

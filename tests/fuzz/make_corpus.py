@@ -11,16 +11,20 @@ import json
 import struct
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests" / "support"), str(Path(__file__).parent)]
 
 import numpy as np
 import soundfile
+import torch
+from gguf import GGUFWriter
 from safetensors.numpy import save as save_arrays
 from safetensors.torch import save
 
 from checkpoints import TinyShape, build_tiny
+from gguf_files import add, add_metadata, close, crispasr_tensors
 from targets import CONTENT_TYPES
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -64,6 +68,39 @@ def safetensors() -> None:
         header = {"a": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}
         text = json.dumps(header).encode()
         write("safetensors", name, struct.pack("<Q", len(text)) + text + bytes(8))
+
+
+def gguf() -> None:
+    """A few of CrispASR's tensors, cut to few values, in several types; and headers alone."""
+    tiny = build_tiny(SHAPE)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "a.gguf"
+        writer = GGUFWriter(str(path), "csm-tts")
+        add_metadata(writer, tiny)
+        writer.add_token_list(["a", "b", "ab", "<|begin_of_text|>", "<|end_of_text|>"])
+        writer.add_token_merges(["a b"])
+        tensors = list(crispasr_tensors(tiny).items())
+        for name, tensor in tensors[::5]:
+            add(writer, name, tensor.reshape(-1)[:2], "f16")
+        wide = torch.randn(1, 256)
+        for i, kind in enumerate(("f32", "q8_0", "q4_k")):
+            add(writer, f"backbone.blk.{i}.ffn_up.weight", wide, kind)
+        add(writer, "mimi.dec_tfm.layers.0.attn.qkv_w", torch.randn(3, 32), "q8_0")
+        book = "mimi.quantizer.rvq_first.vq.layers.0._codebook.embedding"
+        add(writer, book, torch.randn(2, 4), "f16")
+        close(writer, path)
+        write("gguf", "crispasr", path.read_bytes())
+        writer = GGUFWriter(str(path), "csm")
+        for name, tensor in list(tiny.tensors.items())[::9]:
+            add(writer, name, tensor.reshape(-1)[:2], "f32")
+        close(writer, path)
+        write("gguf", "csm.rs", path.read_bytes())
+    start = b"GGUF" + struct.pack("<I", 3)
+    write("gguf", "counts", start + struct.pack("<QQ", 2**63, 2**63))
+    strings = struct.pack("<Q", 1) + b"a" + struct.pack("<IIQ", 9, 8, 2**40)
+    write("gguf", "strings", start + struct.pack("<QQ", 0, 1) + strings)
+    huge = struct.pack("<Q", 1) + b"a" + struct.pack("<I4QIQ", 4, *(4 * [2**63]), 0, 0)
+    write("gguf", "huge", start + struct.pack("<QQ", 1, 0) + huge)
 
 
 def config_json() -> None:
@@ -213,6 +250,7 @@ if __name__ == "__main__":
     for make in (
         audio,
         safetensors,
+        gguf,
         config_json,
         tokenizer_json,
         context_json,

@@ -37,6 +37,7 @@ from vox_serve.context_segment import ContextError
 from vox_serve.http_io import read_fields
 from vox_serve.mimi import Mimi, load_mimi, mimi_from_checkpoint
 from vox_serve.model_config import CsmConfig
+from vox_serve.model_files import prompt_builder
 from vox_serve.prompt import PromptBuilder, Segment, check_codes
 from vox_serve.prompt_audio import PromptOptions, clean_prompt
 from vox_serve.recording import AudioError, Limits, decode, read_audio
@@ -137,6 +138,22 @@ def safetensors(data: bytes) -> None:
                 assert files.read(name).nbytes <= len(data)
     with suppress(ValueError):
         load_mimi(path)
+
+
+def gguf(data: bytes) -> None:
+    """A model in a GGUF file: its tensors, sizes, codec and tokenizer."""
+    path = _written("a.gguf", data)
+    with suppress(CheckpointError):
+        files = TensorFiles([path])
+        for name in files.names:
+            with suppress(CheckpointError):
+                # Blocks of 3 bits become 32; a codebook's usage is made up.
+                assert files.read(name).nbytes <= 16 * len(data)
+    with suppress(ValueError):
+        checkpoint = load_checkpoint(path, torch.float32)
+        mimi_from_checkpoint(checkpoint.codec_tensors or {}, checkpoint.codec_config).init_state()
+    with suppress(ValueError):
+        prompt_builder(path, _config()).tokens(Segment(0, SPOKEN))
 
 
 def config_json(data: bytes) -> None:
@@ -256,6 +273,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     for target in (
         audio,
         safetensors,
+        gguf,
         config_json,
         tokenizer_json,
         context_json,

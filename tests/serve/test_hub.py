@@ -213,6 +213,51 @@ def test_a_repository_without_a_model(stand_in):
         resolve_model("some/words")
 
 
+def test_gguf_files_of_a_repository(stand_in):
+    """As with llama.cpp, a colon and a file's name, or the end of it, choose one of several."""
+    repo = stand_in.root / "some" / "quants"
+    repo.mkdir(parents=True)
+    for name in ("csm-1b-q8_0.gguf", "csm-1b-q4_k.gguf", "README.md", "tokenizer.json"):
+        (repo / name).write_text("{}")
+    for wanted in ("q8_0", "Q8_0", "csm-1b-q8_0.gguf", "csm-1b-q8_0", "1b-q8_0"):
+        path = resolve_model(f"some/quants:{wanted}")
+        assert path.name == "csm-1b-q8_0.gguf"
+    assert stand_in.stored("some/quants") == {"csm-1b-q8_0.gguf", "tokenizer.json"}
+    for name, said in (
+        ("some/quants", "has several GGUF files: give one as some/quants:FILE; it has csm-1b-q4_k"),
+        ("some/quants:8_0", "has no GGUF file 8_0: give one as some/quants:FILE; it has csm-1b-q4"),
+        ("some/quants:f16", "has no GGUF file f16"),
+    ):
+        with pytest.raises(ModelNotFoundError, match=f"some/quants {said}"):
+            resolve_model(name)
+    (repo / "csm-1b-q4_k.gguf").unlink()
+    assert resolve_model("some/quants").name == "csm-1b-q8_0.gguf"
+    build_tiny().write(repo)
+    folder = resolve_model("some/quants")
+    assert (folder / "model.safetensors").is_file()
+    assert resolve_model("some/quants:q8_0").name == "csm-1b-q8_0.gguf"
+
+
+def test_a_repository_with_a_config_and_gguf_alone(stand_in):
+    repo = stand_in.root / "some" / "quants"
+    build_tiny().write(repo, codec="mimi")
+    (repo / "model.safetensors").unlink()
+    (repo / "q8.gguf").touch()
+    assert resolve_model("some/quants").name == "q8.gguf"
+    assert stand_in.stored("some/quants") == {
+        "config.json",
+        "mimi.safetensors",
+        "q8.gguf",
+        "tokenizer.json",
+    }
+
+
+def test_a_local_gguf_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.gguf").touch()
+    assert resolve_model("a.gguf") == Path("a.gguf")
+
+
 CLIENT = """
 import sys, time
 from vox_serve.hub import ModelNotFoundError, resolve_codec, resolve_model
@@ -280,7 +325,16 @@ def fill_cache(tmp_path) -> Path:
 )
 def test_offline(tmp_path, environ, why):
     cached = fill_cache(tmp_path)
-    model, codec, found = run_client(tmp_path, "sesame/csm-1b", "codec", "some/model", **environ)
+    repo = tmp_path / "hf" / "hub" / "models--some--quants"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("1" * 40)
+    (repo / "snapshots" / ("1" * 40)).mkdir(parents=True)
+    quants = repo / "snapshots" / ("1" * 40) / "csm-q8_0.gguf"
+    quants.touch()
+    names = ("sesame/csm-1b", "codec", "some/model", "some/quants:q8_0", "some/quants:f16")
+    model, codec, found, quant, none = run_client(tmp_path, *names, **environ)
+    assert quant == str(quants)
+    assert none.startswith("some/quants has no GGUF file f16")
     assert (
         f"sesame/csm-1b is no folder here, is not (wholly) in the local cache, and {why}" in model
     )

@@ -34,6 +34,15 @@ DEPTH_ROPE = {
     "original_max_position_embeddings": 8,
 }
 
+CSM_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
 
 @dataclass(frozen=True)
 class TinyShape:
@@ -166,7 +175,8 @@ def build_tiny(
     Args:
         shape: sizes.
         seed: seed of the weights.
-        rope: "llama3" (the real checkpoint's scaling) or "default" (none).
+        rope: "llama3" (the real checkpoint's kind of scaling), "csm" (its numbers too) or "default"
+            (none).
         tied: both transformers share one audio table; otherwise there are two that differ.
         stop_frame: for any prompt, greedy and sampled generation gives an all-zero frame at this
             index and not before. None: practically never.
@@ -286,6 +296,8 @@ def _interleave(weight: Tensor, head_dim: int) -> Tensor:
 
 
 def _rope(scaled: dict, rope: str) -> dict:
+    if rope == "csm":
+        return dict(CSM_ROPE)
     return dict(scaled) if rope == "llama3" else {"rope_type": "default", "rope_theta": 10000.0}
 
 

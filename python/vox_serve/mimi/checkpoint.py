@@ -159,7 +159,29 @@ def _split_in_proj(tensors: Mapping[str, Tensor], config: MimiConfig) -> dict[st
     return split
 
 
-def _config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> MimiConfig:
+def codec_settings(shapes: Mapping[str, tuple[int, ...]], num_heads: int) -> dict[str, Any]:
+    """Settings as in transformers' `MimiConfig`, inferred from shapes and the number of heads.
+
+    Args:
+        shapes: of tensors with transformers' names.
+        num_heads: heads of the two transformers, which shapes do not determine.
+
+    Raises:
+        ValueError: a tensor is missing, or a size is unsupported.
+    """
+    settings = vars(_config_from_shapes(shapes, num_heads)).copy()
+    settings["sampling_rate"] = settings.pop("sample_rate_hz")
+    settings["frame_rate"] = settings.pop("frame_rate_hz")
+    settings["vector_quantization_hidden_dimension"] = settings["codebook_dim"]
+    settings["upsampling_ratios"] = list(settings["upsampling_ratios"])
+    if not settings.pop("has_encoder"):
+        settings["encoder_config"] = None
+    return settings
+
+
+def _config_from_shapes(
+    shapes: Mapping[str, tuple[int, ...]], heads: int = MimiConfig.num_attention_heads
+) -> MimiConfig:
     def shape(name: str) -> tuple[int, ...]:
         if name not in shapes:
             raise ValueError(f"Mimi checkpoint: tensor {name} is missing")
@@ -197,8 +219,8 @@ def _config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> MimiConfig:
         fused = shapes.get(f"{layer}self_attn.in_proj.weight")
         rows = fused[0] // 3 if fused else shape(f"{layer}self_attn.q_proj.weight")[0]
         kv_rows = rows if fused else shape(f"{layer}self_attn.k_proj.weight")[0]
-        heads = MimiConfig.num_attention_heads
         sizes |= {
+            "num_attention_heads": heads,
             "intermediate_size": shape(f"{layer}mlp.fc1.weight")[0],
             "head_dim": rows // heads,
             "num_key_value_heads": kv_rows * heads // rows,

@@ -1,0 +1,102 @@
+"""A model's files: a folder with config.json and safetensors, or a GGUF file in a folder."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vox_serve.checkpoint import PICKLE_FILE, CheckpointError, read_json, weights_entry
+from vox_serve.gguf_header import read_header
+from vox_serve.gguf_settings import gguf_settings
+from vox_serve.gguf_tokenizer import has_tokenizer, tokenizer_json
+from vox_serve.hub import GGUF_SUFFIX
+from vox_serve.model_config import CsmConfig
+from vox_serve.prompt import PromptBuilder
+
+
+def gguf_of(model: Path) -> Path | None:
+    """The GGUF file that holds a model's weights; None if other files do.
+
+    Args:
+        model: a GGUF file, or a folder. Safetensors and pickle files in a folder come first.
+
+    Raises:
+        CheckpointError: a folder has no other weights but several GGUF files.
+    """
+    if not model.is_dir():
+        return model if model.suffix == GGUF_SUFFIX else None
+    names = [path.name for path in model.iterdir()]
+    found = sorted(name for name in names if name.endswith(GGUF_SUFFIX))
+    if not found or PICKLE_FILE in names:
+        return None
+    config = read_json(model / "config.json") if "config.json" in names else {}
+    if weights_entry(config, names) is not None:
+        return None
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{model} has {len(found)} GGUF files: give the path of one, such as {model / found[0]}"
+        )
+    return model / found[0]
+
+
+def folder_of(model: Path) -> Path:
+    """The folder that holds a model's tokenizer, prompts and codec."""
+    return model if model.is_dir() else model.parent
+
+
+def model_settings(model: Path) -> dict[str, Any]:
+    """A model's settings: its config.json, or those of its GGUF file (see `gguf_settings`).
+
+    Raises:
+        CheckpointError: a file is missing or cannot be read; the message names it.
+    """
+    gguf, config = gguf_of(model), folder_of(model) / "config.json"
+    if gguf is None:
+        return read_json(config)
+    return gguf_settings(gguf, read_header(gguf), read_json(config) if config.is_file() else {})
+
+
+@contextmanager
+def naming_settings(model: Path) -> Iterator[None]:
+    """Where settings come from a GGUF file, errors about config.json name that file instead."""
+    try:
+        yield
+    except ValueError as error:
+        gguf = gguf_of(model)
+        if gguf is None or (gguf.parent / "config.json").exists():
+            raise
+        said = str(error).replace("config.json", f"{gguf} (no config.json beside it)", 1)
+        raise CheckpointError(said) from None
+
+
+def model_config(model: Path) -> CsmConfig:
+    """A model's sizes.
+
+    Raises:
+        ValueError: they are missing or unsupported; one line names the file and key.
+    """
+    settings = model_settings(model)
+    with naming_settings(model):
+        return CsmConfig.from_json(settings)
+
+
+def prompt_builder(model: Path, config: CsmConfig) -> PromptBuilder:
+    """The model's tokenizer: its folder's tokenizer.json, else that in its GGUF file.
+
+    Raises:
+        CheckpointError: there is none, or it does not fit the model.
+    """
+    folder, gguf = folder_of(model), gguf_of(model)
+    if gguf is None or (folder / "tokenizer.json").is_file():
+        return PromptBuilder.from_folder(folder, config)
+    metadata = read_header(gguf).metadata
+    if not has_tokenizer(metadata):
+        raise CheckpointError(
+            f"{gguf} holds no tokenizer: put the tokenizer.json of sesame/csm-1b, which is Llama "
+            f"3.2's, into {folder}"
+        )
+    try:
+        data = tokenizer_json(metadata)
+    except ValueError as error:
+        raise CheckpointError(f"{gguf}: {error}") from None
+    return PromptBuilder.from_bytes(data, config, str(gguf), model_settings(model))
