@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from vox_serve.console import standard_streams
 
 PROG = "vox-serve"
-COMMANDS = ("launch", "say", "voices", "completion")
+COMMANDS = ("launch", "say", "voices", "models", "completion")
 
 HELP = """\
 usage: vox-serve [COMMAND] [flags]
@@ -20,6 +20,7 @@ Text to speech with CSM.
   launch      serve speech over HTTP; the command if none is given
   say         say a text into a file
   voices      add, list, preview or remove voices
+  models      tell what a model is, and what this machine can do with it
   completion  print completions for a shell: bash or zsh
 
 vox-serve COMMAND --help lists a command's flags. Each setting has a variable in

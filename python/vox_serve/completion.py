@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from vox_serve import launch, say, voices
+from vox_serve import launch, models, say, voices
 from vox_serve.cli import CommandError, CommandParser, run_command
 from vox_serve.config import Config
 from vox_serve.console import standard_streams
@@ -54,7 +54,12 @@ def completion(shell: str) -> str:
         raise CommandError("this needs the package shtab: pip install shtab") from None
     top = argparse.ArgumentParser(prog="vox-serve")
     commands = top.add_subparsers()
-    for name, module in (("launch", launch), ("say", say), ("voices", voices)):
+    for name, module in (
+        ("launch", launch),
+        ("say", say),
+        ("voices", voices),
+        ("models", models),
+    ):
         parser = module.make_parser()
         for action in parser._actions:
             _complete(action, shtab)

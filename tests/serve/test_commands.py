@@ -7,9 +7,15 @@ import sys
 import pytest
 
 from vox_serve import __main__ as commands
-from vox_serve import completion, launch, say, voices
+from vox_serve import completion, launch, models, say, voices
 
-MODULES = {"launch": launch, "say": say, "voices": voices, "completion": completion}
+MODULES = {
+    "launch": launch,
+    "say": say,
+    "voices": voices,
+    "models": models,
+    "completion": completion,
+}
 
 
 @pytest.fixture
