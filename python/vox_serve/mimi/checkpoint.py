@@ -182,6 +182,13 @@ def codec_settings(shapes: Mapping[str, tuple[int, ...]], num_heads: int) -> dic
 def _config_from_shapes(
     shapes: Mapping[str, tuple[int, ...]], heads: int = MimiConfig.num_attention_heads
 ) -> MimiConfig:
+    try:
+        return _inferred(shapes, heads)
+    except (LookupError, ArithmeticError):
+        raise ValueError("Mimi checkpoint: its tensors do not have the shapes of a Mimi") from None
+
+
+def _inferred(shapes: Mapping[str, tuple[int, ...]], heads: int) -> MimiConfig:
     def shape(name: str) -> tuple[int, ...]:
         if name not in shapes:
             raise ValueError(f"Mimi checkpoint: tensor {name} is missing")
