@@ -1,4 +1,4 @@
-"""Reads the header of a GGUF file within bounds: metadata, and where each tensor's values are.
+"""Reads the header of a GGUF file within bounds: metadata, and the place of each tensor.
 
 Source of the layout: the specification, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 The package `gguf` has a reader too, which maps the whole file and makes several objects for each
@@ -34,7 +34,7 @@ _MAX_ALIGNMENT = 1 << 16
 
 
 class BlockType(NamedTuple):
-    """How the values of a tensor are stored.
+    """A kind of storage for a tensor's values.
 
     Attributes:
         name: ggml's name.
@@ -75,7 +75,7 @@ _STRING, _ARRAY = 8, 9
 
 
 class TensorPlace(NamedTuple):
-    """Where a tensor's values are.
+    """The place of a tensor's values in a file.
 
     Attributes:
         shape: in torch's order, the last dimension contiguous.

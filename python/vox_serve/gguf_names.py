@@ -1,4 +1,4 @@
-"""Names of CSM's tensors in GGUF files, and where the values of transformers' names are.
+"""Names of CSM's tensors in GGUF files, translated to those of safetensors checkpoints.
 
 Two projects write such files (docs/models.md has the revisions that were read):
 
@@ -19,7 +19,7 @@ from vox_serve.gguf_header import TensorPlace
 
 
 class Place(NamedTuple):
-    """Where a tensor's values are in a file.
+    """The place of a tensor's values in a file.
 
     Attributes:
         source: name of the tensor in the file.

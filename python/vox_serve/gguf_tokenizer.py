@@ -11,7 +11,7 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""How Llama 3's tokenizer divides a text into words."""
+"""The words into which Llama 3's tokenizer divides a text."""
 
 _SPECIAL = re.compile(r"<\|[^|]+\|>")
 

@@ -60,7 +60,7 @@ class ModelPlace(Protocol):
 
 @dataclass
 class Inspection:
-    """What was found.
+    """The facts about one model.
 
     Attributes:
         name: as the user gave it.
@@ -177,7 +177,7 @@ def _csm(
 
 
 def _other(settings: Mapping[str, Any], files: TensorFiles, gguf: GgufHeader | None) -> str:
-    """What a file without a CSM's tensors says that it is."""
+    """A description of a file that has no CSM's tensors, in its own words."""
     if gguf is not None:
         kind = gguf.metadata.get("general.architecture")
         said = f"architecture {kind!r}" if isinstance(kind, str) else "no architecture"

@@ -1,4 +1,4 @@
-"""How fast this machine reads memory, and how much it has."""
+"""The memory of this machine: its size, and its bandwidth."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""What a model costs in each precision, and what a machine can do with it, before it is loaded."""
+"""The memory and time that a model takes in each precision, before it is loaded."""
 
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -175,7 +175,7 @@ def test_q8_0_and_int8_of_the_same_weights_agree(tiny, tmp_path):
 
 
 def test_rows_of_one_scale_are_exact_in_int8():
-    """Of q8_0 rows whose groups share a scale, int8 keeps each value: the one case in which a scale
+    """int8 keeps each value of q8_0 rows whose groups share a scale: the one case in which a scale
     per row can hold what a scale per 32 columns did."""
     integers = torch.randint(-126, 127, (16, 64)).float()
     integers[:, ::32] = 127
