@@ -75,7 +75,12 @@ def resolve_model(name: str) -> Path:
         folder = hub.snapshot([*_SETTINGS_PATTERNS, *_weight_patterns(hub), *CODEC_FILE_PATTERNS])
         if weights_entry(hub.settings, _relative_names(folder)):
             return folder
-    names = list(hub.sizes([f"*{GGUF_SUFFIX}"]))
+    try:
+        names = list(hub.sizes([f"*{GGUF_SUFFIX}"]))
+    except ModelNotFoundError:
+        if wanted:
+            raise
+        names = []
     if not names and not wanted:
         return folder or hub.file("config.json").parent  # the latter names it as missing
     file = choose_gguf(repo, names, wanted)

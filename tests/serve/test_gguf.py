@@ -198,6 +198,21 @@ def test_other_weights_in_the_folder_come_first(tiny, tmp_path):
     )
 
 
+def test_packed_weights_are_kept_for_later_starts(tiny, tmp_path, caplog):
+    path = write_crispasr(tmp_path / "csm.gguf", tiny, "q8_0")
+    caches = cache_folders(None, path, small=False)[:1]
+    assert caches == [tmp_path / ".voxkern" / "csm"]
+    first = load_checkpoint(path, torch.float32, quantize="int8", cache_folders=caches)
+    caplog.clear()
+    again = load_checkpoint(path, torch.float32, quantize="int8", cache_folders=caches)
+    assert not caplog.records  # nothing was rounded
+    for name, tensor in first.weights.named().items():
+        assert torch.equal(again.weights.named()[name], tensor)
+    write_crispasr(path, build_tiny(BLOCKS, seed=3, rope="csm"), "q8_0")
+    other = load_checkpoint(path, torch.float32, quantize="int8", cache_folders=caches)
+    assert not torch.equal(other.weights.backbone.down, first.weights.backbone.down)
+
+
 def test_sizes_without_a_config(tmp_path):
     """csm.rs stores CSM-1B's sizes whatever it converts, and reads no others."""
     tiny = build_tiny()
