@@ -31,12 +31,13 @@ def second_rounding(
 
     Returns:
         For "int8", "int4" or a dtype's name: the root mean square of the differences to the
-        dequantised values, relative to that of the values. Formats that hold none are left out.
+        dequantised values, relative to that of the values. float32, which keeps them, and formats
+        that hold none are left out.
     """
     squares: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     rounded = set(tensors.rounded)
     for name, weight, first in _matrices(names, config, weights):
-        if name not in rounded:
+        if name not in rounded or weight.dtype == torch.float32:
             continue
         values = tensors.rows(name, 0, min(SAMPLE_ROWS, math.prod(tensors.shapes[name][:-1])))
         format = format_of(weight)
@@ -50,7 +51,7 @@ def second_rounding(
 
 def rounding_line(tensors: GgufTensors, errors: dict[str, float]) -> str | None:
     """One line for people about `second_rounding`; None if nothing was rounded again."""
-    if not any(errors.values()):
+    if not errors:
         return None
     model = [name for name in tensors.rounded if not name.startswith(CODEC_PREFIX)]
     types = Counter(tensors.type_of(name) for name in model)

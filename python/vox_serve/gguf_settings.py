@@ -75,14 +75,15 @@ def _sizes(found: Mapping[str, Place]) -> dict[str, int]:
     CrispASR's metadata have them too, but as the converter's defaults if it found no key.
     """
     sizes = {}
-    for key, names, axis in (
+    for key, names, more in (
         ("text_vocab_size", ("embed_text_tokens.weight", "text_embeddings.weight"), 0),
         ("vocab_size", ("lm_head.weight", "codebook0_head.weight"), 0),
-        ("num_codebooks", ("depth_decoder.codebooks_head.weight", "audio_head"), 0),
+        # Codebook 0 has a head of its own.
+        ("num_codebooks", ("depth_decoder.codebooks_head.weight", "audio_head"), 1),
     ):
         for name in names:
-            if name in found and len(found[name].shape) > axis:
-                sizes[key] = found[name].shape[axis] + (key == "num_codebooks")
+            if name in found and found[name].shape:
+                sizes[key] = found[name].shape[0] + more
     return sizes
 
 
