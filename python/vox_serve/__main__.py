@@ -1,4 +1,4 @@
-"""The command `vox-serve`, also `python -m vox_serve`: launch, say and voices as subcommands.
+"""The command `vox-serve`, also `python -m vox_serve`, with subcommands: launch, say, voices, ...
 
 Flags without a subcommand are launch's.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from vox_serve.console import standard_streams
 
 PROG = "vox-serve"
-COMMANDS = ("launch", "say", "voices", "models", "completion")
+COMMANDS = ("launch", "say", "voices", "models", "detect", "completion")
 
 HELP = """\
 usage: vox-serve [COMMAND] [flags]
@@ -21,6 +21,7 @@ Text to speech with CSM.
   say         say a text into a file
   voices      add, list, preview or remove voices
   models      tell what a model is, and what this machine can do with it
+  detect      tell whether audio files are marked as synthetic speech
   completion  print completions for a shell: bash or zsh
 
 vox-serve COMMAND --help lists a command's flags. Each setting has a variable in

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from vox_serve import launch, models, say, voices
+from vox_serve import detect, launch, models, say, voices
 from vox_serve.cli import CommandError, CommandParser, run_command
 from vox_serve.config import Config
 from vox_serve.console import standard_streams
@@ -59,6 +59,7 @@ def completion(shell: str) -> str:
         ("say", say),
         ("voices", voices),
         ("models", models),
+        ("detect", detect),
     ):
         parser = module.make_parser()
         for action in parser._actions:

@@ -181,6 +181,14 @@ class VoiceSettings(Settings):
     )
 
 
+class OutputSettings(Settings):
+    title = "audio"
+
+    watermark: bool = setting(
+        False, "mark speech inaudibly as synthetic; needs the package resemble-perth"
+    )
+
+
 class ServerSettings(VoiceSettings):
     title = "server"
 
@@ -304,7 +312,7 @@ class ServerSettings(VoiceSettings):
     )
 
 
-class Config(BaseSettings, ServerSettings, SpeechSettings, ModelSettings):
+class Config(BaseSettings, ServerSettings, OutputSettings, SpeechSettings, ModelSettings):
     """The settings of `vox-serve`, `say` and `vox_serve.load`.
 
     Keywords take precedence over environment variables.

@@ -55,17 +55,21 @@ def open_encoder(output: Output, note: str | None = None, num_samples: int | Non
 
 
 def open_shaper(output: Output) -> Stage | None:
-    """A stage that gives PCM at 24 kHz an output's speed and sample rate, or None if it has these
-    already.
+    """A stage that gives PCM at 24 kHz an output's speed, watermark and sample rate, or None if it
+    needs none of these.
 
     Raises:
-        ImportError: a speed other than 1 needs PyAV, and that cannot be loaded.
+        ImportError: a watermark or a speed other than 1 needs a package that cannot be loaded.
     """
     stages: list[Stage] = []
     if output.speed != 1.0:
         from vox_serve.tempo import Tempo
 
         stages.append(Tempo(output.speed))
+    if output.watermark:  # after a change of tempo, which would change it too
+        from vox_serve.watermark import Watermark
+
+        stages.append(Watermark())
     if output.rate_hz != SAMPLE_RATE_HZ:
         stages.append(_Resampler(output.rate_hz))
     return Chain(*stages) if stages else None

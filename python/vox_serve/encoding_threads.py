@@ -6,6 +6,8 @@ response has one frame here at a time, so responses take turns, whatever their f
 
 import asyncio
 import os
+import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -20,7 +22,26 @@ MAX_THREADS = 8
 
 LOAD_DELAY_S = 0.2
 
-_threads = ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS), "encoder")
+_starting = threading.Lock()
+
+
+def _use_one_core() -> None:
+    """Keep torch, which makes the watermark, from taking the engine's cores too."""
+    if "vox_serve.watermark_net" not in sys.modules:
+        return
+    import torch
+
+    with _starting:
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # of this thread, and of all that begin later
+        others = threading.Thread(target=torch.set_num_threads, args=(num_threads,))
+        others.start()
+        others.join()
+
+
+_threads = ThreadPoolExecutor(
+    min(os.cpu_count() or 1, MAX_THREADS), "encoder", initializer=_use_one_core
+)
 
 
 def is_copied(output: Output) -> bool:
@@ -33,7 +54,7 @@ def is_costly(output: Output) -> bool:
 
     Another sample rate takes 0.05 ms, a codec or another speed 0.1 to 1.2 ms.
     """
-    return output.format.is_compressed or output.speed != 1.0
+    return output.format.is_compressed or output.speed != 1.0 or output.watermark
 
 
 async def beside(output: Output, work: Callable[[], T]) -> T:

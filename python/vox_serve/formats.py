@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vox_serve.json_file import shown
+
 SAMPLE_RATE_HZ = 24_000
 """Sample rate of speech as it is made."""
 
@@ -76,20 +78,25 @@ class Output:
         format: its format.
         rate_hz: its sample rate.
         speed: tempo relative to the speech as it is made; the pitch stays.
+        watermark: it has an inaudible watermark (see watermark.py).
     """
 
     format: Format = FORMATS["wav"]
     rate_hz: int = SAMPLE_RATE_HZ
     speed: float = 1.0
+    watermark: bool = False
 
     @classmethod
-    def of(cls, name: str, rate_hz: int | None = None, speed: float = 1.0) -> "Output":
+    def of(
+        cls, name: str, rate_hz: int | None = None, speed: float = 1.0, watermark: bool = False
+    ) -> "Output":
         """An output by its format's name.
 
         Args:
             name: the format.
             rate_hz: the sample rate; None for the format's default.
             speed: see `Output`, `MIN_SPEED` to `MAX_SPEED`.
+            watermark: see `Output`.
 
         Raises:
             FormatError: the format is unknown, or has no such sample rate.
@@ -103,14 +110,14 @@ class Output:
             rate_hz = format.rates_hz[0]
         if rate_hz not in format.rates_hz:
             rates = _words(sorted(format.rates_hz))
-            message = f"{name} has no sample rate of {rate_hz} Hz: use {rates}"
+            message = f"{name} has no sample rate of {shown(rate_hz)} Hz: use {rates}"
             raise FormatError("sample_rate", message)
-        return cls(format, rate_hz, speed)
+        return cls(format, rate_hz, speed, watermark)
 
     @property
     def is_plain(self) -> bool:
         """True for the samples as they are made."""
-        return self.rate_hz == SAMPLE_RATE_HZ and self.speed == 1.0
+        return self.rate_hz == SAMPLE_RATE_HZ and self.speed == 1.0 and not self.watermark
 
 
 WAV = Output()

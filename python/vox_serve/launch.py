@@ -18,7 +18,14 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from vox_serve.cli import CommandError, CommandParser, run_command
-from vox_serve.config import ENV_PREFIX, Config, ModelSettings, ServerSettings, SpeechSettings
+from vox_serve.config import (
+    ENV_PREFIX,
+    Config,
+    ModelSettings,
+    OutputSettings,
+    ServerSettings,
+    SpeechSettings,
+)
 from vox_serve.console import standard_streams
 from vox_serve.log_lines import json_line
 from vox_serve.logs import server_log
@@ -54,7 +61,7 @@ def make_parser() -> CommandParser:
         epilog="Flags are accepted with dashes too (--top-k). Each has an environment variable, "
         f"{ENV_PREFIX} and its name in capitals ({ENV_PREFIX}TOP_K), which the flag overrides.",
     )
-    parser.add_settings(ModelSettings, SpeechSettings, ServerSettings)
+    parser.add_settings(ModelSettings, SpeechSettings, OutputSettings, ServerSettings)
     return parser
 
 
@@ -75,6 +82,10 @@ def serve(config: Config) -> int:
     from vox_serve.access import AccessPolicy
 
     AccessPolicy.of(config)  # a wrong setting is reported before the model is loaded
+    if config.watermark:
+        from vox_serve.watermark_net import check_installed
+
+        check_installed()
 
     # Bind before loading the model: a port in use is reported at once, and nobody takes it
     # meanwhile.
@@ -263,7 +274,7 @@ def make_server(
             for connection in list(self.server_state.connections):
                 connection.transport.abort()
 
-    guard = ConnectionGuard(config)
+    guard = ConnectionGuard(config, getattr(app, "statuses", None))
     server = Server(
         uvicorn.Config(
             app,

@@ -126,14 +126,18 @@ def merged(given: Mapping[str, Any], fields: Mapping[str, Any], config: Config) 
     return fields
 
 
-def output_of(session: Any) -> Output:
+def output_of(session: Any, watermark: bool = False) -> Output:
     """The audio that a session's client gets.
+
+    Args:
+        session: its settings.
+        watermark: whether this server marks its speech.
 
     Raises:
         MessageError: there is no such format, or it cannot be made here.
     """
     try:
-        output = Output.of(session.format, session.sample_rate)
+        output = Output.of(session.format, session.sample_rate, watermark=watermark)
         if output.format.is_compressed:
             import vox_serve.codec_encoders  # noqa: F401 - it may be missing
     except FormatError as error:

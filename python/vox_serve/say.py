@@ -17,7 +17,13 @@ from typing import IO, TYPE_CHECKING, NamedTuple
 
 from vox_serve.atomic_file import atomic_write, sync
 from vox_serve.cli import CommandError, CommandParser, run_command
-from vox_serve.config import Config, ModelSettings, SpeechSettings, VoiceSettings
+from vox_serve.config import (
+    Config,
+    ModelSettings,
+    OutputSettings,
+    SpeechSettings,
+    VoiceSettings,
+)
 from vox_serve.console import discard_stdout, standard_streams
 from vox_serve.formats import (
     FORMATS,
@@ -70,7 +76,7 @@ def make_parser() -> CommandParser:
     )
     parser.add_flag("play", action="store_true", help="play the speech while it is made")
     parser.add_flag("greedy", action="store_true", help="same as --temperature 0")
-    parser.add_settings(ModelSettings, SpeechSettings, VoiceSettings)
+    parser.add_settings(ModelSettings, SpeechSettings, OutputSettings, VoiceSettings)
     return parser
 
 
@@ -94,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         name = args.format or format_of_ending(args.output or "") or "wav"
-        sound = Output.of(name, args.sample_rate, args.speed)
+        sound = Output.of(name, args.sample_rate, args.speed, config.watermark)
     except FormatError as error:
         parser.error(str(error))
     if not MIN_SPEED <= sound.speed <= MAX_SPEED:
@@ -138,7 +144,11 @@ def _say(
             raise CommandError("stdout is closed")
         if path is not None and path != "-":
             _check_writable(Path(path))
-    player = _open_player(sound.speed) if args.play else None
+    if sound.watermark:
+        from vox_serve.watermark_net import check_installed
+
+        check_installed()
+    player = _open_player(sound) if args.play else None
 
     from vox_serve.voice_file import Sizes
     from vox_serve.voice_store import find_voice
@@ -223,11 +233,11 @@ def _say(
     return 0
 
 
-def _open_player(speed: float) -> "Player":
+def _open_player(sound: Output) -> "Player":
     from vox_serve.encoders import open_shaper
     from vox_serve.player import Player
 
-    return Player(open_shaper(Output.of("pcm", None, speed)))
+    return Player(open_shaper(Output.of("pcm", None, sound.speed, sound.watermark)))
 
 
 def _write(contents: list[tuple[str, list[IO[bytes]]]]) -> None:

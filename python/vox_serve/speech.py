@@ -30,8 +30,8 @@ def load(model: str | os.PathLike[str] = "demo", **settings: Any) -> "Voice":
     Args:
         model: built-in voice, local folder, or hub id such as "sesame/csm-1b".
         settings: the command line's settings by name, such as `dtype`, `quantize`,
-            `temperature` or `voices`; docs/settings.md lists them. The server's have no effect,
-            except that `max_batch_size` limits the streams that advance together.
+            `temperature` or `voices`; docs/settings.md lists them. `watermark` and the server's
+            have no effect, except that `max_batch_size` limits the streams that advance together.
 
     Raises:
         ValueError: a setting is unknown or invalid, or the model does not fit; the message names

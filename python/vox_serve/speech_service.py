@@ -104,7 +104,7 @@ class SpeechService:
             streaming = wanted.streaming if is_given else wish.streaming
             delivery = Delivery(
                 streaming or wish.events,
-                wanted.output(wish.format),
+                wanted.output(wish.format, config.watermark),
                 self._note,
                 is_plain=wish.is_plain and wanted.format is None,
                 events=wish.events,

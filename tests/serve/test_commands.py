@@ -7,13 +7,14 @@ import sys
 import pytest
 
 from vox_serve import __main__ as commands
-from vox_serve import completion, launch, models, say, voices
+from vox_serve import completion, detect, launch, models, say, voices
 
 MODULES = {
     "launch": launch,
     "say": say,
     "voices": voices,
     "models": models,
+    "detect": detect,
     "completion": completion,
 }
 

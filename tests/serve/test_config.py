@@ -8,6 +8,7 @@ from vox_serve.config import (
     Config,
     ConfigError,
     ModelSettings,
+    OutputSettings,
     ServerSettings,
     SpeechSettings,
     markdown_table,
@@ -36,7 +37,7 @@ def parse():
 
     def parse_flags(*argv: str) -> Config:
         parser = CommandParser("prog", "what it does", "prog [flags]")
-        parser.add_settings(ModelSettings, SpeechSettings, ServerSettings)
+        parser.add_settings(ModelSettings, SpeechSettings, OutputSettings, ServerSettings)
         return parser.parse(argv)[1]
 
     return parse_flags
@@ -196,7 +197,7 @@ def test_the_table_and_the_help_name_every_setting(capsys):
     rows = markdown_table().splitlines()[2:]
     assert [row.split("`")[1] for row in rows] == [f"--{name}" for name in FIELDS]
     parser = CommandParser("prog", "what it does", "prog [flags]")
-    parser.add_settings(ModelSettings, SpeechSettings, ServerSettings)
+    parser.add_settings(ModelSettings, SpeechSettings, OutputSettings, ServerSettings)
     text = parser.format_help()
     for name in FIELDS:
         assert f"  --{name}" in text
