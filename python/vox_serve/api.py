@@ -8,7 +8,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vox_serve.access import AccessPolicy, add_access_checks
-from vox_serve.config import Config
+from vox_serve.config import Config, SpeechSettings
 from vox_serve.connections import CloseUnread
 from vox_serve.conversation_routes import add_conversation_routes
 from vox_serve.conversation_service import ConversationService
@@ -59,6 +59,8 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
         title="VoxKern",
         description="Text to speech with CSM.",
         lifespan=lifespan,
+        docs_url=None,  # FastAPI's pages load scripts from elsewhere; page/ has one of our own
+        redoc_url=None,
     )
     app.proxy_path = _proxy_path(config)
     bodies = BodyMemory(max(MAX_BODY_MEMORY_BYTES, config.max_body_bytes))
@@ -86,6 +88,8 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
 
         return await speech.answer(request, understand)
 
+    defaults = config.model_dump(include=set(SpeechSettings.model_fields))
+
     @app.get("/health", responses={503: {"description": "the engine cannot serve"}})
     async def health() -> Response:
         """200 when the engine can serve, 503 with the reason when it cannot."""
@@ -99,6 +103,7 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
             "waiting_requests": waiting,
             "unread_bytes": runner.unread_bytes,
             "max_queue_size": config.max_queue_size,
+            "defaults": defaults,
             "counts": runner.totals(),
             "cache": runner.engine.cache_counts(),
             "step_ms": runner.engine.times.summary(),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import web_driver
+from audio_decoding import with_av
 from fake_engine import ENDLESS, FRAME_SAMPLES, TIMEOUT_S, FakeEngine, expected_audio
 from live_server import LiveServer
 from process_server import ProcessServer
@@ -54,9 +55,14 @@ def start(browser: Browser, text: str) -> None:
     browser.click("#speak .main")
 
 
-def assert_played(stats: dict, text: str, num_frames: int) -> None:
+def used_seed(browser: Browser) -> int:
+    """The seed that the page drew."""
+    return int(browser.text("#used-seed"))
+
+
+def assert_played(stats: dict, text: str, num_frames: int, seed: int) -> None:
     """The audio graph played exactly these samples, or others of the same number and energy."""
-    wanted = pcm16(expected_audio(text, num_frames)).astype(np.float64) / 32768
+    wanted = pcm16(expected_audio(text, num_frames, seed)).astype(np.float64) / 32768
     assert stats["done"]
     assert stats["played"] == len(wanted)
     assert stats["squares"] == pytest.approx((wanted**2).sum(), rel=1e-6)
@@ -67,10 +73,10 @@ def test_a_text_is_spoken_to_its_end(browser):
         visit(browser, server.port)
         start(browser, "hello")
         browser.until(NOTE, holds=lambda note: note == "Done.")
-        assert_played(browser.run(STATS), "hello", 20)
+        assert_played(browser.run(STATS), "hello", 20, used_seed(browser))
         browser.click("#download")
         file = browser.downloaded("speech.wav")
-        pcm = pcm16(expected_audio("hello", 20)).tobytes()
+        pcm = pcm16(expected_audio("hello", 20, used_seed(browser))).tobytes()
         at = file.index(b"data")
         assert int.from_bytes(file[at + 4 : at + 8], "little") == len(pcm)
         assert file[at + 8 : at + 8 + len(pcm)] == pcm
@@ -95,7 +101,7 @@ def test_sound_comes_before_the_end_and_stop_cancels(browser):
         engine.num_frames = 3
         start(browser, "again")
         browser.until(NOTE, holds=lambda note: note == "Done.")
-        assert_played(browser.run(STATS), "again", 3)
+        assert_played(browser.run(STATS), "again", 3, used_seed(browser))
 
 
 def test_a_slow_server_makes_gaps_but_loses_nothing(browser):
@@ -105,7 +111,7 @@ def test_a_slow_server_makes_gaps_but_loses_nothing(browser):
         browser.until(NOTE, holds=lambda note: note == "Done.")
         stats = browser.run(STATS)
         assert stats["underruns"] > 0
-        assert_played(stats, "slow", 20)
+        assert_played(stats, "slow", 20, used_seed(browser))
         assert browser.text("#gaps") == str(stats["underruns"])
 
 
@@ -159,10 +165,10 @@ def test_two_tabs_at_once(browser):
             visit(browser, server.port)
             start(browser, "two")
             browser.until(NOTE, holds=lambda note: note == "Done.")
-            assert_played(browser.run(STATS), "two", 30)
+            assert_played(browser.run(STATS), "two", 30, used_seed(browser))
             browser.switch_to(first)
             browser.until(NOTE, holds=lambda note: note == "Done.")
-            assert_played(browser.run(STATS), "one", 30)
+            assert_played(browser.run(STATS), "one", 30, used_seed(browser))
         finally:
             browser.switch_to(second)
             browser.close_tab()
@@ -185,7 +191,7 @@ def test_a_server_that_goes_away_and_returns(shared_browser, tmp_path):
         browser.until(STATE, "ready")
         start(browser, "back")
         browser.until(NOTE, holds=lambda note: note == "Done.")
-        assert_played(browser.run(STATS), "back", 5)
+        assert_played(browser.run(STATS), "back", 5, used_seed(browser))
     browser.open("about:blank")
     browser.complaints()
 
@@ -202,7 +208,7 @@ def test_a_key_is_asked_for_and_sent(shared_browser):
         browser.until("return document.querySelector('#voice').options.length")
         browser.click("#speak .main")
         browser.until(NOTE, holds=lambda note: note == "Done.")
-        assert_played(browser.run(STATS), "hello", 3)
+        assert_played(browser.run(STATS), "hello", 3, used_seed(browser))
         assert browser.run("return localStorage.length") == 0
         browser.run("sessionStorage.clear()")
     browser.open("about:blank")
@@ -282,7 +288,9 @@ def test_it_works_below_a_path(browser):
         browser.until("return document.querySelector('#voice').options.length")
         start(browser, "hello")
         browser.until(NOTE, holds=lambda note: note == "Done.")
-        assert_played(browser.run(STATS.replace("/page", "/tts/page")), "hello", 3)
+        assert_played(
+            browser.run(STATS.replace("/page", "/tts/page")), "hello", 3, used_seed(browser)
+        )
 
 
 def test_settings_are_sent_only_when_touched(browser):
@@ -300,6 +308,63 @@ def test_settings_are_sent_only_when_touched(browser):
         start(browser, "hello")
         browser.until(NOTE, holds=lambda note: note == "Done.")
         assert engine.requests[-1].sampling.top_k == 50
+
+
+def test_the_sliders_show_the_servers_own_values(browser):
+    with LiveServer(FakeEngine(), temperature=0.3, max_frames=77) as server:
+        visit(browser, server.port)
+        value = "return document.querySelector('#temperature').value"
+        browser.until(value, holds=lambda value: value == "0.3")
+        shown = "return document.querySelector('#temperature').parentElement.textContent"
+        assert "0.3 (server default)" in browser.run(shown)
+        assert "77" in browser.run("return document.querySelector('#max_frames').placeholder")
+
+
+def test_speech_is_downloaded_in_another_format(browser):
+    engine = FakeEngine(num_frames=20)
+    with LiveServer(engine) as server:
+        visit(browser, server.port)
+        start(browser, "hello")
+        browser.until(NOTE, holds=lambda note: note == "Done.")
+        assert browser.text("#used-seed") == str(engine.requests[-1].sampling.seed)
+        browser.run(
+            """const choice = document.querySelector("#format");
+               choice.value = "mp3";
+               choice.dispatchEvent(new Event("change"));"""
+        )
+        browser.until(NOTE, holds=lambda note: note == "The file is ready.")
+        first, second = (request.sampling.seed for request in engine.requests[-2:])
+        assert first == second  # so it is the same speech
+        browser.click("#download")
+        samples, _, metadata = with_av(browser.downloaded("speech.mp3"))
+        assert len(samples) == 20 * FRAME_SAMPLES
+        assert "AI-generated" in metadata["COMMENT"]
+
+
+def test_a_turn_is_recorded(browser):
+    engine = FakeEngine(num_frames=3)
+    with LiveServer(engine) as server:
+        visit(browser, server.port)
+        browser.click("#tab-talk")
+        browser.type("#turn", "beep beep")
+        browser.click("#record-turn")
+        browser.until("return /[2-9] s/.test(document.querySelector('#record-turn').textContent)")
+        browser.click("#record-turn")
+        browser.until(NOTE, holds=lambda note: note == "Your turn is added.")
+        assert "recorded" in browser.text("#turns")
+        browser.type("#turn", "what was that")
+        browser.click("#talk .main")
+        browser.until(NOTE, holds=lambda note: note == "Done.")
+        assert [segment.text for segment in engine.requests[-1].context] == ["beep beep"]
+        assert engine.requests[-1].speaker == 1  # the other one's turn
+
+
+def test_the_api_is_described_without_other_servers(browser):
+    with LiveServer(FakeEngine(), root_path="/tts") as server:
+        browser.open(f"http://127.0.0.1:{server.port}/tts/docs")
+        browser.until("return document.querySelectorAll('#routes details').length > 10")
+        for part in ("POST /generate", "repetition_penalty", "GET /v1/models"):
+            assert browser.run("return document.body.textContent.includes(args[0])", part)
 
 
 def test_it_fits_on_a_phone(browser):
@@ -329,7 +394,7 @@ def test_it_speaks_on_a_page_without_an_audio_worklet(tmp_path):
         browser.until(NOTE, holds=lambda note: note == "Done.")
         stats = browser.run(STATS)
         assert stats["underruns"] == 0
-        assert_played(stats, "hello", 20)
+        assert_played(stats, "hello", 20, used_seed(browser))
         browser.click("#tab-voices")
         browser.click("#record")
         browser.until("return document.querySelector('#voice-note').textContent.includes('HTTPS')")

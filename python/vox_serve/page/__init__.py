@@ -1,4 +1,4 @@
-"""The page at /: its files as they are, and the routes that serve them.
+"""The page at / and the API's description at /docs: their files, and the routes that serve them.
 
 The files need no build step and load nothing from other servers. All their URLs are relative, so
 the page also works below a path of a proxy. They need no API key: the user types one into the page,
@@ -20,7 +20,7 @@ TYPES = {
 
 FILES = {file.name: file for file in Path(__file__).parent.iterdir() if file.suffix in TYPES}
 
-PAGE_PATHS = frozenset({"/", *(f"/page/{name}" for name in FILES)})
+PAGE_PATHS = frozenset({"/", "/docs", "/redoc", *(f"/page/{name}" for name in FILES)})
 """Paths that need no API key."""
 
 CONTENT_SECURITY_POLICY = "; ".join(
@@ -64,6 +64,11 @@ def add_page(app: FastAPI) -> None:
     @app.get("/", include_in_schema=False)
     async def page(request: Request) -> Response:
         return answer("index.html", request)
+
+    @app.get("/docs", include_in_schema=False)
+    @app.get("/redoc", include_in_schema=False)
+    async def docs(request: Request) -> Response:
+        return answer("docs.html", request)
 
     @app.get("/page/{name}", include_in_schema=False)
     async def page_file(name: str, request: Request) -> Response:

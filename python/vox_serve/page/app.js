@@ -1,8 +1,9 @@
 // The page: connects the views with the player and the server.
-import { base, getKey, watchServer } from "./api.js";
+import { base, getKey, request, watchServer } from "./api.js";
 import * as conversation from "./conversation.js";
 import { Player, RATE } from "./player.js";
-import { askForKey, chosenSettings } from "./settings.js";
+import { recordWith } from "./recorder.js";
+import { askForKey, chosenSettings, showDefaults } from "./settings.js";
 import { snippets } from "./snippets.js";
 import { speak } from "./speech.js";
 import { refreshVoices, setUpVoices } from "./voices.js";
@@ -57,7 +58,8 @@ async function play(path, options, stop) {
   own.stop = stop ?? (() => own.abort.abort());
   current = own;
   $("stop").disabled = false;
-  $("download").hidden = true;
+  $("save").hidden = true;
+  $("used-seed").textContent = options.json?.seed ?? "–";
   wave.clear();
   showFigures({ firstMs: null, madeMs: 0, seconds: 0 });
   $("gaps").textContent = "–";
@@ -72,7 +74,7 @@ async function play(path, options, stop) {
     if (speech.ending === "cut") look();
     note(ENDINGS[speech.ending], speech.ending === "cut");
     $("wave").setAttribute("aria-label", `Waveform: ${seconds(speech.seconds)} of speech`);
-    offerDownload(speech);
+    offerDownload(speech, options.json);
     return speech.ending;
   } catch (error) {
     if (current === own) note(error.message, true);
@@ -87,12 +89,40 @@ async function play(path, options, stop) {
   }
 }
 
-function offerDownload({ pieces, note: origin }) {
-  if (!pieces.length) return;
+let remake = null; // the request that makes the same speech again, in any format
+
+function link(blob, format) {
   URL.revokeObjectURL($("download").href);
-  $("download").href = URL.createObjectURL(wavFile(pieces, RATE, origin));
-  $("download").hidden = false;
+  $("download").href = URL.createObjectURL(blob);
+  $("download").download = `speech.${format}`;
 }
+
+function offerDownload({ pieces, note: origin, ending }, json) {
+  if (!pieces.length) return;
+  // A turn would be spoken twice, and speech that was stopped differs.
+  const isWhole = json && !json.conversation && ending === "done";
+  remake = isWhole ? { ...json, streaming: false } : null;
+  $("format").hidden = !remake;
+  $("format").value = "wav";
+  link(wavFile(pieces, RATE, origin), "wav");
+  $("save").hidden = false;
+}
+
+$("format").addEventListener("change", async () => {
+  const format = $("format").value;
+  const wanted = remake;
+  const json = { ...wanted, format };
+  $("download").removeAttribute("href"); // until the file is there
+  note(`The server makes the ${$("format").selectedOptions[0].text} file …`);
+  try {
+    const file = await (await request("generate", { method: "POST", json })).blob();
+    if ($("format").value !== format || wanted !== remake) return;
+    link(file, format);
+    note("The file is ready.");
+  } catch (error) {
+    note(error.message, true);
+  }
+});
 
 const voiceFields = (voice) => (/^\d+$/.test(voice) ? { speaker: Number(voice) } : { voice });
 const speaker = () => Number(document.querySelector("[name=speaker]:checked").value);
@@ -138,10 +168,34 @@ function onSubmit(name, act) {
   });
 }
 
-onSubmit("speak", () => play("generate", post("speak")));
+/** A seed of our own, with which the same speech can be made again. */
+const anySeed = () => crypto.getRandomValues(new Uint32Array(1))[0];
+
+function speakText() {
+  const { method, json } = post("speak");
+  return play("generate", { method, json: { seed: anySeed(), ...json } });
+}
+
+onSubmit("speak", speakText);
 onSubmit("talk", say);
 $("stop").addEventListener("click", () => current?.stop());
 document.addEventListener("keydown", (event) => event.key === "Escape" && current?.stop());
+recordWith($("record-turn"), {
+  begin() {
+    if (!$("turn").reportValidity()) return false;
+    current?.stop();
+    note("Recording …");
+    return true;
+  },
+  async take(recording) {
+    note("The server encodes the recording …");
+    await conversation.addRecorded(speaker(), $("turn").value, recording);
+    $("turn").value = "";
+    document.querySelector("[name=speaker]:not(:checked)").checked = true;
+    note("Your turn is added.");
+  },
+  fail: (error) => note(`No recording: ${error.message}`, true),
+});
 $("forget").addEventListener("click", () => {
   current?.abort.abort();
   conversation.forget();
@@ -201,6 +255,7 @@ const look = watchServer(async (now) => {
   const returned = now === "ready" && state !== "ready";
   state = now;
   if (!returned) return;
+  request("health").then(async (answer) => showDefaults((await answer.json()).defaults ?? {}), () => {});
   await refreshVoices(listen).catch((error) => error.status === 401 && note(error.message, true));
 });
 $("key").addEventListener("change", () => refreshVoices(listen).catch(() => {}));

@@ -16,12 +16,13 @@ export const conversationId = () => id;
 
 const path = (rest = "") => `v1/conversations/${id}${rest}`;
 
-function bubble({ speaker, text, seconds, pending }) {
+function bubble({ speaker, text, seconds, generated, pending }) {
   const item = document.createElement("li");
   const about = document.createElement("small");
   item.dataset.speaker = speaker;
   item.textContent = text;
-  about.textContent = `Speaker ${speaker}, ${pending ? "speaking …" : `${seconds.toFixed(1)} s`}`;
+  const length = pending ? "…" : `${seconds.toFixed(1)} s`;
+  about.textContent = `Speaker ${speaker}, ${length}${generated === false ? ", recorded" : ""}`;
   item.append(about);
   item.classList.toggle("pending", Boolean(pending));
   return item;
@@ -44,6 +45,20 @@ export async function refreshTurns() {
   }
   sessionStorage.setItem(ID, id);
   list.replaceChildren(...shown.turns.map(bubble));
+}
+
+/** Adds a turn that a person spoke: a recording (Blob or File) and its words. */
+export async function addRecorded(speaker, text, audio) {
+  addPending(speaker, text);
+  const form = new FormData();
+  form.append("speaker", speaker);
+  form.append("text", text);
+  form.append("audio", audio, audio.name ?? "turn.wav");
+  try {
+    await request(path("/turns"), { method: "POST", form });
+  } finally {
+    await refreshTurns().catch(() => {});
+  }
 }
 
 /** Shows the turns that a reload of the page left. */

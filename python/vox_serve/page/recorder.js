@@ -1,6 +1,35 @@
 // The microphone, recorded as a WAV file at its own rate.
 import { toInt16, wavFile } from "./wav.js";
 
+/**
+ * Makes a button record: one press begins, the next one ends. `begin()` may refuse by returning
+ * false, `take(blob)` gets the recording, `fail(error)` what went wrong.
+ */
+export function recordWith(button, { begin = () => true, take, fail }) {
+  const label = button.textContent;
+  let recording = null;
+  button.addEventListener("click", async () => {
+    if (!recording && !begin()) return;
+    button.disabled = true; // until the browser has asked for permission
+    try {
+      if (recording) {
+        const stopped = recording;
+        recording = null;
+        button.textContent = label;
+        await take(await stopped.stop());
+      } else {
+        recording = await record((seconds) => {
+          if (recording) button.textContent = `Stop recording (${seconds.toFixed(0)} s)`;
+        });
+      }
+    } catch (error) {
+      fail(error);
+    }
+    button.disabled = false;
+    button.setAttribute("aria-pressed", String(recording !== null));
+  });
+}
+
 /** Starts recording. `onSeconds` gets the length so far; the result's stop() returns a WAV Blob. */
 export async function record(onSeconds) {
   if (!navigator.mediaDevices) {

@@ -8,9 +8,23 @@ function show(input) {
   const isSet = input.dataset.set === "yes";
   const value = input.parentElement.querySelector(".value");
   if (!value) return;
-  value.textContent = isSet ? input.value : "server default";
+  const text = `${input.dataset.default ?? ""} (server default)`.trim();
+  value.textContent = isSet ? input.value : text;
   if (isSet) input.removeAttribute("aria-valuetext");
-  else input.setAttribute("aria-valuetext", "server default");
+  else input.setAttribute("aria-valuetext", text);
+}
+
+/** Shows the server's own values where the user chose none. */
+export function showDefaults(defaults) {
+  for (const input of inputs) {
+    const value = defaults[input.id];
+    if (value === undefined || value === null) continue;
+    input.dataset.default = String(value);
+    if (input.type === "range") input.defaultValue = value;
+    else input.placeholder = `${value} (server default)`;
+    if (input.type === "range" && !input.dataset.set) input.value = value;
+    show(input);
+  }
 }
 
 function reset() {

@@ -1,13 +1,12 @@
 // The voices: the list, listening, deleting, and adding one from a recording.
 import { request } from "./api.js";
-import { record } from "./recorder.js";
+import { recordWith } from "./recorder.js";
 
 const $ = (id) => document.getElementById(id);
 const path = (name) => `v1/audio/voices/${encodeURIComponent(name)}`;
 const label = (voice) => (voice.built_in ? `Speaker ${voice.name}` : voice.name);
 
 let audio = null; // the recording: a Blob
-let recording = null;
 
 function button(text, name, act) {
   const made = document.createElement("button");
@@ -58,27 +57,6 @@ function take(file) {
   $("preview").hidden = false;
 }
 
-async function toggleRecording() {
-  $("record").disabled = true; // until the browser has asked for permission
-  try {
-    if (recording) {
-      const stopped = recording;
-      recording = null;
-      take(await stopped.stop());
-      note("Recorded. Listen to it below, and write what it says.");
-    } else {
-      recording = await record((seconds) => {
-        $("record").textContent = `Stop recording (${seconds.toFixed(0)} s)`;
-      });
-    }
-  } catch (error) {
-    note(`No recording: ${error.message}`, true);
-  }
-  $("record").disabled = false;
-  $("record").setAttribute("aria-pressed", String(recording !== null));
-  if (!recording) $("record").textContent = "Record";
-}
-
 async function add(listen) {
   if (!audio) return note("Record something first, or choose a file.", true);
   const form = new FormData();
@@ -102,7 +80,13 @@ async function add(listen) {
 /** Wires the form of a new voice; `listen` plays the sample at a path. */
 export function setUpVoices(listen) {
   const drop = $("drop");
-  $("record").addEventListener("click", toggleRecording);
+  recordWith($("record"), {
+    take(recording) {
+      take(recording);
+      note("Recorded. Listen to it below, and write what it says.");
+    },
+    fail: (error) => note(`No recording: ${error.message}`, true),
+  });
   $("file").addEventListener("change", () => $("file").files[0] && take($("file").files[0]));
   drop.addEventListener("dragover", (event) => {
     event.preventDefault();
