@@ -1,7 +1,7 @@
 """Whether one more request can be served, and how long it has to wait: without a clock."""
 
 from collections.abc import Iterable, Sequence
-from math import inf, sqrt
+from math import ceil, inf, sqrt
 from operator import attrgetter
 
 import numpy as np
@@ -35,12 +35,13 @@ def can_admit(
     streams: bool = True,
     frames: float = inf,
     spread: float = START_SPREAD,
+    speed: float = 1.0,
 ) -> bool:
     """True if one more request leaves time for all frames of the live streams.
 
     At every later time the frames that are due until then must be made by then: those of a stream
     from the end of the audio in hand until its own end. The step that makes a frame of each such
-    stream is paid every 80 ms.
+    stream is paid every 80 ms, or as often as its listener's tempo needs it.
 
     Args:
         rows: all live requests.
@@ -49,16 +50,17 @@ def can_admit(
         streams: the request's listener hears it while it is spoken.
         frames: expected length of its speech; infinite if unknown.
         spread: standard deviation of actual over expected length of speech.
+        speed: tempo at which the request's listener hears it.
     """
     rows = list(rows)
     slow = CAUTION * spread / sqrt(len(rows) + 1)  # lengths of many vary less than each
-    weight = 1.0 if streams else WHOLE_WEIGHT
+    weight = speed if streams else WHOLE_WEIGHT
     starts_s, ends_s, weights = _speech(rows, now_s, inf, slow, spread)
     at = np.concatenate([starts_s, [0.0], ends_s, [frames * (1 + slow) * FRAME_S / weight]])
     change = np.concatenate([weights, [weight], -weights, [-weight]])
     order = np.argsort(at, kind="stable")
     at, active = at[order], np.cumsum(change[order])
-    table = times.lately * times.table(len(rows) + 2)
+    table = times.lately * times.table(ceil(max(len(rows), active.max())) + 2)
     cost = (np.interp(active, np.arange(len(table)), table) + active * times.prompt_s) / FRAME_S
     lasts = np.isfinite(at)
     at, cost = at[lasts], cost[lasts]
@@ -104,12 +106,12 @@ def _speech(
         slow: speech takes so much longer than expected.
         late: what is longer already goes on for this share of its length.
     """
-    due_s, expected, made = (
+    due_s, expected, made, frame_s = (
         np.fromiter(map(attrgetter(name), rows), float, len(rows))
-        for name in ("due_s", "frames_expected", "num_frames")
+        for name in ("due_s", "frames_expected", "num_frames", "frame_s")
     )
     streams = np.fromiter(map(attrgetter("streams"), rows), bool, len(rows))
-    weights = np.where(streams, 1.0, WHOLE_WEIGHT)
+    weights = np.where(streams, FRAME_S / frame_s, WHOLE_WEIGHT)
     starts_s = np.where(np.isfinite(due_s) & streams, np.maximum(due_s - now_s, 0.0), 0.0)
     left = np.maximum((1 + slow) * expected - made, late * made)
     left = np.where(np.isfinite(left), left, unknown)

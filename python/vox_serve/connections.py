@@ -17,6 +17,7 @@ import logging
 import os
 import resource
 from collections import Counter
+from collections.abc import MutableMapping
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -25,8 +26,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vox_serve import error_pace
 from vox_serve.client_pace import ClientPace
 from vox_serve.config import ServerSettings
-from vox_serve.guarded_protocol import STATE_KEY, GuardedProtocol, GuardedTransport
+from vox_serve.guarded_protocol import GuardedProtocol, GuardedTransport
 from vox_serve.http_io import AsciiJSONResponse
+from vox_serve.request_id import STATE_KEY
 
 logger = logging.getLogger("vox_serve")
 
@@ -47,6 +49,7 @@ class ConnectionGuard:
 
     Args:
         config: the settings.
+        statuses: counts the answers that it gives instead of the application, by status.
 
     Attributes:
         max_connections: the setting, or as many as the limit on open files permits.
@@ -54,8 +57,11 @@ class ConnectionGuard:
         pace: when errors are answered.
     """
 
-    def __init__(self, config: ServerSettings):
+    def __init__(
+        self, config: ServerSettings, statuses: MutableMapping[int, int] | None = None
+    ) -> None:
         self.config = config
+        self._statuses = {} if statuses is None else statuses
         self.max_connections = connection_limit(config.max_connections)
         self.counts: Counter[str] = Counter()
         self.pace = ClientPace(config.max_errors_per_s, error_pace.BURST)
@@ -109,6 +115,10 @@ class ConnectionGuard:
         self.pace = ClientPace(0, error_pace.BURST)
         for connection in list(self._silent):
             connection.end_wait()
+
+    def count(self, status: int) -> None:
+        """Count an answer that the application knows nothing of."""
+        self._statuses[status] = self._statuses.get(status, 0) + 1
 
     def forget(self, connection: "GuardedProtocol") -> None:
         self._silent.pop(connection, None)

@@ -22,6 +22,7 @@ from vox_serve.conversations import (
     UnknownConversationError,
 )
 from vox_serve.ending import FRAME_S
+from vox_serve.error_answers import shortened
 from vox_serve.http_io import (
     AsciiJSONResponse,
     BodyMemory,
@@ -205,7 +206,7 @@ def add_conversation_routes(
 
 def _handler(status_code: int) -> Any:
     async def handle(_: Request, error: Exception) -> Response:
-        return AsciiJSONResponse({"detail": str(error)}, status_code)
+        return AsciiJSONResponse({"detail": shortened(error)}, status_code)
 
     return handle
 

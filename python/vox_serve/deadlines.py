@@ -23,6 +23,7 @@ class Row:
         frames_expected: expected length of its speech; infinite if unknown.
         due_s: when its next frame is due: when the listener has played the frames before it. A
             stream has no such time before its first frame.
+        frame_s: time in which the listener plays a frame: shorter for faster speech.
     """
 
     id: str
@@ -33,6 +34,7 @@ class Row:
     num_frames: int = 0
     frames_expected: float = inf
     due_s: float = inf
+    frame_s: float = FRAME_S
 
     def __post_init__(self) -> None:
         if not self.streams and self.due_s == inf:
@@ -55,6 +57,6 @@ class Row:
         if not self.streams:
             self.due_s = now_s + WHOLE_FRAME_S
         elif self.num_frames == 1 or self.due_s < now_s:  # playback begins, or begins again
-            self.due_s = now_s + FRAME_S
+            self.due_s = now_s + self.frame_s
         else:
-            self.due_s += FRAME_S
+            self.due_s += self.frame_s

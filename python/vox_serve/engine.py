@@ -30,7 +30,7 @@ from vox_serve.live_request import LiveRequest
 from vox_serve.mimi import Mimi
 from vox_serve.model import CsmModel
 from vox_serve.paging import Paging
-from vox_serve.policy import Row, Step
+from vox_serve.policy import FRAME_S, Row, Step
 from vox_serve.prefill import Part, prefill
 from vox_serve.prompt import PromptBuilder, Segment
 from vox_serve.request import FinishReason, FrameOutput, Prompt, Request
@@ -245,6 +245,7 @@ class Engine:
                 self._clock(),
                 streams=request.streams,
                 urgent=request.urgent,
+                frame_s=FRAME_S / request.speed,
                 frames_expected=min(
                     max_frames, self.lengths.expected(frames_expected(request.text))
                 ),

@@ -11,6 +11,16 @@ from vox_serve.job import QueueFull, RequestFailed, RequestRefused, Unavailable
 
 MAX_SHOWN_ERRORS = 20
 
+MAX_DETAIL_CHARS = 500
+"""Longest message of an error, which may quote what the client sent."""
+
+
+def shortened(error: object) -> str:
+    """An error's message, with its middle left out if it is too long."""
+    text = str(error)
+    half = MAX_DETAIL_CHARS // 2
+    return text if len(text) <= MAX_DETAIL_CHARS else f"{text[:half]} ... {text[-half:]}"
+
 
 def add_error_handlers(app: FastAPI) -> None:
     """Make every error response `{"detail": ...}`."""
@@ -21,7 +31,7 @@ def add_error_handlers(app: FastAPI) -> None:
         detail = [
             {
                 "loc": ["body", *(str(part)[:100] for part in item["loc"])],
-                "msg": item["msg"],
+                "msg": shortened(item["msg"]),
                 "type": item["type"],
             }
             for item in error.errors()[:MAX_SHOWN_ERRORS]
@@ -30,27 +40,27 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestRefused)
     async def refused(_: Request, error: RequestRefused) -> Response:
-        return AsciiJSONResponse({"detail": str(error)}, 422)
+        return AsciiJSONResponse({"detail": shortened(error)}, 422)
 
     @app.exception_handler(FormatError)
     async def wrong_format(request: Request, error: FormatError) -> Response:
         request.state.param = error.param
-        return AsciiJSONResponse({"detail": str(error)}, 400)
+        return AsciiJSONResponse({"detail": shortened(error)}, 400)
 
     @app.exception_handler(ContextError)
     async def wrong_context(_: Request, error: ContextError) -> Response:
         status_code = 413 if isinstance(error, ContextTooLargeError) else 422
-        return AsciiJSONResponse({"detail": str(error)}, status_code)
+        return AsciiJSONResponse({"detail": shortened(error)}, status_code)
 
     @app.exception_handler(Unavailable)
     async def unavailable(_: Request, error: Unavailable) -> Response:
         status_code = 429 if isinstance(error, QueueFull) else 503
         headers = {"Retry-After": str(error.retry_after_s)}
-        return AsciiJSONResponse({"detail": str(error)}, status_code, headers)
+        return AsciiJSONResponse({"detail": shortened(error)}, status_code, headers)
 
     @app.exception_handler(RequestFailed)
     async def failed(_: Request, error: RequestFailed) -> Response:
-        return AsciiJSONResponse({"detail": str(error)}, 500)
+        return AsciiJSONResponse({"detail": shortened(error)}, 500)
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, __: Exception) -> Response:

@@ -8,7 +8,7 @@ turn. Everything else is answered at once, to this client too.
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vox_serve.access import client_name
-from vox_serve.guarded_protocol import STATE_KEY
+from vox_serve.request_id import STATE_KEY
 
 BURST = 100
 """Errors of a client that are answered at once, if it had none for a while."""

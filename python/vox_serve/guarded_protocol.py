@@ -12,7 +12,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from vox_serve.access import client_name
 from vox_serve.bounded_h11 import BoundedConnection
-from vox_serve.request_id import HEADER, new_id
+from vox_serve.openai_errors import error_object, has_openai_shape
+from vox_serve.request_id import HEADER, STATE_KEY, new_id
 
 if TYPE_CHECKING:
     from vox_serve.connections import ConnectionGuard
@@ -43,9 +44,6 @@ _STATUS_LINE = b"HTTP/1.1 "
 """Start of every response: what a probe may send before the response is known."""
 
 _TCP_CLOSE_WAIT = 8  # of Linux's TCP_INFO
-
-STATE_KEY = "connection"
-"""Key of the `GuardedProtocol` in the state of a request's scope."""
 
 
 class GuardedTransport:
@@ -111,12 +109,13 @@ class GuardedProtocol(H11Protocol):
 
     guard: "ConnectionGuard"
     transport: Any  # GuardedTransport
+    is_refused: bool  # it answers, or has answered, instead of the application
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.conn = BoundedConnection(MAX_HEAD_BYTES)
         self.is_lingering = False
         self.is_half_closed = False
-        self._is_refused = False
+        self.is_refused = False
         self._num_bytes = 0  # received
         self._head_start = 0  # `_num_bytes` when the last response was complete
         self._phase: tuple[str, Any] = ("head", None)
@@ -143,14 +142,14 @@ class GuardedProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._num_bytes += len(data)
-        if self.is_lingering or self._is_refused:
+        if self.is_lingering or self.is_refused:
             if self._num_bytes - self._phase_start > LINGER_BYTES:
                 self.flow.pause_reading()
             return
         self.guard.heard(self)
         # In pieces: h11 bounds a head, or a trailer, only while it is incomplete.
         for start in range(0, len(data), PIECE_BYTES):
-            if not self._is_refused and self.transport.get_protocol() is self:
+            if not self.is_refused and self.transport.get_protocol() is self:
                 super().data_received(data[start : start + PIECE_BYTES])
 
     def eof_received(self) -> bool:  # type: ignore[override]
@@ -171,7 +170,7 @@ class GuardedProtocol(H11Protocol):
 
     def send_400_response(self, reason: str) -> None:
         if self._turn_of(client_name({"client": self.client})):
-            self._is_refused = True
+            self.is_refused = True
             self._refusal = reason
         else:
             self.answer_and_close(400, reason)
@@ -221,7 +220,7 @@ class GuardedProtocol(H11Protocol):
     @property
     def is_receiving(self) -> bool:
         """True if the client may still be sending the request that was read last."""
-        return self._is_refused or (self.cycle is not None and self.cycle.more_body)
+        return self.is_refused or (self.cycle is not None and self.cycle.more_body)
 
     @property
     def is_waiting_for_client(self) -> bool:
@@ -288,9 +287,13 @@ class GuardedProtocol(H11Protocol):
         """Answer without the application, and close; only close if a response has begun."""
         if self.transport.is_closing():
             return
-        self._is_refused = True
+        self.is_refused = True
         if self._is_between_requests or not self.cycle.response_started:
-            body = json.dumps({"detail": detail})
+            fields: dict[str, Any] = {"detail": detail}
+            if self._is_between_requests or has_openai_shape(self.scope):  # or it may be
+                fields |= error_object(status, detail)
+            body = json.dumps(fields)
+            self.guard.count(status)
             head = (
                 f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
                 "Content-Type: application/json",

@@ -93,7 +93,8 @@ class BodyMemory:
 
     @contextmanager
     def hold(self, client: str) -> Iterator[Callable[[int], None]]:
-        """Yield a function that counts bytes of one body, until the end of the block.
+        """Yield a function that counts bytes of one body, until the end of the block; below 0,
+        bytes that are given up.
 
         It raises an HTTPException 429 if the client must give up this body.
         """
@@ -104,7 +105,7 @@ class BodyMemory:
             own += num_bytes
             self.num_bytes += num_bytes
             self._held[client] += num_bytes
-            is_full = self.num_bytes > self.max_bytes
+            is_full = num_bytes > 0 and self.num_bytes > self.max_bytes
             if is_full and self._held[client] > self.max_bytes / len(self._held):
                 reason = "too many bodies are being sent: try later"
                 raise HTTPException(429, reason, headers={"Retry-After": "1"})

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
+from vox_serve.deadlines import FRAME_S
 from vox_serve.measures import Playback
 from vox_serve.request_id import current_id
 
@@ -204,7 +205,9 @@ class Job:
         self._loop = asyncio.get_running_loop()
         self.request_id = current_id()
         self.submitted_s = self._loop.time()
-        self.listener = Playback() if streaming and request.feed is None else None
+        self.listener = None
+        if streaming and request.feed is None:
+            self.listener = Playback(frame_s=FRAME_S / request.speed)
         self._changed = asyncio.Event()
         self._last_taken_s = 0.0
         self._stall_timer: asyncio.TimerHandle | None = None

@@ -13,7 +13,7 @@ from vox_serve.access import LIVE_PROTOCOL, client_name
 from vox_serve.config import Config
 from vox_serve.connections import connection_limit
 from vox_serve.conversation_service import ConversationService
-from vox_serve.http_io import AsciiJSONResponse
+from vox_serve.http_io import AsciiJSONResponse, BodyMemory
 from vox_serve.job import Job
 from vox_serve.live_connection import CLOSE_REPLACED, CLOSE_RESTART, LiveConnection
 from vox_serve.provenance import HEADER, note_of
@@ -24,6 +24,9 @@ from vox_serve.voice_service import VoiceService
 logger = logging.getLogger("vox_serve")
 
 PATH = "/v1/audio/speech/stream"
+
+MAX_TEXT_BYTES = 2**26
+"""Memory for the texts of all turns."""
 
 
 async def _never() -> Message:
@@ -43,6 +46,7 @@ class LiveService:
     Attributes:
         connections: those that are open.
         max_connections: the setting, or half of all connections that there may be.
+        texts: bounds the texts of all turns that are not spoken to their end.
         note: goes into the audio's metadata; see provenance.py.
     """
 
@@ -59,6 +63,7 @@ class LiveService:
         self.connections: set[LiveConnection] = set()
         most = max(1, connection_limit(config.max_connections) // 2)
         self.max_connections = min(config.max_live_connections, most)
+        self.texts = BodyMemory(MAX_TEXT_BYTES)
         self.note = note_of(config.model)
         runner.on_drain.append(self.drain)
 

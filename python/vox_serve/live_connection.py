@@ -38,6 +38,9 @@ logger = logging.getLogger("vox_serve")
 MAX_WAITING_TURNS = 4
 """Turns that may wait for the one that is being spoken."""
 
+MAX_WAITS = 3
+"""A turn keeps its place without text for so many times `--live_text_timeout_s`, in all."""
+
 MAX_ERRORS = 100
 """Messages of a connection that may be refused without a turn that is spoken in between."""
 
@@ -69,7 +72,7 @@ class LiveConnection:
         self._loop = asyncio.get_running_loop()
         self._given: dict[str, Any] = {}
         self._session: Any = Session()
-        self._output = output_of(self._session)
+        self._output = output_of(self._session, self._config.watermark)
         self._own_key = f"live-{uuid.uuid4().hex}"
         self._is_ready = False
         self._turns: deque[Turn] = deque()  # the first one is being spoken
@@ -80,7 +83,7 @@ class LiveConnection:
         self._news = asyncio.Event()
         self._speaking: asyncio.Task[None] | None = None
         self._closing: tuple[int, str] | None = None
-        self.quiet_since_s = self._text_at_s = self._loop.time()
+        self.quiet_since_s = self._text_at_s = self._counted_s = self._loop.time()
 
     @property
     def is_idle(self) -> bool:
@@ -107,6 +110,8 @@ class LiveConnection:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            for turn in self._turns:
+                turn.forget()
             with contextlib.suppress(UnknownConversationError):
                 self._service.conversations.kept.remove(self.client, self._own_key)
 
@@ -152,15 +157,29 @@ class LiveConnection:
         now = self._loop.time()
         if (turn := self._open) is not None and not turn.is_over:
             if now - self._text_at_s >= self._config.live_text_timeout_s:
-                turn.timed_out = True
-                self._end_text()
+                self._end_waiting(turn)
         elif self.is_idle and now - self.quiet_since_s >= self._config.live_idle_s:
             self.close(CLOSE_IDLE, "nothing was sent for too long")
             return True
         return False
 
+    def _end_waiting(self, turn: Turn) -> None:
+        """Take a turn's text for complete: it has waited for too long."""
+        turn.timed_out = True
+        self._end_text()
+
+    def _count_wait(self) -> None:
+        """Count the time for which the open turn keeps its place without text, up to a limit."""
+        now = self._loop.time()
+        if (turn := self._open) is not None and turn.is_starved:
+            turn.waited_s += now - self._counted_s
+            if turn.waited_s > MAX_WAITS * self._config.live_text_timeout_s:
+                self._end_waiting(turn)
+        self._counted_s = now
+
     async def _take(self, message: Message) -> bool:
         """Handle a message; False if the connection has to be closed now."""
+        self._count_wait()
         self.quiet_since_s = self._loop.time()
         try:
             text = message.get("text")
@@ -192,7 +211,7 @@ class LiveConnection:
     async def _set_session(self, fields: dict[str, Any]) -> None:
         given = merged(self._given, fields, self._config)
         session = checked(Session, given)
-        output = output_of(session)
+        output = output_of(session, self._config.watermark)
         try:
             await self._service.check_voice(self.client, self._key(session), session)
         except (ValueError, VoiceError) as error:
@@ -223,7 +242,8 @@ class LiveConnection:
             max_chars = self._service.part_chars
             preferred = min(self._session.part_chars, max_chars)
             text = GrowingText(self._config.max_text_chars, max_chars, preferred)
-            self._open = Turn(self._num_turns, self._session, self._output, text)
+            memory = self._service.texts.hold(self.client)
+            self._open = Turn(self._num_turns, self._session, self._output, text, memory)
             self._turns.append(self._open)
             self._text_at_s = self._loop.time()
             self._news.set()
@@ -237,6 +257,8 @@ class LiveConnection:
             await turn.write(fragment)
         except ValueError as error:
             raise MessageError(str(error), "text") from None
+        except HTTPException:
+            raise MessageError("too much text waits to be spoken: try later", "text", 1) from None
         self._text_at_s = self._loop.time()
         self._service.runner.resume()
 
@@ -304,6 +326,7 @@ class LiveConnection:
             if turn.heard is not None:
                 await self._sender.cancelled(turn, turn.heard)
             turn.is_over = True
+            turn.forget()
             self._turns.popleft()
             self.quiet_since_s = self._loop.time()
 

@@ -1,8 +1,12 @@
 """A turn of the WebSocket: its text as it comes, and its speech."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
+from itertools import chain
 from typing import Any
+
+from fastapi import HTTPException
 
 from vox_serve.conversation_service import Heard
 from vox_serve.ending import FRAME_S
@@ -11,6 +15,9 @@ from vox_serve.growing_text import GrowingText
 from vox_serve.job import Job
 from vox_serve.part_feed import PartFeed
 from vox_serve.text.splitting import Part
+
+PART_BYTES = 256
+"""Memory of a sentence besides its text."""
 
 
 class Turn:
@@ -21,6 +28,7 @@ class Turn:
         session: how it is spoken.
         output: the audio that its client gets.
         text: takes its fragments.
+        memory: its part of the memory for texts; see `BodyMemory`.
 
     Attributes:
         parts: sentences so far.
@@ -31,9 +39,17 @@ class Turn:
         timed_out: it ended since no text came.
         is_over: nothing more is sent for it; text that still comes is dropped.
         heard: what was heard before it was cancelled; None unless it was.
+        waited_s: time that it kept its place while all its text was spoken.
     """
 
-    def __init__(self, number: int, session: Any, output: Output, text: GrowingText) -> None:
+    def __init__(
+        self,
+        number: int,
+        session: Any,
+        output: Output,
+        text: GrowingText,
+        memory: AbstractContextManager[Callable[[int], None]],
+    ) -> None:
         self.number = number
         self.session = session
         self.output = output
@@ -43,7 +59,10 @@ class Turn:
         self.num_frames = 0
         self.is_written = self.timed_out = self.is_over = False
         self.heard: Heard | None = None
+        self.waited_s = 0.0
         self._text = text
+        self._memory = ExitStack()
+        self._count = self._memory.enter_context(memory)
         self._begun = asyncio.Event()
 
     @property
@@ -56,12 +75,28 @@ class Turn:
 
         Raises:
             ValueError: see `GrowingText.add`.
+            HTTPException: the texts of all turns take too much memory. The fragment is left out.
         """
-        for parts in self._text.pieces(fragment):
+        num_bytes = len(fragment) * (1 if fragment.isascii() else 4)
+        try:
+            self._count(num_bytes)
+            pieces = self._text.pieces(fragment)
+            first = next(pieces, [])
+        except (HTTPException, ValueError):
+            self._count(-num_bytes)
+            raise
+        num_parts = len(self.parts)
+        for parts in chain([first], pieces):
             self._append(parts)
             await asyncio.sleep(0)
             if self.is_over:
                 return
+        with suppress(HTTPException):  # the next fragment is refused
+            self._count(PART_BYTES * (len(self.parts) - num_parts))
+
+    def forget(self) -> None:
+        """Give the memory of the text back."""
+        self._memory.close()
 
     def flush(self) -> None:
         """Let everything so far be spoken."""
@@ -75,6 +110,11 @@ class Turn:
             if self.feed is not None:
                 self.feed.close()
             self._begun.set()
+
+    @property
+    def is_starved(self) -> bool:
+        """True if it keeps its place and has nothing to speak."""
+        return not self.is_over and self.feed is not None and self.feed.is_starved
 
     async def begun(self) -> None:
         """Wait for the first sentence, or the end of the text."""

@@ -59,15 +59,17 @@ class Playback:
 
     Attributes:
         due_s: time of the next frame, by the caller's clock.
+        frame_s: time in which a frame is played.
     """
 
     due_s: float = math.inf
+    frame_s: float = FRAME_S
 
     def arrive(self, now_s: float) -> float:
         """Count a frame; returns the seconds that the listener waited for it."""
         late_s = max(now_s - self.due_s, 0.0)
         is_first = self.due_s == math.inf
-        self.due_s = now_s + FRAME_S if is_first or late_s else self.due_s + FRAME_S
+        self.due_s = (now_s if is_first or late_s else self.due_s) + self.frame_s
         return late_s
 
 

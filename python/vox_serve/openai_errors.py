@@ -30,6 +30,11 @@ def error_object(
     return {"error": error}
 
 
+def has_openai_shape(scope: Any) -> bool:
+    """True if errors of a request have OpenAI's `error`."""
+    return route_path(scope).startswith("/v1/")
+
+
 class OpenAIErrors:
     """ASGI middleware that adds `error` to JSON bodies with `detail`.
 
@@ -41,7 +46,7 @@ class OpenAIErrors:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not route_path(scope).startswith("/v1/"):
+        if scope["type"] != "http" or not has_openai_shape(scope):
             return await self.app(scope, receive, send)
         start: Message | None = None
         body = b""

@@ -88,7 +88,8 @@ def choose_step(rows: Iterable[Row], now_s: float, times: StepTimes, chunk_token
     hurried = [row for row in prompts if _presses(row, now_s, times, len(frames))]
     if newcomers:
         hurried += _next_newcomers(newcomers, times)
-    count, is_tight = _num_paced(len(frames), len(rows) - num_whole, times)
+    needed_hz = sum(1 / row.frame_s for row in rows if row.streams)
+    count, is_tight = _num_paced(len(frames), needed_hz, times)
     if hurried:
         riders = count if is_tight else 0
         if step := _hurried_step(ready, hurried, riders, now_s, times, chunk_tokens):
@@ -187,7 +188,7 @@ def _sizes(work: list[tuple[Row, int]]) -> tuple[int, int]:
     return sum(n for _, n in work), sum(n == row.num_missing for row, n in work)
 
 
-def _num_paced(num_ready: int, num_streams: int, times: StepTimes) -> tuple[int, bool]:
+def _num_paced(num_ready: int, needed_hz: float, times: StepTimes) -> tuple[int, bool]:
     """The fewest rows in a step with which frames are made fast enough.
 
     All rows if the time of such a step is not known: it may be the better one.
@@ -200,7 +201,7 @@ def _num_paced(num_ready: int, num_streams: int, times: StepTimes) -> tuple[int,
     sizes = np.arange(1, num_ready + 1)
     rate_hz = sizes / (times.table(num_ready)[1 : num_ready + 1] + sizes * times.prompt_s)
     best_hz = rate_hz.max()
-    wanted_hz = max(EFFICIENT * best_hz, PACE * num_streams / FRAME_S)
+    wanted_hz = max(EFFICIENT * best_hz, PACE * needed_hz)
     is_tight = bool(wanted_hz >= BEST * best_hz)
     if not times.knows(num_ready):
         return num_ready, is_tight

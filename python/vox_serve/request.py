@@ -39,6 +39,7 @@ class Request:
             that is run again gets the same codes.
         streams: somebody listens while it is spoken.
         urgent: its client speaks nothing else, so that it goes before others that stream.
+        speed: tempo at which the listener hears it, relative to the speech as it is made.
         feed: the parts of a text that is still being written, of which `text` is the first; None
             for a complete text. Only `LongForm` speaks further parts.
     """
@@ -53,6 +54,7 @@ class Request:
     drawn_seed: int = field(default_factory=random_seed, repr=False)
     streams: bool = False
     urgent: bool = False
+    speed: float = 1.0
     feed: PartFeed | None = field(default=None, repr=False)
 
     @property

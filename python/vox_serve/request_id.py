@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
 HEADER = "X-Request-Id"
 
+STATE_KEY = "connection"
+"""Key of the `GuardedProtocol` in the state of a request's scope."""
+
 _HEADER_BYTES = HEADER.lower().encode()
 _ACCEPTABLE = re.compile(rb"[!-~]{1,64}")  # printable ASCII without blanks
 
@@ -50,7 +53,10 @@ class RequestIds:
         async def send_with_id(message: "Message") -> None:
             if message["type"] in ("http.response.start", "websocket.accept"):
                 message = {**message, "headers": [*message.get("headers", ()), header]}
-            if message["type"] == "http.response.start":
+            connection = scope.get("state", {}).get(STATE_KEY)
+            if message["type"] == "http.response.start" and not (
+                connection is not None and connection.is_refused  # it was answered already
+            ):
                 status = message["status"]
                 self._statuses[status] = self._statuses.get(status, 0) + 1
             await send(message)

@@ -12,6 +12,7 @@ from vox_serve.context_field import ContextField
 from vox_serve.conversations import ID_PATTERN
 from vox_serve.formats import FORMATS, MAX_SPEED, MIN_SPEED, Output
 from vox_serve.job import RequestRefused
+from vox_serve.json_file import shown
 
 
 class Utterance(BaseModel):
@@ -55,17 +56,18 @@ class Utterance(BaseModel):
             raise ValueError("must not be blank")
         return text
 
-    def output(self, default: str = "wav") -> Output:
+    def output(self, default: str = "wav", watermark: bool = False) -> Output:
         """The audio that is wanted.
 
         Args:
             default: the format if none is given.
+            watermark: whether this server marks its speech.
 
         Raises:
             FormatError: there is none like this.
         """
         speed = 1.0 if self.speed is None else self.speed
-        return Output.of(self.format or default, self.sample_rate, speed)
+        return Output.of(self.format or default, self.sample_rate, speed, watermark)
 
     def to_engine(self, config: Config) -> engine.Request:
         """Convert to the engine's request; `config` has the defaults.
@@ -77,7 +79,8 @@ class Utterance(BaseModel):
         limit = config.frames_limit
         if (overrides["max_frames"] or 0) > limit:
             raise RequestRefused(
-                f"max_frames must be at most {limit} on this server, got {overrides['max_frames']}"
+                f"max_frames must be at most {limit} on this server, "
+                f"got {shown(overrides['max_frames'])}"
             )
         overrides["max_frames"] = overrides["max_frames"] or min(
             config.frames_for(self.text), config.max_frames_limit or MAX_FRAMES
@@ -89,6 +92,7 @@ class Utterance(BaseModel):
             sampling=speech.sampling,
             max_frames=speech.max_frames,
             normalise=speech.normalise,
+            speed=1.0 if self.speed is None else self.speed,
         )
 
 

@@ -50,7 +50,9 @@ class StreamGate:
         if request.max_frames is not None:
             frames = min(frames, request.max_frames)
         times = self._engine.times
-        return can_admit(rows, self._clock(), times, streaming, frames, lengths.spread)
+        now_s = self._clock()
+        spread, speed = lengths.spread, request.speed
+        return can_admit(rows, now_s, times, streaming, frames, spread, speed)
 
     def wait_s(self, num_ahead: int) -> float:
         """Predicted seconds until a request that finds the gate closed gets its place."""

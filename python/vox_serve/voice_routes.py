@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,8 @@ from vox_serve.access import client_name
 from vox_serve.audio import wav_file
 from vox_serve.config import Config
 from vox_serve.context_field import from_base64
+from vox_serve.error_answers import shortened
+from vox_serve.formats import WAV
 from vox_serve.http_io import (
     MAX_JSON_BYTES,
     AsciiJSONResponse,
@@ -213,7 +216,8 @@ def add_voice_routes(app: FastAPI, voices: VoiceService, runner: Runner, config:
             max_frames=min(config.frames_for(SAMPLE_TEXT), config.frames_limit),
         )
         job = runner.submit(spoken, client_name(request.scope), streaming=False)
-        delivery = Delivery(False, note=note_of(config.model), is_plain=True)
+        output = replace(WAV, watermark=config.watermark)
+        delivery = Delivery(False, output, note_of(config.model), is_plain=True)
         return await speech_response(job, delivery, request.receive)
 
     @app.delete("/v1/audio/voices/{name}", responses=_DELETE)
@@ -241,7 +245,7 @@ def _handler(status_code: int) -> Any:
     headers = {"Retry-After": "1"} if status_code == 503 else None
 
     async def handle(_: Request, error: Exception) -> Response:
-        return AsciiJSONResponse({"detail": str(error)}, status_code, headers)
+        return AsciiJSONResponse({"detail": shortened(error)}, status_code, headers)
 
     return handle
 

@@ -127,6 +127,30 @@ def test_a_body_that_does_not_arrive_is_408(head):
     assert [request.text for request in engine.requests] == ["hello"] * 2
 
 
+@pytest.mark.parametrize(("path", "has_error"), [("/v1/audio/speech", True), ("/generate", False)])
+def test_a_late_body_gets_the_errors_of_its_path_and_is_counted_once(path, has_error):
+    with LiveServer(FakeEngine(), **SOON) as server:
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999\r\n\r\n"
+        answer = answer_of(connect(server, head.encode()))
+        assert answer.status == 408
+        fields = json.load(answer)
+        assert ("error" in fields) is has_error
+        if has_error:
+            assert fields["error"]["message"] == fields["detail"]
+            assert fields["error"]["type"] == "invalid_request_error"
+        wait_until(lambda: no_requests(server))
+        assert server.app.statuses == {408: 1}
+
+
+@pytest.mark.parametrize("sent", [b"P", b"\x16\x03\x01\x02\x00"])
+def test_an_answer_before_the_path_is_known_has_both_shapes(sent):
+    with LiveServer(FakeEngine(), **SOON) as server:
+        answer = answer_of(connect(server, sent))
+        fields = json.load(answer)
+        assert fields["error"]["message"] == fields["detail"]
+        assert server.app.statuses == {answer.status: 1}
+
+
 def test_a_body_that_arrives_at_a_fair_rate_is_not_cut(monkeypatch):
     body = json.dumps({"text": "hello"}).encode().ljust(60_000)
     with LiveServer(FakeEngine(), **SOON | {"body_timeout_s": 0.2}) as server:

@@ -241,3 +241,14 @@ def test_what_was_loaded_is_not_looked_at_again(tmp_path):
     with ProcessServer(tmp_path / "log", after=after) as server:
         answer = server.request("GET", "/health")
         assert json.load(answer)["cache"]["frozen"] > 10_000
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/audio/speech"])
+@pytest.mark.parametrize("name", ["sample_rate", "max_frames", "seed", "speaker", "format"])
+def test_no_error_echoes_a_long_value(server, path, name):
+    number = "7" * 4200
+    text = "input" if path.startswith("/v1") else "text"
+    value = f'"{number}"' if name == "format" else number
+    answer, content = post(server, f'{{"{text}": "hello", "{name}": {value}}}'.encode(), path)
+    assert 400 <= answer.status < 500
+    assert len(content) < 2000

@@ -16,7 +16,7 @@ from checkpoints import TinyShape, build_tiny
 from fake_engine import ENDLESS, TIMEOUT_S, FakeEngine
 from live_client import live_client
 from live_server import LiveServer, wait_until
-from vox_serve import live_connection
+from vox_serve import live, live_connection
 from vox_serve.loading import load_engine
 from vox_serve.long_form import LongForm
 
@@ -119,6 +119,29 @@ def test_turns_that_wait_are_bounded():
         client.send("text", text="One more.")
         error = client.events("error")[-1]
         assert (error["field"], error["retry_after_s"]) == ("text", 1)
+
+
+def test_the_texts_of_all_turns_are_bounded(monkeypatch):
+    monkeypatch.setattr(live, "MAX_TEXT_BYTES", 2000)
+    engine = FakeEngine(num_frames=ENDLESS, step_s=0.002)
+    with serve(engine) as server, live_client(server.port) as client:
+        client.write(["Hello."])
+        client.events("sentence.begin")
+        client.send("text", text="x" * 1500)
+        client.send("text", text="é" * 200)
+        error = client.events("error")[-1]
+        assert (error["field"], error["retry_after_s"]) == ("text", 1)
+        client.send("text", text="y" * 100)  # the refused text was given up
+        client.send("cancel")
+        client.events("cancelled")
+        client.events("cancelled")
+        wait_until(lambda: server.app.state.live.texts.num_bytes == 0)
+    with serve(engine) as server:
+        with live_client(server.port) as client:
+            client.write(["Hello. "], end=False)
+            client.events("sentence.begin")
+        wait_until(lambda: not server.app.state.live.connections)
+        assert server.app.state.live.texts.num_bytes == 0
 
 
 def test_a_failed_turn_is_reported_and_the_next_one_spoken():

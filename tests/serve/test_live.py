@@ -304,6 +304,23 @@ def test_a_turn_without_text_for_long_is_complete():
         assert client.events("turn.done")[-1]["turn"] == 2
 
 
+def test_a_turn_that_is_fed_a_character_now_and_then_ends(monkeypatch):
+    with serve(live_text_timeout_s=0.3) as server, live_client(server.port) as client:
+        client.write(["Hello there. "], end=False)
+        kinds: list[str] = []
+        for _ in range(500):
+            if "turn.done" in kinds:
+                break
+            client.send("text", text="a")
+            with contextlib.suppress(TimeoutError):
+                if isinstance(message := client.socket.recv(0.05), str):
+                    kinds.append(json.loads(message)["type"])
+        assert kinds[-1] == "turn.done"
+        assert json.loads(message)["timed_out"]
+        client.send("end")  # the characters that came since are another turn
+        assert client.events("turn.done")[-1]["turn"] == 2
+
+
 def test_an_unknown_voice_is_an_error_of_the_session():
     with serve() as server, live_client(server.port) as client:
         client.send("session", voice="nobody")

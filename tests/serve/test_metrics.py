@@ -202,3 +202,8 @@ def test_measures_of_speech():
     measures.spoken(1.0, 0, streaming=True)
     assert measures.stream_factors.sum == pytest.approx(0.5)
     assert sum(measures.whole_factors.counts) == 0
+
+
+def test_a_listener_of_fast_speech_waits_sooner():
+    playback = Playback(frame_s=0.04)
+    assert [playback.arrive(now_s) for now_s in (1.0, 1.03, 1.1)] == pytest.approx([0, 0, 0.02])

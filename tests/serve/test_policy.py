@@ -243,6 +243,13 @@ class TestPlayback:
         row.made_frame(1.0)
         assert row.due_s == pytest.approx(1.0 + WHOLE_FRAME_S)
 
+    @pytest.mark.parametrize("speed", [0.25, 2.0])
+    def test_a_frame_of_faster_speech_is_due_sooner(self, speed: float) -> None:
+        row = Row("fast", 0.0, frame_s=FRAME_S / speed)
+        for _ in range(3):
+            row.made_frame(1.0)
+        assert row.due_s == pytest.approx(1.0 + 3 * FRAME_S / speed)
+
 
 class TestAdmission:
     def test_as_many_streams_are_admitted_as_one_step_makes_in_time(self) -> None:
@@ -284,6 +291,17 @@ class TestAdmission:
         rows = [whole(f"{i}") for i in range(15 * share)]
         assert can_admit(rows, 0.0, cpu_times())
         assert not can_admit([*rows, *streams(8, FRAME_S)], 0.0, cpu_times())
+
+    def test_speech_at_twice_the_tempo_counts_twice(self) -> None:
+        times = cpu_times()
+        most = int((MAX_LOAD * FRAME_S - STEP_S) / (ROW_S + times.prompt_s))
+        assert can_admit(streams(most - 2, FRAME_S), 0.0, times, speed=2.0)
+        assert not can_admit(streams(most - 1, FRAME_S), 0.0, times, speed=2.0)
+        rows = streams(most // 2, FRAME_S)
+        assert can_admit(rows, 0.0, times)
+        for row in rows:
+            row.frame_s /= 2
+        assert not can_admit([*rows, *streams(1, FRAME_S)], 0.0, times)
 
     def test_prompts_that_come_with_the_frames_cost_too(self) -> None:
         times = cpu_times()
