@@ -18,7 +18,7 @@ from http_testing import (
 )
 from vox_serve.api import GenerateRequest, create_app
 from vox_serve.audio import wav_file, wav_header
-from vox_serve.config import Config
+from vox_serve.config import Config, SpeechSettings
 from vox_serve.runner import Runner
 from vox_serve.sampling import SamplingParams
 from vox_serve.text_bound import frames_bound
@@ -351,6 +351,7 @@ def test_health_says_what_is_true(client):
         "cache": {"pages": 0},
         "step_ms": {"rows": {}, "prompt_tokens": {}, "measured_over_predicted": []},
         "max_queue_size": 64,
+        "defaults": SpeechSettings().model_dump(),
         "counts": {
             "finished": {},
             "cancelled": 0,
