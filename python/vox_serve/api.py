@@ -38,12 +38,15 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
 
     Args:
         runner: not started yet.
-        config: defaults of requests, and limits.
+        config: defaults of requests, and limits; the model says how many speakers there are, if
+            they do not.
         description: the engine's part of /health: model, device, dtype, ...
 
     Raises:
         ValueError: the folder of `config.voices` cannot be used.
     """
+
+    config = config.for_speakers(runner.engine.prompts.config.num_speakers)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

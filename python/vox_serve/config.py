@@ -17,6 +17,8 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from vox_serve.model_settings import DEFAULT_CODEC as DEFAULT_CODEC
+from vox_serve.model_settings import ModelSettings as ModelSettings
 from vox_serve.setting import (
     TYPE_WORDS,
     Secret,
@@ -34,83 +36,12 @@ from vox_serve.setting import ConfigError as ConfigError
 from vox_serve.text_bound import frames_bound
 
 ENV_PREFIX = "VOX_SERVE_"
-DEFAULT_CODEC = "kyutai/mimi"
 DEFAULT_MAX_FRAMES = 1125  # 90 s, Sesame's own limit
 DEFAULT_FRAMES_LIMIT = 2048
+DEFAULT_MAX_SPEAKER = 1
 MAX_FRAMES = 1_000_000  # 22 hours
 
 Normalise = Literal["auto", "on", "off"]
-
-
-class ModelSettings(Settings):
-    title = "model"
-
-    model: str = setting(
-        "demo",
-        "built-in voice, local folder or .gguf file, or hub id such as sesame/csm-1b; "
-        "hub/id:q8_0 takes one GGUF file of several",
-    )
-    codec: str = setting(
-        DEFAULT_CODEC, "folder, file or hub id of the Mimi codec, for a checkpoint without one"
-    )
-    context: Annotated[str | None, Shown("the model's own prompts, if it has any")] = setting(
-        None, "context.json whose segments come before every text; 'none' for no context"
-    )
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes a GPU if there is one")
-    backend: Literal["auto", "native", "triton", "reference"] = setting(
-        "auto",
-        "implementation of the ops; auto takes the first that has an op, or VOXKERN_BACKEND's",
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto",
-        "dtype of weights and KV cache; auto is bfloat16, but float32 for a tiny model on a CPU",
-    )
-    quantize: Literal["none", "int8", "int4"] = setting(
-        "none", "packed weights; int4 keeps the heads in int8; both round the codec's decoder"
-    )
-    weight_cache: Annotated[
-        str | None,
-        Shown(".voxkern in the model's folder, else in ~/.cache/voxkern; none if small"),
-    ] = setting(
-        None,
-        "folder for packed weights, memory-mapped by later starts; 'none' packs at every start",
-    )
-    prefix_cache_bytes: Annotated[int | None, Shown("512 MiB, at most an eighth of the memory")] = (
-        setting(
-            None,
-            "keys and values kept of contexts and speech, for requests that begin alike",
-            ge=0,
-            le=2**40,
-        )
-    )
-    kv_cache_bytes: Annotated[
-        int | None, Shown("room for `--max_batch_size` requests of full length")
-    ] = setting(
-        None,
-        "keys and values of the requests that are spoken; with less than they need, some wait, and "
-        "theirs are computed again",
-        ge=1,
-        le=2**50,
-    )
-    num_threads: Annotated[int | None, Shown("all that this process may use")] = setting(
-        None, "CPU threads of the kernels", ge=1, le=1024
-    )
-    allow_pickle: bool = setting(False, "read .pt checkpoints too (tensors only, never code)")
-    max_text_chars: int = setting(
-        100_000, "longest text, in characters; a request with a longer one gets 422", ge=1, le=2**30
-    )
-    split_chars: int = setting(
-        400,
-        "longer texts are spoken in parts, which end where sentences do; 0 for no parts",
-        ge=0,
-        le=2**30,
-    )
-    max_silence_s: float = setting(
-        3.0,
-        "silence after which speech is cut; 0 for no such cut, and none by the text's length",
-        ge=0,
-        le=3600,
-    )
 
 
 def random_seed() -> int:
@@ -331,6 +262,17 @@ class Config(BaseSettings, ServerSettings, OutputSettings, SpeechSettings, Model
         is_split = self.split_chars and len(text) > self.split_chars
         most = MAX_FRAMES if is_split else self.max_frames
         return min(most, frames_bound(text)) if self.max_silence_s else most
+
+    @property
+    def speaker_limit(self) -> int:
+        """The highest `speaker` of a request."""
+        return DEFAULT_MAX_SPEAKER if self.max_speaker is None else self.max_speaker
+
+    def for_speakers(self, num_speakers: int) -> "Config":
+        """The settings for a model of so many speakers; `max_speaker` stays if it is set."""
+        if self.max_speaker is not None:
+            return self
+        return self.model_copy(update={"max_speaker": num_speakers - 1})
 
     @property
     def frames_limit(self) -> int:

@@ -40,7 +40,7 @@ class _Strict(BaseModel):
 class _Session(_Strict):
     """The settings of a client's turns. Fields that are not given take the server's defaults."""
 
-    speaker: int | None = Field(default=None, ge=0, le=1)
+    speaker: int | None = Field(default=None, ge=0)
     voice: str | None = Field(default=None, min_length=1)
     conversation: str | None = Field(default=None, pattern=f"^{ID_PATTERN}$")
     format: str = "pcm"
@@ -117,12 +117,14 @@ def merged(given: Mapping[str, Any], fields: Mapping[str, Any], config: Config) 
     """A session's fields after a message that changes some; null takes the default again.
 
     Raises:
-        MessageError: `max_frames` is above the server's limit.
+        MessageError: `max_frames` or `speaker` is above the server's limit.
     """
     fields = {n: v for n, v in {**given, **fields}.items() if v is not None}
     limit = config.frames_limit
     if fields.get("max_frames", 0) > limit:
         raise MessageError(f"max_frames must be at most {limit} on this server", "max_frames")
+    if fields.get("speaker", 0) > (limit := config.speaker_limit):
+        raise MessageError(f"speaker must be at most {limit} on this server", "speaker")
     return fields
 
 

@@ -99,7 +99,9 @@ class CsmConfig:
 
     `num_codebooks` is K and `audio_vocab_size` V: a code of codebook k is row `k * V + code` of an
     audio table. `follows_context` is False for a model that was trained on single utterances and
-    speaks badly after others: it gets no context but its own default.
+    speaks badly after others: it gets no context but its own default. `num_speakers` is the number
+    of speakers that a request may name, from 0 on. With `has_spaced_prompts` a prompt is written
+    `[0] text`, as MisoTTS was trained, instead of CSM's `[0]text`.
     """
 
     backbone: TransformerConfig
@@ -108,6 +110,8 @@ class CsmConfig:
     audio_vocab_size: int
     text_vocab_size: int
     follows_context: bool = True
+    num_speakers: int = 2
+    has_spaced_prompts: bool = False
 
     @classmethod
     def from_json(cls, settings: Mapping[str, Any]) -> "CsmConfig":
@@ -117,19 +121,25 @@ class CsmConfig:
             settings: the parsed JSON. If a key of transformers is missing, the original key is used
                 (`backbone_flavor`, `decoder_flavor`, `audio_num_codebooks`, `audio_vocab_size`,
                 `text_vocab_size`), then transformers' default. RoPE is the published model's if
-                there are no transformers keys at all.
+                there are no transformers keys at all, or a flavor and no keys of RoPE.
 
         Raises:
             ValueError: a value is missing, invalid or unsupported; the message names the key.
         """
         num_codebooks = _whole(settings, "num_codebooks", "audio_num_codebooks", default=32)
-        audio_vocab_size = _whole(settings, "vocab_size", "audio_vocab_size", default=2051)
+        # Where both are given, as in conversions for MLX, vocab_size is that of the text.
+        audio_vocab_size = _whole(settings, "audio_vocab_size", "vocab_size", default=2051)
         if num_codebooks < 2:
             raise ValueError(f"config.json: num_codebooks must be 2 or more, got {num_codebooks}")
-        original = not any(key in settings for key in _HF_KEYS)
+        original = "backbone_flavor" in settings or not any(key in settings for key in _HF_KEYS)
         depth_settings = settings.get("depth_decoder_config") or {}
         if not isinstance(depth_settings, Mapping):
             raise ValueError("config.json: depth_decoder_config must be an object")
+        if "backbone_config" in settings:
+            raise ValueError(
+                "config.json: backbone_config is of csm-hf, which preceded transformers' CSM and "
+                "is not supported"
+            )
         backbone = _transformer(
             settings, "", _flavor(settings, "backbone_flavor", "llama-1B"), 2048, original
         )
@@ -142,11 +152,10 @@ class CsmConfig:
             original,
             min_positions=num_codebooks,
         )
-        for key, expected in (
-            ("num_codebooks", num_codebooks),
-            ("vocab_size", audio_vocab_size),
-            ("backbone_hidden_size", backbone.dim),
-        ):
+        in_depth = {"num_codebooks": num_codebooks, "backbone_hidden_size": backbone.dim}
+        if settings.get("audio_vocab_size") is None:
+            in_depth["vocab_size"] = audio_vocab_size
+        for key, expected in in_depth.items():
             if (value := depth_settings.get(key, expected)) != expected:
                 raise ValueError(
                     f"config.json: depth_decoder_config.{key} is {shown(value)}, but the model "
@@ -159,22 +168,22 @@ class CsmConfig:
             audio_vocab_size,
             _whole(settings, "text_vocab_size", default=128256),
             follows_context=settings.get("follows_context") is not False,
+            num_speakers=_whole(settings, "num_speakers", default=2),
+            has_spaced_prompts=_has_spaced_prompts(settings),
         )
 
 
+_ROPE_KEYS = ("rope_scaling", "rope_theta", "rope_parameters")
 _HF_KEYS = (
     "architectures",
     "model_type",
     "hidden_size",
     "num_hidden_layers",
     "depth_decoder_config",
-    "rope_scaling",
-    "rope_theta",
-    "rope_parameters",
+    *_ROPE_KEYS,
 )
 
-# Sizes of the original's two transformers, by its names for them.
-_FLAVORS = {
+FLAVORS = {
     "llama-1B": {
         "num_hidden_layers": 16,
         "hidden_size": 2048,
@@ -189,7 +198,26 @@ _FLAVORS = {
         "num_key_value_heads": 2,
         "intermediate_size": 8192,
     },
+    "llama-8B": {
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+    },
+    "llama-300M": {
+        "num_hidden_layers": 8,
+        "hidden_size": 1536,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 6,
+        "intermediate_size": 6912,
+    },
 }
+"""Sizes of transformers by the names that the original models' code has for them: of CSM-1B and of
+MisoTTS 8B."""
+
+_MISO = {"backbone_flavor": "llama-8B", "model_type": "miso_tts"}
+"""Values of config.json by which MisoTTS is recognised."""
 
 # Fixed in the original's code for both transformers: Llama 3.2's values.
 _ROPE_THETA = 500_000.0
@@ -206,10 +234,20 @@ _SUPPORTED = {
 
 def _flavor(settings: Mapping[str, Any], key: str, default: str) -> dict[str, int]:
     name = settings.get(key, default)
-    if not isinstance(name, str) or name not in _FLAVORS:
-        known = " or ".join(_FLAVORS)
+    if not isinstance(name, str) or name not in FLAVORS:
+        known = " or ".join(FLAVORS)
         raise ValueError(f"config.json: {key} must be {known}, got {shown(name)}")
-    return _FLAVORS[name]
+    return FLAVORS[name]
+
+
+def _has_spaced_prompts(settings: Mapping[str, Any]) -> bool:
+    """MisoTTS, or what config.json says: `"spaced_prompts": true`."""
+    value = settings.get("spaced_prompts")
+    if value is None:
+        return any(settings.get(key) == miso for key, miso in _MISO.items())
+    if not isinstance(value, bool):
+        raise ValueError(f"config.json: spaced_prompts must be true or false, got {shown(value)}")
+    return value
 
 
 def _transformer(
@@ -240,7 +278,7 @@ def _transformer(
         at_most=MAX_POSITIONS,
     )
     scaling: RopeScaling | None
-    if original:
+    if original and not any(key in settings for key in _ROPE_KEYS):
         theta, scaling = _ROPE_THETA, _ROPE_SCALING
     else:
         theta, scaling = _rope(settings, where, positions)

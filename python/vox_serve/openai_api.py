@@ -15,7 +15,7 @@ from vox_serve.provenance import public_name
 from vox_serve.speech_docs import request_body, speech_responses
 from vox_serve.speech_events import EVENTS_TYPE
 from vox_serve.speech_service import SpeechService, Wish
-from vox_serve.voice_store import BUILT_IN, VoiceStore
+from vox_serve.voice_store import VoiceStore
 
 VOICES = {
     **dict.fromkeys(("alloy", "coral", "fable", "nova", "sage", "shimmer", "marin"), "0"),
@@ -133,7 +133,7 @@ def _wish(given: dict[str, Any], added_voices: set[str]) -> Wish:
         if list(voice) != ["id"]:
             raise _invalid("voice", "Input should be a name, or an object with an id")
         fields["voice"] = voice = voice["id"]
-    if isinstance(voice, str) and voice not in added_voices and voice not in BUILT_IN:
+    if isinstance(voice, str) and voice not in added_voices:
         fields["voice"] = VOICES.get(voice, voice)
     return Wish(fields, DEFAULT_FORMAT, streaming=True, events=stream_format == "sse")
 

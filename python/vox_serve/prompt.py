@@ -112,7 +112,8 @@ class PromptBuilder:
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise CheckpointError(
-                f"{folder} has no tokenizer.json (CSM uses the tokenizer of Llama 3.2)"
+                f"{folder} has no tokenizer.json: CSM uses that of Llama 3.2, which --tokenizer "
+                "takes from a folder or a hub id such as meta-llama/Llama-3.2-1B"
             )
         tokenizer = _read_tokenizer(path)
         settings: dict[str, Any] = {}
@@ -140,7 +141,7 @@ class PromptBuilder:
         return cls(_parse_tokenizer(data, source), config, settings)
 
     def tokens(self, segment: Segment) -> list[int]:
-        """Token ids of a segment's text: BOS, `[speaker]text`, EOS.
+        """Token ids of a segment's text: BOS, `[speaker]text` or as the model wants it, EOS.
 
         Those of short texts are kept: a context has the same segments again and again.
 
@@ -164,6 +165,8 @@ class PromptBuilder:
         except UnicodeEncodeError:
             raise ValueError("text must be valid Unicode, but has a lone surrogate") from None
         encode = self._kept_ids if len(segment.text) <= MAX_KEPT_CHARS else self._ids
+        if self.config.has_spaced_prompts:
+            return list(encode(f"[{segment.speaker}] {segment.text.lstrip()}"))
         return list(encode(f"[{segment.speaker}]{segment.text}"))
 
     def _ids(self, text: str) -> tuple[int, ...]:

@@ -35,6 +35,7 @@ from vox_serve.formats import (
 )
 from vox_serve.provenance import note_of
 from vox_serve.say_text import read_text, text_problem
+from vox_serve.speakers import known_speakers
 from vox_serve.speech import make_engine
 
 if TYPE_CHECKING:
@@ -67,8 +68,8 @@ def make_parser() -> CommandParser:
     parser.add_flag("sample_rate", type=int, metavar="HZ", help="sample rate of wav or pcm")
     parser.add_flag("speed", type=float, default=1.0, help="tempo, 0.25 to 4 [default 1]")
     parser.add_flag("codes", metavar="NPY", help="write the frames too, int64 [N, K]; - is stdout")
-    parser.add_flag("speaker", type=int, choices=(0, 1), help="id of the speaker [default 0]")
-    parser.add_flag("voice", metavar="NAME", help="a voice of the folder --voices, or 0 or 1")
+    parser.add_flag("speaker", type=int, metavar="N", help="id of the speaker [default 0]")
+    parser.add_flag("voice", metavar="NAME", help="a voice of the folder --voices, or a speaker")
     parser.add_flag(
         "conversation",
         metavar="JSON",
@@ -93,6 +94,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("-o and --codes name the same file")
     if args.speaker is not None and args.voice is not None:
         parser.error("--voice has its speaker: give it or --speaker")
+    if num_speakers := known_speakers(config.model):
+        config = config.for_speakers(num_speakers)
+    if args.speaker is not None and not 0 <= args.speaker <= config.speaker_limit:
+        parser.error(
+            f"--speaker: must be 0 to {config.speaker_limit}, which --max_speaker changes, got "
+            f"{args.speaker}"
+        )
     if args.greedy and config.temperature and "temperature" in args:
         parser.error("--greedy is --temperature 0: give one of the two")
     if args.greedy:
@@ -154,7 +162,7 @@ def _say(
     from vox_serve.voice_store import find_voice
 
     if voice is not None:
-        find_voice(voice, config.voices)
+        find_voice(voice, config.voices, max_speaker=config.speaker_limit)
 
     import numpy as np
 
@@ -168,7 +176,8 @@ def _say(
     engine = make_engine(config.model_copy(update={"max_batch_size": 1}))
     context = None
     if voice is not None:
-        speaker, segments = find_voice(voice, config.voices, Sizes.of(engine.prompts.config))
+        sizes = Sizes.of(engine.prompts.config)
+        speaker, segments = find_voice(voice, config.voices, sizes, config.speaker_limit)
         if segments:
             named = engine.default_context if config.context is not None else ()
             context = [*segments, *named]

@@ -217,8 +217,9 @@ class Voice:
         if not isinstance(voice, str):
             raise ValueError(f"voice must be a name, got {voice!r}")
         if (found := self._found.get(voice)) is None:
-            sizes = Sizes.of(self._engine.prompts.config)
-            found = self._found[voice] = find_voice(voice, self._folder, sizes)
+            config = self._engine.prompts.config
+            found = find_voice(voice, self._folder, Sizes.of(config), config.num_speakers - 1)
+            self._found[voice] = found
         return found
 
 

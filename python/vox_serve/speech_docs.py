@@ -5,7 +5,7 @@ from typing import Any
 
 from vox_serve.config import Config
 from vox_serve.formats import FORMATS
-from vox_serve.speech_fields import GenerateRequest, form_schema
+from vox_serve.speech_fields import form_schema, request_model
 
 Schema = dict[str, Any]
 
@@ -19,7 +19,7 @@ def request_body(
         config: the settings.
         shape: changes the schema of /generate's fields to the route's.
     """
-    schema = GenerateRequest.model_json_schema()
+    schema = request_model(config.speaker_limit).model_json_schema()
     schema["properties"]["max_frames"]["anyOf"][0]["maximum"] = config.frames_limit
     schema = shape(schema)
     form = form_schema(schema)

@@ -1,13 +1,14 @@
 """The fields of a request for speech, and their schemas."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
 from pydantic.fields import FieldInfo
 
 from vox_serve import engine
-from vox_serve.config import MAX_FRAMES, Config, SpeechSettings
+from vox_serve.config import DEFAULT_MAX_SPEAKER, MAX_FRAMES, Config, SpeechSettings
 from vox_serve.context_field import ContextField
 from vox_serve.conversations import ID_PATTERN
 from vox_serve.formats import FORMATS, MAX_SPEED, MIN_SPEED, Output
@@ -24,7 +25,7 @@ class Utterance(BaseModel):
     text: str = Field(
         description="text to say, not blank", min_length=1, json_schema_extra={"pattern": r"\S"}
     )
-    speaker: int = Field(default=0, description="id of the speaker", ge=0, le=1)
+    speaker: int = Field(default=0, description="id of the speaker", ge=0)
     voice: str | None = Field(
         default=None, description="name of a voice, instead of a speaker", min_length=1
     )
@@ -104,12 +105,22 @@ def override(field: FieldInfo) -> Any:
     return kind | None, Field(default=None, description=field.description)
 
 
-GenerateRequest = create_model(
-    "GenerateRequest",
-    __base__=Utterance,
-    __doc__=Utterance.__doc__,
-    **{name: override(field) for name, field in SpeechSettings.model_fields.items()},
-)
+@cache
+def request_model(max_speaker: int) -> Any:
+    """The fields of /generate, on a server with speakers up to `max_speaker`."""
+    fields = {name: override(field) for name, field in SpeechSettings.model_fields.items()}
+    speaker = Utterance.model_fields["speaker"]
+    bounded = Field(default=0, description=speaker.description, ge=0, le=max_speaker)
+    return create_model(
+        "GenerateRequest",
+        __base__=Utterance,
+        __doc__=Utterance.__doc__,
+        speaker=(int, bounded),
+        **fields,
+    )
+
+
+GenerateRequest = request_model(DEFAULT_MAX_SPEAKER)
 
 
 def form_schema(schema: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from vox_serve.http_io import BodyMemory, read_fields
 from vox_serve.job import RequestRefused
 from vox_serve.provenance import note_of
 from vox_serve.runner import Runner
-from vox_serve.speech_fields import GenerateRequest
+from vox_serve.speech_fields import request_model
 from vox_serve.speech_response import (
     CLIENT_CLOSED_REQUEST,
     ClientGone,
@@ -144,9 +144,8 @@ class SpeechService:
                 check_length(text, self._config.max_text_chars)
             except ValueError as error:
                 raise RequestRefused(str(error)) from None
-        validate = (
-            GenerateRequest.model_validate_strings if is_form else GenerateRequest.model_validate
-        )
+        model = request_model(self._config.speaker_limit)
+        validate = model.model_validate_strings if is_form else model.model_validate
         update = {}
         if is_form and isinstance(files := given.get("audio"), list):
             given = {name: value for name, value in given.items() if name != "audio"}

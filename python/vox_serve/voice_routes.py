@@ -39,11 +39,12 @@ from vox_serve.voice_file import MAX_RECORDINGS, NAME_PATTERN, Voice, VoiceError
 from vox_serve.voice_maker import Excerpt, VoiceMaker
 from vox_serve.voice_service import VoiceService
 from vox_serve.voice_store import (
-    BUILT_IN,
     StoreBusyError,
     StoreFullError,
     UnknownVoiceError,
     VoiceExistsError,
+    is_speaker,
+    speaker_names,
 )
 
 SAMPLE_TEXT = "Hello. This is how I speak when I read a text to you."
@@ -189,15 +190,15 @@ def add_voice_routes(app: FastAPI, voices: VoiceService, runner: Runner, config:
 
     @app.get("/v1/audio/voices", responses=_REFUSED)
     async def list_voices() -> Response:
-        """All voices, the two speakers first."""
-        found = [_built_in(name) for name in BUILT_IN]
+        """All voices, the model's own speakers first."""
+        found = [_built_in(name) for name in speaker_names(config.speaker_limit)]
         found += [_described(voice) for voice in await asyncio.to_thread(store.voices)]
         return AsciiJSONResponse({"object": "list", "data": found})
 
     @app.get("/v1/audio/voices/{name}", responses=_UNKNOWN)
     async def get_voice(name: str) -> Response:
         """One voice."""
-        if name in BUILT_IN:
+        if is_speaker(name, config.speaker_limit):
             return AsciiJSONResponse(_built_in(name))
         return AsciiJSONResponse(_described(await asyncio.to_thread(store.get, name)))
 
@@ -205,7 +206,7 @@ def add_voice_routes(app: FastAPI, voices: VoiceService, runner: Runner, config:
     async def get_sample(name: str, request: Request) -> Response:
         """The beginning of a voice's recordings as the codec decodes them; of a built-in voice a
         sentence that it says."""
-        if name not in BUILT_IN:
+        if not is_speaker(name, config.speaker_limit):
             voice = await asyncio.to_thread(store.get, name)
             wav = wav_file(voice.preview.tobytes(), voice.sample_rate_hz)
             return Response(wav, media_type="audio/wav")
@@ -223,7 +224,7 @@ def add_voice_routes(app: FastAPI, voices: VoiceService, runner: Runner, config:
     @app.delete("/v1/audio/voices/{name}", responses=_DELETE)
     async def delete_voice(name: str) -> Response:
         """Delete a voice. Speech in it goes on."""
-        if name in BUILT_IN:
+        if is_speaker(name, config.speaker_limit):
             raise HTTPException(403, f"voice {name} is built in")
         try:
             await voices.remove(name)

@@ -23,10 +23,10 @@ from vox_serve.runner import SHUTTING_DOWN, Runner
 from vox_serve.voice_file import Voice, VoiceError
 from vox_serve.voice_maker import Excerpt, VoiceMaker
 from vox_serve.voice_store import (
-    BUILT_IN,
     StoreBusyError,
     UnknownVoiceError,
     VoiceStore,
+    is_speaker,
     shown_names,
 )
 
@@ -65,6 +65,7 @@ class VoiceService:
 
     def __init__(self, runner: Runner, config: Config) -> None:
         self._runner = runner
+        self._max_speaker = config.speaker_limit
         self.maker = VoiceMaker(runner.engine.mimi, runner.engine.prompts)
         self.store = VoiceStore(config.voices, self.maker.sizes, config.max_voices)
         self._limits = ContextLimits(
@@ -96,14 +97,15 @@ class VoiceService:
         """
         if name is None:
             return request
-        if name in BUILT_IN:
+        if is_speaker(name, self._max_speaker):
             spoken = replace(request, speaker=int(name))
         else:
             try:
                 voice = await asyncio.to_thread(self.store.get, name)
             except UnknownVoiceError as error:
                 keys = await asyncio.to_thread(self.store.names)
-                raise UnknownVoiceError(f"{error}; there are {shown_names(keys)}") from None
+                names = shown_names(keys, self._max_speaker)
+                raise UnknownVoiceError(f"{error}; there are {names}") from None
             except VoiceError as error:
                 raise RequestRefused(str(error)) from None
             spoken = replace(request, speaker=voice.speaker, context=voice.segments)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from vox_serve.atomic_file import replaced
+from vox_serve.config import DEFAULT_MAX_SPEAKER
 from vox_serve.json_file import read_bounded
 from vox_serve.prompt import Segment
 from vox_serve.voice_file import (
@@ -28,8 +29,20 @@ from vox_serve.voice_file import (
 
 logger = logging.getLogger("vox_serve")
 
-BUILT_IN = ("0", "1")
-"""Names of the model's own two speakers, which no store holds."""
+MAX_LISTED_SPEAKERS = 16
+
+
+def is_speaker(name: str, max_speaker: int = DEFAULT_MAX_SPEAKER) -> bool:
+    """True if a voice's name is the number of one of the model's own speakers, which no store
+    holds."""
+    is_number = name.isascii() and name.isdigit() and name == name.lstrip("0").rjust(1, "0")
+    return is_number and len(name) < 11 and int(name) <= max_speaker
+
+
+def speaker_names(max_speaker: int = DEFAULT_MAX_SPEAKER) -> list[str]:
+    """Names of the model's own speakers, or of the first ones."""
+    return [str(i) for i in range(min(max_speaker + 1, MAX_LISTED_SPEAKERS))]
+
 
 MAX_TOTAL_BYTES = 2**28
 _SUFFIX = ".safetensors"
@@ -76,6 +89,7 @@ class VoiceStore:
         folder: holds `NAME.safetensors` for each voice, and is made if it is missing; None for
             voices that end with the process.
         sizes: of the model; None to accept voices of all models.
+        max_speaker: the model's highest speaker.
         max_voices: most voices.
 
     Raises:
@@ -306,19 +320,23 @@ def _signature(status: os.stat_result) -> tuple[int, ...]:
 
 
 def find_voice(
-    name: str, folder: Path | str | None, sizes: Sizes | None = None
+    name: str,
+    folder: Path | str | None,
+    sizes: Sizes | None = None,
+    max_speaker: int = DEFAULT_MAX_SPEAKER,
 ) -> tuple[int, Sequence[Segment]]:
     """The speaker and the segments of a voice.
 
     Args:
-        name: of a voice in the folder; or 0 or 1, which have no segments.
+        name: of a voice in the folder; or a speaker's number, which has no segments.
         folder: that keeps the voices; None if there is none.
         sizes: of the model; None to accept voices of all models.
+        max_speaker: the model's highest speaker.
 
     Raises:
         VoiceError: there is no such voice, or it cannot be used.
     """
-    if name in BUILT_IN:
+    if is_speaker(name, max_speaker):
         return int(name), ()
     if folder is None or not Path(folder).is_dir():
         where = "there is no folder of voices" if folder is None else f"there is no folder {folder}"
@@ -327,11 +345,12 @@ def find_voice(
     try:
         voice = store.get(name)
     except UnknownVoiceError as error:
-        raise UnknownVoiceError(f"{error}; there are {shown_names(store.names())}") from None
+        names = shown_names(store.names(), max_speaker)
+        raise UnknownVoiceError(f"{error}; there are {names}") from None
     return voice.speaker, voice.segments
 
 
-def shown_names(keys: Sequence[str]) -> str:
+def shown_names(keys: Sequence[str], max_speaker: int = DEFAULT_MAX_SPEAKER) -> str:
     """Names of voices for a message: all, or the first ones."""
-    names = [*BUILT_IN, *keys]
+    names = [*speaker_names(max_speaker), *keys]
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")

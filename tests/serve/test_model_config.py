@@ -114,7 +114,7 @@ def test_config_without_rope_scaling_has_none():
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.factor"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps"),
-        ({"backbone_flavor": "llama-8B"}, "backbone_flavor"),
+        ({"backbone_flavor": "llama-9B"}, "backbone_flavor"),
     ],
 )
 def test_unsupported_config_is_named(change, named):

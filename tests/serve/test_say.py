@@ -190,7 +190,7 @@ def test_output_to_stdout(loads, capfdbinary):
         ([" \n", "-o", "x.wav"], "there is no text"),
         (["bad \udcff byte", "-o", "x.wav"], "the text is not UTF-8"),
         (["hello", "-o", "x.wav", "--max_text_chars", "4"], "at most 4 characters, got 5"),
-        (["hello", "-o", "x.wav", "--speaker", "2"], "--speaker: invalid choice"),
+        (["hello", "-o", "x.wav", "--speaker", "2"], "--speaker: must be 0 to 1"),
         (["hello", "-o", "x.wav", "--temperature", "-1"], "--temperature: must be from 0 to 100"),
         (["hello", "-o", "x.wav", "--max_frames", "0"], "--max-frames: must be from 1 to 1000000"),
         (["hello", "-o", "x.wav", "--greedy", "--temperature", "0.5"], "--greedy"),

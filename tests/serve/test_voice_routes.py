@@ -119,6 +119,27 @@ def test_the_speakers_are_voices(send, client, engine):
 
 
 @SENDERS
+@pytest.mark.parametrize("of_model", [True, False], ids=["the model", "a setting"])
+def test_more_speakers(send, of_model, engine, monkeypatch):
+    """The model says how many speakers there are, or a setting does."""
+    if of_model:
+        monkeypatch.setattr(engine.prompts.config, "num_speakers", 1000)
+    with serve(engine, **({} if of_model else {"max_speaker": 999})) as client:
+        for fields in ({"speaker": 999}, {"voice": "999"}, {"voice": "999", "speaker": 999}):
+            assert send(client, {"text": "a", **fields}).status_code == 200
+            assert engine.requests[-1].speaker == 999
+        assert_refused(send(client, {"text": "a", "speaker": 1000}), 422, "speaker")
+        assert_refused(send(client, {"text": "a", "voice": "1000"}), 404, "0, 1, 2, 3")
+        assert_refused(send(client, {"text": "a", "voice": "0999"}), 404, "0, 1, 2, 3")
+        assert client.get(f"{VOICES}/999").json()["speaker"] == 999
+        assert_refused(client.delete(f"{VOICES}/999"), 403, "built in")
+        assert len(client.get(VOICES).json()["data"]) == 16
+        paths = client.get("/openapi.json").json()["paths"]
+        body = paths["/generate"]["post"]["requestBody"]["content"]["application/json"]
+        assert body["schema"]["properties"]["speaker"]["maximum"] == 999
+
+
+@SENDERS
 def test_a_contradictory_speaker_is_422_and_an_unknown_voice_404(send, client):
     as_form(client, speaker=1)
     assert_refused(send(client, {"text": "a", "voice": "1", "speaker": 0}), 422, "speaker")

@@ -70,6 +70,7 @@ class FakePrompts:
         num_codebooks=NUM_CODEBOOKS,
         audio_vocab_size=CODEBOOK_SIZE + 3,
         backbone=SimpleNamespace(max_positions=512),
+        num_speakers=2,
     )
 
     def tokens(self, segment: Segment) -> list[int]:
