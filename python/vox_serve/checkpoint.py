@@ -4,7 +4,6 @@ Nothing is unpickled unless the caller allows it, and then only plain tensors.
 """
 
 import math
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -18,6 +17,18 @@ from vox_serve.json_file import read_json_file, refuse_special
 # Files that hold only the codec; never mistaken for the model.
 CODEC_FILE_PATTERNS = ("mimi.safetensors", "tokenizer-*.safetensors")
 PICKLE_FILE = "ckpt.pt"
+PICKLED = (".pt", ".pth", ".bin")
+WEIGHT_SUFFIXES = (".safetensors", *PICKLED)
+_NO_MODELS = (
+    "adapter_model.bin",
+    "optimizer.pt",
+    "rng_state.pth",
+    "scaler.pt",
+    "scheduler.pt",
+    "training_args.bin",
+)
+"""Pickled files that trainers write beside a model."""
+ADAPTER_FILE = "adapter_model.safetensors"  # peft's
 CODEC_PREFIX = "codec_model."
 
 _INDEX_SUFFIX = ".safetensors.index.json"
@@ -84,7 +95,7 @@ def weights_entry(config: Mapping[str, Any], files: Iterable[str]) -> str | None
         if isinstance(name, str) and name in files:
             return name
     rest = [name for name in files if "/" not in name and name.endswith(".safetensors")]
-    rest = [name for name in rest if not is_codec_file(name)]
+    rest = [name for name in rest if not is_codec_file(name) and name != ADAPTER_FILE]
     return rest[0] if len(rest) == 1 else None
 
 
@@ -120,12 +131,14 @@ def find_weights(folder: Path, config: Mapping[str, Any], allow_pickle: bool) ->
     files = [path.name for path in folder.iterdir()]
     entry = weights_entry(config, files)
     if entry is None:
-        if PICKLE_FILE in files and allow_pickle:
-            return [folder / PICKLE_FILE]
-        if PICKLE_FILE in files:
+        pickled = [name for name in files if name.endswith(PICKLED) and name not in _NO_MODELS]
+        if PICKLE_FILE in pickled or len(pickled) == 1:
+            name = PICKLE_FILE if PICKLE_FILE in pickled else pickled[0]
+            if allow_pickle:
+                return [folder / name]
             raise CheckpointError(
-                f"{folder} has only {PICKLE_FILE}, a pickle file: allow pickle files explicitly if "
-                "you trust it, or convert it to safetensors"
+                f"{folder} has only {name}, a pickle file: allow pickle files explicitly if you "
+                "trust it, or convert it to safetensors"
             )
         raise CheckpointError(f"{folder} has no weights: expected {', '.join(_USUAL_FILES)}")
     if not entry.endswith(".json"):
@@ -178,6 +191,24 @@ class TensorFiles:
     def names(self) -> set[str]:
         return set(self._source)
 
+    def source(self, name: str) -> "TensorSource":
+        """The file that holds a tensor."""
+        return self._source[name]
+
+    def with_sources(
+        self, sources: Mapping[str, "TensorSource"], alone: bool = False
+    ) -> "TensorFiles":
+        """The same files, but some tensors, by name, come from other sources.
+
+        Args:
+            sources: where to read the tensors of these names.
+            alone: leave out all others.
+        """
+        files = TensorFiles([])
+        files.paths, files.sources = self.paths, self.sources
+        files._source = {**({} if alone else self._source), **sources}
+        return files
+
     def names_below(self, prefix: str) -> list[str]:
         return [name for name in self._source if name.startswith(prefix)]
 
@@ -201,7 +232,9 @@ class TensorFiles:
                 f"{list(source.shapes[name])} in {where}"
             )
         if (dtype := source.dtypes[name]) not in _FLOAT_DTYPES:
-            raise CheckpointError(f"tensor {name} has dtype {dtype}, which is not supported")
+            raise CheckpointError(
+                f"tensor {name} in {source.path} has dtype {dtype}, which is not supported"
+            )
 
     def read(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """Read a floating-point tensor to the CPU, in the file's dtype.
@@ -218,7 +251,7 @@ class TensorFiles:
 
 
 class TensorSource(Protocol):
-    """One file's tensors."""
+    """Tensors by name, each with its shape, dtype and the file that it is read from."""
 
     path: Path
     names: list[str]
@@ -233,7 +266,11 @@ def _open(path: Path) -> TensorSource:
         from vox_serve.gguf_tensors import GgufTensors  # which imports this module
 
         return GgufTensors(path)
-    return _Pickled(path) if path.suffix == ".pt" else _Safetensors(path)
+    if path.suffix in PICKLED:
+        from vox_serve.pickled_tensors import PickledTensors  # which imports this module
+
+        return PickledTensors(path)
+    return _Safetensors(path)
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -312,47 +349,3 @@ def check_header(path: Path) -> None:
     # Where the length is beyond the file's end, the library's message says more.
     if MAX_HEADER_BYTES < length <= path.stat().st_size:
         raise ValueError(f"its header is longer than {MAX_HEADER_BYTES} bytes")
-
-
-class _Pickled:
-    """A pickled state dict."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            _check_archive(path)
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # which errors torch.load raises depends on the bytes
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(f"{path} cannot be read as plain tensors: {reason}") from None
-        if not isinstance(tensors, dict):
-            raise CheckpointError(f"{path} holds no dict of tensors")
-        self._tensors = {
-            name: value
-            for name, value in tensors.items()
-            if isinstance(name, str) and isinstance(value, Tensor)
-        }
-        self.names = list(self._tensors)
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
-        self.dtypes: dict[str, torch.dtype | str] = {}
-        max_bytes = path.stat().st_size
-        for name, tensor in self._tensors.items():
-            # A view with strides of 0 has any number of elements in a few bytes.
-            if tensor.layout != torch.strided or tensor.nbytes > max_bytes:
-                raise CheckpointError(f"{path}: tensor {name} is larger than the file")
-            self.dtypes[name] = tensor.dtype
-
-    def read(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-
-def _check_archive(path: Path) -> None:
-    """Refuse a .pt whose parts expand: torch.save writes a zip file without compression."""
-    refuse_special(path)
-    if not zipfile.is_zipfile(path):
-        return  # torch.load refuses other formats, since it is to map the file
-    with zipfile.ZipFile(path) as archive:
-        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
-            raise ValueError("a part of it is compressed")
-        if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
-            raise ValueError("its parts are larger than the file")

@@ -76,7 +76,7 @@ def _complete(action: argparse.Action, shtab: Any) -> None:
     field = Config.model_fields.get(action.dest)
     if field is not None and (values := choices(field)):
         action.choices = values
-    if action.metavar in FILE_KINDS or action.dest in ("context", "codec"):
+    if action.metavar in FILE_KINDS or action.dest in ("context", "codec", "adapter", "tokenizer"):
         action.complete = shtab.FILE  # type: ignore[attr-defined]
     elif action.dest in (*FOLDERS, "model"):
         action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]

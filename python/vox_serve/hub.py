@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from vox_serve.adapter_config import CONFIG_FILE
 from vox_serve.checkpoint import (
+    ADAPTER_FILE,
     CODEC_FILE_PATTERNS,
     CheckpointError,
     read_json,
@@ -14,6 +16,9 @@ from vox_serve.checkpoint import (
     weights_entry,
 )
 from vox_serve.config import DEFAULT_CODEC
+from vox_serve.hub_errors import Explained
+from vox_serve.hub_errors import FileMissingError as FileMissingError
+from vox_serve.hub_errors import ModelNotFoundError as ModelNotFoundError
 from vox_serve.json_file import MAX_JSON_BYTES, MAX_TOKENIZER_BYTES
 
 BUILT_IN_VOICES = Path(__file__).parent / "builtin"
@@ -24,22 +29,14 @@ REACH_TIMEOUT_S = 5.0
 GGUF_SUFFIX = ".gguf"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_TOKENIZER_PATTERNS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _SETTINGS_PATTERNS = (
     "config.json",
+    CONFIG_FILE,  # tells that it is an adapter, no model
     "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
+    *_TOKENIZER_PATTERNS,
     "prompts/conversational_*.wav",
 )
-
-
-class ModelNotFoundError(FileNotFoundError):
-    """A model or codec is unavailable; the message is one line that says what to do."""
-
-
-class FileMissingError(ModelNotFoundError):
-    """The repository exists but lacks a file."""
 
 
 def resolve_model(name: str) -> Path:
@@ -70,9 +67,10 @@ def resolve_model(name: str) -> Path:
             "as sesame/csm-1b"
         )
     hub = _Hub(repo, "a local folder", needs_settings=False)
+    patterns = [*_SETTINGS_PATTERNS, *_weight_patterns(hub), *CODEC_FILE_PATTERNS]
     folder = None
     if hub.settings and not wanted:
-        folder = hub.snapshot([*_SETTINGS_PATTERNS, *_weight_patterns(hub), *CODEC_FILE_PATTERNS])
+        folder = hub.snapshot(patterns)
         if weights_entry(hub.settings, _relative_names(folder)):
             return folder
     try:
@@ -82,7 +80,11 @@ def resolve_model(name: str) -> Path:
             raise
         names = []
     if not names and not wanted:
-        return folder or hub.file("config.json").parent  # the latter names it as missing
+        if folder is None:  # some models come without config.json, and all adapters
+            if not hub.sizes(["*.safetensors"]):
+                hub.file("config.json")  # names it as missing
+            folder = hub.snapshot(patterns)
+        return folder
     file = choose_gguf(repo, names, wanted)
     return hub.snapshot([*_SETTINGS_PATTERNS, *CODEC_FILE_PATTERNS, file]) / file
 
@@ -155,6 +157,44 @@ def open_repository(name: str) -> tuple["_Hub", str]:
     return _Hub(repo, "a local folder", needs_settings=False), wanted
 
 
+def resolve_adapter(name: str) -> Path:
+    """The folder of a LoRA adapter, downloaded from the Hugging Face hub if it is not local.
+
+    Args:
+        name: a local folder or a hub id.
+
+    Raises:
+        ModelNotFoundError: it is none of these, or cannot be downloaded.
+    """
+    if path := _local(name):
+        if path.is_dir():
+            return path
+        raise ModelNotFoundError(f"{name} is a file: give the adapter's folder")
+    if not _HUB_ID.fullmatch(name):
+        raise ModelNotFoundError(f"no adapter {name!r}: it is no folder and no hub id")
+    hub = _Hub(name, "--adapter with a local folder", needs_settings=None)
+    return hub.snapshot([CONFIG_FILE, ADAPTER_FILE, *_TOKENIZER_PATTERNS])
+
+
+def resolve_tokenizer(name: str) -> Path:
+    """The folder of a tokenizer, downloaded from the Hugging Face hub if it is not local.
+
+    Args:
+        name: a local folder, a tokenizer.json, or a hub id such as `unsloth/Llama-3.2-1B`.
+
+    Raises:
+        ModelNotFoundError: it is none of these, or cannot be downloaded.
+    """
+    if path := _local(name):
+        if path.is_dir() or path.name == "tokenizer.json":
+            return path if path.is_dir() else path.parent
+        raise ModelNotFoundError(f"{name} is no tokenizer.json: give that file or its folder")
+    if not _HUB_ID.fullmatch(name):
+        raise ModelNotFoundError(f"no tokenizer {name!r}: it is no folder, no file and no hub id")
+    hub = _Hub(name, "--tokenizer with a local folder", needs_settings=None)
+    return hub.snapshot(_TOKENIZER_PATTERNS)
+
+
 def built_in_voices() -> list[str]:
     """Names of the voices in the package."""
     if not BUILT_IN_VOICES.is_dir():
@@ -197,10 +237,13 @@ class _Hub:
     Args:
         repo: the repository's id.
         instead: an alternative to a hub id, for messages.
-        needs_settings: whether a repository without config.json is an error.
+        needs_settings: whether a repository without config.json is an error; None not to read it.
+
+    Attributes:
+        settings: config.json, parsed; empty without one.
     """
 
-    def __init__(self, repo: str, instead: str, needs_settings: bool = True):
+    def __init__(self, repo: str, instead: str, needs_settings: bool | None = True):
         from huggingface_hub import constants
 
         self.repo = repo
@@ -209,18 +252,20 @@ class _Hub:
         self.is_forbidden = bool(constants.HF_HUB_OFFLINE)
         # Without this check, the hub's client would retry for half a minute.
         self.is_offline = self.is_forbidden or not _is_reachable(self.endpoint)
+        self.settings: dict[str, Any] = {}
+        if needs_settings is None:
+            return
         try:
             self.settings = read_json(self.file("config.json"))
         except ModelNotFoundError as error:
             if needs_settings or not (isinstance(error, FileMissingError) or self._is_cached()):
                 raise
-            self.settings = {}
 
     def file(self, name: str) -> Path:
         """Download one file of the repository."""
         from huggingface_hub import hf_hub_download
 
-        with _Explained(self):
+        with Explained(self):
             if not self.is_offline:
                 self._check_sizes([hf_hub_download(self.repo, name, dry_run=True)])
             return Path(hf_hub_download(self.repo, name, local_files_only=self.is_offline))
@@ -231,7 +276,7 @@ class _Hub:
         from huggingface_hub import snapshot_download
         from huggingface_hub.utils import filter_repo_objects
 
-        with _Explained(self):
+        with Explained(self):
             if not self.is_offline:
                 files = snapshot_download(self.repo, allow_patterns=list(patterns), dry_run=True)
                 return {file.filename: file.file_size for file in files}
@@ -248,7 +293,7 @@ class _Hub:
         cached = try_to_load_from_cache(self.repo, name)
         if isinstance(cached, str):
             return open(cached, "rb")
-        with _Explained(self):
+        with Explained(self):
             return RemoteFile(self.repo, name)  # type: ignore[return-value]
 
     def _is_cached(self) -> bool:
@@ -264,7 +309,7 @@ class _Hub:
         """Download the files that match the patterns; returns their folder."""
         from huggingface_hub import snapshot_download
 
-        with _Explained(self):
+        with Explained(self):
             wanted = list(patterns)
             if not self.is_offline:
                 files = snapshot_download(self.repo, allow_patterns=wanted, dry_run=True)
@@ -310,54 +355,6 @@ def _free_bytes() -> int:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free
-
-
-class _Explained:
-    """Turns errors of the hub's client into a `ModelNotFoundError`."""
-
-    def __init__(self, hub: _Hub):
-        self.hub = hub
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, ModelNotFoundError):
-            raise _explained(self.hub, error) from None
-
-
-def _explained(hub: _Hub, error: BaseException) -> ModelNotFoundError:
-    from huggingface_hub import errors
-
-    repo, page = hub.repo, f"{hub.endpoint}/{hub.repo}"
-    if isinstance(error, errors.GatedRepoError):
-        return ModelNotFoundError(
-            f"{repo} is gated: accept its terms at {page}, then log in with `hf auth login` or set "
-            "HF_TOKEN"
-        )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return ModelNotFoundError(
-            f"there is no folder {repo} here and no repository {page}; if it is private, log in "
-            "with `hf auth login` or set HF_TOKEN"
-        )
-    if isinstance(error, OSError) and error.errno is not None:
-        return ModelNotFoundError(f"{repo} cannot be stored: {error}")
-    if hub.is_offline:
-        why = "HF_HUB_OFFLINE is set" if hub.is_forbidden else f"{hub.endpoint} cannot be reached"
-        return ModelNotFoundError(
-            f"{repo} is no folder here, is not (wholly) in the local cache, and {why}: connect "
-            f"once to download it, or give {hub.instead}"
-        )
-    if isinstance(error, errors.LocalEntryNotFoundError):  # a request failed
-        error = error.__cause__ or error
-    elif isinstance(error, errors.EntryNotFoundError):
-        return FileMissingError(f"{page} lacks a file that it needs: {_first_line(error)}")
-    return ModelNotFoundError(f"{repo} cannot be downloaded: {_first_line(error)}")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).split("\n")
-    return next((line.strip() for line in lines if line.strip()), type(error).__name__)
 
 
 def _is_reachable(endpoint: str) -> bool:

@@ -146,6 +146,7 @@ def describe(engine: "LongForm", config: Config) -> dict[str, str | int]:
     device = engine.model.device
     return {
         "model": config.model,
+        **({"adapter": config.adapter} if config.adapter else {}),
         "device": str(device),
         "dtype": str(engine.model.dtype).removeprefix("torch."),
         "quantize": config.quantize,

@@ -14,12 +14,13 @@ from vox_serve.context_file import default_context, load_context
 from vox_serve.csm_weights import CsmWeights, TransformerWeights
 from vox_serve.engine import Choose, Engine
 from vox_serve.fifo import choose_all
-from vox_serve.hub import BUILT_IN_VOICES, resolve_model
+from vox_serve.hub import BUILT_IN_VOICES, resolve_adapter, resolve_model, resolve_tokenizer
 from vox_serve.kv_cache import KvCache
 from vox_serve.memory import memory_bytes
 from vox_serve.model import CsmModel
 from vox_serve.model_config import CsmConfig
 from vox_serve.model_files import folder_of, gguf_of, model_config, prompt_builder
+from vox_serve.prompt import PromptBuilder
 from vox_serve.weights import load_checkpoint, load_codec
 from voxkern.backend import backend_for, forced, why_missing
 
@@ -57,10 +58,14 @@ def load_engine(
     setting = Config(model=str(model), **settings)
     place = resolve_model(setting.model)
     place, folder = gguf_of(place) or place, folder_of(place)
+    adapter = None if setting.adapter is None else resolve_adapter(setting.adapter)
+    tokenizer = None if setting.tokenizer is None else resolve_tokenizer(setting.tokenizer)
+    if tokenizer is None and adapter and (adapter / "tokenizer.json").is_file():
+        tokenizer = adapter
     device = torch.device(choose_device() if setting.device == "auto" else setting.device)
     if device.type == "cuda" and (reason := _why_no_gpu()):
         raise ValueError(f"device cuda: {reason}")
-    config = model_config(place)
+    config = model_config(place, setting.allow_pickle)
     small = _num_parameters(config) < SMALL_MODEL_PARAMETERS
     if setting.dtype == "auto":
         dtype = torch.float32 if device.type == "cpu" and small else torch.bfloat16
@@ -68,8 +73,10 @@ def load_engine(
         dtype = getattr(torch, setting.dtype)
 
     quantize = setting.quantize
-    caches = cache_folders(setting.weight_cache, place, small)
-    checkpoint = load_checkpoint(place, dtype, device, setting.allow_pickle, quantize, caches)
+    caches = cache_folders(setting.weight_cache, place, small, adapter)
+    checkpoint = load_checkpoint(
+        place, dtype, device, setting.allow_pickle, quantize, caches, adapter
+    )
     mimi = load_codec(checkpoint, setting.codec, codec_precision(device.type, dtype, quantize))
     _check_context_fits(config, dtype, device)
     if setting.context == "none":
@@ -78,7 +85,10 @@ def load_engine(
         segments = load_context(setting.context, mimi, config, setting.max_text_chars)
     else:
         segments = default_context(folder, mimi, config)
-    prompts = prompt_builder(place, config)
+    if tokenizer is None:
+        prompts = prompt_builder(place, config)
+    else:
+        prompts = PromptBuilder.from_folder(tokenizer, config)
     max_batch_size = setting.max_batch_size
     if max_batch_size is None:
         is_cuda = device.type == "cuda"
@@ -140,7 +150,9 @@ def codec_precision(device_type: str, dtype: torch.dtype, quantize: str) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def cache_folders(setting: str | None, model: Path, small: bool) -> list[Path]:
+def cache_folders(
+    setting: str | None, model: Path, small: bool, adapter: Path | None = None
+) -> list[Path]:
     """Candidate folders for a model's packed weights, in order of preference.
 
     Args:
@@ -149,19 +161,27 @@ def cache_folders(setting: str | None, model: Path, small: bool) -> list[Path]:
             folder, but no cache if the model is small.
         model: the model's folder, or its GGUF file: several in a folder have a cache each.
         small: the model is small enough to be packed at every start.
+        adapter: the folder of an adapter; the model's weights with it have a subfolder of their
+            own.
     """
     if setting == "none" or (setting is None and small):
         return []
     is_file = model.is_file()
-    path = model.parent.resolve() / model.name if is_file else model.resolve()
-    subfolder = f"{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}"
+    subfolder = _named_by_path(model.parent.resolve() / model.name if is_file else model.resolve())
+    below = "" if adapter is None else f"adapter-{_named_by_path(adapter.resolve())}"
     if setting is not None:
-        return [Path(setting).expanduser() / subfolder]
+        return [Path(setting).expanduser() / subfolder / below]
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    candidates = [model.parent / ".voxkern" / model.stem if is_file else model / ".voxkern"]
+    beside = model.parent / ".voxkern" / model.stem if is_file else model / ".voxkern"
+    candidates = [beside / below]
     if user_cache.is_absolute():
-        candidates.append(user_cache / "voxkern" / subfolder)
+        candidates.append(user_cache / "voxkern" / subfolder / below)
     return candidates
+
+
+def _named_by_path(path: Path) -> str:
+    """A name for a file or folder that tells it from others of the same name."""
+    return f"{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}"
 
 
 def choose_device() -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vox_serve.checkpoint import PICKLE_FILE, CheckpointError, read_json, weights_entry
+from vox_serve.checkpoint_settings import read_settings
 from vox_serve.gguf_header import read_header
 from vox_serve.gguf_settings import gguf_settings
 from vox_serve.gguf_tokenizer import has_tokenizer, tokenizer_json
@@ -44,15 +45,20 @@ def folder_of(model: Path) -> Path:
     return model if model.is_dir() else model.parent
 
 
-def model_settings(model: Path) -> dict[str, Any]:
-    """A model's settings: its config.json, or those of its GGUF file (see `gguf_settings`).
+def model_settings(model: Path, allow_pickle: bool = False) -> dict[str, Any]:
+    """A model's settings: its config.json, or those of its GGUF file (see `gguf_settings`), or what
+    the shapes of its tensors tell.
+
+    Args:
+        model: a folder or a GGUF file.
+        allow_pickle: pickled weights may be read.
 
     Raises:
         CheckpointError: a file is missing or cannot be read; the message names it.
     """
     gguf, config = gguf_of(model), folder_of(model) / "config.json"
     if gguf is None:
-        return read_json(config)
+        return read_settings(model, allow_pickle)
     return gguf_settings(gguf, read_header(gguf), read_json(config) if config.is_file() else {})
 
 
@@ -69,13 +75,13 @@ def naming_settings(model: Path) -> Iterator[None]:
         raise CheckpointError(said) from None
 
 
-def model_config(model: Path) -> CsmConfig:
-    """A model's sizes.
+def model_config(model: Path, allow_pickle: bool = False) -> CsmConfig:
+    """A model's sizes; see `model_settings`.
 
     Raises:
         ValueError: they are missing or unsupported; one line names the file and key.
     """
-    settings = model_settings(model)
+    settings = model_settings(model, allow_pickle)
     with naming_settings(model):
         return CsmConfig.from_json(settings)
 

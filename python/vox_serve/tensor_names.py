@@ -1,7 +1,8 @@
-"""Tensor names of the two formats of CSM checkpoints: transformers' and the original."""
+"""Tensor names of the formats of CSM checkpoints: transformers', the original, and MLX's."""
 
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,14 @@ ORIGINAL = TensorNames(
     interleaved_rope=True,
 )
 
+MLX = replace(ORIGINAL, layer=HF.layer, norm=HF.norm)
+"""Conversions for MLX: the original, with transformers' names within a layer."""
+
+FORMATS = (HF, ORIGINAL, MLX)
+
 
 def names_in(tensors: Container[str]) -> TensorNames | None:
     """The format of a set of tensor names, or None if they are not a CSM's."""
-    for names in (HF, ORIGINAL):
-        if names.code0_head in tensors or f"{names.backbone}{names.norm}" in tensors:
-            return names
-    return None
+    norms = (names for names in FORMATS if f"{names.backbone}{names.norm}" in tensors)
+    heads = (names for names in FORMATS if names.code0_head in tensors)
+    return next(chain(norms, heads), None)

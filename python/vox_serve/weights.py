@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vox_serve.adapter import merged
+from vox_serve.adapter_config import CONFIG_FILE
+from vox_serve.adapter_tensors import Adapter
 from vox_serve.checkpoint import (
     CODEC_PREFIX,
     CheckpointError,
@@ -20,6 +23,8 @@ from vox_serve.checkpoint import (
     is_finite,
     refuse_not_finite,
 )
+from vox_serve.checkpoint_layouts import csm_tensors, log_unused
+from vox_serve.checkpoint_settings import settings_files
 from vox_serve.checkpoint_sizes import check_sizes
 from vox_serve.csm_weights import CsmWeights, TransformerWeights
 from vox_serve.gguf_rounding import rounding_line, second_rounding
@@ -28,7 +33,7 @@ from vox_serve.hub import resolve_codec
 from vox_serve.mimi import Mimi, load_mimi, mimi_from_checkpoint
 from vox_serve.model_config import CsmConfig, TransformerConfig
 from vox_serve.model_files import folder_of, gguf_of, model_settings, naming_settings
-from vox_serve.tensor_names import HF, TensorNames, names_in
+from vox_serve.tensor_names import TensorNames
 from vox_serve.weight_cache import WeightCache
 from voxkern.backend import backend_for
 from voxkern.quantize import LAYOUT_VERSION, format_of, pack
@@ -70,6 +75,7 @@ def load_checkpoint(
     allow_pickle: bool = False,
     quantize: str = "none",
     cache_folders: Sequence[Path] = (),
+    adapter: Path | None = None,
 ) -> Checkpoint:
     """Load a checkpoint in transformers' format or the original's, in safetensors or GGUF.
 
@@ -84,6 +90,7 @@ def load_checkpoint(
         quantize: which matrices are packed, a key of `csm_weights.PACKINGS`.
         cache_folders: candidate folders for a cache of packed CPU weights, which later loads map
             into memory; the first that can be written to is used. Empty for no cache.
+        adapter: the folder of a LoRA adapter, which is merged into the weights; None for none.
 
     Raises:
         CheckpointError: a file or tensor is missing or invalid; the message names it.
@@ -94,11 +101,14 @@ def load_checkpoint(
     folder, gguf = folder_of(path), gguf_of(path)
     if gguf is None and not path.is_dir():
         raise CheckpointError(f"{path} is not a folder")
-    settings = model_settings(path)
+    settings = model_settings(path, allow_pickle)
     with naming_settings(path):
         config = CsmConfig.from_json(settings)
     codec_config = settings.get("codec_config")
     paths = [gguf] if gguf else find_weights(folder, settings, allow_pickle)
+    lora = Adapter(adapter, config, allow_pickle) if adapter else None
+    if adapter is None and (folder / CONFIG_FILE).is_file():
+        logger.warning("%s also holds a LoRA adapter, which is not applied", folder)
     cache = None
     if cache_folders and quantize != "none" and torch.device(device).type == "cpu":
         # The last bits of the projected rows depend on the kernel.
@@ -107,19 +117,19 @@ def load_checkpoint(
             cache_folders,
             f"{quantize}-{str(dtype).removeprefix('torch.')}-{kernels}",
             (STACKING_VERSION, LAYOUT_VERSION),
-            [*(file for file in [folder / "config.json"] if file.exists()), *paths],
+            [*settings_files(folder), *paths, *(lora.paths if lora else ())],
         )
-    files = TensorFiles(paths)
-    names = names_in(files)
-    if names is None:
-        raise CheckpointError(f"{paths[0]} holds no CSM: it has no tensor {HF.code0_head}")
+    files, names = csm_tensors(TensorFiles(paths), settings)
     with naming_settings(path):
         check_sizes(files, names, config, settings)
+    log_unused(files, names, config)
+    if lora:
+        files, names = merged(files, names, config, lora)
     weights = _cached_weights(cache, config, dtype, quantize)
     if weights is None:
         weights = _read_weights(files, names, config, dtype, device, quantize)
         for source in files.sources:
-            if isinstance(source, GgufTensors):
+            if isinstance(source, GgufTensors) and not lora:  # whose change would count as an error
                 errors = second_rounding(source, names, config, weights)
                 if line := rounding_line(source, errors):
                     logger.warning("%s", line)

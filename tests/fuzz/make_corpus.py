@@ -117,6 +117,53 @@ def config_json() -> None:
     write("config_json", "infinite", b'{"rms_norm_eps": 1e400, "rope_theta": NaN}')
 
 
+def adapter_config() -> None:
+    settings = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": "some/base",
+        "r": 2,
+        "lora_alpha": 4,
+        "use_rslora": True,
+        "target_modules": ["q_proj", "lm_head"],
+        "rank_pattern": {r"lm_.*": 1},
+        "alpha_pattern": {"layers.0.self_attn.(q_proj|k_proj)": 8.5},
+        "init_lora_weights": True,
+    }
+    changes = {
+        "small": {},
+        "dora": {"use_dora": True},
+        "infinite": {"lora_alpha": 1e400},
+        "huge": {"r": 10**30, "lora_alpha": 10**30},
+        "expression": {"alpha_pattern": {"(.*)*(.*)*$": 1}},
+        "many": {"rank_pattern": {str(i): 1 for i in range(1001)}},
+    }
+    for name, change in changes.items():
+        write("adapter_config", name, json.dumps(settings | change).encode())
+
+
+def adapter_tensors() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"lm_head": (67, 64, 1)}
+    for part, (rows, columns) in {
+        "backbone_model.layers.0": (96, 64),
+        "depth_decoder.model.layers.0": (64, 48),
+    }.items():
+        shapes[f"{part}.self_attn.q_proj"] = (rows, columns, 2)
+    tensors = {}
+    for module, (rows, columns, rank) in shapes.items():
+        for factor, shape in {"A": (rank, columns), "B": (rows, rank)}.items():
+            name = f"base_model.model.{module}.lora_{factor}.weight"
+            tensors[name] = torch.randn(shape, generator=generator).half()
+    write("adapter_tensors", "small", save(tensors))
+    name = next(iter(tensors))
+    write("adapter_tensors", "nan", save(tensors | {name: tensors[name] * float("nan")}))
+    write("adapter_tensors", "one factor", save({name: tensors[name]}))
+    for name, shape in (("rank 0", (0, 64)), ("huge rank", (2**62, 64))):
+        header = {"lm_head.lora_A.weight": {"dtype": "F32", "shape": shape, "data_offsets": (0, 0)}}
+        text = json.dumps(header).encode()
+        write("adapter_tensors", name, struct.pack("<Q", len(text)) + text)
+
+
 def tokenizer_json() -> None:
     settings = json.loads(build_tiny(SHAPE).tokenizer.to_str())
     write("tokenizer_json", "tiny", json.dumps(settings).encode())
@@ -252,6 +299,8 @@ if __name__ == "__main__":
         safetensors,
         gguf,
         config_json,
+        adapter_config,
+        adapter_tensors,
         tokenizer_json,
         context_json,
         context_field,

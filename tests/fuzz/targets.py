@@ -77,10 +77,10 @@ def _tensors() -> dict[str, torch.Tensor]:
 
 
 @cache
-def _folder() -> Path:
+def _folder(name: str = "model") -> Path:
     """A checkpoint on which each input replaces one file. Made without transformers, whose import
     takes longer than many inputs."""
-    folder = Path(tempfile.mkdtemp(prefix="voxkern-fuzz-")) / "model"
+    folder = Path(tempfile.mkdtemp(prefix="voxkern-fuzz-")) / name
     folder.mkdir()
     save_file(_tensors(), folder / "model.safetensors")
     (folder / "config.json").write_bytes(_seed("config_json/hf"))
@@ -103,9 +103,20 @@ def _mimi() -> Mimi:
     return mimi_from_checkpoint(tensors, json.loads(_seed("config_json/hf"))["codec_config"])
 
 
+@cache
+def _adapter() -> Path:
+    """An adapter of the model in `_folder("base")`, of which each input replaces one file."""
+    folder = _folder("base").parent / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_bytes(_seed("adapter_config/small"))
+    (folder / "adapter_model.safetensors").write_bytes(_seed("adapter_tensors/small"))
+    return folder
+
+
 def set_up() -> None:
     """Make what the targets share, so that no input is charged for it."""
     _folder()
+    _adapter()
     _mimi()
 
 
@@ -164,6 +175,28 @@ def config_json(data: bytes) -> None:
         checkpoint.config.backbone.rope_table()
         checkpoint.config.depth.rope_table()
         mimi_from_checkpoint(checkpoint.codec_tensors or {}, checkpoint.codec_config).init_state()
+
+
+def _load_adapter(name: str, data: bytes) -> None:
+    """Load the model with an adapter whose file `name` is the input."""
+    path = _adapter() / name
+    valid = path.read_bytes()
+    path.write_bytes(data)
+    try:
+        with suppress(CheckpointError):
+            load_checkpoint(_folder("base"), torch.float32, adapter=_adapter())
+    finally:
+        path.write_bytes(valid)
+
+
+def adapter_config(data: bytes) -> None:
+    """adapter_config.json beside an adapter's true tensors."""
+    _load_adapter("adapter_config.json", data)
+
+
+def adapter_tensors(data: bytes) -> None:
+    """An adapter's tensors beside its true adapter_config.json."""
+    _load_adapter("adapter_model.safetensors", data)
 
 
 def tokenizer_json(data: bytes) -> None:
@@ -275,6 +308,8 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
         safetensors,
         gguf,
         config_json,
+        adapter_config,
+        adapter_tensors,
         tokenizer_json,
         context_json,
         context_field,

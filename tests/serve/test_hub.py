@@ -20,7 +20,13 @@ from huggingface_hub.utils import filter_repo_objects
 
 from checkpoints import build_tiny
 from vox_serve import hub
-from vox_serve.hub import ModelNotFoundError, resolve_codec, resolve_model
+from vox_serve.hub import (
+    ModelNotFoundError,
+    resolve_adapter,
+    resolve_codec,
+    resolve_model,
+    resolve_tokenizer,
+)
 from vox_serve.weights import load_checkpoint
 
 
@@ -198,6 +204,53 @@ def test_codec_repositories(stand_in):
     assert stand_in.stored("kyutai/moshi") == {"config.json", moshi_file}
     resolve_codec("kyutai/bare")
     assert stand_in.stored("kyutai/bare") == {moshi_file}
+
+
+def write_adapter(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    settings = {"peft_type": "LORA", "base_model_name_or_path": "unsloth/csm-1b"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    for name in ("adapter_model.safetensors", "optimizer.pt", "tokenizer.json", "README.md"):
+        (folder / name).touch()
+
+
+def test_adapters(stand_in):
+    write_adapter(stand_in.root / "some" / "adapter")
+    assert resolve_adapter("some/adapter") == stand_in.cache / "some" / "adapter"
+    files = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
+    assert stand_in.stored("some/adapter") == files
+    write_adapter(stand_in.root / "local")
+    assert resolve_adapter(str(stand_in.root / "local")) == stand_in.root / "local"
+    with pytest.raises(ModelNotFoundError, match="is a file: give the adapter's folder"):
+        resolve_adapter(str(stand_in.root / "local" / "README.md"))
+    with pytest.raises(ModelNotFoundError, match=r"no adapter '\./gone': it is no folder"):
+        resolve_adapter("./gone")
+
+
+def test_an_adapter_as_the_model(stand_in):
+    write_adapter(stand_in.root / "some" / "adapter")
+    folder = resolve_model("some/adapter")
+    with pytest.raises(ValueError, match="no model: give --model unsloth/csm-1b --adapter"):
+        load_checkpoint(folder, torch.float32)
+
+
+def test_a_model_without_settings(stand_in):
+    """As MisoTTS is published: weights alone."""
+    folder = stand_in.root / "some" / "weights"
+    folder.mkdir(parents=True)
+    for name in ("model.safetensors", "README.md"):
+        (folder / name).touch()
+    assert resolve_model("some/weights") == stand_in.cache / "some" / "weights"
+    assert stand_in.stored("some/weights") == {"model.safetensors"}
+
+
+def test_tokenizers(stand_in):
+    folder = stand_in.root / "some" / "llama"
+    folder.mkdir(parents=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        (folder / name).touch()
+    assert resolve_tokenizer("some/llama") == stand_in.cache / "some" / "llama"
+    assert stand_in.stored("some/llama") == {"tokenizer.json", "tokenizer_config.json"}
 
 
 def test_a_repository_without_a_model(stand_in):

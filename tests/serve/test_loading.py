@@ -99,7 +99,7 @@ def test_a_gpus_weights_do_not_depend_on_the_backend(a_gpu, monkeypatch, dtype, 
     a_gpu("triton")
     asked = []
 
-    def load_checkpoint(folder, dtype, device, allow_pickle, quantize, caches):
+    def load_checkpoint(folder, dtype, device, allow_pickle, quantize, caches, adapter):
         asked.append((dtype, device.type, quantize))
 
     def load_codec(checkpoint, codec, precision):
