@@ -1,8 +1,8 @@
-"""A whole frame of full-size CSM-1B: backbone step, codebook 0, depth decoder, KV append.
+"""A whole frame of a full-size model: backbone step, codebook 0, depth decoder, KV append.
 
 Random weights of the real sizes, greedy sampling, 128 cached positions. Timed from one frame's
 codes to the next frame's, as in a public megakernel benchmark for this model. On a GPU the frame is
-one CUDA graph on static buffers, replayed. The peer is transformers'
+one CUDA graph on static buffers, replayed. The peer of CSM-1B is transformers'
 `CsmForConditionalGeneration.generate` on the same weights: milliseconds from one backbone step to
 the next, without the prompt. If ours are packed, the peer has bfloat16 weights; on a GPU it runs at
 batches up to 8. `bench/run.py peers` has more programs. Our backends take turns on the same
@@ -14,6 +14,9 @@ weights and cached keys and values from memory once per use, and to do the multi
 cache` counts only those bytes that a cache as large as the last-level one could not have kept from
 one step of the depth decoder to the next. `streams` is the number of real-time streams that frames
 of this batch size sustain.
+
+The table `bytes` measures nothing: `GB/s real time` is the read bandwidth that one real-time stream
+needs, if every weight is read from memory each time that it is used.
 """
 
 import statistics
@@ -22,7 +25,7 @@ from functools import partial
 
 import torch
 from bench_backends import PERSISTENT, bind_backend, comparison_cells, comparison_columns
-from csm_1b_shapes import CACHED, FRAME_MS
+from csm_1b_shapes import CACHED, FRAME_MS, weight_bytes
 from machine import last_cache_bytes
 from report import Report
 from timing import CpuTimer, GpuTimer
@@ -30,6 +33,7 @@ from timing import CpuTimer, GpuTimer
 from vox_serve.csm_weights import CsmWeights
 from vox_serve.frame_bytes import frame_bytes
 from vox_serve.kv_cache import CacheBatch, CacheSequence, KvCache
+from vox_serve.memory import memory_bytes
 from vox_serve.model import PERSISTENT_ROWS, CsmModel
 from vox_serve.model_config import CsmConfig
 from vox_serve.sampling import SamplingParams, SamplingRows
@@ -42,6 +46,7 @@ PRECISIONS = {
     "int4": (torch.bfloat16, "int4"),
 }
 """Dtype, and the packing of matrices (`quantize` of `CsmWeights`)."""
+MEMORY_SHARE = 0.7  # of the machine, that a model's weights may take
 MAX_PEER_BATCH = {"cpu": 1 << 30, "cuda": 8}
 
 
@@ -114,6 +119,7 @@ def run(
     peer: bool,
     backends: Sequence[str | None] = (None,),
 ) -> None:
+    add_bytes(report, config, timer.device)
     table = report.table(
         "frame",
         [
@@ -123,6 +129,10 @@ def run(
         ],
     )
     for precision in precisions:
+        needed = weight_bytes(config, *PRECISIONS[precision])
+        if timer.device == "cpu" and needed > MEMORY_SHARE * memory_bytes():
+            report.leave_out(precision, f"its weights take {needed / 1e9:.1f} GB")
+            continue
         model = our_model(config, precision, timer.device)
         read = frame_bytes(model.weights)
         dtype, quantize = PRECISIONS[precision]
@@ -162,6 +172,22 @@ def run(
             )
             ours = frame_timers = None
         del model, theirs
+
+
+def add_bytes(report: Report, config: CsmConfig, device: str) -> None:
+    """Add the table of bytes: what the weights take, and what a frame at batch 1 reads."""
+    table = report.table(
+        "bytes", ["precision", "GB of weights", "GB a frame", "GB past cache", "GB/s real time"]
+    )
+    for precision, (dtype, quantize) in PRECISIONS.items():
+        read = frame_bytes(CsmWeights.empty(config, dtype, "meta", quantize))
+        table.add(
+            precision,
+            weight_bytes(config, dtype, quantize) / 1e9,
+            read.total / 1e9,
+            read.from_memory(last_cache_bytes(device)) / 1e9,
+            read.total / 1e6 / FRAME_MS,
+        )
 
 
 def take_turns(

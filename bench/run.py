@@ -2,7 +2,8 @@
 
     python bench/run.py roofline   read bandwidth and multiply-add rates of this machine
     python bench/run.py kernels    every op at CSM-1B's shapes, against plain torch
-    python bench/run.py frame      whole frames of full-size CSM-1B, against transformers
+    python bench/run.py frame      whole frames of full-size CSM-1B, against transformers, or of
+                                   MisoTTS 8B (--model-shape miso-8b)
     python bench/run.py codec      a streamed frame of full-size Mimi, against transformers
     python bench/run.py speech     steps of the engine: frames, sampling and the codec together
     python bench/run.py all        these five
@@ -24,6 +25,8 @@ Options:
                                speech, steps and depth, and "all" means the first four
     --rehearse                 runs the GPU's timing code on the CPU with a tiny model: a check that
                                it works; the figures mean nothing
+    --model-shape NAME         frame, speech, steps: the sizes, csm-1b (default) or miso-8b: in int4
+                               5 GB, in bfloat16 17 GB
     --backend NAME[,NAME ...]  native, triton or reference for every op (default: the first that has
                                it, or VOXKERN_BACKEND's). With several, kernels and frame measure
                                all of them and compare each with the first; kernels also accepts
@@ -72,7 +75,7 @@ from pathlib import Path
 import bench_backends
 import machine
 import torch
-from csm_1b_shapes import config_for
+from csm_1b_shapes import SHAPES, config_for
 from report import Report
 from timing import CpuTimer, GpuTimer, timer_for
 
@@ -114,6 +117,7 @@ def main() -> None:
     parser.add_argument("bench", choices=CHOICES)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--model-shape", choices=SHAPES, default="csm-1b")
     parser.add_argument("--backend")
     parser.add_argument("--dtype")
     parser.add_argument("--quantize", default="none,int8,int4")
@@ -173,7 +177,7 @@ def main() -> None:
 
 def run(report: Report, args: argparse.Namespace, timer: CpuTimer | GpuTimer, on_gpu: bool) -> None:
     """Runs the selected benchmarks and adds their tables to the report."""
-    config = config_for(args.rehearse)
+    config = config_for(args.rehearse, args.model_shape)
     benches = GPU_BENCHES if on_gpu else BENCHES
     chosen = benches if args.bench == "all" else (args.bench,)
     names = (args.dtype or ("bfloat16" if on_gpu else "float32,bfloat16")).split(",")
@@ -199,7 +203,7 @@ def run(report: Report, args: argparse.Namespace, timer: CpuTimer | GpuTimer, on
         import bench_frame
 
         backends = [name for name in args.backend or ours if name != bench_backends.TORCH]
-        peer = not args.no_peer
+        peer = not args.no_peer and args.model_shape == "csm-1b"  # 8 B twice fill the memory
         bench_frame.run(report, timer, config, precisions, batches("frame"), peer, backends)
     if "kernels" in chosen:
         import bench_kernels
@@ -260,7 +264,8 @@ def results_path(args: argparse.Namespace) -> Path | None:
         import peers
 
         folder = peers.FOLDER
-    return folder and folder / f"{args.bench}.json"
+    shape = "" if args.model_shape == "csm-1b" else f"-{args.model_shape}"
+    return folder and folder / f"{args.bench}{shape}.json"
 
 
 def plot(report: Report) -> None:

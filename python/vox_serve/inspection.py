@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from vox_serve.adapter_config import CONFIG_FILE
 from vox_serve.checkpoint import (
+    ADAPTER_FILE,
     PICKLE_FILE,
     CheckpointError,
     TensorFiles,
@@ -14,6 +16,7 @@ from vox_serve.checkpoint import (
     shard_names,
     weights_entry,
 )
+from vox_serve.checkpoint_layouts import find_csm, inferred_settings, refuse_other_weights
 from vox_serve.checkpoint_sizes import check_sizes
 from vox_serve.context_file import DEFAULT_PROMPTS
 from vox_serve.gguf_header import GgufHeader, parse_header
@@ -23,10 +26,9 @@ from vox_serve.gguf_tokenizer import has_tokenizer
 from vox_serve.hub import GGUF_SUFFIX
 from vox_serve.json_file import MAX_JSON_BYTES, parse_json
 from vox_serve.model_config import CsmConfig
-from vox_serve.tensor_names import HF, names_in
+from vox_serve.tensor_names import HF, MLX
 from vox_serve.weight_headers import WeightHeader, stored_bytes
 
-ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 _ADAPTER_KEYS = (
     "base_model_name_or_path",
     "peft_type",
@@ -125,7 +127,7 @@ def inspect_model(place: ModelPlace) -> Inspection:
     found.codec_stored = stored_bytes(headers, codec=True)
     if headers:
         _csm(found, settings, headers, gguf)
-    elif ADAPTER_CONFIG in place.sizes:
+    elif CONFIG_FILE in place.sizes:
         _adapter(found, place)
     elif len(ggufs) > 1:
         found.what = "GGUF files: give one of " + ", ".join(sorted(ggufs)[:8])
@@ -152,24 +154,31 @@ def _csm(
 ) -> None:
     """Fill in what the headers tell."""
     files = TensorFiles.of(headers)
-    names = names_in(files)
-    if names is None:
+    tensors = find_csm(files)
+    if tensors is None:
         found.what = _other(settings, files, gguf)
         if settings.get("model_type") == "mimi":
             found.kind, found.what = "codec", "a Mimi codec, for --codec"
         return
+    files, names = tensors
     found.kind = "csm"
-    theirs = "transformers' names" if names is HF else "Sesame's original names"
+    theirs = "MLX's names" if names is MLX else "Sesame's original names"
+    theirs = "transformers' names" if names is HF else theirs
     if gguf is None:
         found.what = f"CSM in safetensors, {theirs}"
-        if not settings:
-            found.problems.append("config.json is missing")
     elif is_crispasr(gguf.tensors):
         found.what = "CSM in GGUF, CrispASR's names"
     else:
         found.what = f"CSM in GGUF, {theirs} (csm.rs)"
     try:
+        if not settings:
+            settings = inferred_settings(Path(found.name), files)
+            flavors = f"{settings['backbone_flavor']} and {settings['decoder_flavor']}"
+            found.notes.append(f"no config.json: its tensors have the sizes of {flavors}")
+        refuse_other_weights(files, names, settings)
         config = CsmConfig.from_json(settings)
+        if config.has_spaced_prompts:
+            found.what = found.what.replace("CSM", "MisoTTS", 1)
         check_sizes(files, names, config, settings)
         found.config = config
     except ValueError as error:
@@ -191,7 +200,7 @@ def _other(settings: Mapping[str, Any], files: TensorFiles, gguf: GgufHeader | N
 
 
 def _adapter(found: Inspection, place: ModelPlace) -> None:
-    settings = _json(place, ADAPTER_CONFIG)
+    settings = _json(place, CONFIG_FILE)
     found.kind = "adapter"
     found.adapter = {key: settings.get(key) for key in _ADAPTER_KEYS}
     base = settings.get("base_model_name_or_path")
@@ -213,7 +222,8 @@ def _parts(found: Inspection, place: ModelPlace, gguf: GgufHeader | None) -> Non
         found.tokenizer = weights
     else:
         found.problems.append(
-            "no tokenizer: put the tokenizer.json of sesame/csm-1b, which is Llama 3.2's, beside it"
+            "no tokenizer: put the tokenizer.json of sesame/csm-1b, which is Llama 3.2's, beside "
+            "it, or give --tokenizer"
         )
     codecs = [name for name in place.sizes if "/" not in name and is_codec_file(name)]
     if found.codec_stored:

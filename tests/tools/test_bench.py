@@ -12,7 +12,7 @@ import peers
 import pytest
 import torch
 from bench_quantization import Speech, divergence, packed, random_speech, teacher_forced
-from csm_1b_shapes import CSM_1B
+from csm_1b_shapes import CSM_1B, config_for, weight_bytes
 from llama_frames import BITS, HEAD_ROWS, gguf_shapes, llama_frame_bytes
 from peers import GROUPS, Peer, Rounds, order, ratio
 from roofline import working_sets
@@ -102,6 +102,18 @@ def test_ratios_and_percentages_are_per_round():
     assert ratio(theirs, ours) == (3.0, 2.5, 3.0)
     assert ratio(None, ours) is None
     assert ours.percent_of_roofline(read.total) == pytest.approx(50.0)
+
+
+def test_bytes_of_misotts():
+    config = config_for(False, "miso-8b")
+    read = frame_bytes(CsmWeights.empty(config, torch.bfloat16, "meta"))
+    layer = 2 * (4096 * 4096 + 1024 * 4096) + 3 * 14336 * 4096 + 2 * 4096
+    depth_layer = 2 * (1536 * 1536 + 384 * 1536) + 3 * 6912 * 1536 + 2 * 1536
+    heads = 2051 * 4096 + 1536 * 4096 + 31 * 2051 * 1536
+    once = 2 * (32 * layer + 4096 + heads)
+    assert read == FrameBytes(once, 2 * (8 * depth_layer + 1536), 31)
+    tables = (128256 + 32 * 2051) * 4096 + 32 * 2051 * 1536
+    assert weight_bytes(config, torch.bfloat16, "none") == once + read.step + 2 * tables
 
 
 def test_working_sets_leave_out_unknown_caches():
