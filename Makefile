@@ -31,7 +31,7 @@ DEPENDENCIES = $(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.to
 CMAKE = PATH=$(CURDIR)/$(BIN):$$PATH cmake
 CONFIGURE = $(CMAKE) -S . -G Ninja -DVOXKERN_TORCH=$$($(RUN) -c 'import torch; print(torch.__path__[0])')
 
-.PHONY: build serve test test-fast soak simt cuda-check cuda-link-check gpu-carry triton-check lint format bench peers sanitize tsan fuzz clean
+.PHONY: build serve test test-fast cluster-test soak simt cuda-check cuda-link-check gpu-carry triton-check lint format bench peers sanitize tsan fuzz clean
 
 build: $(VENV)/built
 
@@ -86,6 +86,14 @@ test: $(VENV)/test $(VENV)/simt
 # For every edit: no slow test, no emulated GPU.
 test-fast: $(VENV)/test
 	$(PYTEST) -m 'not slow' -k 'not simt'
+
+# The tests of HTTP through a cluster's door, and clusters with real Ray: some minutes on two free cores.
+DOOR_TESTS = $(addprefix tests/serve/test_,api.py live.py live_formats.py live_server.py openai_api.py \
+  voice_routes.py conversation_routes.py conversing.py speech_context.py request_id.py)
+cluster-test: $(VENV)/test
+	$(BIN)/pip install --quiet $$($(call EXTRA,cluster))
+	$(RUN) -m pytest -q --door $(DOOR_TESTS)
+	$(RUN) -m pytest -q tests/serve/test_cluster*.py tests/cluster
 
 # A mixed load with cancels, stalls and faults for MINUTES: results in build/soak.
 MINUTES ?= 30

@@ -21,6 +21,14 @@ from ops_testing import ALL_TARGETS, end_if_gpu_is_broken, targets
 from vox_serve import loading
 from voxkern.backend import OPS
 
+pytest_plugins = ["through_door"]
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption(
+        "--door", action="store_true", help="run the tests of HTTP through a cluster's door"
+    )
+
 
 def pytest_report_header() -> list[str]:
     lines = [f"op tests on {target}: {target.why_missing() or 'yes'}" for target in ALL_TARGETS]

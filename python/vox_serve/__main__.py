@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from vox_serve.console import standard_streams
 
 PROG = "vox-serve"
-COMMANDS = ("launch", "say", "voices", "models", "detect", "completion")
+COMMANDS = ("launch", "cluster", "say", "voices", "models", "detect", "completion")
 
 HELP = """\
 usage: vox-serve [COMMAND] [flags]
@@ -18,6 +18,7 @@ usage: vox-serve [COMMAND] [flags]
 Text to speech with CSM.
 
   launch      serve speech over HTTP; the command if none is given
+  cluster     the same with several replicas, on Ray Serve
   say         say a text into a file
   voices      add, list, preview or remove voices
   models      tell what a model is, and what this machine can do with it
@@ -54,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command(name: str) -> Callable[[Sequence[str]], int]:
     """The `main` of a subcommand's module, which is imported only when it is needed."""
-    main: Callable[[Sequence[str]], int] = importlib.import_module(f"vox_serve.{name}").main
+    module = "vox_serve.cluster.__main__" if name == "cluster" else f"vox_serve.{name}"
+    main: Callable[[Sequence[str]], int] = importlib.import_module(module).main
     return main
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from vox_serve import detect, launch, models, say, voices
 from vox_serve.cli import CommandError, CommandParser, run_command
+from vox_serve.cluster import __main__ as cluster
 from vox_serve.config import Config
 from vox_serve.console import standard_streams
 from vox_serve.setting import choices
@@ -56,6 +57,7 @@ def completion(shell: str) -> str:
     commands = top.add_subparsers()
     for name, module in (
         ("launch", launch),
+        ("cluster", cluster),
         ("say", say),
         ("voices", voices),
         ("models", models),

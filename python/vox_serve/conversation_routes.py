@@ -124,7 +124,9 @@ def add_conversation_routes(
         fields = _checked(_New, {} if is_empty else await read(request))
         if fields.voice is not None:  # it must exist
             await voices.request_in(engine.Request("a"), fields.voice)
-        conversation = conversations.create(client_name(request.scope), fields.id, fields.voice)
+        client = client_name(request.scope)
+        await conversations.fetch(client, fields.id)
+        conversation = conversations.create(client, fields.id, fields.voice)
         return AsciiJSONResponse(_described(conversation), 201)
 
     @app.post(
@@ -146,6 +148,7 @@ def add_conversation_routes(
                 upload = voices.large_body(request, stack, client, "audio", "codes")
                 given = await read(request, upload)
             fields = parse_context([given])
+            await conversations.fetch(client, key)
             conversation = conversations.open(client, key, None)
             try:
                 waiting = conversations.in_order(
@@ -162,7 +165,9 @@ def add_conversation_routes(
     @app.get(f"{path}/{{key}}", responses=_UNKNOWN)
     async def show(key: str, request: Request) -> Response:
         """A conversation's turns; with `?codes=1` also the codes of their frames."""
-        conversation = conversations.kept.get(client_name(request.scope), key)
+        client = client_name(request.scope)
+        await conversations.fetch(client, key)
+        conversation = conversations.kept.get(client, key)
         with_codes = request.query_params.get("codes", "0") in ("1", "true")
         shown = _described(conversation) | {
             "speaking": conversations.is_speaking(conversation),
@@ -179,7 +184,9 @@ def add_conversation_routes(
     async def interrupt(key: str, request: Request) -> Response:
         """End the answer that is being spoken, and keep what was heard of it."""
         fields = _checked(_Interruption, await read(request))
-        conversation = conversations.kept.get(client_name(request.scope), key)
+        client = client_name(request.scope)
+        await conversations.fetch(client, key)
+        conversation = conversations.kept.get(client, key)
         heard = conversations.interrupt(conversation, fields.played_ms)
         return AsciiJSONResponse(
             {
@@ -193,7 +200,9 @@ def add_conversation_routes(
     @app.delete(f"{path}/{{key}}", responses=_UNKNOWN)
     async def delete(key: str, request: Request) -> Response:
         """Delete a conversation. Speech in it goes on."""
-        conversations.kept.remove(client_name(request.scope), key)
+        client = client_name(request.scope)
+        await conversations.fetch(client, key)
+        conversations.remove(client, key)
         return AsciiJSONResponse({"id": key, "object": f"{OBJECT}.deleted", "deleted": True})
 
     for kind, status_code in (

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from starlette.types import Receive
 
@@ -59,6 +59,17 @@ class Heard(NamedTuple):
     text: str
 
 
+class Home(Protocol):
+    """A place beyond this process that knows the conversations of several (see cluster/home.py)."""
+
+    async def fetch(self, client: str, key: str, waits: bool) -> None:
+        """Bring a conversation here, if there is one. If a request is in it elsewhere, wait for
+        that, or raise an error that says where it is."""
+
+    def changed(self, conversation: Conversation) -> None:
+        """Note that a conversation has changed, or was begun or deleted."""
+
+
 class ConversationService:
     """Answers requests in conversations. Only the event loop uses it.
 
@@ -69,6 +80,7 @@ class ConversationService:
 
     Attributes:
         kept: the conversations.
+        home: of a cluster; None for a server that keeps them alone.
     """
 
     def __init__(
@@ -76,6 +88,7 @@ class ConversationService:
     ) -> None:
         self._runner = runner
         self._engine = runner.engine
+        self.home: Home | None = None
         self._builder = TurnBuilder(runner.engine, config.split_chars)
         self._clock = clock
         self.kept = Conversations(
@@ -97,6 +110,16 @@ class ConversationService:
         if self._timer is not None:
             self._timer.cancel()
 
+    async def fetch(self, client: str, key: str | None, waits: bool = False) -> None:
+        """Have a client's conversation here, if another server of a cluster has it. Call this
+        first in each request that names one.
+
+        Raises:
+            Exception: the home's.
+        """
+        if self.home is not None and key is not None:
+            await self.home.fetch(client, key, waits)
+
     def create(self, client: str, key: str | None, voice: str | None) -> Conversation:
         """Begin a conversation; see `Conversations.create`.
 
@@ -104,9 +127,17 @@ class ConversationService:
             QueueFull: there is no room.
         """
         try:
-            return self.kept.create(client, key, voice)
+            conversation = self.kept.create(client, key, voice)
         except ConversationsFullError as error:
             raise QueueFull(f"{error}: try later") from None
+        self._changed(conversation)
+        return conversation
+
+    def remove(self, client: str, key: str) -> None:
+        """Delete a client's conversation; see `Conversations.remove`."""
+        conversation = self.kept.get(client, key)
+        self.kept.remove(client, key)
+        self._changed(conversation)
 
     def voice_of(self, client: str, key: str, voice: str | None) -> str | None:
         """The voice of a client's conversation, which begins with the given one if it is new.
@@ -207,6 +238,7 @@ class ConversationService:
             raise RequestRefused(str(error)) from None
         self._check(conversation)
         conversation.add(turn)
+        self._changed(conversation)
         return turn
 
     def interrupt(self, conversation: Conversation, played_ms: float) -> Heard:
@@ -231,12 +263,18 @@ class ConversationService:
             num_left = max(num_frames - conversation.reply_frames_forgotten, 0)
             turns = self._turns(heard(spoken, num_left, FRAME_S))
             conversation.shorten_reply(turns)
+            self._changed(conversation)
             return _heard(turns)
         else:
             raise NothingSpokenError("nothing is being spoken in this conversation")
         turns = conversation.reply
         conversation.end_reply()
+        self._changed(conversation)
         return _heard(turns)
+
+    def _changed(self, conversation: Conversation) -> None:
+        if self.home is not None:
+            self.home.changed(conversation)
 
     def _line(self, conversation: Conversation) -> ConversationLine:
         if (line := self._lines.get(conversation)) is None:
@@ -288,6 +326,7 @@ class ConversationService:
                 turns = self._turns(self._spoken(job, line))
                 seconds = sum(len(turn.codes) for turn in turns) * FRAME_S
                 conversation.add_reply(turns, self._clock() + seconds + PLAYED_S)
+                self._changed(conversation)
         except Exception:  # the client has its speech: a turn that is lost is the server's fault
             logger.exception("request %s cannot be kept as a turn", job.request.id)
         finally:

@@ -221,6 +221,9 @@ class Conversations:
         idle_s: time after which one is deleted.
         max_positions: of the model's context.
         clock: the time in seconds.
+
+    Attributes:
+        clock: see the arguments.
     """
 
     def __init__(
@@ -229,7 +232,7 @@ class Conversations:
         self.max_number = max_number
         self.max_positions = max_positions
         self.idle_s = idle_s
-        self._clock = clock
+        self.clock = clock
         # The least recently used one first.
         self._kept: OrderedDict[tuple[str, str], Conversation] = OrderedDict()
 
@@ -243,6 +246,10 @@ class Conversations:
         if conversation is not None:
             self.touch(conversation)
         return conversation
+
+    def peek(self, client: str, key: str) -> Conversation | None:
+        """A client's conversation, without a use of it; None if there is none."""
+        return self._kept.get((client, key))
 
     def get(self, client: str, key: str) -> Conversation:
         """A client's conversation.
@@ -292,12 +299,12 @@ class Conversations:
     def touch(self, conversation: Conversation) -> None:
         """Note a use."""
         if not conversation.is_deleted:
-            conversation.last_used_s = self._clock()
+            conversation.last_used_s = self.clock()
             self._kept.move_to_end((conversation.client, conversation.id))
 
     def expire(self) -> None:
         """Delete what nobody used for too long."""
-        limit = self._clock() - self.idle_s
+        limit = self.clock() - self.idle_s
         expired = []
         for conversation in self._kept.values():
             if conversation.last_used_s > limit:

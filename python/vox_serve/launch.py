@@ -12,10 +12,10 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from vox_serve.cli import CommandError, CommandParser, run_command
 from vox_serve.config import (
@@ -34,6 +34,7 @@ from vox_serve.speech import make_engine
 if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
+    from starlette.types import ASGIApp
 
     from vox_serve.long_form import LongForm
     from vox_serve.runner import Runner
@@ -50,6 +51,24 @@ SHUTDOWN_GRACE_S = 5.0
 
 EXIT_INTERRUPTED = 130
 """Exit code after a second signal."""
+
+
+class Served(Protocol):
+    """The speaker behind a server's application.
+
+    Attributes:
+        is_warm: set when requests can be served.
+        on_failure: called, from any thread, when none can be served any more.
+    """
+
+    is_warm: threading.Event
+    on_failure: Callable[[], None]
+
+    async def drain(self, within_s: float) -> None:
+        """Refuse what is not begun, and wait for the rest until the time is over."""
+
+    def request_stop(self) -> None:
+        """Cut what is still being spoken."""
 
 
 def make_parser() -> CommandParser:
@@ -91,11 +110,26 @@ def serve(config: Config) -> int:
     # meanwhile.
     listeners = reserve_addresses(config.host, config.port)
 
-    from vox_serve.api import create_app
-    from vox_serve.runner import Runner
-
     announce(config, f"Loading {config.model} ...")
+    runner, app = load_app(config)
+    server = make_server(app, runner, config, listeners[0])
+    with server_log(config.log_level, config.log_format):
+        server.run(sockets=listeners)
+    exit_code = runner.exit_code if server.started else 1
+    if runner.is_busy:  # a thread in native code would crash the interpreter's own end
+        end_now(exit_code)
+    return exit_code
+
+
+def load_app(config: Config) -> "tuple[Runner, FastAPI]":
+    """Load the model; return its runner, not started yet, and the application.
+
+    Raises:
+        ConfigError, ValueError, OSError: see `make_engine` and `create_app`.
+    """
+    from vox_serve.api import create_app
     from vox_serve.policy import choose_step
+    from vox_serve.runner import Runner
 
     engine = make_engine(
         config, NUM_SPARE_ROWS, choose_step if config.policy == "deadline" else None
@@ -103,19 +137,12 @@ def serve(config: Config) -> int:
     runner = Runner.for_config(engine, config)
     if config.warm_up_s:
         runner.warm_up = partial(engine.warm_up, config.warm_up_s)
-    server = make_server(
-        create_app(runner, config, describe(engine, config)), runner, config, listeners[0]
-    )
+    app = create_app(runner, config, describe(engine, config))
     # A full garbage collection takes 0.2 s, in which no other thread runs, to look at what was
     # loaded and stays. Any body with many lists causes one.
     gc.collect()
     gc.freeze()
-    with server_log(config.log_level, config.log_format):
-        server.run(sockets=listeners)
-    exit_code = runner.exit_code if server.started else 1
-    if runner.is_busy:  # a thread in native code would crash the interpreter's own end
-        end_now(exit_code)
-    return exit_code
+    return runner, app
 
 
 def announce(config: Config, text: str, brief: str | None = None) -> None:
@@ -212,12 +239,25 @@ def _resolve(host: str) -> list[str]:
 
 
 def make_server(
-    app: "FastAPI", runner: "Runner", config: Config, listener: socket.socket
+    app: "ASGIApp",
+    runner: Served,
+    config: Config,
+    listener: socket.socket | None,
+    wrap: "Callable[[type[asyncio.Protocol]], Any]" = lambda protocol: protocol,
+    **options: Any,
 ) -> "uvicorn.Server":
     """A server of `app` that prints when it is ready.
 
     On a signal it begins no request any more, but answers, finishes what is being spoken within
     `drain_s`, then cuts the rest. A second signal ends the process at once.
+
+    Args:
+        app: the application.
+        runner: speaks.
+        config: the settings.
+        listener: its address is printed; None to print nothing.
+        wrap: makes the factory of connections from the class of their protocol.
+        options: further ones of `uvicorn.Config`.
     """
     import anyio
     import uvicorn
@@ -255,7 +295,7 @@ def make_server(
                 async with anyio.create_task_group():  # the first streamed answer would import it
                     pass
                 await asyncio.to_thread(runner.is_warm.wait)
-            if not self.should_exit:
+            if listener is not None and not self.should_exit:
                 url = url_of(listener)
                 announce(config, _greeting(url), f"ready at {url}")
 
@@ -279,7 +319,8 @@ def make_server(
     server = Server(
         uvicorn.Config(
             app,
-            http=guard.protocol_class(),
+            http=wrap(guard.protocol_class()),
+            loop="asyncio",  # not uvloop, if that is installed: the guard knows this one's sockets
             backlog=ACCEPT_BATCH,
             log_level=config.log_level,
             ws=live_protocol,  # type: ignore[arg-type]
@@ -287,6 +328,7 @@ def make_server(
             ws_ping_interval=PING_S,
             ws_ping_timeout=PING_S,
             ws_per_message_deflate=False,  # audio does not shrink, and small bombs grow
+            **options,
         )
     )
 

@@ -113,7 +113,7 @@ class LiveConnection:
             for turn in self._turns:
                 turn.forget()
             with contextlib.suppress(UnknownConversationError):
-                self._service.conversations.kept.remove(self.client, self._own_key)
+                self._service.conversations.remove(self.client, self._own_key)
 
     def _ending(self, tasks: "tuple[asyncio.Task[None], ...]") -> tuple[int, str]:
         """The close code and reason; the code is 0 if the client is gone."""

@@ -121,7 +121,7 @@ class Runner:
         # Guards the attributes above.
         self._lock = threading.Condition(threading.Lock())
         self._preparing = Preparing()
-        self._gate = gate
+        self.gate = gate
         self._thread = EngineThread(engine, self._queue, self._lock, office=self, gate=gate)
 
     @classmethod
@@ -213,8 +213,8 @@ class Runner:
             full = self._queue_full() if evicted is not None else None
         if evicted is not None:
             evicted.post(End(error=full))
-        if streaming and self._gate is not None:
-            job.wait_for_place(LATEST * self._gate.max_wait_s)
+        if streaming and self.gate is not None:
+            job.wait_for_place(LATEST * self.gate.max_wait_s)
         slow = len(request.text) > SHORT_CHARS
         try:
             self._preparing.start(partial(self._prepare, job), client, slow)
@@ -317,15 +317,15 @@ class Runner:
 
     def _must_wait_too_long(self, job: Job) -> bool:
         """True if a new stream would wait for longer than it should. Needs the lock."""
-        if self._gate is None or not job.streaming:
+        if self.gate is None or not job.streaming:
             return False
         num_ahead = self._queue.num_ahead(job.client)
         # Those in line that are tokenized or must pause, or have more places, do not go first.
         others = num_ahead and self._queue.peek(lambda other: not self.must_pause(other))
         is_next = not others and self._queue.has_place(job.client)
-        if is_next and self._gate.is_open(job.request, job.streaming):
+        if is_next and self.gate.is_open(job.request, job.streaming):
             return False
-        return self._gate.wait_s(num_ahead) > self._gate.max_wait_s
+        return self.gate.wait_s(num_ahead) > self.gate.max_wait_s
 
     def _queue_full(self, message: str | None = None) -> QueueFull:
         """The error of a request that found no room, which is counted. Needs the lock."""
@@ -335,8 +335,8 @@ class Runner:
 
     def _retry_after_s(self) -> int:
         """Estimated time until a place is free for one more request. Needs the lock."""
-        if self._gate is not None and self.engine.rows:
-            wait_s = self._gate.wait_s(self._queue.num_waiting)
+        if self.gate is not None and self.engine.rows:
+            wait_s = self.gate.wait_s(self._queue.num_waiting)
         else:
             rounds = (self._queue.num_waiting + 1) / self._queue.num_places
             wait_s = statistics.median(self._durations_s) * rounds

@@ -118,6 +118,7 @@ class SpeechService:
                     return Response(status_code=CLIENT_CLOSED_REQUEST)
         key, name = wanted.conversation, wanted.voice
         if key is not None:
+            await self._conversations.fetch(client, key)
             name = self._conversations.voice_of(client, key, name)
         speaker = wanted.speaker if "speaker" in wanted.model_fields_set else None
         spoken = await voices.request_in(wanted.to_engine(config), name, speaker)

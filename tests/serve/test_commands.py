@@ -8,9 +8,11 @@ import pytest
 
 from vox_serve import __main__ as commands
 from vox_serve import completion, detect, launch, models, say, voices
+from vox_serve.cluster import __main__ as cluster
 
 MODULES = {
     "launch": launch,
+    "cluster": cluster,
     "say": say,
     "voices": voices,
     "models": models,

@@ -1,0 +1,123 @@
+"""The conversations of a cluster: where each one is, and its newest state.
+
+One process of the cluster has the directory (see `keeper.py`). A conversation belongs to one
+replica at a time, which saves it here after each turn. Another replica takes it over when its owner
+has released it or is gone.
+"""
+
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+GRACE_S = 5.0
+"""A directory that has just begun waits so long for the replicas to tell it what they have."""
+
+Key = tuple[str, str]
+"""A client, and its name for a conversation."""
+
+State = dict[str, Any]
+
+
+@dataclass
+class Entry:
+    """A conversation.
+
+    Attributes:
+        owner: the address of the replica that has it.
+        state: its newest state.
+        used_s: time of its last use.
+    """
+
+    owner: Sequence[Any]
+    state: State
+    used_s: float
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The answer to a replica that wants a conversation.
+
+    Attributes:
+        owner: the address of the replica that has it now; None if the asker should ask again.
+        state: what was saved, if the asker has it now.
+    """
+
+    owner: Sequence[Any] | None
+    state: State | None = None
+
+
+class Directory:
+    """The conversations of all replicas. One thread uses it.
+
+    Args:
+        max_number: most conversations; beyond that the one that was not used for longest goes.
+        idle_s: time without use after which one is forgotten.
+        clock: the time in seconds.
+
+    Attributes:
+        epoch: another one for each directory: it begins empty.
+    """
+
+    def __init__(
+        self, max_number: int, idle_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.epoch = secrets.token_hex(8)
+        self._max_number, self._idle_s, self._clock = max_number, idle_s, clock
+        self._begun_s = clock()
+        self._entries: OrderedDict[Key, Entry] = OrderedDict()  # the longest unused one first
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def claim(self, key: Key, asker: Sequence[Any], instead_of: Sequence[Any] | None) -> Claim:
+        """Make a replica the owner of a conversation that nobody has, or that its owner gave up.
+
+        Args:
+            key: of the conversation.
+            asker: address of the replica.
+            instead_of: the owner that has released it or is gone.
+        """
+        self._expire()
+        entry = self._entries.get(key)
+        if entry is None:  # it is registered by its first `save`
+            return Claim(None if self._clock() - self._begun_s < GRACE_S else asker)
+        if tuple(entry.owner) not in (tuple(asker), tuple(instead_of or ())):
+            return Claim(entry.owner)
+        entry.owner = asker
+        self._touch(key)
+        return Claim(asker, entry.state)
+
+    def save(self, key: Key, owner: Sequence[Any], state: State | None) -> bool:
+        """Keep a conversation's state, or forget it.
+
+        Args:
+            key: of the conversation.
+            owner: address of the replica that has it.
+            state: the state; None for a conversation that was deleted.
+
+        Returns:
+            False if it belongs to another replica.
+        """
+        entry = self._entries.get(key)
+        if entry is not None and tuple(entry.owner) != tuple(owner):
+            return False
+        if state is None:
+            self._entries.pop(key, None)
+        else:
+            self._entries[key] = Entry(owner, state, 0.0)
+            self._touch(key)
+            if len(self._entries) > self._max_number:
+                self._entries.popitem(last=False)
+        return True
+
+    def _touch(self, key: Key) -> None:
+        self._entries[key].used_s = self._clock()
+        self._entries.move_to_end(key)
+
+    def _expire(self) -> None:
+        limit = self._clock() - self._idle_s
+        while self._entries and next(iter(self._entries.values())).used_s < limit:
+            self._entries.popitem(last=False)

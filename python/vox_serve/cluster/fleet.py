@@ -1,0 +1,50 @@
+"""The replicas of a Ray Serve deployment, as a door sees them."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from vox_serve.cluster.door import Offer, Want
+from vox_serve.cluster.private_server import Address
+from vox_serve.cluster.report import Report
+
+
+class Router(Protocol):
+    """The part of `WorkRouter` that a door uses."""
+
+    @property
+    def reports(self) -> dict[str, Report | None]: ...
+
+
+ROUTERS: dict[str, Router] = {}
+"""The routers of this process, by the names of their applications."""
+
+
+class ServeFleet:
+    """Finds replicas with the router of a deployment's handle.
+
+    Args:
+        handle: of the deployment `Replica`.
+    """
+
+    def __init__(self, handle: Any) -> None:
+        self._app_name = handle.app_name
+        self._hold = handle.options(method_name="hold", stream=True)
+
+    async def offer(self, want: Want) -> Offer:
+        """The consent of the replica that Ray Serve's router chooses; see `Fleet`."""
+        # The call ends with the request's connection. Nobody needs its end.
+        found: Offer = await anext(self._hold.remote(want))
+        return found
+
+    def addresses(self) -> dict[str, Address]:
+        """The servers of all replicas that have reported."""
+        return {name: report.address for name, report in self._reports().items() if report}
+
+    def slack(self, excluded: Sequence[str]) -> float:
+        """Streams that other replicas can take at once."""
+        reports = self._reports().items()
+        return max([r.slack for name, r in reports if r and name not in excluded], default=0)
+
+    def _reports(self) -> dict[str, Report | None]:
+        router = ROUTERS.get(self._app_name)
+        return router.reports if router is not None else {}

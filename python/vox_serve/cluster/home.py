@@ -1,0 +1,242 @@
+"""A replica's conversations, of which the cluster's directory keeps a copy."""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, Protocol
+from urllib.parse import quote
+
+from fastapi import FastAPI, Request, Response
+
+from vox_serve.cluster.directory import Claim, Key, State
+from vox_serve.cluster.private_server import OWNER, RELEASE, Address, PrivateServer
+from vox_serve.cluster.upstream import ReplicaLostError, connect
+from vox_serve.conversation_service import ConversationService
+from vox_serve.conversations import Conversation
+from vox_serve.http_io import AsciiJSONResponse
+from vox_serve.job import QueueFull
+
+logger = logging.getLogger("vox_serve")
+
+ASK_AGAIN_S = 0.1
+GIVE_UP_S = 15.0
+BEAT_S = 1.0
+RELEASE_TIMEOUT_S = 5.0
+
+_SAVED = tuple(
+    field.name
+    for field in fields(Conversation)
+    if field.name not in ("last_used_s", "num_users", "is_deleted", "reply_until_s")
+)
+
+
+class ElsewhereError(Exception):
+    """Another replica has the conversation, and answers in it now.
+
+    Attributes:
+        owner: its address.
+    """
+
+    def __init__(self, owner: Address) -> None:
+        super().__init__("another replica answers in this conversation")
+        self.owner = owner
+
+
+class Keeper(Protocol):
+    """The directory as a replica reaches it; each call may take long while it restarts."""
+
+    async def claim(
+        self, key: Key, asker: Sequence[Any], instead_of: Sequence[Any] | None
+    ) -> Claim: ...
+    async def save(self, key: Key, owner: Sequence[Any], state: State | None) -> bool: ...
+    async def epoch(self) -> str: ...
+
+
+class Home:
+    """Brings conversations here when they are used, and tells the directory of their turns.
+
+    Only the server's event loop uses it.
+
+    Args:
+        service: the replica's conversations.
+        keeper: the directory.
+        address: of the replica.
+    """
+
+    def __init__(self, service: ConversationService, keeper: Keeper, address: Address) -> None:
+        self._service, self._keeper, self._address = service, keeper, address
+        self._owned: set[Key] = set()
+        self._saves: dict[Key, asyncio.Task[None]] = {}
+        self._fetches: dict[Key, asyncio.Lock] = {}
+        self._epoch = ""
+        self._beating: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to look after the directory. Call this on the server's event loop."""
+        self._beating = asyncio.ensure_future(self._beat())
+
+    async def fetch(self, client: str, key: str, waits: bool) -> None:
+        """Have the newest state of a conversation here, if there is one.
+
+        Args:
+            client, key: of the conversation.
+            waits: until no other replica answers in it.
+
+        Raises:
+            ElsewhereError: another replica answers in it now.
+            QueueFull: the directory does not answer.
+        """
+        name = client, key
+        if name in self._owned and self._service.kept.find(client, key) is not None:
+            return
+        lock = self._fetches.setdefault(name, asyncio.Lock())
+        try:
+            async with lock, asyncio.timeout(GIVE_UP_S):
+                await self._fetch(name, waits)
+        except TimeoutError:
+            raise QueueFull(
+                "the conversations of the cluster cannot be reached: try later"
+            ) from None
+        finally:
+            if not lock.locked():
+                self._fetches.pop(name, None)
+
+    async def _fetch(self, name: Key, waits: bool) -> None:
+        instead_of: Address | None = None
+        while True:
+            claim = await self._keeper.claim(name, self._address, instead_of)
+            if claim.owner is None:
+                await asyncio.sleep(ASK_AGAIN_S)
+                continue
+            owner = Address(*claim.owner)
+            if owner == self._address:
+                break
+            if await released(owner, name):
+                instead_of = owner
+            elif waits:
+                await asyncio.sleep(ASK_AGAIN_S)
+            else:
+                raise ElsewhereError(owner)
+        if claim.state is not None:
+            kept = self._service.kept
+            if kept.find(*name) is not None:  # what was here before it went elsewhere
+                kept.remove(*name)
+            restore(kept.create(*name), claim.state, kept.clock())
+            self._owned.add(name)
+
+    def changed(self, conversation: Conversation) -> None:
+        """Save a conversation after a change, in the order of the changes."""
+        name = conversation.client, conversation.id
+        self._owned.add(name)
+        state = (
+            None if conversation.is_deleted else snapshot(conversation, self._service.kept.clock())
+        )
+        if state is None:
+            self._owned.discard(name)
+        before = self._saves.get(name)
+        self._saves[name] = task = asyncio.ensure_future(self._save(name, state, before))
+        task.add_done_callback(lambda _: self._saves.get(name) is task and self._saves.pop(name))
+
+    async def release(self, client: str, key: str) -> bool:
+        """Give a conversation up for another replica; False while a request is in it."""
+        name = client, key
+        if name not in self._owned:
+            return True
+        conversation = self._service.kept.find(client, key)
+        if conversation is not None and conversation.num_users:
+            return False
+        if (saving := self._saves.get(name)) is not None:
+            await saving
+        if conversation is not None and conversation.num_users:
+            return False
+        self._owned.discard(name)
+        if conversation is not None and not conversation.is_deleted:
+            self._service.kept.remove(client, key)
+        return True
+
+    async def _save(
+        self, name: Key, state: State | None, before: "asyncio.Task[None] | None"
+    ) -> None:
+        if before is not None:
+            await asyncio.wait((before,))
+        try:
+            if not await self._keeper.save(name, self._address, state):
+                logger.warning("a conversation was taken over while a turn of it ended here")
+                self._owned.discard(name)
+        except Exception:
+            logger.exception("a conversation's turn cannot be saved")
+
+    async def _beat(self) -> None:
+        """Tell a directory that was started again about the conversations here."""
+        while True:
+            try:
+                epoch = await self._keeper.epoch()
+                if self._epoch and epoch != self._epoch:
+                    for name in list(self._owned):
+                        if (conversation := self._service.kept.peek(*name)) is not None:
+                            self.changed(conversation)
+                self._epoch = epoch
+            except Exception as error:
+                if self._epoch:  # else it is starting
+                    logger.warning("the directory of conversations does not answer: %r", error)
+            await asyncio.sleep(BEAT_S)
+
+
+def snapshot(conversation: Conversation, now_s: float) -> State:
+    """A conversation's state for another process.
+
+    Args:
+        conversation: whose state it is.
+        now_s: the time by the clock of the conversation's times.
+    """
+    state = {name: getattr(conversation, name) for name in _SAVED}
+    state["turns"] = list(conversation.turns)
+    ages = {"reply_left_s": conversation.reply_until_s - now_s, "saved_at": time.time()}
+    return state | ages
+
+
+def restore(conversation: Conversation, state: State, now_s: float) -> None:
+    """Give a new conversation the state of `snapshot`."""
+    for name in _SAVED:
+        setattr(conversation, name, state[name])
+    conversation.turns = list(state["turns"])
+    conversation.reply_until_s = now_s + state["reply_left_s"] - (time.time() - state["saved_at"])
+
+
+async def released(owner: Address, name: Key) -> bool:
+    """Ask a conversation's owner for it; False if a request is in it. One that is gone has it no
+    more."""
+    client, key = (quote(part, safe="") for part in name)
+    try:
+        async with asyncio.timeout(RELEASE_TIMEOUT_S):
+            reader, writer = await connect(owner, RELEASE, (client, key))
+            try:
+                return (await reader.readline()) != b"no\n"
+            finally:
+                writer.close()
+    except (ReplicaLostError, OSError, TimeoutError):
+        return True
+
+
+def add_home(server: PrivateServer, app: FastAPI, keeper: Keeper) -> None:
+    """Let the conversations of a replica's server be those of the cluster.
+
+    Args:
+        server: not started yet.
+        app: of the server.
+        keeper: the directory.
+    """
+    home = Home(app.state.conversations, keeper, server.address)
+    app.state.conversations.home = home
+    server.release = home.release
+    server.on_start = home.start
+
+    async def elsewhere(_: Request, error: Exception) -> Response:
+        assert isinstance(error, ElsewhereError)
+        headers = {OWNER.decode(): json.dumps(error.owner)}
+        return AsciiJSONResponse({"detail": str(error)}, 421, headers)
+
+    app.add_exception_handler(ElsewhereError, elsewhere)
