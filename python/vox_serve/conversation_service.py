@@ -89,7 +89,7 @@ class ConversationService:
         self._runner = runner
         self._engine = runner.engine
         self.home: Home | None = None
-        self._builder = TurnBuilder(runner.engine, config.split_chars)
+        self._builder = TurnBuilder(runner.engine)
         self._clock = clock
         self.kept = Conversations(
             config.max_conversations, config.conversation_idle_s, self._engine.max_positions, clock

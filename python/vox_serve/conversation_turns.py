@@ -11,7 +11,7 @@ from vox_serve.engine_thread import AnyEngine
 from vox_serve.job import SpokenFrame
 from vox_serve.prompt import Segment
 from vox_serve.request import Prompt, Request
-from vox_serve.text_bound import POSITIONS_PER_SPOKEN_CHAR, frames_bound, most_part_chars
+from vox_serve.text_bound import POSITIONS_PER_SPOKEN_CHAR, frames_bound
 
 MAX_RESERVE = 0.5
 """Largest part of the model's context, without the voice, that is kept for text and speech."""
@@ -22,12 +22,10 @@ class TurnBuilder:
 
     Args:
         engine: speaks the requests.
-        split_chars: longer texts are spoken in parts; 0 for none.
     """
 
-    def __init__(self, engine: AnyEngine, split_chars: int) -> None:
+    def __init__(self, engine: AnyEngine) -> None:
         self._engine = engine
-        self._split_chars = split_chars
 
     def room(self, request: Request) -> int:
         """Positions that turns may have beside a request's voice, text and speech.
@@ -38,12 +36,11 @@ class TurnBuilder:
         base = self._engine.default_context if request.context is None else request.context
         most = self._engine.max_positions - sum(self.length(segment) for segment in base)
         if request.feed is not None:  # as for the longest parts that may come
-            most_chars = most_part_chars(self._split_chars, self._engine.max_positions)
-            num_positions = int(POSITIONS_PER_SPOKEN_CHAR * most_chars)
+            num_positions = int(POSITIONS_PER_SPOKEN_CHAR * self._engine.part_chars)
             return most - min(2 * num_positions, int(MAX_RESERVE * most))
-        text = request.text
-        if is_split := bool(self._split_chars and len(text) > self._split_chars):
-            text = text[: self._split_chars]
+        text, split_chars = request.text, self._engine.split_chars
+        if is_split := bool(split_chars and len(text) > split_chars):
+            text = text[:split_chars]
         # Half the bound is still half as much again as slow speech takes.
         num_frames = frames_bound(text) // 2
         if request.max_frames is not None:

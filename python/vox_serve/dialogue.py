@@ -41,7 +41,7 @@ class Dialogue:
         self._streams, self._engine = streams, streams.engine
         self._make_request = make_request
         self._encode = encode
-        self._builder = TurnBuilder(self._engine, getattr(self._engine, "split_chars", 0))
+        self._builder = TurnBuilder(self._engine)
         self._kept = Conversation("", "", self._engine.max_positions)
 
     @property

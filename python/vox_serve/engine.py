@@ -171,6 +171,11 @@ class Engine:
         return self.model.config.follows_context
 
     @property
+    def max_part_chars(self) -> int | None:
+        """The longest text that the model speaks well at once; None if that is not known."""
+        return self.model.config.max_part_chars
+
+    @property
     def rows(self) -> list[Row]:
         """All requests as the policy sees them. Any thread may call this."""
         return [live.row for live in (*self._live.values(), *self._waiting.values())]

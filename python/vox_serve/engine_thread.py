@@ -66,6 +66,10 @@ class AnyEngine(Protocol):
     def rows(self) -> "list[Row]": ...
     @property
     def has_work(self) -> bool: ...
+
+    split_chars: int
+    part_chars: int
+
     @property
     def max_positions(self) -> int: ...
     @property

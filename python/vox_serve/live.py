@@ -18,7 +18,6 @@ from vox_serve.job import Job
 from vox_serve.live_connection import CLOSE_REPLACED, CLOSE_RESTART, LiveConnection
 from vox_serve.provenance import HEADER, note_of
 from vox_serve.runner import SHUTTING_DOWN, Runner
-from vox_serve.text_bound import most_part_chars
 from vox_serve.voice_service import VoiceService
 
 logger = logging.getLogger("vox_serve")
@@ -70,7 +69,7 @@ class LiveService:
     @property
     def part_chars(self) -> int:
         """Most characters of a sentence; a longer one is cut."""
-        return most_part_chars(self.config.split_chars, self.runner.engine.max_positions)
+        return self.runner.engine.part_chars
 
     @property
     def draining(self) -> bool:

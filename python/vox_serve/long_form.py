@@ -92,7 +92,8 @@ class LongForm:
 
     Args:
         engine: speaks the parts; nothing else may call it, except its `prepare`.
-        split_chars: longer texts are split, 0 for none.
+        split_chars: longer texts are split, 0 for none; so are texts that are too long for the
+            model to speak them well.
         max_recent_positions: most positions of earlier parts in the context of a part; 0 for a
             model that does not follow its context.
     """
@@ -107,7 +108,7 @@ class LongForm:
         self.model, self.mimi, self.prompts = engine.model, engine.mimi, engine.prompts
         self.max_batch_size, self.num_spare_rows = engine.max_batch_size, engine.num_spare_rows
         self.num_codebooks, self.sample_rate_hz = engine.num_codebooks, engine.sample_rate_hz
-        self.part_chars = most_part_chars(split_chars, engine.max_positions)
+        self.part_chars = most_part_chars(split_chars, engine.max_positions, engine.max_part_chars)
         self.split_chars = self.part_chars if split_chars else 0
         self.max_positions, self.default_context = engine.max_positions, engine.default_context
         self.follows_context = engine.follows_context

@@ -101,7 +101,8 @@ class CsmConfig:
     audio table. `follows_context` is False for a model that was trained on single utterances and
     speaks badly after others: it gets no context but its own default. `num_speakers` is the number
     of speakers that a request may name, from 0 on. With `has_spaced_prompts` a prompt is written
-    `[0] text`, as MisoTTS was trained, instead of CSM's `[0]text`.
+    `[0] text`, as MisoTTS was trained, instead of CSM's `[0]text`. `max_part_chars` is
+    the longest text that the model speaks well at once, in characters; None if that is not known.
     """
 
     backbone: TransformerConfig
@@ -112,6 +113,7 @@ class CsmConfig:
     follows_context: bool = True
     num_speakers: int = 2
     has_spaced_prompts: bool = False
+    max_part_chars: int | None = None
 
     @classmethod
     def from_json(cls, settings: Mapping[str, Any]) -> "CsmConfig":
@@ -170,6 +172,7 @@ class CsmConfig:
             follows_context=settings.get("follows_context") is not False,
             num_speakers=_whole(settings, "num_speakers", default=2),
             has_spaced_prompts=_has_spaced_prompts(settings),
+            max_part_chars=_whole(settings, "max_part_chars", default=0) or None,
         )
 
 

@@ -20,15 +20,16 @@ def check_length(text: str, max_chars: int) -> None:
         raise ValueError(f"text must have at most {max_chars} characters, got {len(text)}")
 
 
-def most_part_chars(split_chars: int, max_positions: int) -> int:
+def most_part_chars(split_chars: int, max_positions: int, max_part_chars: int | None = None) -> int:
     """The longest part of a text.
 
     Args:
         split_chars: the setting; 0 if texts are not split.
         max_positions: of the model's context.
+        max_part_chars: the longest text that the model speaks well; None if that is not known.
     """
     limit = max_positions // POSITIONS_PER_CHAR
-    return min(split_chars or limit, limit)
+    return min(split_chars or limit, max_part_chars or limit, limit)
 
 
 def frames_bound(text: str) -> int:

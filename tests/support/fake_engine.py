@@ -98,6 +98,8 @@ class FakeEngine:
     model = None
     max_silence_s = 0.0
     max_positions = 512
+    max_part_chars = None
+    split_chars, part_chars = 400, 128
     default_context = ()
     follows_context = True
 
