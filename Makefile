@@ -38,15 +38,17 @@ build: $(VENV)/built
 # torch comes first, so that the extension is built against it and not against a second copy in an
 # isolated build.
 $(VENV)/torch: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(RUN) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v <= (3, 13) and f"Python 3.11-3.13 is needed, not {v}: make PYTHON=python3.12")'
-	$(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' > $(VENV)/build-requires.txt
-	$(BIN)/pip install --quiet -r $(VENV)/build-requires.txt
-	touch $@
+	@echo "Making an environment in $(VENV), with torch: 1 GB, some minutes without a word."
+	@$(PYTHON) -m venv $(VENV)
+	@$(RUN) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v <= (3, 13) and f"Python 3.11-3.13 is needed, not {v}: make PYTHON=python3.12")'
+	@$(RUN) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' > $(VENV)/build-requires.txt
+	@$(BIN)/pip install --quiet -r $(VENV)/build-requires.txt
+	@touch $@
 
 $(VENV)/built: $(VENV)/torch setup.py CMakeLists.txt $(CPP) $(CUDA)
-	$(BIN)/pip install --quiet --no-build-isolation -e .
-	touch $@
+	@echo "Compiling the kernels: some minutes on two cores."
+	@$(BIN)/pip install --quiet --no-build-isolation -e .
+	@touch $@
 
 # moshi is an oracle for the codec. It pins an older torch than it needs: install it without its
 # dependencies.
@@ -62,7 +64,7 @@ $(VENV)/lint: $(VENV)/torch
 	touch $@
 
 serve: $(VENV)/built
-	$(RUN) -m vox_serve.launch --model $(MODEL) --port $(PORT)
+	@$(RUN) -m vox_serve.launch --model $(MODEL) --port $(PORT)
 
 # The CUDA kernels compiled for the host, and planted bugs that test the emulator itself.
 simt: $(VENV)/simt

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,10 @@ class Firefox:
         with log.open("w") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=file)
         try:
-            self.socket = connect(
-                self._address(log) + "/session", proxy=None, max_size=2**26, open_timeout=TIMEOUT_S
-            )
+            address = self._address(log) + "/session"
+            options = {"proxy": None, "max_size": 2**26, "open_timeout": TIMEOUT_S}
+            self._stack = ExitStack()
+            self.socket = self._stack.enter_context(connect(address, **options))
             self._number = 0
             self.send("session.new", capabilities={})
             self.tab = self.send("browsingContext.getTree")["contexts"][0]["context"]
@@ -97,6 +99,6 @@ class Firefox:
         try:
             self.send("browser.close")
         finally:
-            self.socket.close()
+            self._stack.close()
             self.process.terminate()
             self.process.wait(TIMEOUT_S)

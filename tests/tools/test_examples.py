@@ -94,6 +94,35 @@ def test_curl(server, tmp_path):
     assert '"speaker"' in said
 
 
+def node_with_websocket() -> list[str]:
+    """A command of Node with a WebSocket; empty if there is none."""
+    for flags in ([], ["--experimental-websocket"]):
+        command = ["node", *flags]
+        if (
+            shutil.which("node")
+            and not subprocess.run([*command, "-e", "WebSocket"], capture_output=True).returncode
+        ):
+            return command
+    return []
+
+
+def test_node_speaks_a_text_that_is_being_written(tmp_path):
+    if not (node := node_with_websocket()):
+        pytest.skip("needs node 20 or newer, which has WebSocket")
+    with LiveServer(LongForm(FakeEngine(), 20), split_chars=20) as server:
+        done = subprocess.run(
+            [*node, str(EXAMPLES / "live_text.mjs"), "a.pcm", f"http://127.0.0.1:{server.port}"],
+            cwd=tmp_path,
+            input="Hello there. How are you?",
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+        )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["Hello there.", "How are you?"]
+    assert (tmp_path / "a.pcm").stat().st_size == 2 * len(expected_pcm("Hello there.", 3))
+
+
 SOUND = """
 import threading, time
 
