@@ -170,6 +170,10 @@ def _csm(
         found.what = "CSM in GGUF, CrispASR's names"
     else:
         found.what = f"CSM in GGUF, {theirs} (csm.rs)"
+        if "Q4_K" in found.stored:
+            found.notes.append(
+                "Q4_K blocks of csm.rs' own scripts/quantize.py are refused when they are loaded"
+            )
     try:
         if not settings:
             settings = inferred_settings(Path(found.name), files)

@@ -156,7 +156,7 @@ def _lines(found: "Inspection", machine: "Machine | None", table: "list[Cost]") 
             lines.append(f"  {what} in the files: {one_line(parts)}")
     given = {**(found.adapter or {}), "tokenizer": found.tokenizer, "codec": found.codec}
     lines += [f"  {one_line(f'{key}: {value}')}" for key, value in given.items() if value]
-    lines += [f"  lacks: {one_line(note)}" for note in found.notes]
+    lines += [f"  note: {one_line(note)}" for note in found.notes]
     lines += [f"  problem: {one_line(problem)}" for problem in found.problems]
     if machine is not None:
         lines += ["", *_table(machine, table)]

@@ -46,6 +46,10 @@ change, so that old caches are rebuilt. From 2 on, all tensors were finite when 
 cache is not checked again, since its digest protects it."""
 
 
+_DECODED_ROWS = 2048
+"""Rows of a GGUF file's matrix that are in memory as float32 at a time."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The contents of a checkpoint folder.
@@ -294,6 +298,15 @@ def _copy(files: TensorFiles, name: str, out: Tensor, rotary_pairs: int | None =
         rotary_pairs: the head width D if rows 2i and 2i + 1 of each head form a rotary pair; they
             become rows i and i + D/2.
     """
+    source = files.source(name) if name in files else None
+    if isinstance(source, GgufTensors) and out.dim() == 2 and not rotary_pairs:
+        files.check(name, tuple(out.shape))
+        for start in range(0, len(out), _DECODED_ROWS):
+            part = out[start : start + _DECODED_ROWS]
+            tensor = source.rows(name, start, start + len(part))
+            part.copy_(tensor)
+            refuse_not_finite(name, part, files.path(name), tensor)
+        return
     tensor = files.read(name, tuple(out.shape))
     if rotary_pairs:
         heads = (out.shape[0] // rotary_pairs, rotary_pairs // 2, 2, out.shape[1])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from adapters import write_adapter
 from checkpoints import TinyShape, build_tiny
 from csm_reference import reference_generate
 from engine_testing import GREEDY, run_one
@@ -196,6 +197,22 @@ def test_other_weights_in_the_folder_come_first(tiny, tmp_path):
     assert (
         cache_folders(None, file, False)[0] != cache_folders(None, folder / "other.gguf", False)[0]
     )
+
+
+@pytest.mark.parametrize(("names", "kind"), [("crispasr", "f32"), ("original", "q8_0")])
+def test_an_adapter_on_a_gguf_file(tiny, tmp_path, names, kind):
+    """The weights are those of the same values in safetensors with the adapter, to the bit."""
+    adapter = write_adapter(tiny, tmp_path / "adapter")
+    folder = beside(tiny, tmp_path / "model")
+    if names == "crispasr":
+        write_crispasr(folder / "csm.gguf", tiny, kind)
+    else:
+        write_csm_rs(folder / "csm.gguf", tiny, kind, names)
+    held(tiny, kind, names, tmp_path / "expected")
+    expected = load_checkpoint(tmp_path / "expected", torch.float32, adapter=adapter)
+    loaded = load_checkpoint(folder, torch.float32, adapter=adapter)
+    for name, tensor in loaded.weights.named().items():
+        assert torch.equal(tensor, expected.weights.named()[name]), name
 
 
 def test_packed_weights_are_kept_for_later_starts(tiny, tmp_path, caplog):
