@@ -1,10 +1,14 @@
 """The choice of a replica, and of their number, without Ray."""
 
+import asyncio
+from typing import ClassVar
+
 import pytest
 
 from vox_serve.cluster.choice import ALIKE, SENT_S, Chooser
 from vox_serve.cluster.directory import GRACE_S, Directory
 from vox_serve.cluster.door import Want
+from vox_serve.cluster.fleet import ROUTERS, ServeFleet
 from vox_serve.cluster.report import Report, key_hash, streams_at_once
 from vox_serve.cluster.scaling import wanted
 from vox_serve.cluster.summary import merged_metrics
@@ -119,3 +123,38 @@ def test_metrics_of_replicas_are_told_apart_by_a_label():
         'x{replica="r1",a="1"} 2.0', "# HELP y about", "# TYPE y gauge", 'y{replica="r0"} 3.0',
         'y{replica="r1"} 3.0',
     ]  # fmt: skip
+
+
+def test_a_fleet_keeps_a_call_until_its_request_has_ended():
+    ended = []
+
+    class Handle:
+        app_name = "voxkern"
+
+        def options(self, method_name, stream):
+            assert (method_name, stream) == ("hold", True)
+            return self
+
+        async def remote(self, want):
+            yield "offer"
+            await asyncio.sleep(0.01)
+            ended.append(want)
+
+    class Router:
+        reports: ClassVar = {"a": report(busy=6), "b": report(busy=3), "c": None}
+
+    async def run() -> None:
+        fleet = ServeFleet(Handle())
+        assert fleet.addresses() == {}
+        assert await fleet.offer(CALL) == "offer"
+        assert len(fleet._calls) == 1
+        await asyncio.gather(*fleet._calls)
+        assert ended == [CALL]
+        ROUTERS["voxkern"] = Router()
+        try:
+            assert list(fleet.addresses()) == ["a", "b"]
+            assert (fleet.slack(()), fleet.slack(("b",)), fleet.slack(("a", "b"))) == (5, 2, 0)
+        finally:
+            del ROUTERS["voxkern"]
+
+    asyncio.run(run())

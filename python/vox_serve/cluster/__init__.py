@@ -4,7 +4,11 @@
 `pip install 'voxkern[cluster]'`. docs/cluster.md describes it.
 """
 
+import os
 from typing import Any
+
+# Before a replica loads torch, whose idle threads would spin otherwise (see cli.py).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def __getattr__(name: str) -> Any:

@@ -81,15 +81,10 @@ def replicas(config: Config, size: Size, host: str | None = None) -> Any:
 
 def _resources(config: Config) -> dict[str, Any]:
     """The resources that Ray reserves for a replica: a GPU if there are any, else processors for
-    its threads.
-
-    Torch's idle threads would spin, and it reads the variable when it is loaded.
-    """
-    environment = {"OMP_WAIT_POLICY": "PASSIVE"}
-    options: dict[str, Any] = {"runtime_env": {"env_vars": environment}}
+    its threads."""
     if uses_gpu(config):
-        return options | {"num_gpus": 1, "num_cpus": 1}
-    return options | {"num_cpus": config.num_threads or 1}
+        return {"num_gpus": 1, "num_cpus": 1}
+    return {"num_cpus": config.num_threads or 1}
 
 
 def uses_gpu(config: Config) -> bool:

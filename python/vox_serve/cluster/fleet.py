@@ -1,5 +1,7 @@
 """The replicas of a Ray Serve deployment, as a door sees them."""
 
+import asyncio
+import contextlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -19,6 +21,13 @@ ROUTERS: dict[str, Router] = {}
 """The routers of this process, by the names of their applications."""
 
 
+async def _until_end(call: Any) -> None:
+    """Keep a call until the request's connection has ended: Ray forgets one that nobody has."""
+    with contextlib.suppress(Exception):  # its replica is lost
+        async for _ in call:
+            pass
+
+
 class ServeFleet:
     """Finds replicas with the router of a deployment's handle.
 
@@ -28,12 +37,16 @@ class ServeFleet:
 
     def __init__(self, handle: Any) -> None:
         self._app_name = handle.app_name
+        self._calls: set[asyncio.Task[None]] = set()
         self._hold = handle.options(method_name="hold", stream=True)
 
     async def offer(self, want: Want) -> Offer:
         """The consent of the replica that Ray Serve's router chooses; see `Fleet`."""
-        # The call ends with the request's connection. Nobody needs its end.
-        found: Offer = await anext(self._hold.remote(want))
+        call = self._hold.remote(want)
+        found: Offer = await anext(call)
+        ending = asyncio.ensure_future(_until_end(call))
+        self._calls.add(ending)
+        ending.add_done_callback(self._calls.discard)
         return found
 
     def addresses(self) -> dict[str, Address]:

@@ -57,9 +57,11 @@ class Replica:
             self._server.tickets.close(number)
 
     def check_health(self) -> None:
-        """Ray Serve replaces a replica whose engine can serve no more."""
-        if self._server.runner.failure is not None and not self._server.runner.draining:
-            raise RuntimeError(self._server.runner.failure)
+        """Ray Serve replaces a replica whose engine can serve no more, or that drains: it asks none
+        that it has told to end."""
+        status, reason = self._server.runner.status
+        if reason is not None and status != "warming":
+            raise RuntimeError(reason)
 
     def record_routing_stats(self) -> dict[str, Any]:
         """For `WorkRouter`."""
