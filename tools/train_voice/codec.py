@@ -127,24 +127,26 @@ def install_pulses(codec: MimiModel):
 
     The codebooks share no dimension with it, so quantizing in turn finds each on its own.
     """
-    vectors, kernel = (torch.from_numpy(x) for x in pulse_codes.embeddings())
-    acoustic = rvqs(codec)[1]
-    book = acoustic.layers[PULSE_BOOK - 1].codebook
+    vectors = torch.from_numpy(pulse_codes.embeddings()[0])
+    book = rvqs(codec)[1].layers[PULSE_BOOK - 1].codebook
     book.embed_sum.zero_()
     book.embed_sum[:, CONTENT_DIM:] = vectors
     book.cluster_usage.fill_(1.0)
     book._embed = None
-    for rvq in rvqs(codec):
-        rvq.output_proj.weight[-PULSE_DIM:] = 0
-        rvq.output_proj.weight[:, CONTENT_DIM:] = 0
-    acoustic.output_proj.weight[-PULSE_DIM:, CONTENT_DIM:, 0] = torch.eye(PULSE_DIM)
-    parts(codec).upsample.conv.weight[-PULSE_DIM:, 0] = kernel
+    keep_pulses(codec)
 
 
 @torch.no_grad()
 def keep_pulses(codec: MimiModel):
-    """Stops the decoder transformer from writing to the pulse channels, so that the SEANet decoder
-    reads them exactly as the upsampling made them. Call it after every optimizer step."""
+    """Make the pulse channels what the codebook says, and nothing else: no content in them, no
+    pulses in the other channels, no writing by the decoder transformer. Call it after every
+    optimizer step, since every step trains these weights a little."""
+    kernel = torch.from_numpy(pulse_codes.embeddings()[1])
+    for rvq in rvqs(codec):
+        rvq.output_proj.weight[-PULSE_DIM:] = 0
+        rvq.output_proj.weight[:, CONTENT_DIM:] = 0
+    rvqs(codec)[1].output_proj.weight[-PULSE_DIM:, CONTENT_DIM:, 0] = torch.eye(PULSE_DIM)
+    parts(codec).upsample.conv.weight[-PULSE_DIM:, 0] = kernel
     for layer in parts(codec).decoder_transformer.layers:
         for scale in (layer.self_attn_layer_scale, layer.mlp_layer_scale):
             scale.scale[-PULSE_DIM:] = 0

@@ -14,7 +14,15 @@ import numpy as np
 import torch
 from transformers import MimiModel
 
-from codec import CODEBOOK_SIZE, PULSE_BOOK, Stage1, log_mel, make_config, reserve_stop_code
+from codec import (
+    CODEBOOK_SIZE,
+    PULSE_BOOK,
+    Stage1,
+    keep_pulses,
+    log_mel,
+    make_config,
+    reserve_stop_code,
+)
 from common import Speech, autocast, wait_while_paused
 
 BATCH = 32
@@ -29,6 +37,7 @@ def load_stage1(run: Path, codebooks: int | None = None) -> Stage1:
     known = {k: v for k, v in state.items() if k in model.state_dict() and k not in untrained}
     missing = set(model.load_state_dict(known, strict=False).missing_keys) - untrained
     assert not missing, missing
+    keep_pulses(model.codec)  # runs of earlier versions did not
     reserve_stop_code(model.codec)
     return model.eval()
 

@@ -111,6 +111,30 @@ def test_decoder_transformer_keeps_the_pulse_channels():
     assert not torch.allclose(after[..., : pulses.start], before[..., : pulses.start])
 
 
+def test_training_leaves_the_pulse_channels_as_they_were():
+    config = codec.make_config(4)
+    config.hidden_size = config.upsample_groups = 128
+    config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads = 1, 2, 2
+    config.intermediate_size = 64
+    model = MimiModel(config)
+    codec.install_pulses(model)
+    codec.init_codebooks(model, torch.randn(4, 128, 300))
+    codes = torch.randint(1, 509, (1, 4, 6))
+
+    def states():
+        return codec.decoder_states(model, model.quantizer.decode(codes))
+
+    before = states()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    before.square().sum().backward()
+    optimizer.step()
+    codec.keep_pulses(model)
+    after = states()
+    pulses = slice(-pulse_codes.PULSE_DIM, None)
+    torch.testing.assert_close(after[..., pulses], before[..., pulses])
+    assert not torch.allclose(after[..., : pulses.start], before[..., : pulses.start])
+
+
 def test_pulse_codes_follow_the_pitch():
     time_s = np.arange(40 * FRAME_SAMPLES) / 24000
     f0_hz = 180 + 40 * np.sin(2 * np.pi * 0.7 * time_s)
