@@ -75,16 +75,16 @@ def resolve_model(name: str) -> Path:
             return folder
     try:
         names = list(hub.sizes([f"*{GGUF_SUFFIX}"]))
+        # Some models come without config.json, and so do adapters.
+        is_model = bool(hub.settings or wanted or names or hub.sizes(["*.safetensors"]))
     except ModelNotFoundError:
         if wanted:
             raise
-        names = []
+        names, is_model = [], bool(hub.settings)
+    if not is_model:
+        hub.file("config.json")  # names it as missing
     if not names and not wanted:
-        if folder is None:  # some models come without config.json, and all adapters
-            if not hub.sizes(["*.safetensors"]):
-                hub.file("config.json")  # names it as missing
-            folder = hub.snapshot(patterns)
-        return folder
+        return folder or hub.snapshot(patterns)
     file = choose_gguf(repo, names, wanted)
     return hub.snapshot([*_SETTINGS_PATTERNS, *CODEC_FILE_PATTERNS, file]) / file
 
