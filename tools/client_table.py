@@ -235,13 +235,15 @@ def gstreamer(server: Server, name: str, streamed: bool) -> float:
 
 
 def vlc(server: Server, name: str, streamed: bool) -> float:
+    if name == "ulaw":
+        raise Unplayable("its demuxer of raw audio takes no mu-law")
     source = server.link(name, True) if streamed else server.file(name, False)
     target = server.folder / "vlc.wav"
     target.unlink(missing_ok=True)
     kind = []
     if name in RAW:
         kind = ["--demux=rawaud", "--rawaud-channels=1", f"--rawaud-samplerate={RAW[name][1]}",
-                f"--rawaud-fourcc={'s16l' if name == 'pcm' else 'mlaw'}"]  # fmt: skip
+                "--rawaud-fourcc=s16l"]  # fmt: skip
     transcode = "#transcode{acodec=s16l,channels=1,samplerate=24000}"
     output = f"--sout={transcode}:std{{access=file,mux=wav,dst={target}}}"
     command = ["cvlc", "-I", "dummy", "--no-video", *kind, source, output, "vlc://quit"]
