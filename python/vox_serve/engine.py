@@ -39,7 +39,7 @@ from vox_serve.request_reader import RequestReader
 from vox_serve.speech_lengths import SpeechLengths
 from vox_serve.step_meter import StepMeter
 from vox_serve.step_times import StepTimes
-from vox_serve.text_bound import frames_expected
+from vox_serve.text_bound import frames_expected, most_part_chars
 
 PREFILL_CHUNK_TOKENS = {"cpu": 64, "cuda": 512}
 """Most prompt tokens in one step, by device type: few enough that a long prompt does not delay live
@@ -174,6 +174,14 @@ class Engine:
     def max_part_chars(self) -> int | None:
         """The longest text that the model speaks well at once; None if that is not known."""
         return self.model.config.max_part_chars
+
+    split_chars = 0
+    """Longer texts are spoken in parts: none here, see `LongForm`."""
+
+    @property
+    def part_chars(self) -> int:
+        """The longest text of one request."""
+        return most_part_chars(self.split_chars, self.max_positions, self.max_part_chars)
 
     @property
     def rows(self) -> list[Row]:

@@ -68,8 +68,9 @@ class AnyEngine(Protocol):
     def has_work(self) -> bool: ...
 
     split_chars: int
-    part_chars: int
 
+    @property
+    def part_chars(self) -> int: ...
     @property
     def max_positions(self) -> int: ...
     @property
