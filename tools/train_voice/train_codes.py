@@ -118,7 +118,8 @@ def main():
     args = parser.parse_args()
     torch.manual_seed(0)
     speech = Speech(args.run)
-    phones = speech.phones()
+    phones_path = args.run / "phones.txt"  # data that is added later may have further phones
+    phones = phones_path.read_text().split("\n") if phones_path.exists() else speech.phones()
     phone_ids = {phone: i for i, phone in enumerate(phones)}
     model = Stage1(make_config(args.codebooks), len(phones)).to(args.device)
     untrained = model.seanet_names()
@@ -173,7 +174,7 @@ def main():
             rows = [losses(model, *batch, quantize=True, kept=kept) for batch in validation]
             means = {f"val{count}_{k}": torch.stack([r[k] for r in rows]).mean() for k in rows[0]}
             training.record(**means)
-    (args.run / "phones.txt").write_text("\n".join(phones))
+    phones_path.write_text("\n".join(phones))
 
 
 if __name__ == "__main__":
