@@ -83,13 +83,13 @@ def choose_step(rows: Iterable[Row], now_s: float, times: StepTimes, chunk_token
     others = [r for r in rows if r.num_missing or (r.streams and not r.num_frames)]
     newcomers = [row for row in others if row.streams and not row.num_frames]
     prompts = [row for row in others if row.num_frames or not row.streams]
-    num_whole = len([row for row in rows if not row.streams])
+    rates_hz = [1 / row.frame_s for row in rows if row.streams]
+    num_whole = len(rows) - len(rates_hz)
     ready = DueRows(frames, now_s, times, bool(num_whole))
     hurried = [row for row in prompts if _presses(row, now_s, times, len(frames))]
     if newcomers:
         hurried += _next_newcomers(newcomers, times)
-    needed_hz = sum(1 / row.frame_s for row in rows if row.streams)
-    count, is_tight = _num_paced(len(frames), needed_hz, times)
+    count, is_tight = _num_paced(len(frames), sum(rates_hz), times)
     if hurried:
         riders = count if is_tight else 0
         if step := _hurried_step(ready, hurried, riders, now_s, times, chunk_tokens):
