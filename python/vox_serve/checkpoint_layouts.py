@@ -129,7 +129,8 @@ def find_csm(files: TensorFiles) -> tuple[TensorFiles, TensorNames] | None:
         wrapped = next((name for name in sorted(files.names) if name.endswith(end)), None)
         if wrapped is not None:
             prefix = wrapped[: 1 - len(end)]
-            renamed = {file: _Renamed(file, prefix) for file in map(files.source, files.names)}
+            distinct = dict.fromkeys(map(files.source, files.names))
+            renamed = {file: _Renamed(file, prefix) for file in distinct}
             sources: dict[str, TensorSource] = {
                 name.removeprefix(prefix): renamed[files.source(name)]
                 for name in files.names_below(prefix)
@@ -153,7 +154,11 @@ class _Renamed:
 
 
 def _without(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return {name.removeprefix(prefix): value for name, value in values.items()}
+    return {
+        name.removeprefix(prefix): value
+        for name, value in values.items()
+        if name.startswith(prefix)
+    }
 
 
 def _is_quantised(settings: Mapping[str, Any]) -> bool:

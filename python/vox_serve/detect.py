@@ -27,6 +27,7 @@ NOTE = "AI-generated"
 RATE_HZ = 24_000
 WINDOW_S = 10
 """Audio that is looked at together."""
+MIN_RATE_HZ, MAX_RATE_HZ = 4_000, 384_000
 
 MIN_SCORE = 0.5
 """The decoder's own bound."""
@@ -109,7 +110,7 @@ def find_marks(path: str | Path) -> Marks:
             metadata = _own({**container.metadata, **stream.metadata})
             if score is not None:
                 scores = [score(window) for window in _windows(container, stream)]
-    except (av.FFmpegError, OSError) as error:
+    except (av.FFmpegError, OSError, ValueError) as error:  # ValueError: the layout changes
         reason = getattr(error, "strerror", None) or error
         raise CommandError(f"cannot read {path}: {reason}") from None
     return Marks(metadata, None if score is None else max(scores, default=0.0))
@@ -139,12 +140,14 @@ def _windows(container: Any, stream: Any) -> Iterator[Any]:
     import torch
     from av.audio.resampler import AudioResampler
 
+    if not MIN_RATE_HZ <= stream.rate <= MAX_RATE_HZ:
+        raise ValueError(f"its sample rate is {stream.rate} Hz")
     resampler = AudioResampler("flt", "mono", RATE_HZ)
     size = WINDOW_S * RATE_HZ
     have = np.zeros(0, np.float32)
     for frame in chain(container.decode(stream), [None]):
         for part in resampler.resample(frame):
-            have = np.concatenate([have, part.to_ndarray().reshape(-1)])
+            have = np.concatenate([have, np.nan_to_num(part.to_ndarray().reshape(-1))])
         while len(have) >= 2 * size:
             yield torch.from_numpy(have[:size])
             have = have[size:]

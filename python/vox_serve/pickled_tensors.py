@@ -10,6 +10,9 @@ from torch import Tensor
 from vox_serve.checkpoint import CheckpointError
 from vox_serve.json_file import refuse_special
 
+MAX_VIEWS = 4
+"""All tensors together may have so many times the bytes of their file."""
+
 _STATE_KEYS = ("model", "state_dict", "model_state_dict", "module")
 
 
@@ -27,7 +30,7 @@ class PickledTensors:
         if not isinstance(tensors, dict):
             raise CheckpointError(f"{path} holds no dict of tensors")
         self._tensors = {
-            name: value
+            name: value.detach()
             for name, value in tensors.items()
             if isinstance(name, str) and isinstance(value, Tensor)
         }
@@ -40,6 +43,9 @@ class PickledTensors:
             if tensor.layout != torch.strided or tensor.nbytes > max_bytes:
                 raise CheckpointError(f"{path}: tensor {name} is larger than the file")
             self.dtypes[name] = tensor.dtype
+        # Tied weights are several views of one storage; many more would fill the memory.
+        if sum(tensor.nbytes for tensor in self._tensors.values()) > MAX_VIEWS * max_bytes:
+            raise CheckpointError(f"{path}: its tensors are {MAX_VIEWS} times as large as the file")
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -47,7 +53,7 @@ class PickledTensors:
 
 def _state(value: Any) -> Any:
     """The state dict in a trainer's checkpoint, which has the optimizer's beside it."""
-    if isinstance(value, dict) and not any(isinstance(item, Tensor) for item in value.values()):
+    if isinstance(value, dict):
         for key in _STATE_KEYS:
             if isinstance(value.get(key), dict):
                 return value[key]

@@ -11,6 +11,7 @@ import importlib.util
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ def load_weights() -> PerthWeights:
             _layers(state, "encoder.layers"),
             {name: _layers(state, f"decoder.{name}_layers") for name, _ in RATES},
         )
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+    except (OSError, RuntimeError, KeyError, ValueError, UnpicklingError) as error:
         raise WatermarkMissing(f"the weights of resemble-perth do not fit: {error}") from None
     return weights
 

@@ -200,6 +200,19 @@ def test_a_request_follows_a_conversation_that_is_in_use():
         assert turns(cluster) == ["hello"]
 
 
+def test_a_request_that_cannot_follow_does_not_get_the_owners_secret(monkeypatch):
+    monkeypatch.setattr("vox_serve.cluster.request_body.MAX_KEPT_BYTES", 1)
+    engines = [FakeEngine(num_frames=ENDLESS, step_s=0.002), FakeEngine()]
+    with LocalCluster(engines) as cluster:
+        prefer(cluster, "r0")
+        speaking = post(cluster, text="hello", conversation="call", streaming=True)
+        speaking.read(5000)
+        prefer(cluster, "r1")
+        answer = post(cluster, path="/v1/conversations/call/interrupt", played_ms=80)
+        assert answer.status == 503
+        assert not [name for name, _ in answer.getheaders() if name.lower().startswith("x-voxkern")]
+
+
 def test_the_directory_may_begin_anew():
     with LocalCluster([FakeEngine(), FakeEngine()]) as cluster:
         prefer(cluster, "r0")

@@ -91,8 +91,10 @@ def serve_cluster(args: Any, config: Config) -> int:
         listeners = [] if args.update else reserve_addresses(config.host, config.port)
         announce(config, "Starting Ray ...")
         most = start_ray(args, config)
-        stack.callback(stop_ray, owns_cluster=not args.update)
+        stack.callback(disconnect, owns_cluster=not args.address)
         config, size = sized(args, config, most, stack)
+        if args.address and not args.update:
+            stack.callback(stop_application)
         serve.start(proxy_location="Disabled")
         announce(config, f"Loading {config.model} in {size.least} replicas ...")
         host = None if args.address else "127.0.0.1"
@@ -135,8 +137,19 @@ def start_ray(args: Any, config: Config) -> int:
     return int(found.get("GPU", 0) or found.get("CPU", 1))
 
 
-def stop_ray(owns_cluster: bool) -> None:
-    """End the replicas, and Ray if the command started it."""
+def stop_application() -> None:
+    """End our replicas and the directory in a cluster that others may use too."""
+    from ray import serve
+
+    from vox_serve.cluster.deployment import APP_NAME
+    from vox_serve.cluster.keeper import stop_keeper
+
+    serve.delete(APP_NAME)
+    stop_keeper()
+
+
+def disconnect(owns_cluster: bool) -> None:
+    """Leave Ray; end it if the command started it."""
     import ray
     from ray import serve
 

@@ -35,8 +35,14 @@ WAIT_S = 30.0
 RETRY_AFTER_S = 2
 NO_REPLICA = "no replica can serve: try later"
 LOST = "the replica was lost, and the request is too long to be sent again: try again"
+ELSEWHERE = "another replica answers in this conversation: try again"
 
-_OWN_HEADERS = {b"transfer-encoding", b"x-request-id"}
+MAX_LOST = 2
+"""Replicas that a request may lose: one that ends each replica it reaches must not end them all."""
+MAX_MOVES = 3
+"""Times that a request follows its conversation to the owner."""
+
+_OWN_HEADERS = {b"transfer-encoding", b"x-request-id", OWNER}  # the owner's has its secret
 
 
 @dataclass(frozen=True)
@@ -161,6 +167,7 @@ class Door:
     async def _pass_on(self, scope: Scope, body: Body, receive: Receive, send: Send) -> None:
         want = Want(await body.key(route_path(scope)))
         owner: Address | None = None
+        num_lost = num_moves = 0
         while not body.is_gone:
             offer = None
             if owner is None and (offer := await self.find(want)) is None:
@@ -172,16 +179,23 @@ class Door:
             exchange = Exchange(scope, body, address, ticket)
             try:
                 async with exchange as head:
-                    others = self._others(head, want, name)
+                    found = dict(head.headers).get(OWNER, b"")
+                    if found and (not body.is_kept or num_moves == MAX_MOVES):
+                        await refuse(scope, receive, send, ELSEWHERE, RETRY_AFTER_S)
+                        return
+                    # An owner's 429 is the answer: no other replica has the conversation.
+                    is_final = offer is None and head.status_code == 429
+                    others = not is_final and self._others(head, want, name)
                     if not (body.is_kept and others):
                         await exchange.send_answer(head, send)
                         return
-                    found = dict(head.headers).get(OWNER, b"")
+                    num_moves += bool(found)
                     owner = Address(*json.loads(found)) if found and offer else None
             except ReplicaLostError as error:
                 if exchange.has_begun or body.is_gone:
                     raise
-                if not body.is_kept:
+                num_lost += 1
+                if not body.is_kept or num_lost > MAX_LOST:
                     await refuse(scope, receive, send, LOST, RETRY_AFTER_S)
                     return
                 logger.warning("request %s is sent again: %s", current_id(), error)
