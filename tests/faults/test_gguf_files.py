@@ -201,7 +201,8 @@ def test_a_dtype_that_holds_no_weights_is_refused(whole):
     data[at] = 25
     whole.write_bytes(data)
     said = refusal(load_checkpoint, whole, torch.float32)
-    assert "inputs_embeds_projector.weight has dtype torch.int16, which is not supported" in said
+    assert "inputs_embeds_projector.weight in " in said
+    assert "has dtype torch.int16, which is not supported" in said
 
 
 def test_numbers_that_are_none_are_refused(whole):

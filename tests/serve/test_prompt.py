@@ -30,7 +30,12 @@ TEXTS = [
 def sizes(text_vocab_size: int) -> SimpleNamespace:
     """The part of a `CsmConfig` that the builder reads."""
     backbone = SimpleNamespace(max_positions=64)
-    return SimpleNamespace(text_vocab_size=text_vocab_size, num_codebooks=4, backbone=backbone)
+    return SimpleNamespace(
+        text_vocab_size=text_vocab_size,
+        num_codebooks=4,
+        backbone=backbone,
+        has_spaced_prompts=False,
+    )
 
 
 def builder(tiny) -> PromptBuilder:

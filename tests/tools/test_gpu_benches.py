@@ -31,7 +31,9 @@ def test_gpu_benches_rehearsed():
     ops = ["rms_norm", "decode_attention", "sample_tokens", "decode_backbone", "decode_depth"]
     bench_kernels.run(report, timer, config, [torch.bfloat16], [1, 3], ops)
     bench_frame.run(report, timer, config, ["bfloat16", "int8"], [1, 2], peer=False)
-    kernels, frames = (table.rows for table in report.tables)
+    tables = {table.name: table.rows for table in report.tables}
+    kernels, frames = tables["kernels"], tables["frame"]
+    assert [row[0] for row in tables["bytes"]] == list(bench_frame.PRECISIONS)
     assert {row[0] for row in kernels} == set(ops)
     assert [row[:2] for row in frames] == [(p, b) for p in ("bfloat16", "int8") for b in (1, 2)]
     assert {row[3] for row in kernels} == {row[2] for row in frames} == {"native"}
