@@ -101,8 +101,8 @@ class CsmConfig:
     audio table. `follows_context` is False for a model that was trained on single utterances and
     speaks badly after others: it gets no context but its own default. `num_speakers` is the number
     of speakers that a request may name, from 0 on. With `has_spaced_prompts` a prompt is written
-    `[0] text`, as MisoTTS was trained, instead of CSM's `[0]text`. `max_part_chars` is
-    the longest text that the model speaks well at once, in characters; None if that is not known.
+    `[0] text`, as MisoTTS was trained, instead of CSM's `[0]text`. `max_part_chars` is the
+    longest text that the model speaks well at once, in characters; None if that is not known.
     """
 
     backbone: TransformerConfig

@@ -36,7 +36,7 @@ class WeightHeader:
         self.stored: dict[str, tuple[str, int]] = {}
 
     def read(self, name: str) -> Tensor:
-        raise NotImplementedError("a header holds no values")
+        raise TypeError(f"{name}: a header holds no values")
 
     @classmethod
     def of_gguf(cls, path: Path, header: GgufHeader) -> "WeightHeader":

@@ -186,13 +186,20 @@ def kept(cluster, index):
     return app.state.conversations.kept.peek("127.0.0.1", "call")
 
 
-def test_a_request_follows_a_conversation_that_is_in_use():
+@contextlib.contextmanager
+def speaking_cluster():
+    """A cluster whose first replica answers in a conversation, while the other one is preferred."""
     engines = [FakeEngine(num_frames=ENDLESS, step_s=0.002), FakeEngine()]
     with LocalCluster(engines) as cluster:
         prefer(cluster, "r0")
         speaking = post(cluster, text="hello", conversation="call", streaming=True)
         speaking.read(5000)
         prefer(cluster, "r1")
+        yield cluster, speaking
+
+
+def test_a_request_follows_a_conversation_that_is_in_use():
+    with speaking_cluster() as (cluster, speaking):
         answer = post(cluster, path="/v1/conversations/call/interrupt", played_ms=80)
         assert answer.status == 200
         assert json.loads(answer.read())["heard_s"] == 0.08
@@ -202,18 +209,13 @@ def test_a_request_follows_a_conversation_that_is_in_use():
 
 def test_a_request_that_cannot_follow_does_not_get_the_owners_secret(monkeypatch):
     monkeypatch.setattr("vox_serve.cluster.request_body.MAX_KEPT_BYTES", 1)
-    engines = [FakeEngine(num_frames=ENDLESS, step_s=0.002), FakeEngine()]
-    with LocalCluster(engines) as cluster:
-        prefer(cluster, "r0")
-        speaking = post(cluster, text="hello", conversation="call", streaming=True)
-        speaking.read(5000)
-        prefer(cluster, "r1")
+    with speaking_cluster() as (cluster, _):
         answer = post(cluster, path="/v1/conversations/call/interrupt", played_ms=80)
         assert answer.status == 503
         assert not [name for name, _ in answer.getheaders() if name.lower().startswith("x-voxkern")]
 
 
-def test_the_directory_may_begin_anew():
+def test_the_directory_may_restart_empty():
     with LocalCluster([FakeEngine(), FakeEngine()]) as cluster:
         prefer(cluster, "r0")
         say(cluster, "one")

@@ -222,7 +222,7 @@ class Door:
                 while True:
                     try:
                         return await self.fleet.offer(want)
-                    except Exception as error:
+                    except Exception as error:  # whatever the replica or Ray raised
                         logger.warning("a replica was lost before it took a request: %s", error)
                         await asyncio.sleep(0.05)
         except TimeoutError:

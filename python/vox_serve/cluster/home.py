@@ -166,7 +166,7 @@ class Home:
             if not await self._keeper.save(name, self._address, state):
                 logger.warning("a conversation was taken over while a turn of it ended here")
                 self._owned.discard(name)
-        except Exception:
+        except Exception:  # the turn was spoken: the answer must not fail for this
             logger.exception("a conversation's turn cannot be saved")
 
     async def _beat(self) -> None:
@@ -179,7 +179,7 @@ class Home:
                         if (conversation := self._service.kept.peek(*name)) is not None:
                             self.changed(conversation)
                 self._epoch = epoch
-            except Exception as error:
+            except Exception as error:  # the loop must outlive every loss of the directory
                 if self._epoch:  # else it is starting
                     logger.warning("the directory of conversations does not answer: %r", error)
             await asyncio.sleep(BEAT_S)
