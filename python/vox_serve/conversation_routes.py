@@ -125,8 +125,8 @@ def add_conversation_routes(
         if fields.voice is not None:  # it must exist
             await voices.request_in(engine.Request("a"), fields.voice)
         client = client_name(request.scope)
-        await conversations.fetch(client, fields.id)
-        conversation = conversations.create(client, fields.id, fields.voice)
+        async with conversations.held(client, fields.id):
+            conversation = conversations.create(client, fields.id, fields.voice)
         return AsciiJSONResponse(_described(conversation), 201)
 
     @app.post(
@@ -148,16 +148,14 @@ def add_conversation_routes(
                 upload = voices.large_body(request, stack, client, "audio", "codes")
                 given = await read(request, upload)
             fields = parse_context([given])
-            await conversations.fetch(client, key)
-            conversation = conversations.open(client, key, None)
+            num_bytes = speech_bytes(fields)
             try:
-                waiting = conversations.in_order(
-                    conversation, request.receive, speech_bytes(fields)
-                )
-                async with waiting:
-                    reading = voices.read_context(fields, client)
-                    (segment,) = await unless_gone(request.receive, reading)
-                    turn = await conversations.add_turn(conversation, segment)
+                async with conversations.held(client, key):
+                    conversation = conversations.open(client, key, None)
+                    async with conversations.in_order(conversation, request.receive, num_bytes):
+                        reading = voices.read_context(fields, client)
+                        (segment,) = await unless_gone(request.receive, reading)
+                        turn = await conversations.add_turn(conversation, segment)
             except ClientGone:
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
         return AsciiJSONResponse(_turn(turn), 201)
@@ -166,8 +164,8 @@ def add_conversation_routes(
     async def show(key: str, request: Request) -> Response:
         """A conversation's turns; with `?codes=1` also the codes of their frames."""
         client = client_name(request.scope)
-        await conversations.fetch(client, key)
-        conversation = conversations.kept.get(client, key)
+        async with conversations.held(client, key):
+            conversation = conversations.kept.get(client, key)
         with_codes = request.query_params.get("codes", "0") in ("1", "true")
         shown = _described(conversation) | {
             "speaking": conversations.is_speaking(conversation),
@@ -185,9 +183,9 @@ def add_conversation_routes(
         """End the answer that is being spoken, and keep what was heard of it."""
         fields = _checked(_Interruption, await read(request))
         client = client_name(request.scope)
-        await conversations.fetch(client, key)
-        conversation = conversations.kept.get(client, key)
-        heard = conversations.interrupt(conversation, fields.played_ms)
+        async with conversations.held(client, key):
+            conversation = conversations.kept.get(client, key)
+            heard = conversations.interrupt(conversation, fields.played_ms)
         return AsciiJSONResponse(
             {
                 "id": conversation.id,
@@ -201,8 +199,8 @@ def add_conversation_routes(
     async def delete(key: str, request: Request) -> Response:
         """Delete a conversation. Speech in it goes on."""
         client = client_name(request.scope)
-        await conversations.fetch(client, key)
-        conversations.remove(client, key)
+        async with conversations.held(client, key):
+            conversations.remove(client, key)
         return AsciiJSONResponse({"id": key, "object": f"{OBJECT}.deleted", "deleted": True})
 
     for kind, status_code in (

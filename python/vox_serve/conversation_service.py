@@ -6,7 +6,7 @@ import math
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -62,9 +62,9 @@ class Heard(NamedTuple):
 class Home(Protocol):
     """A place beyond this process that knows the conversations of several (see cluster/home.py)."""
 
-    async def fetch(self, client: str, key: str, waits: bool) -> None:
-        """Bring a conversation here, if there is one. If a request is in it elsewhere, wait for
-        that, or raise an error that says where it is."""
+    def hold(self, client: str, key: str, waits: bool) -> AbstractAsyncContextManager[None]:
+        """Bring a conversation here, if there is one, and keep it here within the block. If a
+        request is in it elsewhere, wait for that, or raise an error that says where it is."""
 
     def changed(self, conversation: Conversation) -> None:
         """Note that a conversation has changed, or was begun or deleted."""
@@ -110,15 +110,16 @@ class ConversationService:
         if self._timer is not None:
             self._timer.cancel()
 
-    async def fetch(self, client: str, key: str | None, waits: bool = False) -> None:
-        """Have a client's conversation here, if another server of a cluster has it. Call this
-        first in each request that names one.
-
-        Raises:
-            Exception: the home's.
+    def held(
+        self, client: str, key: str | None, waits: bool = False
+    ) -> AbstractAsyncContextManager[None]:
+        """Have a client's conversation here within the block, if another server of a cluster has
+        it. Each request that names one looks for it, and begins to use it, within such a block,
+        which raises the home's errors.
         """
-        if self.home is not None and key is not None:
-            await self.home.fetch(client, key, waits)
+        if self.home is None or key is None:
+            return nullcontext()
+        return self.home.hold(client, key, waits)
 
     def create(self, client: str, key: str | None, voice: str | None) -> Conversation:
         """Begin a conversation; see `Conversations.create`.

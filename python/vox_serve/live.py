@@ -101,17 +101,17 @@ class LiveService:
     async def check_voice(self, client: str, key: str, session: Any) -> None:
         """Raise an error if a turn could not be spoken in a session's voice; see
         `VoiceService.request_in`."""
-        await self.conversations.fetch(client, session.conversation, waits=True)
-        name = self.conversations.voice_of(client, key, session.voice)
+        async with self.conversations.held(client, session.conversation, waits=True):
+            name = self.conversations.voice_of(client, key, session.voice)
         await self._voices.request_in(engine.Request("a"), name, session.speaker)
 
     async def speak(self, client: str, key: str, session: Any, request: engine.Request) -> Job:
         """Speak a turn's request in its conversation; see `ConversationService.speak`."""
-        await self.conversations.fetch(client, session.conversation, waits=True)
-        name = self.conversations.voice_of(client, key, session.voice)
-        request = await self._voices.request_in(request, name, session.speaker)
-        conversation = self.conversations.open(client, key, name)
-        return await self.conversations.speak(conversation, request, True, _never)
+        async with self.conversations.held(client, session.conversation, waits=True):
+            name = self.conversations.voice_of(client, key, session.voice)
+            request = await self._voices.request_in(request, name, session.speaker)
+            conversation = self.conversations.open(client, key, name)
+            return await self.conversations.speak(conversation, request, True, _never)
 
 
 def add_live_routes(

@@ -117,25 +117,25 @@ class SpeechService:
                 except ClientGone:
                     return Response(status_code=CLIENT_CLOSED_REQUEST)
         key, name = wanted.conversation, wanted.voice
-        if key is not None:
-            await self._conversations.fetch(client, key)
-            name = self._conversations.voice_of(client, key, name)
         speaker = wanted.speaker if "speaker" in wanted.model_fields_set else None
-        spoken = await voices.request_in(wanted.to_engine(config), name, speaker)
-        if context is not None:
-            spoken = replace(spoken, context=[*(spoken.context or ()), *context])
-        if key is None:
-            job = self._runner.submit(spoken, client, delivery.streaming)
-        else:
-            try:
-                job = await self._conversations.speak(
-                    self._conversations.open(client, key, name),
-                    spoken,
-                    delivery.streaming,
-                    request.receive,
-                )
-            except ClientGone:
-                return Response(status_code=CLIENT_CLOSED_REQUEST)
+        async with self._conversations.held(client, key):
+            if key is not None:
+                name = self._conversations.voice_of(client, key, name)
+            spoken = await voices.request_in(wanted.to_engine(config), name, speaker)
+            if context is not None:
+                spoken = replace(spoken, context=[*(spoken.context or ()), *context])
+            if key is None:
+                job = self._runner.submit(spoken, client, delivery.streaming)
+            else:
+                try:
+                    job = await self._conversations.speak(
+                        self._conversations.open(client, key, name),
+                        spoken,
+                        delivery.streaming,
+                        request.receive,
+                    )
+                except ClientGone:
+                    return Response(status_code=CLIENT_CLOSED_REQUEST)
         return await speech_response(job, delivery, request.receive)
 
     def _validated(self, given: Mapping[str, Any], is_form: bool) -> Any:

@@ -24,12 +24,14 @@ from vox_serve.runner import Runner
 class LocalReplica:
     """A replica's server in threads of this process."""
 
-    def __init__(self, name: str, engine, config: Config, keeper: "LocalKeeper"):
+    def __init__(
+        self, name: str, engine, config: Config, keeper: "LocalKeeper", model: str = "fake"
+    ):
         self.name, self.engine = name, engine
         runner = Runner.for_config(engine, config)
         app = create_app(runner, config, {})
         self.server = PrivateServer(config, runner, app)
-        add_home(self.server, app, keeper)
+        add_home(self.server, app, keeper, model)
         self.server.start()
         self.reporter = Reporter(self.server.runner, self.server.address)
         self.is_dead = False

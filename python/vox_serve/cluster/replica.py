@@ -1,6 +1,7 @@
 """A replica: one engine on one device with its server, run by Ray Serve."""
 
 import contextlib
+import hashlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,6 +13,9 @@ from vox_serve.cluster.report import Reporter
 from vox_serve.config import Config
 from vox_serve.launch import load_app
 from vox_serve.logs import server_log
+
+NAMED_ROWS = 64
+"""Rows of each table that tell a model from another one."""
 
 MAX_CONVERSATIONS = 100_000
 """Most conversations of a cluster. Each takes at most 128 KiB at CSM-1B's size."""
@@ -40,7 +44,7 @@ class Replica:
         address = host or ray.util.get_node_ip_address()
         self._server = PrivateServer(config, runner, app, address)
         keeper = RemoteKeeper(MAX_CONVERSATIONS, config.conversation_idle_s)
-        add_home(self._server, app, keeper)
+        add_home(self._server, app, keeper, model_name(config, runner.engine))
         self._server.start()
         self._refused = 0
         self._reporter = Reporter(self._server.runner, self._server.address)
@@ -78,3 +82,20 @@ class Replica:
         """Ray Serve calls this when all tickets have ended, or their time is over."""
         if server := getattr(self, "_server", None):
             server.stop()
+
+
+def model_name(config: Config, engine: Any) -> str:
+    """A name of a model, by its settings and by weights that `--quantize` and `--dtype` keep.
+
+    Args:
+        config: names it.
+        engine: speaks with it.
+    """
+    import torch
+
+    digest = hashlib.sha256(f"{config.model}\n{config.adapter}\n".encode())
+    weights = engine.model.weights
+    for table in (weights.audio_table, weights.code0_head, engine.mimi.quantizer.table):
+        rows = table[:NAMED_ROWS].to(torch.bfloat16).view(torch.int16).cpu()
+        digest.update(rows.numpy().tobytes())
+    return digest.hexdigest()
