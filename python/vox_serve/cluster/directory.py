@@ -7,7 +7,7 @@ has released it or is gone.
 
 import secrets
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +53,8 @@ class Directory:
     """The conversations of all replicas. One thread uses it.
 
     Args:
-        max_number: most conversations; beyond that the one that was not used for longest goes.
+        max_number: most conversations; beyond that the client with the most loses the one that was
+            not used for longest.
         idle_s: time without use after which one is forgotten.
         clock: the time in seconds.
 
@@ -68,6 +69,7 @@ class Directory:
         self._max_number, self._idle_s, self._clock = max_number, idle_s, clock
         self._begun_s = clock()
         self._entries: OrderedDict[Key, Entry] = OrderedDict()  # the longest unused one first
+        self._counts: Counter[str] = Counter()  # by client
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -105,12 +107,16 @@ class Directory:
         if entry is not None and tuple(entry.owner) != tuple(owner):
             return False
         if state is None:
-            self._entries.pop(key, None)
-        else:
-            self._entries[key] = Entry(owner, state, 0.0)
-            self._touch(key)
-            if len(self._entries) > self._max_number:
-                self._entries.popitem(last=False)
+            if entry is not None:
+                self._forget(key)
+            return True
+        if entry is None:
+            self._counts[key[0]] += 1
+        self._entries[key] = Entry(owner, state, 0.0)
+        self._touch(key)
+        if len(self._entries) > self._max_number:
+            largest = max(self._counts, key=self._counts.__getitem__)
+            self._forget(next(key for key in self._entries if key[0] == largest))
         return True
 
     def _touch(self, key: Key) -> None:
@@ -120,4 +126,10 @@ class Directory:
     def _expire(self) -> None:
         limit = self._clock() - self._idle_s
         while self._entries and next(iter(self._entries.values())).used_s < limit:
-            self._entries.popitem(last=False)
+            self._forget(next(iter(self._entries)))
+
+    def _forget(self, key: Key) -> None:
+        del self._entries[key]
+        self._counts[key[0]] -= 1
+        if not self._counts[key[0]]:
+            del self._counts[key[0]]
