@@ -16,7 +16,13 @@ from vox_serve.encoding_threads import load_codecs
 from vox_serve.error_answers import add_error_handlers
 from vox_serve.error_pace import PacedErrors
 from vox_serve.formats import format_of_accept
-from vox_serve.http_io import MAX_BODY_MEMORY_BYTES, AsciiJSONResponse, BodyMemory, HeadAsGet
+from vox_serve.http_io import (
+    MAX_BODY_MEMORY_BYTES,
+    AsciiJSONResponse,
+    BodyMemory,
+    HeadAsGet,
+    proxy_path,
+)
 from vox_serve.live import add_live_routes
 from vox_serve.metrics import Source, add_metrics_route
 from vox_serve.openai_api import add_openai_routes
@@ -65,7 +71,7 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
         docs_url=None,  # FastAPI's pages load scripts from elsewhere; page/ has one of our own
         redoc_url=None,
     )
-    app.proxy_path = _proxy_path(config)
+    app.proxy_path = proxy_path(config.root_path)
     bodies = BodyMemory(max(MAX_BODY_MEMORY_BYTES, config.max_body_bytes))
     voices = VoiceService(runner, config)
     add_voice_routes(app, voices, runner, config)
@@ -136,12 +142,6 @@ def create_app(runner: Runner, config: Config, description: Mapping[str, Any]) -
     app.add_middleware(OpenAIErrors)
     app.add_middleware(PacedErrors)
     return app
-
-
-def _proxy_path(config: Config) -> str:
-    """`--root_path` with a slash before it and none at its end."""
-    root = (config.root_path or "").strip("/")
-    return f"/{root}" if root else ""
 
 
 class _App(FastAPI):

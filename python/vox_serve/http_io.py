@@ -57,6 +57,12 @@ def route_path(scope: Scope) -> str:
     return path[len(root) :] if is_below else path
 
 
+def proxy_path(root_path: str | None) -> str:
+    """`--root_path` with a slash before it and none at its end; "" for none."""
+    root = (root_path or "").strip("/")
+    return f"/{root}" if root else ""
+
+
 class HeadAsGet:
     """ASGI middleware that answers HEAD wherever GET is answered, without the body."""
 

@@ -102,7 +102,9 @@ def serve_cluster(args: Any, config: Config) -> int:
         if args.update:
             announce(config, "All replicas have the new settings.")
             return 0
-        door = Door(ServeFleet(handle), config)
+        fleet = ServeFleet(handle)
+        fleet.wait()
+        door = Door(fleet, config)
         server = make_server(
             door.app, door, config, listeners[0], lifespan="off", date_header=False,
             server_header=False,

@@ -18,12 +18,14 @@ from typing import Any, Protocol
 import h11
 from starlette.types import Receive, Scope, Send
 
+from vox_serve.access import PROBE_PATHS
 from vox_serve.cluster.private_server import DRAIN, OWNER, STOP, Address
 from vox_serve.cluster.request_body import Body, KeptBytes, request_headers
+from vox_serve.cluster.summary import live_app, summary
 from vox_serve.cluster.upstream import ReplicaLostError, Upstream, connect
 from vox_serve.config import Config
 from vox_serve.connections import CloseUnread
-from vox_serve.http_io import AsciiJSONResponse, route_path
+from vox_serve.http_io import AsciiJSONResponse, proxy_path, route_path
 from vox_serve.request_id import RequestIds, current_id
 from vox_serve.runner import SHUTTING_DOWN
 
@@ -41,6 +43,9 @@ MAX_LOST = 2
 """Replicas that a request may lose: one that ends each replica it reaches must not end them all."""
 MAX_MOVES = 3
 """Times that a request follows its conversation to the owner."""
+
+SUMMED_PATHS = PROBE_PATHS | {"/health", "/metrics"}
+"""The paths whose answer is made of the answers of all replicas. They never wait for one."""
 
 _OWN_HEADERS = {b"transfer-encoding", b"x-request-id", OWNER}  # the owner's has its secret
 
@@ -115,6 +120,8 @@ class Door:
         self.is_warm.set()
         self.on_failure: Callable[[], None] = lambda: None
         self._memory = KeptBytes()
+        self._proxy_path = proxy_path(config.root_path)
+        self._live_app = live_app(config)
         self._open: set[asyncio.Task[Any]] = set()
         self._stopping: asyncio.Task[None] | None = None
         self.app = CloseUnread(RequestIds(self._serve, {}))
@@ -137,6 +144,8 @@ class Door:
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             return
+        if self._proxy_path:
+            scope["root_path"] = self._proxy_path
         task = asyncio.current_task()
         assert task is not None
         self._open.add(task)
@@ -156,11 +165,12 @@ class Door:
             await bridge(self, scope, receive, send)
             return
         path = route_path(scope)
-        if scope["method"] in ("GET", "HEAD") and path in ("/health", "/metrics"):
-            from vox_serve.cluster.summary import summary
-
-            if await summary(self, path, scope, receive, send):
-                return
+        if scope["method"] in ("GET", "HEAD") and path in SUMMED_PATHS:
+            if path == "/health/live":
+                await self._live_app(scope, receive, send)
+            elif not await summary(self, path, scope, receive, send):
+                await refuse(scope, receive, send, NO_REPLICA, RETRY_AFTER_S)
+            return
         with contextlib.closing(Body(self._memory, scope, receive)) as body:
             await self._pass_on(scope, body, receive, send)
 

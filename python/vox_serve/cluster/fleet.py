@@ -2,12 +2,16 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 from vox_serve.cluster.door import Offer, Want
 from vox_serve.cluster.private_server import Address
 from vox_serve.cluster.report import Report
+
+START_S = 30.0
+"""Time that a new fleet waits for its first report."""
 
 
 class Router(Protocol):
@@ -48,6 +52,12 @@ class ServeFleet:
         self._calls.add(ending)
         ending.add_done_callback(self._calls.discard)
         return found
+
+    def wait(self) -> None:
+        """Wait, for `START_S` at most, until a replica has reported."""
+        deadline = time.monotonic() + START_S
+        while not self.addresses() and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def addresses(self) -> dict[str, Address]:
         """The servers of all replicas that have reported."""

@@ -1,4 +1,4 @@
-"""GET /health and /metrics of all replicas in one answer."""
+"""GET /metrics and /health, and the two paths below it, of all replicas in one answer."""
 
 import asyncio
 import json
@@ -6,46 +6,80 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from fastapi import FastAPI
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from vox_serve.access import AccessPolicy, add_access_checks
 from vox_serve.cluster.private_server import Address
 from vox_serve.cluster.request_body import request_headers
 from vox_serve.cluster.upstream import ReplicaLostError, Upstream, connect
+from vox_serve.config import Config
+from vox_serve.http_io import AsciiJSONResponse, HeadAsGet
 
 if TYPE_CHECKING:
     from vox_serve.cluster.door import Door
 
 TIMEOUT_S = 5.0
+READY_TIMEOUT_S = 2.0
+
+Answer = tuple[int, dict[str, str], bytes]
+"""A replica's: status, headers, body."""
+
 _SUMMED = ("live_requests", "waiting_requests", "unread_bytes", "max_queue_size", "max_batch_size")
 _DROPPED = ("content-length", "transfer-encoding", "x-request-id", "connection")
 _SAMPLE = re.compile(r"(?P<name>[A-Za-z_:][A-Za-z0-9_:]*)(?P<labels>\{.*\})?(?P<rest> .*)")
 
 
-async def summary(door: "Door", path: str, scope: Scope, receive: Receive, send: Send) -> bool:
-    """Answer for all replicas; False if one replica should answer as it is.
+def live_app(config: Config) -> FastAPI:
+    """The application that answers /health/live: the door lives, whatever its replicas do."""
+    app = FastAPI(openapi_url=None)
 
-    Each is asked with the client's own headers. A refusal (401, 403) is passed on.
+    @app.get("/health/live")
+    async def live() -> Response:
+        return AsciiJSONResponse({"status": "live"})
+
+    app.add_middleware(HeadAsGet)
+    add_access_checks(app, AccessPolicy.of(config))
+    return app
+
+
+async def summary(door: "Door", path: str, scope: Scope, receive: Receive, send: Send) -> bool:
+    """Answer for all replicas that there are now; False if there is none.
+
+    Each is asked with the client's own headers. A refusal (401, 403) is passed on. /health/ready is
+    answered by the first one that is ready.
     """
-    asked = dict(door.fleet.addresses())
+    asked = door.fleet.addresses()
     headers = [
         (name, value) for name, value in request_headers(scope) if name != b"accept-encoding"
     ]
     if path == "/metrics":  # the text format is the one that can be merged
         headers = [(name, value) for name, value in headers if name != b"accept"]
-    client = scope.get("client")
-    target = scope["raw_path"]
-    asking = (_fetch(address, target, headers, client) for address in asked.values())
-    answers = dict(zip(asked, await asyncio.gather(*asking), strict=True))
-    found = {name: answer for name, answer in answers.items() if answer is not None}
-    if not found or any(status not in (200, 503) for status, _, _ in found.values()):
+    client, target = scope.get("client"), scope["raw_path"]
+    is_ready = path == "/health/ready"
+    timeout_s = READY_TIMEOUT_S if is_ready else TIMEOUT_S
+
+    async def fetch(name: str) -> tuple[str, Answer | None]:
+        return name, await _fetch(asked[name], target, headers, client, timeout_s)
+
+    found: dict[str, Answer] = {}
+    for asking in asyncio.as_completed([fetch(name) for name in asked]):
+        name, answer = await asking
+        if answer is not None:
+            found[name] = answer
+            if is_ready and answer[0] == 200:
+                break
+    if not found:
         return False
-    first = next(iter(found.values()))
-    kept = {name: value for name, value in first[1].items() if name not in _DROPPED}
-    if path == "/metrics":
-        status, content = 200, merged_metrics({name: body for name, (_, _, body) in found.items()})
-    else:
-        status, state = merged_health({name: body for name, (_, _, body) in found.items()})
+    bodies = {name: found[name][2] for name in asked if name in found}
+    refused = [answer for answer in found.values() if answer[0] not in (200, 503)]
+    status, first, content = min(refused or found.values(), key=lambda answer: answer[0])
+    kept = {name: value for name, value in first.items() if name not in _DROPPED}
+    if status in (200, 503) and path == "/metrics":
+        status, content = 200, merged_metrics(bodies)
+    elif status in (200, 503) and path == "/health":
+        status, state = merged_health(bodies)
         content = json.dumps(state, allow_nan=False).encode("ascii")
     if scope["method"] == "HEAD":
         kept["content-length"], content = str(len(content)), b""
@@ -54,11 +88,15 @@ async def summary(door: "Door", path: str, scope: Scope, receive: Receive, send:
 
 
 async def _fetch(
-    address: Address, target: bytes, headers: list[tuple[bytes, bytes]], client: Any
-) -> tuple[int, dict[str, str], bytes] | None:
-    """The status, headers and body of a GET; None if the replica is lost."""
+    address: Address,
+    target: bytes,
+    headers: list[tuple[bytes, bytes]],
+    client: Any,
+    timeout_s: float,
+) -> Answer | None:
+    """The answer to a GET; None if the replica is lost."""
     try:
-        async with asyncio.timeout(TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             upstream = Upstream(*await connect(address, 0, client), "GET")
             try:
                 upstream.write_head("GET", target, headers)
