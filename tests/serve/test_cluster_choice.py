@@ -1,6 +1,7 @@
 """The choice of a replica, and of their number, without Ray."""
 
 import asyncio
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -116,6 +117,15 @@ def test_a_directory_gives_a_conversation_to_one_replica_at_a_time():
     assert len(directory) == 1
 
 
+def test_the_client_with_the_most_conversations_makes_room_in_a_directory():
+    directory, owner = Directory(3, 60.0, lambda: 0.0), ("h", 1, "s")
+    for client, key in (("a", "1"), ("b", "1"), ("b", "2"), ("b", "3"), ("c", "1"), ("d", "1")):
+        directory.save((client, key), owner, {})
+    assert sorted(directory._entries) == [("b", "3"), ("c", "1"), ("d", "1")]
+    directory.save(("b", "3"), owner, None)
+    assert directory._counts == {"c": 1, "d": 1}
+
+
 def test_metrics_of_replicas_are_told_apart_by_a_label():
     one = b'# HELP x about\n# TYPE x counter\nx{a="1"} 2.0\n# HELP y about\n# TYPE y gauge\ny 3.0\n'
     assert merged_metrics({"r0": one, "r1": one}).decode().splitlines() == [
@@ -152,9 +162,46 @@ def test_a_fleet_keeps_a_call_until_its_request_has_ended():
         assert ended == [CALL]
         ROUTERS["voxkern"] = Router()
         try:
+            fleet.wait()
             assert list(fleet.addresses()) == ["a", "b"]
             assert (fleet.slack(()), fleet.slack(("b",)), fleet.slack(("a", "b"))) == (5, 2, 0)
         finally:
             del ROUTERS["voxkern"]
+
+    asyncio.run(run())
+
+
+def test_a_router_keeps_the_task_that_lets_a_replica_drain(monkeypatch):
+    pytest.importorskip("ray", reason="needs Ray: pip install 'voxkern[cluster]'")
+    from vox_serve.cluster import fleet, router
+
+    told = []
+
+    async def tell(address, what) -> None:
+        told.append((address.port, what))
+
+    class Replica:
+        replica_id = SimpleNamespace(unique_id="a")
+        routing_stats = report().as_dict()
+
+    monkeypatch.setattr(router, "tell", tell)
+    monkeypatch.setattr(fleet, "ROUTERS", {})
+
+    async def run() -> None:
+        own = router.WorkRouter.__new__(router.WorkRouter)
+        monkeypatch.setattr(router.WorkRouter, "_event_loop", asyncio.get_running_loop())
+        monkeypatch.setattr(router.WorkRouter, "app_name", "voxkern", raising=False)
+        replicas = {"a": Replica()}
+        monkeypatch.setattr(router.WorkRouter, "curr_replicas", replicas)
+        monkeypatch.setattr(
+            router.RequestRouter, "update_replicas", lambda self, new: replicas.clear()
+        )
+        own.initialize_state()
+        own.update_replicas([])
+        (telling,) = own._telling
+        await telling
+        await asyncio.sleep(0)
+        assert told == [(1, "drain")]
+        assert not own._telling
 
     asyncio.run(run())

@@ -1,5 +1,6 @@
 """The door of a cluster and the servers of its replicas, in one process: see local_cluster.py."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -7,12 +8,15 @@ import socket
 import threading
 
 import pytest
+from websockets.exceptions import ConnectionClosedError
+from websockets.frames import Close
 
 from fake_engine import ENDLESS, TIMEOUT_S, FakeEngine, expected_pcm
 from live_client import live_client
 from live_server import wait_until
 from local_cluster import LocalCluster
 from vox_serve.audio import wav_file, wav_header
+from vox_serve.cluster.live_bridge import _join
 
 
 def post(cluster, path="/generate", headers=None, **body) -> http.client.HTTPResponse:
@@ -22,9 +26,9 @@ def post(cluster, path="/generate", headers=None, **body) -> http.client.HTTPRes
     return connection.getresponse()
 
 
-def get(cluster, path) -> http.client.HTTPResponse:
+def get(cluster, path, method="GET", **headers) -> http.client.HTTPResponse:
     connection = http.client.HTTPConnection("127.0.0.1", cluster.port, timeout=TIMEOUT_S)
-    connection.request("GET", path)
+    connection.request(method, path, headers=headers)
     return connection.getresponse()
 
 
@@ -63,6 +67,28 @@ def test_a_websocket_speaks_through_the_door():
             assert done["finish_reason"] == "stop"
             assert client.audio[1] == expected_pcm("Hello.", 3)
         wait_until(lambda: not any(len(r.server.tickets) for r in cluster.replicas))
+
+
+def test_a_replicas_close_code_reaches_a_client_that_is_sending():
+    closed = ConnectionClosedError(Close(1012, "restart"), Close(1012, "restart"), True)
+    sent = []
+
+    class Upstream:
+        async def send(self, _) -> None:
+            raise closed
+
+        async def recv(self) -> str:
+            await asyncio.sleep(0.01)
+            raise closed
+
+    async def receive() -> dict:
+        return {"type": "websocket.receive", "text": "more"}
+
+    async def send(message) -> None:
+        sent.append(message)
+
+    asyncio.run(_join(Upstream(), receive, send))
+    assert sent == [{"type": "websocket.close", "code": 1012, "reason": "restart"}]
 
 
 def test_the_client_of_a_request_is_the_doors_client():
@@ -118,6 +144,45 @@ def test_a_draining_replica_gets_no_requests_and_ends_its_own():
         wait_until(lambda: cluster.replicas[0].server.runner.draining)
         assert post(cluster, text="next").read() == wav_file(expected_pcm("next", 3))
         assert answer.read() == wav_header(None) + expected_pcm("hello", 9)
+
+
+@pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/health", "/metrics"])
+def test_probes_wait_for_no_replica(path):
+    with LocalCluster([FakeEngine()]) as cluster:
+        refused = {"Origin": "https://evil.example", "Host": "x"}
+        assert get(cluster, path, **refused).status == 403
+        for is_dead in (False, True):
+            if is_dead:
+                cluster.replicas[0].kill()
+            status = 503 if is_dead and path != "/health/live" else 200
+            assert get(cluster, path).status == get(cluster, path, method="HEAD").status == status
+        cluster.fleet.replicas.clear()
+        assert get(cluster, path).status == status
+        assert cluster.fleet.sent == []
+
+
+def test_a_cluster_is_ready_while_one_replica_is():
+    with LocalCluster([FakeEngine(), FakeEngine()], drain_s=9.0) as cluster:
+        for index, status in enumerate((200, 503)):
+            cluster.replicas[index].server.drain()
+            wait_until(lambda server=cluster.replicas[index].server: server.runner.draining)
+            assert get(cluster, "/health/ready").status == status
+
+
+def test_a_path_of_a_proxy_tells_the_conversation():
+    with LocalCluster([FakeEngine()], root_path="tts") as cluster:
+        for root in ("/tts", ""):
+            assert get(cluster, f"{root}/health/live").status == 200
+            assert get(cluster, f"{root}/v1/conversations/call").status == 404
+        assert [want.key for _, want in cluster.fleet.sent] == ["conversation:call"] * 2
+
+
+@pytest.mark.parametrize("expected", ["100-Continue", "nothing", "100-continue, more"])
+def test_a_body_is_sent_whatever_its_client_expects(expected):
+    with LocalCluster([FakeEngine()]) as cluster:
+        answer = post(cluster, headers={"Expect": expected}, text="hello")
+        assert answer.status == 200
+        assert answer.read() == wav_file(expected_pcm("hello", 3))
 
 
 def test_health_and_metrics_are_those_of_all_replicas():

@@ -1,7 +1,6 @@
 """A client's WebSocket and the one to a replica, joined."""
 
 import asyncio
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 from starlette.responses import Response
@@ -96,15 +95,18 @@ async def _open(offer: Offer, scope: Scope) -> ClientConnection:
 
 async def _join(upstream: ClientConnection, receive: Receive, send: Send) -> None:
     async def up() -> None:
-        with contextlib.suppress(ConnectionClosed):
-            while (message := await receive())["type"] == "websocket.receive":
-                text = message.get("text")
+        while (message := await receive())["type"] == "websocket.receive":
+            text = message.get("text")
+            try:
                 await upstream.send(message["bytes"] if text is None else text)
-            code = message.get("code") or 1005
-            if code in _UNSENDABLE:
-                upstream.transport.abort()
-            else:
-                await upstream.close(code, message.get("reason") or "")
+            except ConnectionClosed:  # `down` tells the client
+                await tasks[1]
+                return
+        code = message.get("code") or 1005
+        if code in _UNSENDABLE:
+            upstream.transport.abort()
+        else:
+            await upstream.close(code, message.get("reason") or "")
 
     async def down() -> None:
         try:

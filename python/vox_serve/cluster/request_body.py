@@ -49,7 +49,10 @@ class Body:
         self._is_chunked = b"transfer-encoding" in headers
         length = headers.get(b"content-length", b"")
         self.num_bytes = int(length) if length.isdigit() else None
-        self.awaits_consent = b"expect" in headers
+        self.awaits_consent = any(
+            name == b"expect" and value.lower() == b"100-continue"
+            for name, value in scope["headers"]
+        )
         self._pieces: list[bytes] = []
         self._kept_bytes = 0
         self._is_complete = not self._is_chunked and not self.num_bytes

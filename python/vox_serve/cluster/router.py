@@ -4,6 +4,7 @@ Ray Serve sends this module's code, with copies of its globals, to the processes
 that others need is therefore kept in a module that is imported there.
 """
 
+import asyncio
 import time
 from typing import Any
 
@@ -28,6 +29,7 @@ class WorkRouter(RequestRouter):
 
     def initialize_state(self, **_: Any) -> None:
         self._chooser = Chooser()
+        self._telling: set[asyncio.Task[None]] = set()
         fleet.ROUTERS[self.app_name] = self
 
     @property
@@ -41,7 +43,9 @@ class WorkRouter(RequestRouter):
         super().update_replicas(replicas)
         for name in before.keys() - self.reports.keys():
             if (report := before[name]) is not None:
-                self._event_loop.create_task(tell(report.address, DRAIN))
+                telling = self._event_loop.create_task(tell(report.address, DRAIN))
+                self._telling.add(telling)  # the loop itself keeps no task
+                telling.add_done_callback(self._telling.discard)
 
     async def choose_replicas(
         self,
