@@ -28,6 +28,10 @@ def pytest_addoption(parser) -> None:
     parser.addoption(
         "--door", action="store_true", help="run the tests of HTTP through a cluster's door"
     )
+    parser.addoption(
+        "--url",
+        help="of a server that runs already, such as a cluster, for tests/fuzz/test_openapi.py",
+    )
 
 
 def pytest_report_header() -> list[str]:

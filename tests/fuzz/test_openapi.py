@@ -42,7 +42,10 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def schema():
+def schema(request):
+    if url := request.config.getoption("--url"):
+        yield schemathesis.openapi.from_url(f"{url}/openapi.json")
+        return
     with LiveServer(FakeEngine(num_frames=1)) as server:
         yield schemathesis.openapi.from_url(f"http://127.0.0.1:{server.port}/openapi.json")
 

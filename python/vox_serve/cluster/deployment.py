@@ -103,7 +103,8 @@ def app(args: dict[str, Any]) -> Any:
 
     Args:
         args: settings by name, as text or as values; and `replicas`, a number or `auto`,
-            `max_replicas`. Settings that are not given come from the environment.
+            `max_replicas`, and the number of `doors`, processes that pass requests on. Settings
+            that are not given come from the environment.
 
     Raises:
         ConfigError: a setting is unknown or invalid.
@@ -115,13 +116,13 @@ def app(args: dict[str, Any]) -> Any:
 
     given = dict(args)
     least = given.pop("replicas", os.environ.get("VOX_SERVE_REPLICAS", "1"))
-    most = int(given.pop("max_replicas", 0) or 0)
+    most, doors = int(given.pop("max_replicas", 0) or 0), int(given.pop("doors", 1))
     size = Size(1, max(most, 1)) if least == "auto" else Size(int(least), max(most, int(least)))
     for name, value in given.items():
         if isinstance(value, str) and name in Config.model_fields:
             given[name] = parse_value(name, value)
     config = Config(**given)
     ingress = serve.deployment(Ingress, name="Ingress", max_ongoing_requests=MAX_ONGOING)
-    return ingress.options(num_replicas=1, ray_actor_options={"num_cpus": 0}).bind(
+    return ingress.options(num_replicas=doors, ray_actor_options={"num_cpus": 0}).bind(
         replicas(config, size), given_settings(config)
     )

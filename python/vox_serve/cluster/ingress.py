@@ -9,12 +9,16 @@ from vox_serve.cluster.door import Door
 from vox_serve.cluster.fleet import ServeFleet
 from vox_serve.config import Config
 
-_doors: list[Door] = []
+doors: list[Door] = []
+"""The door of this process. Ray sends the class below with copies of its module's globals: it must
+import this one."""
 
 
 def _app() -> ASGIApp:
     """The application of the door that this process has."""
-    (door,) = _doors
+    from vox_serve.cluster import ingress
+
+    (door,) = ingress.doors
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "lifespan":
@@ -36,4 +40,6 @@ class Ingress:
     """
 
     def __init__(self, handle: Any, settings: dict[str, Any]) -> None:
-        _doors[:] = [Door(ServeFleet(handle), Config(**settings))]
+        from vox_serve.cluster import ingress
+
+        ingress.doors[:] = [Door(ServeFleet(handle), Config(**settings))]
