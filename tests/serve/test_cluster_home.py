@@ -9,11 +9,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from local_cluster import LocalKeeper
 from vox_serve.cluster import home as home_module
 from vox_serve.cluster.home import Home, released
 from vox_serve.cluster.private_server import Address
+from vox_serve.cluster.replica import model_name
+from vox_serve.config import Config
 from vox_serve.conversations import Conversations, Turn
 from vox_serve.job import QueueFull
 
@@ -239,3 +242,25 @@ def test_a_home_forgets_conversations_with_their_replica():
         assert not home._saves
 
     asyncio.run(run())
+
+
+def test_a_model_has_a_name_of_its_own():
+    def name(seed=0, dtype=torch.float32, **settings) -> str:
+        return model_name(Config(**({"model": "m"} | settings)), engine_of(seed, dtype))
+
+    assert name() == name(dtype=torch.bfloat16)
+    names = {name(), name(seed=1), name(model="n"), name(adapter="a")}
+    assert len(names) == 4
+
+
+def engine_of(seed, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    weights = {
+        table: torch.randn(70, 4, generator=generator).to(dtype)
+        for table in ("audio_table", "code0_head")
+    }
+    quantizer = SimpleNamespace(table=torch.randn(70, 4, generator=generator))
+    return SimpleNamespace(
+        model=SimpleNamespace(weights=SimpleNamespace(**weights)),
+        mimi=SimpleNamespace(quantizer=quantizer),
+    )
