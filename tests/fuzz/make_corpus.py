@@ -10,6 +10,8 @@ import io
 import json
 import struct
 import sys
+import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -68,6 +70,21 @@ def safetensors() -> None:
         header = {"a": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}
         text = json.dumps(header).encode()
         write("safetensors", name, struct.pack("<Q", len(text)) + text + bytes(8))
+
+
+def state_dict() -> None:
+    """torch.save's files, and a pickle that makes much of little."""
+    tensor = torch.ones(4)
+    state = OrderedDict(a=tensor, b=tensor[1:].half(), c=torch.nn.Parameter(tensor[None]))
+    for name, value in (("plain", state), ("trainer", {"model": state, "step": [1, 2.5, None]})):
+        file = io.BytesIO()
+        torch.save(value, file)
+        write("state_dict", name, file.getvalue())
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        call = b"cbuiltins\nbytearray\n\x8a\x06" + (2**40).to_bytes(6, "little") + b"\x85R."
+        archive.writestr("archive/data.pkl", b"\x80\x02" + call)
+    write("state_dict", "bytearray", file.getvalue())
 
 
 def gguf() -> None:
@@ -297,6 +314,7 @@ if __name__ == "__main__":
     for make in (
         audio,
         safetensors,
+        state_dict,
         gguf,
         config_json,
         adapter_config,

@@ -151,6 +151,16 @@ def safetensors(data: bytes) -> None:
         load_mimi(path)
 
 
+def state_dict(data: bytes) -> None:
+    """A pickled checkpoint."""
+    path = _written("a.pt", data)
+    with suppress(CheckpointError):
+        files = TensorFiles([path])
+        for name in files.names:
+            with suppress(CheckpointError):
+                assert files.read(name).nbytes <= len(data)
+
+
 def gguf(data: bytes) -> None:
     """A model in a GGUF file: its tensors, sizes, codec and tokenizer."""
     path = _written("a.gguf", data)
@@ -306,6 +316,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     for target in (
         audio,
         safetensors,
+        state_dict,
         gguf,
         config_json,
         adapter_config,
