@@ -11,7 +11,6 @@ from vox_serve.checkpoint import CheckpointError, read_json
 from vox_serve.json_file import shown
 
 CONFIG_FILE = "adapter_config.json"
-MLX_FILE = "adapters.safetensors"
 
 MAX_RANK = 2**14
 """Highest rank of an adapter. A higher one than the width of the matrices has no use."""
@@ -90,7 +89,11 @@ class AdapterConfig:
         path = folder / CONFIG_FILE
         if not path.is_file():
             raise CheckpointError(f"{folder} has no {CONFIG_FILE}{_hint(folder)}")
-        settings = read_json(path)
+        return cls.parse(path, read_json(path))
+
+    @classmethod
+    def parse(cls, path: Path, settings: Mapping[str, Any]) -> "AdapterConfig":
+        """Check the file's settings; see `read`."""
         kind = settings.get("peft_type")
         if kind is None and ("fine_tune_type" in settings or "lora_parameters" in settings):
             raise CheckpointError(
@@ -120,7 +123,7 @@ class AdapterConfig:
             alpha=_number(path, "lora_alpha", settings.get("lora_alpha", _DEFAULT_ALPHA)),
             ranks=_patterns(path, settings, "rank_pattern", _rank),
             alphas=_patterns(path, settings, "alpha_pattern", _number),
-            is_rank_stabilised=settings.get("use_rslora") is True,
+            is_rank_stabilised=_flag(path, "use_rslora", settings.get("use_rslora")),
             targets=_targets(path, targets, settings),
         )
 
@@ -171,6 +174,13 @@ def _number(path: Path, name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e9:
         raise CheckpointError(f"{path}: {name} must be a number, got {shown(value)}")
     return value
+
+
+def _flag(path: Path, name: str, value: object) -> bool:
+    """A setting that is true or false, or null, which is false."""
+    if not (value is None or isinstance(value, bool)):
+        raise CheckpointError(f"{path}: {name} must be true or false, got {shown(value)}")
+    return value is True
 
 
 def _targets(path: Path, value: object, settings: Mapping[str, Any]) -> tuple[str, ...] | None:

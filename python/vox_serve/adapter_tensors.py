@@ -1,18 +1,25 @@
 """The tensors of a LoRA adapter's file, by the tensors of the base model that they change."""
 
+import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vox_serve.adapter_config import CONFIG_FILE, MLX_FILE, AdapterConfig
-from vox_serve.checkpoint import ADAPTER_FILE, CODEC_PREFIX, CheckpointError, TensorFiles
+from vox_serve.adapter_config import CONFIG_FILE, AdapterConfig
+from vox_serve.checkpoint import (
+    ADAPTER_FILE,
+    ADAPTER_PICKLE,
+    CODEC_PREFIX,
+    MLX_ADAPTER,
+    CheckpointError,
+    TensorFiles,
+    only_pickled,
+)
 from vox_serve.json_file import shown
 from vox_serve.model_config import CsmConfig
 from vox_serve.tensor_keys import TABLES, is_matrix, tensor_keys
 from vox_serve.tensor_names import FORMATS, TensorNames
-
-PICKLED_FILE = "adapter_model.bin"
 
 _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 _WRAPPERS = ("_orig_mod", "module")
@@ -157,22 +164,30 @@ def tensor_file(folder: Path, allow_pickle: bool = False) -> Path:
     Raises:
         CheckpointError: there is none, or only a pickle file and `allow_pickle` is false.
     """
-    path, pickled = folder / ADAPTER_FILE, folder / PICKLED_FILE
+    path, pickled = folder / ADAPTER_FILE, folder / ADAPTER_PICKLE
     if path.is_file():
         return path
     if pickled.is_file() and allow_pickle:
         return pickled
     if pickled.is_file():
+        raise CheckpointError(f"{folder} {only_pickled(ADAPTER_PICKLE)}")
+    if (folder / MLX_ADAPTER).is_file():
         raise CheckpointError(
-            f"{folder} has only {PICKLED_FILE}, a pickle file: allow pickle files explicitly if "
-            "you trust it, or convert it to safetensors"
-        )
-    if (folder / MLX_FILE).is_file():
-        raise CheckpointError(
-            f"{folder / MLX_FILE} is of an MLX adapter: fuse it with its base model, and give the "
-            "result as --model"
+            f"{folder / MLX_ADAPTER} is of an MLX adapter: fuse it with its base model, and give "
+            "the result as --model"
         )
     raise CheckpointError(f"{folder} has no {ADAPTER_FILE}")
+
+
+def stranger(names: Iterable[str]) -> str | None:
+    """The first of an adapter's tensors that no CSM has, whatever its number of layers; or None."""
+    parts: dict[str, dict[str, str]] = {}
+    for name in sorted(names):
+        module = re.sub(r"\blayers\.\d+\.", "layers.0.", _parse(name)[0])
+        if module.rpartition(".")[2] not in _UNUSED and not module.startswith(CODEC_PREFIX):
+            parts.setdefault(module, {"": name})
+    _, keys = _format(parts, CsmConfig.from_json({}))
+    return next((parts[module][""] for module in parts if module not in keys), None)
 
 
 def _parse(name: str) -> tuple[str, str]:

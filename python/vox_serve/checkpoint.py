@@ -1,6 +1,6 @@
 """Finds the weight files in a checkpoint folder and reads tensors from them.
 
-Nothing is unpickled unless the caller allows it, and then only plain tensors.
+Pickle files are not read unless the caller allows it, and nothing in them is run.
 """
 
 import math
@@ -19,8 +19,11 @@ CODEC_FILE_PATTERNS = ("mimi.safetensors", "tokenizer-*.safetensors")
 PICKLE_FILE = "ckpt.pt"
 PICKLED = (".pt", ".pth", ".bin")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLED)
+ADAPTER_FILE, ADAPTER_PICKLE = "adapter_model.safetensors", "adapter_model.bin"  # peft's
+MLX_ADAPTER = "adapters.safetensors"
+_ADAPTERS = (ADAPTER_FILE, MLX_ADAPTER)
 _NO_MODELS = (
-    "adapter_model.bin",
+    ADAPTER_PICKLE,
     "optimizer.pt",
     "rng_state.pth",
     "scaler.pt",
@@ -28,7 +31,6 @@ _NO_MODELS = (
     "training_args.bin",
 )
 """Pickled files that trainers write beside a model."""
-ADAPTER_FILE = "adapter_model.safetensors"  # peft's
 CODEC_PREFIX = "codec_model."
 
 _INDEX_SUFFIX = ".safetensors.index.json"
@@ -95,8 +97,23 @@ def weights_entry(config: Mapping[str, Any], files: Iterable[str]) -> str | None
         if isinstance(name, str) and name in files:
             return name
     rest = [name for name in files if "/" not in name and name.endswith(".safetensors")]
-    rest = [name for name in rest if not is_codec_file(name) and name != ADAPTER_FILE]
+    rest = [name for name in rest if not is_codec_file(name) and name not in _ADAPTERS]
     return rest[0] if len(rest) == 1 else None
+
+
+def pickled_entry(files: Iterable[str]) -> str | None:
+    """The pickle file that holds the model's weights, of files without `weights_entry`; or None."""
+    found = [name for name in files if name.endswith(PICKLED) and "/" not in name]
+    found = [name for name in found if name.rpartition("/")[2] not in _NO_MODELS]
+    return PICKLE_FILE if PICKLE_FILE in found else found[0] if len(found) == 1 else None
+
+
+def only_pickled(name: str) -> str:
+    """The refusal of a folder with pickled weights alone, to follow the folder's name."""
+    return (
+        f"has only {name}, a pickle file: allow pickle files explicitly if you trust it "
+        "(--allow_pickle), or convert it to safetensors"
+    )
 
 
 def is_codec_file(name: str) -> bool:
@@ -131,16 +148,12 @@ def find_weights(folder: Path, config: Mapping[str, Any], allow_pickle: bool) ->
     files = [path.name for path in folder.iterdir()]
     entry = weights_entry(config, files)
     if entry is None:
-        pickled = [name for name in files if name.endswith(PICKLED) and name not in _NO_MODELS]
-        if PICKLE_FILE in pickled or len(pickled) == 1:
-            name = PICKLE_FILE if PICKLE_FILE in pickled else pickled[0]
-            if allow_pickle:
-                return [folder / name]
-            raise CheckpointError(
-                f"{folder} has only {name}, a pickle file: allow pickle files explicitly if you "
-                "trust it, or convert it to safetensors"
-            )
-        raise CheckpointError(f"{folder} has no weights: expected {', '.join(_USUAL_FILES)}")
+        name = pickled_entry(files)
+        if name is None:
+            raise CheckpointError(f"{folder} has no weights: expected {', '.join(_USUAL_FILES)}")
+        if allow_pickle:
+            return [folder / name]
+        raise CheckpointError(f"{folder} {only_pickled(name)}")
     if not entry.endswith(".json"):
         return [folder / entry]
     paths = [folder / name for name in shard_names(read_json(folder / entry), entry)]
@@ -160,8 +173,7 @@ class TensorFiles:
     """The tensors of one or more files by name, each read on request.
 
     Args:
-        paths: safetensors files, one GGUF file (`.gguf`), or one pickle file (`.pt`), which is
-            opened with `weights_only=True`.
+        paths: safetensors files, one GGUF file (`.gguf`), or one pickle file (`.pt`).
 
     Raises:
         CheckpointError: a file cannot be read.

@@ -12,7 +12,7 @@ from vox_serve.checkpoint import CODEC_PREFIX, CheckpointError, TensorFiles, Ten
 from vox_serve.json_file import shown
 from vox_serve.model_config import FLAVORS, CsmConfig
 from vox_serve.tensor_keys import tensor_keys
-from vox_serve.tensor_names import FORMATS, HF, TensorNames, names_in
+from vox_serve.tensor_names import HF, TensorNames, find_names
 
 logger = logging.getLogger("vox_serve")
 
@@ -37,7 +37,9 @@ def csm_tensors(files: TensorFiles, settings: Mapping[str, Any]) -> tuple[Tensor
     """
     found = find_csm(files)
     if found is None:
-        raise CheckpointError(f"{files.paths[0]} holds no CSM: it has no tensor {HF.code0_head}")
+        raise CheckpointError(
+            f"{files.paths[0]} holds no CSM: it has no tensors such as {HF.code_heads}"
+        )
     files, names = found
     refuse_other_weights(files, names, settings)
     return files, names
@@ -121,22 +123,18 @@ def inferred_settings(folder: Path, files: TensorFiles) -> dict[str, Any]:
 
 def find_csm(files: TensorFiles) -> tuple[TensorFiles, TensorNames] | None:
     """The tensors by the names of a known format, without a prefix; None if they are no CSM's."""
-    if names := names_in(files):
+    found = find_names(files.names)
+    if found is None:
+        return None
+    prefix, names = found
+    if not prefix:
         return files, names
-    ends = [(names, f".{names.backbone}{names.norm}") for names in FORMATS]
-    ends += [(names, f".{names.code0_head}") for names in FORMATS]
-    for names, end in ends:
-        wrapped = next((name for name in sorted(files.names) if name.endswith(end)), None)
-        if wrapped is not None:
-            prefix = wrapped[: 1 - len(end)]
-            distinct = dict.fromkeys(map(files.source, files.names))
-            renamed = {file: _Renamed(file, prefix) for file in distinct}
-            sources: dict[str, TensorSource] = {
-                name.removeprefix(prefix): renamed[files.source(name)]
-                for name in files.names_below(prefix)
-            }
-            return files.with_sources(sources, alone=True), names
-    return None
+    distinct = dict.fromkeys(map(files.source, files.names))
+    renamed = {file: _Renamed(file, prefix) for file in distinct}
+    sources: dict[str, TensorSource] = {
+        name.removeprefix(prefix): renamed[files.source(name)] for name in files.names_below(prefix)
+    }
+    return files.with_sources(sources, alone=True), names
 
 
 class _Renamed:

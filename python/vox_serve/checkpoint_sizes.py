@@ -1,9 +1,9 @@
 """Checks config.json's sizes against the tensors in the files, before anything is allocated."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
-from vox_serve.checkpoint import CheckpointError, TensorFiles
+from vox_serve.checkpoint import CODEC_PREFIX, CheckpointError, TensorFiles
 from vox_serve.model_config import CsmConfig, TransformerConfig
 from vox_serve.tensor_names import TensorNames
 
@@ -34,7 +34,21 @@ def check_sizes(
                 f"{found}"
             )
     for name, shape in _shapes(files, names, config):
+        if name not in files:
+            _refuse_missing(files, names, name, shape)
         files.check(name, shape)
+
+
+def _refuse_missing(
+    files: TensorFiles, names: TensorNames, name: str, shape: tuple[int, ...]
+) -> NoReturn:
+    """Name a tensor that is missing, and one of no other use that has its shape."""
+    known = {*names.marks, names.audio_table, names.depth_audio_table}
+    parts = (f"{names.backbone}layers.", f"{names.depth}layers.", CODEC_PREFIX)
+    others = [other for other in sorted(files.names - known) if not other.startswith(parts)]
+    alike = next((other for other in others if files.shape(other) == shape), None)
+    hint = f"; if {alike}, which has its shape, is the same, rename it" if alike else ""
+    raise CheckpointError(f"tensor {name} is missing in {files.paths[0]}{hint}")
 
 
 def _is_given(settings: Mapping[str, Any], key: str) -> bool:
@@ -118,8 +132,11 @@ def _shapes(
     codes, dim, depth_dim = config.audio_vocab_size, config.backbone.dim, config.depth.dim
     yield names.text_table, (config.text_vocab_size, dim)
     yield names.projection, (depth_dim, dim)
-    tables = {names.audio_table: None, names.depth_audio_table: None}
-    for name in [name for name in tables if name in files]:  # a file has one or both
+    tables = sorted({names.audio_table, names.depth_audio_table})
+    found = [name for name in tables if name in files]  # a file has one or both
+    if not found:
+        raise CheckpointError(f"tensor {' or '.join(tables)} is missing in {files.paths[0]}")
+    for name in found:
         yield name, (config.num_codebooks * codes, dim)
     for prefix, part in ((names.backbone, config.backbone), (names.depth, config.depth)):
         layer = _layer_shapes(part)

@@ -1,6 +1,7 @@
 """Reads tensors of a GGUF file under the names of a safetensors checkpoint."""
 
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vox_serve.checkpoint import CheckpointError
+from vox_serve.checkpoint import CheckpointError, TensorFiles
 from vox_serve.gguf_header import TensorPlace, read_header
 from vox_serve.gguf_names import Place, is_crispasr, places, usage_of
 
@@ -23,6 +24,9 @@ _PLAIN = {
     "I64": torch.int64,
 }
 """Types whose values torch has; the others are blocks of rounded values."""
+
+PLAIN_TYPES = frozenset(_PLAIN)
+"""Their names."""
 
 _CHUNK_BYTES = 4 << 20
 """Bytes of blocks that are read and dequantised at a time."""
@@ -120,6 +124,17 @@ class GgufTensors:
                 _read_into(file, at + begin * row_bytes, blocks.data.cast("B"))
                 values[begin:end] = _dequantised(blocks, stored)
         return out
+
+
+def decoder_versions(files: TensorFiles) -> list[str]:
+    """The version of the package that decodes blocks of rounded values, if the files hold any."""
+    sources = [source for source in files.sources if isinstance(source, GgufTensors)]
+    if not any(source.rounded for source in sources):
+        return []
+    try:
+        return [f"gguf {metadata.version('gguf')}"]
+    except metadata.PackageNotFoundError:
+        return ["no gguf"]
 
 
 def _num_rows(shape: tuple[int, ...]) -> int:

@@ -9,8 +9,12 @@ from typing import IO, Any
 from vox_serve.adapter_config import CONFIG_FILE
 from vox_serve.checkpoint import (
     ADAPTER_FILE,
+    ADAPTER_PICKLE,
     CODEC_FILE_PATTERNS,
+    WEIGHT_SUFFIXES,
     CheckpointError,
+    only_pickled,
+    pickled_entry,
     read_json,
     shard_names,
     weights_entry,
@@ -28,6 +32,7 @@ REACH_TIMEOUT_S = 5.0
 
 GGUF_SUFFIX = ".gguf"
 
+_WEIGHTS = [f"*{suffix}" for suffix in (GGUF_SUFFIX, *WEIGHT_SUFFIXES)]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _TOKENIZER_PATTERNS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _SETTINGS_PATTERNS = (
@@ -74,14 +79,20 @@ def resolve_model(name: str) -> Path:
         if weights_entry(hub.settings, _relative_names(folder)):
             return folder
     try:
-        names = list(hub.sizes([f"*{GGUF_SUFFIX}"]))
-        # Some models come without config.json, and so do adapters.
-        is_model = bool(hub.settings or wanted or names or hub.sizes(["*.safetensors"]))
+        sizes = hub.sizes(_WEIGHTS)
     except ModelNotFoundError:
         if wanted:
             raise
-        names, is_model = [], bool(hub.settings)
-    if not is_model:
+        sizes = {}
+    names = [name for name in sizes if name.endswith(GGUF_SUFFIX)]
+    # Some models come without config.json, and so do adapters.
+    is_model = bool(wanted or names or any(name.endswith(".safetensors") for name in sizes))
+    if not is_model and (pickled := pickled_entry(sizes)):
+        raise ModelNotFoundError(
+            f"{repo} has only {pickled}, a pickle file, which is not downloaded: download it, and "
+            "give its folder with --allow_pickle if you trust it"
+        )
+    if not is_model and not hub.settings:
         hub.file("config.json")  # names it as missing
     if not names and not wanted:
         return folder or hub.snapshot(patterns)
@@ -157,11 +168,12 @@ def open_repository(name: str) -> tuple["_Hub", str]:
     return _Hub(repo, "a local folder", needs_settings=False), wanted
 
 
-def resolve_adapter(name: str) -> Path:
+def resolve_adapter(name: str, allow_pickle: bool = False) -> Path:
     """The folder of a LoRA adapter, downloaded from the Hugging Face hub if it is not local.
 
     Args:
         name: a local folder or a hub id.
+        allow_pickle: download adapter_model.bin if there is no safetensors file.
 
     Raises:
         ModelNotFoundError: it is none of these, or cannot be downloaded.
@@ -173,7 +185,11 @@ def resolve_adapter(name: str) -> Path:
     if not _HUB_ID.fullmatch(name):
         raise ModelNotFoundError(f"no adapter {name!r}: it is no folder and no hub id")
     hub = _Hub(name, "--adapter with a local folder", needs_settings=None)
-    return hub.snapshot([CONFIG_FILE, ADAPTER_FILE, *_TOKENIZER_PATTERNS])
+    sizes = hub.sizes([ADAPTER_FILE, ADAPTER_PICKLE])
+    weights = ADAPTER_PICKLE if list(sizes) == [ADAPTER_PICKLE] else ADAPTER_FILE
+    if weights == ADAPTER_PICKLE and not allow_pickle:
+        raise ModelNotFoundError(f"{name} {only_pickled(ADAPTER_PICKLE)}")
+    return hub.snapshot([CONFIG_FILE, weights, *_TOKENIZER_PATTERNS])
 
 
 def resolve_tokenizer(name: str) -> Path:

@@ -58,7 +58,9 @@ def load_engine(
     setting = Config(model=str(model), **settings)
     place = resolve_model(setting.model)
     place, folder = gguf_of(place) or place, folder_of(place)
-    adapter = None if setting.adapter is None else resolve_adapter(setting.adapter)
+    adapter = (
+        None if setting.adapter is None else resolve_adapter(setting.adapter, setting.allow_pickle)
+    )
     tokenizer = None if setting.tokenizer is None else resolve_tokenizer(setting.tokenizer)
     if tokenizer is None and adapter and (adapter / "tokenizer.json").is_file():
         tokenizer = adapter
@@ -78,6 +80,7 @@ def load_engine(
         place, dtype, device, setting.allow_pickle, quantize, caches, adapter
     )
     mimi = load_codec(checkpoint, setting.codec, codec_precision(device.type, dtype, quantize))
+    config = checkpoint.config  # config.json may have changed since
     _check_context_fits(config, dtype, device)
     if setting.context == "none":
         segments = []

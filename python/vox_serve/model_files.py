@@ -1,6 +1,6 @@
 """A model's files: a folder with config.json and safetensors, or a GGUF file in a folder."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,17 +27,24 @@ def gguf_of(model: Path) -> Path | None:
     if not model.is_dir():
         return model if model.suffix == GGUF_SUFFIX else None
     names = [path.name for path in model.iterdir()]
-    found = sorted(name for name in names if name.endswith(GGUF_SUFFIX))
-    if not found or PICKLE_FILE in names:
+    if not any(name.endswith(GGUF_SUFFIX) for name in names):
         return None
-    config = read_json(model / "config.json") if "config.json" in names else {}
-    if weights_entry(config, names) is not None:
+    found = gguf_entries(read_json(model / "config.json") if "config.json" in names else {}, names)
+    if not found:
         return None
     if len(found) > 1:
         raise CheckpointError(
             f"{model} has {len(found)} GGUF files: give the path of one, such as {model / found[0]}"
         )
     return model / found[0]
+
+
+def gguf_entries(config: Mapping[str, Any], files: Iterable[str]) -> list[str]:
+    """The GGUF files of a folder whose weights are in no other files (see `weights_entry`)."""
+    files = list(files)
+    if PICKLE_FILE in files or weights_entry(config, files) is not None:
+        return []
+    return sorted(name for name in files if name.endswith(GGUF_SUFFIX) and "/" not in name)
 
 
 def folder_of(model: Path) -> Path:

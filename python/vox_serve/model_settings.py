@@ -15,8 +15,8 @@ class ModelSettings(Settings):
         "built-in voice, local folder or .gguf file, or hub id such as sesame/csm-1b; "
         "hub/id:q8_0 takes one GGUF file of several",
     )
-    codec: str = setting(
-        DEFAULT_CODEC, "folder, file or hub id of the Mimi codec, for a checkpoint without one"
+    codec: Annotated[str | None, Shown(f"the model's own, else {DEFAULT_CODEC}")] = setting(
+        None, "folder, file or hub id of the Mimi codec"
     )
     adapter: Annotated[str | None, Shown("none")] = setting(
         None, "LoRA adapter that is merged into the model: local folder, or hub id"

@@ -1,8 +1,8 @@
 """Tensor names of the formats of CSM checkpoints: transformers', the original, and MLX's."""
 
-from collections.abc import Container
-from dataclasses import dataclass, replace
-from itertools import chain
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class TensorNames:
 
     backbone: str
     depth: str
-    layer: dict[str, str]
+    layer: dict[str, str] = field(hash=False)
     norm: str
     text_table: str
     audio_table: str
@@ -28,6 +28,13 @@ class TensorNames:
     projection: str
     code_heads: str  # [K - 1, Cd, V] in both formats
     interleaved_rope: bool
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Names of the tensors that a CSM has once."""
+        norms = (f"{self.backbone}{self.norm}", f"{self.depth}{self.norm}")
+        heads = (self.code0_head, self.projection, self.code_heads)
+        return (self.text_table, *norms, *heads)
 
 
 HF = TensorNames(
@@ -81,11 +88,26 @@ ORIGINAL = TensorNames(
 MLX = replace(ORIGINAL, layer=HF.layer, norm=HF.norm)
 """Conversions for MLX: the original, with transformers' names within a layer."""
 
+_FEWEST_MARKS = 3
+"""A CSM has at least so many of a format's `marks`. Other models may have one: `lm_head.weight` is
+in every Llama with a head of its own."""
+
 FORMATS = (HF, ORIGINAL, MLX)
 
 
-def names_in(tensors: Container[str]) -> TensorNames | None:
-    """The format of a set of tensor names, or None if they are not a CSM's."""
-    norms = (names for names in FORMATS if f"{names.backbone}{names.norm}" in tensors)
-    heads = (names for names in FORMATS if names.code0_head in tensors)
-    return next(chain(norms, heads), None)
+def find_names(tensors: Iterable[str]) -> tuple[str, TensorNames] | None:
+    """The prefix before all names of a checkpoint's tensors, mostly none, and their format.
+
+    Returns:
+        None if they are not a CSM's.
+    """
+    marks = [(mark, names) for names in FORMATS for mark in names.marks]
+    found: Counter[tuple[str, TensorNames]] = Counter()
+    for name in tensors:
+        for mark, names in marks:
+            if name.endswith(mark) and name[: -len(mark)][-1:] in ("", "."):
+                found[name[: -len(mark)], names] += 1
+    if not found or max(found.values()) < _FEWEST_MARKS:
+        return None
+    # Of several, the shortest prefix, and the first format.
+    return min(found, key=lambda key: (-found[key], len(key[0]), key[0], FORMATS.index(key[1])))

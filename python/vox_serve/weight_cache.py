@@ -67,8 +67,6 @@ class _Content(NamedTuple):
 class WeightCache:
     """The cache of one packing of one checkpoint.
 
-    Create it before reading the sources: `save` refuses sources that changed since then.
-
     Args:
         folders: candidate folders; the first that can be written to is used.
         name: name of the packing; the files' name without a suffix.
@@ -76,16 +74,23 @@ class WeightCache:
             used.
         sources: the files that the tensors are derived from, in a fixed order. They may be moved
             together.
+        stamps: of the sources, from `folder_stamps` before they were read. A source that differs
+            from its stamp, or has none, was changed meanwhile: then there is no cache.
     """
 
     def __init__(
-        self, folders: Sequence[Path], name: str, version: Sequence[int], sources: Sequence[Path]
+        self,
+        folders: Sequence[Path],
+        name: str,
+        version: Sequence[int | str],
+        sources: Sequence[Path],
+        stamps: Mapping[Path, list[int]],
     ) -> None:
         self._folders = list(folders)
         self._name = name
         self._version = list(version)
         self._sources = {os.path.relpath(path, sources[0].parent): path for path in sources}
-        self._stamps = {name: _stamp(os.stat(path)) for name, path in self._sources.items()}
+        self._stamps = {name: stamps.get(path) for name, path in self._sources.items()}
 
     def load(self) -> dict[str, Tensor] | None:
         """The tensors by name, mapped from their file; None if no cache fits the sources."""
@@ -134,8 +139,8 @@ class WeightCache:
                 for name, path in self._sources.items():
                     with open(path, "rb") as source:
                         content = _verified(known[name], source)
-                    if content is None:
-                        return None
+                        if content is None or self._is_changed(name, source):
+                            return None
                     current[name] = content
                 tensors = _map(file)
         except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError):
@@ -151,7 +156,7 @@ class WeightCache:
         for name, path in self._sources.items():
             with open(path, "rb") as source:
                 sources[name] = _content(source, _SETTLED_S)
-                if _stamp(os.fstat(source.fileno())) != self._stamps[name]:
+                if self._is_changed(name, source):
                     raise OSError(f"{path} was changed while it was read")
         self._remove_stale(folder, sources)
         data, record = self._files(folder)
@@ -164,6 +169,10 @@ class WeightCache:
                 data.unlink(missing_ok=True)
                 raise
             return _map(file)
+
+    def _is_changed(self, name: str, source: IO[bytes]) -> bool:
+        """True if a source may not be the file that was read."""
+        return _stamp(os.fstat(source.fileno())) != self._stamps[name]
 
     def _write_record(self, record: Path, sources: dict[str, _Content], data: _Content) -> None:
         value = {"version": self._version, "sources": sources, "tensors": data}
@@ -187,6 +196,12 @@ class WeightCache:
             with contextlib.suppress(OSError), open(temporary, "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 temporary.unlink()
+
+
+def folder_stamps(folder: Path) -> dict[Path, list[int]]:
+    """Stamps of the files in a folder, for `WeightCache`."""
+    files = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+    return {path: _stamp(os.stat(path)) for path in files}
 
 
 def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
@@ -227,7 +242,7 @@ def _digest(fd: int, size: int) -> str:
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-def _read_record(path: Path) -> tuple[list[int], dict[str, _Content], _Content]:
+def _read_record(path: Path) -> tuple[list[int | str], dict[str, _Content], _Content]:
     value = read_json_file(path)
     sources = {name: _Content(*content) for name, content in value["sources"].items()}
     return value["version"], sources, _Content(*value["tensors"])

@@ -28,13 +28,13 @@ from vox_serve.checkpoint_settings import settings_files
 from vox_serve.checkpoint_sizes import check_sizes
 from vox_serve.csm_weights import CsmWeights, TransformerWeights
 from vox_serve.gguf_rounding import rounding_line, second_rounding
-from vox_serve.gguf_tensors import GgufTensors
+from vox_serve.gguf_tensors import GgufTensors, decoder_versions
 from vox_serve.hub import resolve_codec
 from vox_serve.mimi import Mimi, load_mimi, mimi_from_checkpoint
 from vox_serve.model_config import CsmConfig, TransformerConfig
 from vox_serve.model_files import folder_of, gguf_of, model_settings, naming_settings
 from vox_serve.tensor_names import TensorNames
-from vox_serve.weight_cache import WeightCache
+from vox_serve.weight_cache import WeightCache, folder_stamps
 from voxkern.backend import backend_for
 from voxkern.quantize import LAYOUT_VERSION, format_of, pack
 
@@ -72,6 +72,48 @@ class Checkpoint:
     codec_config: dict[str, Any] | None
 
 
+@dataclass(frozen=True)
+class OpenCheckpoint:
+    """A checkpoint whose settings and headers were read and fit each other, but no values yet.
+
+    Attributes:
+        settings, config: see `Checkpoint`.
+        paths: files of the weights.
+        files, names: their tensors, and the format of their names.
+        lora: the adapter that is to be merged; None without one.
+        stamps: of the files in the folders, from before any was read.
+    """
+
+    settings: dict[str, Any]
+    config: CsmConfig
+    paths: list[Path]
+    files: TensorFiles
+    names: TensorNames
+    lora: Adapter | None
+    stamps: dict[Path, list[int]]
+
+
+def open_checkpoint(
+    path: Path, allow_pickle: bool = False, adapter: Path | None = None
+) -> OpenCheckpoint:
+    """Read all of a checkpoint but the values (see `load_checkpoint`)."""
+    folder, gguf = folder_of(path), gguf_of(path)
+    if gguf is None and not path.is_dir():
+        raise CheckpointError(f"{path} is not a folder")
+    stamps = {**folder_stamps(folder), **(folder_stamps(adapter) if adapter else {})}
+    settings = model_settings(path, allow_pickle)
+    with naming_settings(path):
+        config = CsmConfig.from_json(settings)
+    paths = [gguf] if gguf else find_weights(folder, settings, allow_pickle)
+    for below in {file.parent for file in paths} - {folder}:
+        stamps |= folder_stamps(below)
+    lora = Adapter(adapter, config, allow_pickle) if adapter else None
+    files, names = csm_tensors(TensorFiles(paths), settings)
+    with naming_settings(path):
+        check_sizes(files, names, config, settings)
+    return OpenCheckpoint(settings, config, paths, files, names, lora, stamps)
+
+
 def load_checkpoint(
     path: Path | str,
     dtype: torch.dtype,
@@ -101,16 +143,9 @@ def load_checkpoint(
         ValueError: config.json has an unsupported value, or `quantize` does not fit the model's
             sizes; the message names the key or the matrix.
     """
-    path = Path(path)
-    folder, gguf = folder_of(path), gguf_of(path)
-    if gguf is None and not path.is_dir():
-        raise CheckpointError(f"{path} is not a folder")
-    settings = model_settings(path, allow_pickle)
-    with naming_settings(path):
-        config = CsmConfig.from_json(settings)
-    codec_config = settings.get("codec_config")
-    paths = [gguf] if gguf else find_weights(folder, settings, allow_pickle)
-    lora = Adapter(adapter, config, allow_pickle) if adapter else None
+    folder = folder_of(Path(path))
+    opened = open_checkpoint(Path(path), allow_pickle, adapter)
+    config, files, names, lora = opened.config, opened.files, opened.names, opened.lora
     if adapter is None and (folder / CONFIG_FILE).is_file():
         logger.warning("%s also holds a LoRA adapter, which is not applied", folder)
     cache = None
@@ -120,12 +155,10 @@ def load_checkpoint(
         cache = WeightCache(
             cache_folders,
             f"{quantize}-{str(dtype).removeprefix('torch.')}-{kernels}",
-            (STACKING_VERSION, LAYOUT_VERSION),
-            [*settings_files(folder), *paths, *(lora.paths if lora else ())],
+            (STACKING_VERSION, LAYOUT_VERSION, *decoder_versions(files)),
+            [*settings_files(folder), *opened.paths, *(lora.paths if lora else ())],
+            opened.stamps,
         )
-    files, names = csm_tensors(TensorFiles(paths), settings)
-    with naming_settings(path):
-        check_sizes(files, names, config, settings)
     log_unused(files, names, config)
     if lora:
         files, names = merged(files, names, config, lora)
@@ -145,33 +178,36 @@ def load_checkpoint(
             tensor = files.read(name).to(torch.float32, copy=True)
             refuse_not_finite(name, tensor, files.path(name))
             codec[name.removeprefix(CODEC_PREFIX)] = tensor
-    return Checkpoint(folder, settings, config, weights, codec or None, codec_config)
+    codec_config = opened.settings.get("codec_config")
+    return Checkpoint(folder, opened.settings, config, weights, codec or None, codec_config)
 
 
 def load_codec(
     checkpoint: Checkpoint, codec: str | None = None, precision: str = "float32"
 ) -> Mimi:
-    """Load the codec: from the checkpoint, else from its own file in the folder, else `codec`.
+    """Load the codec: `codec`, else the checkpoint's, else its file in the folder, else
+    `kyutai/mimi`.
 
     It computes on the device of the checkpoint's weights.
 
     Args:
         checkpoint: from `load_checkpoint`.
-        codec: a folder, file or hub id; None for `kyutai/mimi`.
+        codec: a folder, file or hub id; None for the model's own.
         precision: precision of the decoder's matrices, as in `Mimi`.
 
     Raises:
-        ModelNotFoundError: the folder has no codec, and `codec` is unavailable.
+        ModelNotFoundError: `codec`, or `kyutai/mimi` if it is needed, is unavailable.
         ValueError: the codec is no Mimi, or has fewer codebooks than the model.
     """
     device = checkpoint.weights.text_table.device
-    if checkpoint.codec_tensors is not None:
+    if codec is None and checkpoint.codec_tensors is not None:
         mimi = mimi_from_checkpoint(
             checkpoint.codec_tensors, checkpoint.codec_config, precision, device
         )
         where = checkpoint.folder
     else:
-        where = find_codec(checkpoint.folder) or resolve_codec(codec)
+        own = find_codec(checkpoint.folder) if codec is None else None
+        where = own or resolve_codec(codec)
         mimi = load_mimi(where, precision, device)
     if mimi.config.num_codebooks < checkpoint.config.num_codebooks:
         raise CheckpointError(
@@ -321,9 +357,6 @@ def _read_audio_tables(files: TensorFiles, names: TensorNames, weights: CsmWeigh
     """Read the file's one or two audio tables. Each transformer uses its own if there is one."""
     tables = (names.audio_table, names.depth_audio_table)
     found = [name for name in tables if name in files]
-    if not found:
-        missing = " or ".join(sorted(set(tables)))
-        raise CheckpointError(f"tensor {missing} is missing in {files.paths[0]}")
     _copy(files, found[0], weights.audio_table)
     shape = tuple(weights.audio_table.shape)
     table = weights.audio_table

@@ -60,7 +60,13 @@ def test_the_valid_adapter_loads(base, folder):
         ({"peft_type": None, "fine_tune_type": "lora"}, "is of an MLX adapter: fuse it"),
         ({"use_dora": True}, "use_dora = True is not supported: merge the adapter with peft"),
         ({"lora_bias": True}, "lora_bias = True"),
-        ({"target_parameters": ["codebooks_head.weight"]}, "target_parameters = "),
+        ({"use_rslora": 1}, "use_rslora must be true or false, got 1"),
+        ({"use_rslora": "false"}, "use_rslora must be true or false, got 'false'"),
+        (
+            {"target_parameters": ["codebooks_head.weight"]},
+            "target_parameters = ['codebooks_head.weight'] is not supported: merge the adapter "
+            "with peft, and give the result as --model",
+        ),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4' changes"),
         ({"init_lora_weights": []}, r"init_lora_weights [] changes"),

@@ -20,7 +20,7 @@ from vox_serve.memory import memory_bytes
 from vox_serve.mimi import MimiConfig, load_mimi
 from vox_serve.model_config import CsmConfig
 from vox_serve.prompt import PromptBuilder, Segment
-from vox_serve.weight_cache import WeightCache
+from vox_serve.weight_cache import WeightCache, folder_stamps
 from vox_serve.weights import load_checkpoint
 
 HUGE = 10**9
@@ -261,11 +261,12 @@ def test_a_bad_codec_config_names_its_file(tmp_path, data, said):
 
 def test_a_bad_record_of_the_weight_cache_is_no_cache(folder):
     sources = [folder / "config.json"]
-    cache = WeightCache([folder / "cache"], "name", (1,), sources)
+    stamps = folder_stamps(folder)
+    cache = WeightCache([folder / "cache"], "name", (1,), sources, stamps)
     assert cache.save({"a": torch.ones(3)}) is not None
     for data, _ in BAD_JSON:
         (folder / "cache" / "name.json").write_bytes(data)
-        assert WeightCache([folder / "cache"], "name", (1,), sources).load() is None
+        assert WeightCache([folder / "cache"], "name", (1,), sources, stamps).load() is None
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])

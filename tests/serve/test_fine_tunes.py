@@ -81,6 +81,18 @@ def test_extra_tensors_are_named(tiny, layout, tmp_path, caplog):
     assert "causal_mask" not in caplog.text
 
 
+@pytest.mark.parametrize(("layout", "name"), [("hf", "lm_head.weight"), ("original", "audio_head")])
+def test_a_renamed_head(tiny, layout, name, tmp_path):
+    """It is not guessed: the message names the tensor that has its shape."""
+    folder = tiny.write(tmp_path, layout)
+    edit(folder, lambda tensors: {("my_head" if n == name else n): t for n, t in tensors.items()})
+    said = refusal(load_checkpoint, folder, torch.float32)
+    assert f"tensor {name} is missing in {folder / 'model.safetensors'}; if my_head, which" in said
+    edit(folder, lambda tensors: {n: t for n, t in tensors.items() if n != "my_head"})
+    said = refusal(load_checkpoint, folder, torch.float32)
+    assert said == f"tensor {name} is missing in {folder / 'model.safetensors'}"
+
+
 @pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict"])
 def test_a_trainers_pickled_state(tiny, key, tmp_path):
     expected = load_checkpoint(tiny.write(tmp_path / "plain", "original"), torch.float32)

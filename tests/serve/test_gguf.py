@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,16 @@ def test_the_codec_of_csm_rs_file(tiny, tmp_path):
     load_codec(checkpoint)
 
 
+def test_another_codec_than_that_of_the_file(tiny, tmp_path):
+    path = write_crispasr(tmp_path / "csm.gguf", tiny, "q4_k")
+    other = build_tiny(BLOCKS, seed=4, rope="csm").write(tmp_path / "other", codec="mimi")
+    codes = torch.randint(0, 64, (1, 5, 4), generator=torch.Generator().manual_seed(0))
+    engine = load_engine(str(path), codec=str(other), context="none")
+    expected = load_codec(load_checkpoint(other, torch.float32))
+    assert torch.equal(engine.mimi.decode(codes), expected.decode(codes))
+    assert not torch.equal(load_engine(str(path)).mimi.decode(codes), expected.decode(codes))
+
+
 def test_the_tokenizer_of_the_file(tiny, tmp_path):
     path = write_crispasr(tmp_path / "csm.gguf", tiny, "f16")
     prompts = load_engine(str(path), context="none").prompts
@@ -215,7 +226,7 @@ def test_an_adapter_on_a_gguf_file(tiny, tmp_path, names, kind):
         assert torch.equal(tensor, expected.weights.named()[name]), name
 
 
-def test_packed_weights_are_kept_for_later_starts(tiny, tmp_path, caplog):
+def test_packed_weights_are_kept_for_later_starts(tiny, tmp_path, caplog, monkeypatch):
     path = write_crispasr(tmp_path / "csm.gguf", tiny, "q8_0")
     caches = cache_folders(None, path, small=False)[:1]
     assert caches == [tmp_path / ".voxkern" / "csm"]
@@ -225,6 +236,11 @@ def test_packed_weights_are_kept_for_later_starts(tiny, tmp_path, caplog):
     assert not caplog.records  # nothing was rounded
     for name, tensor in first.weights.named().items():
         assert torch.equal(again.weights.named()[name], tensor)
+    with monkeypatch.context() as patch:
+        patch.setattr(metadata, "version", lambda package: "0")
+        load_checkpoint(path, torch.float32, quantize="int8", cache_folders=caches)
+    (record,) = caplog.records  # another version of the package may decode blocks otherwise
+    assert "were rounded once more" in record.getMessage()
     write_crispasr(path, build_tiny(BLOCKS, seed=3, rope="csm"), "q8_0")
     other = load_checkpoint(path, torch.float32, quantize="int8", cache_folders=caches)
     assert not torch.equal(other.weights.backbone.down, first.weights.backbone.down)

@@ -227,6 +227,36 @@ def test_adapters(stand_in):
         resolve_adapter("./gone")
 
 
+def test_a_pickled_adapter(stand_in):
+    folder = stand_in.root / "some" / "adapter"
+    write_adapter(folder)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(ModelNotFoundError, match=r"some/adapter has only adapter_model.bin, a pic"):
+        resolve_adapter("some/adapter")
+    assert not stand_in.cache.exists()
+    resolve_adapter("some/adapter", allow_pickle=True)
+    files = {"adapter_config.json", "adapter_model.bin", "tokenizer.json"}
+    assert stand_in.stored("some/adapter") == files
+    (folder / "adapter_model.safetensors").touch()
+    resolve_adapter("some/adapter", allow_pickle=True)
+    assert stand_in.stored("some/adapter") == files | {"adapter_model.safetensors"}
+
+
+@pytest.mark.parametrize("settings", [None, {"model_type": "csm"}])
+@pytest.mark.parametrize("name", ["ckpt.pt", "pytorch_model.bin", "csm.pth"])
+def test_a_pickled_model_is_not_downloaded(stand_in, settings, name):
+    folder = stand_in.root / "some" / "pickle"
+    folder.mkdir(parents=True)
+    for file in (name, "optimizer.pt", "training_args.bin"):
+        (folder / file).touch()
+    if settings is not None:
+        (folder / "config.json").write_text(json.dumps(settings))
+    said = rf"some/pickle has only {name}, a pickle file, which is not downloaded: download it, and"
+    with pytest.raises(ModelNotFoundError, match=said):
+        resolve_model("some/pickle")
+    assert not stand_in.stored("some/pickle") & {name, "optimizer.pt"}
+
+
 def test_an_adapter_as_the_model(stand_in):
     write_adapter(stand_in.root / "some" / "adapter")
     folder = resolve_model("some/adapter")

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from adapters import write_adapter
 from checkpoints import TinyShape, build_tiny
 from forked_python import python
 from vox_serve import say, weight_cache, weights
@@ -344,6 +345,61 @@ def test_a_checkpoint_that_changes_while_it_is_read_is_not_cached(folder, monkey
     assert_fresh(load(folder), folder)
 
 
+@pytest.mark.parametrize("kept", [False, True], ids=["packed", "from a cache"])
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json", "model.safetensors"])
+def test_a_file_that_changes_after_the_settings_were_read(
+    folder, tmp_path, monkeypatch, name, kept
+):
+    """The cache must not give or get weights of the file's earlier content for its new one."""
+    adapter = write_adapter(build_tiny(PACKABLE), tmp_path / "adapter")
+    path = (adapter if name.startswith("adapter") else folder) / name
+    old = path.read_bytes()
+    new = old[:-1] + bytes([old[-1] ^ 1]) if name.startswith("model") else old + b" "
+
+    def load_once():
+        caches = [tmp_path / "cache"]
+        return load_checkpoint(
+            folder, torch.bfloat16, quantize="int4", cache_folders=caches, adapter=adapter
+        )
+
+    if kept:
+        load_once()
+        path.write_bytes(new)
+    records = files_in(tmp_path)
+
+    def settings(*args, read=weights.model_settings):
+        found = read(*args)
+        path.write_bytes(old if kept else new)
+        return found
+
+    def mapped(*_):
+        raise AssertionError("a cache was used or written")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "model_settings", settings)
+        patch.setattr(weight_cache, "_map", mapped)
+        load_once()
+    assert files_in(tmp_path) == ([*records] if kept else sorted([*records, "cache"]))
+
+
+def test_settings_that_appear_after_they_were_looked_for(folder, tmp_path, monkeypatch, caplog):
+    path = folder / "config.json"
+    text = path.read_text()
+
+    def settings(*args, read=weights.model_settings):
+        found = read(*args)
+        path.unlink()
+        shutil.copy(tmp_path / "new", path)
+        return found
+
+    (tmp_path / "new").write_text(text)
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "model_settings", settings)
+        load(folder)
+    assert f"{path} was changed while it was read" in one_warning(caplog)
+    assert files_in(folder / ".voxkern") == []
+
+
 def run(script, *arguments):
     return subprocess.Popen(
         [*python(), "-c", script, *map(str, arguments)],
@@ -380,14 +436,14 @@ AT_ONCE = """
 import sys, torch
 from pathlib import Path
 from vox_serve import weight_cache
-from vox_serve.weight_cache import WeightCache
+from vox_serve.weight_cache import WeightCache, folder_stamps
 
 source, folder = Path(sys.argv[1]), Path(sys.argv[2])
 weight_cache._OUR_SETTLED_S = 0
 tensors = {"a": torch.arange(100_000), "b": torch.arange(33, dtype=torch.uint8)}
 tensors = {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
 for i in range(100):
-    cache = WeightCache([folder], "int4", [1], [source])
+    cache = WeightCache([folder], "int4", [1], [source], folder_stamps(source.parent))
     got = cache.load() or cache.save(tensors)
     assert all(torch.equal(got[name], tensor) for name, tensor in tensors.items())
     if i % 3 == 0:

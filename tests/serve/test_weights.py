@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from checkpoints import TinyShape, build_tiny, original_tensors
 from vox_serve.checkpoint import CheckpointError, weights_entry
 from vox_serve.csm_weights import MATRICES, PACKINGS, CsmWeights
+from vox_serve.hub import ModelNotFoundError
 from vox_serve.model_config import CsmConfig
 from vox_serve.weights import load_checkpoint, load_codec
 from voxkern import ops
@@ -269,7 +270,7 @@ def test_pickle_only_when_allowed_and_never_its_code(tmp_path):
 
 
 def test_codec_inside_beside_or_elsewhere(tmp_path):
-    """Each location gives the same codec, and the first one found is used."""
+    """Each location gives the same codec. A given one comes first, then the first that is found."""
     tiny = build_tiny()
     codes = torch.randint(0, 64, (1, 6, 4))
     expected = tiny.model.codec_model.decode(codes.transpose(1, 2)).audio_values[:, 0]
@@ -280,9 +281,12 @@ def test_codec_inside_beside_or_elsewhere(tmp_path):
 
     inside = tiny.write(tmp_path / "inside")
     save_file({"broken": torch.ones(1)}, inside / "mimi.safetensors")
-    check(inside, codec="/nowhere")
+    check(inside)
     beside = tiny.write(tmp_path / "beside", "original", codec="mimi")
-    check(beside, codec="/nowhere")
+    check(beside)
+    for folder in (inside, beside):
+        with pytest.raises(ModelNotFoundError, match="no codec '/nowhere'"):
+            load_codec(load_checkpoint(folder, torch.float32), "/nowhere")
     bare = tiny.write(tmp_path / "bare", "original", codec=None)
     check(bare, codec=str(beside))
     check(bare, codec=str(beside / "mimi.safetensors"))
