@@ -4,28 +4,33 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any
 
-from vox_serve.adapter_config import CONFIG_FILE
+from vox_serve.adapter_config import CONFIG_FILE, AdapterConfig
+from vox_serve.adapter_tensors import stranger
 from vox_serve.checkpoint import (
     ADAPTER_FILE,
-    PICKLE_FILE,
+    ADAPTER_PICKLE,
+    PICKLED,
     CheckpointError,
     TensorFiles,
     is_codec_file,
-    shard_names,
+    only_pickled,
+    pickled_entry,
     weights_entry,
 )
 from vox_serve.checkpoint_layouts import find_csm, inferred_settings, refuse_other_weights
 from vox_serve.checkpoint_sizes import check_sizes
 from vox_serve.context_file import DEFAULT_PROMPTS
-from vox_serve.gguf_header import GgufHeader, parse_header
+from vox_serve.gguf_header import GgufHeader
 from vox_serve.gguf_names import is_crispasr
 from vox_serve.gguf_settings import gguf_settings
 from vox_serve.gguf_tokenizer import has_tokenizer
 from vox_serve.hub import GGUF_SUFFIX
-from vox_serve.json_file import MAX_JSON_BYTES, parse_json
+from vox_serve.inspected_files import ModelPlace, gguf_header, json_object, safetensors_headers
+from vox_serve.inspection_checks import check_loading, codec_file
 from vox_serve.model_config import CsmConfig
+from vox_serve.model_files import gguf_entries
 from vox_serve.tensor_names import HF, MLX
 from vox_serve.weight_headers import WeightHeader, stored_bytes
 
@@ -38,26 +43,6 @@ _ADAPTER_KEYS = (
     "use_rslora",
     "use_dora",
 )
-_PICKLED = (".pt", ".pth", ".bin")
-_MAX_SHARDS = 1000
-
-
-class ModelPlace(Protocol):
-    """A folder or repository.
-
-    Attributes:
-        name: as the user gave it.
-        file: the one file of it that is meant; None for all.
-        sizes: bytes of each file by its path below the folder; None if unknown.
-    """
-
-    name: str
-    file: str | None
-    sizes: dict[str, int | None]
-
-    def open(self, name: str) -> IO[bytes]:
-        """Open a file for reading from its start; raises an OSError if it cannot be read."""
-        ...
 
 
 @dataclass
@@ -107,42 +92,46 @@ def inspect_model(place: ModelPlace) -> Inspection:
         OSError, ValueError: a file cannot be read; one line names it and says why.
     """
     found = Inspection(place.name)
-    settings = _json(place, "config.json")
-    gguf, headers = None, []
+    settings = json_object(place, "config.json")
+    gguf, headers, pickled = None, [], None
     entry = place.file or weights_entry(settings, place.sizes)
-    ggufs = [name for name in place.sizes if name.endswith(GGUF_SUFFIX) and "/" not in name]
+    ggufs = gguf_entries(settings, place.sizes)
     if entry is None and len(ggufs) == 1:
         entry = ggufs[0]
-    pickled = entry if entry and entry.endswith(_PICKLED) else None
-    if entry is not None and (pickled or is_codec_file(entry)):
+    elif entry is None and not ggufs:
+        pickled = pickled_entry(place.sizes)
+    elif entry is not None and entry.endswith(PICKLED):
+        pickled, entry = entry, None
+    if entry is not None and is_codec_file(entry):
         entry = None
     if entry is not None and entry.endswith(GGUF_SUFFIX):
-        gguf, header = _gguf(place, entry)
+        gguf, header = gguf_header(place, entry)
         headers = [header]
         settings = gguf_settings(Path(entry), gguf, settings)
     elif entry is not None and entry != ADAPTER_FILE:
-        headers = _safetensors(place, entry)
+        headers = safetensors_headers(place, entry)
     found.files = [str(header.path) for header in headers]
     found.stored = stored_bytes(headers, codec=False)
     found.codec_stored = stored_bytes(headers, codec=True)
     if headers:
-        _csm(found, settings, headers, gguf)
+        _csm(found, settings, headers, gguf, "config.json" in place.sizes)
     elif CONFIG_FILE in place.sizes:
         _adapter(found, place)
     elif len(ggufs) > 1:
-        found.what = "GGUF files: give one of " + ", ".join(sorted(ggufs)[:8])
-    elif pickled or PICKLE_FILE in place.sizes:
-        name = pickled or PICKLE_FILE
-        found.kind, found.what = "pickle", f"a checkpoint in {name}"
-        found.problems.append(
-            f"{name} is a pickle file: it is not opened here, and --allow_pickle loads it"
-        )
-    elif settings.get("model_type") == "mimi" or any(map(is_codec_file, place.sizes)):
-        found.kind, found.what = "codec", "a Mimi codec, for --codec"
+        found.what = "GGUF files: give one of " + ", ".join(ggufs[:8])
+        found.problems.append("it has several models")
+    elif pickled:
+        found.kind, found.what = "pickle", f"a checkpoint in {pickled}"
+        how = "--allow_pickle loads it" if place.path else "it is not downloaded"
+        found.problems.append(f"{pickled} is a pickle file: it is not opened here, and {how}")
+    elif codec := codec_file(settings, place):
+        found.kind, found.what, found.codec = "codec", "a Mimi codec, for --codec", codec
     else:
-        found.what = "nothing that is known: no weights in safetensors, GGUF or ckpt.pt"
+        found.what = "nothing that is known: no weights in safetensors, GGUF or a pickle file"
+        found.problems.append("it has no weights")
     if found.kind == "csm":
         _parts(found, place, gguf)
+    check_loading(found, place, settings, headers)
     return found
 
 
@@ -151,14 +140,17 @@ def _csm(
     settings: Mapping[str, Any],
     headers: list[WeightHeader],
     gguf: GgufHeader | None,
+    has_settings: bool,
 ) -> None:
     """Fill in what the headers tell."""
     files = TensorFiles.of(headers)
     tensors = find_csm(files)
+    if tensors is None and settings.get("model_type") == "mimi":
+        found.kind, found.what = "codec", "a Mimi codec, for --codec"
+        found.codec = found.files[0]
     if tensors is None:
-        found.what = _other(settings, files, gguf)
-        if settings.get("model_type") == "mimi":
-            found.kind, found.what = "codec", "a Mimi codec, for --codec"
+        found.what = found.what or _other(settings, files, gguf)
+        found.problems += [] if found.codec else ["it is no CSM"]
         return
     files, names = tensors
     found.kind = "csm"
@@ -175,7 +167,7 @@ def _csm(
                 "Q4_K blocks of csm.rs' own scripts/quantize.py are refused when they are loaded"
             )
     try:
-        if not settings:
+        if not has_settings and gguf is None:
             settings = inferred_settings(Path(found.name), files)
             flavors = f"{settings['backbone_flavor']} and {settings['decoder_flavor']}"
             found.notes.append(f"no config.json: its tensors have the sizes of {flavors}")
@@ -204,16 +196,24 @@ def _other(settings: Mapping[str, Any], files: TensorFiles, gguf: GgufHeader | N
 
 
 def _adapter(found: Inspection, place: ModelPlace) -> None:
-    settings = _json(place, CONFIG_FILE)
+    settings = json_object(place, CONFIG_FILE)
     found.kind = "adapter"
     found.adapter = {key: settings.get(key) for key in _ADAPTER_KEYS}
     base = settings.get("base_model_name_or_path")
     found.what = f"a {settings.get('peft_type', 'LORA')} adapter of {base}"
     if ADAPTER_FILE in place.sizes:
-        headers = _safetensors(place, ADAPTER_FILE)
+        headers = safetensors_headers(place, ADAPTER_FILE)
         found.files, found.stored = [ADAPTER_FILE], stored_bytes(headers, codec=False)
+        if name := stranger(headers[0].names):
+            found.problems.append(f"tensor {name} belongs to no part of a CSM")
+    elif ADAPTER_PICKLE in place.sizes:
+        found.problems.append(f"it {only_pickled(ADAPTER_PICKLE)}")
     else:
         found.problems.append(f"{ADAPTER_FILE} is missing")
+    try:
+        AdapterConfig.parse(Path(CONFIG_FILE), settings)
+    except CheckpointError as error:
+        found.problems.append(str(error))
     found.notes.append(f"it speaks with its base model only: {base}")
 
 
@@ -229,12 +229,8 @@ def _parts(found: Inspection, place: ModelPlace, gguf: GgufHeader | None) -> Non
             "no tokenizer: put the tokenizer.json of sesame/csm-1b, which is Llama 3.2's, beside "
             "it, or give --tokenizer"
         )
-    codecs = [name for name in place.sizes if "/" not in name and is_codec_file(name)]
-    if found.codec_stored:
-        found.codec = weights
-    elif codecs:
-        found.codec = sorted(codecs)[0]
-    else:
+    found.codec = weights if found.codec_stored else codec_file({}, place)
+    if found.codec is None:
         found.notes.append("no Mimi codec: it comes from --codec, which is kyutai/mimi by default")
     found.prompts = all(name in place.sizes for name, _ in DEFAULT_PROMPTS)
     if not found.prompts:
@@ -242,46 +238,3 @@ def _parts(found: Inspection, place: ModelPlace, gguf: GgufHeader | None) -> Non
             "no recordings of speakers 0 and 1: without --context or a voice, the voice is the "
             "model's choice"
         )
-
-
-def _json(place: ModelPlace, name: str) -> dict[str, Any]:
-    """A JSON file's object; {} if there is none."""
-    if name not in place.sizes:
-        return {}
-    with place.open(name) as file:
-        data = file.read(MAX_JSON_BYTES + 1)
-    try:
-        if len(data) > MAX_JSON_BYTES:
-            raise ValueError(f"it is longer than {MAX_JSON_BYTES} bytes")
-        value = parse_json(data)
-    except ValueError as error:
-        raise CheckpointError(f"{name} cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{name} must hold a JSON object")
-    return value
-
-
-def _gguf(place: ModelPlace, name: str) -> tuple[GgufHeader, WeightHeader]:
-    size = place.sizes.get(name)
-    try:
-        with place.open(name) as file:
-            header = parse_header(file, 2**62 if size is None else size)
-        return header, WeightHeader.of_gguf(Path(name), header)
-    except ValueError as error:
-        raise CheckpointError(f"{name} cannot be read as GGUF: {error}") from None
-
-
-def _safetensors(place: ModelPlace, entry: str) -> list[WeightHeader]:
-    names = [entry]
-    if entry.endswith(".json"):
-        names = shard_names(_json(place, entry), entry)[:_MAX_SHARDS]
-    headers = []
-    for name in names:
-        if name not in place.sizes:
-            raise CheckpointError(f"{entry} names {name}, which does not exist")
-        try:
-            with place.open(name) as file:
-                headers.append(WeightHeader.of_safetensors(Path(name), file, place.sizes[name]))
-        except ValueError as error:
-            raise CheckpointError(f"{name} cannot be read as safetensors: {error}") from None
-    return headers

@@ -13,14 +13,16 @@ from typing import IO, TYPE_CHECKING
 
 from vox_serve.cli import CommandParser, one_line, run_command
 from vox_serve.console import standard_streams
+from vox_serve.json_file import refuse_special
 
 if TYPE_CHECKING:
-    from vox_serve.inspection import Inspection, ModelPlace
+    from vox_serve.inspected_files import ModelPlace
+    from vox_serve.inspection import Inspection
     from vox_serve.model_config import TransformerConfig
     from vox_serve.model_costs import Cost, Machine
 
 PROG = "models"
-_INSPECTED = ("*.json", "*.safetensors", "*.gguf", "*.pt", "prompts/*.wav")
+_INSPECTED = ("*.json", "*.safetensors", "*.gguf", "*.pt", "*.pth", "*.bin", "prompts/*.wav")
 """Files of a repository that tell what it is."""
 
 
@@ -58,7 +60,7 @@ def _positive(text: str) -> float:
 
 @standard_streams()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code: 1 if the model cannot be loaded as it is."""
+    """Run the command; return its exit code: 1 if launch cannot load it as it is."""
     parser = make_parser()
     args = parser.parse_args(argv)
 
@@ -74,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             speed = None if args.bandwidth is None else args.bandwidth * 1e9
             machine = Machine.here(device, speed)
             table = costs(found.config, machine)
+            if not any(cost.fits for cost in table):
+                found.problems.append("this machine has too little memory for any precision")
         if args.json:
             print(json.dumps(_as_json(found, machine, table)))
         else:
@@ -89,16 +93,20 @@ class _LocalPlace:
 
     def __init__(self, path: Path, name: str):
         self.name = name
+        self.path: Path | None = path
         self._folder = path if path.is_dir() else path.parent
         self.file = None if path.is_dir() else path.name
-        files = [*self._folder.iterdir(), *self._folder.glob("prompts/*.wav")]
+        prompts = [path for path in self._folder.glob("prompts/*.wav") if path.is_file()]
+        # Whatever is no file is listed too: launch finds it by its name, and cannot read it.
         self.sizes: dict[str, int | None] = {
             path.relative_to(self._folder).as_posix(): path.stat().st_size
-            for path in sorted(files)
             if path.is_file()
+            else None
+            for path in sorted([*self._folder.iterdir(), *prompts])
         }
 
     def open(self, name: str) -> IO[bytes]:
+        refuse_special(self._folder / name)
         return open(self._folder / name, "rb")
 
 
@@ -109,6 +117,7 @@ class _HubPlace:
         from vox_serve.hub import GGUF_SUFFIX, choose_gguf, open_repository
 
         self.name = name
+        self.path: Path | None = None
         self._hub, wanted = open_repository(name)
         self.sizes = self._hub.sizes(_INSPECTED)
         ggufs = [file for file in self.sizes if file.endswith(GGUF_SUFFIX)]

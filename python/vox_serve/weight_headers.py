@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vox_serve.checkpoint import CODEC_PREFIX, DTYPE_NAMES, MAX_HEADER_BYTES
 from vox_serve.gguf_header import GgufHeader
-from vox_serve.gguf_names import places
+from vox_serve.gguf_names import is_crispasr, places, usage_of
 from vox_serve.json_file import parse_json, shown
 
 _MAX_DIMENSIONS = 16
@@ -53,6 +53,10 @@ class WeightHeader:
             # Integers come from other files' tensors, which are no weights.
             self.dtypes[name] = torch.int32 if source.type.name[0] == "I" else torch.float32
             self.stored[name] = (source.type.name, source.num_bytes // place.parts)
+            usage = usage_of(name) if is_crispasr(header.tensors) else None
+            if usage:  # made up when it is read
+                self.names.append(usage)
+                self.shapes[usage], self.dtypes[usage] = place.shape[:1], torch.float32
         return self
 
     @classmethod
@@ -81,6 +85,12 @@ class WeightHeader:
         for name, entry in header.items():
             if name != "__metadata__":
                 self._add(name, entry, None if num_bytes is None else num_bytes - 8 - length)
+        # The library refuses gaps and what follows the last value.
+        spans = sorted(header[name]["data_offsets"] for name in self.names)
+        ends = [0, *(end for _, end in spans)]
+        last = ends[-1] if num_bytes is None else num_bytes - 8 - length
+        if [*(start for start, _ in spans), last] != ends:
+            raise ValueError("its values overlap, have gaps or do not end where the file does")
         return self
 
     def _add(self, name: str, entry: Any, data_bytes: int | None) -> None:

@@ -2,23 +2,33 @@
 
 import http.server
 import json
+import os
+import shutil
+import sys
 import threading
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from checkpoints import build_tiny
+from checkpoints import TinyShape, build_tiny
 from gguf_files import write_crispasr, write_csm_rs
 from vox_serve import hub, models
 from vox_serve.frame_bytes import frame_bytes
+from vox_serve.gguf_header import read_header
+from vox_serve.loading import load_engine
 from vox_serve.model_config import CsmConfig
 from vox_serve.model_costs import Machine, costs
 from vox_serve.weights import load_checkpoint
 
 CSM_1B = {"text_vocab_size": 128256, "audio_vocab_size": 2051, "audio_num_codebooks": 32}
+
+
+BLOCKS = TinyShape(dim=256, heads=8, head_dim=32, ffn=256, depth_dim=256, depth_ffn=256)
+"""Rows of 256 values, which Q4_K needs."""
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +111,7 @@ def test_gguf_files(tmp_path, capsys):
         assert found["tokenizer"] == found["codec"] == "csm.gguf"
         assert found["config"]["backbone"]["dim"] == tiny.shape.dim
     write_csm_rs(tmp_path / "q8.gguf", tiny)
-    found = inspected(capsys, str(tmp_path), code=0)
+    found = inspected(capsys, str(tmp_path), code=1)
     assert found["what"] == "GGUF files: give one of csm.gguf, q8.gguf"
     found = inspected(capsys, str(tmp_path / "q8.gguf"), code=1)
     assert found["what"] == "CSM in GGUF, transformers' names (csm.rs)"
@@ -118,29 +128,229 @@ def test_sizes_that_do_not_fit_are_a_problem(tmp_path, capsys):
     assert found["config"] is None
 
 
-def test_adapters_codecs_and_others(tmp_path, capsys):
+def test_adapters(tmp_path, capsys):
+    """The exit code tells whether --adapter takes it."""
     settings = {"peft_type": "LORA", "base_model_name_or_path": "sesame/csm-1b", "r": 8}
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(settings))
-    save_file({"x": torch.zeros(4)}, tmp_path / "a" / "adapter_model.safetensors")
-    found = inspected(capsys, str(tmp_path / "a"))
+    config, tensors = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    config.write_text(json.dumps(settings))
+    name = "base_model.model.backbone_model.layers.99.self_attn.q_proj.lora_A.weight"
+    save_file({name: torch.zeros(4)}, tensors)
+    found = inspected(capsys, str(tmp_path))
     assert (found["kind"], found["what"]) == ("adapter", "a LORA adapter of sesame/csm-1b")
     assert found["stored"] == {"F32": 16}
     assert found["adapter"]["r"] == 8
     assert found["machine"] is None
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "config.json").write_text('{"model_type": "llama"}')
-    save_file({"x": torch.zeros(4)}, tmp_path / "b" / "model.safetensors")
-    found = inspected(capsys, str(tmp_path / "b"))
-    assert found["what"] == "no CSM: model_type 'llama' in config.json, 1 tensors"
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c" / "ckpt.pt").write_bytes(b"never opened")
-    assert inspected(capsys, str(tmp_path / "c"), code=1)["kind"] == "pickle"
-    (tmp_path / "d").mkdir()
-    (tmp_path / "d" / "mimi.safetensors").write_bytes(b"")
-    assert inspected(capsys, str(tmp_path / "d"))["kind"] == "codec"
-    (tmp_path / "e").mkdir()
-    assert inspected(capsys, str(tmp_path / "e"))["what"].startswith("nothing that is known")
+    for change, said in (
+        ({"use_dora": True}, "use_dora = True is not supported"),
+        ({"peft_type": "IA3"}, "peft_type must be 'LORA', got 'IA3'"),
+        ({"r": 0}, "r must be a whole number"),
+    ):
+        config.write_text(json.dumps(settings | change))
+        assert said in inspected(capsys, str(tmp_path), code=1)["problems"][0]
+    config.write_text(json.dumps(settings))
+    save_file({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(4)}, tensors)
+    said = "belongs to no part of a CSM"
+    assert said in inspected(capsys, str(tmp_path), code=1)["problems"][0]
+    tensors.unlink()
+    said = "adapter_model.safetensors is missing"
+    assert inspected(capsys, str(tmp_path), code=1)["problems"] == [said]
+    (tmp_path / "adapter_model.bin").write_bytes(b"never opened")
+    said = "it has only adapter_model.bin, a pickle file"
+    assert said in inspected(capsys, str(tmp_path), code=1)["problems"][0]
+
+
+@pytest.mark.parametrize("name", ["mimi.safetensors", "tokenizer-e351c8d8.safetensors"])
+def test_codecs(tmp_path, capsys, name):
+    """The exit code tells whether --codec takes it."""
+    file = build_tiny().write(tmp_path / "model", codec="mimi") / "mimi.safetensors"
+    file = file.rename(tmp_path / name)
+    shutil.rmtree(tmp_path / "model")
+    for name in (tmp_path, file):
+        found = inspected(capsys, str(name))
+        assert (found["kind"], found["codec"]) == ("codec", file.name)
+    without(file, "fc1.weight")
+    assert "Mimi checkpoint: " in inspected(capsys, str(tmp_path), code=1)["problems"][0]
+    file.write_bytes(b"")
+    said = f"{file.name} cannot be read as safetensors"
+    assert said in inspected(capsys, str(tmp_path), code=1)["problems"][0]
+
+
+@pytest.mark.parametrize("prefix", ["", "language_model."])
+@pytest.mark.parametrize("settings", [None, {"model_type": "llama", "hidden_size": 64}])
+def test_a_llama_with_a_head_of_its_own(tmp_path, capsys, settings, prefix):
+    names = ["lm_head", "model.embed_tokens", "model.norm", "model.layers.0.self_attn.q_proj"]
+    tensors = {f"{prefix}{name}.weight": torch.zeros(64, 64) for name in names}
+    save_file(tensors, tmp_path / "model.safetensors")
+    if settings:
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+    found = inspected(capsys, str(tmp_path), code=1)
+    model = "model_type 'llama' in config.json" if settings else "another model"
+    assert (found["kind"], found["what"]) == ("other", f"no CSM: {model}, 4 tensors")
+    assert found["problems"] == ["it is no CSM"]
+    with pytest.raises(ValueError, match=r"model.safetensors holds no CSM: it has no tensors such"):
+        load_engine(str(tmp_path), context="none")
+
+
+def special(path: Path, kind: str) -> None:
+    """Put something else in the place of a file."""
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/gone" if kind == "broken link" else "/dev/zero")
+
+
+def edit(path: Path, change) -> None:
+    """Replace the tensors of a file."""
+    save_file({n: t.contiguous() for n, t in change(load_file(path)).items()}, path)
+
+
+def without(path: Path, *ends: str) -> None:
+    edit(path, lambda tensors: {n: t for n, t in tensors.items() if not n.endswith(ends)})
+
+
+def pickled(*names: str):
+    def change(folder: Path) -> None:
+        for name in names:
+            (folder / name).write_bytes(b"never opened")
+        (folder / "model.safetensors").unlink()
+
+    return change
+
+
+def configured(text: str):
+    return lambda folder: (folder / "config.json").write_text(text)
+
+
+def cut(name: str):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-9])
+
+
+def appended(folder: Path) -> None:
+    with open(folder / "model.safetensors", "ab") as file:
+        file.write(bytes(64))
+
+
+def below(folder: Path) -> None:
+    """Shards in a folder of their own."""
+    (folder / "shards").mkdir()
+    (folder / "model.safetensors").rename(folder / "shards" / "a.safetensors")
+    index = {"weight_map": {"x": "shards/a.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def lost(folder: Path) -> None:
+    below(folder)
+    (folder / "shards" / "a.safetensors").unlink()
+
+
+def recorded(folder: Path) -> None:
+    (folder / "prompts").mkdir()
+    for name in "ab":
+        (folder / "prompts" / f"conversational_{name}.wav").write_bytes(b"RIFF")
+
+
+def few_codebooks(folder: Path) -> None:
+    build_tiny(TinyShape(num_codebooks=8)).write(folder, codec=None)
+    build_tiny().write(folder / "other", codec="mimi")
+    (folder / "other" / "mimi.safetensors").rename(folder / "mimi.safetensors")
+
+
+TABLES = ("embed_audio_tokens.weight", "depth_decoder.model.embed_tokens.weight")
+FOLDERS = {
+    "whole": lambda folder: None,
+    "shards below": below,
+    "lost shard": lost,
+    "bin": pickled("pytorch_model.bin"),
+    "pth": pickled("csm.pth"),
+    "pt": pickled("ckpt.pt"),
+    "several pickles": pickled("a.bin", "b.bin"),
+    "pickles of a trainer": pickled("training_args.bin", "optimizer.pt"),
+    "empty settings": configured("{}"),
+    "no settings": lambda folder: (folder / "config.json").unlink(),
+    "other settings": configured('{"backbone_config": {}}'),
+    "no audio table": lambda folder: without(folder / "model.safetensors", *TABLES),
+    "no head": lambda folder: without(folder / "model.safetensors", "lm_head.weight"),
+    "no norm": lambda folder: without(folder / "model.safetensors", "backbone_model.norm.weight"),
+    "part of a codec": lambda folder: without(folder / "model.safetensors", "fc1.weight"),
+    "few codebooks": few_codebooks,
+    "cut": cut("model.safetensors"),
+    "longer": appended,
+    "cut tokenizer": cut("tokenizer.json"),
+    "other tokenizer": lambda folder: (folder / "tokenizer.json").write_text("{}"),
+    "recordings": recorded,
+}
+FOLDERS |= {
+    f"{name} is a {kind}": lambda folder, name=name, kind=kind: special(folder / name, kind)
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "mimi.safetensors")
+    for kind in ("pipe", "device", "folder", "broken link")
+}
+
+
+@pytest.mark.parametrize("change", FOLDERS.values(), ids=FOLDERS)
+def test_the_exit_code_is_launchs(tmp_path, capsys, change):
+    folder = build_tiny().write(tmp_path / "model")
+    change(folder)
+    try:
+        load_engine(str(folder), weight_cache="none")
+        said = None
+    except (OSError, ValueError) as error:
+        said = str(error)
+    capsys.readouterr()
+    code = models.main(["inspect", str(folder), "--bandwidth", "10"])
+    out = capsys.readouterr()
+    assert code == (said is not None), (said, out)
+    assert ("problem: " in out.out or out.err.count("\n") == 1) == bool(code)
+
+
+def test_a_file_of_a_folder(tmp_path, capsys):
+    """launch takes folders, and GGUF files."""
+    folder = build_tiny().write(tmp_path / "model")
+    found = inspected(capsys, str(folder / "model.safetensors"), code=1)
+    assert found["problems"][0].endswith("is a file: give the folder that contains it")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "broken link"])
+@pytest.mark.parametrize("name", ["a.gguf", "a.safetensors", "a.bin"])
+def test_a_special_file_by_its_name(tmp_path, capsys, name, kind):
+    special(tmp_path / name, kind)
+    for path in (tmp_path, tmp_path / name):
+        assert models.main(["inspect", str(path)]) == 1
+        assert capsys.readouterr().err.count("\n") < 2
+
+
+def test_gguf_files_that_launch_refuses(tmp_path, capsys, monkeypatch):
+    tiny = build_tiny(BLOCKS, rope="csm")
+    path = write_crispasr(tmp_path / "csm.gguf", tiny, "q4_k")
+    assert not inspected(capsys, str(path))["problems"]
+    data = path.read_bytes()
+    place = read_header(path).tensors["backbone.blk.0.ffn_up.weight"]
+    blocks = np.frombuffer(data[place.start : place.start + place.num_bytes], np.uint8)
+    blocks = blocks.reshape(-1, 144).copy()
+    blocks[:, 2:4].view(np.float16)[:] = -0.5
+    path.write_bytes(data[: place.start] + blocks.tobytes() + data[place.start + place.num_bytes :])
+    said = inspected(capsys, str(path), code=1)["problems"][0]
+    assert "its Q4_K blocks are not ggml's" in said
+    path.write_bytes(data)
+    (tmp_path / "ckpt.pt").write_bytes(b"never opened")
+    assert inspected(capsys, str(tmp_path), code=1)["kind"] == "pickle"
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setattr("vox_serve.inspection_checks.find_spec", lambda name: None)
+    assert "need the package gguf" in inspected(capsys, str(path), code=1)["problems"][0]
+
+
+def test_too_little_memory_is_a_problem(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("vox_serve.model_costs.device_memory_bytes", lambda device: 1000)
+    found = inspected(capsys, str(build_tiny().write(tmp_path)), code=1)
+    assert found["problems"] == ["this machine has too little memory for any precision"]
+
+
+def test_nothing(tmp_path, capsys):
+    found = inspected(capsys, str(tmp_path), code=1)
+    assert found["what"].startswith("nothing that is known")
+    assert found["problems"] == ["it has no weights"]
 
 
 @pytest.mark.parametrize(
@@ -268,7 +478,8 @@ def test_gguf_files_of_a_repository(repository, capsys):
     assert found["files"] == ["csm-1b-f16.gguf"]
     assert found["codec"] == found["tokenizer"] == "csm-1b-f16.gguf"
     assert Ranges.served < (repository / "csm-1b-f16.gguf").stat().st_size / 2
-    assert inspected(capsys, "some/model")["what"].startswith("GGUF files: give one of ")
+    found = inspected(capsys, "some/model", code=1)
+    assert found["what"].startswith("GGUF files: give one of ")
     assert models.main(["inspect", "some/model:q4_k"]) == 1
     assert "has no GGUF file q4_k" in capsys.readouterr().err
 
