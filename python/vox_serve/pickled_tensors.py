@@ -141,7 +141,7 @@ def _state(value: Any) -> Any:
 
 
 def _made(called: Any, arguments: Any) -> Any:
-    """What stands for a call in a pickle: a tensor, storage or dict, else None.
+    """The value for a call in a pickle: a tensor, storage or dict, else None.
 
     Raises:
         ValueError: a tensor's description is no such thing.

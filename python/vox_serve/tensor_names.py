@@ -109,5 +109,5 @@ def find_names(tensors: Iterable[str]) -> tuple[str, TensorNames] | None:
                 found[name[: -len(mark)], names] += 1
     if not found or max(found.values()) < _FEWEST_MARKS:
         return None
-    # Of several, the shortest prefix, and the first format.
+    # The most marks decide, then the shortest prefix and the first format.
     return min(found, key=lambda key: (-found[key], len(key[0]), key[0], FORMATS.index(key[1])))

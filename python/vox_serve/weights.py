@@ -80,7 +80,7 @@ class OpenCheckpoint:
         settings, config: see `Checkpoint`.
         paths: files of the weights.
         files, names: their tensors, and the format of their names.
-        lora: the adapter that is to be merged; None without one.
+        lora: the adapter that will be merged; None without one.
         stamps: of the files in the folders, from before any was read.
     """
 
