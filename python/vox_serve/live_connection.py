@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import time
 import uuid
 from collections import deque
 from typing import TYPE_CHECKING, Any
@@ -83,7 +84,7 @@ class LiveConnection:
         self._news = asyncio.Event()
         self._speaking: asyncio.Task[None] | None = None
         self._closing: tuple[int, str] | None = None
-        self.quiet_since_s = self._text_at_s = self._counted_s = self._loop.time()
+        self.quiet_since_s = self._text_at_s = self._loop.time()
 
     @property
     def is_idle(self) -> bool:
@@ -170,12 +171,10 @@ class LiveConnection:
 
     def _count_wait(self) -> None:
         """Count the time for which the open turn keeps its place without text, up to a limit."""
-        now = self._loop.time()
-        if (turn := self._open) is not None and turn.is_starved:
-            turn.waited_s += now - self._counted_s
+        if (turn := self._open) is not None:
+            turn.count_wait(time.monotonic())
             if turn.waited_s > MAX_WAITS * self._config.live_text_timeout_s:
                 self._end_waiting(turn)
-        self._counted_s = now
 
     async def _take(self, message: Message) -> bool:
         """Handle a message; False if the connection has to be closed now."""

@@ -39,7 +39,7 @@ class Turn:
         timed_out: it ended since no text came.
         is_over: nothing more is sent for it; text that still comes is dropped.
         heard: what was heard before it was cancelled; None unless it was.
-        waited_s: time that it kept its place while all its text was spoken.
+        waited_s: time that it kept its place while all its text was spoken; see `count_wait`.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Turn:
         self.num_frames = 0
         self.is_written = self.timed_out = self.is_over = False
         self.heard: Heard | None = None
-        self.waited_s = 0.0
+        self.waited_s = self._counted_at_s = 0.0
         self._text = text
         self._memory = ExitStack()
         self._count = self._memory.enter_context(memory)
@@ -115,6 +115,17 @@ class Turn:
     def is_starved(self) -> bool:
         """True if it keeps its place and has nothing to speak."""
         return not self.is_over and self.feed is not None and self.feed.is_starved
+
+    def count_wait(self, now_s: float) -> None:
+        """Add the time since the last call, or since the text was spoken, to `waited_s`.
+
+        Args:
+            now_s: the time, by `time.monotonic`.
+        """
+        if self.feed is not None and self.is_starved:
+            since_s = max(self._counted_at_s, self.feed.spoken_at_s)
+            self.waited_s += max(0.0, now_s - since_s)
+        self._counted_at_s = now_s
 
     async def begun(self) -> None:
         """Wait for the first sentence, or the end of the text."""

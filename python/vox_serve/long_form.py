@@ -5,6 +5,7 @@ with the request's context and the parts just before it, so that the voice carri
 samples follow each other without a gap; a step between two of them decays within 10 ms.
 """
 
+import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -268,7 +269,7 @@ class LongForm:
     @staticmethod
     def _count_spoken(passage: _Passage) -> None:
         if passage.request.feed is not None:
-            passage.request.feed.num_spoken = passage.number + 1
+            passage.request.feed.count_spoken(passage.number + 1, time.monotonic())
 
     def _begin_next(self, passage: _Passage) -> None:
         if passage.codes:

@@ -16,12 +16,14 @@ class PartFeed(Sequence[str]):
     Attributes:
         is_open: more parts may come.
         num_spoken: parts whose speech is made; counted by the thread that speaks.
+        spoken_at_s: time at which the last of them was made, by `time.monotonic`.
     """
 
     def __init__(self, first: str) -> None:
         self._parts = [first]
         self.is_open = True
         self.num_spoken = 0
+        self.spoken_at_s = 0.0
 
     def append(self, part: str) -> None:
         """Add the next part."""
@@ -31,6 +33,11 @@ class PartFeed(Sequence[str]):
     def close(self) -> None:
         """Tell that no further part comes."""
         self.is_open = False
+
+    def count_spoken(self, number: int, now_s: float) -> None:
+        """Tell that the speech of so many parts is made."""
+        self.spoken_at_s = now_s  # first: the other thread reads it once the feed is starved
+        self.num_spoken = number
 
     @property
     def is_starved(self) -> bool:
