@@ -24,7 +24,7 @@ from av.packet import Packet
 from vox_serve.audio import SAMPLE_RATE_HZ
 from vox_serve.mp3_info import DECODER_DELAY, ENCODER_DELAY, info_frame
 from vox_serve.ogg import MAX_PAGE_PACKETS, OggWriter
-from vox_serve.provenance import id3_tag, vorbis_comment
+from vox_serve.provenance import adts_tail, id3_tag, vorbis_comment
 
 SAMPLE_BYTES = 2
 
@@ -188,7 +188,7 @@ class _Undeclared(_CodecEncoder):
         self._num_packets = 0
         self._is_quiet_start = True
         self._end = b""
-        return id3_tag(note) if note is not None else b""
+        return b""
 
     def feed(self, data: bytes) -> bytes:
         if not self._num_samples:
@@ -233,6 +233,10 @@ class Mp3(_Undeclared):
     start_samples = 1152
     _is_tagged = False
 
+    def head(self, note: str | None, num_samples: int | None) -> bytes:
+        tag = id3_tag(note) if note is not None else b""
+        return super().head(note, num_samples) + tag
+
     def wrapped(self, packets: list[bytes], is_last: bool) -> bytes:
         packets = self.trimmed(packets, is_last, keeps_ends=self._declared is not None)
         if packets and self._declared is not None and not self._is_tagged:
@@ -243,7 +247,11 @@ class Mp3(_Undeclared):
 
 
 class Aac(_Undeclared):
-    """AAC-LC in ADTS frames."""
+    """AAC-LC in ADTS frames, and metadata after them.
+
+    Attributes:
+        num_tagged: fewer frames have no metadata: ffmpeg would not know the format any more.
+    """
 
     codec = "aac"
     sample_format = "fltp"
@@ -251,10 +259,18 @@ class Aac(_Undeclared):
     delay_samples = 1024
     num_silent = 0
     start_samples = 1024
+    num_tagged: ClassVar[int] = 3
+
+    def head(self, note: str | None, num_samples: int | None) -> bytes:
+        self._tail = adts_tail(note) if note is not None else b""
+        self._num_sent = 0
+        return super().head(note, num_samples)
 
     def wrapped(self, packets: list[bytes], is_last: bool) -> bytes:
         packets = self.trimmed(packets, is_last)
-        return b"".join(_adts_header(len(packet)) + packet for packet in packets)
+        self._num_sent += len(packets)
+        frames = b"".join(_adts_header(len(packet)) + packet for packet in packets)
+        return frames + (self._tail if is_last and self._num_sent >= self.num_tagged else b"")
 
 
 def _is_quiet(pcm: bytes) -> bool:

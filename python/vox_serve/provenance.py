@@ -43,12 +43,13 @@ def _riff_field(name: bytes, text: str) -> bytes:
     return struct.pack("<4sI", name, len(data)) + data + b"\0" * (len(data) % 2)
 
 
-def id3_tag(note: str) -> bytes:
-    """An ID3v2.3 tag, for MP3 and ADTS."""
+def id3_tag(note: str, private: bytes = b"") -> bytes:
+    """An ID3v2.3 tag, for MP3; `private` is the content of a last frame that readers skip."""
     frames = (
         _id3_frame(b"TSSE", b"\0" + SOFTWARE.encode("ascii"))
         + _id3_frame(b"COMM", b"\0eng\0" + note.encode("ascii"))
         + _id3_frame(b"TXXX", b"\0DIGITALSOURCETYPE\0" + SOURCE_TYPE.encode("ascii"))
+        + (_id3_frame(b"PRIV", b"APETAGEX\0" + private) if private else b"")
     )
     size = len(frames)
     synchsafe = bytes(size >> shift & 0x7F for shift in (21, 14, 7, 0))
@@ -57,6 +58,32 @@ def id3_tag(note: str) -> bytes:
 
 def _id3_frame(name: bytes, data: bytes) -> bytes:
     return struct.pack(">4sIH", name, len(data), 0) + data
+
+
+def ape_tag(note: str) -> bytes:
+    """An APEv2 tag, which is found by its last bytes."""
+    texts = {"Comment": note, "DIGITALSOURCETYPE": SOURCE_TYPE, "Encoder": SOFTWARE}
+    items = b"".join(
+        struct.pack("<II", len(text), 0) + name.encode("ascii") + b"\0" + text.encode("ascii")
+        for name, text in texts.items()
+    )
+
+    def end(flags: int) -> bytes:
+        size = len(items) + 32  # with the footer
+        return b"APETAGEX" + struct.pack("<IIII8x", 2000, size, len(texts), flags)
+
+    has_header, is_header = 1 << 31, 1 << 29
+    return end(has_header | is_header) + items + end(has_header)
+
+
+def adts_tail(note: str) -> bytes:
+    """Metadata for the end of an AAC in ADTS frames: an APEv2 tag in a frame of an ID3v2 tag.
+
+    At the beginning an ID3 tag would make browsers that look there, as Firefox does, take the file
+    for an MP3. Programs that look at the end of a file find the APE tag. Those that read a stream
+    skip all of it as an ID3 tag, while ffmpeg would take an APE tag for damaged frames.
+    """
+    return id3_tag(note, ape_tag(note))
 
 
 def vorbis_comment(note: str | None) -> bytes:
