@@ -78,6 +78,12 @@ def add_openai_routes(
         """The model that this server has."""
         return AsciiJSONResponse({"object": "list", "data": [model]})
 
+    @app.get("/v1/audio/models", responses=_REFUSED)
+    async def list_speech_models() -> Response:
+        """The same model, in the shape that Open WebUI reads."""
+        name = {"id": model["id"], "name": model["id"]}
+        return AsciiJSONResponse({"object": "list", "data": [model], "models": [name]})
+
     @app.get("/v1/models/{name}", responses=_UNKNOWN)
     async def get_model(name: str, request: Request) -> Response:
         """One model."""

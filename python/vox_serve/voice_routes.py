@@ -190,10 +190,11 @@ def add_voice_routes(app: FastAPI, voices: VoiceService, runner: Runner, config:
 
     @app.get("/v1/audio/voices", responses=_REFUSED)
     async def list_voices() -> Response:
-        """All voices, the model's own speakers first."""
+        """All voices, the model's own speakers first. Open WebUI reads their names in `voices`."""
         found = [_built_in(name) for name in speaker_names(config.speaker_limit)]
         found += [_described(voice) for voice in await asyncio.to_thread(store.voices)]
-        return AsciiJSONResponse({"object": "list", "data": found})
+        names = [{"id": voice["id"], "name": voice["id"]} for voice in found]
+        return AsciiJSONResponse({"object": "list", "data": found, "voices": names})
 
     @app.get("/v1/audio/voices/{name}", responses=_UNKNOWN)
     async def get_voice(name: str) -> Response:

@@ -224,6 +224,9 @@ def test_models():
         assert model["id"] == "sesame/csm-1b"
         assert (model["object"], model["owned_by"]) == ("model", "voxkern")
         assert client.get("/v1/models/sesame/csm-1b").json() == model
+        listed = client.get("/v1/audio/models").json()
+        assert listed["data"] == [model]
+        assert listed["models"] == [{"id": "sesame/csm-1b", "name": "sesame/csm-1b"}]
         answer = client.get("/v1/models/gpt-5")
         assert_openai_error(answer, 404, "gpt-5", "model")
         assert answer.json()["error"]["code"] == "model_not_found"
@@ -300,7 +303,7 @@ def test_an_answer_that_grows_beyond_the_memory_is_refused(fields, num_spare_byt
 @pytest.mark.parametrize("speed", [0.5, 4])
 def test_speed(speed, streaming):
     with serve(FakeEngine(num_frames=20)) as client:
-        for name in ("pcm", "opus"):
+        for name in FORMATS:
             fields = {"response_format": name, "streaming": streaming, "speed": speed}
             answer = ask(client, **fields)
             assert answer.content == (streamed if streaming else whole)(

@@ -78,6 +78,8 @@ def test_a_voice_is_added_listed_heard_and_deleted(add, client):
     assert client.get(f"{VOICES}/alice").json() == voice
     assert [v["id"] for v in client.get(VOICES).json()["data"]] == ["0", "1", "Alice"]
     assert client.get(VOICES).json()["data"][2] == voice
+    names = [{"id": name, "name": name} for name in ("0", "1", "Alice")]
+    assert client.get(VOICES).json()["voices"] == names  # Open WebUI reads these
     sample = client.get(f"{VOICES}/alice/sample")
     assert sample.headers["content-type"] == "audio/wav"
     audio, rate_hz = soundfile.read(io.BytesIO(sample.content))
