@@ -55,6 +55,7 @@ $(VENV)/built: $(VENV)/torch setup.py CMakeLists.txt $(CPP) $(CUDA)
 $(VENV)/test: $(VENV)/built
 	$(BIN)/pip install --quiet --no-build-isolation -e '.[test]'
 	$(BIN)/pip install --quiet --no-deps moshi einops sentencepiece || echo 'moshi is unavailable: its tests will be skipped'
+	$(RUN) tests/support/node_packages.py || echo "Node's packages are unavailable: their tests will be skipped"
 	$(BIN)/pip install --quiet $$($(call EXTRA,judge)) || echo 'the speech recogniser is unavailable: tests that transcribe the voice will be skipped'
 	for fuzzer in $$($(call EXTRA,fuzz)); do $(BIN)/pip install --quiet $$fuzzer || echo "$$fuzzer is unavailable: its tests will be skipped"; done
 	touch $@

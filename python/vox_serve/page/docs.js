@@ -51,13 +51,13 @@ function operation(api, path, method, { description, summary, requestBody, respo
     else shapes.set(key, { schema, types: [...(shapes.get(key)?.types ?? []), type] });
   }
   for (const { schema, types } of shapes.values()) {
-    parts.push(element("h3", types.join(", ")), fields(api, schema));
+    parts.push(element("h2", types.join(", ")), fields(api, schema));
   }
   const answers = Object.entries(responses ?? {}).map(([status, answer]) => {
     const types = Object.keys(answer.content ?? {}).join(", ");
     return element("li", `${status}: ${answer.description}${types ? ` (${types})` : ""}`);
   });
-  parts.push(element("h3", "Answers"), element("ul", answers));
+  parts.push(element("h2", "Answers"), element("ul", answers));
   return element("details", parts, { class: "sheet" });
 }
 
