@@ -3,9 +3,10 @@
 python tools/client_table.py [--only NAME ...] [--update docs/clients.md]
 
 Starts a server with the built-in voice. A cell is `yes` if the client gets all of the speech: as
-long as the same speech in PCM, within 0.1 s. Clients that cannot send POST get the same bytes, as
-they come, from a relay that answers GET. Programs that are missing are left out, with a line that
-says so. With `--update` the table replaces the one in a document.
+long as the same speech in PCM, within 0.1 s; in browsers, what reaches the audio graph counts. A
+star has a remark below the table. Clients that cannot send POST get the same bytes, as they come,
+from a relay that answers GET. Programs that are missing are left out, with a line that says so.
+With `--update` the table replaces the one in a document.
 """
 
 import argparse
@@ -26,6 +27,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "python"), str(ROOT / "tests" / "support")]
 
+import client_browsers  # noqa: E402
+
+import node_packages  # noqa: E402
+
 TEXT = "Please take the second door on the left."
 SEED = 5
 FORMATS = ("wav", "mp3", "opus", "aac", "flac", "pcm", "ulaw")
@@ -40,22 +45,22 @@ Cell = Callable[["Server", str, bool], float]
 """Gets a format, whole (False) or streamed (True), and returns the seconds that were played."""
 
 
-class Unplayable(Exception):  # noqa: N818
-    """A client cannot play a format, whoever sends it; the message says why."""
-
-
 class Server:
     """A server with the built-in voice and a relay.
 
     Attributes:
         url, relay: their URLs.
         seconds: length of the speech.
+        heard: the same without the silence around it.
         folder: for files.
+        remark: what a client did besides playing all of it; empty for nothing.
     """
 
     def __init__(self, url: str, relay: str, folder: Path) -> None:
         self.url, self.relay, self.folder = url, relay, folder
-        self.seconds = len(self.speech("pcm", False)) / 48_000
+        self.remark = ""
+        pcm = self.speech("pcm", False)
+        self.seconds, self.heard = pcm_seconds(pcm), client_browsers.heard_s(pcm)
 
     def body(self, name: str, streamed: bool) -> dict[str, object]:
         fields = {"model": "tts-1", "voice": "alloy", "input": TEXT, "seed": SEED}
@@ -198,15 +203,12 @@ else process.stdout.write(Buffer.from(await answer.arrayBuffer()));
 
 
 def openai_node(server: Server, name: str, streamed: bool) -> float:
-    folder = ROOT / "build" / "node"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "node_modules" / "openai" / "index.mjs").exists():
-        run("npm", "install", "--no-audit", "--no-fund", "--prefix", folder, "openai")
-    (folder / "speak.mjs").write_text(NODE_PROGRAM)
+    if node_packages.why_missing("openai"):
+        node_packages.install()
+    program = node_packages.FOLDER / "speak.mjs"
+    program.write_text(NODE_PROGRAM)
     body = json.dumps(server.body(name, streamed))
-    return with_pyav(
-        run("node", folder / "speak.mjs", server.url, body, str(streamed).lower()), name
-    )
+    return with_pyav(run("node", program, server.url, body, str(streamed).lower()), name)
 
 
 def ffmpeg(server: Server, name: str, streamed: bool) -> float:
@@ -235,15 +237,16 @@ def gstreamer(server: Server, name: str, streamed: bool) -> float:
 
 
 def vlc(server: Server, name: str, streamed: bool) -> float:
-    if name == "ulaw":
-        raise Unplayable("its demuxer of raw audio takes no mu-law")
     source = server.link(name, True) if streamed else server.file(name, False)
     target = server.folder / "vlc.wav"
     target.unlink(missing_ok=True)
     kind = []
-    if name in RAW:
+    if name == "pcm":
         kind = ["--demux=rawaud", "--rawaud-channels=1", f"--rawaud-samplerate={RAW[name][1]}",
                 "--rawaud-fourcc=s16l"]  # fmt: skip
+    elif name == "ulaw":  # which rawaud does not know
+        kind = ["--demux=avformat", "--avformat-format=mulaw",
+                "--avformat-options={sample_rate=8000}"]  # fmt: skip
     transcode = "#transcode{acodec=s16l,channels=1,samplerate=24000}"
     output = f"--sout={transcode}:std{{access=file,mux=wav,dst={target}}}"
     command = ["cvlc", "-I", "dummy", "--no-video", *kind, source, output, "vlc://quit"]
@@ -255,85 +258,20 @@ def vlc(server: Server, name: str, streamed: bool) -> float:
     return pcm_seconds(target.read_bytes()[44:])
 
 
-PLAY = """
-const [url, raw] = args;
-if (!raw) {
-  const audio = new Audio(url);
-  return await new Promise((resolve, reject) => {
-    audio.onended = () => resolve(audio.currentTime);
-    audio.onerror = () => reject(new Error(audio.error.message || "error " + audio.error.code));
-    audio.play().catch(reject);
-  });
-}
-const context = new AudioContext({ sampleRate: 24000 });
-let at = context.currentTime + 0.05, length = 0, odd = new Uint8Array(0), last;
-for await (const piece of (await fetch(url)).body) {
-  const bytes = new Uint8Array([...odd, ...piece]);
-  const even = bytes.length & ~1;
-  odd = bytes.slice(even);
-  if (!even) continue;
-  const samples = new Int16Array(bytes.slice(0, even).buffer);
-  const buffer = context.createBuffer(1, samples.length, 24000);
-  last = new AudioBufferSourceNode(context, { buffer });
-  last.buffer.copyToChannel(Float32Array.from(samples, (x) => x / 32768), 0);
-  last.connect(context.destination);
-  at = Math.max(at, context.currentTime);
-  last.start(at);
-  at += last.buffer.duration;
-  length += last.buffer.duration;
-}
-await new Promise((resolve) => setTimeout(resolve, 1000 * (at - context.currentTime)));
-return length;
-"""
-
-
-def in_browser(browser, server: Server, name: str, streamed: bool) -> float:
-    if name == "ulaw":
-        raise Unplayable("browsers decode no mu-law without a container")
-    browser.open(server.relay)
-    return float(browser.run(PLAY, server.link(name, streamed), name == "pcm"))
-
-
-def browsers(stack: ExitStack, folder: Path) -> dict[str, tuple[str | None, Cell]]:
-    """The browsers, which start when they are first used."""
-    import firefox
-    import web_driver
-
-    open_ones: dict[str, object] = {}
-
-    def cell(kind: str, make: Callable[[Path], object]) -> Cell:
-        def play(server: Server, name: str, streamed: bool) -> float:
-            if kind not in open_ones:
-                own = folder / kind
-                own.mkdir()
-                open_ones[kind] = browser = make(own)
-                stack.callback(browser.close)
-            return in_browser(open_ones[kind], server, name, streamed)
-
-        return play
-
-    no_firefox = None if firefox.FIREFOX else "needs firefox-esr"
-    return {
-        "Chromium": (web_driver.why_missing(), cell("chromium", web_driver.Browser)),
-        "Firefox": (no_firefox, cell("firefox", firefox.Firefox)),
-    }
-
-
 def program(*names: str) -> str | None:
     missing = [name for name in names if not shutil.which(name)]
     return f"needs {', '.join(missing)}" if missing else None
 
 
 def try_cell(play: Cell, server: Server, name: str, streamed: bool) -> str:
+    server.remark = ""
     try:
         seconds = play(server, name, streamed)
-    except Unplayable as error:
-        return f"-: {error}"
     except Exception as error:
         return f"no: {(str(error).splitlines() or [type(error).__name__])[-1][:120]}"
     if abs(seconds - server.seconds) > TOLERANCE_S:
         return f"no: {seconds:.2f} s of {server.seconds:.2f}"
-    return "yes"
+    return f"yes: {server.remark}" if server.remark else "yes"
 
 
 def parts_of(document: Path | None) -> tuple[str, str, str]:
@@ -356,7 +294,7 @@ def main() -> int:
             "ffmpeg": (program("ffmpeg"), ffmpeg),
             "GStreamer": (program("gst-launch-1.0"), gstreamer),
             "VLC": (program("cvlc"), vlc),
-            **browsers(stack, server.folder),
+            **client_browsers.cells(stack, server.folder, RAW, TOLERANCE_S),
         }
         rows, notes, num_wrong = [], [], 0
         for client, (missing, play) in clients.items():
@@ -369,6 +307,7 @@ def main() -> int:
             for name in FORMATS:
                 found = [try_cell(play, server, name, streamed) for streamed in (False, True)]
                 cells.append(" / ".join(f.partition(":")[0] for f in found))
+                cells[-1] += " *" * (cells[-1] == "yes / yes" and {*found} != {"yes"})
                 for f in sorted({*found} - {"yes"}):
                     num_wrong += f.startswith("no")
                     notes.append(f"{client}, {name}: {f.partition(': ')[2]}.")
