@@ -58,8 +58,8 @@ function linear(code) { // of G.711's mu-law
   return x & 128 ? -magnitude : magnitude;
 }
 
-async function samples({ rate, size }) {
-  let at = context.currentTime + 0.1, clock = 0, odd = new Uint8Array(0);
+async function samples({ rate, size }) { // after two seconds: a pause between pieces adds blocks
+  let at = context.currentTime + 2, clock = 0, odd = new Uint8Array(0);
   for await (const piece of (await fetch(url)).body) {
     const bytes = new Uint8Array([...odd, ...piece]);
     const even = bytes.length - bytes.length % size;

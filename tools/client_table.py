@@ -45,6 +45,10 @@ Cell = Callable[["Server", str, bool], float]
 """Gets a format, whole (False) or streamed (True), and returns the seconds that were played."""
 
 
+class Unplayable(Exception):  # noqa: N818
+    """A client cannot play a format, whoever sends it; the message says why."""
+
+
 class Server:
     """A server with the built-in voice and a relay.
 
@@ -237,6 +241,8 @@ def gstreamer(server: Server, name: str, streamed: bool) -> float:
 
 
 def vlc(server: Server, name: str, streamed: bool) -> float:
+    if name == "ulaw":
+        raise Unplayable("its demuxers of raw audio take no mu-law, or only at 44.1 kHz")
     source = server.link(name, True) if streamed else server.file(name, False)
     target = server.folder / "vlc.wav"
     target.unlink(missing_ok=True)
@@ -244,9 +250,6 @@ def vlc(server: Server, name: str, streamed: bool) -> float:
     if name == "pcm":
         kind = ["--demux=rawaud", "--rawaud-channels=1", f"--rawaud-samplerate={RAW[name][1]}",
                 "--rawaud-fourcc=s16l"]  # fmt: skip
-    elif name == "ulaw":  # which rawaud does not know
-        kind = ["--demux=avformat", "--avformat-format=mulaw",
-                "--avformat-options={sample_rate=8000}"]  # fmt: skip
     transcode = "#transcode{acodec=s16l,channels=1,samplerate=24000}"
     output = f"--sout={transcode}:std{{access=file,mux=wav,dst={target}}}"
     command = ["cvlc", "-I", "dummy", "--no-video", *kind, source, output, "vlc://quit"]
@@ -267,6 +270,8 @@ def try_cell(play: Cell, server: Server, name: str, streamed: bool) -> str:
     server.remark = ""
     try:
         seconds = play(server, name, streamed)
+    except Unplayable as error:
+        return f"-: {error}"
     except Exception as error:
         return f"no: {(str(error).splitlines() or [type(error).__name__])[-1][:120]}"
     if abs(seconds - server.seconds) > TOLERANCE_S:
