@@ -1,4 +1,4 @@
-"""What the page gives away works: files that are dropped on it, and code that is copied from it."""
+"""Files that are dropped on the page, code that is copied from it, the example for browsers."""
 
 import base64
 import contextlib

@@ -18,7 +18,7 @@ pytestmark = [
 ]
 
 LEAST_SCORE = 95
-"""Of 100: the share of rules that apply and hold."""
+"""Least percentage of the rules that apply which must hold."""
 
 PHONE = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
 RUN = """

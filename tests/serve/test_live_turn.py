@@ -1,4 +1,4 @@
-"""How long a turn of the WebSocket has kept its place without text."""
+"""The time for which a turn of the WebSocket keeps its place without text."""
 
 import asyncio
 from types import SimpleNamespace
