@@ -1,6 +1,7 @@
 """The language model's training examples: tokens, codes, and the time each token is spoken."""
 
 import difflib
+import hashlib
 import json
 import pickle
 from pathlib import Path
@@ -47,15 +48,17 @@ def load_examples(run: Path):
     """[dict(tokens, token_ends, codes, labels)] of all encoded utterances; cached."""
     saved = np.load(run / "codes.npz")
     codes, ends = saved["codes"], saved["ends"]
-    cache = run / "examples.pickle"
+    tokenizer_path, cache = run / "tokenizer.json", run / "examples.pickle"
+    source = codes.tobytes() + ends.tobytes() + tokenizer_path.read_bytes()
+    key = hashlib.sha256(source).hexdigest()
     if cache.exists():
-        examples = pickle.loads(cache.read_bytes())
-        if len(examples) == len(ends) and examples[0]["codes"].shape[1] == codes.shape[1]:
+        cached_key, examples = pickle.loads(cache.read_bytes())
+        if cached_key == key:
             return examples
     speech = Speech(run)
     rows = speech.rows[: len(ends)]
     phone_ids = {p: i for i, p in enumerate((run / "phones.txt").read_text().split("\n"))}
-    tokenizer = Tokenizer.from_file(str(run / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(tokenizer_path))
     spelling = (run / "token_phones.txt").read_text().split("\n")
     vocab = tokenizer.get_vocab()
     bos, eos = vocab["<|begin_of_text|>"], vocab["<|end_of_text|>"]
@@ -86,7 +89,7 @@ def load_examples(run: Path):
     for example, row in list(zip(examples, rows, strict=True))[:50]:
         whole = tokenizer.encode(f"[{row['speaker']}]{row['text']}").ids
         assert whole == example["tokens"].tolist(), row["text"]
-    cache.write_bytes(pickle.dumps(examples))
+    cache.write_bytes(pickle.dumps((key, examples)))
     return examples
 
 
