@@ -75,13 +75,18 @@ class PromptBuilder:
         config: the model's sizes.
         settings: merged JSON settings that may give `bos_token_id` and `eos_token_id`; used only
             if the tokenizer has no Llama 3 tokens.
+        words: writes texts as the tokenizer's normalizer would, which it then lacks.
 
     Raises:
         CheckpointError: the tokenizer has no BOS or EOS, or one outside the model's vocabulary.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, config: CsmConfig, settings: Mapping[str, Any] | None = None
+        self,
+        tokenizer: Tokenizer,
+        config: CsmConfig,
+        settings: Mapping[str, Any] | None = None,
+        words: WordRules | None = None,
     ):
         self.config = config
         self._tokenizer = tokenizer
@@ -89,9 +94,7 @@ class PromptBuilder:
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        self._word_rules = WordRules.find(tokenizer)
-        if self._word_rules is not None:
-            self._word_rules.tokenizer.encode_special_tokens = True
+        self._words = words
         self._kept_ids = lru_cache(MAX_KEPT_TEXTS)(self._ids)
         self._bos = _special_id(tokenizer, BOS, settings or {}, "bos_token")
         self._eos = _special_id(tokenizer, EOS, settings or {}, "eos_token")
@@ -115,13 +118,16 @@ class PromptBuilder:
                 f"{folder} has no tokenizer.json: CSM uses that of Llama 3.2, which --tokenizer "
                 "takes from a folder or a hub id such as meta-llama/Llama-3.2-1B"
             )
-        tokenizer = _read_tokenizer(path)
+        try:
+            data = read_bounded(path, MAX_TOKENIZER_BYTES)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read as a tokenizer: {error}") from None
         settings: dict[str, Any] = {}
         for name in ("generation_config.json", "config.json", "tokenizer_config.json"):
             if (folder / name).is_file():
                 found = read_json(folder / name)
                 settings |= {key: value for key, value in found.items() if value is not None}
-        return cls(tokenizer, config, settings)
+        return cls.from_bytes(data, config, str(path), settings)
 
     @classmethod
     def from_bytes(
@@ -138,7 +144,8 @@ class PromptBuilder:
         Raises:
             CheckpointError: it is no tokenizer, or does not fit the model.
         """
-        return cls(_parse_tokenizer(data, source), config, settings)
+        tokenizer, words = _parse_tokenizer(data, source)
+        return cls(tokenizer, config, settings, words)
 
     def tokens(self, segment: Segment) -> list[int]:
         """Token ids of a segment's text: BOS, `[speaker]text` or as the model wants it, EOS.
@@ -187,12 +194,10 @@ class PromptBuilder:
         limit = self.config.backbone.max_positions
         end = limit // 2
         while True:
-            tokenizer, part = self._tokenizer, text[:end]
             with _panics_as_errors():
-                if self._word_rules and (words := self._word_rules.normalize(part)) is not None:
-                    tokenizer, part = self._word_rules.tokenizer, words
+                part = self._words.normalize(text[:end]) if self._words else text[:end]
                 # Unlike `encode`, this releases the GIL; the fast variant computes no offsets.
-                encoded = tokenizer.encode_batch_fast([part], add_special_tokens=False)
+                encoded = self._tokenizer.encode_batch_fast([part], add_special_tokens=False)
             ids = encoded[0].ids
             if end >= len(text):
                 return ids
@@ -241,22 +246,17 @@ class PromptBuilder:
         return [(frames, mask), (spoken, spoken_mask)]
 
 
-def _read_tokenizer(path: Path) -> Tokenizer:
-    try:
-        data = read_bounded(path, MAX_TOKENIZER_BYTES)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as a tokenizer: {error}") from None
-    return _parse_tokenizer(data, str(path))
-
-
-def _parse_tokenizer(data: bytes, source: str) -> Tokenizer:
+def _parse_tokenizer(data: bytes, source: str) -> tuple[Tokenizer, WordRules | None]:
     try:
         with _panics_as_errors():
-            tokenizer = Tokenizer.from_buffer(data)
-            _check_expansion(tokenizer)
+            words = WordRules.find(data)
+            tokenizer = Tokenizer.from_buffer(words.tokenizer_json if words else data)
+            for normalizer in words.normalizers if words else [tokenizer.normalizer]:
+                _check_expansion("normalizer", normalizer)
+            _check_expansion("pre_tokenizer", tokenizer.pre_tokenizer)
     except Exception as error:  # the library raises bare Exceptions
         raise CheckpointError(f"{source} cannot be read as a tokenizer: {error}") from None
-    return tokenizer
+    return tokenizer, words
 
 
 @contextmanager
@@ -273,28 +273,27 @@ def _panics_as_errors() -> Iterator[None]:
         raise ValueError(f"the tokenizer fails on this text: {error}") from None
 
 
-def _check_expansion(tokenizer: Tokenizer) -> None:
-    """Bound a tokenizer's regular expressions, and what it inserts for each character of a text.
+def _check_expansion(name: str, part: Any) -> None:
+    """Bound the regular expressions in a part of a tokenizer, and what it inserts for each
+    character of a text.
 
     Raises:
-        ValueError: a part is longer than that of any real tokenizer; the message names it.
+        ValueError: it is longer than that of any real tokenizer; the message names it.
     """
-    for name in ("normalizer", "pre_tokenizer"):
-        part = getattr(tokenizer, name)
-        state = part.__getstate__() if part is not None else b"{}"
-        if len(state) > _MAX_TOKENIZER_PART_BYTES:
-            raise ValueError(f"{name} is longer than {_MAX_TOKENIZER_PART_BYTES} bytes")
-        pending: list[Any] = [json.loads(state)]
-        while pending:
-            item = pending.pop()
-            if isinstance(item, dict):
-                for key, value in item.items():
-                    limit = _MAX_TOKENIZER_CHARS.get(key)
-                    if limit and isinstance(value, str) and len(value) > limit:
-                        raise ValueError(f"{name}: {key} is longer than {limit} characters")
-                pending += item.values()
-            elif isinstance(item, list):
-                pending += item
+    state = part.__getstate__() if part is not None else b"{}"
+    if len(state) > _MAX_TOKENIZER_PART_BYTES:
+        raise ValueError(f"{name} is longer than {_MAX_TOKENIZER_PART_BYTES} bytes")
+    pending: list[Any] = [json.loads(state)]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, dict):
+            for key, value in item.items():
+                limit = _MAX_TOKENIZER_CHARS.get(key)
+                if limit and isinstance(value, str) and len(value) > limit:
+                    raise ValueError(f"{name}: {key} is longer than {limit} characters")
+            pending += item.values()
+        elif isinstance(item, list):
+            pending += item
 
 
 def check_codes(codes: Tensor, config: CsmConfig) -> None:

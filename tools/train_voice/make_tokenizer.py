@@ -1,13 +1,12 @@
 # ruff: noqa: SIM905, RUF001 - word lists read better as text
 """Step 3: build an ordinary tokenizer.json that spells English in phones.
 
-    python make_tokenizer.py RUN [--words 17000]
+    python make_tokenizer.py RUN [--words 32000]
 
 A language model this small cannot learn English spelling from a few hours of speech, and does not
 have to: the tokenizer's normalizer (a list of `Replace` rules) writes common words as phones, one
-character of Unicode's private use area per phone, from the teacher's own lexicon. Other words stay
-letters, from which the model learns what it can. Every character is one token. Tokenizing takes
-about 10 ms per sentence.
+character of Unicode's private use area per phone, from the teacher's own lexicon. Rules that are
+learnt from these words spell the others (`spelling_rules.py`). Every character is one token.
 """
 
 import argparse
@@ -20,12 +19,17 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, processors
 from tokenizers.models import BPE
 
 from common import FIRST_PHONE
+from spelling_rules import SpellingRules
 from teacher import STRESS, join_stress
 from texts import TEMPLATES, WORDNET_FOLDER, WORDS, corpus
 
 FIRST_SPELT_DIGIT = 0xF8F0
+COMMON_WORDS = Path("/usr/share/dict/american-english-small")  # Debian's wamerican-small
+SILENT = chr(0xF8FF)  # stands for letters without a sound until all letters are read
 SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|AUDIO|>", "<|audio_eos|>", "<unk>"]
 FORM_TEXTS = 8000
+USUAL_WORDS = 17000
+MIN_GAIN = 5  # see SpellingRules
 LETTERS = "abcdefghijklmnopqrstuvwxyz'"
 PUNCTUATION = " ,.?!"
 ONES = "zero one two three four five six seven eight nine".split()
@@ -133,6 +137,8 @@ def word_counts(lexicon) -> collections.Counter:
     for word, lemma in list(inflections(counts)):
         if word in counts or lexicon.golds.get(word) or lexicon.silvers.get(word):
             counts[word] += counts[lemma] // 3
+    for word in COMMON_WORDS.read_text(encoding="utf8").split():
+        counts[word.lower()] += 4
     for word in [*EVERYDAY, *ONES, *TEENS, *TENS[2:], *ORDINAL_WORDS, *UNITS]:
         counts[word] += 1000
     return counts
@@ -226,7 +232,13 @@ def build(words: dict[str, list[str]], phones: list[str]) -> Tokenizer:
     for word in sorted(words, key=len, reverse=True):
         before = "" if len(word) > 1 else "(?<!')"
         rules.append((rf"{before}\b{word}\b", "".join(char[phone] for phone in words[word])))
-    rules += [("'s\\b", char["z"]), (r"'(?![a-z])|(?<![a-z])'", ""), (r"\s+", " ")]
+    rules.append(("'s\\b", "'" + char["z"]))
+    spelling = SpellingRules(
+        {word: spoken for word, spoken in words.items() if len(word) > 1}, MIN_GAIN
+    )
+    for pattern, spoken in spelling.replacements():
+        rules.append((pattern, "".join(char[phone] for phone in spoken) or SILENT))
+    rules += [(SILENT, ""), ("'", ""), (r"\s+", " ")]
     rules += [(r" (?=[,.?!])", ""), (r"(?<=\]) ", ""), (r"(?<=[,.?!])[,.?!]+", ""), (r" $", "")]
     alphabet = list("[]0123456789" + PUNCTUATION + LETTERS) + list(char.values())
     vocab = {token: i for i, token in enumerate(SPECIALS + alphabet)}
@@ -246,27 +258,36 @@ def build(words: dict[str, list[str]], phones: list[str]) -> Tokenizer:
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--words", type=int, default=17000)
+    parser.add_argument("--words", type=int, default=32000)
     args = parser.parse_args()
     from hibari import Hibari
 
     frontend = Hibari()
     counts = word_counts(frontend.g2p.lexicon)
     forms = spoken_forms(frontend, corpus(60000)[:FORM_TEXTS])
-    words = {}
+    words: dict[str, list[str]] = {}
+    # Rare words have phones that the voice would hardly learn. A voice that exists keeps its own.
+    phones_path = args.run / "token_phones.txt"
+    phones = phones_path.read_text().split("\n") if phones_path.exists() else []
+    usual = set(phones)
     for word, _ in counts.most_common():
         if len(words) == args.words:
             break
-        if (len(word) > 1 or word in "ai") and (phones := word_phones(word, frontend, forms)):
-            words[word] = phones
+        if not re.fullmatch("[a-z]+('[a-z]+)*", word) or (len(word) == 1 and word not in "ai"):
+            continue
+        spoken = word_phones(word, frontend, forms)
+        if not phones and len(words) < USUAL_WORDS:
+            usual.update(spoken or ())
+        if spoken and usual.issuperset(spoken):
+            words[word] = spoken
     for letter in set(string.ascii_uppercase) - {"A", "I"}:
         words[letter.lower()] = word_phones(letter, frontend, {})
     words["ay"] = ["ˈA"]  # the teacher reads a lone "A" as the article
-    phones = sorted({phone for spelling in words.values() for phone in spelling})
+    phones = phones or sorted(usual)
     tokenizer = build(words, phones)
     args.run.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(args.run / "tokenizer.json"))
-    (args.run / "token_phones.txt").write_text("\n".join(phones))
+    tokenizer.save(str(args.run / "tokenizer.json"), pretty=False)
+    phones_path.write_text("\n".join(phones))
     text = [word for line in corpus(2000) for word in re.findall(r"[a-z']+", line.lower())]
     known = sum(word in words for word in text) / len(text)
     print(f"{len(phones)} phones ({STRESS} joined), {tokenizer.get_vocab_size()} tokens")

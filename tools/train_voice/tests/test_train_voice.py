@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, normalizers
 from transformers import MimiModel
 
 import codec
@@ -14,6 +15,7 @@ import judge
 import lm
 import lm_data
 import pulse_codes
+import spelling_rules
 import train_lm
 import train_vocoder
 import wires
@@ -362,8 +364,6 @@ def test_median_f0(f0_hz):
 
 
 def test_built_in_tokenizer_spells_in_phones():
-    from tokenizers import Tokenizer
-
     tokenizer = Tokenizer.from_file(str(BUILT_IN_VOICES / "demo" / "tokenizer.json"))
 
     def spell(text):
@@ -379,9 +379,35 @@ def test_built_in_tokenizer_spells_in_phones():
         ("I didn\u2019t \u2014 stop!", "i didn't stop!"),
     ):
         assert spell(same) == spell(as_well)
-    assert spell("zqxv")[4:-1] == list("zqxv")  # an unknown word stays letters
     assert spell("hello")[1:4] == ["[", "1", "]"]
-    assert all("\ue000" <= token < "\ue400" for token in spell("hello")[4:-1])
+    for word in ("hello", "Netherfield", "zqxv", "y'x", "knogh"):
+        assert all("\ue000" <= token < "\ue400" for token in spell(word)[4:-1]), word
+    assert spell("shunt") == spell("shunted")[:-3] + spell("shunted")[-1:]
+
+
+def test_spelling_rules_read_words_that_they_have_not_seen():
+    sounds = {"sh": ["S"], "ee": ["i"], "kn": ["n"], **{c: [c] for c in "bdfklmnprst"}, "a": ["A"]}
+    words = {}
+    for start in ("sh", "kn", "b", "f", "m", "s", "t", "l"):
+        for middle in ("ee", "a"):
+            for end in ("sh", "b", "d", "n", "p", "k", "t"):
+                words[start + middle + end] = sounds[start] + sounds[middle] + sounds[end]
+    rules = spelling_rules.SpellingRules(words, min_gain=2)
+    assert rules.read("kneesh") == ("n", "i", "S")
+    assert rules.read("sheemash") == ("S", "i", "m", "A", "S")
+    assert rules.read("banks")[:4] == ("b", "A", "n", "k")  # "kn" only at the start
+    texts = ["sheemash", "kneeshee", "bankfad", "fee sha"]
+    tokenizer = normalizers.Sequence(
+        [
+            normalizers.Replace(Regex(pattern), chr(0xE000 + ord("".join(spoken) or "_")))
+            for pattern, spoken in rules.replacements()
+            if len(spoken) < 2
+        ]
+    )
+    for text in texts:
+        spelt = [chr(0xE000 + ord(phone)) for word in text.split() for phone in rules.read(word)]
+        made = tokenizer.normalize_str(text).replace(" ", "").replace(chr(0xE000 + ord("_")), "")
+        assert made == "".join(spelt), text
 
 
 def test_pulses_move_to_their_marks():
