@@ -2,14 +2,18 @@
 """The built-in voice's training texts and test sentences.
 
 Training text is Debian's `wordnet-base` (example sentences of WordNet 3.0, whose licence allows any
-use) mixed with everyday sentences built from templates, one- and two-word utterances, numbers,
-names, times, pairs of sentences, and long sentences of joined clauses. No test sentence is an
-instance of a training template, and training sentences that equal a test sentence are dropped.
+use) mixed with novels in parts, everyday sentences built from templates, one- and two-word
+utterances, numbers, names, times, pairs of sentences, and long sentences of joined clauses. No test
+sentence is an instance of a training template, and training sentences that equal a test sentence
+are dropped.
 """
 
 import random
 import re
 from pathlib import Path
+
+from novels import MAX_PART_CHARS, paragraphs
+from vox_serve.text.splitting import split
 
 WORDNET_FOLDER = Path("/usr/share/wordnet")
 
@@ -224,6 +228,12 @@ def short_utterance(rng: random.Random, sentences: list[str]) -> str:
     return (text[:1].upper() + text[1:] + rng.choice(("", ".", ".", ".", "?", "!"))) or "Yes."
 
 
+def novel_parts() -> list[str]:
+    """Novels in parts, as the server cuts a long text."""
+    texts = paragraphs()
+    return [part for text in texts for part in split(text, MAX_PART_CHARS, MAX_PART_CHARS)]
+
+
 def as_clause(sentence: str) -> str:
     """The sentence without its full stop, and in lower case unless it begins with a name or I."""
     words = sentence.rstrip(".!?").split(" ")
@@ -278,17 +288,21 @@ def corpus(count: int, seed: int = 0) -> list[str]:
     sentences = wordnet_sentences()
     unused = sentences[:]
     rng.shuffle(unused)
+    read_aloud = novel_parts()
+    rng.shuffle(read_aloud)
     seen = {sentence.lower() for sentence in TEST_SENTENCES}
     texts: list[str] = []
     while len(texts) < count:
         kind = rng.random()
-        if kind < 0.4 and unused:
+        if kind < 0.3 and read_aloud:
+            text = read_aloud.pop()
+        elif kind < 0.58 and unused:
             text = unused.pop()
-        elif kind < 0.66:
+        elif kind < 0.76:
             text = everyday_sentence(rng)
-        elif kind < 0.75:
+        elif kind < 0.82:
             text = short_utterance(rng, sentences)
-        elif kind < 0.88:
+        elif kind < 0.91:
             text = long_sentence(rng, sentences)
         else:
             text = f"{everyday_sentence(rng)} {rng.choice(sentences)}"
