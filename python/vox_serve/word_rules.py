@@ -20,7 +20,7 @@ _RULE = re.compile(r"(\(\?<!'\))?\\b([a-z]+(?:'[a-z]+)*)\\b")
 _GROUP = re.compile(r"(\(\?<!\[a-z\ue000-\uf8ff]\))?([a-z]+)(\(\?!\[a-z\ue000-\uf8ff]\))?")
 _PRIVATE = re.compile("[\ue000-\uf8ff]{1,100}")  # no word characters, so no later rule changes them
 _CHUNK = re.compile(r"[\w']+", re.ASCII)
-_UNREAD = re.compile("[a-z\ue000-\uf8ff]*[a-z][a-z\ue000-\uf8ff]*")
+_LETTERS = re.compile("[a-z\ue000-\uf8ff]+")  # and phones
 _WORD_CHARS = normalizers.Replace(Regex(r"\w"), "")
 _MODEL = {"type": "WordLevel", "vocab": {"": 0}, "unk_token": ""}
 
@@ -73,7 +73,7 @@ class WordRules:
             first = are_words.index(True)
             last = are_words.index(False, first) if False in are_words[first:] else len(rules)
             is_plain = all(token["special"] is True for token in state["added_tokens"])
-        except (KeyError, TypeError):  # the library says what is wrong
+        except (AttributeError, KeyError, TypeError):  # the library says what is wrong
             return None
         return cls(state, first, last) if is_plain and last - first == sum(are_words) else None
 
@@ -81,7 +81,7 @@ class WordRules:
         """The text as the normalizer writes it."""
         before, between, after = self.normalizers
         text = _CHUNK.sub(self._replace, before.normalize_str(text))
-        return after.normalize_str(_UNREAD.sub(self._spell, between.normalize_str(text)))
+        return after.normalize_str(_LETTERS.sub(self._spell, between.normalize_str(text)))
 
     def _replace(self, found: re.Match[str]) -> str:
         chunk, text = found[0], found.string
@@ -114,6 +114,8 @@ class WordRules:
 
     def _spell(self, found: re.Match[str]) -> str:
         word = found[0]
+        if _PRIVATE.fullmatch(word):
+            return word
         matches = []
         for start in range(len(word)):
             for end in range(start + 1, min(start + self._max_group, len(word)) + 1):

@@ -58,7 +58,7 @@ def test_random_texts_have_the_same_tokens(demo, demo_rules):
 
 
 def test_a_long_text_has_the_same_tokens(demo, demo_rules):
-    check(demo, demo_rules, "a" * 600 + "'a" * 600 + " Bingley's" * 60)
+    check(demo, demo_rules, "a" * 600 + "'a" * 600 + " Bingley's" * 60 + "\ue001" * 1000 + "x")
 
 
 def test_any_character_beside_a_word():
