@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from transformers import CsmForConditionalGeneration, MimiModel
 
 from lm import make_config, make_model
+from novels import MAX_PART_CHARS
 
 SERVED_TEMPERATURE = 0.9
 
@@ -69,7 +70,7 @@ def main():
     tensors = {n: t.to(kind) if t.is_floating_point() else t for n, t in tensors.items()}
     save_file(tensors, file, metadata={"format": "pt"})
     config = json.loads((args.out / "config.json").read_text())
-    config["dtype"] = args.dtype
+    config |= {"dtype": args.dtype, "max_part_chars": MAX_PART_CHARS}
     config["codec_config"].pop("_name_or_path", None)
     (args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     generation = dict(do_sample=True, temperature=SERVED_TEMPERATURE, top_k=50)

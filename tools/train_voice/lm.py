@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from transformers import CsmConfig, CsmForConditionalGeneration, MimiConfig
 
+MAX_POSITIONS = 1024
+"""Of the longest training sequence, and so of the voice's context: some 40 s of speech."""
+
 
 def make_config(codec: MimiConfig, tokenizer: Tokenizer) -> CsmConfig:
     codes = codec.codebook_size + 3  # as in CSM-1B: three more than the codec has
@@ -25,7 +28,7 @@ def make_config(codec: MimiConfig, tokenizer: Tokenizer) -> CsmConfig:
         num_attention_heads=6,
         num_key_value_heads=2,
         head_dim=64,
-        max_position_embeddings=2048,
+        max_position_embeddings=MAX_POSITIONS,
         bos_token_id=token("<|begin_of_text|>"),
         eos_token_id=token("<|end_of_text|>"),
         pad_token_id=token("<|AUDIO|>"),

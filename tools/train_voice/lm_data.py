@@ -11,12 +11,12 @@ import torch
 from tokenizers import Tokenizer
 
 from common import FIRST_PHONE, FRAME_SAMPLES, Speech, phone_labels
+from lm import MAX_POSITIONS
 
 SEPARATOR = "\uefff"  # joins texts for the normalizer; no rule touches it
 LABELS_PER_FRAME = 4
 CONTEXT_SHARE = 0.5  # of the training sequences begin with earlier segments
 MAX_CONTEXT = 3  # earlier segments; both speakers occur, in any order
-MAX_POSITIONS = 1000  # of a sequence: 80 s of speech and its text would be 1,500
 POOL = 2000  # examples that are sorted by length together
 
 
