@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import CsmConfig, CsmForConditionalGeneration, MimiConfig
 
 MAX_POSITIONS = 1024
-"""Of the longest training sequence, and so of the voice's context: some 40 s of speech."""
+"""The longest training sequence, and so the voice's context: some 40 s of speech."""
 
 
 def make_config(codec: MimiConfig, tokenizer: Tokenizer) -> CsmConfig:
