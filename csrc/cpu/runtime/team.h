@@ -2,9 +2,9 @@
 //
 // run(f) calls f(rank, size) on every thread and returns when all calls have returned; barrier()
 // synchronises the threads inside f. Waiting threads spin for a few microseconds, then sleep in the
-// operating system, so next to another busy process a team gets slower but does not burn the
-// processor. One run() at a time uses the workers; a concurrent or nested run() executes on its own
-// thread alone with size 1.
+// operating system. A run() has fewer threads if some do not come at once, because another process
+// keeps their processors busy: no result may depend on the size. One run() at a time uses the
+// workers; a concurrent or nested run() executes on its own thread alone with size 1.
 #pragma once
 
 #include <cstdint>
