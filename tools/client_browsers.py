@@ -1,6 +1,6 @@
 """Browsers as clients of client_table.py: what reaches the audio graph is measured.
 
-A worklet in the graph counts the blocks of 10 ms in which something can be heard: as many as the
+A worklet in the graph counts the blocks of 1 ms in which something can be heard: as many as the
 speech has, if all of it was played. A pause, since the server was too slow, does not count.
 """
 
@@ -27,7 +27,7 @@ registerProcessor("meter", class extends AudioWorkletProcessor {
   process([[samples = []]]) {
     samples.forEach((x, i) => {
       if (Math.abs(x) < ${heard}) return;
-      const block = Math.floor((this.at + i) / 480);
+      const block = Math.floor((this.at + i) / 48);
       if (block !== this.last) this.blocks += 1;
       this.last = block;
     });
@@ -81,22 +81,24 @@ async function samples({ rate, size }) { // after two seconds: a pause between p
 }
 
 const clock = await (raw ? samples(raw) : file());
-await new Promise((resolve) => setTimeout(resolve, 300)); // the graph is behind the clock
-meter.port.postMessage("tell");
-const blocks = await new Promise((resolve) => {
+const blocksHeard = () => new Promise((resolve) => {
   meter.port.onmessage = ({ data }) => resolve(data);
+  meter.port.postMessage("tell");
 });
+let blocks = -1;
+for (let next; blocks !== (next = await blocksHeard()); blocks = next) // the graph may be late
+  await new Promise((resolve) => setTimeout(resolve, 1000));
 await context.close();
-return { heard: blocks / 100, clock };
+return { heard: blocks / 1000, clock };
 """
 
 
 def heard_s(pcm: bytes, rate_hz: int = 24_000) -> float:
-    """Seconds of 16-bit samples in which something can be heard, in blocks of 10 ms."""
+    """Seconds of 16-bit samples in which something can be heard, in blocks of 1 ms."""
     samples = np.abs(np.frombuffer(pcm, "<i2").astype(np.int32))
-    block = rate_hz // 100
+    block = rate_hz // 1000
     blocks = samples[: len(samples) // block * block].reshape(-1, block)
-    return float((blocks.max(axis=1) >= HEARD * 32768).sum()) / 100
+    return float((blocks.max(axis=1) >= HEARD * 32768).sum()) / 1000
 
 
 def cells(
@@ -130,7 +132,10 @@ def cells(
             found = browser.run(PLAY, server.link(name, streamed), samples, HEARD)
             if abs(found["clock"] - server.seconds) > tolerance_s:
                 server.remark = f"its clock ends at {found['clock']:.0f} s"
-            return float(server.seconds + found["heard"] - server.heard)
+            heard = server.heard
+            if name == "ulaw":  # what telephones leave of the speech
+                heard = heard_s(server.speech("pcm", False, sample_rate=8000), 8000)
+            return float(server.seconds + found["heard"] - heard)
 
         return play
 

@@ -70,8 +70,8 @@ class Server:
         fields = {"model": "tts-1", "voice": "alloy", "input": TEXT, "seed": SEED}
         return {**fields, "response_format": name, "streaming": streamed}
 
-    def speech(self, name: str, streamed: bool) -> bytes:
-        with self.post(self.body(name, streamed)) as answer:
+    def speech(self, name: str, streamed: bool, **fields: object) -> bytes:
+        with self.post(self.body(name, streamed) | fields) as answer:
             return answer.read()
 
     def post(self, body: dict[str, object]):
