@@ -157,7 +157,10 @@ def test_probes_wait_for_no_replica(path):
             status = 503 if is_dead and path != "/health/live" else 200
             assert get(cluster, path).status == get(cluster, path, method="HEAD").status == status
         cluster.fleet.replicas.clear()
-        assert get(cluster, path).status == status
+        answer = get(cluster, path)
+        assert answer.status == status
+        if status == 503:
+            assert json.loads(answer.read())["reason"].startswith("no replica can serve")
         assert cluster.fleet.sent == []
 
 

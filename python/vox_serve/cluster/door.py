@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -169,7 +169,8 @@ class Door:
             if path == "/health/live":
                 await self._live_app(scope, receive, send)
             elif not await summary(self, path, scope, receive, send):
-                await refuse(scope, receive, send, NO_REPLICA, RETRY_AFTER_S)
+                state = {"status": "failed", "reason": NO_REPLICA}
+                await refuse(scope, receive, send, NO_REPLICA, RETRY_AFTER_S, state)
             return
         with contextlib.closing(Body(self._memory, scope, receive)) as body:
             await self._pass_on(scope, body, receive, send)
@@ -314,11 +315,16 @@ async def tell(address: Address, what: str) -> None:
 
 
 async def refuse(
-    scope: Scope, receive: Receive, send: Send, detail: str, retry_after_s: int
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+    detail: str,
+    retry_after_s: int,
+    state: Mapping[str, str] | None = None,
 ) -> None:
-    """Answer 503."""
+    """Answer 503, for /health with the state that it shows."""
     headers = {"Retry-After": str(retry_after_s)}
-    answer: Any = AsciiJSONResponse({"detail": detail}, 503, headers)
+    answer: Any = AsciiJSONResponse({"detail": detail, **(state or {})}, 503, headers)
     if scope["type"] == "http" or "websocket.http.response" in scope.get("extensions", {}):
         await answer(scope, receive, send)
     else:
