@@ -1,6 +1,6 @@
 """First bytes through an nginx with its defaults, beside those of the server itself.
 
-    python bench/nginx.py [--runs N]
+    python bench/through_nginx.py [--runs N]
 
 Starts a server with the built-in voice and an nginx before it (Debian's package nginx-light). The
 same streamed request goes to either in turn, on a new connection each time. For each format, the
