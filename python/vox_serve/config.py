@@ -173,8 +173,8 @@ class ServerSettings(VoiceSettings):
     stall_timeout_s: float = setting(
         30.0, "a client that takes none of its audio for this long is dropped", gt=0, le=86400
     )
-    warm_up_s: float = setting(
-        1.0,
+    warm_up_s: Annotated[float | None, Shown("0.2 on a CPU, 1 on a GPU")] = setting(
+        None,
         "time for trial steps at the start, after which the server is ready; 0 for none",
         ge=0,
         le=3600,

@@ -135,7 +135,7 @@ def load_app(config: Config) -> "tuple[Runner, FastAPI]":
         config, NUM_SPARE_ROWS, choose_step if config.policy == "deadline" else None
     )
     runner = Runner.for_config(engine, config)
-    if config.warm_up_s:
+    if config.warm_up_s != 0:
         runner.warm_up = partial(engine.warm_up, config.warm_up_s)
     app = create_app(runner, config, describe(engine, config))
     # A full garbage collection takes 0.2 s, in which no other thread runs, to look at what was

@@ -188,7 +188,7 @@ class LongForm:
         self._starved.pop(request_id, None)
         self.engine.abort(request_id)
 
-    def warm_up(self, seconds: float) -> None:
+    def warm_up(self, seconds: float | None) -> None:
         """Make trial steps, without requests; see `warm_up`."""
         warm_up(self.engine, seconds)
 

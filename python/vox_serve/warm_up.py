@@ -17,6 +17,9 @@ from vox_serve.speech_lengths import SpeechLengths
 if TYPE_CHECKING:
     from vox_serve.engine import Engine
 
+WARM_UP_S = {"cpu": 0.2, "cuda": 1.0}
+"""Seconds of trial steps, by device type. On a CPU they are a twentieth of the start."""
+
 STEPS = 3
 """Steps of each size: their median ignores one that was disturbed."""
 
@@ -25,19 +28,21 @@ MAX_PROMPT_STEPS = 64
 
 
 def warm_up(
-    engine: "Engine", seconds: float, clock: Callable[[], float] = time.monotonic
+    engine: "Engine", seconds: float | None = None, clock: Callable[[], float] = time.monotonic
 ) -> list[int]:
     """Make trial steps.
 
     Args:
         engine: without requests.
         seconds: no larger size is begun whose steps would end later, by their predicted times.
-            Steps of one row are made in any case.
+            Steps of one row are made in any case. None for the device's usual time.
         clock: the time in seconds.
 
     Returns:
         The sizes of the steps, in rows.
     """
+    if seconds is None:
+        seconds = WARM_UP_S[engine.model.device.type]
     ends_s = clock() + seconds
     choose, lengths = engine.choose, engine.lengths
     counted = engine.num_prompt_positions, engine.num_found_positions
