@@ -23,6 +23,7 @@ CASES = [
     ("POST", "/v1/audio/speech", GenerationMode.NEGATIVE),
     ("GET", "/v1/models", GenerationMode.POSITIVE),
     ("GET", "/v1/models/{name}", GenerationMode.POSITIVE),
+    ("GET", "/v1/audio/models", GenerationMode.POSITIVE),
     ("POST", "/v1/audio/voices", GenerationMode.NEGATIVE),
     ("GET", "/v1/audio/voices", GenerationMode.POSITIVE),
     ("GET", "/v1/audio/voices/{name}", GenerationMode.POSITIVE),

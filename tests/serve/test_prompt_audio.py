@@ -213,7 +213,7 @@ VARIANTS = {
     "16 kHz": Variant(0.8, lambda a: encoded(at(16_000, a), 16_000)),
     # Nothing above 4 kHz is left, which fricatives need.
     "8 kHz": Variant(0.6, lambda a: encoded(at(8000, a), 8000)),
-    "peaks above 1": Variant(0.8, lambda a: encoded(4 * a, subtype="FLOAT")),
+    "peaks above 1": Variant(0.8, lambda a: encoded(a * (2 / abs(a).max()), subtype="FLOAT")),
     "-40 dB, 24-bit": Variant(0.8, lambda a: encoded(0.01 * a, subtype="PCM_24")),
     # 16 bits less 40 dB leave 9, and their noise is heard in the pauses.
     "-40 dB, 16-bit": Variant(0.6, lambda a: encoded(0.01 * a)),
