@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import MimiConfig, MimiModel
+from transformers import CsmForConditionalGeneration, MimiConfig, MimiModel
 
 import pulse_codes
 from pulse_codes import PULSE_DIM
@@ -242,6 +242,54 @@ def init_codebooks(codec: MimiModel, latents):
             layer.codebook.embed_sum.copy_(vectors * 4.0)
             layer.codebook._embed = None
             residual = residual - vectors[nearest(residual, vectors)]
+
+
+def load_codec(checkpoint) -> MimiModel:
+    """The codec of a voice's folder."""
+    return CsmForConditionalGeneration.from_pretrained(checkpoint).codec_model.float().eval()
+
+
+def content_books(codec: MimiModel) -> list:
+    """All codebooks but that of the pulses, in order."""
+    books = [layer.codebook for rvq in rvqs(codec) for layer in rvq.layers]
+    if codec.config.codebook_dim > CONTENT_DIM:
+        del books[PULSE_BOOK]
+    return books
+
+
+@torch.no_grad()
+def adopt_codes(codec: MimiModel, earlier: MimiModel):
+    """Take the encoder and the codebooks of an earlier voice, so that its codes keep their meaning,
+    and start the decoder's layers at 25 Hz from its. What leaves the quantizer is scaled to a
+    deviation near 1, that of the pulse channels."""
+    for book, known in zip(content_books(codec), content_books(earlier), strict=True):
+        book.embed_sum.zero_()
+        book.embed_sum[:, :CONTENT_DIM] = codebook_vectors(known)[:, :CONTENT_DIM]
+        book.cluster_usage.fill_(1.0)
+        book._embed = None
+    semantic = rvqs(earlier)[0]
+    vectors = codebook_vectors(semantic.layers[0].codebook)[1:]  # the first is the stop frame's
+    scale = 1 / semantic.output_proj(vectors.T[None]).std()
+    for rvq, known in zip(rvqs(codec), rvqs(earlier), strict=True):
+        weight = known.input_proj.weight
+        rvq.input_proj.weight[: len(weight)] = weight
+        rvq.output_proj.weight[:, :CONTENT_DIM] = known.output_proj.weight[:, :CONTENT_DIM] * scale
+    for name in PART_PATHS:
+        if name != "decoder_seanet":
+            state = getattr(parts(earlier), name).state_dict()
+            getattr(parts(codec), name).load_state_dict(state)
+    for layer in parts(codec).decoder_transformer.layers:
+        for branch in (layer.self_attn_layer_scale, layer.mlp_layer_scale):
+            branch.scale.mul_(scale)
+    keep_pulses(codec)
+
+
+def waveform_latents(codec: MimiModel, audio):
+    """[B, S] -> [B, C, S / 1920], as in MimiModel.encode."""
+    encoder = parts(codec)
+    hidden = encoder.encoder_seanet(audio[:, None])
+    hidden = encoder.encoder_transformer(hidden.transpose(1, 2)).last_hidden_state
+    return encoder.downsample(hidden.transpose(1, 2)).float()
 
 
 @torch.no_grad()

@@ -1,10 +1,15 @@
 """Step 4: encode the speech, and write the codec's checkpoint with K codebooks.
 
     python encode_speech.py RUN --codebooks 7 [--device cpu]
+    python encode_speech.py RUN --warm-start VOICE
 
 Writes RUN/codec/, a transformers MimiModel whose convolution stacks are still untrained, and
 RUN/codes.npz with the codes of all utterances, int16 [frames, K], and `ends`, the end frame of each
 utterance. The stop frame's code is reserved first, so no utterance uses code 0 of codebook 0.
+
+`--warm-start VOICE` takes the encoder and the codebooks of an earlier voice instead of those of
+train_codes.py, so that its language model knows the codes. If that voice has no pulse codes, they
+are added; its encoder learns to guess them.
 """
 
 import argparse
@@ -16,16 +21,24 @@ from transformers import MimiModel
 
 from codec import (
     CODEBOOK_SIZE,
+    CONTENT_DIM,
     PULSE_BOOK,
     Stage1,
+    adopt_codes,
+    content_books,
+    install_pulses,
     keep_pulses,
+    load_codec,
     log_mel,
     make_config,
     reserve_stop_code,
 )
 from common import Speech, autocast, wait_while_paused
+from vox_serve.loading import load_engine
+from warm_start import fit_pulses
 
 BATCH = 32
+FIT_UTTERANCES = 60
 
 
 def load_stage1(run: Path, codebooks: int | None = None) -> Stage1:
@@ -69,26 +82,71 @@ def write_codec(codec: MimiModel, folder: Path):
             raise ValueError(f"{folder} is of other codes than codes.pt ({name}): move it away")
 
 
+def earlier_codec(voice: Path, speech: Speech) -> MimiModel:
+    """An untrained codec with the encoder and the codes of an earlier voice, and pulse codes."""
+    earlier = load_codec(voice)
+    codec = MimiModel(make_config(1 + len(content_books(earlier))))
+    install_pulses(codec)
+    adopt_codes(codec, earlier)
+    reserve_stop_code(codec)
+    codec.eval()
+    if earlier.config.codebook_dim == CONTENT_DIM:
+        fit_pulses(codec, speech, speech.train[:FIT_UTTERANCES])
+    return codec
+
+
+def encode_as(mimi, batch: list[np.ndarray], pulses: list[np.ndarray]) -> list[np.ndarray]:
+    """Like `encode`, with the codec of vox_serve, which is faster than transformers'. It is causal,
+    so the silence after the shorter utterances does not change their codes."""
+    length = max(len(samples) for samples in batch)
+    audio = torch.stack([torch.from_numpy(np.pad(s, (0, length - len(s)))) for s in batch])
+    made = []
+    for codes, known in zip(mimi.encode(audio).numpy(), pulses, strict=True):
+        books = list(codes[: len(known)].T)
+        if mimi.config.codebook_dim > CONTENT_DIM:
+            del books[PULSE_BOOK]
+        books.insert(PULSE_BOOK, known)
+        made.append(np.stack(books, 1).astype(np.int16))
+    return made
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--codebooks", type=int, default=7)
     parser.add_argument("--parts", type=int, help="use only this many parts of the speech")
+    parser.add_argument("--warm-start", type=Path, metavar="VOICE", help="keep this voice's codes")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    model = load_stage1(args.run, args.codebooks).to(args.device)
-    write_codec(model.codec, args.run / "codec")
-    speech = Speech(args.run, args.parts)
-    order = sorted(range(len(speech.rows)), key=speech.num_frames)
-    codes = [None] * len(order)
+    torch.manual_seed(0)  # the same codec each time
+    speech, path = Speech(args.run, args.parts), args.run / "codes.npz"
+    if args.warm_start:
+        codec = earlier_codec(args.warm_start, speech)
+        mimi = load_engine(str(args.warm_start), device="cpu", dtype="float32").mimi
+        phones_path = args.run / "phones.txt"
+        if not phones_path.exists():  # otherwise train_codes.py writes it
+            phones_path.write_text("\n".join(speech.phones()))
+
+        def encode_batch(samples, pulses):
+            return encode_as(mimi, samples, pulses)
+    else:
+        model = load_stage1(args.run, args.codebooks).to(args.device)
+        codec = model.codec
+
+        def encode_batch(samples, pulses):
+            return encode(model, samples, pulses, args.device)
+
+    write_codec(codec, args.run / "codec")
+    codes = [None] * len(speech.rows)
+    if args.warm_start and path.exists():  # of fewer parts: these codes never change
+        known = np.load(path)
+        codes[: len(known["ends"])] = np.split(known["codes"], known["ends"][:-1])
+    order = sorted((i for i, c in enumerate(codes) if c is None), key=speech.num_frames)
     for start in range(0, len(order), BATCH):
         wait_while_paused()
         indices = order[start : start + BATCH]
-        encoded = encode(
-            model,
-            [speech.samples(i) for i in indices],
-            [speech.pulses(i) for i in indices],
-            args.device,
+        encoded = encode_batch(
+            [speech.samples(i) for i in indices], [speech.pulses(i) for i in indices]
         )
         for index, item in zip(indices, encoded, strict=True):
             codes[index] = item
@@ -96,7 +154,7 @@ def main():
             print(f"{start}/{len(order)}", flush=True)
     ends = np.cumsum([len(item) for item in codes])
     stream = np.concatenate(codes)
-    np.savez(args.run / "codes.npz", codes=stream, ends=ends)
+    np.savez(path, codes=stream, ends=ends)
     print(f"{len(stream)} frames, {len(stream) / 12.5 / 3600:.2f} h")
     for k in range(stream.shape[1]):
         share = np.bincount(stream[:, k], minlength=CODEBOOK_SIZE) / len(stream)

@@ -18,7 +18,7 @@ import soundfile
 import torch
 from transformers import MimiModel
 
-from codec import decoder_states, parts
+from codec import PULSE_BOOK, decoder_states, parts
 from common import SAMPLE_RATE_HZ, Speech, wait_while_paused
 from encode_speech import encode, load_stage1
 from judge import Judge
@@ -53,7 +53,9 @@ def report(run: Path, results: dict, texts, heard, show: int):
 
 def evaluate_codec(args, judge):
     codec = MimiModel.from_pretrained(args.folder / "codec").eval()
-    stage1 = load_stage1(args.folder, codec.config.num_quantizers)
+    stage1 = None  # without it, as after encode_speech.py --warm-start, the codec's encoder is used
+    if (args.folder / "codes.pt").exists() and not args.own_encoder:
+        stage1 = load_stage1(args.folder, codec.config.num_quantizers)
     from teacher import Teacher
 
     teacher = Teacher()
@@ -63,11 +65,13 @@ def evaluate_codec(args, judge):
         for seed, text in enumerate(texts):
             wait_while_paused()
             samples, _, pulses = teacher.say(text, speaker, 1.0, seed)
-            if args.own_encoder:
+            if stage1 is not None:
+                codes = encode(stage1, [samples], [pulses], "cpu")[0]
+            else:
                 with torch.no_grad():
                     codes = codec.encode(torch.from_numpy(samples)[None, None]).audio_codes[0].T
-            else:
-                codes = encode(stage1, [samples], [pulses], "cpu")[0]
+                if not args.own_encoder:
+                    codes[:, PULSE_BOOK] = torch.from_numpy(pulses)
             audios.append(decode(codec, codes))
             references.append(samples)
         for what, sounds in (("teacher", references), ("codec", audios)):
@@ -133,7 +137,7 @@ def main():
     parser.add_argument(
         "--own-encoder",
         action="store_true",
-        help="codec: encode with SEANet instead of the mel front-end",
+        help="codec: the pulse codes too are those of the codec's encoder",
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="skip DNSMOS")

@@ -1,9 +1,8 @@
-"""Starts the language model from an earlier voice's, although codes and tokens differ.
+"""Starts the language model from an earlier voice's, whose codes the codec has kept.
 
-The layers, which took two hours to learn, stay. Text embeddings go by phone: the words that both
-pronouncing dictionaries spell give the correspondence. The earlier codec encodes some of the new
-speech, so every frame has codes of both: the new codes' embeddings are fitted so that a frame's sum
-is as it was, and a new code's row of the head is the mean of its frames' earlier rows.
+The layers and all that belongs to a code stay. Text embeddings go by phone: the words that both
+pronouncing dictionaries spell give the correspondence. Only the pulse codes, if the earlier voice
+had none, start at random.
 """
 
 import collections
@@ -11,15 +10,12 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
 import torch
-from transformers import CsmForConditionalGeneration
+from transformers import CsmForConditionalGeneration, MimiModel
 
-from common import FIRST_PHONE, Speech, wait_while_paused
+from codec import CONTENT_DIM, PULSE_BOOK, codebook_vectors, content_books
+from common import FIRST_PHONE
 
-UTTERANCES = 600
-ROUNDS = 4  # of backfitting: a frame's embedding is a sum over codebooks
-PRIOR_FRAMES = 4  # rare codes stay near the mean of all frames
 PHONES = range(FIRST_PHONE, FIRST_PHONE + 0x400)
 SERVED_TEMPERATURE, EXPORTED_TEMPERATURE = 0.9, 0.3  # export.py scaled both heads by their ratio
 
@@ -53,57 +49,26 @@ def same_tokens(new: dict, earlier: dict) -> dict[int, int]:
     return found
 
 
-def frame_means(codes, values, size: int):
-    """codes [N], values [N, C] -> the mean of each code's values, shrunk to 0, [size, C]."""
-    sums = torch.zeros(size, values.shape[1]).index_add_(0, codes, values)
-    counts = torch.bincount(codes, minlength=size)[:, None]
-    return sums / (counts + PRIOR_FRAMES)
-
-
-def backfit(codes, values, size: int):
-    """codes [N, K], values [N, C] -> tables [K, size, C]: the sum of the rows that a frame's codes
-    look up is near its value."""
-    mean = values.mean(0)
-    count = codes.shape[1]
-    tables = torch.zeros(count, size, values.shape[1])
-    rest = values - mean
-    for _ in range(ROUNDS):
-        for k in range(count):
-            rest = rest + tables[k][codes[:, k]]
-            tables[k] = frame_means(codes[:, k], rest, size)
-            rest = rest - tables[k][codes[:, k]]
-    return tables + mean / count
+def check_codes(codec: MimiModel, earlier: MimiModel):
+    """Raises ValueError unless both have the same codebooks, but for the pulses."""
+    new, known = (
+        torch.stack([codebook_vectors(book)[:, :CONTENT_DIM] for book in content_books(mimi)])
+        for mimi in (codec, earlier)
+    )
+    if not torch.equal(new, known):
+        raise ValueError("the codec has other codes than the voice: encode_speech.py --warm-start")
 
 
 @torch.no_grad()
-def earlier_codes(codec, speech: Speech, indices):
-    """Codes [N, K] of whole utterances, one after the other."""
-    found = []
-    for index in indices:
-        wait_while_paused()
-        audio = torch.from_numpy(speech.samples(int(index)))[None, None]
-        found.append(codec.encode(audio).audio_codes[0].T)
-    return torch.cat(found)
-
-
-@torch.no_grad()
-def transfer(model, checkpoint: Path, run: Path, speech: Speech, rng):
-    """Fills `model` from the voice in `checkpoint`; its last heads stay random."""
+def transfer(model, checkpoint: Path, run: Path, codec: MimiModel):
+    """Fills `model` from the voice in `checkpoint`."""
     earlier = CsmForConditionalGeneration.from_pretrained(checkpoint).float().eval()
-    saved = np.load(run / "codes.npz")
-    ends = saved["ends"]
-    usable = [i for i in speech.train if i < len(ends)]
-    indices = rng.choice(usable, min(UTTERANCES, len(usable)), replace=False)
-    spans = [slice(ends[i - 1] if i else 0, ends[i]) for i in indices]
-    codes = torch.from_numpy(np.concatenate([saved["codes"][s] for s in spans]).astype(np.int64))
-    before = earlier_codes(earlier.codec_model, speech, indices)
-    assert len(before) == len(codes), (len(before), len(codes))
-
+    check_codes(codec, earlier.codec_model)
     other = earlier.state_dict()
     for name, tensor in model.state_dict().items():
         kept = other.get(name)
         alike = kept is not None and kept.shape == tensor.shape
-        if alike and not name.startswith(("codec_model", "embed_text_tokens", "lm_head")):
+        if alike and not name.startswith(("codec_model", "embed_text_tokens")):
             tensor.copy_(kept)
     tokens = same_tokens(
         *(json.loads((f / "tokenizer.json").read_text()) for f in (run, Path(checkpoint)))
@@ -111,21 +76,18 @@ def transfer(model, checkpoint: Path, run: Path, speech: Speech, rng):
     new_ids, earlier_ids = (torch.tensor(x) for x in zip(*tokens.items(), strict=True))
     model.embed_text_tokens.weight[new_ids] = earlier.embed_text_tokens.weight[earlier_ids]
 
-    size, count = model.config.vocab_size, model.config.num_codebooks
-    table = earlier.backbone_model.embed_tokens.embed_audio_tokens.weight
-    offsets = torch.arange(before.shape[1]) * earlier.config.vocab_size
-    frames = table[before + offsets].sum(1)
-    made = backfit(codes, frames, size)
-    # The stop frame is all zeros. Only there has codebook 0 this code, which makes up for the rest.
-    made[0, 0] = table[offsets].sum(0) - made[1:, 0].sum(0)
-    model.backbone_model.embed_tokens.embed_audio_tokens.weight.copy_(made.flatten(0, 1))
-
+    size = model.config.vocab_size
+    books = list(range(model.config.num_codebooks))
+    if earlier.config.num_codebooks < len(books):
+        books.remove(PULSE_BOOK)
+    table, known = (
+        m.backbone_model.embed_tokens.embed_audio_tokens.weight.unflatten(0, (-1, size))
+        for m in (model, earlier)
+    )
+    table[books] = known
+    heads = model.depth_decoder.codebooks_head.weight
+    heads[[k - 1 for k in books[1:]]] = earlier.depth_decoder.codebooks_head.weight
     cooler = EXPORTED_TEMPERATURE / SERVED_TEMPERATURE
-    head = earlier.lm_head.weight * cooler
-    mean = head.mean(0)
-    rows = frame_means(codes[:, 0], head[before[:, 0]] - mean, size) + mean
-    rows[0] = head[0]
-    model.lm_head.weight.copy_(rows)
-    error = (sum(made[k][codes[:, k]] for k in range(count)) - frames).square().sum()
-    explained = 1 - float(error / (frames - frames.mean(0)).square().sum())
-    print(f"{len(tokens)} tokens kept; {explained:.0%} of the frames' embeddings explained")
+    heads.mul_(cooler)
+    model.lm_head.weight.mul_(cooler)
+    print(f"{len(tokens)} of {model.config.text_vocab_size} tokens kept")

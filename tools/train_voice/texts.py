@@ -231,7 +231,7 @@ def short_utterance(rng: random.Random, sentences: list[str]) -> str:
 def novel_parts() -> list[str]:
     """Novels in parts, as the server cuts a long text."""
     texts = paragraphs()
-    return [part for text in texts for part in split(text, MAX_PART_CHARS, MAX_PART_CHARS)]
+    return [str(part) for text in texts for part in split(text, MAX_PART_CHARS, MAX_PART_CHARS)]
 
 
 def as_clause(sentence: str) -> str:

@@ -17,21 +17,21 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import MimiModel
 
-from codec import CONTENT_DIM, PULSE_BOOK, log_mel, parts, pulse_vectors, rvqs
+from codec import (
+    CONTENT_DIM,
+    PULSE_BOOK,
+    log_mel,
+    parts,
+    pulse_vectors,
+    rvqs,
+    waveform_latents,
+)
 from common import FRAME_SAMPLES, Speech, Training, autocast
 from encode_speech import load_stage1
 from pulse_codes import PULSE_DIM
 
 BATCH = 8
 WINDOW_FRAMES = 24
-
-
-def waveform_latents(codec: MimiModel, audio):
-    """[B, S] -> [B, C, S / 1920], as in MimiModel.encode."""
-    encoder = parts(codec)
-    hidden = encoder.encoder_seanet(audio[:, None])
-    hidden = encoder.encoder_transformer(hidden.transpose(1, 2)).last_hidden_state
-    return encoder.downsample(hidden.transpose(1, 2)).float()
 
 
 def projections(codec: MimiModel, latents):

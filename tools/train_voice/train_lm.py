@@ -23,13 +23,14 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import MimiConfig
+from transformers import MimiConfig, MimiModel
 
 from codec import PULSE_BOOK
 from common import Speech, Training, autocast
 from lm import depth_logits, embed_frames, make_config, make_model, rope_table, run_stack
 from lm_data import LABELS_PER_FRAME, batches, collate, describe, load_examples
 from lm_warm_start import transfer
+from muon import Muon
 
 WATCHED_LAYER = 2
 CURRENT_HEAD, NEXT_HEAD = 0, 3  # in different key groups
@@ -141,7 +142,7 @@ def main():
     codec_config = MimiConfig.from_pretrained(args.run / "codec")
     model = make_model(make_config(codec_config, tokenizer))
     if args.warm_start and not (args.run / f"{args.name}.pt").exists():
-        transfer(model, args.warm_start, args.run, Speech(args.run), np.random.default_rng(0))
+        transfer(model, args.warm_start, args.run, MimiModel.from_pretrained(args.run / "codec"))
     model = model.to(args.device)
     num_phones = len((args.run / "phones.txt").read_text().split("\n"))
     phone_head = nn.Linear(model.config.hidden_size, LABELS_PER_FRAME * num_phones)
@@ -153,7 +154,7 @@ def main():
     print(f"{sum(p.numel() for p in language.parameters()) / 1e6:.2f} M parameters")
     states = {
         "language": language,
-        "muon": torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.01),
+        "muon": Muon(matrices, lr=args.lr, weight_decay=0.01),
         "adam": torch.optim.AdamW(rest, lr=args.adam_lr, betas=(0.9, 0.98), weight_decay=0.01),
     }
     examples = load_examples(args.run)

@@ -6,9 +6,9 @@
 The quantizer, the upsampling and the decoder transformer of RUN/codec are frozen; their states are
 whitened (without that the decoder learns nothing: some channels vary a hundred times more than
 others) and the whitening is folded into the first convolution when RUN/codec is written.
-The adversarial run thaws the upsampling and the transformer too. It has a small multi-scale STFT
-discriminator (EnCodec, section 3.4), which judges texture, and a small multi-period one (HiFi-GAN,
-section 2.3), which judges pitch, both with feature matching.
+`--thaw` trains the upsampling and the transformer too, and so does the adversarial run. That has a
+small multi-scale STFT discriminator (EnCodec, section 3.4), which judges texture, and a small
+multi-period one (HiFi-GAN, section 2.3), which judges pitch, both with feature matching.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 from transformers import MimiModel
 
-from codec import PULSE_BOOK, decoder_states, mel_filters, parts
+from codec import PULSE_BOOK, decoder_states, keep_pulses, mel_filters, parts
 from common import FRAME_SAMPLES, Speech, Training, autocast
 from discriminators import PeriodDiscriminator, ScaleDiscriminator
 from pulse_codes import PULSE_DIM
@@ -157,7 +157,8 @@ class Crops:
         self.codes, self.ends = saved["codes"], saved["ends"]
         self.speech, self.rng = speech, np.random.default_rng(0)
         lengths = np.diff(self.ends, prepend=0)
-        long = [i for i in speech.train if i < len(lengths) and lengths[i] >= CROP_FRAMES]
+        speech.train = [i for i in speech.train if i < len(lengths)]  # what is encoded
+        long = [i for i in speech.train if lengths[i] >= CROP_FRAMES]
         self.indices, self.lengths = long, lengths
 
     def batch(self):
@@ -214,6 +215,7 @@ def main():
     parser.add_argument("--voiced-weight", type=float, default=0.0, help="of the harmonics' phase")
     parser.add_argument("--decay", type=float, default=0.5, help="last share of the run: lr falls")
     parser.add_argument("--warm-start", type=Path, metavar="VOICE", help="see warm_start.py")
+    parser.add_argument("--thaw", action="store_true", help="train the decoder transformer too")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     args.lr = args.lr or (6e-4 if args.adversarial else 1.5e-3)
@@ -239,16 +241,19 @@ def main():
     codec, vocoder = codec.to(args.device), vocoder.to(args.device)
     generator = torch.optim.AdamW(vocoder.parameters(), lr=args.lr, betas=(0.8, 0.99))
     states = {"vocoder": vocoder, "generator": generator}
-    if args.adversarial:
+    thaw = args.adversarial or args.thaw
+    if thaw:
         decoder = parts(codec)
         context = nn.ModuleList([decoder.upsample, decoder.decoder_transformer])
         set_trainable(context, True)
         generator.add_param_group(dict(params=context.parameters(), lr=args.lr * CONTEXT_LR))
+        states["context"] = context
+    if args.adversarial:
         judges = nn.ModuleList(
             [ScaleDiscriminator(n) for n in WINDOWS] + [PeriodDiscriminator(n) for n in PERIODS]
         ).to(args.device)
         judge_optimizer = torch.optim.AdamW(judges.parameters(), lr=5e-4, betas=(0.8, 0.99))
-        states |= {"context": context, "judges": judges, "judge_optimizer": judge_optimizer}
+        states |= {"judges": judges, "judge_optimizer": judge_optimizer}
         start = torch.load(args.run / "vocoder.pt", map_location="cpu", weights_only=True)
         vocoder.load_state_dict(start["vocoder"])
     name = "vocoder_adversarial" if args.adversarial else "vocoder"
@@ -298,6 +303,8 @@ def main():
         total.backward()
         torch.nn.utils.clip_grad_norm_(trained, 10.0)
         generator.step()
+        if thaw:
+            keep_pulses(codec)
         training.log(**{key: value.detach() for key, value in loss.items()})
 
     parts(codec).decoder_seanet.load_state_dict(vocoder.cpu().folded().state_dict())

@@ -8,21 +8,27 @@ earlier codec's states, is fitted to the new states by ridge regression.
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import CsmForConditionalGeneration, MimiModel
+from transformers import MimiModel
 
-from codec import decoder_states, parts
+from codec import (
+    CONTENT_DIM,
+    PULSE_BOOK,
+    codebook_vectors,
+    decoder_states,
+    load_codec,
+    parts,
+    rvqs,
+    waveform_latents,
+)
 from common import Speech
+from pulse_codes import F0_HATS
 from wires import COUNTS, carry_pulses
 
 UTTERANCES = 80
 UPSAMPLINGS = (2, 5, 8, 11)  # layers of the decoder; the residual block follows
 RIDGE = 1e-2  # of the mean variance
+VOICED_SHARE = 0.67  # a frame of which the regression is half sure that it is voiced is voiced
 LEAK = 0.1  # of the weights that lead from a wire to the channels of the earlier decoder
-
-
-def load_codec(checkpoint) -> MimiModel:
-    """The codec of a voice's folder."""
-    return CsmForConditionalGeneration.from_pretrained(checkpoint).codec_model.float().eval()
 
 
 def outputs(seanet, first):
@@ -91,6 +97,27 @@ def ridge(inputs, targets):
     gram.diagonal().add_(RIDGE * gram.diagonal().mean())
     weights = torch.linalg.solve(gram, centred.T @ (targets - target_mean))
     return weights, target_mean - mean @ weights
+
+
+@torch.no_grad()
+def fit_pulses(codec: MimiModel, speech: Speech, indices):
+    """Let an encoder that knows no pulse codes tell voicing and F0, by a linear regression of the
+    pulse channels from its latents. It cannot tell the phase, which a context does not need: those
+    channels are 0, and the others large enough to find the nearest code alone."""
+    book = rvqs(codec)[1].layers[PULSE_BOOK - 1].codebook
+    vectors = codebook_vectors(book)[:, CONTENT_DIM:].clone()
+    vectors *= VOICED_SHARE * vectors[1:].square().sum(1).mean()
+    vectors[:, : -F0_HATS - 2] = 0
+    latents, targets = [], []
+    for index in indices:
+        audio = torch.from_numpy(speech.samples(int(index)))[None]
+        latents.append(waveform_latents(codec, audio)[0].T)
+        targets.append(vectors[speech.pulses(int(index))])
+    inputs = torch.cat(latents)
+    gram = inputs.T @ inputs
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    weights = torch.linalg.solve(gram, inputs.T @ torch.cat(targets))
+    rvqs(codec)[1].input_proj.weight[CONTENT_DIM:] = weights.T[..., None]
 
 
 class WarmStart:
