@@ -226,7 +226,8 @@ def main():
     fresh = not args.adversarial and not (args.run / "vocoder.pt").exists()
     warm = None
     if args.warm_start and fresh:
-        warm = WarmStart(args.warm_start, crops.speech, np.random.default_rng(0))
+        rng = np.random.default_rng(0)
+        warm = WarmStart(args.warm_start, crops.codes, crops.ends, crops.speech.train, rng)
         vocoder = Vocoder(warm.seanet, codec.config.hidden_size)
     else:
         seanet = parts(MimiModel(codec.config)).decoder_seanet
@@ -236,7 +237,7 @@ def main():
         sample = [crop_states(codec, *crops.batch()[:2]) for _ in range(20)]
         vocoder.set_whitening(torch.cat(sample).flatten(0, 1))
     if warm is not None:
-        explained = warm.fit(vocoder, codec, crops.codes, crops.ends)
+        explained = warm.fit(vocoder, codec)
         print(f"the first convolution explains {explained:.0%} of the earlier one's output")
     codec, vocoder = codec.to(args.device), vocoder.to(args.device)
     generator = torch.optim.AdamW(vocoder.parameters(), lr=args.lr, betas=(0.8, 0.99))

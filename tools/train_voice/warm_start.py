@@ -1,8 +1,8 @@
 """Starts the vocoder from the SEANet decoder of an earlier voice of the same sizes.
 
-The earlier decoder took an hour and a half to learn; only its input and its phase are of no use.
-Its least important channels make room for the wires, and its first convolution, which read the
-earlier codec's states, is fitted to the new states by ridge regression.
+Its first convolution, which read the earlier codec's states, is fitted to the new states by ridge
+regression. If the earlier voice had no pulse codes, the least important channels of its decoder
+make room for the wires.
 """
 
 import numpy as np
@@ -99,6 +99,11 @@ def ridge(inputs, targets):
     return weights, target_mean - mean @ weights
 
 
+def codec_states(codec: MimiModel, codes):
+    """Codes [N, K] -> what the SEANet decoder reads, [2N, C]."""
+    return decoder_states(codec, codec.quantizer.decode(codes.T[None]))[0]
+
+
 @torch.no_grad()
 def fit_pulses(codec: MimiModel, speech: Speech, indices):
     """Let an encoder that knows no pulse codes tell voicing and F0, by a linear regression of the
@@ -121,44 +126,47 @@ def fit_pulses(codec: MimiModel, speech: Speech, indices):
 
 
 class WarmStart:
-    """The earlier decoder, ready for `Vocoder`, and the outputs that its first convolution had."""
+    """The earlier decoder, ready for `Vocoder`, and what its first convolution makes of some
+    utterances: codes [N, K] in all, each up to its frame in `ends`."""
 
     @torch.no_grad()
-    def __init__(self, checkpoint, speech: Speech, rng):
+    def __init__(self, checkpoint, codes, ends, indices, rng):
         earlier = load_codec(checkpoint)
         self.seanet = parts(earlier).decoder_seanet
-        self.indices = rng.choice(speech.train, UTTERANCES, replace=False)
-        self.targets = []
-        for index in self.indices:
-            audio = torch.from_numpy(speech.samples(int(index)))[None, None]
-            codes = earlier.encode(audio).audio_codes
-            states = decoder_states(earlier, earlier.quantizer.decode(codes))
-            self.targets.append(self.seanet.layers[0](states.transpose(1, 2)))
-        order = make_room(self.seanet, torch.cat(self.targets[:20], 2))
-        self.targets = [target[0, order].T for target in self.targets]
-        add_wires(self.seanet)
+        chosen = rng.choice(indices, min(UTTERANCES, len(indices)), replace=False)
+        spans = [slice(ends[i - 1] if i else 0, ends[i]) for i in chosen]
+        self.codes = [torch.from_numpy(codes[span].astype(np.int64)) for span in spans]
+        books = list(range(codes.shape[1]))
+        self.fitted = slice(None)
+        knows_pulses = earlier.config.codebook_dim > CONTENT_DIM
+        if not knows_pulses:
+            books.remove(PULSE_BOOK)
+        self.targets = [
+            self.seanet.layers[0](codec_states(earlier, item[:, books]).T[None])
+            for item in self.codes
+        ]
+        if not knows_pulses:
+            order = make_room(self.seanet, torch.cat(self.targets[:20], 2))
+            self.targets = [target[:, order] for target in self.targets]
+            add_wires(self.seanet)
+            self.fitted = slice(COUNTS[0], None)
 
     @torch.no_grad()
-    def fit(self, vocoder, codec: MimiModel, codes, ends):
-        """Fits the first convolution to the states of `codec` for `codes` [N, K], whose utterances
-        end at `ends`. Returns the share of the outputs' variance that is explained."""
+    def fit(self, vocoder, codec: MimiModel):
+        """Fits the first convolution to the states of `codec`. Returns the share of the outputs'
+        variance that is explained."""
         first = vocoder.convs()[0]
         kernel = first.weight.shape[2]
         windows = []
-        for index in self.indices:
-            item = codes[ends[index - 1] if index else 0 : ends[index]].astype(np.int64)
-            quantized = codec.quantizer.decode(torch.from_numpy(item).T[None])
-            states = decoder_states(codec, quantized)[0]
-            states = (states - vocoder.mean) @ vocoder.whitening
+        for item in self.codes:
+            states = (codec_states(codec, item) - vocoder.mean) @ vocoder.whitening
             states = F.pad(states, (0, 0, kernel - 1, 0))
             windows.append(states.unfold(0, kernel, 1).flatten(1))
-        inputs = torch.cat(windows)
-        targets = torch.cat([t[: len(w)] for t, w in zip(self.targets, windows, strict=True)])
+        inputs, targets = torch.cat(windows), torch.cat([t[0].T for t in self.targets])
         weights, bias = ridge(inputs, targets)
         error = (inputs @ weights + bias - targets).square().sum()
-        kept = slice(COUNTS[0], None)
         weight = first.weight.clone()
-        weight[kept] = weights.T.view(weight.shape)[kept]
+        weight[self.fitted] = weights.T.view(weight.shape)[self.fitted]
         first.weight = weight
-        first.bias[kept] = bias[kept]
+        first.bias[self.fitted] = bias[self.fitted]
         return 1 - float(error / (targets - targets.mean(0)).square().sum())

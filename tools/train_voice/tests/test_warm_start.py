@@ -66,14 +66,6 @@ def test_wires_leave_the_other_channels_alone(model):
             torch.testing.assert_close(new[:read, count:], warm_start.LEAK * old[:read, count:])
 
 
-class Recorded:
-    def __init__(self, audio):
-        self.audio, self.train = audio, list(range(len(audio)))
-
-    def samples(self, index):
-        return self.audio[index]
-
-
 @pytest.mark.parametrize("has_pulses", [False, True])
 def test_codes_of_an_earlier_voice_get_the_known_pulses(has_pulses):
     books = 3 if has_pulses else 2
@@ -94,23 +86,6 @@ def test_codes_of_an_earlier_voice_get_the_known_pulses(has_pulses):
         assert (codes[:, [0, 2]] == own[: len(known), [0, -1]]).all()
 
 
-def test_first_convolution_is_fitted_to_the_new_states(model, monkeypatch):
-    monkeypatch.setattr(warm_start, "UTTERANCES", 6)
-    monkeypatch.setattr(warm_start, "load_codec", lambda checkpoint: model)
-    monkeypatch.setattr(warm_start, "RIDGE", 1e-6)
-    rng = np.random.default_rng(0)
-    audio = rng.normal(size=(6, 90 * FRAME_SAMPLES)).astype(np.float32)
-    with torch.no_grad():
-        sounds = torch.from_numpy(audio)[:, None]
-        codec.init_codebooks(model, codec.waveform_latents(model, sounds[:, 0]))
-        codes = model.encode(sounds).audio_codes.permute(0, 2, 1).flatten(0, 1).numpy()
-    warm = warm_start.WarmStart("", Recorded(audio), rng)
-    vocoder = train_vocoder.Vocoder(warm.seanet, 128)
-    # The same codec and codes: what the earlier decoder read can be told exactly.
-    explained = warm.fit(vocoder, model, codes, np.arange(1, 7) * 90)
-    assert explained > 0.99
-
-
 def without_pulses(config):
     """A codec with the content codebooks of `config` alone."""
     config = copy.deepcopy(config)
@@ -122,6 +97,25 @@ def without_pulses(config):
             torch.nn.init.normal_(layer.codebook.embed_sum)
             layer.codebook.cluster_usage.fill_(2.0)
     return made
+
+
+@pytest.mark.parametrize("has_pulses", [False, True])
+def test_first_convolution_is_fitted_to_the_new_states(model, monkeypatch, has_pulses):
+    earlier = model
+    if not has_pulses:
+        earlier = without_pulses(model.config)
+        codec.adopt_codes(model, earlier)
+    monkeypatch.setattr(warm_start, "load_codec", lambda checkpoint: earlier)
+    monkeypatch.setattr(warm_start, "RIDGE", 1e-6)
+    rng = np.random.default_rng(0)
+    codes = rng.integers(1, 300, (540, 3))
+    ends = np.arange(1, 7) * 90
+    warm = warm_start.WarmStart("", codes, ends, range(6), rng)
+    vocoder = train_vocoder.Vocoder(warm.seanet, 128)
+    explained = warm.fit(vocoder, model)
+    # With known pulses, what the earlier decoder read can be told exactly; without, some channels
+    # of the states have made room for them.
+    assert explained > (0.99 if has_pulses else 0.5)
 
 
 def test_adopted_codes_keep_their_meaning(model):
