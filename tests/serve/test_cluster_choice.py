@@ -117,6 +117,22 @@ def test_a_directory_gives_a_conversation_to_one_replica_at_a_time():
     assert len(directory) == 1
 
 
+def test_a_directory_lets_one_replica_begin_a_conversation(monkeypatch):
+    monkeypatch.setattr("vox_serve.cluster.directory.MAX_CLAIMED", 2)
+    now = [0.0]
+    directory = Directory(9, 60.0, lambda: now[0])
+    now[0] += GRACE_S
+    key, a, b = ("me", "call"), ("h", 1, "s"), ("h", 2, "s")
+    assert directory.claim(key, a, None).owner == a
+    assert directory.claim(key, b, None).owner == a
+    assert directory.claim(key, b, a).owner == b  # the first one released it
+    assert directory.save(key, b, {})
+    assert directory.claim(key, a, None).owner == b
+    for number in range(3):
+        directory.claim(("me", str(number)), a, None)
+    assert len(directory._claimed) == 2
+
+
 def test_the_client_with_the_most_conversations_makes_room_in_a_directory():
     directory, owner = Directory(3, 60.0, lambda: 0.0), ("h", 1, "s")
     for client, key in (("a", "1"), ("b", "1"), ("b", "2"), ("b", "3"), ("c", "1"), ("d", "1")):

@@ -13,7 +13,7 @@ import torch
 
 from local_cluster import LocalKeeper
 from vox_serve.cluster import home as home_module
-from vox_serve.cluster.home import Home, released
+from vox_serve.cluster.home import ElsewhereError, Home, released
 from vox_serve.cluster.private_server import Address
 from vox_serve.cluster.replica import model_name
 from vox_serve.config import Config
@@ -104,6 +104,25 @@ def test_requests_at_the_same_time_fetch_a_conversation_once(replicas):
         assert len(set(map(id, seen))) == 1
         assert not seen[0].is_deleted
         assert texts(seen[0]) == ["one"]
+
+    asyncio.run(run())
+
+
+def test_two_replicas_do_not_both_begin_a_conversation(replicas):
+    async def run() -> None:
+        keeper = Keeper()
+        replicas.update({A: make_home(keeper, A), B: make_home(keeper, B)})
+
+        async def use(address: Address) -> str:
+            try:
+                async with replicas[address].hold(*CALL, waits=False):
+                    await asyncio.sleep(0.01)
+                    await begin(replicas[address], "one")
+                    return "begun"
+            except ElsewhereError as error:
+                return f"at {error.owner.secret}"
+
+        assert await asyncio.gather(use(A), use(B)) == ["begun", "at a"]
 
     asyncio.run(run())
 

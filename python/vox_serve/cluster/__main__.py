@@ -123,6 +123,7 @@ def start_ray(args: Any, config: Config) -> int:
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would let other programs go first
     os.environ.setdefault("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "1")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
     if args.address:

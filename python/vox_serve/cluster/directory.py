@@ -15,6 +15,9 @@ from typing import Any
 GRACE_S = 5.0
 """A directory that has just begun waits so long for the replicas to tell it what they have."""
 
+MAX_CLAIMED = 10_000
+"""Most keys that replicas have asked for and that nobody has saved yet."""
+
 Key = tuple[str, str]
 """A client, and its name for a conversation."""
 
@@ -70,6 +73,7 @@ class Directory:
         self._begun_s = clock()
         self._entries: OrderedDict[Key, Entry] = OrderedDict()  # the longest unused one first
         self._counts: Counter[str] = Counter()  # by client
+        self._claimed: OrderedDict[Key, Sequence[Any]] = OrderedDict()  # nothing is saved yet
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -84,13 +88,29 @@ class Directory:
         """
         self._expire()
         entry = self._entries.get(key)
-        if entry is None:  # it is registered by its first `save`
-            return Claim(None if self._clock() - self._begun_s < GRACE_S else asker)
+        if entry is None:
+            if self._clock() - self._begun_s < GRACE_S:
+                return Claim(None)
+            return Claim(self._claim_new(key, asker, instead_of))
         if tuple(entry.owner) not in (tuple(asker), tuple(instead_of or ())):
             return Claim(entry.owner)
         entry.owner = asker
         self._touch(key)
         return Claim(asker, entry.state)
+
+    def _claim_new(
+        self, key: Key, asker: Sequence[Any], instead_of: Sequence[Any] | None
+    ) -> Sequence[Any]:
+        """The replica that may begin a conversation: the first that asked, until it releases it.
+        Otherwise two replicas could both begin it."""
+        first = self._claimed.get(key, asker)
+        if tuple(first) not in (tuple(asker), tuple(instead_of or ())):
+            return first
+        self._claimed[key] = asker
+        self._claimed.move_to_end(key)
+        if len(self._claimed) > MAX_CLAIMED:
+            self._claimed.popitem(last=False)
+        return asker
 
     def save(self, key: Key, owner: Sequence[Any], state: State | None) -> bool:
         """Keep a conversation's state, or forget it.
@@ -106,6 +126,7 @@ class Directory:
         entry = self._entries.get(key)
         if entry is not None and tuple(entry.owner) != tuple(owner):
             return False
+        self._claimed.pop(key, None)
         if state is None:
             if entry is not None:
                 self._forget(key)
