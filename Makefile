@@ -90,15 +90,20 @@ test: $(VENV)/test $(VENV)/simt
 test-fast: $(VENV)/test
 	$(PYTEST) -m 'not slow' -k 'not simt'
 
-# The tests of HTTP through a cluster's door, and clusters with real Ray: some minutes on two free cores.
+# The tests of HTTP through a cluster's door, then against a cluster of two with real Ray, and tests of
+# clusters: about 20 minutes on two cores.
 DOOR_TESTS = $(addprefix tests/serve/test_,api.py live.py live_formats.py live_server.py openai_api.py \
   voice_routes.py conversation_routes.py conversing.py speech_context.py request_id.py)
 # Not through a door: /health has the state of each replica there, and a replica whose engine has
 # failed is gone.
 NOT_DOOR = says_what_is_true or readiness_fails or cannot_start_again
+# Not against a cluster: they change the engine or the server in their own process.
+NOT_CLUSTER = leaves_the_event_loop or more_speakers or end_of_the_server_gives_up or \
+  single_utterances_gets_no_context or memory_of_frames
 cluster-test: $(VENV)/test
 	$(BIN)/pip install --quiet $$($(call EXTRA,cluster))
 	$(RUN) -m pytest -q --door -k "not ($(NOT_DOOR))" $(DOOR_TESTS)
+	$(RUN) -m pytest -q --cluster -k "not ($(NOT_DOOR) or $(NOT_CLUSTER))" $(DOOR_TESTS)
 	$(RUN) -m pytest -q tests/serve/test_cluster*.py tests/cluster
 
 # A mixed load with cancels, stalls and faults for MINUTES: results in build/soak.

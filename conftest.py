@@ -21,12 +21,17 @@ from ops_testing import ALL_TARGETS, end_if_gpu_is_broken, targets
 from vox_serve import loading
 from voxkern.backend import OPS
 
-pytest_plugins = ["through_door"]
+pytest_plugins = ["through_door", "through_cluster"]
 
 
 def pytest_addoption(parser) -> None:
     parser.addoption(
         "--door", action="store_true", help="run the tests of HTTP through a cluster's door"
+    )
+    parser.addoption(
+        "--cluster",
+        action="store_true",
+        help="run the tests of HTTP against a cluster of two with real Ray",
     )
     parser.addoption(
         "--url",

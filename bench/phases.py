@@ -3,9 +3,9 @@
     python bench/phases.py --url http://127.0.0.1:8000 --phases 2x20,10x60,2x60
 
 Each phase is so many streams at once for so many seconds, each followed by the next one. A row for
-each phase: the replicas that /health showed, the streams, those whose listener ran out of audio,
-refusals, failures (neither complete nor refused), first audio, and audio a second. The last line is
-JSON.
+each phase: the replicas that /health showed, the streams, those whose listener ran out of audio and
+for how long, refusals, failures (neither complete nor refused), first audio, and audio a second.
+The last line is JSON.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import asyncio
 import json
 import urllib.request
 from collections.abc import Sequence
+from pathlib import Path
 
 import arrivals
 import speech_load
@@ -37,7 +38,8 @@ async def watch(url: str, seen: list[int]) -> None:
 
 
 async def run(url: str, phases: Sequence[tuple[int, float]], report: Report) -> None:
-    names = ("replicas", "streams", "with gaps", "refused", "failed", "first p50", "first p95")
+    gaps, firsts = ("with gaps", "gap ms"), ("first p50", "first p95")
+    names = ("replicas", "streams", *gaps, "refused", "failed", *firsts)
     table = report.table("phases", ["at once", "seconds", *names, "audio s/s"])
     target = Target(url)
     for index, (at_once, seconds) in enumerate(phases):
@@ -58,9 +60,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--phases", default="2x20,10x60,2x60")
+    parser.add_argument("--save", type=Path, help="a JSON file")
     args = parser.parse_args()
     parts = (phase.split("x") for phase in args.phases.split(","))
     report = Report()
+    report.path = args.save
     asyncio.run(run(args.url, [(int(n), float(s)) for n, s in parts], report))
     print(report.json())
 

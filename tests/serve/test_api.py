@@ -369,7 +369,7 @@ def test_head_is_get_without_the_body(path, client):
     headers = {"X-Request-Id": "same"}
     got, head = client.get(path, headers=headers), client.head(path, headers=headers)
     assert head.status_code == got.status_code
-    assert head.headers == got.headers
+    assert {**head.headers, "date": ""} == {**got.headers, "date": ""}
     assert head.content == b""
     assert client.head("/generate").status_code == 405
 

@@ -114,7 +114,7 @@ def begin_stream(cluster, seed: int):
 
 
 def rest(answer) -> bytes | None:
-    """What comes until the end of an answer; None if it is cut."""
+    """The rest of an answer; None if it is cut."""
     try:
         return answer.read()
     except http.client.IncompleteRead:

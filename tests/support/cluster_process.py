@@ -25,13 +25,14 @@ class ClusterProcess:
 
     Args:
         flags: of the command.
+        command: arguments of Python that run it.
     """
 
-    def __init__(self, *flags: str):
+    def __init__(self, *flags: str, command: Sequence[str] = ("-m", "vox_serve.cluster")):
         self.folder = tempfile.mkdtemp(prefix="vk-")  # short: Ray's sockets lie below it
         self.log = Path(self.folder, "log")
         for _ in range(3):
-            self._start(flags)
+            self._start([*command, "--port", "0", *flags])
             url = next((line for line in self.process.stdout if "ready at" in line), "")
             # Ray gives a node 30 s to start, which a busy machine may exceed.
             if url or "timed out during startup" not in self.log.read_text():
@@ -46,7 +47,7 @@ class ClusterProcess:
         self._reader = threading.Thread(target=self.process.stdout.read, daemon=True)
         self._reader.start()
 
-    def _start(self, flags: Sequence[str]) -> None:
+    def _start(self, args: Sequence[str]) -> None:
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -56,10 +57,9 @@ class ClusterProcess:
             "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
             "VOX_SERVE_TRACEBACK": "1",
         }
-        command = [sys.executable, "-m", "vox_serve.cluster", "--port", "0", *flags]
         with self.log.open("w") as errors:
             self.process = subprocess.Popen(
-                command,
+                [sys.executable, *args],
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,

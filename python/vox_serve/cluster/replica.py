@@ -5,6 +5,8 @@ import hashlib
 from collections.abc import AsyncIterator
 from typing import Any
 
+from fastapi import FastAPI
+
 from vox_serve.cluster.door import Offer, Want
 from vox_serve.cluster.home import add_home
 from vox_serve.cluster.keeper import RemoteKeeper
@@ -13,6 +15,7 @@ from vox_serve.cluster.report import Reporter
 from vox_serve.config import Config
 from vox_serve.launch import load_app
 from vox_serve.logs import server_log
+from vox_serve.runner import Runner
 
 NAMED_ROWS = 64
 """Rows of each table that tell a model from another one."""
@@ -40,14 +43,19 @@ class Replica:
         config = Config(**settings)
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(server_log(config.log_level, config.log_format))
-        runner, app = load_app(config)
+        runner, app, model = self.load(config)
         address = host or ray.util.get_node_ip_address()
         self._server = PrivateServer(config, runner, app, address)
         keeper = RemoteKeeper(MAX_CONVERSATIONS, config.conversation_idle_s)
-        add_home(self._server, app, keeper, model_name(config, runner.engine))
+        add_home(self._server, app, keeper, model)
         self._server.start()
         self._refused = 0
         self._reporter = Reporter(self._server.runner, self._server.address)
+
+    def load(self, config: Config) -> tuple[Runner, FastAPI, str]:
+        """The replica's runner and application, and its model's name; see `load_app`."""
+        runner, app = load_app(config)
+        return runner, app, model_name(config, runner.engine)
 
     async def hold(self, want: Want) -> AsyncIterator[Offer]:
         """Give a ticket for a request, and stay until its connection has ended, so that Ray Serve
