@@ -1,6 +1,6 @@
 """The number of replicas, by delays and refusals that their listeners would notice.
 
-Ray Serve calls `scale` about ten times a second with what the replicas have reported of late, waits
+Ray Serve calls `scale` a few times a second with what the replicas have reported of late, waits
 for `--up_s` or `--down_s` before it follows, and drains a replica before it ends it.
 """
 
