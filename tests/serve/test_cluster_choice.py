@@ -7,7 +7,7 @@ from typing import ClassVar
 import pytest
 
 from vox_serve.cluster.choice import ALIKE, SENT_S, Chooser
-from vox_serve.cluster.directory import GRACE_S, Directory
+from vox_serve.cluster.directory import CLAIM_S, GRACE_S, Directory
 from vox_serve.cluster.door import Want
 from vox_serve.cluster.fleet import ROUTERS, ServeFleet
 from vox_serve.cluster.report import Report, key_hash, streams_at_once
@@ -131,6 +131,10 @@ def test_a_directory_lets_one_replica_begin_a_conversation(monkeypatch):
     for number in range(3):
         directory.claim(("me", str(number)), a, None)
     assert len(directory._claimed) == 2
+    assert directory.claim(("me", "2"), b, None).owner == a
+    now[0] += CLAIM_S + 1
+    assert directory.claim(("me", "2"), b, None).owner == b  # the first one never began
+    assert len(directory._claimed) == 1
 
 
 def test_the_client_with_the_most_conversations_makes_room_in_a_directory():

@@ -70,6 +70,7 @@ def evaluate_codec(args, judge):
             else:
                 with torch.no_grad():
                     codes = codec.encode(torch.from_numpy(samples)[None, None]).audio_codes[0].T
+                codes = codes[: len(pulses)]
                 if not args.own_encoder:
                     codes[:, PULSE_BOOK] = torch.from_numpy(pulses)
             audios.append(decode(codec, codes))

@@ -32,6 +32,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             lr = group["lr"]
             for p in group["params"]:
+                if p.grad is None:
+                    continue
                 buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 buffer.lerp_(p.grad, 1 - MOMENTUM)
                 update = orthogonal(p.grad.lerp(buffer, MOMENTUM))

@@ -27,7 +27,7 @@ from wires import COUNTS, carry_pulses
 UTTERANCES = 80
 UPSAMPLINGS = (2, 5, 8, 11)  # layers of the decoder; the residual block follows
 RIDGE = 1e-2  # of the mean variance
-VOICED_SHARE = 0.67  # a frame of which the regression is half sure that it is voiced is voiced
+VOICED_SHARE = 0.67  # of the pulse vectors' squared length: half voiced is then nearest to voiced
 LEAK = 0.1  # of the weights that lead from a wire to the channels of the earlier decoder
 
 

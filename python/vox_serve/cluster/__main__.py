@@ -24,11 +24,11 @@ RAY_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",
     "RAY_worker_niceness": "0",  # with Ray's 15 other programs would go before the engines
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # Ray's 0.1 takes twice the processor time
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # with Ray's 0.1 its controller takes more time
     "RAY_task_events_report_interval_ms": "0",  # nobody reads them without a dashboard
     "RAY_enable_metrics_collection": "0",  # /metrics has our own
 }
-"""Environment of a Ray cluster that the command starts, unless it is set already."""
+"""Environment of the command, and of a Ray cluster that it starts, unless it is set already."""
 
 
 def make_parser() -> CommandParser:

@@ -15,6 +15,9 @@ from typing import Any
 GRACE_S = 5.0
 """A directory that has just begun waits so long for the replicas to tell it what they have."""
 
+CLAIM_S = 60.0
+"""A key that a replica has asked for is free again if it has saved nothing for so long."""
+
 MAX_CLAIMED = 10_000
 """Most keys that replicas have asked for and that nobody has saved yet."""
 
@@ -73,7 +76,8 @@ class Directory:
         self._begun_s = clock()
         self._entries: OrderedDict[Key, Entry] = OrderedDict()  # the longest unused one first
         self._counts: Counter[str] = Counter()  # by client
-        self._claimed: OrderedDict[Key, Sequence[Any]] = OrderedDict()  # nothing is saved yet
+        # Nothing is saved yet: who may begin it, and since when. The oldest first.
+        self._claimed: OrderedDict[Key, tuple[Sequence[Any], float]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -102,11 +106,12 @@ class Directory:
         self, key: Key, asker: Sequence[Any], instead_of: Sequence[Any] | None
     ) -> Sequence[Any]:
         """The replica that may begin a conversation: the first that asked, until it releases it.
-        Otherwise two replicas could both begin it."""
-        first = self._claimed.get(key, asker)
+        Without this two replicas often both began it. They still may if the first one asks again
+        between its release and the second one's claim; one of the two turns is lost then."""
+        first, _ = self._claimed.get(key, (asker, 0.0))
         if tuple(first) not in (tuple(asker), tuple(instead_of or ())):
             return first
-        self._claimed[key] = asker
+        self._claimed[key] = asker, self._clock()
         self._claimed.move_to_end(key)
         if len(self._claimed) > MAX_CLAIMED:
             self._claimed.popitem(last=False)
@@ -145,6 +150,9 @@ class Directory:
         self._entries.move_to_end(key)
 
     def _expire(self) -> None:
+        begun = self._clock() - CLAIM_S
+        while self._claimed and next(iter(self._claimed.values()))[1] < begun:
+            self._claimed.popitem(last=False)
         limit = self._clock() - self._idle_s
         while self._entries and next(iter(self._entries.values())).used_s < limit:
             self._forget(next(iter(self._entries)))
