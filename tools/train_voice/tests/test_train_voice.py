@@ -208,7 +208,7 @@ def test_a_codec_of_other_codes_is_refused(small_codec, tmp_path):
     encode_speech.write_codec(small_codec, tmp_path / "codec")
     encode_speech.write_codec(small_codec, tmp_path / "codec")
     codec.rvqs(small_codec)[1].layers[0].codebook.embed_sum[3] += 1
-    with pytest.raises(ValueError, match="of other codes than"):
+    with pytest.raises(ValueError, match="is of other codes"):
         encode_speech.write_codec(small_codec, tmp_path / "codec")
 
 
