@@ -1,5 +1,5 @@
-"""Muon (Jordan 2024) in float32: torch.optim.Muon computes in bfloat16, which takes 20 to 30 times
-as long on a CPU without it, more than the rest of a training step."""
+"""Muon (Jordan 2024) in float32: torch.optim.Muon computes in bfloat16, which takes about 20
+times as long on a CPU without it, more than the rest of a training step."""
 
 import math
 
