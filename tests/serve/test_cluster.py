@@ -4,6 +4,7 @@ import http.client
 import json
 import os
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,6 +14,7 @@ pytest.importorskip("ray", reason="needs Ray: pip install 'voxkern[cluster]'")
 from checkpoints import build_tiny
 from cluster_process import ClusterProcess, flags
 from live_client import live_client
+from vox_serve.cluster.choice import SENT_S
 
 pytestmark = pytest.mark.slow
 
@@ -133,6 +135,7 @@ def test_a_replica_may_die(cluster):
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda key: speak(cluster, "Turn 1.", 1, conversation=key), keys))
         cluster.wait_until(lambda: not any(live_requests(cluster).values()))
+        time.sleep(2 * SENT_S)  # until the router no longer counts the turns above
         streams = [begin_stream(cluster, seed) for seed in seeds]
         before = {name for _, _, name in streams}
         assert len(before) == 2

@@ -28,6 +28,16 @@ def test_a_request_goes_to_the_replica_with_the_most_slack():
     assert order == ["b", "a"]
 
 
+def test_load_is_shared_though_one_replica_seems_faster():
+    reports = {"a": report(capacity=22), "b": report(capacity=16)}
+    chooser, counts = Chooser(), {"a": 0, "b": 0}
+    for _ in range(4):
+        name = chooser.order(Want(), reports, 0.0)[0]
+        chooser.sent(Want(), name, 0.0)
+        counts[name] += 1
+    assert counts == {"a": 2, "b": 2}
+
+
 def test_what_was_sent_counts_until_it_is_reported():
     chooser, reports = Chooser(), {"a": report(), "b": report(busy=1)}
     for now_s, best in ((0.0, "a"), (0.1, "a"), (0.2, "b")):

@@ -12,7 +12,7 @@ SENT_S = 1.0
 """Requests count as the sender's knowledge for so long, until the replica's report has them."""
 
 ALIKE = 0.75
-"""Replicas with this share of the most slack have equally much, as far as anybody knows."""
+"""Replicas whose free share is at least this part of the largest are equally free."""
 
 
 class Chooser:
@@ -20,8 +20,9 @@ class Chooser:
 
     A request that continues something goes where that is cached: to the replica that this sender
     chose for it before, or one that reports it, unless that one has no slack for a further stream.
-    Otherwise it goes to a replica with the most slack, among equals to the one with the fewest
-    conversations and voices; if none has slack, to the one with the shortest predicted wait.
+    Otherwise it goes to the replica with the largest free share: its slack over its capacity, since
+    capacities are estimates. A new conversation or voice takes, of those that are equally free, the
+    replica with the fewest; if none has slack, the shortest predicted wait decides.
     """
 
     def __init__(self) -> None:
@@ -42,18 +43,22 @@ class Chooser:
             names = list(reports)
         free = {name: self._slack(name, reports[name], now_s) for name in names}
         homes = self._homes(want, reports)
-        most = max(free.values(), default=0.0)
+        shares = {
+            name: free[name] / max(1, report.capacity if (report := reports[name]) else 1)
+            for name in names
+        }
+        most = max(shares.values(), default=0.0)
 
         def rank(name: str) -> tuple[float, ...]:
-            report, slack = reports[name], free[name]
+            report, slack, share = reports[name], free[name], shares[name]
             if slack <= 0:
                 wait_s = report.wait_s if report else 0.0
                 return (2, wait_s - slack, name not in homes)
             if name in homes:
-                return (0, -slack)
-            if want.key and slack >= ALIKE * most:
-                return (1, 0, self._num_keys.get(name, 0), -slack)
-            return (1, 1, -slack)
+                return (0, -share)
+            if want.key and share >= ALIKE * most:
+                return (1, 0, self._num_keys.get(name, 0), -share)
+            return (1, 1, -share, -slack)
 
         return sorted(names, key=rank)
 
