@@ -24,7 +24,8 @@ PARTS = ("replicas", "door", "Ray", "client")
 
 
 def processes() -> dict[int, tuple[int, float]]:
-    """The parent, and the processor time in seconds, of each process of the machine."""
+    """The parent of each process of the machine, and the processor time in seconds of itself and of
+    its children that have ended."""
     found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -32,7 +33,7 @@ def processes() -> dict[int, tuple[int, float]]:
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
             except OSError:
                 continue  # it has just ended
-            ticks = int(fields[11]) + int(fields[12])
+            ticks = sum(map(int, fields[11:15]))
             found[int(entry.name)] = int(fields[1]), ticks / os.sysconf("SC_CLK_TCK")
     return found
 

@@ -151,8 +151,15 @@ def test_a_replica_may_die(cluster):
             pool.submit(speak, cluster, "Turn 2.", 2, conversation=key, timeout_s=120)
             for key in keys
         ]
-        cluster.wait_until(lambda: len(before & live_requests(cluster).keys()) == 1)
-        lost = before - live_requests(cluster).keys()
+        left: set[str] = set()
+
+        def one_is_left() -> bool:
+            left.clear()
+            left.update(before & live_requests(cluster).keys())
+            return len(left) == 1
+
+        cluster.wait_until(one_is_left)
+        lost = before - left
         assert [answer.result()[44:] for answer in whole] == undisturbed
         for (_, begun, name), end, expected in zip(streams, rests, undisturbed, strict=True):
             if name in lost:

@@ -136,6 +136,8 @@ def test_a_directory_lets_one_replica_begin_a_conversation(monkeypatch):
     assert directory.claim(key, a, None).owner == a
     assert directory.claim(key, b, None).owner == a
     assert directory.claim(key, b, a).owner == b  # the first one released it
+    assert not directory.save(key, a, {})
+    assert not directory.save(key, a, None)
     assert directory.save(key, b, {})
     assert directory.claim(key, a, None).owner == b
     for number in range(3):

@@ -126,10 +126,12 @@ class Directory:
             state: the state; None for a conversation that was deleted.
 
         Returns:
-            False if it belongs to another replica.
+            False if it belongs to another replica, or another one may begin it.
         """
+        self._expire()
         entry = self._entries.get(key)
-        if entry is not None and tuple(entry.owner) != tuple(owner):
+        holder = entry.owner if entry else self._claimed.get(key, (owner, 0.0))[0]
+        if tuple(holder) != tuple(owner):
             return False
         self._claimed.pop(key, None)
         if state is None:
