@@ -5,7 +5,8 @@ The history is cached, so a turn should compute little but its own text. Figures
 from `prepare` to the first frame's samples on the host:
 
 - `first turn`: no history.
-- `tenth turn`: about a minute of history, two speakers in turn.
+- `tenth turn`: about a minute of history, two speakers in turn, or as much of it as a conversation
+  leaves in the model's context.
 - `voice first`, `voice again`: the first and second request with a new voice prompt of ten seconds.
 
 Every turn has about as much text. `times first` is the ratio to the first turn of the same
@@ -24,6 +25,7 @@ from csm_1b_shapes import FRAME_MS
 from report import Report
 from torch import Tensor
 
+from vox_serve.conversations import Conversation, Turn
 from vox_serve.engine import Engine
 from vox_serve.loading import codec_precision
 from vox_serve.model_config import CsmConfig
@@ -105,15 +107,20 @@ class Talker:
 
     def converse(self) -> tuple[list[float], float]:
         """Milliseconds to the first frame of each turn, and seconds before the last turn."""
-        before: Parts = []
-        times, num_frames = [], 0
+        kept = Conversation("", "", self.engine.max_positions)
+        said: list[Parts] = []
+        times, history_s = [], 0.0
         for turn in range(TURNS):
             text = self.text()
+            turns = kept.context(self.engine.max_positions - len(text[0]) - TURN_FRAMES)
+            before = [part for parts in said[len(said) - len(turns) :] for part in parts]
+            history_s = sum(len(turn.codes) for turn in turns) * FRAME_MS / 1e3
             first_ms, codes = self.say(before, text, TURN_FRAMES if turn + 1 < TURNS else 1)
-            before += [text, self.audio(codes)]
+            said.append([text, self.audio(codes)])
+            num_positions = sum(len(frames) for frames, _ in said[-1])
+            kept.add(Turn(0, "", codes.numpy(), True, num_positions))
             times.append(first_ms)
-            num_frames += len(codes)
-        return times, (num_frames - 1) * FRAME_MS / 1e3
+        return times, history_s
 
     def use_voice(self) -> tuple[float, float]:
         """Milliseconds to the first frame with a new voice, and with the same one again."""

@@ -249,41 +249,6 @@ def load_codec(checkpoint) -> MimiModel:
     return CsmForConditionalGeneration.from_pretrained(checkpoint).codec_model.float().eval()
 
 
-def content_books(codec: MimiModel) -> list:
-    """All codebooks but that of the pulses, in order."""
-    books = [layer.codebook for rvq in rvqs(codec) for layer in rvq.layers]
-    if codec.config.codebook_dim > CONTENT_DIM:
-        del books[PULSE_BOOK]
-    return books
-
-
-@torch.no_grad()
-def adopt_codes(codec: MimiModel, earlier: MimiModel):
-    """Take the encoder and the codebooks of an earlier voice, so that its codes keep their meaning,
-    and start the decoder's layers at 25 Hz from its. What leaves the quantizer is scaled to a
-    deviation near 1, that of the pulse channels."""
-    for book, known in zip(content_books(codec), content_books(earlier), strict=True):
-        book.embed_sum.zero_()
-        book.embed_sum[:, :CONTENT_DIM] = codebook_vectors(known)[:, :CONTENT_DIM]
-        book.cluster_usage.fill_(1.0)
-        book._embed = None
-    semantic = rvqs(earlier)[0]
-    vectors = codebook_vectors(semantic.layers[0].codebook)[1:]  # the first is the stop frame's
-    scale = 1 / semantic.output_proj(vectors.T[None]).std()
-    for rvq, known in zip(rvqs(codec), rvqs(earlier), strict=True):
-        weight = known.input_proj.weight
-        rvq.input_proj.weight[: len(weight)] = weight
-        rvq.output_proj.weight[:, :CONTENT_DIM] = known.output_proj.weight[:, :CONTENT_DIM] * scale
-    for name in PART_PATHS:
-        if name != "decoder_seanet":
-            state = getattr(parts(earlier), name).state_dict()
-            getattr(parts(codec), name).load_state_dict(state)
-    for layer in parts(codec).decoder_transformer.layers:
-        for branch in (layer.self_attn_layer_scale, layer.mlp_layer_scale):
-            branch.scale.mul_(scale)
-    keep_pulses(codec)
-
-
 def waveform_latents(codec: MimiModel, audio):
     """[B, S] -> [B, C, S / 1920], as in MimiModel.encode."""
     encoder = parts(codec)
@@ -348,6 +313,7 @@ class Stage1(nn.Module):
         self.front = MelFront(config.hidden_size)
         self.head = MelHead(config.hidden_size)
         self.phones = nn.Linear(config.hidden_size, 4 * num_phones)
+        self.fixed = nn.Buffer(torch.tensor(False))  # whether encoder and codes are final
 
     def seanet_names(self) -> set[str]:
         """Names of the parameters that stage 1 does not train: the two convolution stacks."""

@@ -61,16 +61,23 @@ class Speech:
     def num_frames(self, index: int) -> int:
         return -(-self.rows[index]["num_samples"] // FRAME_SAMPLES)
 
-    def phones(self) -> list[str]:
-        """All phones that occur, sorted: phone labels are indices into this list."""
-        return sorted({phone for row in self.rows for phone, _ in row["phones"]})
+    def sounds(self) -> list[str]:
+        """All sounds that occur, sorted: labels are indices into this list."""
+        return sorted({sound_of(phone) for row in self.rows for phone, _ in row["phones"]})
 
 
-def phone_labels(row, step_samples: int, count: int, ids: dict[str, int]) -> np.ndarray:
-    """The phone sounding in the middle of each step, int64 [count]. A phone that is not in `ids`
-    is -100, which the losses ignore."""
+def sound_of(phone: str) -> str:
+    """The phone without its stress, and a space for all that is a pause. Codebook 0 has 9 bits for
+    80 ms; none of them should say which mark made the pause."""
+    sound = phone.lstrip("ˈˌ")
+    return sound if sound.isalpha() else " "
+
+
+def sound_labels(row, step_samples: int, count: int, ids: dict[str, int]) -> np.ndarray:
+    """The sound in the middle of each step, int64 [count]. A sound that is not in `ids` is -100,
+    which the losses ignore."""
     ends = np.array([end for _, end in row["phones"]])
-    labels = np.array([ids.get(phone, -100) for phone, _ in row["phones"]])
+    labels = np.array([ids.get(sound_of(phone), -100) for phone, _ in row["phones"]])
     middles = np.arange(count) * step_samples + step_samples // 2
     return labels[np.minimum(np.searchsorted(ends, middles, side="right"), len(labels) - 1)]
 

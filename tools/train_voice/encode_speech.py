@@ -1,15 +1,14 @@
 """Step 4: encode the speech, and write the codec's checkpoint with K codebooks.
 
     python encode_speech.py RUN --codebooks 7 [--device cpu]
-    python encode_speech.py RUN --warm-start VOICE
+    python encode_speech.py RUN --voice VOICE
 
 Writes RUN/codec/, a transformers MimiModel whose convolution stacks are still untrained, and
 RUN/codes.npz with the codes of all utterances, int16 [frames, K], and `ends`, the end frame of each
 utterance. The stop frame's code is reserved first, so no utterance uses code 0 of codebook 0.
 
-`--warm-start VOICE` takes the encoder and the codebooks of an earlier voice instead of those of
-train_codes.py, so that its language model knows the codes. If that voice has no pulse codes, they
-are added; its encoder learns to guess them.
+`--voice VOICE` encodes with the codec of an earlier voice instead, and writes RUN/earlier_codes.npz
+alone: what train_lm.py and train_vocoder.py need to start from that voice.
 """
 
 import argparse
@@ -21,24 +20,17 @@ from transformers import MimiModel
 
 from codec import (
     CODEBOOK_SIZE,
-    CONTENT_DIM,
     PULSE_BOOK,
     Stage1,
-    adopt_codes,
-    content_books,
-    install_pulses,
     keep_pulses,
-    load_codec,
     log_mel,
     make_config,
     reserve_stop_code,
 )
 from common import Speech, autocast, wait_while_paused
 from vox_serve.loading import load_engine
-from warm_start import fit_pulses
 
 BATCH = 32
-FIT_UTTERANCES = 60
 
 
 def load_stage1(run: Path, codebooks: int | None = None) -> Stage1:
@@ -84,19 +76,6 @@ def write_codec(codec: MimiModel, folder: Path):
             raise ValueError(f"{folder} is of other codes ({name}): move it and codes.npz away")
 
 
-def earlier_codec(voice: Path, speech: Speech) -> MimiModel:
-    """An untrained codec with the encoder and the codes of an earlier voice, and pulse codes."""
-    earlier = load_codec(voice)
-    codec = MimiModel(make_config(1 + len(content_books(earlier))))
-    install_pulses(codec)
-    adopt_codes(codec, earlier)
-    reserve_stop_code(codec)
-    codec.eval()
-    if earlier.config.codebook_dim == CONTENT_DIM:
-        fit_pulses(codec, speech, speech.train[:FIT_UTTERANCES])
-    return codec
-
-
 def encode_as(mimi, batch: list[np.ndarray], pulses: list[np.ndarray]) -> list[np.ndarray]:
     """Like `encode`, with the codec of vox_serve, which is faster than transformers'. It is causal,
     so the silence after the shorter utterances does not change their codes."""
@@ -104,11 +83,9 @@ def encode_as(mimi, batch: list[np.ndarray], pulses: list[np.ndarray]) -> list[n
     audio = torch.stack([torch.from_numpy(np.pad(s, (0, length - len(s)))) for s in batch])
     made = []
     for codes, known in zip(mimi.encode(audio).numpy(), pulses, strict=True):
-        books = list(codes[: len(known)].T)
-        if mimi.config.codebook_dim > CONTENT_DIM:
-            del books[PULSE_BOOK]
-        books.insert(PULSE_BOOK, known)
-        made.append(np.stack(books, 1).astype(np.int16))
+        codes = codes[: len(known)].astype(np.int16)
+        codes[:, PULSE_BOOK] = known
+        made.append(codes)
     return made
 
 
@@ -117,35 +94,29 @@ def main():
     parser.add_argument("run", type=Path)
     parser.add_argument("--codebooks", type=int, default=7)
     parser.add_argument("--parts", type=int, help="use only this many parts of the speech")
-    parser.add_argument("--warm-start", type=Path, metavar="VOICE", help="keep this voice's codes")
+    parser.add_argument("--voice", type=Path, help="encode as this voice does")
+    parser.add_argument("--codec-only", action="store_true", help="write RUN/codec, encode nothing")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.manual_seed(0)  # the same codec each time
     speech, path = Speech(args.run, args.parts), args.run / "codes.npz"
-    if args.warm_start:
-        codec = earlier_codec(args.warm_start, speech)
-        mimi = load_engine(str(args.warm_start), device="cpu", dtype="float32").mimi
-        phones_path = args.run / "phones.txt"
-        if not phones_path.exists():  # otherwise train_codes.py writes it
-            phones_path.write_text("\n".join(speech.phones()))
+    if args.voice:
+        path = args.run / "earlier_codes.npz"
+        mimi = load_engine(str(args.voice), device="cpu", dtype="float32").mimi
 
         def encode_batch(samples, pulses):
             return encode_as(mimi, samples, pulses)
     else:
         model = load_stage1(args.run, args.codebooks).to(args.device)
-        codec = model.codec
+        write_codec(model.codec, args.run / "codec")
+        if args.codec_only:
+            return
 
         def encode_batch(samples, pulses):
             return encode(model, samples, pulses, args.device)
 
-    begun = (args.run / "codec").exists()
-    write_codec(codec, args.run / "codec")
     codes = [None] * len(speech.rows)
-    if args.warm_start and begun and path.exists():  # of fewer parts, by this codec
-        known = np.load(path)
-        count = min(len(known["ends"]), len(codes))
-        codes[:count] = np.split(known["codes"], known["ends"][:-1])[:count]
-    order = sorted((i for i, c in enumerate(codes) if c is None), key=speech.num_frames)
+    order = sorted(range(len(codes)), key=speech.num_frames)
     for start in range(0, len(order), BATCH):
         wait_while_paused()
         indices = order[start : start + BATCH]

@@ -3,6 +3,8 @@
     python evaluate.py codec RUN                         the teacher's speech through the codec
     python evaluate.py voice RUN/export                  the test sentences, spoken by vox_serve
     python evaluate.py voice RUN/export --quantize int4  with packed weights
+    python evaluate.py long RUN/export                   100 sentences of 20 to 30 words
+    python evaluate.py questions RUN/export              how pitch ends, by punctuation
 
 Prints and appends to RUN/evaluation.jsonl: Whisper tiny.en's word error rate, share of sentences
 without an error, DNSMOS, median F0, sentences that reached the length limit, real-time factor.
@@ -18,14 +20,16 @@ import soundfile
 import torch
 from transformers import MimiModel
 
-from codec import PULSE_BOOK, decoder_states, parts
+from codec import decoder_states, parts
 from common import SAMPLE_RATE_HZ, Speech, wait_while_paused
 from encode_speech import encode, load_stage1
-from judge import Judge
-from texts import TEST_SENTENCES
+from judge import Judge, final_rise
+from texts import QUESTIONS, STATEMENTS, TEST_SENTENCES, long_test_sentences
+from vox_serve.config import Config
 from vox_serve.csm_weights import PACKINGS
 from vox_serve.engine import Request
 from vox_serve.loading import load_engine
+from vox_serve.long_form import LongForm
 from vox_serve.sampling import SamplingParams
 from vox_serve.say import speak
 from voxkern.console import quiet_on_closed_pipe
@@ -53,9 +57,7 @@ def report(run: Path, results: dict, texts, heard, show: int):
 
 def evaluate_codec(args, judge):
     codec = MimiModel.from_pretrained(args.folder / "codec").eval()
-    stage1 = None  # without it, as after encode_speech.py --warm-start, the codec's encoder is used
-    if (args.folder / "codes.pt").exists() and not args.own_encoder:
-        stage1 = load_stage1(args.folder, codec.config.num_quantizers)
+    stage1 = None if args.own_encoder else load_stage1(args.folder, codec.config.num_quantizers)
     from teacher import Teacher
 
     teacher = Teacher()
@@ -71,8 +73,6 @@ def evaluate_codec(args, judge):
                 with torch.no_grad():
                     codes = codec.encode(torch.from_numpy(samples)[None, None]).audio_codes[0].T
                 codes = codes[: len(pulses)]
-                if not args.own_encoder:
-                    codes[:, PULSE_BOOK] = torch.from_numpy(pulses)
             audios.append(decode(codec, codes))
             references.append(samples)
         for what, sounds in (("teacher", references), ("codec", audios)):
@@ -85,13 +85,20 @@ def evaluate_codec(args, judge):
         soundfile.write(args.folder / f"codec_speaker{speaker}.wav", audios[0], SAMPLE_RATE_HZ)
 
 
-def evaluate_voice(args, judge):
+def load_voice(args):
+    """Speaks as the server does: long texts in parts."""
     engine = load_engine(str(args.folder), device="cpu", dtype=args.dtype, quantize=args.quantize)
+    return LongForm(engine, Config().split_chars)
+
+
+def evaluate_voice(args, judge):
+    engine = load_voice(args)
     if args.training_texts:
         rows = Speech(args.training_texts, 1).rows
         texts = [row["text"] for row in rows if len(row["text"].split()) > 3][: args.sentences]
     else:
-        texts = TEST_SENTENCES[: args.sentences]
+        tests = long_test_sentences() if args.what == "long" else TEST_SENTENCES
+        texts = tests[: args.sentences]
     for speaker in (0, 1):
         started = time.time()
         audios, unended = [], 0
@@ -107,7 +114,7 @@ def evaluate_voice(args, judge):
         scores = judge.score(texts, audios, quality=not args.quick)
         heard = scores.pop("heard")
         results = dict(
-            what="training texts" if args.training_texts else "test texts",
+            what="training texts" if args.training_texts else f"{args.what}, test texts",
             speaker=speaker,
             dtype=args.dtype,
             quantize=args.quantize,
@@ -121,12 +128,31 @@ def evaluate_voice(args, judge):
         report(args.folder.parent, results, texts, heard, args.show)
 
 
+def evaluate_questions(args, judge):
+    """Final rise in semitones, the mean of the questions and of the statements."""
+    engine = load_voice(args)
+    for speaker in (0, 1):
+        rises = []
+        for seed, text in enumerate(QUESTIONS + STATEMENTS, args.seed):
+            request = Request(text, speaker, sampling=SamplingParams(seed=seed))
+            rises.append(final_rise(np.asarray(speak(engine, request).audio)))
+        asked, stated = np.array(rises).reshape(2, -1)
+        results = dict(
+            what="questions",
+            speaker=speaker,
+            question_semitones=round(float(asked.mean()), 1),
+            statement_semitones=round(float(stated.mean()), 1),
+            question_higher=int((asked > stated).sum()),
+        )
+        report(args.folder.parent, results, [], [], 0)
+
+
 @quiet_on_closed_pipe()
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["codec", "voice"])
+    parser.add_argument("what", choices=["codec", "voice", "long", "questions"])
     parser.add_argument("folder", type=Path, help="RUN, or the exported checkpoint")
-    parser.add_argument("--sentences", type=int, default=50)
+    parser.add_argument("--sentences", type=int, help="50, long: 100")
     parser.add_argument("--temperature", type=float, default=SamplingParams().temperature)
     parser.add_argument("--top-k", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
@@ -146,7 +172,8 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     judge = Judge(args.threads)
-    (evaluate_codec if args.what == "codec" else evaluate_voice)(args, judge)
+    kinds = {"codec": evaluate_codec, "questions": evaluate_questions}
+    kinds.get(args.what, evaluate_voice)(args, judge)
 
 
 if __name__ == "__main__":

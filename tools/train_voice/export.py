@@ -1,6 +1,6 @@
 """Step 10: write the checkpoint to ship.
 
-    python export.py RUN OUT [--name lm] [--temperature 0.3]
+    python export.py RUN OUT [--name lm] [--temperature 0.2]
 
 Writes config.json, model.safetensors (bf16 or fp16, with `codec_model.*`), tokenizer.json,
 generation_config.json and MODEL_CARD.md to OUT, for CsmForConditionalGeneration.from_pretrained.
@@ -21,9 +21,8 @@ from tokenizers import Tokenizer
 from transformers import CsmForConditionalGeneration, MimiModel
 
 from lm import make_config, make_model
+from lm_warm_start import EXPORTED_TEMPERATURE, SERVED_TEMPERATURE
 from novels import MAX_PART_CHARS
-
-SERVED_TEMPERATURE = 0.9
 
 
 def load_lm(run: Path, name: str) -> CsmForConditionalGeneration:
@@ -49,7 +48,7 @@ def main():
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--name", default="lm")
-    parser.add_argument("--temperature", type=float, default=0.3)
+    parser.add_argument("--temperature", type=float, default=EXPORTED_TEMPERATURE)
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
     args = parser.parse_args()
     model = load_lm(args.run, args.name)

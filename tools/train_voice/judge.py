@@ -17,6 +17,7 @@ ONES = (
     "fifteen sixteen seventeen eighteen nineteen"
 ).split()
 TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
+FINAL_STEPS = 10  # of 20 ms
 SPELLINGS = {"alright": "all right", "colour": "color", "favourite": "favorite", "okay": "ok"}
 
 
@@ -91,18 +92,32 @@ class Judge:
         return result
 
 
-def median_f0_hz(audio_24k_hz: np.ndarray) -> float:
-    """Median over frames with a clear autocorrelation peak between 60 and 400 Hz; 0 if none."""
+def f0_track(audio_24k_hz: np.ndarray) -> np.ndarray:
+    """F0 in Hz every 20 ms, from the autocorrelation's peak between 60 and 400 Hz; 0 where there is
+    no clear one."""
     frame, hop, low, high = 1200, 480, 60, 400
     pitches = []
     for start in range(0, len(audio_24k_hz) - frame, hop):
         piece = audio_24k_hz[start : start + frame] - audio_24k_hz[start : start + frame].mean()
-        if np.sqrt((piece**2).mean()) < 0.02:
-            continue
         spectrum = np.fft.rfft(piece, 2 * frame)
         correlation = np.fft.irfft(np.abs(spectrum) ** 2)[:frame]
         lags = slice(24000 // high, 24000 // low)
         peak = int(np.argmax(correlation[lags])) + lags.start
-        if correlation[peak] > 0.5 * correlation[0]:
-            pitches.append(24000 / peak)
-    return float(np.median(pitches)) if pitches else 0.0
+        clear = np.sqrt((piece**2).mean()) >= 0.02 and correlation[peak] > 0.5 * correlation[0]
+        pitches.append(24000 / peak if clear else 0.0)
+    return np.array(pitches)
+
+
+def median_f0_hz(audio_24k_hz: np.ndarray) -> float:
+    """Median F0 of the frames that have one; 0 if none has."""
+    track = f0_track(audio_24k_hz)
+    return float(np.median(track[track > 0])) if track.any() else 0.0
+
+
+def final_rise(audio_24k_hz: np.ndarray) -> float:
+    """Semitones from the sentence's median F0 to that of its last 0.2 s of voice."""
+    track = f0_track(audio_24k_hz)
+    voiced = track[track > 0]
+    if not len(voiced):
+        return 0.0
+    return float(12 * np.log2(np.median(voiced[-FINAL_STEPS:]) / np.median(voiced)))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from common import FIRST_PHONE, FRAME_SAMPLES, Speech, phone_labels
+from common import FIRST_PHONE, FRAME_SAMPLES, Speech, sound_labels
 from lm import MAX_POSITIONS
 
 SEPARATOR = "\uefff"  # joins texts for the normalizer; no rule touches it
@@ -75,7 +75,7 @@ def load_examples(run: Path):
         token_ends = np.concatenate((np.zeros(3), token_ends))
         frames = codes[ends[index - 1] if index else 0 : ends[index]]
         token_ends[-1] = len(frames) * FRAME_SAMPLES
-        labels = phone_labels(
+        labels = sound_labels(
             row, FRAME_SAMPLES // LABELS_PER_FRAME, len(frames) * LABELS_PER_FRAME, phone_ids
         )
         examples.append(

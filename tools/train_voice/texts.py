@@ -268,6 +268,34 @@ def long_sentence(rng: random.Random, sentences: list[str]) -> str:
     return join_clauses(rng, clause)
 
 
+QUESTIONS = """
+Are you coming home tonight?
+Is the library open on Sunday?
+Did he leave the keys at home?
+Have you seen my brother?
+Can we stay until Monday?
+Is there any bread in the kitchen?
+Do you like the new garden?
+Was the train late again?
+Will they meet us at the station?
+Should I call her in the morning?
+""".strip().splitlines()
+"""Questions that English asks with a rise; STATEMENTS has the same words in another order."""
+
+STATEMENTS = """
+You are coming home tonight.
+The library is open on Sunday.
+He did leave the keys at home.
+You have seen my brother.
+We can stay until Monday.
+There is bread in the kitchen.
+You do like the new garden.
+The train was late again.
+They will meet us at the station.
+I should call her in the morning.
+""".strip().splitlines()
+
+
 def long_test_sentences(count: int = 100) -> list[str]:
     """Sentences of 20 to 30 words, of clauses from the test sentences."""
     rng = random.Random(1)

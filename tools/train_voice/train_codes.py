@@ -1,13 +1,15 @@
 """Step 2 (codec stage 1): learn the codes on log-mel spectrograms.
 
-    python train_codes.py RUN [--minutes 8] [--codebooks 7] [--device cpu]
+    python train_codes.py RUN [--minutes 27] [--codebooks 7] [--device cpu]
 
 Trains the parts of Mimi that run at 25 Hz or 12.5 Hz: encoder transformer, quantizer, decoder
 transformer. A mel front-end and a mel head replace the two convolution stacks, which makes this
 about ten times cheaper than end-to-end training. Codebook 0 is trained only to classify the phone
 of every 20 ms, so that it becomes phonetic, which is easiest for the language model. The codebooks
 start from k-means on latents that were trained without quantization; after that the encoder's
-learning rate is lower, since the codebooks could not follow otherwise.
+learning rate is lower, since the codebooks could not follow otherwise. In the last part of the run
+(FIXED_SHARE) encoder and codes do not change: refit_codes.py has fitted the codebooks once more,
+and only what decodes them is trained.
 """
 
 import argparse
@@ -30,7 +32,8 @@ from codec import (
     rvqs,
     train_quantize,
 )
-from common import FRAME_SAMPLES, Speech, Training, autocast, phone_labels
+from common import FRAME_SAMPLES, Speech, Training, autocast, sound_labels
+from refit_codes import refit
 
 BATCH = 8
 WINDOW_FRAMES = 40
@@ -40,6 +43,8 @@ ENCODER_SLOWDOWN = 0.2
 PHONE_WEIGHT = 1.0
 COMMITMENT_WEIGHT = 0.5
 SLOPE_WEIGHT = 0.5
+FIXED_SHARE = 0.25  # of the run: the encoder and the codes do not change any more
+REFIT_BATCHES = 500
 
 
 class Windows:
@@ -61,7 +66,7 @@ class Windows:
             count = len(samples) // LABEL_SAMPLES
             audio.append(samples)
             pulses.append(self.speech.pulses(index))
-            labels.append(phone_labels(self.rows[index], LABEL_SAMPLES, count, self.phone_ids))
+            labels.append(sound_labels(self.rows[index], LABEL_SAMPLES, count, self.phone_ids))
             length += len(samples)
         cut = self.rng.integers(WINDOW_FRAMES + 1) if self.rng.random() < 0.7 else 0
         audio = np.concatenate(audio)[cut * FRAME_SAMPLES :][: WINDOW_FRAMES * FRAME_SAMPLES]
@@ -93,8 +98,8 @@ def losses(model: Stage1, audio, labels, pulses, *, quantize: bool, update=False
             for rvq, x in zip(rvqs(model.codec), (semantic, acoustic), strict=True)
         )
         quantized = semantic + acoustic
-    # The mel loss must not pull codebook 0 away from phones.
-    quantized = quantized - semantic + semantic.detach()
+    if not model.fixed:  # the mel loss must not pull codebook 0 away from phones
+        quantized = quantized - semantic + semantic.detach()
     with autocast(device):
         predicted = model.head(decoder_states(model.codec, quantized))
         phone_logits = model.phones(semantic.transpose(1, 2))
@@ -108,10 +113,22 @@ def losses(model: Stage1, audio, labels, pulses, *, quantize: bool, update=False
     }
 
 
+@torch.no_grad()
+def gather(model: Stage1, windows: Windows, count: int):
+    """latents [N, C] and labels [N, 4] of `count` batches."""
+    latents, labels = [], []
+    for _ in range(count):
+        audio, sounds, _ = windows.batch()
+        found = model.latents(log_mel(audio.to(model.phones.weight.device)))
+        latents.append(found.transpose(1, 2).flatten(0, 1).cpu())
+        labels.append(sounds.view(-1, 4))
+    return torch.cat(latents), torch.cat(labels)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--minutes", type=float, default=27)
     parser.add_argument("--codebooks", type=int, default=7)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--device", default="cpu")
@@ -119,7 +136,7 @@ def main():
     torch.manual_seed(0)
     speech = Speech(args.run)
     phones_path = args.run / "phones.txt"  # data that is added later may have further phones
-    phones = phones_path.read_text().split("\n") if phones_path.exists() else speech.phones()
+    phones = phones_path.read_text().split("\n") if phones_path.exists() else speech.sounds()
     phone_ids = {phone: i for i, phone in enumerate(phones)}
     model = Stage1(make_config(args.codebooks), len(phones)).to(args.device)
     untrained = model.seanet_names()
@@ -147,6 +164,13 @@ def main():
             with torch.no_grad():
                 batches = [windows.batch()[0].to(args.device) for _ in range(60)]
                 init_codebooks(model.codec, torch.cat([model.latents(log_mel(b)) for b in batches]))
+        if training.progress > 1 - FIXED_SHARE and not model.fixed:
+            refit(model.cpu(), *gather(model, windows, REFIT_BATCHES))
+            model.fixed.fill_(True)
+            model.to(args.device)
+            training.save()
+        for parameter in before_codes:
+            parameter.requires_grad_(not model.fixed)
         if step > WARM_STEPS:
             optimizer.param_groups[1]["lr"] *= ENCODER_SLOWDOWN
         audio, labels, pulses = (t.to(args.device) for t in windows.batch())
@@ -154,7 +178,8 @@ def main():
         if torch.rand(()) < 0.5:
             kept = torch.randint(2, args.codebooks + 1, (BATCH,), device=args.device)
         quantize = step >= WARM_STEPS
-        loss = losses(model, audio, labels, pulses, quantize=quantize, update=quantize, kept=kept)
+        update = quantize and not model.fixed
+        loss = losses(model, audio, labels, pulses, quantize=quantize, update=update, kept=kept)
         total = (
             loss["mel"]
             + SLOPE_WEIGHT * loss["slope"]

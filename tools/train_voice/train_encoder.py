@@ -20,6 +20,7 @@ from transformers import MimiModel
 from codec import (
     CONTENT_DIM,
     PULSE_BOOK,
+    load_codec,
     log_mel,
     parts,
     pulse_vectors,
@@ -58,6 +59,7 @@ def main():
     parser.add_argument("run", type=Path)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--warm-start", type=Path, metavar="VOICE", help="take its convolutions")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -66,6 +68,9 @@ def main():
     # The 25 Hz layers start from their weights of stage 1, trained with the mel front-end.
     own, start = parts(codec), parts(stage1.codec)
     own.encoder_transformer.load_state_dict(start.encoder_transformer.state_dict())
+    if args.warm_start:
+        earlier = parts(load_codec(args.warm_start))
+        own.encoder_seanet.load_state_dict(earlier.encoder_seanet.state_dict())
     encoder = nn.ModuleList([own.encoder_seanet, own.encoder_transformer, own.downsample])
     trained = list(encoder.parameters())
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.99))

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import MimiConfig, MimiModel
+from transformers import MimiConfig
 
 from codec import PULSE_BOOK
 from common import Speech, Training, autocast
@@ -142,7 +142,7 @@ def main():
     codec_config = MimiConfig.from_pretrained(args.run / "codec")
     model = make_model(make_config(codec_config, tokenizer))
     if args.warm_start and not (args.run / f"{args.name}.pt").exists():
-        transfer(model, args.warm_start, args.run, MimiModel.from_pretrained(args.run / "codec"))
+        transfer(model, args.warm_start, args.run)
     model = model.to(args.device)
     num_phones = len((args.run / "phones.txt").read_text().split("\n"))
     phone_head = nn.Linear(model.config.hidden_size, LABELS_PER_FRAME * num_phones)

@@ -6,9 +6,9 @@
 The quantizer, the upsampling and the decoder transformer of RUN/codec are frozen; their states are
 whitened (without that the decoder learns nothing: some channels vary a hundred times more than
 others) and the whitening is folded into the first convolution when RUN/codec is written.
-`--thaw` trains the upsampling and the transformer too, and so does the adversarial run. That has a
-small multi-scale STFT discriminator (EnCodec, section 3.4), which judges texture, and a small
-multi-period one (HiFi-GAN, section 2.3), which judges pitch, both with feature matching.
+The adversarial run trains the upsampling and the transformer too. It has a small multi-scale STFT
+discriminator (EnCodec, section 3.4), which judges texture, and a small multi-period one (HiFi-GAN,
+section 2.3), which judges pitch, both with feature matching.
 """
 
 import argparse
@@ -22,11 +22,11 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 from transformers import MimiModel
 
-from codec import PULSE_BOOK, decoder_states, keep_pulses, mel_filters, parts
+from codec import PULSE_BOOK, decoder_states, keep_pulses, load_codec, mel_filters, parts
 from common import FRAME_SAMPLES, Speech, Training, autocast
 from discriminators import PeriodDiscriminator, ScaleDiscriminator
 from pulse_codes import PULSE_DIM
-from warm_start import WarmStart
+from warm_start import fit_first, utterance_pairs
 from wires import carry_pulses
 
 BATCH = 3
@@ -215,7 +215,6 @@ def main():
     parser.add_argument("--voiced-weight", type=float, default=0.0, help="of the harmonics' phase")
     parser.add_argument("--decay", type=float, default=0.5, help="last share of the run: lr falls")
     parser.add_argument("--warm-start", type=Path, metavar="VOICE", help="see warm_start.py")
-    parser.add_argument("--thaw", action="store_true", help="train the decoder transformer too")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     args.lr = args.lr or (6e-4 if args.adversarial else 1.5e-3)
@@ -224,11 +223,9 @@ def main():
     set_trainable(codec, False)
     crops = Crops(args.run, Speech(args.run))
     fresh = not args.adversarial and not (args.run / "vocoder.pt").exists()
-    warm = None
-    if args.warm_start and fresh:
-        rng = np.random.default_rng(0)
-        warm = WarmStart(args.warm_start, crops.codes, crops.ends, crops.speech.train, rng)
-        vocoder = Vocoder(warm.seanet, codec.config.hidden_size)
+    earlier = load_codec(args.warm_start) if args.warm_start and fresh else None
+    if earlier is not None:
+        vocoder = Vocoder(parts(earlier).decoder_seanet, codec.config.hidden_size)
     else:
         seanet = parts(MimiModel(codec.config)).decoder_seanet
         carry_pulses(seanet)
@@ -236,20 +233,19 @@ def main():
     if fresh:
         sample = [crop_states(codec, *crops.batch()[:2]) for _ in range(20)]
         vocoder.set_whitening(torch.cat(sample).flatten(0, 1))
-    if warm is not None:
-        explained = warm.fit(vocoder, codec)
+    if earlier is not None:
+        pairs = utterance_pairs(args.run, crops.speech.train, np.random.default_rng(0))
+        explained = fit_first(vocoder, codec, earlier, pairs)
         print(f"the first convolution explains {explained:.0%} of the earlier one's output")
     codec, vocoder = codec.to(args.device), vocoder.to(args.device)
     generator = torch.optim.AdamW(vocoder.parameters(), lr=args.lr, betas=(0.8, 0.99))
     states = {"vocoder": vocoder, "generator": generator}
-    thaw = args.adversarial or args.thaw
-    if thaw:
+    if args.adversarial:
         decoder = parts(codec)
         context = nn.ModuleList([decoder.upsample, decoder.decoder_transformer])
         set_trainable(context, True)
         generator.add_param_group(dict(params=context.parameters(), lr=args.lr * CONTEXT_LR))
         states["context"] = context
-    if args.adversarial:
         judges = nn.ModuleList(
             [ScaleDiscriminator(n) for n in WINDOWS] + [PeriodDiscriminator(n) for n in PERIODS]
         ).to(args.device)
@@ -304,7 +300,7 @@ def main():
         total.backward()
         torch.nn.utils.clip_grad_norm_(trained, 10.0)
         generator.step()
-        if thaw:
+        if args.adversarial:
             keep_pulses(codec)
         training.log(**{key: value.detach() for key, value in loss.items()})
 

@@ -15,6 +15,7 @@ import judge
 import lm
 import lm_data
 import pulse_codes
+import refit_codes
 import spelling_rules
 import train_lm
 import train_vocoder
@@ -202,6 +203,40 @@ def test_codebook_update_follows_its_vectors(small_codec):
         codec.update_codebook(book, vectors, index)
     means = torch.stack([vectors[index == code].mean(0) for code in (0, 1)])
     torch.testing.assert_close(codec.codebook_vectors(book)[:2], means, rtol=1e-3, atol=1e-3)
+
+
+def test_codes_are_fitted_to_sounds_and_leave_the_pulses(monkeypatch):
+    """k-means finds the loud directions of the latents; codebook 0 has to tell the sounds, which
+    are in a quiet one."""
+    monkeypatch.setattr(refit_codes, "STEPS", 300)
+    monkeypatch.setattr(refit_codes, "BATCH", 256)
+    torch.manual_seed(0)
+    config = codec.make_config(4)
+    config.num_filters, config.hidden_size, config.upsample_groups = 8, 128, 128
+    config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads = 1, 2, 2
+    config.codebook_size = 512
+    stage1 = codec.Stage1(config, 6)
+    labels = torch.randint(6, (4000, 1)).expand(-1, 4)
+    latents = torch.randn(4000, 128)
+    latents[:, :6] = torch.eye(6)[labels[:, 0]] * 2
+    codec.init_codebooks(stage1.codec, latents.T[None])
+
+    def codes_and_books():
+        books = [layer.codebook for rvq in codec.rvqs(stage1.codec) for layer in rvq.layers]
+        codes = stage1.codec.quantizer.encode(latents.T[None])[:, 0]
+        return codes, codec.codebook_vectors(books[codec.PULSE_BOOK]).clone()
+
+    def told(codes):
+        """The share of frames whose code tells the sound."""
+        guesses = refit_codes.sound_logits(codes, labels, 512, 6)[codes][:, :6].argmax(1)
+        return (guesses == labels[:, 0]).float().mean()
+
+    with torch.no_grad():
+        before, pulses = codes_and_books()
+        refit_codes.refit(stage1, latents, labels)
+        after, same = codes_and_books()
+    assert torch.equal(same, pulses)
+    assert told(before[0]) < 0.9 < told(after[0])
 
 
 def test_a_codec_of_other_codes_is_refused(small_codec, tmp_path):
