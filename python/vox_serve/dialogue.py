@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class Dialogue:
     """A conversation of which the model speaks some turns, and others come as recordings.
 
-    When the model's context is full the oldest turns leave it. The built-in voice was trained on
-    single utterances: it gets no turns as context, and they are kept all the same.
+    When the model's context is full the oldest turns leave it. A model that was trained on single
+    utterances gets no turns as context; they are kept all the same.
 
     Not thread-safe. A stream must end, or be closed, before the next turn begins.
 

@@ -1,6 +1,6 @@
 """Applies a tokenizer's pronouncing dictionary in one pass instead of one pass per word.
 
-The normalizer of the built-in voice has 32,000 rules that each replace one word by its phones, and
+The normalizer of the built-in voice has 26,000 rules that each replace one word by its phones, and
 7,000 that replace groups of letters in the words that are left. The tokenizers library runs over
 the text once per rule: 50 ms for a sentence, after 0.6 s at the start for the rules themselves.
 `WordRules` finds these runs of rules and looks words and groups up in dicts; the rules before,

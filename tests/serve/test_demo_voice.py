@@ -114,12 +114,17 @@ def test_checkpoint_is_an_ordinary_csm():
     assert not theirs[len(codes)].any()  # the stop frame
 
 
-def test_it_ignores_context_which_would_spoil_its_words():
+@pytest.mark.slow
+def test_recogniser_understands_speech_after_other_speech(spoken, judge):
+    """Earlier speech of the other speaker does not spoil the words."""
     engine = load_engine("demo")
-    context = [
-        Segment(1, "See you at noon.", torch.ones(9, engine.num_codebooks, dtype=torch.int64))
-    ]
-    alone, after = (
-        engine.prepare(Request("Good morning.", 0, before)) for before in (None, context)
-    )
-    assert after.frames.equal(alone.frames)
+    heard = []
+    for number, text in enumerate(SENTENCES):
+        codes = spoken[1][number - 1][1]
+        before = [Segment(1, SENTENCES[number - 1], torch.as_tensor(codes))]
+        request = Request(text, 0, before, SamplingParams(seed=7), MAX_FRAMES)
+        audio, codes, _ = say.speak(engine, request)
+        assert len(codes) < MAX_FRAMES
+        heard.append(judge.transcribe(audio))
+    errors = [word_errors(text, got) for text, got in zip(SENTENCES, heard, strict=True)]
+    assert sum(e for e, _ in errors) <= MAX_WER * sum(n for _, n in errors), heard
