@@ -222,6 +222,16 @@ def update_codebook(book, vectors, index):
     book._embed = None
 
 
+def lloyd(points, vectors, steps: int):
+    """k-means of points [N, D] from vectors [size, D], which is returned improved."""
+    for _ in range(steps):
+        index = nearest(points, vectors)
+        counts = torch.bincount(index, minlength=len(vectors))[:, None].float()
+        sums = torch.zeros_like(vectors).index_add_(0, index, points)
+        vectors = torch.where(counts > 0, sums / counts.clamp(min=1), vectors)
+    return vectors
+
+
 @torch.no_grad()
 def init_codebooks(codec: MimiModel, latents):
     """k-means on [B, C, N] latents, one codebook after the other."""
@@ -233,11 +243,7 @@ def init_codebooks(codec: MimiModel, latents):
                 continue
             size = layer.codebook.codebook_size
             vectors = residual[torch.randperm(len(residual), device=residual.device)[:size]].clone()
-            for _ in range(8):
-                index = nearest(residual, vectors)
-                counts = torch.bincount(index, minlength=size)[:, None].float()
-                sums = torch.zeros_like(vectors).index_add_(0, index, residual)
-                vectors = torch.where(counts > 0, sums / counts.clamp(min=1), vectors)
+            vectors = lloyd(residual, vectors, 8)
             layer.codebook.cluster_usage.fill_(4.0)
             layer.codebook.embed_sum.copy_(vectors * 4.0)
             layer.codebook._embed = None

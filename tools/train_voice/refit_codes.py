@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from codec import CONTENT_DIM, codebook_vectors, content, has_pulses, nearest, rvqs
+from codec import CONTENT_DIM, codebook_vectors, content, has_pulses, lloyd, nearest, rvqs
 
 STEPS = 1500
 BATCH = 1024
@@ -95,8 +95,8 @@ def refit(model, latents, labels):
         weight, vectors, logits = fit_sounds(latents, labels, weight, known, num_sounds)
     semantic.input_proj.weight[:CONTENT_DIM, :, 0] = weight
     set_vectors(book, F.pad(vectors, (0, book.embed_sum.shape[1] - CONTENT_DIM)))
-    # The decoder shall hear of each code what it heard in its frames before, and the classifier
-    # begin with the code's sounds, both as well as a linear map of the vectors can.
+    # Least squares: each code's output is the mean of what its frames had before, and the
+    # classifier starts from the sounds of the code's frames.
     indices = nearest(latents @ weight.T, vectors)
     counts = torch.bincount(indices, minlength=len(vectors)).float()
     heard = torch.zeros_like(before).index_add_(0, indices, spoken) / counts.clamp(min=1)[:, None]
@@ -113,12 +113,7 @@ def refit(model, latents, labels):
         book = layer.codebook
         if has_pulses(book):
             continue
-        vectors = codebook_vectors(book)
-        for _ in range(LLOYD_STEPS):
-            index = nearest(residual, vectors)
-            counts = torch.bincount(index, minlength=len(vectors)).float()[:, None]
-            sums = torch.zeros_like(vectors).index_add_(0, index, residual)
-            vectors = torch.where(counts > 0, sums / counts.clamp(min=1), vectors)
+        vectors = lloyd(residual, codebook_vectors(book), LLOYD_STEPS)
         set_vectors(book, vectors)
         left = residual - vectors[nearest(residual, vectors)]
         print(f"residual {left.square().mean() / residual.square().mean():.3f} of what it was")
