@@ -6,7 +6,9 @@ from `prepare` to the first frame's samples on the host:
 
 - `first turn`: no history.
 - `tenth turn`: about a minute of history, two speakers in turn, or as much of it as a conversation
-  leaves in the model's context.
+  leaves in the model's context. Between turns the engine prefills the next context, as it does in a
+  server while the listener hears the answer.
+- `rest`: how long that takes; the most of a conversation, since most rests have little to do.
 - `voice first`, `voice again`: the first and second request with a new voice prompt of ten seconds.
 
 Every turn has about as much text. `times first` is the ratio to the first turn of the same
@@ -105,22 +107,40 @@ class Talker:
         none = torch.empty(0, self.model.config.num_codebooks, dtype=torch.int32)
         return first_ms, torch.stack(codes) if codes else none
 
-    def converse(self) -> tuple[list[float], float]:
-        """Milliseconds to the first frame of each turn, and seconds before the last turn."""
+    def rest(self, before: Parts) -> float:
+        """Milliseconds in which a context is prefilled, which nobody waits for."""
+        start = time.perf_counter()
+        prompt = Prompt.build(*(torch.cat(parts) for parts in zip(*before, strict=True)))
+        self.engine.idle.put("", prompt)
+        while self.engine.idle.has_work:
+            self.engine.idle.step()
+        return (time.perf_counter() - start) * 1e3
+
+    def converse(self) -> tuple[list[float], list[float], float]:
+        """Milliseconds to the first frame of each turn, milliseconds of `rest` after each, and
+        seconds of speech before the last one."""
         kept = Conversation("", "", self.engine.max_positions)
         said: list[Parts] = []
-        times, history_s = [], 0.0
+        times, rests, history_s = [], [], 0.0
+
+        def context(text: tuple[Tensor, Tensor]) -> Parts:
+            """The turns that the conversation gives to a text."""
+            nonlocal history_s
+            turns = kept.context(self.engine.max_positions - len(text[0]) - TURN_FRAMES)
+            history_s = sum(len(turn.codes) for turn in turns) * FRAME_MS / 1e3
+            return [part for parts in said[len(said) - len(turns) :] for part in parts]
+
         for turn in range(TURNS):
             text = self.text()
-            turns = kept.context(self.engine.max_positions - len(text[0]) - TURN_FRAMES)
-            before = [part for parts in said[len(said) - len(turns) :] for part in parts]
-            history_s = sum(len(turn.codes) for turn in turns) * FRAME_MS / 1e3
+            before = context(text)
             first_ms, codes = self.say(before, text, TURN_FRAMES if turn + 1 < TURNS else 1)
-            said.append([text, self.audio(codes)])
-            num_positions = sum(len(frames) for frames, _ in said[-1])
-            kept.add(Turn(0, "", codes.numpy(), True, num_positions))
             times.append(first_ms)
-        return times, history_s
+            if turn + 1 < TURNS:
+                said.append([text, self.audio(codes)])
+                num_positions = sum(len(frames) for frames, _ in said[-1])
+                kept.add(Turn(0, "", codes.numpy(), True, num_positions))
+                rests.append(self.rest(context(text)))  # as if the next text were as long
+        return times, rests, history_s
 
     def use_voice(self) -> tuple[float, float]:
         """Milliseconds to the first frame with a new voice, and with the same one again."""
@@ -146,12 +166,13 @@ def run(report: Report, config: CsmConfig, precisions: list[str], device: str) -
         talker.say([], talker.text(), 4)  # warms up
         conversations = [talker.converse() for _ in range(CONVERSATIONS)]
         voices = [talker.use_voice() for _ in range(CONVERSATIONS)]
-        first = statistics.median(times[0] for times, _ in conversations)
-        history_s = statistics.median(seconds for _, seconds in conversations)
+        first = statistics.median(times[0] for times, _, _ in conversations)
+        history_s = statistics.median(seconds for _, _, seconds in conversations)
         voice_s = VOICE_FRAMES * FRAME_MS / 1e3
         for turn, times, seconds in (
-            ("first turn", [times[0] for times, _ in conversations], 0.0),
-            ("tenth turn", [times[-1] for times, _ in conversations], history_s),
+            ("first turn", [times[0] for times, _, _ in conversations], 0.0),
+            ("tenth turn", [times[-1] for times, _, _ in conversations], history_s),
+            ("rest", [max(rests) for _, rests, _ in conversations], history_s),
             ("voice first", [times[0] for times in voices], voice_s),
             ("voice again", [times[1] for times in voices], voice_s),
         ):

@@ -193,8 +193,11 @@ class ConversationService:
         line = await self._enter(conversation, receive, len(request.text))
         try:
             if self._engine.follows_context:
-                request = await self._with_turns(conversation, request)
+                bare = request
+                room = await self._room(request)
                 self._check(conversation)
+                request = self._builder.with_turns(bare, conversation, room)
+                line.bare_request, line.room = bare, room
             job = self._runner.submit(request, conversation.client, streaming, keeps_frames=True)
         except BaseException:
             self._leave(conversation, line)
@@ -276,6 +279,19 @@ class ConversationService:
     def _changed(self, conversation: Conversation) -> None:
         if self.home is not None:
             self.home.changed(conversation)
+        if not conversation.is_deleted:
+            self._prefill_next(conversation)
+
+    def _prefill_next(self, conversation: Conversation) -> None:
+        """Prefill the next request's context before it comes, as if it were like the last one."""
+        line = self._line(conversation)
+        if line.bare_request is None:
+            return
+        request = self._builder.with_turns(line.bare_request, conversation, line.room)
+        if request.context:
+            key = f"{conversation.client}/{conversation.id}"
+            build = partial(self._builder.context_prompt, request.context)
+            self._runner.prefill_later(key, build, conversation.client)
 
     def _line(self, conversation: Conversation) -> ConversationLine:
         if (line := self._lines.get(conversation)) is None:
@@ -312,13 +328,12 @@ class ConversationService:
         if conversation.is_deleted:
             raise UnknownConversationError(f"the conversation {conversation.id} was deleted")
 
-    async def _with_turns(self, conversation: Conversation, request: Request) -> Request:
-        """A request with those turns as context, after its voice, that leave it room."""
+    async def _room(self, request: Request) -> int:
+        """Positions that turns may have beside a request."""
         try:
-            room = await asyncio.to_thread(self._builder.room, request)
+            return await asyncio.to_thread(self._builder.room, request)
         except ValueError as error:
             raise RequestRefused(str(error)) from None
-        return self._builder.with_turns(request, conversation, room)
 
     def _finish(self, conversation: Conversation, line: ConversationLine, job: Job) -> None:
         """Keep what a job spoke as turns, and let the next request begin."""

@@ -65,6 +65,10 @@ class TurnBuilder:
             return request
         return replace(request, context=[*base, *map(_segment, turns)])
 
+    def context_prompt(self, context: Sequence[Segment]) -> Prompt:
+        """A context as the model's input."""
+        return Prompt.build(*self._engine.prompts.build(context))
+
     def spoken(
         self,
         request: Request,

@@ -25,6 +25,7 @@ from vox_serve.default_context import DefaultContext
 from vox_serve.ending import SilenceGuard
 from vox_serve.fifo import choose_all
 from vox_serve.frame_batch import FrameBatch, Frames
+from vox_serve.idle_prefill import IdlePrefill
 from vox_serve.kv_cache import PAGE_SIZE, KvCache
 from vox_serve.live_request import LiveRequest
 from vox_serve.mimi import Mimi
@@ -90,6 +91,7 @@ class Engine:
         choose: see above.
         times: how long steps take.
         lengths: how long speech takes.
+        idle: prefills contexts while there are no requests, if its `step` is called.
 
     Raises:
         PromptTooLongError: the default context leaves no room for speech.
@@ -144,6 +146,7 @@ class Engine:
         self.choose, self._clock = choose, clock
         self.times = StepTimes()
         self.lengths = SpeechLengths()
+        self.idle = IdlePrefill(model, self._cache, self.times, self._chunk_tokens)
         self._meter = StepMeter(self.times)
         self._pending: deque[_Pending] = deque()
         self._failed = False
@@ -297,6 +300,7 @@ class Engine:
         self._live.clear()
         self._waiting.clear()
         self._pending.clear()
+        self.idle.clear()
         self._meter.rest()
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)  # raises the error of any kernel in flight

@@ -1,6 +1,7 @@
 """Conversations with a real engine: a turn's codes are those of its context given explicitly."""
 
 import json
+import threading
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from fastapi.testclient import TestClient
 
 from checkpoints import TinyShape, build_tiny
 from engine_testing import random_context, run
+from fake_engine import TIMEOUT_S
 from vox_serve.api import create_app
 from vox_serve.config import Config
 from vox_serve.engine import Engine, Request
@@ -92,6 +94,30 @@ def test_a_turn_computes_little_more_than_its_own_text(client):
         num_tokens = len(engine.prompts.tokens(Segment(0, body["text"])))
         # The end of the last turn: its last frame, the frame of zeros, and less than a page.
         assert missing <= num_tokens + 2 + PAGE_SIZE
+
+
+@pytest.mark.slow
+def test_the_next_context_is_prefilled_while_nobody_waits(client, monkeypatch):
+    """256 positions: the context begins with another turn now and then, and nobody notices."""
+    engine = client.app.state.conversations._engine.engine
+    done = threading.Semaphore(0)
+    original = engine.idle.step
+
+    def step() -> None:
+        had_work = engine.idle.has_work
+        original()
+        if had_work and not engine.idle.has_work:
+            done.release()
+
+    monkeypatch.setattr(engine.idle, "step", step)
+    for number in range(24):
+        body = {"text": f"Turn {number:02}.", "seed": number, "conversation": "f"}
+        missing = engine.num_found_positions - engine.num_prompt_positions
+        client.post("/generate", json=body)
+        missing += engine.num_prompt_positions - engine.num_found_positions
+        assert missing == len(engine.prompts.tokens(Segment(0, body["text"])))
+        assert done.acquire(timeout=TIMEOUT_S)
+    assert client.get("/v1/conversations/f").json()["forgotten_turns"] > 0
 
 
 def test_the_turn_after_an_interruption_has_what_was_heard(client, alone):

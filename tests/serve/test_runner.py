@@ -214,3 +214,38 @@ def test_a_suspect_that_waits_for_text_holds_up_no_other():
 
     run_with(LongForm(engine, 40), scenario, started=False)
     assert engine.num_resets == 2
+
+
+def test_a_context_is_prefilled_while_there_is_no_request():
+    engine = FakeEngine()
+    is_done = threading.Event()
+    engine.idle.on_done = is_done.set
+
+    async def scenario(runner):
+        runner.prefill_later("a", lambda: engine.prepare(Request("context")), "client")
+        assert await asyncio.to_thread(is_done.wait, TIMEOUT_S)
+        return await read(runner, Request("hello"))
+
+    assert run_with(engine, scenario) == expected_pcm("hello", 3)
+    assert engine.idle.done == ["a"]
+
+
+def test_a_context_that_cannot_be_prefilled_harms_no_request(caplog):
+    engine = FakeEngine()
+    has_failed = threading.Event()
+
+    def fail() -> None:
+        has_failed.set()
+        raise RuntimeError("the device failed")
+
+    engine.idle.on_done = fail
+
+    async def scenario(runner):
+        runner.prefill_later("a", lambda: engine.prepare(Request("x" * 3000)), "client")
+        runner.prefill_later("b", lambda: engine.prepare(Request("context")), "client")
+        assert await asyncio.to_thread(has_failed.wait, TIMEOUT_S)
+        return await read(runner, Request("hello"))
+
+    assert run_with(engine, scenario) == expected_pcm("hello", 3)
+    assert engine.num_resets == 1
+    assert "a context cannot be prefilled" in caplog.text

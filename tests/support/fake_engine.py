@@ -3,7 +3,7 @@
 import threading
 import time
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -76,6 +76,31 @@ class FakePrompts:
     def tokens(self, segment: Segment) -> list[int]:
         return [ord(c) for c in segment.text]
 
+    def build(self, segments: Sequence[Segment]) -> tuple[torch.Tensor, torch.Tensor]:
+        frames = torch.tensor([self.tokens(segment) for segment in segments[:1]]).T
+        return frames, torch.ones_like(frames, dtype=torch.bool)
+
+
+class FakeIdle:
+    """`IdlePrefill`'s interface: a step completes a prompt and calls `on_done`, which may raise."""
+
+    def __init__(self) -> None:
+        self.prompts: dict[str, Prompt] = {}
+        self.done: list[str] = []
+        self.on_done: Callable[[], None] = lambda: None
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.prompts)
+
+    def put(self, key: str, prompt: Prompt) -> None:
+        self.prompts[key] = prompt
+
+    def step(self) -> None:
+        if self.prompts:
+            self.done.append(self.prompts.popitem()[0])
+            self.on_done()
+
 
 class FakeEngine:
     """`vox_serve.engine.Engine`'s interface; one frame per request and step.
@@ -118,7 +143,7 @@ class FakeEngine:
         self.fail_at_step = fail_at_step
         self.mimi = FakeMimi()
         self.prompts = FakePrompts()
-        self.times, self.lengths = StepTimes(), SpeechLengths()
+        self.times, self.lengths, self.idle = StepTimes(), SpeechLengths(), FakeIdle()
         self.rows: list[Row] = []
         self.requests: list[Request] = []
         self.aborted: list[str] = []
@@ -165,6 +190,7 @@ class FakeEngine:
 
     def reset(self) -> None:
         self.num_resets += 1
+        self.idle.prompts.clear()
         self._open.clear()
         self._broken = False
 
