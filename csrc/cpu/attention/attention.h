@@ -42,23 +42,38 @@ struct SoftmaxState {
   float sum = 0;
 };
 
-// Replaces scores[0..count) by e^(score - largest) and the rest of the kKeyBlock scores by zeros.
-// Returns the factor by which the sums of earlier blocks must be rescaled.
-VOX_INLINE float softmax_step(float* scores, int64_t count, SoftmaxState& state) {
-  for (int64_t j = count; j < kKeyBlock; ++j) scores[j] = -__builtin_inff();
-  vfloat largests = splat(state.largest);
-  for (int64_t j = 0; j < kKeyBlock; j += kWidth) largests = max(load(scores + j), largests);
-  const float largest = reduce_max(largests);
-  vfloat sums{};
-  for (int64_t j = 0; j < kKeyBlock; j += kWidth) {
-    const vfloat weights = exp(load(scores + j) - splat(largest));
-    store(scores + j, weights);
-    sums += weights;
+// One step of the online softmax of R rows at once, so that their chains of instructions overlap.
+// Row r has counts[r] of the kKeyBlock scores from scores + r * stride on: these become
+// e^(score - largest), and the rest zeros. Its sums of earlier blocks must be rescaled by
+// factors[r].
+template <int R>
+VOX_INLINE void softmax_step(float* scores, int64_t stride, const int64_t* counts,
+                             SoftmaxState* states, float* factors) {
+  static_assert(R <= kWidth);
+  vfloat changes{};  // of the largest, by row
+  float largest[R];
+  for (int r = 0; r < R; ++r) {
+    float* const row = scores + r * stride;
+    for (int64_t j = counts[r]; j < kKeyBlock; ++j) row[j] = -__builtin_inff();
+    vfloat largests = splat(states[r].largest);
+    for (int64_t j = 0; j < kKeyBlock; j += kWidth) largests = max(load(row + j), largests);
+    largest[r] = reduce_max(largests);
+    changes[r] = states[r].largest - largest[r];
   }
-  const float factor = exp_one(state.largest - largest);
-  state.sum = state.sum * factor + reduce_add(sums);
-  state.largest = largest;
-  return factor;
+  changes = exp(changes);
+  vfloat sums[R];
+  clear(sums);
+  for (int64_t j = 0; j < kKeyBlock; j += kWidth)
+    for (int r = 0; r < R; ++r) {
+      const vfloat weights = exp(load(scores + r * stride + j) - splat(largest[r]));
+      store(scores + r * stride + j, weights);
+      sums[r] += weights;
+    }
+  for (int r = 0; r < R; ++r) {
+    factors[r] = changes[r];
+    states[r].sum = states[r].sum * factors[r] + reduce_add(sums[r]);
+    states[r].largest = largest[r];
+  }
 }
 
 // Combines the n splits of one query and writes its result [D], rounded at the store; zeros if n is

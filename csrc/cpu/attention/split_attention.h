@@ -117,7 +117,9 @@ void attend_block(const float* q, int64_t width, const KeyBlock<T>& block, int64
                   SoftmaxState* states, float* sums) {
   float scores[Q * kScoreRow], factors[Q];
   score<Q>(q, width, block.keys, count, D, scores);
-  for (int g = 0; g < Q; ++g) factors[g] = softmax_step(scores + g * kScoreRow, count, states[g]);
+  int64_t counts[Q];
+  for (int64_t& n : counts) n = count;
+  softmax_step<Q>(scores, kScoreRow, counts, states, factors);
   accumulate<Q>(scores, factors, block.values, count, D, sums, width);
 }
 

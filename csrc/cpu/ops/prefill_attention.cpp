@@ -20,7 +20,7 @@ namespace voxkern {
 namespace {
 
 constexpr int64_t kRows = 128;
-constexpr int kTileRows = 4;
+constexpr int kTileRows = kWidth == 8 ? 6 : 4;  // 12 or 16 sums at once hide the latency
 constexpr int kTileVectors = kWidth == 16 ? 4 : 2;
 template <int n>
 struct Vectors {
@@ -230,11 +230,10 @@ struct Prefill {
     });
     const int64_t at = begin / kSplit * max_rows + r;
     float factors[kTileRows];
-    for (int i = 0; i < kTileRows; ++i) {
-      const int64_t row = r + i < last ? r + i : last;
-      factors[i] = softmax_step(buffers.scores + i * kKeyBlock,
-                                visible(position + row / group, begin), buffers.states[at + i]);
-    }
+    int64_t counts[kTileRows];
+    for (int i = 0; i < kTileRows; ++i)
+      counts[i] = visible(position + (r + i < last ? r + i : last) / group, begin);
+    softmax_step<kTileRows>(buffers.scores, kKeyBlock, counts, buffers.states + at, factors);
     for_each_tile(width, [&](int64_t i, auto vectors) {
       value_tile<vectors.value>(buffers.scores, buffers.values + i, depth, factors,
                                 buffers.sums + at * width + i, width);
