@@ -8,7 +8,7 @@ from `prepare` to the first frame's samples on the host:
 - `tenth turn`: about a minute of history, two speakers in turn, or as much of it as a conversation
   leaves in the model's context. Between turns the engine prefills the next context, as it does in a
   server while the listener hears the answer.
-- `rest`: how long that takes; the most of a conversation, since most rests have little to do.
+- `prefill ahead`: the longest such prefill of a conversation; most have little to compute.
 - `voice first`, `voice again`: the first and second request with a new voice prompt of ten seconds.
 
 Every turn has about as much text. `times first` is the ratio to the first turn of the same
@@ -107,21 +107,24 @@ class Talker:
         none = torch.empty(0, self.model.config.num_codebooks, dtype=torch.int32)
         return first_ms, torch.stack(codes) if codes else none
 
-    def rest(self, before: Parts) -> float:
-        """Milliseconds in which a context is prefilled, which nobody waits for."""
+    def prefill_next(self, before: Parts) -> float:
+        """Milliseconds in which a context is prefilled, while nobody waits."""
+
+        def build() -> Prompt:
+            return Prompt.build(*(torch.cat(parts) for parts in zip(*before, strict=True)))
+
         start = time.perf_counter()
-        prompt = Prompt.build(*(torch.cat(parts) for parts in zip(*before, strict=True)))
-        self.engine.idle.put("", prompt)
-        while self.engine.idle.has_work:
-            self.engine.idle.step()
+        self.engine.idle_prefill.put("", "", build)
+        while self.engine.idle_prefill.has_work:
+            self.engine.idle_prefill.step()
         return (time.perf_counter() - start) * 1e3
 
     def converse(self) -> tuple[list[float], list[float], float]:
-        """Milliseconds to the first frame of each turn, milliseconds of `rest` after each, and
-        seconds of speech before the last one."""
+        """Milliseconds to the first frame of each turn, milliseconds of `prefill_next` after each,
+        and seconds of speech before the last one."""
         kept = Conversation("", "", self.engine.max_positions)
         said: list[Parts] = []
-        times, rests, history_s = [], [], 0.0
+        times, idle, history_s = [], [], 0.0
 
         def context(text: tuple[Tensor, Tensor]) -> Parts:
             """The turns that the conversation gives to a text."""
@@ -139,8 +142,8 @@ class Talker:
                 said.append([text, self.audio(codes)])
                 num_positions = sum(len(frames) for frames, _ in said[-1])
                 kept.add(Turn(0, "", codes.numpy(), True, num_positions))
-                rests.append(self.rest(context(text)))  # as if the next text were as long
-        return times, rests, history_s
+                idle.append(self.prefill_next(context(text)))  # as if the next text were as long
+        return times, idle, history_s
 
     def use_voice(self) -> tuple[float, float]:
         """Milliseconds to the first frame with a new voice, and with the same one again."""
@@ -172,7 +175,7 @@ def run(report: Report, config: CsmConfig, precisions: list[str], device: str) -
         for turn, times, seconds in (
             ("first turn", [times[0] for times, _, _ in conversations], 0.0),
             ("tenth turn", [times[-1] for times, _, _ in conversations], history_s),
-            ("rest", [max(rests) for _, rests, _ in conversations], history_s),
+            ("prefill ahead", [max(idle) for _, idle, _ in conversations], history_s),
             ("voice first", [times[0] for times in voices], voice_s),
             ("voice again", [times[1] for times in voices], voice_s),
         ):

@@ -2,12 +2,13 @@
 
 import asyncio
 import weakref
+from collections.abc import Sequence
 
 from starlette.types import Receive
 
 from vox_serve.http_io import BodyMemory
 from vox_serve.job import Job, QueueFull
-from vox_serve.request import Request
+from vox_serve.prompt import Segment
 from vox_serve.speech_response import unless_gone
 
 MAX_WAITING = 4
@@ -23,15 +24,15 @@ class ConversationLine:
     Attributes:
         num_members: requests that hold the lock or wait for it.
         heard_frames: frames of the last job that were heard before it was interrupted.
-        bare_request: the last request, without turns; None before the first.
-        room: positions that turns had beside it.
+        base: the context of the last request without turns, None for the default context.
+        room: positions that turns had in it; None before the first request.
     """
 
     def __init__(self, waiting: BodyMemory) -> None:
         self.num_members = 0
         self.heard_frames: int | None = None
-        self.bare_request: Request | None = None
-        self.room = 0
+        self.base: Sequence[Segment] | None = None
+        self.room: int | None = None
         self._waiting = waiting
         self._lock = asyncio.Lock()
         self._last: weakref.ref[Job] | None = None

@@ -28,7 +28,7 @@ from vox_serve.ending import FRAME_S
 from vox_serve.http_io import BodyMemory
 from vox_serve.job import Job, QueueFull, RequestRefused
 from vox_serve.prompt import Segment
-from vox_serve.request import Request
+from vox_serve.request import Prompt, Request
 from vox_serve.runner import Runner
 
 logger = logging.getLogger("vox_serve")
@@ -193,11 +193,10 @@ class ConversationService:
         line = await self._enter(conversation, receive, len(request.text))
         try:
             if self._engine.follows_context:
-                bare = request
                 room = await self._room(request)
                 self._check(conversation)
-                request = self._builder.with_turns(bare, conversation, room)
-                line.bare_request, line.room = bare, room
+                line.base, line.room = request.context, room
+                request = self._builder.with_turns(request, conversation, room)
             job = self._runner.submit(request, conversation.client, streaming, keeps_frames=True)
         except BaseException:
             self._leave(conversation, line)
@@ -285,13 +284,13 @@ class ConversationService:
     def _prefill_next(self, conversation: Conversation) -> None:
         """Prefill the next request's context before it comes, as if it were like the last one."""
         line = self._line(conversation)
-        if line.bare_request is None:
+        if line.room is None or not (turns := conversation.context(line.room)):
             return
-        request = self._builder.with_turns(line.bare_request, conversation, line.room)
-        if request.context:
-            key = f"{conversation.client}/{conversation.id}"
-            build = partial(self._builder.context_prompt, request.context)
-            self._runner.prefill_later(key, build, conversation.client)
+
+        def build() -> Prompt | None:
+            return None if conversation.is_deleted else self._builder.prompt(line.base, turns)
+
+        self._runner.prefill_later(conversation.client, conversation.id, build)
 
     def _line(self, conversation: Conversation) -> ConversationLine:
         if (line := self._lines.get(conversation)) is None:

@@ -59,15 +59,16 @@ class TurnBuilder:
             conversation: whose turns.
             room: positions that they may have.
         """
-        base = self._engine.default_context if request.context is None else request.context
         turns = conversation.context(room)
-        if not turns:
-            return request
-        return replace(request, context=[*base, *map(_segment, turns)])
+        return replace(request, context=self._context(request.context, turns)) if turns else request
 
-    def context_prompt(self, context: Sequence[Segment]) -> Prompt:
-        """A context as the model's input."""
-        return Prompt.build(*self._engine.prompts.build(context))
+    def prompt(self, base: Sequence[Segment] | None, turns: Sequence[Turn]) -> Prompt:
+        """Turns after other context, None for the default one, as the model's input."""
+        return Prompt.build(*self._engine.prompts.build(self._context(base, turns)))
+
+    def _context(self, base: Sequence[Segment] | None, turns: Sequence[Turn]) -> list[Segment]:
+        base = self._engine.default_context if base is None else base
+        return [*base, *map(_segment, turns)]
 
     def spoken(
         self,

@@ -91,7 +91,7 @@ class Engine:
         choose: see above.
         times: how long steps take.
         lengths: how long speech takes.
-        idle: prefills contexts while there are no requests, if its `step` is called.
+        idle_prefill: prefills contexts while there are no requests, if its `step` is called.
 
     Raises:
         PromptTooLongError: the default context leaves no room for speech.
@@ -146,7 +146,7 @@ class Engine:
         self.choose, self._clock = choose, clock
         self.times = StepTimes()
         self.lengths = SpeechLengths()
-        self.idle = IdlePrefill(model, self._cache, self.times, self._chunk_tokens)
+        self.idle_prefill = IdlePrefill(model, self._cache, self.times, self._chunk_tokens)
         self._meter = StepMeter(self.times)
         self._pending: deque[_Pending] = deque()
         self._failed = False
@@ -205,6 +205,7 @@ class Engine:
             **self._cache.counts(),
             "positions_asked": self.num_prompt_positions,
             "positions_found": self.num_found_positions,
+            "positions_ahead": self.idle_prefill.num_positions,
         }
 
     @property
@@ -300,7 +301,7 @@ class Engine:
         self._live.clear()
         self._waiting.clear()
         self._pending.clear()
-        self.idle.clear()
+        self.idle_prefill.clear()
         self._meter.rest()
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)  # raises the error of any kernel in flight

@@ -62,7 +62,7 @@ class AnyEngine(Protocol):
 
     times: "StepTimes"
     lengths: "SpeechLengths"
-    idle: "IdlePrefill"
+    idle_prefill: "IdlePrefill"
 
     @property
     def rows(self) -> "list[Row]": ...
@@ -126,7 +126,6 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         # Guarded by the lock.
         self._aborted: list[str] = []
-        self._contexts: dict[str, Prompt] = {}
         self._stopping = False
         # The thread's own.
         self._running: dict[str, Job] = {}
@@ -148,12 +147,6 @@ class EngineThread:
     def abort(self, request_id: str) -> None:
         """Let a request leave the engine before the next step. Needs the lock."""
         self._aborted.append(request_id)
-        self._lock.notify()
-
-    def prefill_later(self, key: str, prompt: "Prompt") -> None:
-        """Prefill a prompt while there is nothing else to do; see `IdlePrefill.put`. Needs the
-        lock."""
-        self._contexts[key] = prompt
         self._lock.notify()
 
     def stop(self) -> None:
@@ -184,10 +177,9 @@ class EngineThread:
     def _tick(self) -> bool:
         """Make one frame of all running jobs, or wait for one to run; False to stop."""
         with self._lock:
-            while not (self._has_work() or self._may_prefill):
+            while not (self._has_work() or self._may_prefill()):
                 self._lock.wait(GATE_POLL_S if self._queue.can_take else None)
             aborted, self._aborted = self._aborted, []
-            contexts, self._contexts = self._contexts, {}
             stopping = self._stopping
         try:
             for request_id in aborted:
@@ -196,8 +188,6 @@ class EngineThread:
                 for request_id in list(self._running):
                     self._leave(request_id)
                 return False
-            for key, prompt in contexts.items():
-                self._engine.idle.put(key, prompt)
             for job in self._next_jobs():
                 self._begin(job)
             is_busy = any(not job.is_starved for job in self._running.values())
@@ -214,16 +204,20 @@ class EngineThread:
             elif is_busy:
                 raise RuntimeError(f"the engine lost {len(self._running)} requests")
             else:
-                self._engine.idle.step()
+                self._prefill_ahead()
         except Exception as error:
             self._recover(error)
         return True
 
-    @property
     def _may_prefill(self) -> bool:
-        """True if the engine has no request, and a context to prefill. Needs the lock."""
-        has_context = self._contexts or self._engine.idle.has_work
-        return bool(has_context) and not self._engine.has_work
+        """True if the engine has no request, and a context to prefill."""
+        return self._engine.idle_prefill.has_work and not self._engine.has_work
+
+    def _prefill_ahead(self) -> None:
+        try:
+            self._engine.idle_prefill.step()
+        except Exception:  # nobody waits; if the device failed, so does the next request
+            logger.exception("a context cannot be prefilled")
 
     def _has_work(self) -> bool:
         """True if a tick has something to do. Needs the lock."""

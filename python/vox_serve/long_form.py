@@ -114,7 +114,8 @@ class LongForm:
         self.max_positions, self.default_context = engine.max_positions, engine.default_context
         self.follows_context = engine.follows_context
         self.max_recent_positions = max_recent_positions if self.follows_context else 0
-        self.times, self.lengths, self.idle = engine.times, engine.lengths, engine.idle
+        self.times, self.lengths = engine.times, engine.lengths
+        self.idle_prefill = engine.idle_prefill
         self._passages: dict[str, _Passage] = {}
         self._starved: dict[str, _Passage] = {}  # those whose next part is not written yet
         self._tokenizing = ThreadPoolExecutor(1, "tokenizing")

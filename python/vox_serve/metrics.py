@@ -200,6 +200,12 @@ METRICS = (
         _cached("positions_found"),
     ),
     Metric(
+        "positions_prefilled_ahead_total",
+        "counter",
+        "positions of conversations that were computed before a request came",
+        _cached("positions_ahead"),
+    ),
+    Metric(
         "unread_bytes",
         "gauge",
         "audio that waits for its readers, in bytes",

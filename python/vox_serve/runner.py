@@ -18,7 +18,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -226,26 +225,12 @@ class Runner:
                 raise self._queue_full() from None
         return job
 
-    def prefill_later(self, key: str, build: "Callable[[], Prompt]", client: str) -> None:
-        """Prefill a context while the engine has nothing else to do.
-
-        Args:
-            key: whose context it is; it replaces an earlier one that still waits.
-            build: makes the prompt.
-            client: whose call it is, for fairness.
-        """
-
-        def prepare() -> None:
-            try:
-                prompt = build()
-            except Exception:  # a later request says what is wrong with it, if anything is
-                logger.exception("a context cannot be prefilled")
-                return
-            with self._lock:
-                self._thread.prefill_later(key, prompt)
-
-        with suppress(RuntimeError):  # no more threads: the request prefills it
-            self._preparing.start(prepare, client, slow=True)
+    def prefill_later(self, client: str, key: str, build: "Callable[[], Prompt | None]") -> None:
+        """Prefill a context while the engine has no request; see `IdlePrefill.put`."""
+        with self._lock:
+            if not (self.failure or self.draining):
+                self.engine.idle_prefill.put(client, key, build)
+                self._lock.notify()
 
     def start_encoding(self, call: Callable[[], None], client: str) -> None:
         """Run a call that must not raise in the thread that encodes recordings.

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -39,13 +40,19 @@ def alone(folder) -> Engine:
     return load_engine(str(folder), prefix_cache_bytes=0)
 
 
-@pytest.fixture(scope="module")
-def client(folder):
+@contextmanager
+def serve(folder):
     config = Config(
         model=str(folder), max_frames=NUM_FRAMES, max_frames_limit=100, split_chars=SPLIT_CHARS
     )
     engine = LongForm(load_engine(str(folder), max_silence_s=1000.0), SPLIT_CHARS)
     with TestClient(create_app(Runner.for_config(engine, config), config, {})) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(folder):
+    with serve(folder) as client:
         yield client
 
 
@@ -96,28 +103,59 @@ def test_a_turn_computes_little_more_than_its_own_text(client):
         assert missing <= num_tokens + 2 + PAGE_SIZE
 
 
-@pytest.mark.slow
-def test_the_next_context_is_prefilled_while_nobody_waits(client, monkeypatch):
-    """256 positions: the context begins with another turn now and then, and nobody notices."""
+@pytest.fixture
+def watched(folder, monkeypatch):
+    """A client, and a semaphore that counts the contexts that were prefilled while idle."""
+    with serve(folder) as client:
+        idle_prefill = client.app.state.conversations._engine.idle_prefill
+        done, original = threading.Semaphore(0), idle_prefill.step
+
+        def step() -> None:
+            had_work = idle_prefill.has_work
+            original()
+            if had_work and not idle_prefill.has_work:
+                done.release()
+
+        monkeypatch.setattr(idle_prefill, "step", step)
+        yield client, done
+
+
+def num_computed(client, body: dict) -> int:
+    """Positions of a turn's prompt that were computed when it came."""
     engine = client.app.state.conversations._engine.engine
-    done = threading.Semaphore(0)
-    original = engine.idle.step
+    before = engine.num_found_positions - engine.num_prompt_positions
+    assert client.post("/generate", json=body).status_code == 200
+    return before + engine.num_prompt_positions - engine.num_found_positions
 
-    def step() -> None:
-        had_work = engine.idle.has_work
-        original()
-        if had_work and not engine.idle.has_work:
-            done.release()
 
-    monkeypatch.setattr(engine.idle, "step", step)
+def num_tokens(client, text: str) -> int:
+    return len(client.app.state.conversations._engine.prompts.tokens(Segment(0, text)))
+
+
+@pytest.mark.slow
+def test_the_next_context_is_prefilled_while_nobody_waits(watched):
+    """256 positions: the context begins with another turn now and then, and nobody notices."""
+    client, done = watched
     for number in range(24):
-        body = {"text": f"Turn {number:02}.", "seed": number, "conversation": "f"}
-        missing = engine.num_found_positions - engine.num_prompt_positions
-        client.post("/generate", json=body)
-        missing += engine.num_prompt_positions - engine.num_found_positions
-        assert missing == len(engine.prompts.tokens(Segment(0, body["text"])))
+        body = {"text": f"Turn {number:02}.", "seed": number, "conversation": "a"}
+        assert num_computed(client, body) == num_tokens(client, body["text"])
         assert done.acquire(timeout=TIMEOUT_S)
-    assert client.get("/v1/conversations/f").json()["forgotten_turns"] > 0
+    assert client.get("/v1/conversations/a").json()["forgotten_turns"] > 0
+
+
+def test_turns_of_others_and_what_was_heard_are_prefilled_too(watched):
+    client, done = watched
+    num_computed(client, {"text": "One two.", "seed": 1, "conversation": "b"})
+    assert done.acquire(timeout=TIMEOUT_S)
+    client.post("/v1/conversations/b/interrupt", json={"played_ms": 400})
+    assert done.acquire(timeout=TIMEOUT_S)
+    body = {"text": "Three.", "seed": 2, "conversation": "b"}
+    assert num_computed(client, body) == num_tokens(client, body["text"])
+    assert done.acquire(timeout=TIMEOUT_S)
+    turn = segment_json(random_context(TinyShape())[0])
+    assert client.post("/v1/conversations/b/turns", json=turn).status_code == 201
+    assert done.acquire(timeout=TIMEOUT_S)
+    assert num_computed(client, body) == num_tokens(client, body["text"])
 
 
 def test_the_turn_after_an_interruption_has_what_was_heard(client, alone):

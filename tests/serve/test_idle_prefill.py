@@ -1,12 +1,14 @@
 """Contexts that are prefilled while the engine has no request."""
 
+import contextlib
+
 import pytest
 import torch
 
 from checkpoints import build_tiny
 from engine_testing import PACKABLE, random_context, run
 from vox_serve.engine import Engine, Request
-from vox_serve.idle_prefill import MAX_PROMPTS
+from vox_serve.idle_prefill import MAX_CONTEXTS
 from vox_serve.kv_cache import PAGE_SIZE
 from vox_serve.loading import load_engine
 from vox_serve.prompt import Segment
@@ -44,21 +46,21 @@ def prompt_of(engine: Engine, context) -> Prompt:
     return Prompt.build(*engine.prompts.build(context))
 
 
-def steps(engine: Engine, monkeypatch, context) -> list[int]:
+def put(engine: Engine, context, client: str = "", key: str = "") -> None:
+    engine.idle_prefill.put(client, key, lambda: prompt_of(engine, context))
+
+
+def steps(engine: Engine, context) -> list[int]:
     """Prefill a context in idle time; returns the positions of each step."""
     counts = []
-    original = engine.model.backbone_step
-
-    def step(frames, mask, batch, cache):
-        counts.append(len(frames))
-        return original(frames, mask, batch, cache)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.model, "backbone_step", step)
-        engine.idle.put("a", prompt_of(engine, context))
-        while engine.idle.has_work:
-            engine.idle.step()
-    return counts
+    put(engine, context)
+    for _ in range(100):
+        if not engine.idle_prefill.has_work:
+            return counts
+        before = engine.idle_prefill.num_positions
+        engine.idle_prefill.step()
+        counts.append(engine.idle_prefill.num_positions - before)
+    raise AssertionError("it does not end")
 
 
 def speak(engine: Engine, context) -> tuple[torch.Tensor, int]:
@@ -69,79 +71,101 @@ def speak(engine: Engine, context) -> tuple[torch.Tensor, int]:
     return codes, missing + engine.num_prompt_positions - engine.num_found_positions
 
 
-def test_a_request_computes_its_text_alone_and_gets_the_same_codes(loaded, monkeypatch):
+def test_a_request_computes_its_text_alone_and_gets_the_same_codes(loaded):
     expected, num_positions = speak(with_cache(loaded, 0), CONTEXT)
     engine = with_cache(loaded, 64)
     length = len(prompt_of(engine, CONTEXT).frames)
-    assert sum(steps(engine, monkeypatch, CONTEXT)) == length
+    assert sum(steps(engine, CONTEXT)) == length
     codes, num_computed = speak(engine, CONTEXT)
     assert torch.equal(codes, expected)
     assert num_computed == num_positions - length
-    assert steps(engine, monkeypatch, CONTEXT) == []
+    assert steps(engine, CONTEXT) == [0]
 
 
 def test_a_request_that_comes_meanwhile_finds_what_is_there(loaded, monkeypatch):
     expected, num_positions = speak(with_cache(loaded, 0), CONTEXT)
     engine = with_cache(loaded, 64)
-    monkeypatch.setattr(engine.idle, "_chunk_tokens", PAGE_SIZE)
-    engine.idle.put("a", prompt_of(engine, CONTEXT))
-    engine.idle.step()
+    monkeypatch.setattr(engine.idle_prefill, "_chunk_tokens", PAGE_SIZE)
+    put(engine, CONTEXT)
+    engine.idle_prefill.step()
     codes, num_computed = speak(engine, CONTEXT)
     assert torch.equal(codes, expected)
     assert num_computed == num_positions - PAGE_SIZE
 
 
-@pytest.mark.parametrize("num_pages", [0, 1])
-def test_a_cache_without_room_ends_it(loaded, monkeypatch, num_pages):
-    engine = with_cache(loaded, num_pages)
-    length = len(prompt_of(engine, CONTEXT).frames)
-    assert length > 2 * PAGE_SIZE
-    monkeypatch.setattr(engine.idle, "_chunk_tokens", PAGE_SIZE)
-    assert len(steps(engine, monkeypatch, CONTEXT)) <= num_pages + 1
+@pytest.mark.parametrize("num_pages", [1, 2])
+def test_it_ends_when_the_cache_keeps_no_more(loaded, monkeypatch, num_pages):
+    engine, context = with_cache(loaded, num_pages), 2 * CONTEXT
+    assert len(prompt_of(engine, context).frames) > (num_pages + 1) * PAGE_SIZE
+    monkeypatch.setattr(engine.idle_prefill, "_chunk_tokens", PAGE_SIZE)
+    assert steps(engine, context) == [PAGE_SIZE] * (num_pages + 1) + [0]
     assert engine.cache_counts()["pages_held"] == 0
 
 
-def test_it_takes_no_page_that_a_request_holds(loaded, monkeypatch):
-    expected, _ = speak(with_cache(loaded, 0), CONTEXT)
+def test_without_a_prefix_cache_there_is_nothing_to_do(loaded):
     engine = with_cache(loaded, 0)
-    engine._cache._pool._free = engine._cache._pool._free[:8]
-    request = Request("Of course.", 0, CONTEXT, SamplingParams(seed=3), max_frames=5)
-    engine.add(request)
-    codes = [out.codes for out in engine.step() if out.codes is not None]
-    steps(engine, monkeypatch, [Segment(1, "Another one.", CONTEXT[0].codes.repeat(8, 1))])
-    while engine.has_work:
-        codes += [out.codes for out in engine.step() if out.codes is not None]
-    assert torch.equal(torch.stack(codes), expected)
+    put(engine, CONTEXT)
+    assert not engine.idle_prefill.has_work
 
 
-def test_numbers_that_are_not_finite_are_not_kept(loaded, monkeypatch):
-    expected, num_positions = speak(with_cache(loaded, 0), CONTEXT)
-    engine = with_cache(loaded, 64)
+@pytest.mark.parametrize("fault", ["nan", "error"])
+def test_a_fault_is_forgotten_and_the_default_context_stays(loaded, monkeypatch, fault):
+    engine = Engine(
+        loaded.model,
+        loaded.mimi,
+        loaded.prompts,
+        default_context=CONTEXT,
+        prefix_cache_bytes=2**24,
+    )
+    held = engine.cache_counts()["pages_held"]
+    turns = [*CONTEXT, Segment(1, "What was said before.", CONTEXT[0].codes)]
+    expected, num_positions = speak(engine, CONTEXT)
+    engine.reset()
     original = engine.model.backbone_step
+
+    def step(*args):
+        if fault == "error":
+            raise RuntimeError("the device failed")
+        return original(*args) * torch.nan
+
     with monkeypatch.context() as patch:
-        patch.setattr(engine.model, "backbone_step", lambda *args: original(*args) * torch.nan)
-        engine.idle.put("a", prompt_of(engine, CONTEXT))
-        while engine.idle.has_work:
-            engine.idle.step()
-    assert engine.cache_counts()["pages_cached"] == 0
+        patch.setattr(engine.model, "backbone_step", step)
+        put(engine, turns)
+        with contextlib.suppress(RuntimeError):
+            engine.idle_prefill.step()
+    assert not engine.idle_prefill.has_work
+    counts = engine.cache_counts()
+    assert (counts["pages_held"], counts["pages_cached"]) == (held, 0)
     codes, num_computed = speak(engine, CONTEXT)
     assert torch.equal(codes, expected)
     assert num_computed == num_positions
 
 
-def test_the_oldest_prompt_is_dropped_beyond_the_most(loaded):
+def test_the_client_with_the_most_contexts_loses_its_oldest(loaded):
     engine = with_cache(loaded, 64)
-    prompt = prompt_of(engine, CONTEXT)
-    for number in range(MAX_PROMPTS + 3):
-        engine.idle.put(str(number), prompt)
-    engine.idle.put("5", prompt)
-    assert len(engine.idle._prompts) == MAX_PROMPTS
-    assert "2" not in engine.idle._prompts
-    assert "3" in engine.idle._prompts
+    put(engine, CONTEXT, "quiet", "0")
+    for number in range(MAX_CONTEXTS + 3):
+        put(engine, CONTEXT, "busy", str(number))
+    put(engine, CONTEXT, "busy", "5")
+    names = list(engine.idle_prefill._waiting)
+    assert len(names) == MAX_CONTEXTS
+    assert names[:2] == [("quiet", "0"), ("busy", "4")]
+    assert names[-1] == ("busy", "5")
 
 
-def test_a_reset_drops_all(loaded):
+def test_a_context_that_nobody_wants_any_more_is_not_computed(loaded):
     engine = with_cache(loaded, 64)
-    engine.idle.put("a", prompt_of(engine, CONTEXT))
+    engine.idle_prefill.put("", "", lambda: None)
+    engine.idle_prefill.step()
+    assert not engine.idle_prefill.has_work
+    assert engine.idle_prefill.num_positions == 0
+
+
+def test_a_reset_drops_all(loaded, monkeypatch):
+    engine = with_cache(loaded, 64)
+    monkeypatch.setattr(engine.idle_prefill, "_chunk_tokens", PAGE_SIZE)
+    put(engine, CONTEXT)
+    engine.idle_prefill.step()
+    put(engine, CONTEXT)
     engine.reset()
-    assert not engine.idle.has_work
+    assert not engine.idle_prefill.has_work

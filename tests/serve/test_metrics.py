@@ -114,7 +114,12 @@ def test_rows_by_state():
 def test_the_cache_and_the_learnt_times():
     engine = FakeEngine()
     counts = {"pages": 10, "pages_held": 3, "pages_cached": 2}
-    engine.cache_counts = lambda: {**counts, "positions_asked": 70, "positions_found": 40}
+    engine.cache_counts = lambda: {
+        **counts,
+        "positions_asked": 70,
+        "positions_found": 40,
+        "positions_ahead": 30,
+    }
     engine.times.observe(1, 0, 0.25)
     engine.times.observe(4, 0, 0.5)
     with serve(engine) as client:
@@ -123,6 +128,7 @@ def test_the_cache_and_the_learnt_times():
     assert pages == {"held": 3, "cached": 2, "free": 5}
     assert seen[f"{PREFIX}prompt_positions_total",] == 70
     assert seen[f"{PREFIX}prompt_positions_found_total",] == 40
+    assert seen[f"{PREFIX}positions_prefilled_ahead_total",] == 30
     assert seen[f"{PREFIX}step_median_seconds", "4"] == 0.5
 
 

@@ -219,15 +219,31 @@ def test_a_suspect_that_waits_for_text_holds_up_no_other():
 def test_a_context_is_prefilled_while_there_is_no_request():
     engine = FakeEngine()
     is_done = threading.Event()
-    engine.idle.on_done = is_done.set
+    engine.idle_prefill.on_step = is_done.set
 
     async def scenario(runner):
-        runner.prefill_later("a", lambda: engine.prepare(Request("context")), "client")
+        runner.prefill_later("client", "a", lambda: engine.prepare(Request("context")))
         assert await asyncio.to_thread(is_done.wait, TIMEOUT_S)
         return await read(runner, Request("hello"))
 
     assert run_with(engine, scenario) == expected_pcm("hello", 3)
-    assert engine.idle.done == ["a"]
+    assert engine.idle_prefill.done == ["a"]
+
+
+def test_a_context_waits_while_a_request_waits_for_its_reader():
+    engine = FakeEngine(num_frames=ENDLESS)
+
+    async def scenario(runner):
+        with runner.submit(Request("long")) as job:
+            while not job.is_ahead:
+                await asyncio.sleep(0.001)
+            runner.prefill_later("client", "a", lambda: engine.prepare(Request("context")))
+            num_steps = engine.num_steps
+            await asyncio.sleep(0.05)
+            assert engine.num_steps <= num_steps + 1
+            assert engine.idle_prefill.done == []
+
+    run_with(engine, scenario)
 
 
 def test_a_context_that_cannot_be_prefilled_harms_no_request(caplog):
@@ -238,14 +254,13 @@ def test_a_context_that_cannot_be_prefilled_harms_no_request(caplog):
         has_failed.set()
         raise RuntimeError("the device failed")
 
-    engine.idle.on_done = fail
+    engine.idle_prefill.on_step = fail
 
     async def scenario(runner):
-        runner.prefill_later("a", lambda: engine.prepare(Request("x" * 3000)), "client")
-        runner.prefill_later("b", lambda: engine.prepare(Request("context")), "client")
+        runner.prefill_later("client", "a", lambda: engine.prepare(Request("context")))
         assert await asyncio.to_thread(has_failed.wait, TIMEOUT_S)
         return await read(runner, Request("hello"))
 
     assert run_with(engine, scenario) == expected_pcm("hello", 3)
-    assert engine.num_resets == 1
+    assert engine.num_resets == 0
     assert "a context cannot be prefilled" in caplog.text

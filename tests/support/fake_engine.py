@@ -77,29 +77,36 @@ class FakePrompts:
         return [ord(c) for c in segment.text]
 
     def build(self, segments: Sequence[Segment]) -> tuple[torch.Tensor, torch.Tensor]:
-        frames = torch.tensor([self.tokens(segment) for segment in segments[:1]]).T
+        tokens = [token for segment in segments for token in self.tokens(segment)]
+        frames = torch.tensor(tokens)[:, None]
         return frames, torch.ones_like(frames, dtype=torch.bool)
 
 
-class FakeIdle:
-    """`IdlePrefill`'s interface: a step completes a prompt and calls `on_done`, which may raise."""
+class FakeIdlePrefill:
+    """`IdlePrefill`'s interface: a step builds a prompt and notes its key. Then it calls `on_step`,
+    which may raise."""
 
     def __init__(self) -> None:
-        self.prompts: dict[str, Prompt] = {}
+        self.waiting: dict[tuple[str, str], Callable[[], Prompt | None]] = {}
         self.done: list[str] = []
-        self.on_done: Callable[[], None] = lambda: None
+        self.on_step: Callable[[], None] = lambda: None
 
     @property
     def has_work(self) -> bool:
-        return bool(self.prompts)
+        return bool(self.waiting)
 
-    def put(self, key: str, prompt: Prompt) -> None:
-        self.prompts[key] = prompt
+    def put(self, client: str, key: str, build: Callable[[], Prompt | None]) -> None:
+        self.waiting[client, key] = build
+
+    def clear(self) -> None:
+        self.waiting.clear()
 
     def step(self) -> None:
-        if self.prompts:
-            self.done.append(self.prompts.popitem()[0])
-            self.on_done()
+        if self.waiting:
+            client, key = next(iter(self.waiting))
+            if self.waiting.pop((client, key))() is not None:
+                self.done.append(key)
+            self.on_step()
 
 
 class FakeEngine:
@@ -143,7 +150,8 @@ class FakeEngine:
         self.fail_at_step = fail_at_step
         self.mimi = FakeMimi()
         self.prompts = FakePrompts()
-        self.times, self.lengths, self.idle = StepTimes(), SpeechLengths(), FakeIdle()
+        self.times, self.lengths = StepTimes(), SpeechLengths()
+        self.idle_prefill = FakeIdlePrefill()
         self.rows: list[Row] = []
         self.requests: list[Request] = []
         self.aborted: list[str] = []
@@ -190,7 +198,7 @@ class FakeEngine:
 
     def reset(self) -> None:
         self.num_resets += 1
-        self.idle.prompts.clear()
+        self.idle_prefill.clear()
         self._open.clear()
         self._broken = False
 

@@ -43,14 +43,14 @@ struct SoftmaxState {
 };
 
 // One step of the online softmax of R rows at once, so that their chains of instructions overlap.
-// Row r has counts[r] of the kKeyBlock scores from scores + r * stride on: these become
-// e^(score - largest), and the rest zeros. Its sums of earlier blocks must be rescaled by
-// factors[r].
+// Row r starts at scores + r * stride and has counts[r] valid scores. Replaces them by
+// e^(score - largest) and the rest of the kKeyBlock by zeros. The caller must multiply the row's
+// earlier sums by factors[r]. A row that has seen no key yet gets NaN.
 template <int R>
 VOX_INLINE void softmax_step(float* scores, int64_t stride, const int64_t* counts,
                              SoftmaxState* states, float* factors) {
   static_assert(R <= kWidth);
-  vfloat changes{};  // of the largest, by row
+  vfloat drops{};  // the largest before minus the largest now, a lane for each row
   float largest[R];
   for (int r = 0; r < R; ++r) {
     float* const row = scores + r * stride;
@@ -58,9 +58,9 @@ VOX_INLINE void softmax_step(float* scores, int64_t stride, const int64_t* count
     vfloat largests = splat(states[r].largest);
     for (int64_t j = 0; j < kKeyBlock; j += kWidth) largests = max(load(row + j), largests);
     largest[r] = reduce_max(largests);
-    changes[r] = states[r].largest - largest[r];
+    drops[r] = states[r].largest - largest[r];
   }
-  changes = exp(changes);
+  drops = exp(drops);
   vfloat sums[R];
   clear(sums);
   for (int64_t j = 0; j < kKeyBlock; j += kWidth)
@@ -70,7 +70,7 @@ VOX_INLINE void softmax_step(float* scores, int64_t stride, const int64_t* count
       sums[r] += weights;
     }
   for (int r = 0; r < R; ++r) {
-    factors[r] = changes[r];
+    factors[r] = drops[r];
     states[r].sum = states[r].sum * factors[r] + reduce_add(sums[r]);
     states[r].largest = largest[r];
   }

@@ -14,13 +14,14 @@
 // keys are combined at the end. Threads take items dynamically, the longest first.
 //
 // The arithmetic of a row does not depend on its neighbours or on the start of the run; its order
-// is that of decode_attention (attention.h), so both give the same bits. Everything is float32 (the
-// query is scaled first) and rounded at the store.
+// is that of decode_attention (attention.h), so both give the same bits. A row may multiply values
+// of later keys by zero, so they must be finite. Everything is float32 (the query is scaled first)
+// and rounded at the store.
 namespace voxkern {
 namespace {
 
 constexpr int64_t kRows = 128;
-constexpr int kTileRows = kWidth == 8 ? 6 : 4;  // 12 or 16 sums at once hide the latency
+constexpr int kTileRows = kWidth == 8 ? 6 : 4;  // AVX2: 12 sums at once hide the latency
 constexpr int kTileVectors = kWidth == 16 ? 4 : 2;
 template <int n>
 struct Vectors {
