@@ -22,6 +22,9 @@ GLIDE_SAMPLES = 960
 UNVOICED_PERIOD_S = 0.005
 TOP_HARMONIC_HZ = 11000.0
 MIN_F0_HZ = 40.0
+RISE_SEMITONES = 8.0  # of F0 at a question mark, from its median
+RISE_S = (0.45, 0.2)  # begin and end of the rise, before the end of the voice, which fades
+TOP_RISE_HZ = 300.0
 POINTS = 8  # phases per 40 ms state
 DENSE_STEP = 20  # samples
 FINE_STEP = 10
@@ -29,6 +32,28 @@ HALF_DIM = 32
 PULSE_DIM = 96
 F0_HATS = 14
 COMMON_CODES = np.arange(1, 1 + GRID * (100 - MIN_ADVANCE))  # F0 of 56 to 312 Hz
+
+
+def raise_questions(f0_hz, voiced, phones):
+    """F0 per sample, which rises before each question mark.
+
+    Args:
+        f0_hz, voiced: per sample; the teacher lets F0 fall there, as in a statement.
+        phones: [(phone, its end sample)]; marks of punctuation are phones too.
+    """
+    raised = f0_hz.copy()
+    begin = 0
+    for phone, end in phones:
+        heard = np.nonzero(voiced[: int(begin)])[0]
+        if phone == "?" and len(heard):
+            top = heard[-1] + 1
+            start, middle = (max(0, top - int(s * SAMPLE_RATE_HZ)) for s in RISE_S)
+            usual_hz = np.median(f0_hz[heard])
+            high_hz = min(usual_hz * 2 ** (RISE_SEMITONES / 12), TOP_RISE_HZ)
+            raised[start:middle] = np.geomspace(usual_hz, high_hz, middle - start)
+            raised[middle : int(end)] = high_hz
+        begin = end
+    return raised
 
 
 def pack(start, advance):

@@ -25,6 +25,7 @@ from pulse_codes import (
     move_pulses,
     pulse_marks,
     pulses,
+    raise_questions,
 )
 
 SAMPLE_RATE_HZ = dsp.SR
@@ -78,6 +79,7 @@ class Teacher:
             return None
         ratio = LOW_PITCH if speaker == 1 else 1.0
         f0_hz, voiced = pitch_curve(spectra, ends, float(slowdown), ratio)
+        f0_hz = raise_questions(f0_hz, voiced, phones)
         codes = pulse_codes.encode(f0_hz, voiced)
         phase, f0_hz = pulse_codes.trajectory(codes)
         parts = []

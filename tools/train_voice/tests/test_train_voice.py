@@ -155,6 +155,22 @@ def test_pulse_codes_follow_the_pitch():
     assert ((start[:-1] + advance[:-1])[both] % pulse_codes.GRID == start[1:][both]).all()
 
 
+def test_pitch_rises_at_question_marks_alone():
+    rate = pulse_codes.SAMPLE_RATE_HZ
+    f0_hz = np.linspace(220, 160, 3 * rate)
+    voiced = np.arange(3 * rate) < 2.6 * rate
+    phones = [("a", 1.2 * rate), ("?", 1.5 * rate), ("b", 2.7 * rate), (".", 3.0 * rate)]
+    raised = pulse_codes.raise_questions(f0_hz, voiced, phones)
+    changed = np.nonzero(raised != f0_hz)[0]
+    assert changed[0] >= 0.75 * rate - 1
+    assert changed[-1] < 1.5 * rate
+    assert (np.diff(raised[int(0.8 * rate) : int(1.2 * rate)]) >= 0).all()
+    high_hz = raised[int(1.1 * rate)]
+    assert high_hz == pytest.approx(min(208 * 2 ** (8 / 12), pulse_codes.TOP_RISE_HZ), rel=0.01)
+    silent = pulse_codes.raise_questions(f0_hz, np.zeros_like(voiced), phones)
+    assert (silent == f0_hz).all()
+
+
 def test_wires_carry_the_phase_up_to_24_khz():
     config = codec.make_config(2)
     model = MimiModel(config)
