@@ -114,7 +114,8 @@ class Talker:
             return Prompt.build(*(torch.cat(parts) for parts in zip(*before, strict=True)))
 
         start = time.perf_counter()
-        self.engine.idle_prefill.put("", "", build)
+        self.engine.idle_prefill.put("", "", build, lambda: True)
+        self.engine.idle_prefill.build_next()
         while self.engine.idle_prefill.has_work:
             self.engine.idle_prefill.step()
         return (time.perf_counter() - start) * 1e3

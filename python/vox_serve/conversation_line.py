@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from starlette.types import Receive
 
+from vox_serve.conversations import Turn
 from vox_serve.http_io import BodyMemory
 from vox_serve.job import Job, QueueFull
 from vox_serve.prompt import Segment
@@ -26,6 +27,7 @@ class ConversationLine:
         heard_frames: frames of the last job that were heard before it was interrupted.
         base: the context of the last request without turns, None for the default context.
         room: positions that turns had in it; None before the first request.
+        next_turns: those that the next request's context will probably have.
     """
 
     def __init__(self, waiting: BodyMemory) -> None:
@@ -33,6 +35,7 @@ class ConversationLine:
         self.heard_frames: int | None = None
         self.base: Sequence[Segment] | None = None
         self.room: int | None = None
+        self.next_turns: Sequence[Turn] = ()
         self._waiting = waiting
         self._lock = asyncio.Lock()
         self._last: weakref.ref[Job] | None = None

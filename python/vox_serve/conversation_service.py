@@ -28,7 +28,7 @@ from vox_serve.ending import FRAME_S
 from vox_serve.http_io import BodyMemory
 from vox_serve.job import Job, QueueFull, RequestRefused
 from vox_serve.prompt import Segment
-from vox_serve.request import Prompt, Request
+from vox_serve.request import Request
 from vox_serve.runner import Runner
 
 logger = logging.getLogger("vox_serve")
@@ -284,13 +284,16 @@ class ConversationService:
     def _prefill_next(self, conversation: Conversation) -> None:
         """Prefill the next request's context before it comes, as if it were like the last one."""
         line = self._line(conversation)
-        if line.room is None or not (turns := conversation.context(line.room)):
+        if line.room is None:
             return
-
-        def build() -> Prompt | None:
-            return None if conversation.is_deleted else self._builder.prompt(line.base, turns)
-
-        self._runner.prefill_later(conversation.client, conversation.id, build)
+        line.next_turns = turns = conversation.context(line.room)
+        if turns:
+            self._runner.prefill_later(
+                conversation.client,
+                conversation.id,
+                build=partial(self._builder.prompt, line.base, turns),
+                is_wanted=lambda: line.next_turns is turns and not conversation.is_deleted,
+            )
 
     def _line(self, conversation: Conversation) -> ConversationLine:
         if (line := self._lines.get(conversation)) is None:

@@ -216,7 +216,9 @@ class EngineThread:
     def _prefill_ahead(self) -> None:
         try:
             self._engine.idle_prefill.step()
-        except Exception:  # nobody waits; if the device failed, so does the next request
+        except Exception as error:  # nobody waits for it
+            if _is_poisoned(error):
+                raise
             logger.exception("a context cannot be prefilled")
 
     def _has_work(self) -> bool:

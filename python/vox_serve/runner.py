@@ -117,6 +117,7 @@ class Runner:
         self._jobs: dict[str, Job] = {}  # until their readers leave
         self._durations_s: deque[float] = deque([1.0], maxlen=64)
         self._on_empty: Callable[[], object] = lambda: None
+        self._num_unbuilt = 0  # contexts to prefill, replaced ones included
         self._cancels = ClientPace(max_cancels_per_s, CANCEL_BURST)
         # Guards the attributes above.
         self._lock = threading.Condition(threading.Lock())
@@ -225,11 +226,38 @@ class Runner:
                 raise self._queue_full() from None
         return job
 
-    def prefill_later(self, client: str, key: str, build: "Callable[[], Prompt | None]") -> None:
+    def prefill_later(
+        self,
+        client: str,
+        key: str,
+        build: "Callable[[], Prompt]",
+        is_wanted: Callable[[], bool],
+    ) -> None:
         """Prefill a context while the engine has no request; see `IdlePrefill.put`."""
         with self._lock:
-            if not (self.failure or self.draining):
-                self.engine.idle_prefill.put(client, key, build)
+            if self.failure or self.draining:
+                return
+            self.engine.idle_prefill.put(client, key, build, is_wanted)
+            self._num_unbuilt += 1
+            if self._num_unbuilt > 1:  # the thread that builds them will see it
+                return
+        try:
+            self._preparing.start(self._build_contexts, client="", slow=True)
+        except RuntimeError:  # no more threads
+            with self._lock:
+                self._num_unbuilt = 0
+
+    def _build_contexts(self) -> None:
+        """Build the contexts to prefill. Runs in a thread of its own."""
+        is_done = False
+        while not is_done:
+            try:
+                self.engine.idle_prefill.build_next()
+            except Exception:  # a request will say what is wrong with it, if anything is
+                logger.exception("a context cannot be prefilled")
+            with self._lock:
+                self._num_unbuilt -= 1
+                is_done = self._num_unbuilt <= 0
                 self._lock.notify()
 
     def start_encoding(self, call: Callable[[], None], client: str) -> None:

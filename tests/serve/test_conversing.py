@@ -3,7 +3,9 @@
 import json
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from fastapi.testclient import TestClient
@@ -20,6 +22,7 @@ from vox_serve.long_form import LongForm
 from vox_serve.prompt import Segment
 from vox_serve.runner import Runner
 from vox_serve.sampling import SamplingParams
+from vox_serve.voice_file import Voice
 
 NUM_FRAMES = 12
 SPLIT_CHARS = 15
@@ -103,21 +106,35 @@ def test_a_turn_computes_little_more_than_its_own_text(client):
         assert missing <= num_tokens + 2 + PAGE_SIZE
 
 
-@pytest.fixture
-def watched(folder, monkeypatch):
-    """A client, and a semaphore that counts the contexts that were prefilled while idle."""
-    with serve(folder) as client:
-        idle_prefill = client.app.state.conversations._engine.idle_prefill
-        done, original = threading.Semaphore(0), idle_prefill.step
+class Watched:
+    """A client. `done` counts the contexts that left the line of those to prefill while idle; none
+    is prefilled while `may_prefill` is not set."""
+
+    def __init__(self, client, monkeypatch) -> None:
+        self.client = client
+        self.done = threading.Semaphore(0)
+        self.may_prefill = threading.Event()
+        self.may_prefill.set()
+        self.idle_prefill = client.app.state.conversations._engine.idle_prefill
+        original = self.idle_prefill.step
 
         def step() -> None:
-            had_work = idle_prefill.has_work
-            original()
-            if had_work and not idle_prefill.has_work:
-                done.release()
+            if self.idle_prefill.has_work:
+                assert self.may_prefill.wait(TIMEOUT_S)
+                original()
+                if not self.idle_prefill.has_work:
+                    self.done.release()
 
-        monkeypatch.setattr(idle_prefill, "step", step)
-        yield client, done
+        monkeypatch.setattr(self.idle_prefill, "step", step)
+
+    def wait(self) -> None:
+        assert self.done.acquire(timeout=TIMEOUT_S)
+
+
+@pytest.fixture
+def watched(folder, monkeypatch):
+    with serve(folder) as client:
+        yield Watched(client, monkeypatch)
 
 
 def num_computed(client, body: dict) -> int:
@@ -135,27 +152,50 @@ def num_tokens(client, text: str) -> int:
 @pytest.mark.slow
 def test_the_next_context_is_prefilled_while_nobody_waits(watched):
     """256 positions: the context begins with another turn now and then, and nobody notices."""
-    client, done = watched
+    client = watched.client
     for number in range(24):
         body = {"text": f"Turn {number:02}.", "seed": number, "conversation": "a"}
         assert num_computed(client, body) == num_tokens(client, body["text"])
-        assert done.acquire(timeout=TIMEOUT_S)
+        watched.wait()
     assert client.get("/v1/conversations/a").json()["forgotten_turns"] > 0
 
 
 def test_turns_of_others_and_what_was_heard_are_prefilled_too(watched):
-    client, done = watched
+    client = watched.client
     num_computed(client, {"text": "One two.", "seed": 1, "conversation": "b"})
-    assert done.acquire(timeout=TIMEOUT_S)
+    watched.wait()
     client.post("/v1/conversations/b/interrupt", json={"played_ms": 400})
-    assert done.acquire(timeout=TIMEOUT_S)
+    watched.wait()
     body = {"text": "Three.", "seed": 2, "conversation": "b"}
     assert num_computed(client, body) == num_tokens(client, body["text"])
-    assert done.acquire(timeout=TIMEOUT_S)
+    watched.wait()
     turn = segment_json(random_context(TinyShape())[0])
     assert client.post("/v1/conversations/b/turns", json=turn).status_code == 201
-    assert done.acquire(timeout=TIMEOUT_S)
+    watched.wait()
     assert num_computed(client, body) == num_tokens(client, body["text"])
+
+
+def test_the_voice_of_a_conversation_is_prefilled_with_its_turns(watched):
+    client = watched.client
+    store = client.app.state.voices.store
+    segments = tuple(replace(segment, speaker=1) for segment in random_context(TinyShape()))
+    preview, levels = np.zeros(1920, np.int16), (None,) * len(segments)
+    store.add(Voice("ada", 1, segments, store.sizes, 0, 0.08, levels, preview, 24_000))
+    body = {"text": "One two.", "seed": 1, "conversation": "c", "voice": "ada"}
+    first = num_computed(client, body)
+    assert first > num_tokens(client, body["text"])
+    watched.wait()
+    assert num_computed(client, body) == num_tokens(client, body["text"])
+
+
+def test_a_deleted_conversation_is_not_prefilled(watched):
+    client = watched.client
+    watched.may_prefill.clear()
+    assert client.post("/generate", json={"text": "One.", "conversation": "d"}).status_code == 200
+    assert client.delete("/v1/conversations/d").status_code == 200
+    watched.may_prefill.set()
+    watched.wait()
+    assert watched.idle_prefill.num_positions == 0
 
 
 def test_the_turn_after_an_interruption_has_what_was_heard(client, alone):

@@ -46,8 +46,10 @@ def prompt_of(engine: Engine, context) -> Prompt:
     return Prompt.build(*engine.prompts.build(context))
 
 
-def put(engine: Engine, context, client: str = "", key: str = "") -> None:
-    engine.idle_prefill.put(client, key, lambda: prompt_of(engine, context))
+def put(engine: Engine, context, client: str = "", key: str = "", is_wanted=lambda: True) -> None:
+    engine.idle_prefill.put(client, key, lambda: prompt_of(engine, context), is_wanted)
+    while engine.idle_prefill.build_next():
+        pass
 
 
 def steps(engine: Engine, context) -> list[int]:
@@ -147,18 +149,45 @@ def test_the_client_with_the_most_contexts_loses_its_oldest(loaded):
     for number in range(MAX_CONTEXTS + 3):
         put(engine, CONTEXT, "busy", str(number))
     put(engine, CONTEXT, "busy", "5")
-    names = list(engine.idle_prefill._waiting)
+    names = list(engine.idle_prefill._contexts)
     assert len(names) == MAX_CONTEXTS
     assert names[:2] == [("quiet", "0"), ("busy", "4")]
     assert names[-1] == ("busy", "5")
 
 
-def test_a_context_that_nobody_wants_any_more_is_not_computed(loaded):
+def test_a_second_context_takes_the_place_of_the_clients_first(loaded):
     engine = with_cache(loaded, 64)
-    engine.idle_prefill.put("", "", lambda: None)
+    for number in range(MAX_CONTEXTS):
+        put(engine, CONTEXT, str(number), "first")
+    put(engine, CONTEXT, "7", "second")
+    names = list(engine.idle_prefill._contexts)
+    assert len(names) == MAX_CONTEXTS
+    assert ("7", "first") not in names
+    assert names[-1] == ("7", "second")
+
+
+def test_a_context_that_nobody_wants_any_more_is_computed_no_further(loaded, monkeypatch):
+    engine = with_cache(loaded, 64)
+    monkeypatch.setattr(engine.idle_prefill, "_chunk_tokens", PAGE_SIZE)
+    wanted = [True]
+    put(engine, CONTEXT, is_wanted=lambda: wanted[0])
+    engine.idle_prefill.step()
+    wanted[0] = False
     engine.idle_prefill.step()
     assert not engine.idle_prefill.has_work
-    assert engine.idle_prefill.num_positions == 0
+    assert engine.idle_prefill.num_positions == PAGE_SIZE
+
+
+def test_a_newer_context_replaces_one_in_progress(loaded, monkeypatch):
+    engine = with_cache(loaded, 64)
+    monkeypatch.setattr(engine.idle_prefill, "_chunk_tokens", PAGE_SIZE)
+    put(engine, CONTEXT)
+    engine.idle_prefill.step()
+    put(engine, CONTEXT[1:])
+    while engine.idle_prefill.has_work:
+        engine.idle_prefill.step()
+    length = len(prompt_of(engine, CONTEXT[1:]).frames)
+    assert engine.idle_prefill.num_positions == PAGE_SIZE + length
 
 
 def test_a_reset_drops_all(loaded, monkeypatch):

@@ -216,18 +216,27 @@ def test_a_suspect_that_waits_for_text_holds_up_no_other():
     assert engine.num_resets == 2
 
 
-def test_a_context_is_prefilled_while_there_is_no_request():
+def prefill_later(runner: Runner, key: str, text: str = "context") -> None:
+    runner.prefill_later(
+        "client", key, lambda: runner.engine.prepare(Request(text)), is_wanted=lambda: True
+    )
+
+
+@pytest.mark.parametrize("num_contexts", [1, 5])
+def test_contexts_are_prefilled_while_there_is_no_request(num_contexts):
     engine = FakeEngine()
-    is_done = threading.Event()
-    engine.idle_prefill.on_step = is_done.set
+    steps = threading.Semaphore(0)
+    engine.idle_prefill.on_step = steps.release
 
     async def scenario(runner):
-        runner.prefill_later("client", "a", lambda: engine.prepare(Request("context")))
-        assert await asyncio.to_thread(is_done.wait, TIMEOUT_S)
+        for number in range(num_contexts):
+            prefill_later(runner, str(number))
+        for _ in range(num_contexts):
+            assert await asyncio.to_thread(steps.acquire, timeout=TIMEOUT_S)
         return await read(runner, Request("hello"))
 
     assert run_with(engine, scenario) == expected_pcm("hello", 3)
-    assert engine.idle_prefill.done == ["a"]
+    assert engine.idle_prefill.done == [str(number) for number in range(num_contexts)]
 
 
 def test_a_context_waits_while_a_request_waits_for_its_reader():
@@ -237,7 +246,7 @@ def test_a_context_waits_while_a_request_waits_for_its_reader():
         with runner.submit(Request("long")) as job:
             while not job.is_ahead:
                 await asyncio.sleep(0.001)
-            runner.prefill_later("client", "a", lambda: engine.prepare(Request("context")))
+            prefill_later(runner, "a")
             num_steps = engine.num_steps
             await asyncio.sleep(0.05)
             assert engine.num_steps <= num_steps + 1
@@ -252,15 +261,36 @@ def test_a_context_that_cannot_be_prefilled_harms_no_request(caplog):
 
     def fail() -> None:
         has_failed.set()
-        raise RuntimeError("the device failed")
+        raise RuntimeError("a kernel refused its arguments")
 
     engine.idle_prefill.on_step = fail
 
     async def scenario(runner):
-        runner.prefill_later("client", "a", lambda: engine.prepare(Request("context")))
+        prefill_later(runner, "too long to build", "x" * 3000)
+        prefill_later(runner, "b")
         assert await asyncio.to_thread(has_failed.wait, TIMEOUT_S)
         return await read(runner, Request("hello"))
 
     assert run_with(engine, scenario) == expected_pcm("hello", 3)
     assert engine.num_resets == 0
-    assert "a context cannot be prefilled" in caplog.text
+    assert engine.idle_prefill.done == ["b"]
+    assert caplog.text.count("a context cannot be prefilled") == 2
+
+
+def test_a_device_that_failed_while_idle_ends_the_server():
+    engine = FakeEngine()
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    engine.idle_prefill.on_step = fail
+
+    async def scenario(runner):
+        has_failed = threading.Event()
+        runner.on_failure = has_failed.set
+        prefill_later(runner, "a")
+        assert await asyncio.to_thread(has_failed.wait, TIMEOUT_S)
+        with pytest.raises(EngineFailure):
+            runner.submit(Request("hello"))
+
+    run_with(engine, scenario)

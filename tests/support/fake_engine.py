@@ -83,29 +83,37 @@ class FakePrompts:
 
 
 class FakeIdlePrefill:
-    """`IdlePrefill`'s interface: a step builds a prompt and notes its key. Then it calls `on_step`,
-    which may raise."""
+    """`IdlePrefill`'s interface. A step completes a context and calls `on_step`, which may raise."""
 
     def __init__(self) -> None:
-        self.waiting: dict[tuple[str, str], Callable[[], Prompt | None]] = {}
+        self.waiting: dict[str, Callable[[], Prompt]] = {}
+        self.built: list[str] = []
         self.done: list[str] = []
         self.on_step: Callable[[], None] = lambda: None
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting)
+        return bool(self.built)
 
-    def put(self, client: str, key: str, build: Callable[[], Prompt | None]) -> None:
-        self.waiting[client, key] = build
+    def put(
+        self, client: str, key: str, build: Callable[[], Prompt], is_wanted: Callable[[], bool]
+    ) -> None:
+        self.waiting[key] = build
+
+    def build_next(self) -> bool:
+        if not self.waiting:
+            return False
+        key = next(iter(self.waiting))
+        self.waiting.pop(key)()
+        self.built.append(key)
+        return True
 
     def clear(self) -> None:
-        self.waiting.clear()
+        self.built.clear()
 
     def step(self) -> None:
-        if self.waiting:
-            client, key = next(iter(self.waiting))
-            if self.waiting.pop((client, key))() is not None:
-                self.done.append(key)
+        if self.built:
+            self.done.append(self.built.pop(0))
             self.on_step()
 
 
