@@ -83,7 +83,7 @@ class FakePrompts:
 
 
 class FakeIdlePrefill:
-    """`IdlePrefill`'s interface. A step completes a context and calls `on_step`, which may raise."""
+    """`IdlePrefill`'s interface. A step ends a context and calls `on_step`, which may raise."""
 
     def __init__(self) -> None:
         self.waiting: dict[str, Callable[[], Prompt]] = {}
