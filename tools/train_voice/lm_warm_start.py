@@ -19,7 +19,7 @@ from common import FIRST_PHONE
 
 PHONES = range(FIRST_PHONE, FIRST_PHONE + 0x400)
 RIDGE = 10.0  # frames: a code that is rarer than this gets a small embedding
-SERVED_TEMPERATURE, EXPORTED_TEMPERATURE = 0.9, 0.2  # export.py scales both heads by their ratio
+SERVED_TEMPERATURE, EXPORTED_TEMPERATURE = 0.9, 0.1  # export.py scales both heads by their ratio
 
 
 def spellings(tokenizer: dict) -> dict[str, str]:
