@@ -99,7 +99,7 @@ DOOR_TESTS = $(addprefix tests/serve/test_,api.py live.py live_formats.py live_s
 NOT_DOOR = says_what_is_true or readiness_fails or cannot_start_again
 # Not against a cluster: they change the engine or the server in their own process.
 NOT_CLUSTER = leaves_the_event_loop or more_speakers or end_of_the_server_gives_up or \
-  single_utterances_gets_no_context or memory_of_frames
+  single_utterances_gets_no_context or memory_of_frames or prefilled
 cluster-test: $(VENV)/test
 	$(BIN)/pip install --quiet $$($(call EXTRA,cluster))
 	$(RUN) -m pytest -q --door -k "not ($(NOT_DOOR))" $(DOOR_TESTS)
