@@ -39,13 +39,19 @@ than real time."""
 
 
 def load_engine(
-    model: str | Path, num_spare_rows: int = 0, choose: Choose = choose_all, **settings: Any
+    model: str | Path,
+    num_spare_rows: int = 0,
+    choose: Choose = choose_all,
+    keeps_one: bool = False,
+    **settings: Any,
 ) -> Engine:
     """Load a model, its codec, tokenizer and context.
 
     Args:
         model: built-in voice, local folder, GGUF file or hub id.
         num_spare_rows, choose: see `Engine`.
+        keeps_one: by default, the prefix cache has room for one sequence: enough where one request
+            follows another and begins as the last one did.
         settings: `Config`'s other fields by name; those not given come from the environment or
             their defaults. `dtype` may be a `torch.dtype` too.
 
@@ -100,6 +106,7 @@ def load_engine(
         max_batch_size = choose_batch_size(
             most, KvCache.sequence_bytes(config.backbone, dtype), memory
         )
+    sequence_bytes = KvCache.sequence_bytes(config.backbone, dtype) if keeps_one else None
     try:
         return Engine(
             CsmModel(config, checkpoint.weights),
@@ -110,7 +117,9 @@ def load_engine(
             default_max_frames=setting.max_frames,
             max_silence_s=setting.max_silence_s,
             num_spare_rows=num_spare_rows,
-            prefix_cache_bytes=choose_cache_bytes(setting.prefix_cache_bytes, device),
+            prefix_cache_bytes=choose_cache_bytes(
+                setting.prefix_cache_bytes, device, sequence_bytes
+            ),
             normalises=folder.parent == BUILT_IN_VOICES,
             kv_cache_bytes=setting.kv_cache_bytes,
             choose=choose,
@@ -133,13 +142,14 @@ def choose_batch_size(most: int, sequence_bytes: int, memory: int) -> int:
     return max(1, min(most, memory // 2 // sequence_bytes))
 
 
-def choose_cache_bytes(setting: int | None, device: torch.device) -> int:
-    """Bytes of the prefix cache: the setting, or else 512 MiB, but an eighth of a small memory."""
+def choose_cache_bytes(setting: int | None, device: torch.device, most: int | None = None) -> int:
+    """Bytes of the prefix cache: the setting, or else 512 MiB, but an eighth of a small memory, and
+    `most` if given."""
     if setting is not None:
         return setting
     is_cuda = device.type == "cuda"
     memory = torch.cuda.mem_get_info(device)[0] if is_cuda else memory_bytes()
-    return min(PREFIX_CACHE_BYTES, memory // 8)
+    return min(PREFIX_CACHE_BYTES, memory // 8, PREFIX_CACHE_BYTES if most is None else most)
 
 
 def codec_precision(device_type: str, dtype: torch.dtype, quantize: str) -> str:

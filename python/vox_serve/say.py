@@ -174,7 +174,7 @@ def _say(
     from vox_serve.engine import Request
     from vox_serve.progress import Progress
 
-    engine = make_engine(config.model_copy(update={"max_batch_size": 1}))
+    engine = make_engine(config.model_copy(update={"max_batch_size": 1}), keeps_one=True)
     context = None
     if voice is not None:
         sizes = Sizes.of(engine.prompts.config)

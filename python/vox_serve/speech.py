@@ -230,7 +230,10 @@ def _checked_speaker(speaker: int) -> int:
 
 
 def make_engine(
-    config: Config, num_spare_rows: int = 0, choose: "Choose | None" = None
+    config: Config,
+    num_spare_rows: int = 0,
+    choose: "Choose | None" = None,
+    keeps_one: bool = False,
 ) -> "LongForm":
     """Load the engine that the settings describe; set the backend and the number of CPU threads.
 
@@ -238,6 +241,7 @@ def make_engine(
         config: all settings.
         num_spare_rows: see `Engine`.
         choose: see `Engine`; None for every request in every step.
+        keeps_one: see `load_engine`.
 
     Raises:
         ConfigError: the backend is unavailable.
@@ -259,7 +263,12 @@ def make_engine(
         num_threads = voxkern.num_threads()
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    engine = load_engine(num_spare_rows=num_spare_rows, choose=choose or choose_all, **dict(config))
+    engine = load_engine(
+        num_spare_rows=num_spare_rows,
+        choose=choose or choose_all,
+        keeps_one=keeps_one,
+        **dict(config),
+    )
     return LongForm(engine, config.split_chars)
 
 

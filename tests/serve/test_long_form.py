@@ -253,3 +253,21 @@ def test_a_book_takes_no_more_memory_than_a_page(engine, monkeypatch):
         for passage in long_form._passages.values():
             assert sum(length for _, length in passage.recent) <= passage.max_recent + 20
     assert frames == 600
+
+
+def test_one_sequence_in_the_cache_is_enough_for_a_long_text(engine, tmp_path):
+    tiny = build_tiny(TinyShape(max_positions=256), seed=12)
+    small = load_engine(
+        str(tiny.write(tmp_path)), dtype="float32", max_batch_size=1, keeps_one=True
+    )
+    found, codes = [], []
+    for some in (engine, small):
+        some.reset()
+        wanted = request(TEXT + " " + TEXT + " " + TEXT, max_frames=1000)
+        before = some.num_found_positions
+        codes.append(run(LongForm(some, SPLIT_CHARS), wanted)[wanted.id][0])
+        found.append(some.num_found_positions - before)
+    torch.testing.assert_close(codes[1], codes[0], rtol=0, atol=0)
+    assert found[0] == found[1] > 256
+    pages = small.cache_counts()["pages_cached"]
+    assert pages <= 256 // 16 < engine.cache_counts()["pages_cached"]
