@@ -5,7 +5,9 @@
 
 Writes RUN/codec/, a transformers MimiModel whose convolution stacks are still untrained, and
 RUN/codes.npz with the codes of all utterances, int16 [frames, K], and `ends`, the end frame of each
-utterance. The stop frame's code is reserved first, so no utterance uses code 0 of codebook 0.
+utterance. If there is one, only the utterances after its last are encoded: a RUN/codec of other
+codes is refused. The stop frame's code is reserved first, so no utterance uses code 0 of codebook
+0.
 
 `--voice VOICE` encodes with the codec of an earlier voice instead, and writes RUN/earlier_codes.npz
 alone: what train_lm.py and train_vocoder.py need to start from that voice.
@@ -76,6 +78,14 @@ def write_codec(codec: MimiModel, folder: Path):
             raise ValueError(f"{folder} is of other codes ({name}): move it and codes.npz away")
 
 
+def known_codes(path: Path) -> list[np.ndarray]:
+    """The codes of each utterance in a codes.npz; none if there is no such file."""
+    if not path.exists():
+        return []
+    saved = np.load(path)
+    return np.split(saved["codes"], saved["ends"][:-1])
+
+
 def encode_as(mimi, batch: list[np.ndarray], pulses: list[np.ndarray]) -> list[np.ndarray]:
     """Like `encode`, with the codec of vox_serve, which is faster than transformers'. It is causal,
     so the silence after the shorter utterances does not change their codes."""
@@ -115,8 +125,9 @@ def main():
         def encode_batch(samples, pulses):
             return encode(model, samples, pulses, args.device)
 
-    codes = [None] * len(speech.rows)
-    order = sorted(range(len(codes)), key=speech.num_frames)
+    codes = [] if args.voice else known_codes(path)
+    order = sorted(range(len(codes), len(speech.rows)), key=speech.num_frames)
+    codes += [None] * len(order)
     for start in range(0, len(order), BATCH):
         wait_while_paused()
         indices = order[start : start + BATCH]

@@ -2,6 +2,7 @@
 
     python train_vocoder.py RUN [--minutes 10]                        plain spectral losses
     python train_vocoder.py RUN --adversarial [--minutes 20]          then a discriminator
+    python train_vocoder.py RUN --predicted-share 0.75                on what the voice says
 
 The quantizer, the upsampling and the decoder transformer of RUN/codec are frozen; their states are
 whitened (without that the decoder learns nothing: some channels vary a hundred times more than
@@ -9,6 +10,9 @@ others) and the whitening is folded into the first convolution when RUN/codec is
 The adversarial run trains the upsampling and the transformer too. It has a small multi-scale STFT
 discriminator (EnCodec, section 3.4), which judges texture, and a small multi-period one (HiFi-GAN,
 section 2.3), which judges pitch, both with feature matching.
+With `--predicted-share`, so many of the batches have the codes that predict_codes.py wrote, while
+the waveform stays the teacher's: the decoder learns to speak clearly from the language model's
+codes, whose fine structure is often not the speech's (Tacotron 2, section 3.1, does the same).
 """
 
 import argparse
@@ -150,9 +154,10 @@ def voiced_loss(made, real, voiced):
 
 
 class Crops:
-    """Random crops of utterances as (codes with their history, samples)."""
+    """Random crops of utterances as (codes with their history, samples); in a share of the batches
+    the codes are predicted ones."""
 
-    def __init__(self, run: Path, speech: Speech):
+    def __init__(self, run: Path, speech: Speech, predicted_share: float = 0.0):
         saved = np.load(run / "codes.npz")
         self.codes, self.ends = saved["codes"], saved["ends"]
         self.speech, self.rng = speech, np.random.default_rng(0)
@@ -160,20 +165,27 @@ class Crops:
         speech.train = [i for i in speech.train if i < len(lengths)]  # what is encoded
         long = [i for i in speech.train if lengths[i] >= CROP_FRAMES]
         self.indices, self.lengths = long, lengths
+        self.predicted_share, self.predicted = predicted_share, None
+        if predicted_share:
+            self.predicted = np.load(run / "predicted.npz")["codes"]
 
     def batch(self):
         """codes [B, HISTORY, K] right-aligned, valid [B] frames of them, samples [B, 1, S]."""
         codes = np.zeros((BATCH, HISTORY_FRAMES, self.codes.shape[1]), np.int64)
         audio = np.zeros((BATCH, 1, CROP_FRAMES * FRAME_SAMPLES), np.float32)
         valid = np.zeros(BATCH, np.int64)
+        stream, indices = self.codes, self.indices
+        if self.predicted_share > self.rng.random():
+            stream = self.predicted
+            indices = [i for i in indices if self.ends[i] <= len(stream)]
         for row in range(BATCH):
-            index = self.indices[self.rng.integers(len(self.indices))]
+            index = indices[self.rng.integers(len(indices))]
             length = self.lengths[index]
             end = self.rng.integers(CROP_FRAMES, length + 1)
             start = max(0, end - HISTORY_FRAMES)
             first = self.ends[index] - length
             valid[row] = end - start
-            codes[row, : end - start] = self.codes[first + start : first + end]
+            codes[row, : end - start] = stream[first + start : first + end]
             samples = self.speech.samples(index)
             audio[row, 0] = samples[(end - CROP_FRAMES) * FRAME_SAMPLES : end * FRAME_SAMPLES]
         return torch.from_numpy(codes), torch.from_numpy(valid), torch.from_numpy(audio)
@@ -214,6 +226,7 @@ def main():
     parser.add_argument("--complex-weight", type=float, default=0.0, help="of the phase's loss")
     parser.add_argument("--voiced-weight", type=float, default=0.0, help="of the harmonics' phase")
     parser.add_argument("--decay", type=float, default=0.5, help="last share of the run: lr falls")
+    parser.add_argument("--predicted-share", type=float, default=0.0, help="of predicted codes")
     parser.add_argument("--warm-start", type=Path, metavar="VOICE", help="see warm_start.py")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
@@ -221,7 +234,7 @@ def main():
     torch.manual_seed(0)
     codec = MimiModel.from_pretrained(args.run / "codec").eval()
     set_trainable(codec, False)
-    crops = Crops(args.run, Speech(args.run))
+    crops = Crops(args.run, Speech(args.run), args.predicted_share)
     fresh = not args.adversarial and not (args.run / "vocoder.pt").exists()
     earlier = load_codec(args.warm_start) if args.warm_start and fresh else None
     if earlier is not None:

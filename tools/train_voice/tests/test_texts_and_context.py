@@ -7,10 +7,12 @@ import pytest
 import torch
 
 import lm_data
+import predict_codes
 import texts
 import train_lm
 from checkpoints import TinyShape, build_tiny
 from common import FRAME_SAMPLES
+from lm import embed_frames
 
 
 def example(num_tokens: int, num_frames: int, first_code: int, num_codebooks: int = 2):
@@ -60,6 +62,31 @@ def test_training_reads_sequences_with_context():
         train_lm.losses(model, phone_head, x, train=False)["code0"] for x in (batch, other_codes)
     )
     assert a != b
+
+
+def test_predicted_codes_keep_the_sounds_and_follow_each_other():
+    torch.manual_seed(0)
+    model = build_tiny(TinyShape(), rope="default").model
+    count = model.config.num_codebooks
+    examples = [example(4, 3, 1, count), example(5, 2, 9, count)]
+    batch = lm_data.collate([[e] for e in examples], count)
+    drawn = predict_codes.predict(model, batch)
+    true = torch.from_numpy(np.concatenate([e["codes"] for e in examples])).long()
+    assert drawn.shape == true.shape
+    assert torch.equal(drawn[:, :2], true[:, :2])
+    assert not torch.equal(drawn, true)
+    # A prediction follows from those before it in its frame, and from true frames before.
+    hidden = []
+    for e in examples:
+        tokens, frames = torch.from_numpy(e["tokens"])[None], torch.from_numpy(e["codes"])[None]
+        x = torch.cat(
+            (model.embed_text_tokens(tokens), embed_frames(model, frames[:, :-1].long())), dim=1
+        )
+        states = model.backbone_model(inputs_embeds=x, use_cache=False).last_hidden_state
+        hidden.append(states[0, tokens.shape[1] - 1 :])
+    ids = torch.nn.functional.pad(drawn[:, :-1], (1, 0))
+    logits = model.depth_decoder(input_ids=ids, backbone_last_hidden_state=torch.cat(hidden)).logits
+    assert torch.equal(logits[:, -(count - 2) :].argmax(-1), drawn[:, 2:])
 
 
 def test_sequences_hold_every_example_once():

@@ -263,6 +263,16 @@ def test_a_codec_of_other_codes_is_refused(small_codec, tmp_path):
         encode_speech.write_codec(small_codec, tmp_path / "codec")
 
 
+def test_utterances_that_are_encoded_keep_their_codes(tmp_path):
+    path = tmp_path / "codes.npz"
+    assert encode_speech.known_codes(path) == []
+    codes = [np.full((count, 7), count, np.int16) for count in (3, 1, 2)]
+    np.savez(path, codes=np.concatenate(codes), ends=np.cumsum([3, 1, 2]))
+    found = encode_speech.known_codes(path)
+    assert len(found) == 3
+    assert all(map(np.array_equal, found, codes))
+
+
 def test_reserved_code_is_never_used(small_codec):
     codec.reserve_stop_code(small_codec)
     codes = small_codec.quantizer.encode(torch.randn(8, small_codec.config.hidden_size, 50))
