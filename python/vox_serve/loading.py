@@ -50,8 +50,8 @@ def load_engine(
     Args:
         model: built-in voice, local folder, GGUF file or hub id.
         num_spare_rows, choose: see `Engine`.
-        keeps_one: by default, the prefix cache has room for one sequence: enough where one request
-            follows another and begins as the last one did.
+        keeps_one: unless `prefix_cache_bytes` is set, the prefix cache keeps one sequence at most:
+            enough where one request follows another and begins as the last one did.
         settings: `Config`'s other fields by name; those not given come from the environment or
             their defaults. `dtype` may be a `torch.dtype` too.
 
@@ -106,7 +106,9 @@ def load_engine(
         max_batch_size = choose_batch_size(
             most, KvCache.sequence_bytes(config.backbone, dtype), memory
         )
-    sequence_bytes = KvCache.sequence_bytes(config.backbone, dtype) if keeps_one else None
+    most_cached = PREFIX_CACHE_BYTES
+    if keeps_one:
+        most_cached = min(most_cached, KvCache.sequence_bytes(config.backbone, dtype))
     try:
         return Engine(
             CsmModel(config, checkpoint.weights),
@@ -117,9 +119,7 @@ def load_engine(
             default_max_frames=setting.max_frames,
             max_silence_s=setting.max_silence_s,
             num_spare_rows=num_spare_rows,
-            prefix_cache_bytes=choose_cache_bytes(
-                setting.prefix_cache_bytes, device, sequence_bytes
-            ),
+            prefix_cache_bytes=choose_cache_bytes(setting.prefix_cache_bytes, device, most_cached),
             normalises=folder.parent == BUILT_IN_VOICES,
             kv_cache_bytes=setting.kv_cache_bytes,
             choose=choose,
@@ -142,14 +142,13 @@ def choose_batch_size(most: int, sequence_bytes: int, memory: int) -> int:
     return max(1, min(most, memory // 2 // sequence_bytes))
 
 
-def choose_cache_bytes(setting: int | None, device: torch.device, most: int | None = None) -> int:
-    """Bytes of the prefix cache: the setting, or else 512 MiB, but an eighth of a small memory, and
-    `most` if given."""
+def choose_cache_bytes(setting: int | None, device: torch.device, most: int) -> int:
+    """Bytes of the prefix cache: the setting, or else `most`, but an eighth of a small memory."""
     if setting is not None:
         return setting
     is_cuda = device.type == "cuda"
     memory = torch.cuda.mem_get_info(device)[0] if is_cuda else memory_bytes()
-    return min(PREFIX_CACHE_BYTES, memory // 8, PREFIX_CACHE_BYTES if most is None else most)
+    return min(most, memory // 8)
 
 
 def codec_precision(device_type: str, dtype: torch.dtype, quantize: str) -> str:

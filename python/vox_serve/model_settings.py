@@ -49,13 +49,13 @@ class ModelSettings(Settings):
         None,
         "folder for packed weights, memory-mapped by later starts; 'none' packs at every start",
     )
-    prefix_cache_bytes: Annotated[int | None, Shown("512 MiB, at most an eighth of the memory")] = (
-        setting(
-            None,
-            "keys and values kept of contexts and speech, for requests that begin alike",
-            ge=0,
-            le=2**40,
-        )
+    prefix_cache_bytes: Annotated[
+        int | None, Shown("512 MiB, at most an eighth of the memory; `say` keeps one sequence")
+    ] = setting(
+        None,
+        "keys and values kept of contexts and speech, for requests that begin alike",
+        ge=0,
+        le=2**40,
     )
     kv_cache_bytes: Annotated[
         int | None, Shown("room for `--max_batch_size` requests of full length")

@@ -5,9 +5,8 @@
 
 Writes RUN/codec/, a transformers MimiModel whose convolution stacks are still untrained, and
 RUN/codes.npz with the codes of all utterances, int16 [frames, K], and `ends`, the end frame of each
-utterance. If there is one, only the utterances after its last are encoded: a RUN/codec of other
-codes is refused. The stop frame's code is reserved first, so no utterance uses code 0 of codebook
-0.
+utterance. The stop frame's code is reserved first, so no utterance uses code 0 of codebook 0.
+An existing codes.npz is continued: only the utterances that it lacks are encoded.
 
 `--voice VOICE` encodes with the codec of an earlier voice instead, and writes RUN/earlier_codes.npz
 alone: what train_lm.py and train_vocoder.py need to start from that voice.
@@ -70,20 +69,29 @@ def write_codec(codec: MimiModel, folder: Path):
     if not folder.exists():
         codec.save_pretrained(folder)
         return
-    kept = MimiModel.from_pretrained(folder).quantizer.state_dict()
-    for name, tensor in codec.quantizer.state_dict().items():
+    kept, made = (c.quantizer.state_dict() for c in (MimiModel.from_pretrained(folder), codec))
+    for name, tensor in made.items():
         if name.endswith("input_proj.weight"):  # of the encoder; the last bits of a fit may differ
             continue
-        if name not in kept or not torch.equal(kept[name].cpu(), tensor.cpu()):
+        same = kept.keys() == made.keys() and torch.equal(kept[name].cpu(), tensor.cpu())
+        if not same:
             raise ValueError(f"{folder} is of other codes ({name}): move it and codes.npz away")
 
 
-def known_codes(path: Path) -> list[np.ndarray]:
-    """The codes of each utterance in a codes.npz; none if there is no such file."""
+def known_codes(path: Path, pulses: list[np.ndarray]) -> list[np.ndarray | None]:
+    """The codes of each utterance in a codes.npz, None for those that it lacks.
+
+    `pulses` are the pulse codes of all utterances: codes with others are of other speech.
+    """
     if not path.exists():
-        return []
+        return [None] * len(pulses)
     saved = np.load(path)
-    return np.split(saved["codes"], saved["ends"][:-1])
+    found = np.split(saved["codes"], saved["ends"][:-1])
+    found += [None] * (len(pulses) - len(found))
+    return [
+        codes if codes is not None and np.array_equal(codes[:, PULSE_BOOK], known) else None
+        for codes, known in zip(found, pulses, strict=True)
+    ]
 
 
 def encode_as(mimi, batch: list[np.ndarray], pulses: list[np.ndarray]) -> list[np.ndarray]:
@@ -118,6 +126,8 @@ def main():
             return encode_as(mimi, samples, pulses)
     else:
         model = load_stage1(args.run, args.codebooks).to(args.device)
+        if path.exists() and not (args.run / "codec").exists():
+            raise ValueError(f"{path} has no codec beside it: move it away")
         write_codec(model.codec, args.run / "codec")
         if args.codec_only:
             return
@@ -125,9 +135,11 @@ def main():
         def encode_batch(samples, pulses):
             return encode(model, samples, pulses, args.device)
 
-    codes = [] if args.voice else known_codes(path)
-    order = sorted(range(len(codes), len(speech.rows)), key=speech.num_frames)
-    codes += [None] * len(order)
+    codes = [None] * len(speech.rows)
+    if not args.voice:
+        codes = known_codes(path, [speech.pulses(i) for i in range(len(codes))])
+    order = [index for index, known in enumerate(codes) if known is None]
+    order.sort(key=speech.num_frames)
     for start in range(0, len(order), BATCH):
         wait_while_paused()
         indices = order[start : start + BATCH]
@@ -140,7 +152,9 @@ def main():
             print(f"{start}/{len(order)}", flush=True)
     ends = np.cumsum([len(item) for item in codes])
     stream = np.concatenate(codes)
-    np.savez(path, codes=stream, ends=ends)
+    unfinished = path.with_suffix(".tmp.npz")
+    np.savez(unfinished, codes=stream, ends=ends)
+    unfinished.rename(path)
     print(f"{len(stream)} frames, {len(stream) / 12.5 / 3600:.2f} h")
     for k in range(stream.shape[1]):
         share = np.bincount(stream[:, k], minlength=CODEBOOK_SIZE) / len(stream)

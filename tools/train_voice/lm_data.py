@@ -44,6 +44,16 @@ def align(symbols: list[str], phones: list) -> np.ndarray:
     return ends
 
 
+def align_text(symbols: list[str], phones: list) -> np.ndarray:
+    """End sample of every symbol of a text, and of the silences around it. A question mark before a
+    word is not spoken and takes no time."""
+    early = [i for i, s in enumerate(symbols) if s == "?" and (i == 0 or symbols[i - 1] in " ,")]
+    spoken = [symbol for i, symbol in enumerate(symbols) if i not in early]
+    ends = align(["", *spoken, ""], phones)
+    after = [i - number for number, i in enumerate(early)]  # index in `ends` of what is before it
+    return np.insert(ends, [i + 1 for i in after], ends[after])
+
+
 def load_examples(run: Path):
     """[dict(tokens, token_ends, codes, labels)] of all encoded utterances; cached."""
     saved = np.load(run / "codes.npz")
@@ -70,7 +80,7 @@ def load_examples(run: Path):
             spelling[ord(char) - FIRST_PHONE] if 0 <= ord(char) - FIRST_PHONE < 0x400 else char
             for char in text[3:]
         ]
-        token_ends = align(["", *symbols, ""], row["phones"])
+        token_ends = align_text(symbols, row["phones"])
         # "[0]" and the silence before the first phone belong together.
         token_ends = np.concatenate((np.zeros(3), token_ends))
         frames = codes[ends[index - 1] if index else 0 : ends[index]]

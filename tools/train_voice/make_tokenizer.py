@@ -239,9 +239,11 @@ def build(words: dict[str, list[str]], phones: list[str]) -> Tokenizer:
     for pattern, spoken in spelling.replacements():
         rules.append((pattern, "".join(char[phone] for phone in spoken) or SILENT))
     rules += [(SILENT, ""), ("'", ""), (r"\s+", " ")]
-    rules += [(r" (?=[,.?!])", ""), (r"(?<=\]) ", ""), (r"(?<=[,.?!])[,.?!]+", ""), (r" $", "")]
-    # A model that reads from left to right must know of a question before its last word ends.
-    rules += [(r"(?<![^ \]])(?=[^ \],.?!]+\?)", "?")]
+    rules += [(r" (?=[,.?!])", ""), (r"(?<=\]) ", ""), (r"[,.?!]*\?[,.?!]*", "?")]
+    rules += [(r"(?<=[,.?!])[,.?!]+", ""), (r" $", "")]
+    # A token's state knows only the text before it, and a frame mostly reads the token that sounds.
+    # So a question is also marked before its last word.
+    rules += [(r"(?<![^ \],])(?=[^ \],.?!]+\?)", "?")]
     alphabet = list("[]0123456789" + PUNCTUATION + LETTERS) + list(char.values())
     vocab = {token: i for i, token in enumerate(SPECIALS + alphabet)}
     tokenizer = Tokenizer(BPE(vocab=vocab, merges=[], unk_token="<unk>"))

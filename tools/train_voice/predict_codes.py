@@ -1,10 +1,10 @@
-"""After step 7: the acoustic codes that the language model would draw, for train_vocoder.py.
+"""After step 7: the acoustic codes that the language model expects, for train_vocoder.py.
 
     python predict_codes.py RUN [--utterances 2500]
 
-Writes RUN/predicted.npz: the codes of the first utterances, int16 [frames, K], where those after
-codebook 0 and the pulses are the language model's likeliest ones, after a true history and true
-codes of both. The sounds and the pulses thus stay those of the recorded speech.
+Writes RUN/predicted.npz: the codes of the first utterances, int16 [frames, K]. Codebook 0 and the
+pulses are the speech's own; each code after them is the language model's likeliest, given the
+recorded frames before and the codes before it in the frame.
 """
 
 import argparse
@@ -12,12 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
-from transformers import MimiConfig
 
 from codec import PULSE_BOOK
 from common import autocast, wait_while_paused
-from lm import depth_logits, embed_frames, make_config, make_model, rope_table, run_stack
+from export import load_lm
+from lm import depth_logits, embed_frames, rope_table, run_stack
 from lm_data import collate, length_of, load_examples
 
 POSITIONS = 4096
@@ -32,10 +31,12 @@ def predict(model, batch):
     rope = rope_table(model.backbone_model, torch.arange(x.shape[1], device=x.device)[None])
     hidden, _ = run_stack(model.backbone_model, x, rope)
     is_frame = targets[..., 0] > 0
-    hidden, drawn = hidden[is_frame], targets[is_frame]
-    for book in range(PULSE_BOOK + 1, drawn.shape[1]):
-        drawn[:, book] = depth_logits(model, hidden, drawn)[:, book - 1].argmax(-1)
-    return drawn
+    hidden, predicted = hidden[is_frame], targets[is_frame]
+    size = model.config.codec_config.codebook_size  # the heads have a few more outputs
+    for book in range(PULSE_BOOK + 1, predicted.shape[1]):
+        logits = depth_logits(model, hidden, predicted)[:, book - 1, :size]
+        predicted[:, book] = logits.argmax(-1)
+    return predicted
 
 
 def main():
@@ -45,14 +46,7 @@ def main():
     parser.add_argument("--utterances", type=int, default=2500)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    tokenizer = Tokenizer.from_file(str(args.run / "tokenizer.json"))
-    model = make_model(make_config(MimiConfig.from_pretrained(args.run / "codec"), tokenizer))
-    model.codec_model = None
-    state = torch.load(args.run / f"{args.name}.pt", map_location="cpu", weights_only=True)
-    prefix = "model."
-    language = state["language"].items()
-    model.load_state_dict({k[len(prefix) :]: v for k, v in language if k.startswith(prefix)})
-    model = model.to(args.device).eval()
+    model = load_lm(args.run, args.name).to(args.device)
     examples = load_examples(args.run)[: args.utterances]
     made, waiting = [None] * len(examples), []
 
@@ -61,14 +55,14 @@ def main():
         batch = collate([[examples[i]] for i in waiting], model.config.num_codebooks)
         batch = {key: tensor.to(args.device) for key, tensor in batch.items()}
         with autocast(args.device):
-            drawn = predict(model, batch).cpu().numpy().astype(np.int16)
+            predicted = predict(model, batch).cpu().numpy().astype(np.int16)
         lengths = [len(examples[i]["codes"]) for i in waiting]
-        for index, codes in zip(waiting, np.split(drawn, np.cumsum(lengths)[:-1]), strict=True):
+        for index, codes in zip(waiting, np.split(predicted, np.cumsum(lengths)[:-1]), strict=True):
             made[index] = codes
         waiting.clear()
 
     for index in sorted(range(len(examples)), key=lambda i: length_of([examples[i]])):
-        if (len(waiting) + 1) * length_of([examples[index]]) > POSITIONS:
+        if waiting and (len(waiting) + 1) * length_of([examples[index]]) > POSITIONS:
             flush()
         waiting.append(index)
     flush()

@@ -2,7 +2,7 @@
 
     python train_vocoder.py RUN [--minutes 10]                        plain spectral losses
     python train_vocoder.py RUN --adversarial [--minutes 20]          then a discriminator
-    python train_vocoder.py RUN --predicted-share 0.75                on what the voice says
+    python train_vocoder.py RUN --predicted-share 0.75                then on predicted codes
 
 The quantizer, the upsampling and the decoder transformer of RUN/codec are frozen; their states are
 whitened (without that the decoder learns nothing: some channels vary a hundred times more than
@@ -10,7 +10,7 @@ others) and the whitening is folded into the first convolution when RUN/codec is
 The adversarial run trains the upsampling and the transformer too. It has a small multi-scale STFT
 discriminator (EnCodec, section 3.4), which judges texture, and a small multi-period one (HiFi-GAN,
 section 2.3), which judges pitch, both with feature matching.
-With `--predicted-share`, so many of the batches have the codes that predict_codes.py wrote, while
+With `--predicted-share`, that share of the batches has the codes that predict_codes.py wrote, while
 the waveform stays the teacher's: the decoder learns to speak clearly from the language model's
 codes, whose fine structure is often not the speech's (Tacotron 2, section 3.1, does the same).
 """
@@ -168,6 +168,10 @@ class Crops:
         self.predicted_share, self.predicted = predicted_share, None
         if predicted_share:
             self.predicted = np.load(run / "predicted.npz")["codes"]
+            recorded = self.codes[: len(self.predicted), : PULSE_BOOK + 1]
+            if not np.array_equal(self.predicted[:, : PULSE_BOOK + 1], recorded):
+                raise ValueError(f"{run}/predicted.npz is of other codes: run predict_codes.py")
+            self.predicted_indices = [i for i in long if self.ends[i] <= len(self.predicted)]
 
     def batch(self):
         """codes [B, HISTORY, K] right-aligned, valid [B] frames of them, samples [B, 1, S]."""
@@ -175,9 +179,8 @@ class Crops:
         audio = np.zeros((BATCH, 1, CROP_FRAMES * FRAME_SAMPLES), np.float32)
         valid = np.zeros(BATCH, np.int64)
         stream, indices = self.codes, self.indices
-        if self.predicted_share > self.rng.random():
-            stream = self.predicted
-            indices = [i for i in indices if self.ends[i] <= len(stream)]
+        if self.predicted is not None and self.rng.random() < self.predicted_share:
+            stream, indices = self.predicted, self.predicted_indices
         for row in range(BATCH):
             index = indices[self.rng.integers(len(indices))]
             length = self.lengths[index]

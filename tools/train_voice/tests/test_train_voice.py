@@ -1,6 +1,7 @@
 """Training of the built-in voice: bugs that would silently ruin a run."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -265,12 +266,15 @@ def test_a_codec_of_other_codes_is_refused(small_codec, tmp_path):
 
 def test_utterances_that_are_encoded_keep_their_codes(tmp_path):
     path = tmp_path / "codes.npz"
-    assert encode_speech.known_codes(path) == []
     codes = [np.full((count, 7), count, np.int16) for count in (3, 1, 2)]
+    pulses = [item[:, codec.PULSE_BOOK] for item in codes]
+    assert encode_speech.known_codes(path, pulses) == [None] * 3
     np.savez(path, codes=np.concatenate(codes), ends=np.cumsum([3, 1, 2]))
-    found = encode_speech.known_codes(path)
-    assert len(found) == 3
-    assert all(map(np.array_equal, found, codes))
+    found = encode_speech.known_codes(path, [*pulses, np.zeros(4)])
+    assert all(map(np.array_equal, found[:3], codes))
+    assert found[3] is None
+    spoken_again = encode_speech.known_codes(path, [pulses[0], pulses[1] + 1, pulses[2]])
+    assert [item is None for item in spoken_again] == [False, True, False]
 
 
 def test_reserved_code_is_never_used(small_codec):
@@ -346,6 +350,32 @@ def test_corruption_replaces_history_by_codes_of_other_frames():
     semantic, pulse, acoustic = ((changed != codes)[..., k].float().mean() for k in range(3))
     assert semantic < acoustic
     assert pulse < acoustic
+
+
+def test_a_question_mark_before_a_word_takes_no_time():
+    phones = [("", 10), ("s", 20), ("i", 30), (" ", 40), ("x", 50), ("?", 60), ("", 70)]
+    marked = lm_data.align_text(["s", "i", " ", "?", "x", "?"], phones)
+    assert marked.tolist() == [10, 20, 30, 40, 40, 50, 60, 70]
+    plain = lm_data.align_text(["s", "i", " ", "x", "?"], phones)
+    assert plain.tolist() == [10, 20, 30, 40, 50, 60, 70]
+    first = lm_data.align_text(["?", "s", "?"], [("", 10), ("s", 20), ("?", 30), ("", 40)])
+    assert first.tolist() == [10, 10, 20, 30, 40]
+
+
+def test_predicted_codes_of_other_speech_are_refused(tmp_path):
+    codes = np.arange(40 * 4, dtype=np.int16).reshape(40, 4)
+    ends = np.array([20, 40])
+    np.savez(tmp_path / "codes.npz", codes=codes, ends=ends)
+    speech = SimpleNamespace(train=[0, 1], samples=lambda index: np.zeros(20 * 1920, np.float32))
+    predicted = codes[:20].copy()
+    predicted[:, 2:] = 0
+    np.savez(tmp_path / "predicted.npz", codes=predicted)
+    crops = train_vocoder.Crops(tmp_path, speech, predicted_share=1.0)
+    assert (crops.batch()[0][..., 2:] == 0).all()
+    assert train_vocoder.Crops(tmp_path, speech).batch()[0][..., 2:].any()
+    np.savez(tmp_path / "predicted.npz", codes=predicted + 1)
+    with pytest.raises(ValueError, match=r"predicted\.npz is of other codes"):
+        train_vocoder.Crops(tmp_path, speech, predicted_share=1.0)
 
 
 def test_every_frame_is_spoken_by_its_tokens():
