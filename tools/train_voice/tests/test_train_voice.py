@@ -470,6 +470,11 @@ def test_built_in_tokenizer_spells_in_phones():
         ("I didn\u2019t \u2014 stop!", "i didn't stop!"),
     ):
         assert spell(same) == spell(as_well)
+    for same, as_well in (("Really!?", "Really?"), ("At 5 p.m.?", "at five p m?")):
+        assert spell(same) == spell(as_well)
+    so = spell("so")[4:-1]
+    assert spell("Is it so?")[4:-1] == [*spell("Is it")[4:-1], " ", "?", *so, "?"]
+    assert spell("So?")[4:-1] == ["?", *so, "?"]
     assert spell("hello")[1:4] == ["[", "1", "]"]
     for word in ("hello", "Netherfield", "zqxv", "y'x", "knogh"):
         assert all("\ue000" <= token < "\ue400" for token in spell(word)[4:-1]), word
