@@ -33,7 +33,7 @@ WAV = wav_file(expected_pcm("hello", 3))
 
 @pytest.fixture(autouse=True)
 def _fake(monkeypatch):
-    monkeypatch.setattr(say, "make_engine", lambda config: FakeEngine())
+    monkeypatch.setattr(say, "make_engine", lambda *_, **__: FakeEngine())
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_an_interrupt_while_writing_leaves_nothing(old, error):
 
 
 def test_a_failure_of_the_engine_touches_no_file(old, monkeypatch):
-    monkeypatch.setattr(say, "make_engine", lambda config: FakeEngine(fail_at_step=1))
+    monkeypatch.setattr(say, "make_engine", lambda *_, **__: FakeEngine(fail_at_step=1))
     assert say.main(["hello", "-o", str(old)]) == 1
     assert old.read_bytes() == OLD
     assert listing(old.parent) == ["out.wav"]
@@ -315,7 +315,7 @@ def test_five_megabytes_on_stdin_are_one_line(tmp_path):
 def test_a_text_of_just_the_limit_is_read_whole(monkeypatch, tmp_path):
     monkeypatch.setenv("VOX_SERVE_MAX_TEXT_CHARS", "5")
     engine = FakeEngine()
-    monkeypatch.setattr(say, "make_engine", lambda config: engine)
+    monkeypatch.setattr(say, "make_engine", lambda *_, **__: engine)
     for text in ("hello", "👩" * 5):
         stdin = io.TextIOWrapper(io.BytesIO(f"{text}\r\n".encode()))
         monkeypatch.setattr(sys, "stdin", stdin)

@@ -238,7 +238,10 @@ def engine():
 @pytest.fixture(scope="module")
 def speech(engine) -> np.ndarray:
     """16-bit speech of the built-in voice."""
-    text = "We should get together next Tuesday and talk about the plan."
+    text = (
+        "We should get together next Tuesday and talk about the plan. "
+        "The museum is free for students and children under twelve."
+    )
     request = Request(text=text, speaker=1, sampling=SamplingParams(seed=7), max_frames=125)
     audio = np.asarray(say.speak(engine, request)[0])
     return np.rint(audio * 32_768).astype(np.float32) / 32_768

@@ -29,7 +29,8 @@ class Loads:
         self.engine = FakeEngine()
         self.config: Config | None = None
 
-    def __call__(self, config: Config) -> FakeEngine:
+    def __call__(self, config: Config, keeps_one: bool = False) -> FakeEngine:
+        assert keeps_one
         self.config = config
         return self.engine
 
@@ -43,7 +44,7 @@ def loads(monkeypatch) -> Loads:
 
 @pytest.fixture
 def no_loading(monkeypatch):
-    def fail(config):
+    def fail(*_, **__):
         raise AssertionError("loaded a model for a command that cannot succeed")
 
     monkeypatch.setattr(say, "make_engine", fail)

@@ -18,7 +18,7 @@ from vox_serve.prompt import PromptTooLongError
 @pytest.fixture
 def engine(monkeypatch) -> FakeEngine:
     engine = FakeEngine()
-    monkeypatch.setattr(say, "make_engine", lambda config: engine)
+    monkeypatch.setattr(say, "make_engine", lambda *_, **__: engine)
     return engine
 
 
@@ -106,7 +106,7 @@ def test_speech_is_played(engine, wav, monkeypatch):
 
 
 def test_no_sound_device_is_one_line_before_any_work(monkeypatch, capsys):
-    monkeypatch.setattr(say, "make_engine", lambda config: pytest.fail("loaded a model"))
+    monkeypatch.setattr(say, "make_engine", lambda *_, **__: pytest.fail("loaded a model"))
     monkeypatch.setitem(sys.modules, "sounddevice", FakeDevice(has_device=False))
     assert say.main(["hello", "--play"]) == 1
     (line,) = capsys.readouterr().err.splitlines()

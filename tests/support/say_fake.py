@@ -6,5 +6,5 @@ from fake_engine import FakeEngine
 from vox_serve import say
 
 if __name__ == "__main__":
-    say.make_engine = lambda config: FakeEngine()
+    say.make_engine = lambda *_, **__: FakeEngine()
     sys.exit(say.main())
