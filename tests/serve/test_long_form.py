@@ -263,7 +263,7 @@ def test_one_sequence_in_the_cache_is_enough_for_a_long_text(engine, tmp_path):
     found, codes = [], []
     for some in (engine, small):
         some.reset()
-        wanted = request(TEXT + " " + TEXT + " " + TEXT, max_frames=1000)
+        wanted = request(" ".join([TEXT] * 3), max_frames=1000)
         before = some.num_found_positions
         codes.append(run(LongForm(some, SPLIT_CHARS), wanted)[wanted.id][0])
         found.append(some.num_found_positions - before)
