@@ -1,8 +1,9 @@
 """After step 7: the acoustic codes that the language model expects, for train_vocoder.py.
 
-    python predict_codes.py RUN [--utterances 2500]
+    python predict_codes.py RUN [--first 22000] [--utterances 2500]
 
-Writes RUN/predicted.npz: the codes of the first utterances, int16 [frames, K]. Codebook 0 and the
+Writes RUN/predicted.npz: the codes of utterances `first` and after, int16 [frames, K]. Those that
+the language model was not trained on are best: it predicts the others too well. Codebook 0 and the
 pulses are the speech's own; each code after them is the language model's likeliest, given the
 recorded frames before and the codes before it in the frame.
 """
@@ -43,11 +44,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--name", default="lm")
+    parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--utterances", type=int, default=2500)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     model = load_lm(args.run, args.name).to(args.device)
-    examples = load_examples(args.run)[: args.utterances]
+    examples = load_examples(args.run)[args.first :][: args.utterances]
     made, waiting = [None] * len(examples), []
 
     def flush():
@@ -66,7 +68,7 @@ def main():
             flush()
         waiting.append(index)
     flush()
-    np.savez(args.run / "predicted.npz", codes=np.concatenate(made))
+    np.savez(args.run / "predicted.npz", codes=np.concatenate(made), first=args.first)
     true = np.concatenate([example["codes"] for example in examples])
     same = (np.concatenate(made) == true).mean(0)
     print("share of the speech's own codes:", *(f"{share:.2f}" for share in same))

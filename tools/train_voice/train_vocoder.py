@@ -3,11 +3,13 @@
     python train_vocoder.py RUN [--minutes 10]                        plain spectral losses
     python train_vocoder.py RUN --adversarial [--minutes 20]          then a discriminator
     python train_vocoder.py RUN --predicted-share 0.75                then on predicted codes
+    python train_vocoder.py RUN --thaw --predicted-share 0.75         with the transformer
 
 The quantizer, the upsampling and the decoder transformer of RUN/codec are frozen; their states are
 whitened (without that the decoder learns nothing: some channels vary a hundred times more than
 others) and the whitening is folded into the first convolution when RUN/codec is written.
-The adversarial run trains the upsampling and the transformer too. It has a small multi-scale STFT
+The runs with `--thaw` and `--adversarial` start from the plain one and train the upsampling and the
+transformer too. The adversarial one has a small multi-scale STFT
 discriminator (EnCodec, section 3.4), which judges texture, and a small multi-period one (HiFi-GAN,
 section 2.3), which judges pitch, both with feature matching.
 With `--predicted-share`, that share of the batches has the codes that predict_codes.py wrote, while
@@ -26,9 +28,18 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 from transformers import MimiModel
 
-from codec import PULSE_BOOK, decoder_states, keep_pulses, load_codec, mel_filters, parts
-from common import FRAME_SAMPLES, Speech, Training, autocast
+from codec import (
+    MEL_HOP_SAMPLES,
+    PULSE_BOOK,
+    decoder_states,
+    keep_pulses,
+    load_codec,
+    mel_filters,
+    parts,
+)
+from common import FRAME_SAMPLES, Speech, Training, autocast, sound_labels
 from discriminators import PeriodDiscriminator, ScaleDiscriminator
+from listener import inner, load_listener
 from pulse_codes import PULSE_DIM
 from warm_start import fit_first, utterance_pairs
 from wires import carry_pulses
@@ -153,36 +164,68 @@ def voiced_loss(made, real, voiced):
     return total / len(COMPLEX_SCALES)
 
 
-class Crops:
-    """Random crops of utterances as (codes with their history, samples); in a share of the batches
-    the codes are predicted ones."""
+def listener_losses(listener, made, real, labels):
+    """How much worse the listener (listener.py) hears `made` than `real` [B, 1, S]: the cross
+    entropy of the sounds [B, S / 240], and the L1 distance of its features, relative to them."""
+    features, logits = listener(torch.cat([made, real]).squeeze(1))
+    sounds = F.cross_entropy(
+        inner(logits.chunk(2)[0]).flatten(0, 1), inner(labels).flatten(), ignore_index=-100
+    )
+    distance = 0.0
+    for layer in features:
+        a, b = inner(layer.transpose(1, 2)).chunk(2)
+        distance = distance + F.l1_loss(a, b) / b.abs().mean()
+    return sounds, distance / len(features)
 
-    def __init__(self, run: Path, speech: Speech, predicted_share: float = 0.0):
+
+class Crops:
+    """Random crops of utterances as (codes with their history, samples, sounds); in a share of the
+    batches the codes are predicted ones. Speaker 0 says `speaker0_share` of all crops."""
+
+    def __init__(self, run, speech: Speech, predicted_share=0.0, speaker0_share=0.5):
         saved = np.load(run / "codes.npz")
         self.codes, self.ends = saved["codes"], saved["ends"]
         self.speech, self.rng = speech, np.random.default_rng(0)
         lengths = np.diff(self.ends, prepend=0)
         speech.train = [i for i in speech.train if i < len(lengths)]  # what is encoded
         long = [i for i in speech.train if lengths[i] >= CROP_FRAMES]
-        self.indices, self.lengths = long, lengths
+
+        def by_speaker(indices):
+            speakers = np.array([speech.rows[i]["speaker"] for i in indices])
+            return [np.array(indices)[speakers == speaker] for speaker in (0, 1)]
+
+        self.speaker0_share = speaker0_share
+        self.indices, self.lengths = by_speaker(long), lengths
+        sounds = (run / "phones.txt").read_text().split("\n")
+        self.sound_ids = {sound: i for i, sound in enumerate(sounds)}
         self.predicted_share, self.predicted = predicted_share, None
         if predicted_share:
-            self.predicted = np.load(run / "predicted.npz")["codes"]
-            recorded = self.codes[: len(self.predicted), : PULSE_BOOK + 1]
-            if not np.array_equal(self.predicted[:, : PULSE_BOOK + 1], recorded):
+            saved = np.load(run / "predicted.npz")
+            self.predicted, first = self.codes.copy(), int(saved["first"])
+            start = int(self.ends[first - 1]) if first else 0
+            made = self.predicted[start : start + len(saved["codes"])]
+            books = slice(PULSE_BOOK + 1)
+            if not np.array_equal(made[:, books], saved["codes"][:, books]):
                 raise ValueError(f"{run}/predicted.npz is of other codes: run predict_codes.py")
-            self.predicted_indices = [i for i in long if self.ends[i] <= len(self.predicted)]
+            made[:] = saved["codes"]
+            end = start + len(made)
+            inside = [i for i in long if i >= first and self.ends[i] <= end]
+            self.predicted_indices = by_speaker(inside)
 
     def batch(self):
-        """codes [B, HISTORY, K] right-aligned, valid [B] frames of them, samples [B, 1, S]."""
+        """codes [B, HISTORY, K], valid [B] frames of them, samples [B, 1, S], and the sound of
+        every 10 ms [B, S / 240]."""
         codes = np.zeros((BATCH, HISTORY_FRAMES, self.codes.shape[1]), np.int64)
         audio = np.zeros((BATCH, 1, CROP_FRAMES * FRAME_SAMPLES), np.float32)
         valid = np.zeros(BATCH, np.int64)
+        steps = FRAME_SAMPLES // MEL_HOP_SAMPLES
+        sounds = np.zeros((BATCH, CROP_FRAMES * steps), np.int64)
         stream, indices = self.codes, self.indices
         if self.predicted is not None and self.rng.random() < self.predicted_share:
             stream, indices = self.predicted, self.predicted_indices
         for row in range(BATCH):
-            index = indices[self.rng.integers(len(indices))]
+            speaker = int(self.rng.random() >= self.speaker0_share)
+            index = self.rng.choice(indices[speaker])
             length = self.lengths[index]
             end = self.rng.integers(CROP_FRAMES, length + 1)
             start = max(0, end - HISTORY_FRAMES)
@@ -191,7 +234,11 @@ class Crops:
             codes[row, : end - start] = stream[first + start : first + end]
             samples = self.speech.samples(index)
             audio[row, 0] = samples[(end - CROP_FRAMES) * FRAME_SAMPLES : end * FRAME_SAMPLES]
-        return torch.from_numpy(codes), torch.from_numpy(valid), torch.from_numpy(audio)
+            spoken = sound_labels(
+                self.speech.rows[index], MEL_HOP_SAMPLES, end * steps, self.sound_ids
+            )
+            sounds[row] = spoken[-CROP_FRAMES * steps :]
+        return tuple(torch.from_numpy(array) for array in (codes, valid, audio, sounds))
 
 
 def crop_states(codec: MimiModel, codes, valid):
@@ -223,22 +270,26 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--lr", type=float, help="1.5e-3, or 6e-4 adversarial, unless given")
+    parser.add_argument("--lr", type=float, help="6e-4 after the plain run, 1.5e-3 in it")
     parser.add_argument("--adversarial", action="store_true")
+    parser.add_argument("--thaw", action="store_true", help="train the transformer too")
+    parser.add_argument("--listener-weight", type=float, default=0.0, help="see listener.py")
     parser.add_argument("--spectral-weight", type=float, default=1.0)
     parser.add_argument("--complex-weight", type=float, default=0.0, help="of the phase's loss")
     parser.add_argument("--voiced-weight", type=float, default=0.0, help="of the harmonics' phase")
     parser.add_argument("--decay", type=float, default=0.5, help="last share of the run: lr falls")
     parser.add_argument("--predicted-share", type=float, default=0.0, help="of predicted codes")
+    parser.add_argument("--speaker0-share", type=float, default=0.5, help="of the crops")
     parser.add_argument("--warm-start", type=Path, metavar="VOICE", help="see warm_start.py")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    args.lr = args.lr or (6e-4 if args.adversarial else 1.5e-3)
+    later = args.adversarial or args.thaw  # starts from the plain run
+    args.lr = args.lr or (6e-4 if later else 1.5e-3)
     torch.manual_seed(0)
     codec = MimiModel.from_pretrained(args.run / "codec").eval()
     set_trainable(codec, False)
-    crops = Crops(args.run, Speech(args.run), args.predicted_share)
-    fresh = not args.adversarial and not (args.run / "vocoder.pt").exists()
+    crops = Crops(args.run, Speech(args.run), args.predicted_share, args.speaker0_share)
+    fresh = not later and not (args.run / "vocoder.pt").exists()
     earlier = load_codec(args.warm_start) if args.warm_start and fresh else None
     if earlier is not None:
         vocoder = Vocoder(parts(earlier).decoder_seanet, codec.config.hidden_size)
@@ -256,27 +307,32 @@ def main():
     codec, vocoder = codec.to(args.device), vocoder.to(args.device)
     generator = torch.optim.AdamW(vocoder.parameters(), lr=args.lr, betas=(0.8, 0.99))
     states = {"vocoder": vocoder, "generator": generator}
-    if args.adversarial:
+    if later:
         decoder = parts(codec)
         context = nn.ModuleList([decoder.upsample, decoder.decoder_transformer])
         set_trainable(context, True)
         generator.add_param_group(dict(params=context.parameters(), lr=args.lr * CONTEXT_LR))
         states["context"] = context
+        start = torch.load(args.run / "vocoder.pt", map_location="cpu", weights_only=True)
+        vocoder.load_state_dict(start["vocoder"])
+    if args.adversarial:
         judges = nn.ModuleList(
             [ScaleDiscriminator(n) for n in WINDOWS] + [PeriodDiscriminator(n) for n in PERIODS]
         ).to(args.device)
         judge_optimizer = torch.optim.AdamW(judges.parameters(), lr=5e-4, betas=(0.8, 0.99))
         states |= {"judges": judges, "judge_optimizer": judge_optimizer}
-        start = torch.load(args.run / "vocoder.pt", map_location="cpu", weights_only=True)
-        vocoder.load_state_dict(start["vocoder"])
-    name = "vocoder_adversarial" if args.adversarial else "vocoder"
+    listener = load_listener(args.run).to(args.device) if args.listener_weight else None
+    if listener is not None:
+        set_trainable(listener, False)
+    name = "vocoder_adversarial" if args.adversarial else "vocoder_thawed"
+    name = name if later else "vocoder"
     training = Training(args.run, name, args.minutes, states, args.decay)
     crops.rng = np.random.default_rng(training.step)
     spectral = SpectralLoss().to(args.device)
 
     trained = [p for group in generator.param_groups for p in group["params"]]
     for _ in training.steps():
-        codes, valid, real = (t.to(args.device) for t in crops.batch())
+        codes, valid, real, sounds = (t.to(args.device) for t in crops.batch())
         inputs = crop_states(codec, codes, valid)
         with autocast(args.device):
             made = vocoder(inputs)
@@ -289,6 +345,9 @@ def main():
         if args.voiced_weight:
             loss["voiced"] = voiced_loss(made, real, voiced_samples(codes, valid))
             total = total + args.voiced_weight * loss["voiced"]
+        if listener is not None:
+            loss["sounds"], loss["heard"] = listener_losses(listener, made, real, sounds)
+            total = total + args.listener_weight * (loss["sounds"] + loss["heard"])
         if args.adversarial:
             with autocast(args.device):
                 for_real = [judge(real) for judge in judges]
@@ -316,7 +375,7 @@ def main():
         total.backward()
         torch.nn.utils.clip_grad_norm_(trained, 10.0)
         generator.step()
-        if args.adversarial:
+        if later:
             keep_pulses(codec)
         training.log(**{key: value.detach() for key, value in loss.items()})
 

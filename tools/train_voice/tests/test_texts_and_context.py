@@ -53,13 +53,15 @@ def test_training_reads_sequences_with_context():
     one, other = example(4, 3, 1, count), example(5, 2, 9, count)
     batch = lm_data.collate([[one, other], [one]], count)
     train_lm.WATCHED_LAYER, train_lm.NEXT_HEAD = 0, 1
-    found = train_lm.losses(model, phone_head, batch, train=True)
+    vectors = torch.randn(count - 2, model.config.codec_config.codebook_size, 8)
+    found = train_lm.losses(model, phone_head, vectors, batch, train=True)
     assert all(torch.isfinite(loss) for loss in found.values())
     # The codes of a segment change the loss of the segment after it.
     other_codes = {**batch, "codes": batch["codes"].clone()}
     other_codes["codes"][0, 4:7] = 5
     a, b = (
-        train_lm.losses(model, phone_head, x, train=False)["code0"] for x in (batch, other_codes)
+        train_lm.losses(model, phone_head, vectors, x, train=False)["code0"]
+        for x in (batch, other_codes)
     )
     assert a != b
 

@@ -13,6 +13,7 @@ import codec
 import common
 import encode_speech
 import judge
+import listener
 import lm
 import lm_data
 import pulse_codes
@@ -352,6 +353,35 @@ def test_corruption_replaces_history_by_codes_of_other_frames():
     assert pulse < acoustic
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_the_risk_is_the_distance_of_the_sum_of_own_codes(train, monkeypatch):
+    torch.manual_seed(0)
+    codes = torch.randint(1, 8, (6, 4))
+    codes[5] = 0  # stop
+    chosen = torch.randint(1, 8, (6, 4))
+    logits = 100.0 * torch.nn.functional.one_hot(chosen[:, 1:], 10)
+    monkeypatch.setattr(train_lm, "depth_logits", lambda model, hidden, codes: logits)
+    vectors = torch.randn(2, 8, 5)
+    found = train_lm.depth_losses(None, vectors, None, codes, train)
+    truth = vectors[0][codes[:5, 2]] + vectors[1][codes[:5, 3]]
+    after_one = truth - vectors[0][chosen[:5, 2]]
+    after_two = after_one - vectors[1][chosen[:5, 3]]
+    error = after_two.square().sum(1)
+    assert found["error"] == pytest.approx(error.mean().item())
+    expected = (after_one.square().sum(1) + error).mean().item()
+    assert found["risk"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_listener_judges_no_step_that_hears_the_edge():
+    torch.manual_seed(0)
+    net = listener.Listener(5).eval()
+    speech = torch.randn(1, 40 * FRAME_SAMPLES // 4)
+    with torch.no_grad():
+        whole = net(speech)[1]
+        part = net(speech[:, 2400:12000])[1]
+    torch.testing.assert_close(listener.inner(part), listener.inner(whole[:, 10:50]))
+
+
 def test_a_question_mark_before_a_word_takes_no_time():
     phones = [("", 10), ("s", 20), ("i", 30), (" ", 40), ("x", 50), ("?", 60), ("", 70)]
     marked = lm_data.align_text(["s", "i", " ", "?", "x", "?"], phones)
@@ -366,14 +396,21 @@ def test_predicted_codes_of_other_speech_are_refused(tmp_path):
     codes = np.arange(40 * 4, dtype=np.int16).reshape(40, 4)
     ends = np.array([20, 40])
     np.savez(tmp_path / "codes.npz", codes=codes, ends=ends)
-    speech = SimpleNamespace(train=[0, 1], samples=lambda index: np.zeros(20 * 1920, np.float32))
-    predicted = codes[:20].copy()
+    (tmp_path / "phones.txt").write_text("a\nb")
+    rows = [dict(speaker=i, phones=[("b", 9600), ("a", 38400)]) for i in (0, 1)]
+    speech = SimpleNamespace(
+        train=[0, 1], rows=rows, samples=lambda index: np.zeros(20 * 1920, np.float32)
+    )
+    predicted = codes[20:].copy()
     predicted[:, 2:] = 0
-    np.savez(tmp_path / "predicted.npz", codes=predicted)
-    crops = train_vocoder.Crops(tmp_path, speech, predicted_share=1.0)
-    assert (crops.batch()[0][..., 2:] == 0).all()
+    np.savez(tmp_path / "predicted.npz", codes=predicted, first=1)
+    crops = train_vocoder.Crops(tmp_path, speech, predicted_share=1.0, speaker0_share=0.0)
+    batch, valid, _, sounds = crops.batch()
+    assert (batch[..., 2:] == 0).all()
+    for end, steps in zip(valid.tolist(), sounds, strict=True):
+        assert steps.tolist() == [int(step < 40) for step in range(8 * end - 96, 8 * end)]
     assert train_vocoder.Crops(tmp_path, speech).batch()[0][..., 2:].any()
-    np.savez(tmp_path / "predicted.npz", codes=predicted + 1)
+    np.savez(tmp_path / "predicted.npz", codes=predicted + 1, first=1)
     with pytest.raises(ValueError, match=r"predicted\.npz is of other codes"):
         train_vocoder.Crops(tmp_path, speech, predicted_share=1.0)
 

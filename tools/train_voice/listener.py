@@ -1,0 +1,121 @@
+"""Trains a small classifier of sounds, which tells the decoder where its speech is unclear.
+
+    python listener.py RUN [--minutes 6]
+
+It reads the log-mel spectrogram and names the sound of every 10 ms. train_vocoder.py --listener
+compares what it makes of decoded and of recorded speech. RUN/listener.pt is the checkpoint.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from codec import MEL_BINS, MEL_HOP_SAMPLES, log_mel
+from common import FRAME_SAMPLES, Speech, Training, sound_labels
+
+CHANNELS = 192
+DILATIONS = (1, 1, 2)
+EDGE_STEPS = 12  # at either end of a crop: they hear the padding
+BATCH = 16
+CROP_FRAMES = 16
+MEL_NOISE = 0.3  # nats, so that details which decoding loses are not all that it hears
+
+
+class Listener(nn.Module):
+    """Speech [B, S] -> features [B, CHANNELS, S / 240] of each layer, logits of the sounds
+    [B, S / 240, sounds]. It hears 120 ms to either side."""
+
+    def __init__(self, sounds: int):
+        super().__init__()
+        self.input = nn.Conv1d(MEL_BINS, CHANNELS, 5, padding=2)
+        self.convs = nn.ModuleList(
+            nn.Conv1d(CHANNELS, CHANNELS, 5, padding=2 * d, dilation=d) for d in DILATIONS
+        )
+        self.output = nn.Linear(CHANNELS, sounds)
+
+    def forward(self, audio):
+        mel = log_mel(audio) / 3 + 1
+        if self.training:
+            mel = mel + MEL_NOISE / 3 * torch.randn_like(mel)
+        x = self.input(mel)
+        features = []
+        for conv in self.convs:
+            x = x + conv(F.gelu(x))
+            features.append(x)
+        return features, self.output(F.gelu(x).transpose(1, 2))
+
+
+def inner(steps):
+    """Without the steps that see beyond the crop; time is dimension 1."""
+    return steps[:, EDGE_STEPS:-EDGE_STEPS]
+
+
+def load_listener(run: Path) -> Listener:
+    state = torch.load(run / "listener.pt", map_location="cpu", weights_only=True)["listener"]
+    listener = Listener(len(state["output.bias"]))
+    listener.load_state_dict(state)
+    return listener.eval()
+
+
+class LabelledCrops:
+    """Random crops of recorded speech with the sound of every 10 ms."""
+
+    def __init__(self, speech: Speech, sounds: list[str], indices, rng):
+        self.speech, self.rng = speech, rng
+        self.ids = {sound: i for i, sound in enumerate(sounds)}
+        self.indices = [i for i in indices if speech.num_frames(i) > CROP_FRAMES]
+
+    def batch(self):
+        audio, labels = [], []
+        for index in self.rng.choice(self.indices, BATCH):
+            start = self.rng.integers(self.speech.num_frames(index) - CROP_FRAMES)
+            samples = self.speech.samples(index)
+            count = len(samples) // MEL_HOP_SAMPLES
+            row = self.speech.rows[index]
+            per_frame = FRAME_SAMPLES // MEL_HOP_SAMPLES
+            audio.append(samples[start * FRAME_SAMPLES :][: CROP_FRAMES * FRAME_SAMPLES])
+            steps = sound_labels(row, MEL_HOP_SAMPLES, count, self.ids)
+            labels.append(steps[start * per_frame :][: CROP_FRAMES * per_frame])
+        return torch.from_numpy(np.stack(audio)), torch.from_numpy(np.stack(labels))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--minutes", type=float, default=6)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    speech = Speech(args.run)
+    sounds = (args.run / "phones.txt").read_text().split("\n")
+    listener = Listener(len(sounds))
+    optimizer = torch.optim.AdamW(listener.parameters(), lr=2e-3, betas=(0.9, 0.98))
+    states = {"listener": listener, "optimizer": optimizer}
+    training = Training(args.run, "listener", args.minutes, states)
+    crops = LabelledCrops(speech, sounds, speech.train, np.random.default_rng(training.step))
+    held_out = LabelledCrops(speech, sounds, speech.validation, np.random.default_rng(12345))
+
+    def loss_of(audio, labels):
+        logits = inner(listener(audio)[1]).flatten(0, 1)
+        labels = inner(labels).flatten()
+        right = (logits.argmax(1) == labels).float().mean()
+        return F.cross_entropy(logits, labels, ignore_index=-100), right
+
+    for _ in training.steps():
+        loss, right = loss_of(*crops.batch())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        training.log(loss=loss.detach(), right=right)
+    listener.eval()
+    with torch.no_grad():
+        rows = torch.tensor([loss_of(*held_out.batch()) for _ in range(20)])
+    loss, right = rows.mean(0)
+    training.record(val_loss=loss, val_right=right)
+
+
+if __name__ == "__main__":
+    main()
