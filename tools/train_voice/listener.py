@@ -2,8 +2,9 @@
 
     python listener.py RUN [--minutes 6]
 
-It reads the log-mel spectrogram and names the sound of every 10 ms. train_vocoder.py --listener
-compares what it makes of decoded and of recorded speech. RUN/listener.pt is the checkpoint.
+It reads the log-mel spectrogram and names the sound of every 10 ms. train_vocoder.py
+--listener-weight compares how it hears decoded and recorded speech. RUN/listener.pt is the
+checkpoint.
 """
 
 import argparse

@@ -5,7 +5,8 @@
 Writes RUN/predicted.npz: the codes of utterances `first` and after, int16 [frames, K]. Those that
 the language model was not trained on are best: it predicts the others too well. Codebook 0 and the
 pulses are the speech's own; each code after them is the language model's likeliest, given the
-recorded frames before and the codes before it in the frame.
+frames before and the codes before it in the frame. In the first pass the frames before are the
+recorded ones, in later passes those that the pass before it predicted: as when the model speaks.
 """
 
 import argparse
@@ -21,12 +22,22 @@ from lm import depth_logits, embed_frames, rope_table, run_stack
 from lm_data import collate, length_of, load_examples
 
 POSITIONS = 4096
+PASSES = 2
 
 
 @torch.no_grad()
-def predict(model, batch):
+def predict(model, batch, passes=PASSES):
     """`collate`d utterances -> the predicted codes [N, K] of all their frames, in order."""
-    codes, targets = batch["codes"], batch["targets"]
+    codes = batch["codes"].clone()
+    for _ in range(passes):
+        predicted = predict_next(model, batch, codes)
+        codes[codes[..., 0] > 0] = predicted
+    return predicted
+
+
+def predict_next(model, batch, codes):
+    """One pass: each frame's codes, given the frames before it in `codes` [B, S, K]."""
+    targets = batch["targets"]
     text, speech = model.embed_text_tokens(batch["tokens"]), embed_frames(model, codes)
     x = torch.where(batch["is_text"][..., None], text, speech)
     rope = rope_table(model.backbone_model, torch.arange(x.shape[1], device=x.device)[None])

@@ -12,11 +12,7 @@ text. Three things prevent it:
 - An auxiliary loss: the last hidden state must also predict the phones of the next frame.
 Half of the sequences begin with 1 to 3 earlier segments, of either speaker, as context. These have
 the same losses, so no position is wasted.
-The depth decoder trains on a random share of the frames. Its acoustic codes have to add up to the
-speech's: a cross entropy would do little for the last ones, which it cannot predict, and nothing to
-mend an earlier one. So the loss is the expected squared distance of the sum so far from the true
-sum, given codes that the model chose itself (minimum risk, Shen et al. 2016, with every code
-counted instead of samples). RUN/NAME.pt is the checkpoint.
+The depth decoder trains on a random share of the frames. RUN/NAME.pt is the checkpoint.
 """
 
 import argparse
@@ -27,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import MimiModel
+from transformers import MimiConfig
 
-from codec import CONTENT_DIM, PULSE_BOOK, codebook_vectors, rvqs
+from codec import PULSE_BOOK
 from common import Speech, Training, autocast
 from lm import depth_logits, embed_frames, make_config, make_model, rope_table, run_stack
 from lm_data import LABELS_PER_FRAME, batches, collate, describe, load_examples
@@ -40,8 +36,7 @@ WATCHED_LAYER = 2
 CURRENT_HEAD, NEXT_HEAD = 0, 3  # in different key groups
 ALIGNMENT_WEIGHT = 0.5
 PHONE_WEIGHT = 0.3
-PULSE_WEIGHT = 0.5
-RISK_WEIGHT = 5.0
+DEPTH_WEIGHT = 2.0
 DEPTH_SHARE = 0.25
 CLEAN_SHARE = 0.15  # share of utterances whose history stays clean
 MAX_ACOUSTIC_NOISE = 0.7
@@ -82,50 +77,7 @@ def alignment_loss(queries, keys, spoken, head):
     return -torch.where(spoken > 0, spoken * logs, 0.0).sum() / spoken.sum()
 
 
-def acoustic_vectors(codec):
-    """The vectors of the codebooks after the pulses', [K - 2, size, D], divided by a scale that
-    makes the squared length of a frame's sum about 1."""
-    layers = rvqs(codec)[1].layers[PULSE_BOOK:]
-    vectors = torch.stack([codebook_vectors(layer.codebook)[:, :CONTENT_DIM] for layer in layers])
-    return (vectors / vectors.square().sum(-1).mean(1).sum().sqrt()).detach()
-
-
-def acoustic_sums(vectors, codes):
-    """Codes [N, K] -> the sum of the vectors before and up to each codebook after the pulses',
-    [N, K - 1, D]."""
-    chosen = [book[codes[:, i]] for i, book in enumerate(vectors, PULSE_BOOK + 1)]
-    return F.pad(torch.stack(chosen, 1).cumsum(1), (0, 0, 1, 0))
-
-
-def depth_losses(model, vectors, hidden, codes, train: bool):
-    """`hidden` [N, C] and the frames [N, K] that it predicts; a frame of zeros means stop."""
-    first, size = PULSE_BOOK + 1, vectors.shape[1]
-    speaks = codes[:, 0] > 0
-    known = codes.clone()
-    with torch.no_grad():
-        # In training all codes are chosen at once, given the true ones before: nearly the same.
-        for book in [slice(first, None)] if train else range(first, codes.shape[1]):
-            logits = depth_logits(model, hidden, known)[..., :size]
-            chosen = F.pad(logits.argmax(-1), (1, 0))  # codebook 0 is not the depth decoder's
-            known[speaks, book] = chosen[speaks, book]
-        truth = acoustic_sums(vectors, codes)[:, -1:]
-        missing = truth - acoustic_sums(vectors, known)
-        error = missing[speaks, -1].square().sum(-1).mean()
-        missing = missing[speaks, :-1]
-        distances = torch.einsum("nkd,kcd->nkc", missing, vectors).mul_(-2)
-        distances += vectors.square().sum(-1) + missing.square().sum(-1, keepdim=True)
-    logits = depth_logits(model, hidden, known).float()
-    chances = logits[speaks, PULSE_BOOK:, :size].softmax(-1)
-    stop = logits[~speaks].flatten(0, 1)
-    return {
-        "pulse": F.cross_entropy(logits[:, 0], codes[:, PULSE_BOOK]),
-        "stop": F.cross_entropy(stop, torch.zeros(len(stop), dtype=torch.long, device=stop.device)),
-        "risk": (chances * distances).sum((1, 2)).mean(),
-        "error": error,
-    }
-
-
-def losses(model, phone_head, vectors, batch, train: bool):
+def losses(model, phone_head, batch, train: bool):
     codes, targets, spoken = batch["codes"], batch["targets"], batch["spoken"]
     is_frame = codes[..., 0] > 0
     history = torch.where(is_frame[..., None], corrupt(codes, is_frame), codes) if train else codes
@@ -151,10 +103,10 @@ def losses(model, phone_head, vectors, batch, train: bool):
     phone_logits = phone_head(target_hidden).float().view(-1, LABELS_PER_FRAME, phone_head.phones)
     selected = torch.rand(len(target), device=x.device) < (DEPTH_SHARE if train else 1.1)
     selected |= target[:, 0] == 0
-    depth = depth_losses(model, vectors, target_hidden[selected], target[selected], train)
+    acoustic = depth_logits(model, target_hidden[selected], target[selected]).float()
     return {
         "code0": F.cross_entropy(logits, target[:, 0]),
-        **depth,
+        "depth": F.cross_entropy(acoustic.flatten(0, 1), target[selected][:, 1:].flatten()),
         "align": alignment / 2,
         "phone": F.cross_entropy(
             phone_logits.flatten(0, 1), batch["labels"][has_target].flatten(), ignore_index=-100
@@ -187,9 +139,8 @@ def main():
     args = parser.parse_args()
     torch.manual_seed(0)
     tokenizer = Tokenizer.from_file(str(args.run / "tokenizer.json"))
-    codec = MimiModel.from_pretrained(args.run / "codec")
-    vectors = acoustic_vectors(codec).to(args.device)
-    model = make_model(make_config(codec.config, tokenizer))
+    codec_config = MimiConfig.from_pretrained(args.run / "codec")
+    model = make_model(make_config(codec_config, tokenizer))
     if args.warm_start and not (args.run / f"{args.name}.pt").exists():
         transfer(model, args.warm_start, args.run)
     model = model.to(args.device)
@@ -225,7 +176,7 @@ def main():
         """Records the losses of sequences, sorted by length."""
         with torch.no_grad(), autocast(args.device):
             rows = [
-                losses(model, phone_head, vectors, on_device(sequences[i : i + 15]), train=False)
+                losses(model, phone_head, on_device(sequences[i : i + 15]), train=False)
                 for i in range(0, len(sequences), 15)
             ]
         training.record(
@@ -235,12 +186,10 @@ def main():
     for step in training.steps():
         batch = on_device([[examples[i] for i in sequence] for sequence in next(stream)])
         with autocast(args.device):
-            loss = losses(model, phone_head, vectors, batch, train=True)
+            loss = losses(model, phone_head, batch, train=True)
         total = (
             loss["code0"]
-            + PULSE_WEIGHT * loss["pulse"]
-            + PULSE_WEIGHT * loss["stop"]
-            + RISK_WEIGHT * loss["risk"]
+            + DEPTH_WEIGHT * loss["depth"]
             + ALIGNMENT_WEIGHT * loss["align"]
             + PHONE_WEIGHT * loss["phone"]
         )

@@ -165,8 +165,9 @@ def voiced_loss(made, real, voiced):
 
 
 def listener_losses(listener, made, real, labels):
-    """How much worse the listener (listener.py) hears `made` than `real` [B, 1, S]: the cross
-    entropy of the sounds [B, S / 240], and the L1 distance of its features, relative to them."""
+    """Two losses of the speech `made` [B, 1, S], as the listener (listener.py) hears it: the cross
+    entropy of the sounds `labels` [B, S / 240], and the L1 distance of its features from those of
+    the recording `real`, relative to their size."""
     features, logits = listener(torch.cat([made, real]).squeeze(1))
     sounds = F.cross_entropy(
         inner(logits.chunk(2)[0]).flatten(0, 1), inner(labels).flatten(), ignore_index=-100

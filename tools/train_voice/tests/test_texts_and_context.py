@@ -53,15 +53,13 @@ def test_training_reads_sequences_with_context():
     one, other = example(4, 3, 1, count), example(5, 2, 9, count)
     batch = lm_data.collate([[one, other], [one]], count)
     train_lm.WATCHED_LAYER, train_lm.NEXT_HEAD = 0, 1
-    vectors = torch.randn(count - 2, model.config.codec_config.codebook_size, 8)
-    found = train_lm.losses(model, phone_head, vectors, batch, train=True)
+    found = train_lm.losses(model, phone_head, batch, train=True)
     assert all(torch.isfinite(loss) for loss in found.values())
     # The codes of a segment change the loss of the segment after it.
     other_codes = {**batch, "codes": batch["codes"].clone()}
     other_codes["codes"][0, 4:7] = 5
     a, b = (
-        train_lm.losses(model, phone_head, vectors, x, train=False)["code0"]
-        for x in (batch, other_codes)
+        train_lm.losses(model, phone_head, x, train=False)["code0"] for x in (batch, other_codes)
     )
     assert a != b
 
@@ -72,7 +70,7 @@ def test_predicted_codes_keep_the_sounds_and_follow_each_other():
     count = model.config.num_codebooks
     examples = [example(4, 3, 1, count), example(5, 2, 9, count)]
     batch = lm_data.collate([[e] for e in examples], count)
-    drawn = predict_codes.predict(model, batch)
+    drawn = predict_codes.predict(model, batch, passes=1)
     true = torch.from_numpy(np.concatenate([e["codes"] for e in examples])).long()
     assert drawn.shape == true.shape
     assert torch.equal(drawn[:, :2], true[:, :2])
@@ -90,6 +88,12 @@ def test_predicted_codes_keep_the_sounds_and_follow_each_other():
     logits = model.depth_decoder(input_ids=ids, backbone_last_hidden_state=torch.cat(hidden)).logits
     logits = logits[..., : model.config.codec_config.codebook_size]
     assert torch.equal(logits[:, -(count - 2) :].argmax(-1), drawn[:, 2:])
+    # The second pass hears the first one's frames before.
+    for e, codes in zip(examples, drawn.split([len(e["codes"]) for e in examples]), strict=True):
+        e["codes"] = codes.numpy()
+    heard = lm_data.collate([[e] for e in examples], count)
+    again = predict_codes.predict(model, batch, passes=2)
+    assert torch.equal(again, predict_codes.predict(model, heard, passes=1))
 
 
 def test_sequences_hold_every_example_once():

@@ -353,25 +353,6 @@ def test_corruption_replaces_history_by_codes_of_other_frames():
     assert pulse < acoustic
 
 
-@pytest.mark.parametrize("train", [False, True])
-def test_the_risk_is_the_distance_of_the_sum_of_own_codes(train, monkeypatch):
-    torch.manual_seed(0)
-    codes = torch.randint(1, 8, (6, 4))
-    codes[5] = 0  # stop
-    chosen = torch.randint(1, 8, (6, 4))
-    logits = 100.0 * torch.nn.functional.one_hot(chosen[:, 1:], 10)
-    monkeypatch.setattr(train_lm, "depth_logits", lambda model, hidden, codes: logits)
-    vectors = torch.randn(2, 8, 5)
-    found = train_lm.depth_losses(None, vectors, None, codes, train)
-    truth = vectors[0][codes[:5, 2]] + vectors[1][codes[:5, 3]]
-    after_one = truth - vectors[0][chosen[:5, 2]]
-    after_two = after_one - vectors[1][chosen[:5, 3]]
-    error = after_two.square().sum(1)
-    assert found["error"] == pytest.approx(error.mean().item())
-    expected = (after_one.square().sum(1) + error).mean().item()
-    assert found["risk"] == pytest.approx(expected, rel=1e-5)
-
-
 def test_the_listener_judges_no_step_that_hears_the_edge():
     torch.manual_seed(0)
     net = listener.Listener(5).eval()
