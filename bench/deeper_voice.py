@@ -2,8 +2,8 @@
 
     python bench/deeper_voice.py OUT --times 8
 
-It stands for a larger model in benchmarks of a server: what it says is speech, and it ends where
-the built-in voice ends. An added layer repeats the weights of an existing one, except that its
+Benchmarks of a server use it as a larger model that still speaks: its codes, and so its length, are
+the built-in voice's. An added layer repeats the weights of an existing one, except that its
 output projections are 0, so it adds 0 to its input.
 """
 
@@ -17,24 +17,19 @@ from safetensors.torch import load_file, save_file
 
 from vox_serve.hub import BUILT_IN_VOICES
 
-STACKS = {"backbone_model": (), "depth_decoder.model": ("depth_decoder_config",)}  # sizes: where
-OUTPUTS = (".self_attn.o_proj.weight", ".mlp.down_proj.weight")
+OUTPUTS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 
 
 def deepen(weights: dict[str, torch.Tensor], config: dict, times: int) -> None:
-    """Adds layers to a checkpoint, in place: `times` as many in both transformers."""
-    for stack, path in STACKS.items():
-        sizes = config
-        for key in path:
-            sizes = sizes[key]
-        layers = sizes["num_hidden_layers"]
-        for name in [name for name in weights if name.startswith(f"{stack}.layers.")]:
-            number, _, rest = name.removeprefix(f"{stack}.layers.").partition(".")
-            is_output = f".{rest}" in OUTPUTS
-            weight = torch.zeros_like(weights[name]) if is_output else weights[name]
+    """Multiplies the number of layers of both transformers by `times`, in place."""
+    stacks = {"backbone_model": config, "depth_decoder.model": config["depth_decoder_config"]}
+    for stack, sizes in stacks.items():
+        prefix, layers = f"{stack}.layers.", sizes["num_hidden_layers"]
+        for name in [name for name in weights if name.startswith(prefix)]:
+            number, _, rest = name.removeprefix(prefix).partition(".")
+            added = torch.zeros_like if rest in OUTPUTS else torch.clone
             for copy in range(1, times):
-                place = copy * layers + int(number)
-                weights[f"{stack}.layers.{place}.{rest}"] = weight.clone()
+                weights[f"{prefix}{copy * layers + int(number)}.{rest}"] = added(weights[name])
         sizes["num_hidden_layers"] = layers * times
 
 
@@ -44,14 +39,14 @@ def rewrite(folder: Path, times: int) -> None:
     config = json.loads(path.read_text())
     weights = load_file(folder / "model.safetensors")
     deepen(weights, config, times)
-    save_file(weights, folder / "model.safetensors")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     path.write_text(json.dumps(config, indent=2))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--times", type=int, default=8)
+    parser.add_argument("--times", type=int, default=8, help="layers, relative to the voice's")
     args = parser.parse_args()
     shutil.copytree(BUILT_IN_VOICES / "demo", args.out)
     rewrite(args.out, args.times)

@@ -1,10 +1,9 @@
-"""Trains a small classifier of sounds, which tells the decoder where its speech is unclear.
+"""Trains a small classifier of sounds, a perceptual loss for the decoder.
 
-    python listener.py RUN [--minutes 6]
+    python listener.py RUN [--minutes 4]
 
-It reads the log-mel spectrogram and names the sound of every 10 ms. train_vocoder.py
---listener-weight compares how it hears decoded and recorded speech. RUN/listener.pt is the
-checkpoint.
+It names the sound of every 10 ms of a log-mel spectrogram. With --listener-weight, train_vocoder.py
+compares its outputs for decoded and for recorded speech. RUN/listener.pt is the checkpoint.
 """
 
 import argparse
@@ -20,10 +19,10 @@ from common import FRAME_SAMPLES, Speech, Training, sound_labels
 
 CHANNELS = 192
 DILATIONS = (1, 1, 2)
-EDGE_STEPS = 12  # at either end of a crop: they hear the padding
+EDGE_STEPS = 12  # steps at either end of a crop whose input includes padding
 BATCH = 16
 CROP_FRAMES = 16
-MEL_NOISE = 0.3  # nats, so that details which decoding loses are not all that it hears
+MEL_NOISE = 0.3  # nats; hides fine detail, which the codes lose anyway
 
 
 class Listener(nn.Module):
@@ -51,7 +50,7 @@ class Listener(nn.Module):
 
 
 def inner(steps):
-    """Without the steps that see beyond the crop; time is dimension 1."""
+    """Drops the steps at both ends whose input includes padding; time is dimension 1."""
     return steps[:, EDGE_STEPS:-EDGE_STEPS]
 
 
@@ -59,7 +58,7 @@ def load_listener(run: Path) -> Listener:
     state = torch.load(run / "listener.pt", map_location="cpu", weights_only=True)["listener"]
     listener = Listener(len(state["output.bias"]))
     listener.load_state_dict(state)
-    return listener.eval()
+    return listener.eval().requires_grad_(False)
 
 
 class LabelledCrops:
@@ -68,12 +67,12 @@ class LabelledCrops:
     def __init__(self, speech: Speech, sounds: list[str], indices, rng):
         self.speech, self.rng = speech, rng
         self.ids = {sound: i for i, sound in enumerate(sounds)}
-        self.indices = [i for i in indices if speech.num_frames(i) > CROP_FRAMES]
+        self.indices = [i for i in indices if speech.num_frames(i) >= CROP_FRAMES]
 
     def batch(self):
         audio, labels = [], []
         for index in self.rng.choice(self.indices, BATCH):
-            start = self.rng.integers(self.speech.num_frames(index) - CROP_FRAMES)
+            start = self.rng.integers(self.speech.num_frames(index) - CROP_FRAMES + 1)
             samples = self.speech.samples(index)
             count = len(samples) // MEL_HOP_SAMPLES
             row = self.speech.rows[index]
@@ -87,12 +86,13 @@ class LabelledCrops:
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--minutes", type=float, default=6)
+    parser.add_argument("--minutes", type=float, default=4)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.manual_seed(0)
     speech = Speech(args.run)
     sounds = (args.run / "phones.txt").read_text().split("\n")
-    listener = Listener(len(sounds))
+    listener = Listener(len(sounds)).to(args.device)
     optimizer = torch.optim.AdamW(listener.parameters(), lr=2e-3, betas=(0.9, 0.98))
     states = {"listener": listener, "optimizer": optimizer}
     training = Training(args.run, "listener", args.minutes, states)
@@ -100,22 +100,24 @@ def main():
     held_out = LabelledCrops(speech, sounds, speech.validation, np.random.default_rng(12345))
 
     def loss_of(audio, labels):
-        logits = inner(listener(audio)[1]).flatten(0, 1)
-        labels = inner(labels).flatten()
-        right = (logits.argmax(1) == labels).float().mean()
+        logits = inner(listener(audio.to(args.device))[1]).flatten(0, 1)
+        labels = inner(labels.to(args.device)).flatten()
+        right = (logits.argmax(1) == labels)[labels >= 0].float().mean()
         return F.cross_entropy(logits, labels, ignore_index=-100), right
 
-    for _ in training.steps():
+    for step in training.steps():
         loss, right = loss_of(*crops.batch())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         training.log(loss=loss.detach(), right=right)
-    listener.eval()
-    with torch.no_grad():
-        rows = torch.tensor([loss_of(*held_out.batch()) for _ in range(20)])
-    loss, right = rows.mean(0)
-    training.record(val_loss=loss, val_right=right)
+        if (step + 1) % 250 == 0:
+            listener.eval()
+            with torch.no_grad():
+                rows = torch.tensor([loss_of(*held_out.batch()) for _ in range(20)])
+            listener.train()
+            loss, right = rows.mean(0)
+            training.record(val_loss=loss, val_right=right)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
     python predict_codes.py RUN [--first 22000] [--utterances 2500]
 
-Writes RUN/predicted.npz: the codes of utterances `first` and after, int16 [frames, K]. Those that
-the language model was not trained on are best: it predicts the others too well. Codebook 0 and the
-pulses are the speech's own; each code after them is the language model's likeliest, given the
-frames before and the codes before it in the frame. In the first pass the frames before are the
-recorded ones, in later passes those that the pass before it predicted: as when the model speaks.
+Writes RUN/predicted.npz: the codes of utterances `first` and after, int16 [frames, K]. Choose
+utterances that the language model was not trained on: it predicts those of its training too well.
+Codebook 0 and the pulses are the speech's own; each code after them is the language model's
+likeliest, given the frames before and the codes before it in the frame. The first pass reads the
+recorded frames as history; each later pass reads the frames that the pass before it predicted, as
+the model reads its own when it speaks.
 """
 
 import argparse

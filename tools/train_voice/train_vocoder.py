@@ -1,17 +1,18 @@
 """Steps 5 and 6 (codec stage 2): train the SEANet decoder as a vocoder of the codes.
 
-    python train_vocoder.py RUN [--minutes 10]                        plain spectral losses
-    python train_vocoder.py RUN --adversarial [--minutes 20]          then a discriminator
-    python train_vocoder.py RUN --predicted-share 0.75                then on predicted codes
-    python train_vocoder.py RUN --thaw --predicted-share 0.75         with the transformer
+    python train_vocoder.py RUN [--minutes 10]                        spectral losses
+    python train_vocoder.py RUN --predicted-share 0.75                predicted codes, too
+    python train_vocoder.py RUN --thaw --listener-weight 0.2          then the transformer, too
+    python train_vocoder.py RUN --adversarial [--minutes 20]          or with a discriminator
 
-The quantizer, the upsampling and the decoder transformer of RUN/codec are frozen; their states are
-whitened (without that the decoder learns nothing: some channels vary a hundred times more than
-others) and the whitening is folded into the first convolution when RUN/codec is written.
-The runs with `--thaw` and `--adversarial` start from the plain one and train the upsampling and the
-transformer too. The adversarial one has a small multi-scale STFT
-discriminator (EnCodec, section 3.4), which judges texture, and a small multi-period one (HiFi-GAN,
-section 2.3), which judges pitch, both with feature matching.
+A plain run trains only the SEANet decoder. The states that it reads are whitened (without that it
+learns nothing: some channels vary a hundred times more than others), and the whitening is folded
+into the first convolution when RUN/codec is written.
+The runs with `--thaw` and `--adversarial` start from the plain one, train the upsampling and the
+transformer, too, and end plain training. `--listener-weight` adds the losses of listener.py. An
+adversarial run has a small multi-scale STFT discriminator (EnCodec, section 3.4), which judges
+texture, and a small multi-period one (HiFi-GAN, section 2.3), which judges pitch, both with feature
+matching.
 With `--predicted-share`, that share of the batches has the codes that predict_codes.py wrote, while
 the waveform stays the teacher's: the decoder learns to speak clearly from the language model's
 codes, whose fine structure is often not the speech's (Tacotron 2, section 3.1, does the same).
@@ -202,7 +203,10 @@ class Crops:
         self.predicted_share, self.predicted = predicted_share, None
         if predicted_share:
             saved = np.load(run / "predicted.npz")
-            self.predicted, first = self.codes.copy(), int(saved["first"])
+            self.predicted, first = (
+                self.codes.copy(),
+                int(saved["first"]),
+            )
             start = int(self.ends[first - 1]) if first else 0
             made = self.predicted[start : start + len(saved["codes"])]
             books = slice(PULSE_BOOK + 1)
@@ -271,7 +275,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--lr", type=float, help="6e-4 after the plain run, 1.5e-3 in it")
+    parser.add_argument("--lr", type=float, help="1.5e-3; with --thaw or --adversarial 6e-4")
     parser.add_argument("--adversarial", action="store_true")
     parser.add_argument("--thaw", action="store_true", help="train the transformer too")
     parser.add_argument("--listener-weight", type=float, default=0.0, help="see listener.py")
@@ -286,6 +290,11 @@ def main():
     args = parser.parse_args()
     later = args.adversarial or args.thaw  # starts from the plain run
     args.lr = args.lr or (6e-4 if later else 1.5e-3)
+    name = "vocoder_thawed" if args.thaw else "vocoder"
+    name = "vocoder_adversarial" if args.adversarial else name
+    others = [path.stem for path in args.run.glob("vocoder_*.pt") if path.stem != name]
+    if others:
+        parser.error(f"{args.run}/codec has the transformer of the run {others[0]}")
     torch.manual_seed(0)
     codec = MimiModel.from_pretrained(args.run / "codec").eval()
     set_trainable(codec, False)
@@ -322,11 +331,8 @@ def main():
         ).to(args.device)
         judge_optimizer = torch.optim.AdamW(judges.parameters(), lr=5e-4, betas=(0.8, 0.99))
         states |= {"judges": judges, "judge_optimizer": judge_optimizer}
-    listener = load_listener(args.run).to(args.device) if args.listener_weight else None
-    if listener is not None:
-        set_trainable(listener, False)
-    name = "vocoder_adversarial" if args.adversarial else "vocoder_thawed"
-    name = name if later else "vocoder"
+    if args.listener_weight:
+        listener = load_listener(args.run).to(args.device)
     training = Training(args.run, name, args.minutes, states, args.decay)
     crops.rng = np.random.default_rng(training.step)
     spectral = SpectralLoss().to(args.device)
@@ -346,7 +352,7 @@ def main():
         if args.voiced_weight:
             loss["voiced"] = voiced_loss(made, real, voiced_samples(codes, valid))
             total = total + args.voiced_weight * loss["voiced"]
-        if listener is not None:
+        if args.listener_weight:
             loss["sounds"], loss["heard"] = listener_losses(listener, made, real, sounds)
             total = total + args.listener_weight * (loss["sounds"] + loss["heard"])
         if args.adversarial:

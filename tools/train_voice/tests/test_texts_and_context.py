@@ -88,12 +88,13 @@ def test_predicted_codes_keep_the_sounds_and_follow_each_other():
     logits = model.depth_decoder(input_ids=ids, backbone_last_hidden_state=torch.cat(hidden)).logits
     logits = logits[..., : model.config.codec_config.codebook_size]
     assert torch.equal(logits[:, -(count - 2) :].argmax(-1), drawn[:, 2:])
-    # The second pass hears the first one's frames before.
+    # The second pass reads the first pass's frames as history.
     for e, codes in zip(examples, drawn.split([len(e["codes"]) for e in examples]), strict=True):
         e["codes"] = codes.numpy()
     heard = lm_data.collate([[e] for e in examples], count)
     again = predict_codes.predict(model, batch, passes=2)
     assert torch.equal(again, predict_codes.predict(model, heard, passes=1))
+    assert not torch.equal(again, drawn)
 
 
 def test_sequences_hold_every_example_once():

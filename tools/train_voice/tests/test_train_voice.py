@@ -363,6 +363,18 @@ def test_the_listener_judges_no_step_that_hears_the_edge():
     torch.testing.assert_close(listener.inner(part), listener.inner(whole[:, 10:50]))
 
 
+def test_the_listener_compares_made_with_real_speech():
+    torch.manual_seed(0)
+    net = listener.Listener(5).eval()
+    made, real = torch.randn(2, 2, 1, 12 * FRAME_SAMPLES)
+    labels = torch.randint(5, (2, 96))
+    sounds, distance = train_vocoder.listener_losses(net, made, real, labels)
+    alone, none = train_vocoder.listener_losses(net, made, made, labels)
+    torch.testing.assert_close(sounds, alone)
+    assert distance > 0.01
+    assert none < 1e-5
+
+
 def test_a_question_mark_before_a_word_takes_no_time():
     phones = [("", 10), ("s", 20), ("i", 30), (" ", 40), ("x", 50), ("?", 60), ("", 70)]
     marked = lm_data.align_text(["s", "i", " ", "?", "x", "?"], phones)
