@@ -46,7 +46,9 @@ def rewrite(folder: Path, times: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--times", type=int, default=8, help="layers, relative to the voice's")
+    parser.add_argument(
+        "--times", type=int, default=8, help="multiply the layers of both transformers by this"
+    )
     args = parser.parse_args()
     shutil.copytree(BUILT_IN_VOICES / "demo", args.out)
     rewrite(args.out, args.times)

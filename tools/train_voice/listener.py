@@ -27,7 +27,7 @@ MEL_NOISE = 0.3  # nats; hides fine detail, which the codes lose anyway
 
 class Listener(nn.Module):
     """Speech [B, S] -> features [B, CHANNELS, S / 240] of each layer, logits of the sounds
-    [B, S / 240, sounds]. It hears 120 ms to either side."""
+    [B, S / 240, sounds]. An output depends on 120 ms of audio to either side."""
 
     def __init__(self, sounds: int):
         super().__init__()
@@ -105,19 +105,17 @@ def main():
         right = (logits.argmax(1) == labels)[labels >= 0].float().mean()
         return F.cross_entropy(logits, labels, ignore_index=-100), right
 
-    for step in training.steps():
+    for _ in training.steps():
         loss, right = loss_of(*crops.batch())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         training.log(loss=loss.detach(), right=right)
-        if (step + 1) % 250 == 0:
-            listener.eval()
-            with torch.no_grad():
-                rows = torch.tensor([loss_of(*held_out.batch()) for _ in range(20)])
-            listener.train()
-            loss, right = rows.mean(0)
-            training.record(val_loss=loss, val_right=right)
+    listener.eval()
+    with torch.no_grad():
+        rows = torch.tensor([loss_of(*held_out.batch()) for _ in range(20)])
+    loss, right = rows.mean(0)
+    training.record(val_loss=loss, val_right=right)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """After step 7: the acoustic codes that the language model expects, for train_vocoder.py.
 
-    python predict_codes.py RUN [--first 22000] [--utterances 2500]
+    python predict_codes.py RUN --first 22000 [--utterances 2500]
 
 Writes RUN/predicted.npz: the codes of utterances `first` and after, int16 [frames, K]. Choose
 utterances that the language model was not trained on: it predicts those of its training too well.
@@ -56,7 +56,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--name", default="lm")
-    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--first", type=int, required=True, help="of the utterances")
     parser.add_argument("--utterances", type=int, default=2500)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()

@@ -9,10 +9,10 @@ A plain run trains only the SEANet decoder. The states that it reads are whitene
 learns nothing: some channels vary a hundred times more than others), and the whitening is folded
 into the first convolution when RUN/codec is written.
 The runs with `--thaw` and `--adversarial` start from the plain one, train the upsampling and the
-transformer, too, and end plain training. `--listener-weight` adds the losses of listener.py. An
-adversarial run has a small multi-scale STFT discriminator (EnCodec, section 3.4), which judges
-texture, and a small multi-period one (HiFi-GAN, section 2.3), which judges pitch, both with feature
-matching.
+transformer, too; no plain run can follow. `--listener-weight` adds two losses that the classifier
+of listener.py computes. An adversarial run has a small multi-scale STFT discriminator (EnCodec,
+section 3.4), which judges texture, and a small multi-period one (HiFi-GAN, section 2.3), which
+judges pitch, both with feature matching.
 With `--predicted-share`, that share of the batches has the codes that predict_codes.py wrote, while
 the waveform stays the teacher's: the decoder learns to speak clearly from the language model's
 codes, whose fine structure is often not the speech's (Tacotron 2, section 3.1, does the same).
@@ -182,7 +182,7 @@ def listener_losses(listener, made, real, labels):
 
 class Crops:
     """Random crops of utterances as (codes with their history, samples, sounds); in a share of the
-    batches the codes are predicted ones. Speaker 0 says `speaker0_share` of all crops."""
+    batches the codes are predicted ones. Speaker 0 speaks in `speaker0_share` of them."""
 
     def __init__(self, run, speech: Speech, predicted_share=0.0, speaker0_share=0.5):
         saved = np.load(run / "codes.npz")
@@ -203,17 +203,14 @@ class Crops:
         self.predicted_share, self.predicted = predicted_share, None
         if predicted_share:
             saved = np.load(run / "predicted.npz")
-            self.predicted, first = (
-                self.codes.copy(),
-                int(saved["first"]),
-            )
+            made, first = saved["codes"], int(saved["first"])
             start = int(self.ends[first - 1]) if first else 0
-            made = self.predicted[start : start + len(saved["codes"])]
-            books = slice(PULSE_BOOK + 1)
-            if not np.array_equal(made[:, books], saved["codes"][:, books]):
-                raise ValueError(f"{run}/predicted.npz is of other codes: run predict_codes.py")
-            made[:] = saved["codes"]
             end = start + len(made)
+            books = slice(PULSE_BOOK + 1)  # these are not predicted
+            if not np.array_equal(self.codes[start:end, books], made[:, books]):
+                raise ValueError(f"{run}/predicted.npz is of other codes: run predict_codes.py")
+            self.predicted = self.codes.copy()
+            self.predicted[start:end] = made
             inside = [i for i in long if i >= first and self.ends[i] <= end]
             self.predicted_indices = by_speaker(inside)
 
@@ -276,8 +273,9 @@ def main():
     parser.add_argument("run", type=Path)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--lr", type=float, help="1.5e-3; with --thaw or --adversarial 6e-4")
-    parser.add_argument("--adversarial", action="store_true")
-    parser.add_argument("--thaw", action="store_true", help="train the transformer too")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--adversarial", action="store_true", help="thaw, and add discriminators")
+    kind.add_argument("--thaw", action="store_true", help="train the transformer, too")
     parser.add_argument("--listener-weight", type=float, default=0.0, help="see listener.py")
     parser.add_argument("--spectral-weight", type=float, default=1.0)
     parser.add_argument("--complex-weight", type=float, default=0.0, help="of the phase's loss")
@@ -294,7 +292,7 @@ def main():
     name = "vocoder_adversarial" if args.adversarial else name
     others = [path.stem for path in args.run.glob("vocoder_*.pt") if path.stem != name]
     if others:
-        parser.error(f"{args.run}/codec has the transformer of the run {others[0]}")
+        parser.error(f"{args.run}/{others[0]}.pt exists: continue that run, or begin without it")
     torch.manual_seed(0)
     codec = MimiModel.from_pretrained(args.run / "codec").eval()
     set_trainable(codec, False)

@@ -356,7 +356,7 @@ def test_corruption_replaces_history_by_codes_of_other_frames():
 def test_the_listener_judges_no_step_that_hears_the_edge():
     torch.manual_seed(0)
     net = listener.Listener(5).eval()
-    speech = torch.randn(1, 40 * FRAME_SAMPLES // 4)
+    speech = torch.randn(1, 10 * FRAME_SAMPLES)
     with torch.no_grad():
         whole = net(speech)[1]
         part = net(speech[:, 2400:12000])[1]
@@ -367,12 +367,18 @@ def test_the_listener_compares_made_with_real_speech():
     torch.manual_seed(0)
     net = listener.Listener(5).eval()
     made, real = torch.randn(2, 2, 1, 12 * FRAME_SAMPLES)
+    made.requires_grad_()
     labels = torch.randint(5, (2, 96))
+    labels[:, 40:60] = -100  # no sound
     sounds, distance = train_vocoder.listener_losses(net, made, real, labels)
-    alone, none = train_vocoder.listener_losses(net, made, made, labels)
-    torch.testing.assert_close(sounds, alone)
-    assert distance > 0.01
-    assert none < 1e-5
+    known = listener.inner(labels) >= 0
+    logits = listener.inner(net(made.squeeze(1))[1])[known]
+    expected = torch.nn.functional.cross_entropy(logits, listener.inner(labels)[known])
+    torch.testing.assert_close(sounds, expected)
+    for loss in (sounds, distance):
+        (gradient,) = torch.autograd.grad(loss, made, retain_graph=True)
+        assert gradient.abs().sum() > 0
+    assert train_vocoder.listener_losses(net, made, made, labels)[1] < 1e-5
 
 
 def test_a_question_mark_before_a_word_takes_no_time():
@@ -385,7 +391,7 @@ def test_a_question_mark_before_a_word_takes_no_time():
     assert first.tolist() == [10, 10, 20, 30, 40]
 
 
-def test_predicted_codes_of_other_speech_are_refused(tmp_path):
+def test_crops_read_predicted_codes_of_their_own_speech_only(tmp_path):
     codes = np.arange(40 * 4, dtype=np.int16).reshape(40, 4)
     ends = np.array([20, 40])
     np.savez(tmp_path / "codes.npz", codes=codes, ends=ends)
@@ -398,6 +404,7 @@ def test_predicted_codes_of_other_speech_are_refused(tmp_path):
     predicted[:, 2:] = 0
     np.savez(tmp_path / "predicted.npz", codes=predicted, first=1)
     crops = train_vocoder.Crops(tmp_path, speech, predicted_share=1.0, speaker0_share=0.0)
+    assert [list(indices) for indices in crops.predicted_indices] == [[], [1]]
     batch, valid, _, sounds = crops.batch()
     assert (batch[..., 2:] == 0).all()
     for end, steps in zip(valid.tolist(), sounds, strict=True):
