@@ -1,14 +1,12 @@
 """The benchmarks' arithmetic; nothing is timed."""
 
 import math
-import shutil
 import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import deeper_voice
 import machine
 import peers
 import pytest
@@ -20,15 +18,12 @@ from peers import GROUPS, Peer, Rounds, order, ratio
 from roofline import working_sets
 
 from vox_serve.csm_weights import PACKINGS, CsmWeights
-from vox_serve.engine import Prompt, Request
+from vox_serve.engine import Prompt
 from vox_serve.frame_bytes import FrameBytes, frame_bytes
-from vox_serve.hub import BUILT_IN_VOICES
 from vox_serve.kv_cache import CacheBatch, CacheSequence, KvCache
-from vox_serve.loading import load_engine
 from vox_serve.model import CsmModel
 from vox_serve.model_config import CsmConfig, TransformerConfig
 from vox_serve.sampling import SamplingParams, SamplingRows
-from vox_serve.say import speak
 
 CONFIG = CsmConfig.from_json(CSM_1B)
 DEPTH_STEPS = CONFIG.num_codebooks - 1
@@ -216,16 +211,3 @@ def test_a_failed_install_leaves_out_that_peer_alone(monkeypatch, tmp_path):
     assert peers.environment("transformers") == peers.PYTHON
     assert len(calls) == installed + 2
     peers._install.cache_clear()
-
-
-def test_a_deeper_voice_says_the_same_codes(tmp_path):
-    shutil.copytree(BUILT_IN_VOICES / "demo", tmp_path / "deeper")
-    deeper_voice.rewrite(tmp_path / "deeper", times=3)
-    shallow, deep = (
-        load_engine(str(model), device="cpu", dtype="float32")
-        for model in ("demo", tmp_path / "deeper")
-    )
-    assert deep.model.config.backbone.num_layers == 3 * shallow.model.config.backbone.num_layers
-    assert deep.model.config.depth.num_layers == 3 * shallow.model.config.depth.num_layers
-    request = Request("Good day.", speaker=0, max_frames=6)
-    assert (speak(shallow, request)[1] == speak(deep, request)[1]).all()
