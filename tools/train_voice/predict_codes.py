@@ -56,7 +56,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--name", default="lm")
-    parser.add_argument("--first", type=int, required=True, help="of the utterances")
+    parser.add_argument("--first", type=int, required=True, help="the utterance to begin with")
     parser.add_argument("--utterances", type=int, default=2500)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
