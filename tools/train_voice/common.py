@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 SAMPLE_RATE_HZ = 24000
 FRAME_SAMPLES = 1920
 FIRST_PHONE = 0xE000  # the private use character that stands for phone 0 in a tokenizer
+SOUNDS_FILE = "phones.txt"
 CHECKPOINT_S = 120
 LOG_STEPS = 50
 
@@ -39,6 +41,7 @@ class Speech:
 
     def __init__(self, run: Path, max_parts: int | None = None):
         indices = sorted((run / "data").glob("*.jsonl"))[:max_parts]
+        self.run = run
         self.parts = [np.memmap(i.with_suffix(".i16"), dtype="<i2", mode="r") for i in indices]
         self.rows = []
         for part, index in enumerate(indices):
@@ -61,9 +64,29 @@ class Speech:
     def num_frames(self, index: int) -> int:
         return -(-self.rows[index]["num_samples"] // FRAME_SAMPLES)
 
+    @cached_property
     def sounds(self) -> list[str]:
-        """All sounds that occur, sorted: labels are indices into this list."""
+        """The sounds that have a label: those of RUN/phones.txt, else all that occur, sorted."""
+        if (self.run / SOUNDS_FILE).exists():
+            return read_sounds(self.run)
         return sorted({sound_of(phone) for row in self.rows for phone, _ in row["phones"]})
+
+    def labels(self, index: int, step_samples: int) -> np.ndarray:
+        """The sound in the middle of each step of an utterance, int64 [S / step_samples]: its index
+        in `sounds`, or -100, which the losses ignore."""
+        phones = self.rows[index]["phones"]
+        ids = {sound: label for label, sound in enumerate(self.sounds)}
+        labels = np.array([ids.get(sound_of(phone), -100) for phone, _ in phones])
+        ends = np.array([end for _, end in phones])
+        count = self.num_frames(index) * FRAME_SAMPLES // step_samples
+        middles = np.arange(count) * step_samples + step_samples // 2
+        return labels[np.minimum(np.searchsorted(ends, middles, side="right"), len(labels) - 1)]
+
+
+def read_sounds(run: Path) -> list[str]:
+    """The sounds that have a label, as train_codes.py wrote them. Speech that is added later may
+    have others."""
+    return (run / SOUNDS_FILE).read_text().split("\n")
 
 
 def sound_of(phone: str) -> str:
@@ -71,15 +94,6 @@ def sound_of(phone: str) -> str:
     80 ms; none of them should say which mark made the pause."""
     sound = phone.lstrip("ˈˌ")
     return sound if sound.isalpha() else " "
-
-
-def sound_labels(row, step_samples: int, count: int, ids: dict[str, int]) -> np.ndarray:
-    """The sound in the middle of each step, int64 [count]. A sound that is not in `ids` is -100,
-    which the losses ignore."""
-    ends = np.array([end for _, end in row["phones"]])
-    labels = np.array([ids.get(sound_of(phone), -100) for phone, _ in row["phones"]])
-    middles = np.arange(count) * step_samples + step_samples // 2
-    return labels[np.minimum(np.searchsorted(ends, middles, side="right"), len(labels) - 1)]
 
 
 class Training:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from codec import MEL_BINS, MEL_HOP_SAMPLES, log_mel
-from common import FRAME_SAMPLES, Speech, Training, sound_labels
+from common import FRAME_SAMPLES, Speech, Training
 
 CHANNELS = 192
 DILATIONS = (1, 1, 2)
@@ -64,9 +64,8 @@ def load_listener(run: Path) -> Listener:
 class LabelledCrops:
     """Random crops of recorded speech with the sound of every 10 ms."""
 
-    def __init__(self, speech: Speech, sounds: list[str], indices, rng):
+    def __init__(self, speech: Speech, indices, rng):
         self.speech, self.rng = speech, rng
-        self.ids = {sound: i for i, sound in enumerate(sounds)}
         self.indices = [i for i in indices if speech.num_frames(i) >= CROP_FRAMES]
 
     def batch(self):
@@ -74,11 +73,9 @@ class LabelledCrops:
         for index in self.rng.choice(self.indices, BATCH):
             start = self.rng.integers(self.speech.num_frames(index) - CROP_FRAMES + 1)
             samples = self.speech.samples(index)
-            count = len(samples) // MEL_HOP_SAMPLES
-            row = self.speech.rows[index]
             per_frame = FRAME_SAMPLES // MEL_HOP_SAMPLES
             audio.append(samples[start * FRAME_SAMPLES :][: CROP_FRAMES * FRAME_SAMPLES])
-            steps = sound_labels(row, MEL_HOP_SAMPLES, count, self.ids)
+            steps = self.speech.labels(index, MEL_HOP_SAMPLES)
             labels.append(steps[start * per_frame :][: CROP_FRAMES * per_frame])
         return torch.from_numpy(np.stack(audio)), torch.from_numpy(np.stack(labels))
 
@@ -91,13 +88,12 @@ def main():
     args = parser.parse_args()
     torch.manual_seed(0)
     speech = Speech(args.run)
-    sounds = (args.run / "phones.txt").read_text().split("\n")
-    listener = Listener(len(sounds)).to(args.device)
+    listener = Listener(len(speech.sounds)).to(args.device)
     optimizer = torch.optim.AdamW(listener.parameters(), lr=2e-3, betas=(0.9, 0.98))
     states = {"listener": listener, "optimizer": optimizer}
     training = Training(args.run, "listener", args.minutes, states)
-    crops = LabelledCrops(speech, sounds, speech.train, np.random.default_rng(training.step))
-    held_out = LabelledCrops(speech, sounds, speech.validation, np.random.default_rng(12345))
+    crops = LabelledCrops(speech, speech.train, np.random.default_rng(training.step))
+    held_out = LabelledCrops(speech, speech.validation, np.random.default_rng(12345))
 
     def loss_of(audio, labels):
         logits = inner(listener(audio.to(args.device))[1]).flatten(0, 1)

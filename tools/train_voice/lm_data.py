@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from common import FIRST_PHONE, FRAME_SAMPLES, Speech, sound_labels
+from common import FIRST_PHONE, FRAME_SAMPLES, Speech
 from lm import MAX_POSITIONS
 
 SEPARATOR = "\uefff"  # joins texts for the normalizer; no rule touches it
@@ -67,7 +67,6 @@ def load_examples(run: Path):
             return examples
     speech = Speech(run)
     rows = speech.rows[: len(ends)]
-    phone_ids = {p: i for i, p in enumerate((run / "phones.txt").read_text().split("\n"))}
     tokenizer = Tokenizer.from_file(str(tokenizer_path))
     spelling = (run / "token_phones.txt").read_text().split("\n")
     vocab = tokenizer.get_vocab()
@@ -85,9 +84,7 @@ def load_examples(run: Path):
         token_ends = np.concatenate((np.zeros(3), token_ends))
         frames = codes[ends[index - 1] if index else 0 : ends[index]]
         token_ends[-1] = len(frames) * FRAME_SAMPLES
-        labels = sound_labels(
-            row, FRAME_SAMPLES // LABELS_PER_FRAME, len(frames) * LABELS_PER_FRAME, phone_ids
-        )
+        labels = speech.labels(index, FRAME_SAMPLES // LABELS_PER_FRAME)
         examples.append(
             dict(
                 tokens=np.array(tokens),

@@ -32,7 +32,7 @@ from codec import (
     rvqs,
     train_quantize,
 )
-from common import FRAME_SAMPLES, Speech, Training, autocast, sound_labels
+from common import FRAME_SAMPLES, SOUNDS_FILE, Speech, Training, autocast
 from refit_codes import refit
 
 BATCH = 8
@@ -50,11 +50,9 @@ REFIT_BATCHES = 500
 class Windows:
     """Random windows of the recorded stream, with a phone label every 20 ms."""
 
-    def __init__(self, speech: Speech, phone_ids: dict[str, int], rng):
-        self.rng = rng
-        rows = speech.rows
+    def __init__(self, speech: Speech, rng):
+        self.speech, self.rng = speech, rng
         self.starts = [i for i in speech.train if speech.num_frames(i) > 4]
-        self.speech, self.phone_ids, self.rows = speech, phone_ids, rows
 
     def window(self):
         """Consecutive utterances, cut at a random frame: float32 [S], labels int64 [S / 480],
@@ -63,10 +61,9 @@ class Windows:
         while length < 2 * WINDOW_FRAMES * FRAME_SAMPLES:
             index = self.starts[self.rng.integers(len(self.starts))]
             samples = self.speech.samples(index)
-            count = len(samples) // LABEL_SAMPLES
             audio.append(samples)
             pulses.append(self.speech.pulses(index))
-            labels.append(sound_labels(self.rows[index], LABEL_SAMPLES, count, self.phone_ids))
+            labels.append(self.speech.labels(index, LABEL_SAMPLES))
             length += len(samples)
         cut = self.rng.integers(WINDOW_FRAMES + 1) if self.rng.random() < 0.7 else 0
         audio = np.concatenate(audio)[cut * FRAME_SAMPLES :][: WINDOW_FRAMES * FRAME_SAMPLES]
@@ -135,10 +132,7 @@ def main():
     args = parser.parse_args()
     torch.manual_seed(0)
     speech = Speech(args.run)
-    phones_path = args.run / "phones.txt"  # data that is added later may have further phones
-    phones = phones_path.read_text().split("\n") if phones_path.exists() else speech.sounds()
-    phone_ids = {phone: i for i, phone in enumerate(phones)}
-    model = Stage1(make_config(args.codebooks), len(phones)).to(args.device)
+    model = Stage1(make_config(args.codebooks), len(speech.sounds)).to(args.device)
     untrained = model.seanet_names()
     trained = [p for n, p in model.named_parameters() if n not in untrained]
     encoder = parts(model.codec)
@@ -153,8 +147,8 @@ def main():
     groups += [{"params": [p for p in trained if id(p) in slow]}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
     training = Training(args.run, "codes", args.minutes, {"model": model, "optimizer": optimizer})
-    windows = Windows(speech, phone_ids, np.random.default_rng(training.step))
-    held_out = Windows(speech, phone_ids, np.random.default_rng(12345))
+    windows = Windows(speech, np.random.default_rng(training.step))
+    held_out = Windows(speech, np.random.default_rng(12345))
     held_out.starts = speech.validation
     validation = [tuple(t.to(args.device) for t in held_out.batch()) for _ in range(8)]
     keep_pulses(model.codec)
@@ -199,7 +193,7 @@ def main():
             rows = [losses(model, *batch, quantize=True, kept=kept) for batch in validation]
             means = {f"val{count}_{k}": torch.stack([r[k] for r in rows]).mean() for k in rows[0]}
             training.record(**means)
-    phones_path.write_text("\n".join(phones))
+    (args.run / SOUNDS_FILE).write_text("\n".join(speech.sounds))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import MimiConfig
 
 from codec import PULSE_BOOK
-from common import Speech, Training, autocast
+from common import Speech, Training, autocast, read_sounds
 from lm import depth_logits, embed_frames, make_config, make_model, rope_table, run_stack
 from lm_data import LABELS_PER_FRAME, batches, collate, describe, load_examples
 from lm_warm_start import transfer
@@ -144,7 +144,7 @@ def main():
     if args.warm_start and not (args.run / f"{args.name}.pt").exists():
         transfer(model, args.warm_start, args.run)
     model = model.to(args.device)
-    num_phones = len((args.run / "phones.txt").read_text().split("\n"))
+    num_phones = len(read_sounds(args.run))
     phone_head = nn.Linear(model.config.hidden_size, LABELS_PER_FRAME * num_phones)
     phone_head = phone_head.to(args.device)
     phone_head.phones = num_phones

@@ -38,7 +38,7 @@ from codec import (
     mel_filters,
     parts,
 )
-from common import FRAME_SAMPLES, Speech, Training, autocast, sound_labels
+from common import FRAME_SAMPLES, Speech, Training, autocast
 from discriminators import PeriodDiscriminator, ScaleDiscriminator
 from listener import inner, load_listener
 from pulse_codes import PULSE_DIM
@@ -198,8 +198,6 @@ class Crops:
 
         self.speaker0_share = speaker0_share
         self.indices, self.lengths = by_speaker(long), lengths
-        sounds = (run / "phones.txt").read_text().split("\n")
-        self.sound_ids = {sound: i for i, sound in enumerate(sounds)}
         self.predicted_share, self.predicted = predicted_share, None
         if predicted_share:
             saved = np.load(run / "predicted.npz")
@@ -236,10 +234,8 @@ class Crops:
             codes[row, : end - start] = stream[first + start : first + end]
             samples = self.speech.samples(index)
             audio[row, 0] = samples[(end - CROP_FRAMES) * FRAME_SAMPLES : end * FRAME_SAMPLES]
-            spoken = sound_labels(
-                self.speech.rows[index], MEL_HOP_SAMPLES, end * steps, self.sound_ids
-            )
-            sounds[row] = spoken[-CROP_FRAMES * steps :]
+            spoken = self.speech.labels(index, MEL_HOP_SAMPLES)
+            sounds[row] = spoken[(end - CROP_FRAMES) * steps : end * steps]
         return tuple(torch.from_numpy(array) for array in (codes, valid, audio, sounds))
 
 

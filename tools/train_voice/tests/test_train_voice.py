@@ -1,7 +1,6 @@
 """Training of the built-in voice: bugs that would silently ruin a run."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -391,15 +390,33 @@ def test_a_question_mark_before_a_word_takes_no_time():
     assert first.tolist() == [10, 10, 20, 30, 40]
 
 
+def write_speech(run, rows, num_frames):
+    """Silent utterances of `num_frames` each."""
+    (run / "data").mkdir()
+    samples = num_frames * FRAME_SAMPLES
+    rows = [row | dict(start_sample=i * samples, num_samples=samples) for i, row in enumerate(rows)]
+    (run / "data" / "0000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "data" / "0000.i16").write_bytes(bytes(2 * samples * len(rows)))
+
+
+def test_a_label_is_the_sound_in_the_middle_of_its_step(tmp_path):
+    phones = [("", 100), ("\u02c8b", 1300), ("?", 1500), ("a", 1900)]
+    write_speech(tmp_path, [dict(phones=phones)], num_frames=1)
+    assert common.Speech(tmp_path).sounds == [" ", "a", "b"]
+    assert common.Speech(tmp_path).labels(0, 480).tolist() == [2, 2, 2, 1]  # the last sound goes on
+    (tmp_path / "phones.txt").write_text("a\n ")  # of the data before b was added
+    assert common.Speech(tmp_path).labels(0, 480).tolist() == [-100, -100, -100, 0]
+
+
 def test_crops_read_predicted_codes_of_their_own_speech_only(tmp_path):
     codes = np.arange(40 * 4, dtype=np.int16).reshape(40, 4)
     ends = np.array([20, 40])
     np.savez(tmp_path / "codes.npz", codes=codes, ends=ends)
     (tmp_path / "phones.txt").write_text("a\nb")
     rows = [dict(speaker=i, phones=[("b", 9600), ("a", 38400)]) for i in (0, 1)]
-    speech = SimpleNamespace(
-        train=[0, 1], rows=rows, samples=lambda index: np.zeros(20 * 1920, np.float32)
-    )
+    write_speech(tmp_path, rows, num_frames=20)
+    speech = common.Speech(tmp_path)
+    speech.train = [0, 1]
     predicted = codes[20:].copy()
     predicted[:, 2:] = 0
     np.savez(tmp_path / "predicted.npz", codes=predicted, first=1)
