@@ -11,31 +11,23 @@ import numpy as np
 import soxr
 
 from common import wait_while_paused
+from vox_serve.text.numbers import numeral
 
-ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-    "fifteen sixteen seventeen eighteen nineteen"
-).split()
-TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
 FINAL_STEPS = 10  # of 20 ms
-SPELLINGS = {"alright": "all right", "colour": "color", "favourite": "favorite", "okay": "ok"}
-
-
-def spell_number(digits: str) -> str:
-    number = int(digits)
-    if number < 20:
-        return ONES[number]
-    if number < 100:
-        return f"{TENS[number // 10]} {ONES[number % 10]}".removesuffix(" zero")
-    return digits
+BRITISH = {
+    **{f"{start}our": f"{start}or" for start in "behavi cand col fav hon hum neighb".split()},
+    "judgement": "judgment",
+}
+SPELLINGS = {"alright": "all right", "okay": "ok"}
 
 
 def words(text: str) -> list[str]:
-    """Lower case, no punctuation, small numbers spelt out."""
-    text = re.sub(
-        r"[^a-z0-9' ]", " ", text.lower().replace("’", "'").replace("7:30", "half past 7")
-    )
-    text = re.sub(r"\d+", lambda digits: spell_number(digits[0]), text)
+    """Lower case, American spelling, no punctuation, numbers spelt out."""
+    text = text.lower().replace("’", "'").replace("7:30", "half past 7")
+    text = re.sub(r"\d+(,\d{3})*", lambda digits: numeral(digits[0]), text)
+    text = re.sub(r"[^a-z0-9' ]", " ", text)
+    for british, american in BRITISH.items():
+        text = text.replace(british, american)
     return [part for word in text.split() for part in SPELLINGS.get(word, word).split()]
 
 

@@ -494,6 +494,8 @@ def test_training_resumes(tmp_path, monkeypatch):
         ("one two three", "", 3),
         ("one two three", "zero one two three four", 2),
         ("the cat sat", "the bat sat", 1),
+        ("four or five thousand a year, at seven thirty", "4 or 5,000 a year at 7 30", 0),
+        ("our neighbourhood's favourite colours", "our neighborhood's favorite colors", 0),
     ],
 )
 def test_word_errors(reference, heard, errors):
