@@ -24,7 +24,7 @@ SPELLINGS = {"alright": "all right", "okay": "ok"}
 def words(text: str) -> list[str]:
     """Lower case, American spelling, no punctuation, numbers spelt out."""
     text = text.lower().replace("’", "'").replace("7:30", "half past 7")
-    text = re.sub(r"\d+(,\d{3})*", lambda digits: numeral(digits[0]), text)
+    text = re.sub(r"[0-9]+(,[0-9]{3})*", lambda digits: numeral(digits[0]), text)
     text = re.sub(r"[^a-z0-9' ]", " ", text)
     for british, american in BRITISH.items():
         text = text.replace(british, american)
