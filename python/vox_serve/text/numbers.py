@@ -75,7 +75,8 @@ def numeral(text: str) -> str:
     """A numeral as it is written: "3,000.50", ".5", "007", "1.2.3"."""
     match = _NUMERAL.fullmatch(text)
     if match is None:
-        return " point ".join(numeral(part) for part in re.split("[.,]", text) if part)
+        parts = [part for part in re.split("[.,]", text) if part]
+        return digits(text) if parts == [text] else " point ".join(map(numeral, parts))
     whole, decimals = match[1].replace(",", ""), match[2]
     if len(whole) > MAX_DIGITS or (len(whole) > 1 and whole[0] == "0"):
         words = digits(whole)
